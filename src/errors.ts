@@ -52,7 +52,7 @@ export class ServiceError extends Error {
     super(message)
     this.name = 'ServiceError'
     const { close, ...rest } = fields
-    const row: { close?: number } = ERRORS[code]
+    const row: { status: number; close?: number } = ERRORS[code]
     this.code = code
     this.fields = rest
     this.close = close ?? row.close

@@ -1,0 +1,228 @@
+import assert from 'node:assert'
+import { setTimeout as delay } from 'node:timers/promises'
+import websocket from '@fastify/websocket'
+import fastify, { type FastifyBaseLogger, type FastifyInstance, type FastifyRequest, type RouteOptions } from 'fastify'
+import glue from 'fastify-openapi-glue'
+import type { ServerOptions, WebSocket } from 'ws'
+import { type Config, VERSION } from './config.js'
+import { Device } from './device/device.js'
+import { ServiceError } from './errors.js'
+import { type Access, authenticator, chooseSubprotocol } from './http/auth.js'
+import { type Contract, docs, readContract } from './http/docs.js'
+import { Events } from './http/events.js'
+import { createHandlers, type Handlers, type Services } from './http/operations.js'
+import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
+import { createMetrics, type Metrics } from './metrics.js'
+import { InPlaceWebSocket } from './run/receiver.js'
+import { Runs } from './run/runs.js'
+import { Stream } from './run/stream.js'
+import { OPEN_BYTES, OTHER_KEYS_BYTES } from './wire/frame.js'
+
+/** The service without its process: nothing listens yet, and no environment was read. */
+export type App = {
+  app: FastifyInstance
+  device: Device
+  runs: Runs
+  metrics: Metrics
+  /** Lets the steps in flight end for at most `drain_seconds`, then closes everything. */
+  drain(): Promise<void>
+}
+
+type Service = Services & { streams: Set<Stream> }
+
+// The largest `open` and the largest chunk are both 16 MiB; the other keys of a frame come on top.
+const MAX_MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
+const MAX_BODY_BYTES = 65_536
+// The router answers 404 to a longer path parameter: a run name that is too long should be told so.
+const MAX_PATH_PARAMETER = 1024
+// A peer that does not answer our close frame is cut off after this.
+const CLOSE_GRACE_MS = 1000
+
+/** Starts the device and builds the app on it. Throws what the device says about why it cannot start. */
+export async function buildApp({ config, logger }: { config: Config; logger?: FastifyBaseLogger }): Promise<App> {
+  const device = await Device.start(config)
+  try {
+    const services: Services = {
+      config,
+      device,
+      runs: new Runs(device, config),
+      metrics: createMetrics(),
+      events: new Events(),
+      contract: readContract(),
+    }
+    const service = { ...services, streams: new Set<Stream>() }
+    const app = await createServer(service, logger)
+    const { runs, metrics } = service
+    return { app, device, runs, metrics, drain: () => drain(app, service) }
+  } catch (error) {
+    await device.close()
+    throw error
+  }
+}
+
+async function createServer(service: Service, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
+  const { config, device, metrics, contract } = service
+  const app = fastify({
+    ...(logger ? { loggerInstance: logger } : {}),
+    disableRequestLogging: true,
+    bodyLimit: MAX_BODY_BYTES,
+    // While the server closes, requests on open connections are answered like any other, as problem documents.
+    return503OnClosing: false,
+    routerOptions: { maxParamLength: MAX_PATH_PARAMETER },
+    ajv: { customOptions: { removeAdditional: false, coerceTypes: true } },
+    clientErrorHandler: answerClientError,
+    frameworkErrors: (error, request, reply) => sendProblem(error, { request, reply, metrics }),
+  })
+  observe(service)
+  app.addHook('onRequest', authenticator(config))
+  app.addHook('onResponse', logRequest)
+  app.addHook('onClose', () => device.close())
+  answerProblems(app, metrics)
+  await registerWebSocket(app, service)
+  await app.register((scope) => docs(scope, contract))
+  await app.register((scope) => registerOperations(scope, service))
+  await app.ready()
+  return app
+}
+
+function observe({ device, runs, metrics, streams }: Service): void {
+  metrics.observe({
+    in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
+    staging: () => device.staging,
+    state_bytes: () => device.memory.bytes,
+    runs: () => runs.list().length,
+    connections: () => streams.size,
+    build: { version: VERSION, onnxruntime: device.version, device: device.name },
+  })
+}
+
+async function registerWebSocket(app: FastifyInstance, { events }: Service): Promise<void> {
+  const options: ServerOptions = { maxPayload: MAX_MESSAGE_BYTES, perMessageDeflate: false, handleProtocols: chooseSubprotocol }
+  // The option's type asks for the statics of the ws module, which a subclass inherits but its type does not show.
+  Reflect.set(options, 'WebSocket', InPlaceWebSocket)
+  await app.register(websocket, {
+    options,
+    // A socket's own errors are the stream's to handle. An open socket here means that its handler has thrown.
+    errorHandler: (error, socket, request) => {
+      if (socket.readyState !== socket.OPEN) return
+      request.log.error({ event: 'internal_error', err: error })
+      socket.close(1011)
+    },
+    preClose: async () => {
+      events.end()
+      const sockets = [...app.websocketServer.clients]
+      for (const socket of sockets) socket.close(1012, 'the service shuts down')
+      await closed(sockets, CLOSE_GRACE_MS)
+      for (const socket of sockets) socket.terminate()
+      app.websocketServer.close()
+    },
+  })
+}
+
+/** Makes a route of every operation of the contract, and of every other method on its paths a 405. */
+async function registerOperations(scope: FastifyInstance, service: Service): Promise<void> {
+  const handlers = createHandlers(service)
+  // Answers are sent as they are: a serializer made from the contract would drop what it does not list.
+  scope.setSerializerCompiler(() => JSON.stringify)
+  scope.addHook('onRoute', refuseUnknownQuery)
+  await scope.register(glue, {
+    specification: structuredClone(service.contract.document),
+    operationResolver: (id, method, path) => ({ method, url: urlOf(path), ...routeOf(id, handlers, service) }),
+  })
+  for (const url of new Set(operationsOf(service.contract).map(({ path }) => urlOf(path)))) refuseOtherMethods(scope, url)
+}
+
+type Route = Pick<RouteOptions, 'handler' | 'config' | 'onRequest' | 'wsHandler' | 'exposeHeadRoute'>
+
+function routeOf(id: string, handlers: Handlers, service: Service): Route {
+  assert(isOperation(id, handlers), `operation ${id} has a handler`)
+  const config = { access: accessOf(id, service.contract) }
+  if (id !== 'openStream') return { handler: handlers[id], config, exposeHeadRoute: !STREAMED.has(id) }
+  const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, service)
+  const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, service)
+  return { handler: handlers[id], config, onRequest, wsHandler, exposeHeadRoute: false }
+}
+
+/** Operations whose answer is not made at once: a HEAD would make it only to throw it away. */
+const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState'])
+
+function isOperation(id: string, handlers: Handlers): id is keyof Handlers {
+  return Object.hasOwn(handlers, id)
+}
+
+type ListedOperation = { path: string; method: string; id: string | undefined; open: boolean }
+
+function operationsOf({ document }: Contract): ListedOperation[] {
+  return Object.entries(document.paths).flatMap(([path, methods]) =>
+    Object.entries(methods).map(([method, { operationId, security }]) => ({ path, method, id: operationId, open: security?.length === 0 })),
+  )
+}
+
+/** The contract says which operations are open to all; whatever is not a plain GET needs a key that may write. */
+function accessOf(id: string, contract: Contract): Access {
+  const operation = operationsOf(contract).find((listed) => listed.id === id)
+  if (operation?.open) return 'open'
+  return operation?.method === 'get' && id !== 'openStream' ? 'read' : 'write'
+}
+
+function urlOf(path: string): string {
+  return path.replace(/{(\w+)}/g, ':$1')
+}
+
+function refuseUnknownQuery(route: RouteOptions): void {
+  const querystring = Object.assign({ type: 'object', properties: {} }, route.schema?.querystring, { additionalProperties: false })
+  route.schema = { ...route.schema, querystring }
+}
+
+function refuseOtherMethods(scope: FastifyInstance, url: string): void {
+  const allowed = scope.supportedMethods.filter((method) => scope.hasRoute({ method, url }))
+  const method = scope.supportedMethods.filter((other) => !allowed.includes(other))
+  scope.route({
+    method,
+    url,
+    // Before the body is read, which nobody needs.
+    onRequest: async (request, reply) => {
+      reply.header('allow', allowed.join(', '))
+      const message = `${request.method} is not allowed here, allowed are ${allowed.join(', ')}`
+      throw Object.assign(new Error(message), { statusCode: 405 })
+    },
+    handler: () => assert.fail('onRequest has answered'),
+  })
+}
+
+function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: Service): void {
+  if (!ws) return
+  if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and takes no stream')
+  if (streams.size < config.max_connections) return
+  throw new ServiceError('OVERLOADED', `there are ${streams.size} streams, at most ${config.max_connections}`, { retry_after_seconds: 1 })
+}
+
+function openStream(socket: WebSocket, { raw, log }: FastifyRequest, { config, device, runs, metrics, streams }: Service): void {
+  const stream = new Stream(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
+  streams.add(stream)
+  socket.once('close', () => streams.delete(stream))
+  if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()
+}
+
+async function drain(app: FastifyInstance, { config, runs, streams }: Service): Promise<void> {
+  runs.draining = true
+  const sockets = [...app.websocketServer.clients]
+  for (const stream of streams) stream.drain(config.drain_seconds)
+  await closed(sockets, config.drain_seconds * 1000)
+  await app.close()
+}
+
+/** Waits until all sockets are closed, at most `milliseconds`. */
+async function closed(sockets: readonly WebSocket[], milliseconds: number): Promise<void> {
+  const waiting = sockets.filter((socket) => socket.readyState !== socket.CLOSED)
+  const all = Promise.all(waiting.map((socket) => new Promise((resolve) => socket.once('close', resolve))))
+  const timer = new AbortController()
+  const deadline = delay(milliseconds, undefined, { signal: timer.signal }).catch(() => undefined)
+  await Promise.race([all, deadline])
+  timer.abort()
+}
+
+async function logRequest(request: FastifyRequest, reply: { statusCode: number; elapsedTime: number }): Promise<void> {
+  const { method, url } = request.routeOptions
+  request.log.debug({ event: 'request', method, route: url, status: reply.statusCode, seconds: reply.elapsedTime / 1000 })
+}

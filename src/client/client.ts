@@ -1,0 +1,104 @@
+import { BACKOFF, type Backoff } from './backoff.js'
+import { Connection, type Endpoint } from './connection.js'
+import { MuondError } from './error.js'
+import { type OpenOptions, openRun, type Run } from './run.js'
+
+export type { Weights } from './apply.js'
+export type { Backoff } from './backoff.js'
+export { type ClientErrorCode, MuondError, type MuondErrorFields } from './error.js'
+export type { Bound, Gradient, Parameter } from './parameter.js'
+export { RECEIPTS_KEPT } from './receipts.js'
+export type { EndOptions, Gradients, OpenOptions, Receipt, Run } from './run.js'
+export type { StepOptions } from './step.js'
+
+export type ConnectOptions = {
+  /** Sent as `Authorization: Bearer`. */
+  token?: string
+  /** Ends the client: whatever is in flight rejects with the signal's reason. */
+  signal?: AbortSignal
+  /** Consecutive failed attempts at one step that brought nothing new, before it rejects; default 8, 0 for none. */
+  retries?: number
+  /** Waits between attempts; default 0.1 s, doubling to 10 s, half of it random. */
+  backoff?: Partial<Backoff>
+  /** Most bytes of a gradient in one message; default: what the service allows. */
+  chunk_bytes?: number
+  /** Options of the `ws` package, such as `ca` or `rejectUnauthorized`. */
+  socket?: Endpoint['socket']
+}
+
+const RETRIES = 8
+
+/**
+ * Connects to a service: `connect('ws://127.0.0.1:8080')`; a URL without a path means `/v1/stream`.
+ * @throws MuondError UNAUTHORIZED, FORBIDDEN, CONNECTION_LOST…; the first connection is not retried. The signal's reason if aborted
+ */
+export async function connect(url: string | URL, options: ConnectOptions = {}): Promise<Client> {
+  const client = new Client(streamUrl(url), options)
+  await client.ready()
+  return client
+}
+
+/** A service, as one trainer uses it. Each open run has a connection of its own. */
+export class Client {
+  readonly #endpoint: Endpoint
+  readonly #options: ConnectOptions
+  readonly #stop = new AbortController()
+  readonly #signal: AbortSignal
+  readonly #connections = new Set<Connection>()
+  /** Connected and not yet used: the first run's. */
+  #idle: Connection | undefined
+
+  /** Use `connect`. */
+  constructor(url: URL, options: ConnectOptions) {
+    const { token, socket, signal, chunk_bytes = 1 } = options
+    if (!Number.isInteger(chunk_bytes) || chunk_bytes < 1) throw new RangeError(`chunk_bytes is ${chunk_bytes}, at least 1`)
+    this.#endpoint = { url, token, socket }
+    this.#options = options
+    this.#signal = AbortSignal.any(signal === undefined ? [this.#stop.signal] : [this.#stop.signal, signal])
+  }
+
+  /** Connects, which shows that the address and the token are right. */
+  async ready(): Promise<void> {
+    this.#idle = await this.#dial()
+  }
+
+  /**
+   * Opens a run; its updates will be applied to each parameter's `data`, in place.
+   * @throws MuondError RUN_EXISTS, RUN_NOT_FOUND, RUN_BUSY (see `takeover`), RUN_MISMATCH, PARAMETER_INVALID…
+   */
+  open(options: OpenOptions): Promise<Run> {
+    const { retries = RETRIES, backoff, chunk_bytes = Number.MAX_SAFE_INTEGER } = this.#options
+    const host = {
+      dial: () => this.#dial(),
+      signal: this.#signal,
+      retries,
+      backoff: { ...BACKOFF, ...backoff },
+      chunk_bytes,
+    }
+    return openRun(host, options)
+  }
+
+  /** Closes every connection; steps in flight reject with CLIENT_CLOSED. The runs stay in the service. */
+  async close(): Promise<void> {
+    const reason = new MuondError('CLIENT_CLOSED', 'the client was closed')
+    const closing = [...this.#connections].map((connection) => connection.close(reason))
+    this.#stop.abort(reason)
+    await Promise.all(closing)
+  }
+
+  async #dial(): Promise<Connection> {
+    const idle = this.#idle
+    this.#idle = undefined
+    if (idle !== undefined && idle.reason === undefined) return idle
+    const connection = await Connection.open(this.#endpoint, this.#signal)
+    this.#connections.add(connection)
+    connection.closed.then(() => this.#connections.delete(connection))
+    return connection
+  }
+}
+
+function streamUrl(url: string | URL): URL {
+  const stream = new URL(url)
+  if (stream.pathname === '/') stream.pathname = '/v1/stream'
+  return stream
+}

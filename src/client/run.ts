@@ -1,0 +1,180 @@
+import { type GroupDeclaration, type Mode, type OpenedFrame, type OpenFrame, PROTOCOL, type ReceiptFrame } from '../wire/frame.js'
+import { MuondError } from './error.js'
+import { type Bound, bind, bytesOf, declarationOf, type Gradient, type Parameter } from './parameter.js'
+import { Feed } from './receipts.js'
+import { Step, type StepOptions } from './step.js'
+import { Updates } from './updates.js'
+import { type Host, type Outcome, Writer } from './writer.js'
+
+export type OpenOptions = {
+  run: string
+  /** Default `create_or_resume`. */
+  mode?: Mode
+  groups?: readonly GroupDeclaration[]
+  /** In index order; updates are applied to their `data`. */
+  parameters: readonly Parameter[]
+  attentions?: OpenFrame['attentions']
+  /** Take the run from a connection that still holds it. */
+  takeover?: boolean
+  /** With `resume`: go back to this checkpoint. */
+  checkpoint?: string
+  /** Free text for the service's logs. */
+  client?: string
+}
+
+export type EndOptions = {
+  /** Names or indices of the parameters without a gradient in this step. */
+  skipped?: readonly (string | number)[]
+}
+
+/** By index, or by name. */
+export type Gradients = readonly (Gradient | undefined)[] | Readonly<Record<string, Gradient>>
+
+export type Receipt = ReceiptFrame
+
+type Flight = { step: Step; outcome: Promise<Outcome> }
+
+/** @throws MuondError SHAPE_MISMATCH, and whatever the service answers */
+export async function openRun(host: Host, { parameters, ...options }: OpenOptions): Promise<Run> {
+  const declarations = parameters.map(declarationOf)
+  const writer = await Writer.open(host, { type: 'open', protocol: PROTOCOL, ...options, parameters: declarations })
+  return new Run(writer, bind(parameters, writer.opened), host.signal)
+}
+
+/**
+ * One run of the service, and the one place that changes the trainer's weights. One step at a time; a lost connection is
+ * replaced and the step sent again from the beginning, so its gradients must not change before its promise settles.
+ */
+export class Run {
+  readonly parameters: readonly Bound[]
+  readonly #writer: Writer
+  readonly #byName: ReadonlyMap<string, Bound>
+  readonly #updates: Updates
+  readonly #receipts = new Feed<Receipt>()
+  #flight: Flight | undefined
+
+  constructor(writer: Writer, parameters: readonly Bound[], signal: AbortSignal) {
+    this.parameters = parameters
+    this.#writer = writer
+    this.#byName = new Map(parameters.map((parameter) => [parameter.name, parameter]))
+    this.#updates = new Updates(parameters, writer.step + 1)
+    signal.addEventListener('abort', () => this.#receipts.end(), { once: true })
+  }
+
+  /** The service's answer to the newest `open`: name, epoch, groups, limits, device and more. */
+  get opened(): OpenedFrame {
+    return this.#writer.opened
+  }
+
+  /** The last finished step, 0 at first. */
+  get step_count(): number {
+    return this.#writer.step
+  }
+
+  /** Of the last finished step: equal digests are equal histories, bit for bit. */
+  get digest(): string {
+    return this.#writer.digest
+  }
+
+  /** Receipts as they come, from this call on; a reader more than RECEIPTS_KEPT behind loses the oldest. Ends with the client. */
+  receipts(): AsyncIterableIterator<Receipt> {
+    return this.#receipts.read()
+  }
+
+  /**
+   * Takes one step: sends every gradient and applies every update to the parameters' `data`.
+   * @throws MuondError; if gradients were refused `fields.refused` names them, the other updates are applied, and the same step
+   *   may be taken again with the same gradients for the rest: those are not applied a second time
+   */
+  async step(gradients: Gradients, { skipped, ...options }: StepOptions & EndOptions = {}): Promise<Receipt> {
+    const step = this.#newStep(options)
+    for (const [key, gradient] of entriesOf(gradients)) this.#add(step, key, gradient)
+    step.finish(this.#complete(step, skipped))
+    return this.#land(this.#start(step))
+  }
+
+  /** Begins a step whose gradients come one by one; only needed to give it options. @throws MuondError STEP_CONFLICT */
+  begin(options: StepOptions = {}): void {
+    this.#start(this.#newStep(options))
+  }
+
+  /**
+   * Sends one gradient while the backward pass goes on, and begins the step if it has not begun. What the service or the
+   * network has to say comes with `end`.
+   * @throws MuondError PARAMETER_UNKNOWN, SHAPE_MISMATCH, DTYPE_UNSUPPORTED, STEP_CONFLICT
+   */
+  gradient(parameter: string | number, gradient: Gradient): void {
+    this.#add(this.#growing().step, parameter, gradient)
+  }
+
+  /** Ends the step that `gradient` began; resolves and rejects as `step` does. */
+  async end({ skipped }: EndOptions = {}): Promise<Receipt> {
+    const flight = this.#growing()
+    flight.step.finish(this.#complete(flight.step, skipped))
+    return this.#land(flight)
+  }
+
+  #newStep(options: StepOptions): Step {
+    if (this.#flight !== undefined) throw conflict(this.#flight.step, 'is still in flight')
+    return new Step(this.step_count + 1, options)
+  }
+
+  #start(step: Step): Flight {
+    this.#flight = { step, outcome: this.#writer.take(step, this.#updates) }
+    return this.#flight
+  }
+
+  #growing(): Flight {
+    const flight = this.#flight ?? this.#start(this.#newStep({}))
+    if (flight.step.end !== undefined) throw conflict(flight.step, 'has ended')
+    return flight
+  }
+
+  async #land(flight: Flight): Promise<Receipt> {
+    const outcome = await flight.outcome
+    this.#flight = undefined
+    if ('error' in outcome) throw outcome.error
+    this.#updates.next(this.step_count + 1)
+    this.#receipts.push(outcome.receipt)
+    return outcome.receipt
+  }
+
+  #add(step: Step, key: string | number, gradient: Gradient): void {
+    const parameter = this.#find(key)
+    if (step.has(parameter.index)) throw conflict(step, `has a gradient of '${parameter.name}' already`)
+    step.add(parameter.index, bytesOf(gradient, parameter))
+  }
+
+  #find(key: string | number): Bound {
+    const parameter = typeof key === 'number' ? this.parameters[key] : this.#byName.get(key)
+    if (parameter !== undefined) return parameter
+    throw new MuondError('PARAMETER_UNKNOWN', `run '${this.opened.run}' has no parameter ${JSON.stringify(key)}`)
+  }
+
+  /** Indices of the skipped parameters, once every parameter is accounted for. */
+  #complete(step: Step, skipped: EndOptions['skipped'] = []): readonly number[] {
+    const indices = new Set(skipped.map((key) => this.#find(key).index))
+    const names = (wrong: (index: number) => boolean) =>
+      this.parameters.filter(({ index }) => wrong(index)).map(({ name }) => `'${name}'`)
+    const both = names((index) => step.has(index) && indices.has(index))
+    if (both.length > 0) throw conflict(step, `has both a gradient and a place in skipped for ${both.join(', ')}`)
+    const missing = names((index) => !step.has(index) && !indices.has(index))
+    if (missing.length === 0) return [...indices]
+    const message = `step ${step.number} has neither a gradient nor a place in skipped for ${missing.join(', ')}`
+    throw new MuondError('STEP_INCOMPLETE', message, { step: step.number })
+  }
+}
+
+function conflict({ number }: Step, what: string): MuondError {
+  return new MuondError('STEP_CONFLICT', `step ${number} ${what}`, { step: number })
+}
+
+function* entriesOf(gradients: Gradients): Generator<[string | number, Gradient]> {
+  const entries = isList(gradients) ? gradients.entries() : Object.entries(gradients)
+  for (const [key, gradient] of entries) if (gradient !== undefined) yield [key, gradient]
+}
+
+/** Array.isArray does not narrow a readonly array. */
+function isList(gradients: Gradients): gradients is readonly (Gradient | undefined)[] {
+  return Array.isArray(gradients)
+}

@@ -1,0 +1,231 @@
+import { readFileSync } from 'node:fs'
+import { parseArgs } from 'node:util'
+import { envSchema } from 'env-schema'
+
+const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'] as const
+const DEVICE = { pattern: '^(auto|cpu|cuda(:\\d+(,\\d+)*)?)$', expected: 'be auto, cpu, cuda, cuda:N or cuda:N,N' }
+const BYTES = Number.MAX_SAFE_INTEGER
+const DAY = 86_400
+
+/**
+ * Every setting of the service: type, default, range and one sentence. A setting `chunk_bytes` is the flag
+ * `--chunk-bytes` and the variable `MUOND_CHUNK_BYTES`; the flag wins, and an empty variable counts as absent.
+ */
+export const SETTINGS = {
+  host: text('127.0.0.1', 'Address to listen on.', { minLength: 1 }),
+  port: integer(8787, [0, 65_535], 'Port to listen on; 0 picks a free one.'),
+  device: text('auto', 'Where steps are computed: auto, cpu, cuda, cuda:0 or cuda:0,1.', DEVICE),
+  data: text('', 'Folder for durable state; today it is only checked to be writable, and state ends with the process.'),
+  onnxruntime_dir: text(
+    '',
+    'Folder that holds libonnxruntime and its providers; empty is the one inside onnxruntime-node.',
+  ),
+  lanes: integer(0, [0, 256], 'Worker threads that compute side by side; 0 chooses by the device.'),
+  threads: integer(0, [0, 1024], 'Threads inside one operation of a lane; 0 chooses by the device.'),
+  staging_bytes: integer(
+    2 ** 29,
+    [2 ** 20, BYTES],
+    'Arena that received gradients wait in; the largest gradient must fit.',
+  ),
+  chunk_bytes: integer(2 ** 22, [1, 2 ** 24], 'Largest `data` of one gradient or update frame.'),
+  state_bytes_limit: integer(
+    0,
+    [0, BYTES],
+    'Most bytes of state over all runs; 0 is three quarters of the physical memory.',
+  ),
+  max_runs: integer(64, [1, 1_000_000], 'Most runs at a time.'),
+  max_connections: integer(256, [1, 1_000_000], 'Most streams at a time.'),
+  max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
+  receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),
+  send_timeout_seconds: seconds(
+    60,
+    [0.001, DAY],
+    'A stream with updates to send on which no byte moved for so long is closed.',
+  ),
+  open_timeout_seconds: seconds(30, [0.001, DAY], 'A stream that has opened no run after so long is closed.'),
+  drain_seconds: seconds(30, [0, DAY], 'How long a shutdown waits for the steps in flight.'),
+  api_keys: keys(
+    'Comma-separated bearer keys that may do everything; with none here and in read_keys the service is open.',
+  ),
+  read_keys: keys('Comma-separated bearer keys that may only read.'),
+  log_level: text('info', 'Least severe events to log.', {
+    enum: LOG_LEVELS,
+    expected: `be one of ${LOG_LEVELS.join(', ')}`,
+  }),
+} as const satisfies Record<string, Setting>
+
+/** A JSON schema and two words of our own: `expected` says what a value must be where the schema cannot, `list` splits it. */
+type Setting = {
+  type: 'string' | 'integer' | 'number'
+  default: string | number
+  description: string
+  expected?: string
+  list?: true
+  [keyword: string]: unknown
+}
+export type SettingName = keyof typeof SETTINGS
+type ValueOf<S> = S extends { list: true } ? readonly string[] : S extends { type: 'string' } ? string : number
+
+/** The settings of one process, frozen. Fields are the names of the settings; the key lists are arrays. */
+export type Config = { readonly [Name in SettingName]: ValueOf<(typeof SETTINGS)[Name]> }
+
+/** What the command line asks for: to serve with a config, or only to print a text (`--help`, `--version`). */
+export type Command = { kind: 'serve'; config: Config } | { kind: 'print'; text: string }
+
+/** A start-up error of one line, meant for the person who typed the command. */
+export class ConfigError extends Error {
+  override readonly name = 'ConfigError'
+}
+
+type Source = { value: string | number; from: string }
+type Sources = Partial<Record<SettingName, Source>>
+
+const NAMES = Object.keys(SETTINGS).filter(isSettingName)
+const manifest: { version: string } = JSON.parse(readFileSync(new URL('../../package.json', import.meta.url), 'utf8'))
+
+/** The version of this package. */
+export const VERSION = manifest.version
+
+/** Reads flags and `MUOND_*` variables. Throws ConfigError with one line for an unknown flag or a bad value. */
+export function readCommand(argv: readonly string[], env: Readonly<Record<string, string | undefined>>): Command {
+  const flags = readFlags(argv)
+  if (flags.help) return { kind: 'print', text: helpText() }
+  if (flags.version) return { kind: 'print', text: VERSION }
+  return { kind: 'serve', config: check({ ...fromVariables(env), ...fromFlags(flags) }) }
+}
+
+/** A config of the defaults and the given settings (key lists comma separated), checked like flags. For tests and embedding. */
+export function configOf(settings: Partial<Record<SettingName, string | number>> = {}): Config {
+  const sources: Sources = {}
+  for (const name of NAMES) {
+    const value = settings[name]
+    if (value !== undefined) sources[name] = { value, from: `setting ${name}` }
+  }
+  return check(sources)
+}
+
+/** `MUOND_*` variables that name no setting: a misspelt one would otherwise be ignored silently. */
+export function unknownVariables(env: Readonly<Record<string, string | undefined>>): string[] {
+  const known = new Set(NAMES.map(variableOf))
+  return Object.keys(env).filter((name) => name.startsWith('MUOND_') && !known.has(name))
+}
+
+function text(value: string, description: string, rest: { expected?: string; [keyword: string]: unknown } = {}) {
+  return { type: 'string', default: value, description, ...rest } as const
+}
+
+function integer(value: number, [minimum, maximum]: [number, number], description: string) {
+  return { type: 'integer', default: value, minimum, maximum, description } as const
+}
+
+function seconds(value: number, [minimum, maximum]: [number, number], description: string) {
+  return { type: 'number', default: value, minimum, maximum, description } as const
+}
+
+/** RFC 6750's token characters. No entry may be empty: a stray comma must not open the service. */
+function keys(description: string) {
+  const pattern = '^([A-Za-z0-9._~+/=-]+(,[A-Za-z0-9._~+/=-]+)*)?$'
+  const expected = 'be comma-separated keys of letters, digits and . _ ~ + / = -, none of them empty'
+  return { type: 'string', default: '', list: true, pattern, expected, description } as const
+}
+
+function isSettingName(name: string): name is SettingName {
+  return Object.hasOwn(SETTINGS, name)
+}
+
+function flagOf(name: SettingName): string {
+  return name.replaceAll('_', '-')
+}
+
+function variableOf(name: SettingName): string {
+  return `MUOND_${name.toUpperCase()}`
+}
+
+type Flags = Readonly<Record<string, string | boolean | undefined>>
+
+function readFlags(argv: readonly string[]): Flags {
+  const settings = NAMES.map((name) => [flagOf(name), { type: 'string' }] as const)
+  try {
+    const { values } = parseArgs({
+      args: [...argv],
+      strict: true,
+      options: { help: { type: 'boolean', short: 'h' }, version: { type: 'boolean' }, ...Object.fromEntries(settings) },
+    })
+    return values
+  } catch (error) {
+    // parseArgs explains itself over several sentences; the first one names the flag.
+    const [sentence] = String(error instanceof Error ? error.message : error).split(/\.\s|\n/)
+    throw new ConfigError(`${sentence} (--help lists the flags)`)
+  }
+}
+
+function fromFlags(flags: Flags): Sources {
+  const sources: Sources = {}
+  for (const name of NAMES) {
+    const value = flags[flagOf(name)]
+    if (typeof value === 'string') sources[name] = { value, from: `--${flagOf(name)}` }
+  }
+  return sources
+}
+
+function fromVariables(env: Readonly<Record<string, string | undefined>>): Sources {
+  const sources: Sources = {}
+  for (const name of NAMES) {
+    const value = env[variableOf(name)]
+    if (value) sources[name] = { value, from: variableOf(name) }
+  }
+  return sources
+}
+
+function check(sources: Sources): Config {
+  const entries = NAMES.map((name) => [name, settingValue(name, sources[name])])
+  const config: Config = Object.freeze(Object.fromEntries(entries))
+  const shared = config.api_keys.filter((key) => config.read_keys.includes(key))
+  if (shared.length > 0)
+    throw new ConfigError(`api_keys and read_keys share ${shared.length} key(s): a key has one role`)
+  return config
+}
+
+function settingValue(name: SettingName, source: Source | undefined): unknown {
+  const value = source === undefined ? SETTINGS[name].default : parse(name, source)
+  return 'list' in SETTINGS[name] ? keysOf(value) : value
+}
+
+function parse(name: SettingName, source: Source): unknown {
+  const { list, expected, ...schema }: Setting = SETTINGS[name]
+  try {
+    const properties = { [name]: schema }
+    return envSchema({ schema: { type: 'object', properties }, data: { [name]: source.value }, env: false })[name]
+  } catch (error) {
+    const requirement = expected ?? String(error).replace(/^.*? env\/\w+ must /, '')
+    // The value of a key list is a secret and stays out of the message.
+    throw new ConfigError(`${source.from}: must ${requirement}, got ${list ? 'another value' : `'${source.value}'`}`)
+  }
+}
+
+function keysOf(value: unknown): readonly string[] {
+  return Object.freeze(String(value).split(',').filter(Boolean))
+}
+
+function helpText(): string {
+  const rows = NAMES.map((name) => [
+    `--${flagOf(name)}`,
+    variableOf(name),
+    shown(SETTINGS[name].default),
+    SETTINGS[name].description,
+  ])
+  const all = [['flag', 'variable', 'default', 'meaning'], ...rows]
+  const widths = [0, 1, 2].map((column) => Math.max(...all.map((row) => row[column]?.length ?? 0)))
+  const lines = all.map((row) => row.map((cell, column) => cell.padEnd(widths[column] ?? 0)).join('  '))
+  return [
+    `muond ${VERSION}: the optimizer as a service`,
+    '',
+    'muond [--flag value]… ; --help and --version print and exit',
+    '',
+    ...lines,
+  ].join('\n')
+}
+
+function shown(value: string | number): string {
+  return value === '' ? '(none)' : String(value)
+}

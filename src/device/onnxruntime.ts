@@ -1,0 +1,179 @@
+import { readdirSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { dirname, join } from 'node:path'
+import koffi from 'koffi'
+
+/** An address in this process. It is valid in every thread; 0n is null. */
+export type Pointer = bigint
+
+/** A session's graph with the names of its inputs and outputs in the order in which `run` takes their values. */
+export type Session = { handle: Pointer; inputs: NameList; outputs: NameList }
+
+type NameList = { pointers: BigUint64Array; texts: Buffer[] }
+
+/** What this binding needs of ONNX Runtime's C API. Every failing call throws OnnxRuntimeError with the library's message. */
+export type OnnxRuntime = {
+  version: string
+  providers(): string[]
+  createSession(model: Uint8Array, names: { inputs: readonly string[]; outputs: readonly string[] }, threads: number): Session
+  releaseSession(session: Session): void
+  /** Wraps memory that the caller keeps alive as a tensor of `dims` elements of the ONNX type `type`. */
+  createTensor(memory: { pointer: Pointer; bytes: number }, dims: readonly number[], type: number): Pointer
+  releaseTensor(tensor: Pointer): void
+  /** Runs synchronously in the calling thread; outputs are written into the memory of the given tensors. */
+  run(session: Session, inputs: readonly Pointer[], outputs: readonly Pointer[]): void
+  /** Memory from the CPU provider's allocator, aligned to 64 bytes, not cleared. */
+  allocate(bytes: number): Pointer
+  free(pointer: Pointer): void
+  close(): void
+}
+
+export class OnnxRuntimeError extends Error {}
+
+// The C API's table is append only, so version 29 of it is right on 1.29 and everything later.
+const API_VERSION = 29
+const MINIMUM_VERSION = [1, 29] as const
+
+// koffi runs native code on a stack of its own, and MLAS needs more than the default: without this it segfaults.
+const STACK_BYTES = 8 << 20
+koffi.config({ sync_stack_size: STACK_BYTES, async_stack_size: STACK_BYTES })
+
+const STATUS_CALL = 'void *'
+const prototype = (name: string, result: string, parameters: string[]) => koffi.proto(name, result, parameters)
+const getApiType = prototype('OrtGetApi', 'void *', ['uint32_t'])
+const textType = prototype('OrtText', 'const char *', [])
+
+/** index in the API's table (offset / 8), parameters, and whether the call returns a status. */
+const CALLS = {
+  GetErrorMessage: [2, ['void *'], 'const char *'],
+  CreateEnv: [3, ['int', 'const char *', '_Out_ void **'], STATUS_CALL],
+  CreateSessionFromArray: [8, ['void *', 'void *', 'size_t', 'void *', '_Out_ void **'], STATUS_CALL],
+  Run: [9, ['void *', 'void *', 'void *', 'void *', 'size_t', 'void *', 'size_t', 'void *'], STATUS_CALL],
+  CreateSessionOptions: [10, ['_Out_ void **'], STATUS_CALL],
+  SetIntraOpNumThreads: [24, ['void *', 'int'], STATUS_CALL],
+  CreateTensorWithDataAsOrtValue: [49, ['void *', 'void *', 'size_t', 'void *', 'size_t', 'int', '_Out_ void **'], STATUS_CALL],
+  CreateCpuMemoryInfo: [69, ['int', 'int', '_Out_ void **'], STATUS_CALL],
+  AllocatorAlloc: [75, ['void *', 'size_t', '_Out_ void **'], STATUS_CALL],
+  AllocatorFree: [76, ['void *', 'void *'], STATUS_CALL],
+  GetAllocatorWithDefaultOptions: [78, ['_Out_ void **'], STATUS_CALL],
+  ReleaseEnv: [92, ['void *'], 'void'],
+  ReleaseStatus: [93, ['void *'], 'void'],
+  ReleaseMemoryInfo: [94, ['void *'], 'void'],
+  ReleaseSession: [95, ['void *'], 'void'],
+  ReleaseValue: [96, ['void *'], 'void'],
+  ReleaseSessionOptions: [100, ['void *'], 'void'],
+  GetAvailableProviders: [125, ['_Out_ void **', '_Out_ int *'], STATUS_CALL],
+  ReleaseAvailableProviders: [126, ['void *', 'int'], STATUS_CALL],
+  AddSessionConfigEntry: [130, ['void *', 'const char *', 'const char *'], STATUS_CALL],
+} as const satisfies Record<string, readonly [number, readonly string[], string]>
+
+type CallName = keyof typeof CALLS
+const CALL_TYPES = Object.fromEntries(
+  Object.entries(CALLS).map(([name, [, parameters, result]]) => [name, prototype(`Ort${name}`, result, [...parameters])]),
+)
+
+/** The folder of the library that onnxruntime-node ships for this machine. */
+export function bundledLibraryFolder(): string {
+  const root = dirname(createRequire(import.meta.url).resolve('onnxruntime-node/package.json'))
+  return join(root, 'bin', 'napi-v6', process.platform, process.arch)
+}
+
+/** Opens libonnxruntime in `folder` and checks that it is at least 1.29. Source: onnxruntime_c_api.h. */
+export function openOnnxRuntime(folder: string = bundledLibraryFolder()): OnnxRuntime {
+  const { api, version } = loadApi(folder)
+  const call = callers(api)
+  const out = (name: CallName, ...parameters: unknown[]): Pointer => {
+    const slot: [Pointer] = [0n]
+    call(name, ...parameters, slot)
+    return slot[0]
+  }
+  const env = out('CreateEnv', 3, 'muond')
+  const memoryInfo = out('CreateCpuMemoryInfo', 1, 0)
+  const allocator = out('GetAllocatorWithDefaultOptions')
+  return {
+    version,
+    providers: () => availableProviders(call),
+    createSession: (model, names, threads) => {
+      const options = sessionOptions(call, out, threads)
+      const handle = out('CreateSessionFromArray', env, model, model.byteLength, options)
+      call('ReleaseSessionOptions', options)
+      return { handle, inputs: nameList(names.inputs), outputs: nameList(names.outputs) }
+    },
+    releaseSession: (session) => call('ReleaseSession', session.handle),
+    createTensor: ({ pointer, bytes }, dims, type) => {
+      const shape = BigInt64Array.from(dims, BigInt)
+      return out('CreateTensorWithDataAsOrtValue', memoryInfo, pointer, bytes, shape, dims.length, type)
+    },
+    releaseTensor: (tensor) => call('ReleaseValue', tensor),
+    run: ({ handle, inputs, outputs }, inputValues, outputValues) => {
+      const given = BigUint64Array.from(inputValues)
+      const results = BigUint64Array.from(outputValues)
+      call('Run', handle, null, inputs.pointers, given, given.length, outputs.pointers, results.length, results)
+    },
+    allocate: (bytes) => out('AllocatorAlloc', allocator, bytes),
+    free: (pointer) => call('AllocatorFree', allocator, pointer),
+    close: () => {
+      call('ReleaseMemoryInfo', memoryInfo)
+      call('ReleaseEnv', env)
+    },
+  }
+}
+
+/** The bytes at an address as an ArrayBuffer without a copy; the memory must outlive every use of it. About 30 µs. */
+export function viewMemory(pointer: Pointer, bytes: number): Uint8Array<ArrayBuffer> {
+  return new Uint8Array(koffi.view(pointer, bytes))
+}
+
+function loadApi(folder: string): { api: Pointer; version: string } {
+  const library = koffi.load(join(folder, libraryName(folder)))
+  const base: Pointer = library.func('OrtGetApiBase', 'void *', [])()
+  const version: string = koffi.decode(koffi.decode(base, 8, 'void *'), textType)()
+  const [major, minor] = version.split('.').map(Number)
+  if (major !== MINIMUM_VERSION[0] || minor < MINIMUM_VERSION[1]) {
+    throw new OnnxRuntimeError(`ONNX Runtime in ${folder} is ${version}, needed is ${MINIMUM_VERSION.join('.')} or later`)
+  }
+  return { api: koffi.decode(koffi.decode(base, 0, 'void *'), getApiType)(API_VERSION), version }
+}
+
+function libraryName(folder: string): string {
+  const found = readdirSync(folder).find((name) => /^libonnxruntime\.(so(\.[\d.]+)?|[\d.]*dylib)$/.test(name))
+  if (found === undefined) throw new OnnxRuntimeError(`there is no libonnxruntime in ${folder}`)
+  return found
+}
+
+type Caller = (name: CallName, ...parameters: unknown[]) => void
+
+function callers(api: Pointer): Caller {
+  const bind = (name: CallName) => koffi.decode(koffi.decode(api, CALLS[name][0] * 8, 'void *'), CALL_TYPES[name])
+  const functions = Object.fromEntries(Object.keys(CALLS).map((name) => [name, bind(name as CallName)]))
+  return (name, ...parameters) => {
+    const status: Pointer | null = functions[name](...parameters)
+    if (!status || CALLS[name][2] !== STATUS_CALL) return
+    const message: string = functions.GetErrorMessage(status)
+    functions.ReleaseStatus(status)
+    throw new OnnxRuntimeError(`${name}: ${message}`)
+  }
+}
+
+function sessionOptions(call: Caller, out: (name: CallName, ...rest: unknown[]) => Pointer, threads: number): Pointer {
+  const options = out('CreateSessionOptions')
+  call('SetIntraOpNumThreads', options, threads)
+  // Spinning threads of several sessions would take the cores from the lane that has work.
+  call('AddSessionConfigEntry', options, 'session.intra_op.allow_spinning', '0')
+  return options
+}
+
+function availableProviders(call: Caller): string[] {
+  const list: [Pointer] = [0n]
+  const count: [number] = [0]
+  call('GetAvailableProviders', list, count)
+  const names: string[] = koffi.decode(list[0], koffi.array('const char *', count[0]))
+  call('ReleaseAvailableProviders', list[0], count[0])
+  return names
+}
+
+// ONNX Runtime takes `const char *const *`; the texts live as long as the list does.
+function nameList(names: readonly string[]): NameList {
+  const texts = names.map((name) => Buffer.from(`${name}\0`))
+  return { texts, pointers: BigUint64Array.from(texts, (text) => koffi.address(text)) }
+}

@@ -1,0 +1,33 @@
+import { readFileSync } from 'node:fs'
+import swagger from '@fastify/swagger'
+import swaggerUi from '@fastify/swagger-ui'
+import type { FastifyInstance } from 'fastify'
+import { parse } from 'yaml'
+
+/** openapi.yaml as text and parsed. */
+export type Contract = { readonly text: string; readonly document: Document }
+
+type Operation = { operationId?: string; security?: readonly unknown[] }
+type Document = {
+  openapi: string
+  info: { title: string; version: string }
+  paths: Record<string, Record<string, Operation>>
+}
+
+/** Reads the contract that every route is made from: it lies beside package.json. */
+export function readContract(): Contract {
+  const text = readFileSync(new URL('../../../openapi.yaml', import.meta.url), 'utf8')
+  return { text, document: parse(text) }
+}
+
+// Swagger UI styles its elements inline and draws its icons from data URLs; everything else comes from the service itself.
+const CONTENT_SECURITY_POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+
+/** The contract as a page under `/docs`. It is open to everybody: it shows what this repository shows, and a browser cannot send a key for it. */
+export async function docs(scope: FastifyInstance, { document }: Contract): Promise<void> {
+  scope.addHook('onRoute', (route) => {
+    route.config = { ...route.config, access: 'open' }
+  })
+  await scope.register(swagger, { mode: 'static', specification: { document } })
+  await scope.register(swaggerUi, { routePrefix: '/docs', staticCSP: CONTENT_SECURITY_POLICY })
+}

@@ -1,0 +1,54 @@
+import type { FastifyReply } from 'fastify'
+import { ServiceError } from '../errors.js'
+import type { Receipt, Run } from '../run/run.js'
+import type { components } from './openapi.js'
+
+/** How many event streams there may be at a time. */
+export const MAX_EVENT_STREAMS = 64
+/** A reader that leaves so many bytes unread is cut off: it can come back with Last-Event-ID. */
+export const MAX_BEHIND_BYTES = 1 << 20
+
+type Reader = { run: Run; end: () => void }
+
+/** Server-sent events: every receipt of a run to everybody who listens. */
+export class Events {
+  #readers = new Set<Reader>()
+
+  /** Sends the kept receipts after step `after` and each later one as it happens. Throws OVERLOADED over MAX_EVENT_STREAMS. */
+  open(run: Run, reply: FastifyReply, after: number): void {
+    if (this.#readers.size >= MAX_EVENT_STREAMS) {
+      throw new ServiceError('OVERLOADED', `there are ${this.#readers.size} event streams, at most ${MAX_EVENT_STREAMS}`, { retry_after_seconds: 1 })
+    }
+    reply.hijack()
+    const { raw } = reply
+    raw.writeHead(200, { 'content-type': 'text/event-stream', 'cache-control': 'no-store', 'x-accel-buffering': 'no' })
+    raw.flushHeaders()
+    const send = (receipt: Receipt) => {
+      raw.write(eventOf(receipt))
+      if (raw.writableLength > MAX_BEHIND_BYTES) raw.destroy()
+    }
+    const reader: Reader = { run, end: () => raw.end() }
+    this.#readers.add(reader)
+    run.setMaxListeners(MAX_EVENT_STREAMS + run.listenerCount('receipt'))
+    for (const receipt of run.receipts(after)) send(receipt)
+    run.on('receipt', send)
+    raw.once('close', () => {
+      run.off('receipt', send)
+      this.#readers.delete(reader)
+    })
+  }
+
+  /** Ends the streams of a run that is no more, or without a run all of them. */
+  end(run?: Run): void {
+    for (const reader of this.#readers) if (run === undefined || reader.run === run) reader.end()
+  }
+}
+
+/** A receipt as REST tells it: the frame without its type. */
+export function receiptBody({ type: _, ...receipt }: Receipt): components['schemas']['Receipt'] {
+  return { ...receipt }
+}
+
+function eventOf(receipt: Receipt): string {
+  return `id: ${receipt.step}\nevent: receipt\ndata: ${JSON.stringify(receiptBody(receipt))}\n\n`
+}

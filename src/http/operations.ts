@@ -1,0 +1,121 @@
+import type { FastifyReply, FastifyRequest } from 'fastify'
+import { DTYPES } from '../../kernels/dtype.js'
+import { type Config, VERSION } from '../config.js'
+import type { Device } from '../device/device.js'
+import { ServiceError } from '../errors.js'
+import type { Metrics } from '../metrics.js'
+import { HYPERPARAMETERS } from '../optimizer/hyperparameters.js'
+import { describe } from '../optimizer/parameter.js'
+import type { Run } from '../run/run.js'
+import type { Runs } from '../run/runs.js'
+import { PROTOCOL } from '../wire/frame.js'
+import type { Contract } from './docs.js'
+import { type Events, receiptBody } from './events.js'
+import type { components, operations } from './openapi.js'
+import { stateBody, stateNorms } from './state.js'
+
+export type Services = { config: Config; device: Device; runs: Runs; metrics: Metrics; events: Events; contract: Contract }
+
+type Schemas = components['schemas']
+type ParametersOf<O, In extends string> = O extends { parameters: { [K in In]?: infer P } } ? AllOf<NonNullable<P>> : never
+type AllOf<P> = [P] extends [never] ? unknown : Required<P>
+/** Every query parameter of the contract has a default that validation fills in: none is undefined here. */
+type RequestOf<O> = FastifyRequest<{ Params: ParametersOf<O, 'path'>; Querystring: ParametersOf<O, 'query'> }>
+type AnswerOf<O> = O extends { responses: { 200: { content: { 'application/json': infer Body } } } } ? Body : FastifyReply
+/** Written as a method, which TypeScript compares loosely: routes are made from all handlers alike, each typed by its operation. */
+type Handler<O> = { handle(request: RequestOf<O>, reply: FastifyReply): AnswerOf<O> | Promise<AnswerOf<O>> }['handle']
+
+/** One handler per operationId of openapi.yaml: a missing one does not compile. `/docs` is served by its plugin. */
+export type Handlers = { readonly [Id in Exclude<keyof operations, 'getDocs'>]: Handler<operations[Id]> }
+
+/** The handlers of the control plane. They throw ServiceError; app.ts makes routes of them and problem documents of errors. */
+export function createHandlers({ config, device, runs, metrics, events, contract }: Services): Handlers {
+  return {
+    getLivez: () => ({ status: 'ok' }),
+    getReadyz: () => {
+      checkReady(device, runs)
+      return { status: 'ok' }
+    },
+    getMetrics: async (_request, reply) => reply.type(metrics.registry.contentType).send(await metrics.registry.metrics()),
+    getCapabilities: () => capabilities(config, device),
+    getOpenapi: (_request, reply) => reply.type('application/yaml').send(contract.text),
+    listRuns: () => ({ runs: runs.list().map(runSummary) }),
+    getRun: ({ params }) => runBody(runs.get(params.run)),
+    deleteRun: async ({ params }, reply) => {
+      const run = runs.get(params.run)
+      await runs.delete(params.run)
+      events.end(run)
+      return reply.code(204).send()
+    },
+    listParameters: ({ params, query }) => {
+      const run = runs.get(params.run)
+      const total = run.parameters.length
+      const count = Math.max(0, Math.min(query.limit, total - query.offset))
+      return { parameters: Array.from({ length: count }, (_, i) => parameterSummary(run, query.offset + i)), total }
+    },
+    getParameter: async ({ params }) => {
+      const run = runs.get(params.run)
+      const summary = parameterSummary(run, params.index)
+      return { ...summary, state: await stateNorms(device, run, params.index) }
+    },
+    getParameterState: ({ params }, reply) => {
+      const { length, body } = stateBody(device, runs.get(params.run), params.index)
+      return reply.type('application/octet-stream').header('content-length', length).send(body)
+    },
+    listReceipts: ({ params, query }) => ({ receipts: runs.get(params.run).receipts(query.after).map(receiptBody) }),
+    streamEvents: ({ params, headers }, reply) => {
+      const run = runs.get(params.run)
+      events.open(run, reply, Number(headers['last-event-id'] ?? run.step))
+      return reply
+    },
+    openStream: (_request, reply) => {
+      reply.header('upgrade', 'websocket').header('connection', 'upgrade')
+      throw Object.assign(new Error('this is a WebSocket: the request needs `Upgrade: websocket`'), { statusCode: 426 })
+    },
+  }
+}
+
+function checkReady(device: Device, runs: Runs): void {
+  if (device.failed) throw new ServiceError('DEVICE_FAILED', `the device ${device.name} has failed: ${device.failed.message}`)
+  if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and begins no step')
+}
+
+function capabilities(config: Config, device: Device): Schemas['Capabilities'] {
+  const { chunk_bytes, staging_bytes, max_runs, max_connections, max_parameters, receipts_kept } = config
+  const limits = { chunk_bytes, staging_bytes, state_bytes: device.stateBytesLimit, max_runs, max_connections, max_parameters, receipts_kept }
+  return {
+    server: { name: 'muond', version: VERSION },
+    protocols: [PROTOCOL],
+    algorithms: Object.fromEntries(Object.entries(HYPERPARAMETERS).map(([name, table]) => [name, hyperparametersOf(table)])),
+    dtypes: Object.keys(DTYPES),
+    devices: [{ name: device.name, kind: device.kind, onnxruntime: device.version, lanes: device.lanes }],
+    limits,
+  }
+}
+
+type Rules = Readonly<Record<string, { default: unknown; expected: string; description: string; sticky: boolean }>>
+
+function hyperparametersOf(rules: Rules): Record<string, Schemas['Hyperparameter']> {
+  const entries = Object.entries(rules).map(([name, rule]) => {
+    const { default: value, expected, description, sticky } = rule
+    return [name, { default: value, expected, description, sticky }] as const
+  })
+  return Object.fromEntries(entries)
+}
+
+function runSummary(run: Run): Schemas['RunSummary'] {
+  const { name, epoch, step, digest, created_at } = run
+  const parameters = run.parameters.length
+  return { name, epoch, step, digest, created_at, connected: run.writer !== undefined, parameters, state_bytes: run.stateBytes }
+}
+
+function runBody(run: Run): Schemas['Run'] {
+  const { groups, ahead } = run.opened(true)
+  return { ...runSummary(run), ahead: [...ahead], groups: { ...groups } }
+}
+
+function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {
+  const { parameter, algorithm, step, state_bytes } = run.place(index)
+  const { shape, split, ...rest } = describe(parameter)
+  return { ...rest, shape: [...shape], ...(split && { split: [...split] }), algorithm, step, state_bytes }
+}

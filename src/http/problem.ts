@@ -1,0 +1,75 @@
+import { STATUS_CODES } from 'node:http'
+import type { Socket } from 'node:net'
+import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
+import { type ErrorCode, ServiceError } from '../errors.js'
+import type { Metrics } from '../metrics.js'
+import type { components } from './openapi.js'
+
+export type Problem = components['schemas']['Problem']
+
+const MEDIA_TYPE = 'application/problem+json'
+
+/** Makes every error of the app a problem document (RFC 9457): ours, fastify's, unknown routes, and requests that are not HTTP. */
+export function answerProblems(app: FastifyInstance, metrics: Metrics): void {
+  app.setErrorHandler((error, request, reply) => sendProblem(error, { request, reply, metrics }))
+  app.setNotFoundHandler((request) => {
+    throw new ServiceError('NOT_FOUND', `there is no ${path(request)} here`)
+  })
+}
+
+/** Answers with the problem document of an error. What nobody foresaw is logged whole and told as INTERNAL without its message. */
+export function sendProblem(
+  error: unknown,
+  { request, reply, metrics }: { request: FastifyRequest; reply: FastifyReply; metrics: Metrics },
+): void {
+  const problem = problemOf(error, request.id)
+  metrics.errors_total.inc({ code: problem.code })
+  if (problem.status >= 500) request.log.error({ event: 'request_failed', code: problem.code, err: error })
+  if (problem.status === 401) reply.header('www-authenticate', 'Bearer')
+  if (problem.retry_after_seconds !== undefined) reply.header('retry-after', Math.ceil(problem.retry_after_seconds))
+  reply.code(problem.status).type(MEDIA_TYPE).serializer(JSON.stringify).send(problem)
+}
+
+/** The document of an error; `id` is the request's, which leads to the log where the detail is not told. */
+export function problemOf(error: unknown, id: string): Problem {
+  if (error instanceof ServiceError) return { ...document(error.code, error.message, error.status), retryable: error.retryable, ...error.fields }
+  const status = statusOf(error)
+  if (status < 500 && error instanceof Error) return document('REQUEST_INVALID', explain(error), status)
+  return document('INTERNAL', `the service failed; its log says why under request ${id}`, 500)
+}
+
+/** Answers bytes that are no HTTP request: there is no request or reply yet, only the socket. */
+export function answerClientError(error: NodeJS.ErrnoException, socket: Socket): void {
+  if (error.code === 'ECONNRESET' || !socket.writable) return void socket.destroy()
+  const status = CLIENT_ERRORS[error.code ?? ''] ?? 400
+  const body = JSON.stringify(document('REQUEST_INVALID', `this is no HTTP request: ${error.message}`, status))
+  const head = [
+    `HTTP/1.1 ${status} ${STATUS_CODES[status]}`,
+    `content-type: ${MEDIA_TYPE}`,
+    `content-length: ${Buffer.byteLength(body)}`,
+    'connection: close',
+  ]
+  socket.end(`${head.join('\r\n')}\r\n\r\n${body}`)
+}
+
+/** node:http's own error codes that mean something else than 400. */
+const CLIENT_ERRORS: Readonly<Record<string, number>> = { HPE_HEADER_OVERFLOW: 431, ERR_HTTP_REQUEST_TIMEOUT: 408 }
+
+function document(code: ErrorCode, detail: string, status: number): Problem {
+  return { type: 'about:blank', title: STATUS_CODES[status] ?? 'Error', status, detail, code, retryable: false }
+}
+
+function statusOf(error: unknown): number {
+  return error instanceof Error && 'statusCode' in error && typeof error.statusCode === 'number' ? error.statusCode : 500
+}
+
+/** fastify's message, and for a value that the contract forbids its name and the value. */
+function explain(error: Error & Partial<Pick<FastifyError, 'validation'>>): string {
+  const [first] = error.validation ?? []
+  const unknown = first?.params.additionalProperty
+  return unknown === undefined ? error.message : `unknown query parameter '${unknown}'`
+}
+
+function path({ method, url }: FastifyRequest): string {
+  return `${method} ${url.split('?')[0]}`
+}

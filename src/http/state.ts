@@ -1,0 +1,79 @@
+import { Readable } from 'node:stream'
+import { setImmediate as turn } from 'node:timers/promises'
+import type { Device } from '../device/device.js'
+import type { Run } from '../run/run.js'
+import { encodeHeader, type TensorEntry } from '../store/safetensors.js'
+import type { components } from './openapi.js'
+
+type StateTensor = components['schemas']['StateTensor']
+type Held = ReturnType<Run['stateTensors']>
+
+// About a millisecond of the event loop.
+const ELEMENTS_PER_TURN = 1 << 20
+
+/** The state tensors of a parameter with their norms; none before its first step. Reads them turn by turn of the event loop. */
+export async function stateNorms(device: Device, run: Run, index: number): Promise<StateTensor[]> {
+  const held = run.stateTensors(index)
+  try {
+    const described: StateTensor[] = []
+    for (const { name, shape, tensor } of held) {
+      const norm = Math.sqrt(await squareSum(device.read(tensor)))
+      const elements = tensor.bytes / Float32Array.BYTES_PER_ELEMENT
+      described.push({ name, dtype: 'float32', shape: [...shape], norm, rms: norm / Math.sqrt(elements) })
+    }
+    return described
+  } finally {
+    release(device, held)
+  }
+}
+
+/**
+ * A safetensors body with the state of one parameter, and its length in bytes.
+ * State tensors are immutable, so the references taken here make it the state of one moment however slowly it is read.
+ */
+export function stateBody(device: Device, run: Run, index: number): { length: number; body: Readable } {
+  const held = run.stateTensors(index)
+  const { parameter, algorithm, step } = run.place(index)
+  const metadata = { run: run.name, parameter: parameter.name, algorithm, run_step: String(run.step), ...momentumForm(run, parameter.group) }
+  const entries = entriesOf(held)
+  const header = encodeHeader(entries, metadata)
+  const length = entries.reduce((sum, { bytes }) => sum + bytes, header.length)
+  const body = Readable.from(pieces(device, header, { held, step }), { objectMode: false })
+  // Not in the generator: a reader that leaves before the first piece never starts it.
+  body.once('close', () => release(device, held))
+  return { length, body }
+}
+
+const STEP_BYTES = BigInt64Array.BYTES_PER_ELEMENT
+
+/** `step` comes first, so that everything is aligned to its element size. At most one tensor's copy is held at a time. */
+function* pieces(device: Device, header: Uint8Array, { held, step }: { held: Held; step: number }): Generator<Uint8Array> {
+  yield header
+  if (held.length > 0) yield new Uint8Array(BigInt64Array.of(BigInt(step)).buffer)
+  for (const { tensor } of held) yield device.read(tensor)
+}
+
+function entriesOf(held: Held): TensorEntry[] {
+  if (held.length === 0) return []
+  const tensors = held.map(({ name, shape, tensor }) => ({ name, dtype: 'F32', shape, bytes: tensor.bytes }) as const)
+  return [{ name: 'step', dtype: 'I64', shape: [], bytes: STEP_BYTES }, ...tensors]
+}
+
+function momentumForm(run: Run, group: string): Record<string, string> {
+  const form = run.opened(true).groups[group]?.momentum_form
+  return typeof form === 'string' ? { momentum_form: form } : {}
+}
+
+async function squareSum(bytes: Uint8Array): Promise<number> {
+  const values = new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / Float32Array.BYTES_PER_ELEMENT)
+  let sum = 0
+  for (let start = 0; start < values.length; start += ELEMENTS_PER_TURN) {
+    for (const value of values.subarray(start, start + ELEMENTS_PER_TURN)) sum += value * value
+    await turn()
+  }
+  return sum
+}
+
+function release(device: Device, held: Held): void {
+  for (const { tensor } of held) device.memory.release(tensor)
+}

@@ -1,0 +1,98 @@
+import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
+
+/** The parts of a step that a receipt times too. */
+export const PHASES = ['receive', 'queue', 'compute', 'send'] as const
+export type Phase = (typeof PHASES)[number]
+
+// From a bias on a warm machine (100 us) to a whole large model behind a slow network (100 s).
+const PHASE_BUCKETS = [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
+
+export type Metrics = ReturnType<typeof createMetrics>
+
+/** What the gauges show, asked for at each scrape: nothing polls and nothing is counted twice. */
+export type Observed = {
+  in_flight_bytes: () => number
+  staging: () => { used: number; capacity: number }
+  state_bytes: () => number
+  runs: () => number
+  connections: () => number
+  build: { version: string; onnxruntime: string; device: string }
+}
+
+/**
+ * Every instrument of the service in one registry, named as its metric without the prefix `muond_`. `observe` adds the
+ * gauges once the things they show exist. No label carries the name of a run or parameter, so their number is bounded.
+ */
+export function createMetrics(registry = new Registry()) {
+  collectDefaultMetrics({ register: registry, prefix: 'muond_' })
+  const counter = <Label extends string = never>(name: string, help: string, labelNames: readonly Label[] = []) =>
+    new Counter<Label>({ name: `muond_${name}`, help, labelNames, registers: [registry] })
+  return {
+    registry,
+    observe: (observed: Observed) => addGauges(registry, observed),
+    steps_total: counter('steps_total', 'Steps finished with a receipt, replayed ones not counted.'),
+    step_phase_seconds: phaseHistogram(registry),
+    received_bytes_total: counter('received_bytes_total', 'Bytes of gradient data received.'),
+    sent_bytes_total: counter('sent_bytes_total', 'Bytes of update data sent.'),
+    refused_gradients_total: counter<'code'>('refused_gradients_total', 'Gradients refused, by error code.', ['code']),
+    errors_total: counter<'code'>('errors_total', 'Errors told to clients on the stream or over REST, by code.', ['code']),
+    in_place_connections_total: counter('in_place_connections_total', 'Streams whose gradients the kernel writes straight into the staging arena.'),
+  }
+}
+
+
+function phaseHistogram(registry: Registry) {
+  return new Histogram<'phase'>({
+    name: 'muond_step_phase_seconds',
+    help: 'Seconds of each finished step spent in a phase, summed over its parameters: receive, queue, compute, send.',
+    labelNames: ['phase'],
+    buckets: PHASE_BUCKETS,
+    registers: [registry],
+  })
+}
+
+function addGauges(registry: Registry, observed: Observed): void {
+  const plain = {
+    in_flight_bytes: 'Bytes of gradients received or computing and of updates not yet sent.',
+    state_bytes: 'Bytes of optimizer state on the device.',
+    runs: 'Runs that exist.',
+    connections: 'Streams that are open.',
+  } as const
+  for (const name of ['in_flight_bytes', 'state_bytes', 'runs', 'connections'] as const) {
+    const read = observed[name]
+    addGauge(registry, name, plain[name], (gauge) => gauge.set(read()))
+  }
+  addStaging(registry, observed.staging)
+  const info = new Gauge({
+    name: 'muond_build_info',
+    help: 'Always 1; the labels say what runs.',
+    labelNames: ['version', 'node', 'onnxruntime', 'device'],
+    registers: [registry],
+  })
+  info.set({ ...observed.build, node: process.version }, 1)
+}
+
+function addGauge(registry: Registry, name: string, help: string, collect: (gauge: Gauge) => void): void {
+  new Gauge({
+    name: `muond_${name}`,
+    help,
+    registers: [registry],
+    collect() {
+      collect(this)
+    },
+  })
+}
+
+function addStaging(registry: Registry, read: Observed['staging']): void {
+  new Gauge({
+    name: 'muond_staging_bytes',
+    help: 'Bytes of the staging arena, reserved (used) and in all (capacity).',
+    labelNames: ['state'],
+    registers: [registry],
+    collect() {
+      const { used, capacity } = read()
+      this.set({ state: 'used' }, used)
+      this.set({ state: 'capacity' }, capacity)
+    },
+  })
+}

@@ -1,0 +1,199 @@
+import { bytesPerElement, DTYPES, type Dtype, isDtype } from '../../kernels/dtype.js'
+import { KERNEL_IO } from '../../kernels/kernel.js'
+import { type ErrorCode, ServiceError } from '../errors.js'
+import { type Algorithm, checkName, type Group, show } from './hyperparameters.js'
+
+/** How a tensor is cut into matrices; explicit, never guessed. */
+export type Layout = { readonly split?: readonly number[]; readonly heads?: number; readonly matrices?: string }
+
+/** A parameter as `open` declares it; only its types are checked. */
+export type RawParameter = Layout & {
+  readonly name: string
+  readonly shape: readonly number[]
+  readonly group: string
+  readonly gradient_dtype?: string
+  readonly update_dtype?: string
+}
+
+/** One matrix of a parameter: contiguous, rows x cols, `offset` in elements from the tensor's start. */
+export type Block = { readonly rows: number; readonly cols: number; readonly offset: number }
+
+/** One float32 tensor that the service keeps for a parameter, under torch's name for it. */
+export type StateTensor = { readonly name: string; readonly shape: readonly number[]; readonly bytes: number }
+
+/** A parameter that fits its group's algorithm; `blocks` is empty where the algorithm is elementwise. */
+export type Parameter = Layout & {
+  readonly index: number
+  readonly name: string
+  readonly shape: readonly number[]
+  readonly group: string
+  readonly gradient_dtype: Dtype
+  readonly update_dtype: Dtype
+  readonly elements: number
+  readonly gradient_bytes: number
+  readonly update_bytes: number
+  readonly blocks: readonly Block[]
+  readonly state: readonly StateTensor[]
+}
+
+/** A gradient, an update and two states of 4 bytes each stay below 2^53 bytes together. */
+const MAX_ELEMENTS = 2 ** 49
+
+/** Blocks of all parameters of one `open`: `heads` makes a billion of them out of twenty bytes. */
+export const MAX_BLOCKS = 2 ** 18
+
+const STATE_BYTES_PER_ELEMENT = bytesPerElement('float32')
+
+/**
+ * Checks the parameters of an `open` against their groups and lays them out.
+ * Throws PARAMETER_INVALID or DTYPE_UNSUPPORTED with the parameter's name, index and both values.
+ */
+export function parseParameters(raw: readonly RawParameter[], groups: ReadonlyMap<string, Group>): Parameter[] {
+  if (raw.length === 0) throw new ServiceError('PARAMETER_INVALID', 'there are no parameters, expected at least one')
+  const seen = new Map<string, number>()
+  let blocks = 0
+  return raw.map((given, index) => {
+    const fail = refusal(given, index)
+    checkName(`parameter ${index}`, given.name)
+    const twin = seen.get(given.name)
+    if (twin !== undefined) throw fail(`has the name of parameter ${twin}`)
+    seen.set(given.name, index)
+    const group = groups.get(given.group)
+    if (group === undefined) throw fail(`is in group ${show(given.group)}, expected one of ${show([...groups.keys()])}`)
+    const parameter = parse(given, { index, algorithm: group.algorithm, blocks: MAX_BLOCKS - blocks, fail })
+    blocks += parameter.blocks.length
+    return parameter
+  })
+}
+
+/** A parameter's row in `opened`, but for its step and algorithm, which the run knows. */
+export function describe(parameter: Parameter) {
+  const { index, name, shape, group, gradient_dtype, update_dtype } = parameter
+  return { index, name, shape, group, gradient_dtype, update_dtype, ...layoutOf(parameter) }
+}
+
+/** Bytes that the service keeps between two steps of a parameter. */
+export function stateBytes(parameter: Parameter): number {
+  return parameter.state.reduce((sum, { bytes }) => sum + bytes, 0)
+}
+
+/** What first tells a run's parameters from those a resuming client gives; undefined where they are the same. */
+export function firstDifference(existing: readonly Parameter[], given: readonly Parameter[]): string | undefined {
+  const differences = existing.slice(0, given.length).map((parameter, index) => difference(parameter, given[index]))
+  const first = differences.find((text) => text !== undefined)
+  if (first !== undefined || existing.length === given.length) return first
+  return `it has ${existing.length} parameters, ${given.length} given`
+}
+
+type Fail = (message: string, code?: ErrorCode) => ServiceError
+type Context = { index: number; algorithm: Algorithm; blocks: number; fail: Fail }
+
+function refusal(given: RawParameter, index: number): Fail {
+  return (message, code = 'PARAMETER_INVALID') =>
+    new ServiceError(code, `parameter ${show(given.name)} ${message}`, { parameter: index })
+}
+
+function parse(given: RawParameter, context: Context): Parameter {
+  const { index, algorithm, fail } = context
+  const { name, group } = given
+  const shape = [...given.shape]
+  const elements = count(shape, fail)
+  const gradient_dtype = dtype('gradient_dtype', given.gradient_dtype, fail)
+  const update_dtype = dtype('update_dtype', given.update_dtype, fail)
+  const bytes = elements * STATE_BYTES_PER_ELEMENT
+  return {
+    ...{ index, name, shape, group, gradient_dtype, update_dtype, ...layoutOf(given), elements },
+    gradient_bytes: elements * bytesPerElement(gradient_dtype),
+    update_bytes: elements * bytesPerElement(update_dtype),
+    blocks: algorithm === 'muon' ? matrices(given, context) : noMatrices(given, context),
+    state: KERNEL_IO[algorithm].state.map((tensor) => ({ name: tensor, shape, bytes })),
+  }
+}
+
+function count(shape: readonly number[], fail: Fail): number {
+  const bad = shape.find((size) => !isPositive(size))
+  if (bad !== undefined) throw fail(`has ${bad} in its shape ${show(shape)}, expected integers from 1 on`)
+  const elements = product(shape)
+  if (elements <= MAX_ELEMENTS) return elements
+  throw fail(`has shape ${show(shape)}, which is ${elements} elements, expected at most ${MAX_ELEMENTS}`)
+}
+
+function dtype(key: string, value: string | undefined, fail: Fail): Dtype {
+  if (value === undefined) return 'float32'
+  if (isDtype(value)) return value
+  throw fail(`has ${key} ${show(value)}, expected one of ${Object.keys(DTYPES).join(', ')}`, 'DTYPE_UNSUPPORTED')
+}
+
+/** The keys of the layout that are set, so that what was left out stays out. */
+function layoutOf({ split, heads, matrices }: Layout): Layout {
+  return {
+    ...(split === undefined ? {} : { split: [...split] }),
+    ...(heads === undefined ? {} : { heads }),
+    ...(matrices === undefined ? {} : { matrices }),
+  }
+}
+
+function noMatrices(given: RawParameter, { algorithm, fail }: Context): Block[] {
+  const [key] = Object.keys(layoutOf(given))
+  if (key === undefined) return []
+  throw fail(`has ${key}, but ${algorithm} has no matrices: leave it out`)
+}
+
+/** Cuts the tensor into its matrices and these into row blocks; in C order each is contiguous, one after the other. */
+function matrices(given: RawParameter, { fail, blocks: limit }: Context): Block[] {
+  const { batch, rows, cols } = matrixShape(given, fail)
+  checkRows(given, rows, fail)
+  const { split, heads } = given
+  const perMatrix = split?.length ?? heads ?? 1
+  const blocks = batch * perMatrix
+  if (blocks > limit) throw fail(`is cut into ${blocks} matrices, ${limit} are left of ${MAX_BLOCKS} for all parameters`)
+  let offset = 0
+  return Array.from({ length: blocks }, (_, i) => {
+    const block = { rows: split ? split[i % perMatrix] : rows / perMatrix, cols, offset }
+    offset += block.rows * cols
+    return block
+  })
+}
+
+function matrixShape({ shape, matrices }: RawParameter, fail: Fail): { batch: number; rows: number; cols: number } {
+  const rank = shape.length
+  if (rank < 2) throw fail(`has shape ${show(shape)}, muon needs at least two dimensions: put it in a group with adamw`)
+  if (matrices !== undefined && matrices !== 'flatten' && matrices !== 'batch') {
+    throw fail(`has matrices ${show(matrices)}, expected 'flatten' or 'batch'`)
+  }
+  if (rank > 2 && matrices === undefined) {
+    throw fail(`has shape ${show(shape)}, muon needs matrices 'flatten' or 'batch' for more than two dimensions`)
+  }
+  const at = matrices === 'batch' ? rank - 2 : 0
+  return { batch: product(shape.slice(0, at)), rows: shape[at], cols: product(shape.slice(at + 1)) }
+}
+
+function checkRows({ split, heads }: RawParameter, rows: number, fail: Fail): void {
+  if (split && heads !== undefined) throw fail('has both split and heads, expected one of them')
+  if (split) checkSplit(split, rows, fail)
+  if (heads === undefined || (isPositive(heads) && rows % heads === 0)) return
+  throw fail(`has heads ${heads}, expected a divisor of its ${rows} rows`)
+}
+
+function checkSplit(split: readonly number[], rows: number, fail: Fail): void {
+  const bad = split.find((height) => !isPositive(height))
+  if (bad !== undefined) throw fail(`has ${bad} in its split ${show(split)}, expected integers from 1 on`)
+  const sum = split.reduce((total, height) => total + height, 0)
+  if (sum !== rows) throw fail(`has split ${show(split)}, which sums to ${sum}, expected its ${rows} rows`)
+}
+
+function isPositive(value: number): boolean {
+  return Number.isSafeInteger(value) && value > 0
+}
+
+function product(sizes: readonly number[]): number {
+  return sizes.reduce((total, size) => total * size, 1)
+}
+
+const COMPARED = ['name', 'shape', 'group', 'gradient_dtype', 'update_dtype', 'split', 'heads', 'matrices'] as const
+
+function difference(existing: Parameter, given: Parameter): string | undefined {
+  const key = COMPARED.find((name) => JSON.stringify(existing[name]) !== JSON.stringify(given[name]))
+  const where = `parameter ${existing.index} (${show(existing.name)})`
+  return key && `${where} has ${key} ${show(existing[key])} in the run, ${show(given[key])} given`
+}

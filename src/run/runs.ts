@@ -1,0 +1,180 @@
+import type { Config } from '../config.js'
+import type { Device } from '../device/device.js'
+import { ServiceError } from '../errors.js'
+import { planStep } from '../optimizer/algorithm.js'
+import { parseGroup, stateBearing } from '../optimizer/hyperparameters.js'
+import { firstDifference, type Parameter, parseParameters } from '../optimizer/parameter.js'
+import type { OpenFrame } from '../wire/frame.js'
+import { bytesOfRun, groupOf, Run, type Writer } from './run.js'
+import type { Groups } from './schedule.js'
+
+/** The run that an `open` gave, and whether it existed before. */
+export type Opened = { run: Run; resumed: boolean }
+
+/** The table of runs: it creates, finds, hands over and deletes them, within the limits of the settings. */
+export class Runs {
+  draining = false
+  readonly #device: Device
+  readonly #config: Config
+  #runs = new Map<string, Run>()
+  #turns = new Map<string, Promise<unknown>>()
+
+  constructor(device: Device, config: Config) {
+    this.#device = device
+    this.#config = config
+    device.onFailure = () => this.#expelAll()
+  }
+
+  list(): Run[] {
+    return [...this.#runs.values()]
+  }
+
+  get(name: string): Run {
+    const run = this.#runs.get(name)
+    if (run === undefined) throw new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'`)
+    return run
+  }
+
+  /** Opens a run for `writer`. What one name is asked for happens in the order of the calls. */
+  open(frame: OpenFrame, writer: Writer): Promise<Opened> {
+    return this.#inTurn(frame.run, () => this.#open(frame, writer))
+  }
+
+  /** Deletes a run with its state; its connection is closed. */
+  delete(name: string): Promise<void> {
+    return this.#inTurn(name, async () => {
+      const run = this.get(name)
+      this.#runs.delete(name)
+      const { writer } = run
+      writer?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
+      await writer?.fence()
+      await run.settled()
+      run.dispose()
+    })
+  }
+
+  async #open(frame: OpenFrame, writer: Writer): Promise<Opened> {
+    refuseUnsupported(frame)
+    if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and opens no run')
+    const known = this.#runs.get(frame.run)
+    if (known && frame.mode === 'create') throw new ServiceError('RUN_EXISTS', `run '${frame.run}' exists`)
+    if (!known && frame.mode === 'resume') this.get(frame.run)
+    if (known) return this.#resume(known, frame, writer)
+    return { run: await this.#create(frame, writer), resumed: false }
+  }
+
+  async #resume(run: Run, frame: OpenFrame, writer: Writer): Promise<Opened> {
+    if (run.writer && !frame.takeover) {
+      throw new ServiceError('RUN_BUSY', `run '${run.name}' has a connection (epoch ${run.epoch}), open it with takeover to replace that`)
+    }
+    const groups = checkSame(run, frame)
+    await run.attach(writer)
+    if (groups) run.schedule.replace(groups, run.ahead.length === 0)
+    return { run, resumed: true }
+  }
+
+  async #create(frame: OpenFrame, writer: Writer): Promise<Run> {
+    if (this.#runs.size >= this.#config.max_runs) {
+      throw new ServiceError('OVER_CAPACITY', `the service holds ${this.#runs.size} runs, at most ${this.#config.max_runs}`)
+    }
+    if (!frame.groups || !frame.parameters) {
+      throw new ServiceError('PARAMETER_INVALID', `run '${frame.run}' is new: open needs groups and parameters`)
+    }
+    const groups = parseGroups(frame.groups)
+    const parameters = parseParameters(frame.parameters, groups)
+    this.#checkFits(parameters)
+    const bytes = bytesOfRun(parameters)
+    this.#device.admit(bytes, `run '${frame.run}'`)
+    let run: Run | undefined
+    try {
+      await this.#device.load(kernelsOf(parameters, groups))
+      run = new Run(this.#device, { name: frame.run, groups, parameters, receipts_kept: this.#config.receipts_kept })
+      await run.attach(writer)
+    } catch (error) {
+      if (run) run.dispose()
+      else this.#device.dismiss(bytes)
+      throw error
+    }
+    this.#runs.set(run.name, run)
+    return run
+  }
+
+  #checkFits(parameters: readonly Parameter[]): void {
+    if (parameters.length > this.#config.max_parameters) {
+      throw new ServiceError('OVER_CAPACITY', `a run holds at most ${this.#config.max_parameters} parameters, given are ${parameters.length}`)
+    }
+    const { staging } = this.#device
+    const large = parameters.find(({ gradient_bytes }) => !staging.fits(gradient_bytes))
+    if (!large) return
+    const needs = `a gradient of parameter '${large.name}' needs ${large.gradient_bytes} bytes of staging memory`
+    throw new ServiceError('OVER_CAPACITY', `${needs}, the arena has ${staging.capacity}`, { parameter: large.index })
+  }
+
+  async #inTurn<T>(name: string, work: () => Promise<T>): Promise<T> {
+    const before = this.#turns.get(name)
+    const turn = (before ?? Promise.resolve()).then(work)
+    const settled = turn.catch(() => undefined)
+    this.#turns.set(name, settled)
+    try {
+      return await turn
+    } finally {
+      if (this.#turns.get(name) === settled) this.#turns.delete(name)
+    }
+  }
+
+  #expelAll(): void {
+    const error = new ServiceError('DEVICE_FAILED', `the device ${this.#device.name} has failed: ${this.#device.failed?.message}`, { close: 1011 })
+    for (const run of this.#runs.values()) run.writer?.expel(error)
+    this.#runs.clear()
+  }
+}
+
+function refuseUnsupported(frame: OpenFrame): void {
+  if (frame.protocol !== 1) throw new ServiceError('PROTOCOL_UNSUPPORTED', `protocol ${frame.protocol} is not spoken here, expected 1`)
+  if (frame.attentions?.length) throw new ServiceError('PARAMETER_INVALID', 'attentions (QK-clip) are not supported yet')
+  if (frame.checkpoint !== undefined) throw new ServiceError('PARAMETER_INVALID', 'checkpoints are not supported yet')
+}
+
+function parseGroups(raw: NonNullable<OpenFrame['groups']>): Groups {
+  const groups = new Map<string, ReturnType<typeof parseGroup>>()
+  for (const given of raw) {
+    if (groups.has(given.name)) throw new ServiceError('PARAMETER_INVALID', `there are two groups '${given.name}'`)
+    groups.set(given.name, parseGroup(given))
+  }
+  return groups
+}
+
+/** Compares what a resuming `open` gives with what the run has; answers the groups to replace, if any were given. */
+function checkSame(run: Run, frame: OpenFrame): Groups | undefined {
+  const existing = run.schedule.current.groups
+  const groups = frame.groups && parseGroups(frame.groups)
+  if (groups) {
+    const difference = groupDifference(existing, groups)
+    if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
+  }
+  if (frame.parameters) {
+    const difference = firstDifference(run.parameters, parseParameters(frame.parameters, groups ?? existing))
+    if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
+  }
+  return groups
+}
+
+function groupDifference(existing: Groups, given: Groups): string | undefined {
+  for (const [name, group] of existing) {
+    const other = given.get(name)
+    if (!other) return `its group '${name}' is not given`
+    const difference = stateBearing(group, other)
+    if (difference) return `group '${name}': ${difference}`
+  }
+  for (const name of given.keys()) if (!existing.has(name)) return `it has no group '${name}'`
+  return undefined
+}
+
+function kernelsOf(parameters: readonly Parameter[], groups: Groups) {
+  const kernels = new Map<string, ReturnType<typeof planStep>['kernel']>()
+  for (const parameter of parameters) {
+    const plan = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
+    for (const kernel of [plan.kernel, ...plan.tasks.flatMap((task) => task.kernel ?? [])]) kernels.set(JSON.stringify(kernel), kernel)
+  }
+  return [...kernels.values()]
+}

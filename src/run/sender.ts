@@ -1,0 +1,101 @@
+import type { WebSocket } from 'ws'
+
+/** One message: a header alone, or a header followed by a payload that is sent from where it lies. */
+export type Message = { header: Buffer; payload?: Uint8Array }
+
+type Item = Message & { resolve: (sent: boolean) => void }
+
+// Enough to keep the socket busy; everything beyond waits here, where it can still be dropped.
+const WINDOW_BYTES = 8 << 20
+
+/** The order and the flow of what one connection is sent: at most WINDOW_BYTES lie in the socket at a time. */
+export class Sender {
+  /** When a byte last moved towards the client, by performance.now(). */
+  movedAt = performance.now()
+  sentBytes = 0
+  readonly #socket: WebSocket
+  #waiting: Item[] = []
+  #inSocket = 0
+  #flying = new Set<Item>()
+  #idle: (() => void)[] = []
+
+  constructor(socket: WebSocket) {
+    this.#socket = socket
+    socket.once('close', () => this.#abandon())
+  }
+
+  get busy(): boolean {
+    return this.#flying.size > 0 || this.#waiting.length > 0
+  }
+
+  /**
+   * Resolves true when the message was handed to the kernel whole, false when it was dropped. A header alone is small and
+   * does not wait for the window: an error must reach the socket before the close that follows it.
+   */
+  send(message: Message): Promise<boolean> {
+    return new Promise((resolve) => {
+      const item = { ...message, resolve }
+      if (message.payload === undefined && this.#open) return this.#write(item)
+      this.#waiting.push(item)
+      this.#flush()
+    })
+  }
+
+  /** Drops what is not in the socket yet. */
+  drop(): void {
+    for (const item of this.#waiting.splice(0)) item.resolve(false)
+    this.#settle()
+  }
+
+  /** Resolves when nothing is on its way: every payload's memory is free again. */
+  idle(): Promise<void> {
+    if (!this.busy) return Promise.resolve()
+    return new Promise((resolve) => this.#idle.push(resolve))
+  }
+
+  get #open(): boolean {
+    return this.#socket.readyState === this.#socket.OPEN
+  }
+
+  #flush(): void {
+    if (!this.#open) return this.drop()
+    while (this.#inSocket < WINDOW_BYTES) {
+      const item = this.#waiting.shift()
+      if (item === undefined) return
+      this.#write(item)
+    }
+  }
+
+  #write(item: Item): void {
+    const bytes = item.header.length + (item.payload?.length ?? 0)
+    this.#inSocket += bytes
+    this.#flying.add(item)
+    const done = (error?: Error | null) => {
+      if (!this.#flying.delete(item)) return
+      this.#inSocket -= bytes
+      if (!error) this.#moved(bytes)
+      item.resolve(!error)
+      this.#flush()
+      this.#settle()
+    }
+    if (item.payload === undefined) return this.#socket.send(item.header, { binary: true }, done)
+    this.#socket.send(item.header, { binary: true, fin: false })
+    this.#socket.send(item.payload, { binary: true, fin: true }, done)
+  }
+
+  #moved(bytes: number): void {
+    this.sentBytes += bytes
+    this.movedAt = performance.now()
+  }
+
+  #abandon(): void {
+    for (const item of this.#flying) item.resolve(false)
+    this.#flying.clear()
+    this.drop()
+  }
+
+  #settle(): void {
+    if (this.busy) return
+    for (const resolve of this.#idle.splice(0)) resolve()
+  }
+}

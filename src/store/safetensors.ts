@@ -1,0 +1,139 @@
+// The safetensors format (https://huggingface.co/docs/safetensors): the header's length as a little-endian u64, a JSON
+// header {name: {dtype, shape, data_offsets}, __metadata__: {…}}, then the tensors' bytes without holes.
+
+/** Bytes per element. */
+export const SAFETENSORS_DTYPES = { F32: 4, BF16: 2, F16: 2, I64: 8 } as const
+
+export type SafetensorsDtype = keyof typeof SAFETENSORS_DTYPES
+
+/** One tensor of a file to be written: `bytes` is its size, equal to the elements of `shape` times the dtype's size. */
+export type TensorEntry = { name: string; dtype: SafetensorsDtype; shape: readonly number[]; bytes: number }
+
+/** `data` is a view into the parsed buffer: little-endian, C order, not necessarily aligned to its element. */
+export type StoredTensor = { dtype: SafetensorsDtype; shape: number[]; data: Uint8Array }
+
+export type Safetensors = { metadata: Record<string, string>; tensors: Map<string, StoredTensor> }
+
+/** The bytes are not a safetensors file that this service writes; the message says what is wrong and where. */
+export class SafetensorsError extends Error {
+  override readonly name = 'SafetensorsError'
+}
+
+const LENGTH_BYTES = 8
+// The limit of the reference implementation: a corrupt length is refused before anything is read by it.
+const MAX_HEADER_BYTES = 100_000_000
+const METADATA = '__metadata__'
+
+/**
+ * Everything that precedes the tensors' bytes, which follow in the order given. Its length is a multiple of 8, so a
+ * file whose 8-byte tensors come first has every tensor aligned. Throws on duplicate names and on sizes that do not fit.
+ */
+export function encodeHeader(tensors: readonly TensorEntry[], metadata: Readonly<Record<string, string>> = {}): Uint8Array {
+  const entries: [string, unknown][] = Object.keys(metadata).length > 0 ? [[METADATA, metadata]] : []
+  const names = new Set([METADATA])
+  let offset = 0
+  for (const { name, dtype, shape, bytes } of tensors) {
+    if (names.has(name)) throw new SafetensorsError(`tensor name '${name}' is reserved or appears twice`)
+    names.add(name)
+    expectSize({ dtype, shape, bytes }, `tensor '${name}'`)
+    entries.push([name, { dtype, shape, data_offsets: [offset, offset + bytes] }])
+    offset += bytes
+  }
+  // Object.fromEntries, because a tensor may be called __proto__.
+  const json = Buffer.from(JSON.stringify(Object.fromEntries(entries)))
+  const header = Buffer.alloc(LENGTH_BYTES + Math.ceil(json.length / 8) * 8, ' ')
+  header.writeBigUInt64LE(BigInt(header.length - LENGTH_BYTES))
+  header.set(json, LENGTH_BYTES)
+  return header
+}
+
+/** Reads a whole file. Throws SafetensorsError unless every byte is accounted for by exactly one tensor. */
+export function parseSafetensors(buffer: Uint8Array): Safetensors {
+  const { header, body } = splitHeader(buffer)
+  const { [METADATA]: metadata = {}, ...rest } = header
+  const tensors = new Map<string, StoredTensor>()
+  const ranges: [number, number][] = []
+  for (const [name, entry] of Object.entries(rest)) {
+    const { dtype, shape, begin, end } = parseEntry(entry, `tensor '${name}'`)
+    ranges.push([begin, end])
+    tensors.set(name, { dtype, shape, data: body.subarray(begin, end) })
+  }
+  expectCover(ranges, body.length)
+  return { metadata: parseMetadata(metadata), tensors }
+}
+
+function splitHeader(buffer: Uint8Array): { header: Record<string, unknown>; body: Uint8Array } {
+  if (buffer.length < LENGTH_BYTES) fail(`file has ${buffer.length} bytes, expected at least ${LENGTH_BYTES}`)
+  const view = new DataView(buffer.buffer, buffer.byteOffset, buffer.byteLength)
+  const length = Number(view.getBigUint64(0, true))
+  const available = Math.min(buffer.length - LENGTH_BYTES, MAX_HEADER_BYTES)
+  if (length > available) fail(`header claims ${length} bytes, at most ${available} are possible`)
+  const end = LENGTH_BYTES + length
+  return { header: parseJson(buffer.subarray(LENGTH_BYTES, end)), body: buffer.subarray(end) }
+}
+
+function parseJson(bytes: Uint8Array): Record<string, unknown> {
+  let header: unknown
+  try {
+    header = JSON.parse(new TextDecoder('utf-8', { fatal: true }).decode(bytes))
+  } catch (error) {
+    throw new SafetensorsError(`header is not JSON: ${error}`, { cause: error })
+  }
+  return isRecord(header) ? header : fail('header is not a JSON object')
+}
+
+function parseMetadata(metadata: unknown): Record<string, string> {
+  if (!isRecord(metadata)) return fail(`${METADATA} is not an object`)
+  const pairs = Object.entries(metadata).map(([key, value]): [string, string] => [
+    key,
+    typeof value === 'string' ? value : fail(`${METADATA} '${key}' is ${JSON.stringify(value)}, expected a string`),
+  ])
+  return Object.fromEntries(pairs)
+}
+
+function parseEntry(entry: unknown, name: string) {
+  if (!isRecord(entry)) return fail(`${name} is not an object`)
+  const { dtype, shape, data_offsets: offsets } = entry
+  if (!isDtype(dtype)) return fail(`${name} has dtype ${JSON.stringify(dtype)}, expected one of ${KNOWN_DTYPES}`)
+  if (!isSizes(shape)) return fail(`${name} has shape ${JSON.stringify(shape)}, expected a list of sizes`)
+  if (!isSizes(offsets) || offsets.length !== 2) {
+    return fail(`${name} has data_offsets ${JSON.stringify(offsets)}, expected two offsets`)
+  }
+  const [begin, end] = offsets
+  expectSize({ dtype, shape, bytes: end - begin }, name)
+  return { dtype, shape, begin, end }
+}
+
+const KNOWN_DTYPES = Object.keys(SAFETENSORS_DTYPES).join(', ')
+
+function expectSize(tensor: Omit<TensorEntry, 'name'>, name: string): void {
+  const expected = tensor.shape.reduce((product, size) => product * size, SAFETENSORS_DTYPES[tensor.dtype])
+  if (tensor.bytes === expected) return
+  fail(`${name} has ${tensor.bytes} bytes, ${tensor.dtype} of shape [${tensor.shape}] has ${expected}`)
+}
+
+/** The ranges, in any order, must tile the body: no hole, no overlap, nothing behind the last one. */
+function expectCover(ranges: [number, number][], length: number): void {
+  let covered = 0
+  for (const [begin, end] of ranges.sort((a, b) => a[0] - b[0] || a[1] - b[1])) {
+    if (begin !== covered) fail(`a tensor begins at byte ${begin}, expected ${covered}`)
+    covered = end
+  }
+  if (covered !== length) fail(`tensors end at byte ${covered}, the data has ${length} bytes`)
+}
+
+function isRecord(value: unknown): value is Record<string, unknown> {
+  return typeof value === 'object' && value !== null && !Array.isArray(value)
+}
+
+function isDtype(value: unknown): value is SafetensorsDtype {
+  return typeof value === 'string' && Object.hasOwn(SAFETENSORS_DTYPES, value)
+}
+
+function isSizes(value: unknown): value is number[] {
+  return Array.isArray(value) && value.every((size) => Number.isSafeInteger(size) && size >= 0)
+}
+
+function fail(message: string): never {
+  throw new SafetensorsError(message)
+}

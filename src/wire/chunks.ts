@@ -1,0 +1,51 @@
+import { ServiceError } from '../errors.js'
+
+export type Chunk = { readonly offset: number; readonly length: number }
+
+/** Cuts a tensor of `bytes` bytes into consecutive chunks of at most `chunk_bytes`; a cut may fall inside an element. */
+export function* chunksOf(bytes: number, chunk_bytes: number): Generator<Chunk> {
+  for (let offset = 0; offset < bytes; offset += chunk_bytes) {
+    yield { offset, length: Math.min(chunk_bytes, bytes - offset) }
+  }
+}
+
+/**
+ * The receiving side of one tensor: chunks must come in order, without gap, overlap or empty one. Holds no bytes.
+ * `label` opens every error message and says whose tensor this is.
+ */
+export class Assembly {
+  readonly bytes: number
+  readonly label: string
+  #received = 0
+
+  constructor(bytes: number, label: string) {
+    this.bytes = bytes
+    this.label = label
+  }
+
+  get received(): number {
+    return this.#received
+  }
+
+  get complete(): boolean {
+    return this.#received === this.bytes
+  }
+
+  /**
+   * Accepts the next chunk, or throws and stays as it was.
+   * @throws ServiceError FRAME_UNEXPECTED (empty, wrong offset), SHAPE_MISMATCH (more bytes than the tensor has)
+   */
+  accept({ offset, length }: Chunk): void {
+    if (offset !== this.#received) {
+      throw new ServiceError('FRAME_UNEXPECTED', `${this.label}: chunk at offset ${offset}, expected ${this.#received}`)
+    }
+    if (length === 0) throw new ServiceError('FRAME_UNEXPECTED', `${this.label}: empty chunk at offset ${offset}`)
+    if (offset + length > this.bytes) {
+      throw new ServiceError(
+        'SHAPE_MISMATCH',
+        `${this.label} has ${offset + length} bytes or more, expected ${this.bytes}`,
+      )
+    }
+    this.#received += length
+  }
+}

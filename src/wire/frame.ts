@@ -1,0 +1,296 @@
+import type { ErrorCode } from '../errors.js'
+import type { MapSchema, Schema } from './schema.js'
+
+/** The only protocol version there is; `open` names it. */
+export const PROTOCOL = 1
+
+/** Bytes of everything but `data` in one frame. */
+export const OTHER_KEYS_BYTES = 64 * 1024
+
+/** Bytes of an `open`, whose lists grow with the model. */
+export const OPEN_BYTES = 16 * 1024 * 1024
+
+export const RUN_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/
+
+export type Mode = 'create' | 'resume' | 'create_or_resume'
+
+/** Values are what the client sent; the optimizer layer knows their names, types and ranges. */
+export type Hyperparameters = Readonly<Record<string, unknown>>
+
+/** A group of `open`: its hyperparameters stand inline beside these two keys. */
+export type GroupDeclaration = {
+  readonly name: string
+  readonly algorithm: string
+  readonly [hyperparameter: string]: unknown
+}
+
+/** How a tensor is cut into matrices; explicit, never guessed (docs/algorithms.md, "Layout"). */
+export type Layout = { readonly split?: readonly number[]; readonly heads?: number; readonly matrices?: string }
+
+/** A parameter of `open`; `shape` in elements as torch stores it (out x in), `group` by name, dtypes by name. */
+export type ParameterDeclaration = Layout & {
+  readonly name: string
+  readonly shape: readonly number[]
+  readonly group: string
+  readonly gradient_dtype?: string
+  readonly update_dtype?: string
+}
+
+/** A parameter as `opened` lists it; `step` is the last step applied to it. */
+export type ParameterDescription = Layout & {
+  readonly index: number
+  readonly name: string
+  readonly shape: readonly number[]
+  readonly group: string
+  readonly gradient_dtype: string
+  readonly update_dtype: string
+  readonly step: number
+  readonly algorithm: string
+}
+
+export type OpenFrame = {
+  readonly type: 'open'
+  readonly protocol: number
+  readonly run: string
+  readonly mode?: Mode
+  readonly groups?: readonly GroupDeclaration[]
+  readonly parameters?: readonly ParameterDeclaration[]
+  readonly attentions?: readonly unknown[]
+  readonly takeover?: boolean
+  readonly checkpoint?: string
+  readonly client?: string
+}
+
+export type StepFrame = {
+  readonly type: 'step'
+  readonly step: number
+  readonly groups?: Readonly<Record<string, Hyperparameters>>
+  readonly gradient_scale?: number
+  readonly max_logits?: Readonly<Record<string, readonly number[]>>
+}
+
+/** One chunk of a gradient; `offset` in bytes from the tensor's start, `data` raw little-endian bytes in C order. */
+export type GradientFrame = {
+  readonly type: 'gradient'
+  readonly parameter: number
+  readonly step: number
+  readonly offset: number
+  readonly data: Uint8Array
+}
+
+export type EndFrame = { readonly type: 'end'; readonly step: number; readonly skipped?: readonly number[] }
+
+export type CheckpointFrame = { readonly type: 'checkpoint'; readonly tag?: string }
+
+export type ClientFrame = OpenFrame | StepFrame | GradientFrame | EndFrame | CheckpointFrame
+
+export type OpenedFrame = {
+  readonly type: 'opened'
+  readonly run: string
+  readonly epoch: number
+  readonly step: number
+  readonly resumed: boolean
+  readonly digest: string
+  readonly ahead: readonly number[]
+  readonly parameters: readonly ParameterDescription[]
+  readonly groups: Readonly<Record<string, Hyperparameters>>
+  readonly limits: { readonly chunk_bytes: number; readonly [limit: string]: unknown }
+  readonly server: {
+    readonly name: string
+    readonly version: string
+    readonly device: string
+    readonly [key: string]: unknown
+  }
+}
+
+/** One chunk of an update. The frame with `offset` 0 also has the keys from `scale` on; `row_scale` is float32 bytes. */
+export type UpdateFrame = {
+  readonly type: 'update'
+  readonly parameter: number
+  readonly step: number
+  readonly offset: number
+  readonly scale?: number
+  readonly decay?: number
+  readonly row_scale?: Uint8Array
+  readonly replayed?: boolean
+  readonly gradient_norm?: number
+  readonly update_rms?: number
+  readonly data?: Uint8Array
+}
+
+/** Seconds that a step spent in each phase. */
+export type StepSeconds = {
+  readonly receive: number
+  readonly queue: number
+  readonly compute: number
+  readonly send: number
+}
+
+export type ReceiptFrame = {
+  readonly type: 'receipt'
+  readonly step: number
+  readonly replayed: boolean
+  readonly applied: number
+  readonly skipped: number
+  readonly gradient_norm: number
+  readonly groups: Readonly<Record<string, Hyperparameters>>
+  readonly clipped_heads: Readonly<Record<string, number>>
+  readonly digest: string
+  readonly durable: boolean
+  readonly seconds: StepSeconds
+}
+
+export type CheckpointedFrame = {
+  readonly type: 'checkpointed'
+  readonly checkpoint: string
+  readonly step: number
+  readonly digest: string
+  readonly bytes: number
+}
+
+export type ErrorFrame = {
+  readonly type: 'error'
+  readonly code: ErrorCode
+  readonly message: string
+  readonly status: number
+  readonly retryable: boolean
+  readonly parameter?: number
+  readonly step?: number
+  readonly expected_step?: number
+  readonly retry_after_seconds?: number
+}
+
+export type DrainingFrame = { readonly type: 'draining'; readonly deadline_seconds: number }
+
+export type ServerFrame = OpenedFrame | UpdateFrame | ReceiptFrame | CheckpointedFrame | ErrorFrame | DrainingFrame
+
+const string: Schema = { is: 'string' }
+const bool: Schema = { is: 'bool' }
+const int: Schema = { is: 'int' }
+const uint: Schema = { is: 'uint' }
+const float: Schema = { is: 'float' }
+const bin: Schema = { is: 'bin' }
+const any: Schema = { is: 'any' }
+const hyperparameter: Schema = { is: 'hyperparameter' }
+
+const list = (of: Schema): Schema => ({ is: 'list', of })
+const dictionary = (of: Schema): Schema => ({ is: 'dictionary', of })
+type NamedKeys<T> = keyof { [K in keyof T as string extends K ? never : K]: T[K] } & string
+type RequiredKeys<T> = { [K in NamedKeys<T>]: undefined extends T[K] ? never : K }[NamedKeys<T>]
+type RequiredSchemas<T> = Readonly<Record<RequiredKeys<T>, Schema>>
+type OptionalSchemas<T> = Readonly<Record<Exclude<NamedKeys<T>, RequiredKeys<T>>, Schema>>
+
+/** A map with exactly the keys of the type T: a key too many, too few or on the wrong side does not compile. */
+const map = <T>(required: RequiredSchemas<T>, optional: OptionalSchemas<T>): MapSchema => ({
+  is: 'map',
+  required,
+  optional,
+})
+/** What the service sends may gain keys within one protocol version, so a client lets them pass. */
+const openMap = <T>(required: RequiredSchemas<T>, optional: OptionalSchemas<T>): MapSchema => ({
+  ...map<T>(required, optional),
+  rest: any,
+})
+
+const layout: OptionalSchemas<Layout> = { split: list(int), heads: int, matrices: string }
+
+const group: MapSchema = { ...map<GroupDeclaration>({ name: string, algorithm: string }, {}), rest: hyperparameter }
+
+const parameter = map<ParameterDeclaration>(
+  { name: string, shape: list(int), group: string },
+  { gradient_dtype: string, update_dtype: string, ...layout },
+)
+
+/** Every frame a client may send, with all its keys. An integer of a shape or layout may be negative here: its value is judged with the layout. */
+export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
+  open: map<OpenFrame>(
+    { type: string, protocol: uint, run: { is: 'name', pattern: RUN_NAME } },
+    {
+      mode: { is: 'name', pattern: /^(create|resume|create_or_resume)$/ },
+      groups: list(group),
+      parameters: list(parameter),
+      attentions: list(any),
+      takeover: bool,
+      checkpoint: string,
+      client: string,
+    },
+  ),
+  step: map<StepFrame>(
+    { type: string, step: uint },
+    { groups: dictionary(dictionary(hyperparameter)), gradient_scale: float, max_logits: dictionary(list(float)) },
+  ),
+  gradient: map<GradientFrame>({ type: string, parameter: uint, step: uint, offset: uint, data: bin }, {}),
+  end: map<EndFrame>({ type: string, step: uint }, { skipped: list(uint) }),
+  checkpoint: map<CheckpointFrame>({ type: string }, { tag: string }),
+}
+
+const description = openMap<ParameterDescription>(
+  {
+    index: uint,
+    name: string,
+    shape: list(uint),
+    group: string,
+    gradient_dtype: string,
+    update_dtype: string,
+    step: uint,
+    algorithm: string,
+  },
+  layout,
+)
+
+/** Every frame the service may send. */
+export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
+  opened: openMap<OpenedFrame>(
+    {
+      type: string,
+      run: string,
+      epoch: uint,
+      step: uint,
+      resumed: bool,
+      digest: string,
+      ahead: list(uint),
+      parameters: list(description),
+      groups: dictionary(dictionary(any)),
+      limits: openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {}),
+      server: openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {}),
+    },
+    {},
+  ),
+  update: openMap<UpdateFrame>(
+    { type: string, parameter: uint, step: uint, offset: uint },
+    {
+      scale: float,
+      decay: float,
+      row_scale: bin,
+      replayed: bool,
+      gradient_norm: float,
+      update_rms: float,
+      data: bin,
+    },
+  ),
+  receipt: openMap<ReceiptFrame>(
+    {
+      type: string,
+      step: uint,
+      replayed: bool,
+      applied: uint,
+      skipped: uint,
+      gradient_norm: float,
+      groups: dictionary(dictionary(any)),
+      clipped_heads: dictionary(uint),
+      digest: string,
+      durable: bool,
+      seconds: openMap<StepSeconds>({ receive: float, queue: float, compute: float, send: float }, {}),
+    },
+    {},
+  ),
+  checkpointed: openMap<CheckpointedFrame>(
+    { type: string, checkpoint: string, step: uint, digest: string, bytes: uint },
+    {},
+  ),
+  error: openMap<ErrorFrame>(
+    { type: string, code: string, message: string, status: uint, retryable: bool },
+    { parameter: uint, step: uint, expected_step: uint, retry_after_seconds: float },
+  ),
+  draining: openMap<DrainingFrame>({ type: string, deadline_seconds: float }, {}),
+}

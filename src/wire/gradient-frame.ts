@@ -1,0 +1,102 @@
+import { type GradientHead, PEEK_BYTES, peekGradient } from './codec.js'
+
+/** Payloads below this are not worth a path of their own. */
+export const IN_PLACE_BYTES = 65_536
+
+/** No more bytes than this are ever needed to decide about a frame: two frame headers and what may be peeked at. */
+export const UNDECIDED_BYTES = 2 * 14 + PEEK_BYTES
+
+/** Tensor bytes from `start` to `end`, counted from the message's first byte; `key` unmasks the byte at `start` with its first byte. */
+export type GradientPayload = { kind: 'gradient'; head: GradientHead; start: number; end: number; key: Uint8Array }
+
+export type Recognized =
+  | { kind: 'more' }
+  /** A frame of `length` bytes, header included; `fragmented` says whether a message goes on after it. */
+  | { kind: 'ordinary'; length: number; fragmented: boolean }
+  | GradientPayload
+
+/**
+ * Decides about the WebSocket frame (RFC 6455, section 5.2) at the start of `bytes`, before the rest of it is here. A gradient is
+ * recognized when it is one binary frame, or its header is one fragment and its data exactly the second and last. It must be
+ * masked, at least IN_PLACE_BYTES and at most `maxPayload` (0: no limit) long, and must not need any rule of
+ * the protocol enforced: everything else is ordinary, right or wrong.
+ */
+export function recognize(bytes: Uint8Array, fragmented: boolean, maxPayload: number): Recognized {
+  const frame = readFrameHeader(bytes, 0)
+  if (frame === undefined) return { kind: 'more' }
+  const found = fragmented ? undefined : readGradient(bytes, frame, maxPayload)
+  return found ?? { kind: 'ordinary', length: frame.start + frame.length, fragmented: goesOn(frame.first, fragmented) }
+}
+
+type FrameHeader = { first: number; masked: boolean; start: number; length: number }
+
+const FINAL_BINARY = 0x82
+const FIRST_BINARY = 0x02
+const FINAL_CONTINUATION = 0x80
+
+function readFrameHeader(bytes: Uint8Array, at: number): FrameHeader | undefined {
+  const view = new DataView(bytes.buffer, bytes.byteOffset + at, bytes.length - at)
+  if (view.byteLength < 2) return undefined
+  const second = view.getUint8(1)
+  const short = second & 0x7f
+  const lengthBytes = short < 126 ? 0 : short === 126 ? 2 : 8
+  const masked = second >= 0x80
+  const headerBytes = 2 + lengthBytes + (masked ? 4 : 0)
+  if (view.byteLength < headerBytes) return undefined
+  return { first: view.getUint8(0), masked, start: at + headerBytes, length: payloadLength(view, lengthBytes, short) }
+}
+
+function payloadLength(view: DataView, lengthBytes: number, short: number): number {
+  if (lengthBytes === 0) return short
+  return lengthBytes === 2 ? view.getUint16(2) : view.getUint32(2) * 2 ** 32 + view.getUint32(6)
+}
+
+function goesOn(first: number, fragmented: boolean): boolean {
+  const isControl = (first & 0x08) !== 0
+  return isControl ? fragmented : (first & 0x80) === 0
+}
+
+function readGradient(bytes: Uint8Array, frame: FrameHeader, maxPayload: number): Recognized | undefined {
+  if (!frame.masked) return undefined
+  if (frame.first === FINAL_BINARY) return readWhole(bytes, frame, maxPayload)
+  return frame.first === FIRST_BINARY ? readFragments(bytes, frame, maxPayload) : undefined
+}
+
+function readWhole(bytes: Uint8Array, frame: FrameHeader, maxPayload: number): Recognized | undefined {
+  if (frame.length < IN_PLACE_BYTES || exceeds(frame.length, maxPayload)) return undefined
+  const head = peekGradient(unmasked(bytes, frame))
+  if (head === 'more') return { kind: 'more' }
+  if (head === undefined || head.dataStart + head.dataLength !== frame.length) return undefined
+  return payload(bytes, frame, head, head.dataStart)
+}
+
+function readFragments(bytes: Uint8Array, frame: FrameHeader, maxPayload: number): Recognized | undefined {
+  if (frame.length > PEEK_BYTES) return undefined
+  if (bytes.length < frame.start + frame.length) return { kind: 'more' }
+  const head = peekGradient(unmasked(bytes, frame))
+  if (head === 'more' || head?.dataStart !== frame.length || head.dataLength < IN_PLACE_BYTES) return undefined
+  if (exceeds(head.dataStart + head.dataLength, maxPayload)) return undefined
+  const data = readFrameHeader(bytes, frame.start + frame.length)
+  if (data === undefined) return { kind: 'more' }
+  const fits = data.first === FINAL_CONTINUATION && data.masked && data.length === head.dataLength
+  return fits ? payload(bytes, data, head, 0) : undefined
+}
+
+function exceeds(length: number, maxPayload: number): boolean {
+  return maxPayload > 0 && length > maxPayload
+}
+
+function payload(bytes: Uint8Array, frame: FrameHeader, head: GradientHead, skip: number): GradientPayload {
+  const key = Uint8Array.from([0, 1, 2, 3], (i) => maskByte(bytes, frame, skip + i))
+  return { kind: 'gradient', head, start: frame.start + skip, end: frame.start + frame.length, key }
+}
+
+/** A readable copy of what of the payload is here and may be peeked at; the bytes themselves stay as they came. */
+function unmasked(bytes: Uint8Array, frame: FrameHeader): Uint8Array {
+  const end = frame.start + Math.min(frame.length, PEEK_BYTES)
+  return bytes.slice(frame.start, end).map((byte, i) => byte ^ maskByte(bytes, frame, i))
+}
+
+function maskByte(bytes: Uint8Array, frame: FrameHeader, position: number): number {
+  return bytes[frame.start - 4 + (position & 3)] ?? 0
+}

@@ -1,0 +1,178 @@
+import { isUtf8 } from 'node:buffer'
+import { ServiceError } from '../errors.js'
+
+/** Containers inside containers. `open` needs five: frame, groups, group, list of triples, triple. */
+export const MAX_DEPTH = 8
+
+/** Keys and values in one frame; the `open` of 100 000 parameters stays below it. Bounds time and memory, not bytes. */
+export const MAX_VALUES = 2 ** 21
+
+/** A reading position in one message. `fault` says why the last token was of kind 'none', `ended` that bytes were lacking. */
+export type Cursor = { readonly bytes: Buffer; position: number; fault: string; ended: boolean }
+
+/**
+ * One head of msgpack. `value` is the number itself (`int`, `float`; 0 or 1 for `bool`), the count of items (`list`) or
+ * of pairs (`map`), or the byte length of the payload that follows (`string`, `bin`).
+ */
+export type Token = { readonly kind: Kind; readonly value: number }
+export type Kind = 'map' | 'list' | 'string' | 'bin' | 'int' | 'float' | 'bool' | 'nil' | 'none'
+
+export function cursorOf(bytes: Uint8Array): Cursor {
+  return {
+    bytes: Buffer.from(bytes.buffer, bytes.byteOffset, bytes.byteLength),
+    position: 0,
+    fault: '',
+    ended: false,
+  }
+}
+
+/** Reads the next head and stands behind it. Never throws: what cannot be read is a token of kind 'none'. */
+export function nextToken(cursor: Cursor): Token {
+  const { bytes, position } = cursor
+  if (position >= bytes.length) return short(cursor)
+  const byte = bytes.readUInt8(position)
+  cursor.position += 1
+  if (byte <= 0x7f) return { kind: 'int', value: byte }
+  if (byte <= 0x8f) return { kind: 'map', value: byte & 0x0f }
+  if (byte <= 0x9f) return { kind: 'list', value: byte & 0x0f }
+  if (byte <= 0xbf) return { kind: 'string', value: byte & 0x1f }
+  if (byte >= 0xe0) return { kind: 'int', value: byte - 0x100 }
+  return longToken(cursor, byte)
+}
+
+/** Takes the payload of a string or bin: a view, no copy; undefined where fewer bytes are left. */
+export function takeBytes(cursor: Cursor, length: number): Buffer | undefined {
+  const end = cursor.position + length
+  if (end > cursor.bytes.length) {
+    short(cursor)
+    return undefined
+  }
+  const payload = cursor.bytes.subarray(cursor.position, end)
+  cursor.position = end
+  return payload
+}
+
+/**
+ * Walks over a whole message without building anything and returns where each value of its map begins. After it every
+ * length fits, every map key is UTF-8 text, nothing follows the map, and depth and count are within their caps.
+ * @throws ServiceError FRAME_MALFORMED, FRAME_TOO_LARGE (more than MAX_VALUES keys and values)
+ */
+export function scan(cursor: Cursor): Map<string, number> {
+  const entries = new Map<string, number>()
+  const map = nextToken(cursor)
+  if (map.kind !== 'map') throw malformed(cursor.fault || `a message is one map, this one is a ${map.kind}`)
+  const walk: Walk = { cursor, values: 0 }
+  for (let pair = 0; pair < map.value; pair++) {
+    const key = skipKey(walk)
+    entries.set(key, cursor.position)
+    skipValue(walk, 1)
+  }
+  const rest = cursor.bytes.length - cursor.position
+  if (rest > 0) throw malformed(`${rest} bytes after the map, which ends at byte ${cursor.position}`)
+  return entries
+}
+
+export function malformed(message: string): ServiceError {
+  return new ServiceError('FRAME_MALFORMED', message)
+}
+
+type Walk = { readonly cursor: Cursor; values: number }
+
+function skipKey(walk: Walk): string {
+  const { cursor } = walk
+  const at = cursor.position
+  const token = countedToken(walk)
+  if (token.kind !== 'string') throw malformed(`the map key at byte ${at} is a ${token.kind}, expected a string`)
+  return skipPayload(cursor, token).toString()
+}
+
+function skipValue(walk: Walk, depth: number): void {
+  const { cursor } = walk
+  const at = cursor.position
+  const token = countedToken(walk)
+  if (token.kind === 'string' || token.kind === 'bin') skipPayload(cursor, token)
+  if (token.kind !== 'list' && token.kind !== 'map') return
+  if (depth === MAX_DEPTH) throw malformed(`the ${token.kind} at byte ${at} is nested deeper than ${MAX_DEPTH}`)
+  const least = token.kind === 'map' ? 2 * token.value : token.value
+  const left = cursor.bytes.length - cursor.position
+  if (least > left) throw malformed(`the ${token.kind} at byte ${at} declares ${token.value} items in ${left} bytes`)
+  for (let item = 0; item < token.value; item++) {
+    if (token.kind === 'map') skipKey(walk)
+    skipValue(walk, depth + 1)
+  }
+}
+
+function countedToken(walk: Walk): Token {
+  walk.values += 1
+  if (walk.values > MAX_VALUES) {
+    throw new ServiceError('FRAME_TOO_LARGE', `the frame has more than ${MAX_VALUES} keys and values`)
+  }
+  const token = nextToken(walk.cursor)
+  if (token.kind === 'none') throw malformed(walk.cursor.fault)
+  return token
+}
+
+function skipPayload(cursor: Cursor, token: Token): Buffer {
+  const at = cursor.position
+  const payload = takeBytes(cursor, token.value)
+  if (payload === undefined) throw malformed(cursor.fault)
+  if (token.kind === 'string' && !isUtf8(payload)) throw malformed(`the string at byte ${at} is not UTF-8`)
+  return payload
+}
+
+type Form = { kind: Kind; width: number; read: (bytes: Buffer, at: number) => number }
+
+const u8 = (bytes: Buffer, at: number) => bytes.readUInt8(at)
+const u16 = (bytes: Buffer, at: number) => bytes.readUInt16BE(at)
+const u32 = (bytes: Buffer, at: number) => bytes.readUInt32BE(at)
+
+/** The type bytes 0xc0 … 0xdf that a frame may hold (msgpack specification, "Formats"); the others are extensions and 0xc1. */
+const FORMS: Partial<Record<number, Form>> = {
+  192: { kind: 'nil', width: 0, read: () => 0 },
+  194: { kind: 'bool', width: 0, read: () => 0 },
+  195: { kind: 'bool', width: 0, read: () => 1 },
+  196: { kind: 'bin', width: 1, read: u8 },
+  197: { kind: 'bin', width: 2, read: u16 },
+  198: { kind: 'bin', width: 4, read: u32 },
+  202: { kind: 'float', width: 4, read: (bytes, at) => bytes.readFloatBE(at) },
+  203: { kind: 'float', width: 8, read: (bytes, at) => bytes.readDoubleBE(at) },
+  204: { kind: 'int', width: 1, read: u8 },
+  205: { kind: 'int', width: 2, read: u16 },
+  206: { kind: 'int', width: 4, read: u32 },
+  207: { kind: 'int', width: 8, read: (bytes, at) => Number(bytes.readBigUInt64BE(at)) },
+  208: { kind: 'int', width: 1, read: (bytes, at) => bytes.readInt8(at) },
+  209: { kind: 'int', width: 2, read: (bytes, at) => bytes.readInt16BE(at) },
+  210: { kind: 'int', width: 4, read: (bytes, at) => bytes.readInt32BE(at) },
+  211: { kind: 'int', width: 8, read: (bytes, at) => Number(bytes.readBigInt64BE(at)) },
+  217: { kind: 'string', width: 1, read: u8 },
+  218: { kind: 'string', width: 2, read: u16 },
+  219: { kind: 'string', width: 4, read: u32 },
+  220: { kind: 'list', width: 2, read: u16 },
+  221: { kind: 'list', width: 4, read: u32 },
+  222: { kind: 'map', width: 2, read: u16 },
+  223: { kind: 'map', width: 4, read: u32 },
+}
+
+function longToken(cursor: Cursor, byte: number): Token {
+  const { bytes, position } = cursor
+  const form = FORMS[byte]
+  if (form === undefined) return none(cursor, `type byte 0x${byte.toString(16)} at byte ${position - 1} is not allowed`)
+  if (position + form.width > bytes.length) return short(cursor)
+  const value = form.read(bytes, position)
+  cursor.position += form.width
+  // Beyond 2^53 - 1 a double no longer tells neighbouring integers apart.
+  if (form.kind === 'int' && !Number.isSafeInteger(value)) {
+    return none(cursor, `the integer at byte ${position - 1} is beyond 2^53 - 1`)
+  }
+  return { kind: form.kind, value }
+}
+
+function short(cursor: Cursor): Token {
+  cursor.ended = true
+  return none(cursor, `the message ends at byte ${cursor.bytes.length}, in the middle of a value`)
+}
+
+function none(cursor: Cursor, fault: string): Token {
+  cursor.fault = fault
+  return { kind: 'none', value: 0 }
+}

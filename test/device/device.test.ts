@@ -1,0 +1,132 @@
+import t from 'tap'
+import type { KernelSpec } from '../../kernels/kernel.js'
+import { Device, type DeviceOptions } from '../../src/device/device.js'
+import type { Job } from '../../src/device/job.js'
+import { SLICE_ELEMENTS } from '../../src/device/job.js'
+import type { Plan } from '../../src/optimizer/plan.js'
+import { gaussian } from '../reference.js'
+
+const normal = (n: number, seed: number) => Float32Array.from(gaussian(seed, n))
+
+const OPTIONS: DeviceOptions = { device: 'cpu', onnxruntime_dir: '', lanes: 2, threads: 1, staging_bytes: 1 << 26, state_bytes_limit: 1 << 28 }
+const SGD: KernelSpec = { kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' }
+
+function sgdPlan(n: number): Plan {
+  const scalars = { c_m: 0.5, c_g: 1, n_m: 1, n_g: 0 }
+  return { kernel: SGD, tasks: [{ dims: [n], offset: 0 }], scalars, scale: -1, decay: 0, rms_factor: 1 }
+}
+
+/** Puts a gradient into the device's staging arena and gives everything that a job on it needs. */
+function prepare(device: Device, gradient: Float32Array, plan: Plan) {
+  const bytes = gradient.byteLength
+  const slot = device.staging.tryReserve(bytes)!
+  device.view(device.stagingBlock).set(new Uint8Array(gradient.buffer), slot.offset)
+  const block = device.allocateHost(bytes)
+  const next = device.memory.allocate(bytes)
+  const job: Job = {
+    plan,
+    gradient: { block: device.stagingBlock, offset: slot.offset, bytes },
+    gradient_scale: 1,
+    state: undefined,
+    next: [next.pointer],
+    update: { block, offset: 0, bytes },
+  }
+  return { job, next, slot, update: new Float32Array(device.view(block).buffer) }
+}
+
+const neverAsked = (): Job => {
+  throw new Error('a cancelled job must not be asked for')
+}
+const ticket = () => ({ cancelled: false })
+
+t.test('a job on a tensor of many slices computes every element', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const n = 2 * SLICE_ELEMENTS + 17
+  const gradient = normal(n, 1)
+  const { job, next, update } = prepare(device, gradient, sgdPlan(n))
+  const result = await device.run(() => job, ticket())
+  t.equal(result?.outcome, 'computed')
+  t.same(update, gradient)
+  t.same(new Float32Array(device.read(next).buffer), gradient)
+  const again = await device.run(() => ({ ...job, expected: result!.gradientFingerprint + 1n }), ticket())
+  t.equal(again?.outcome, 'other_gradient')
+  await device.close()
+})
+
+t.test('a cancelled ticket and a job that is not wanted any more cost nothing', async (t) => {
+  const device = await Device.start(OPTIONS)
+  t.equal(await device.run(neverAsked, { cancelled: true }), undefined)
+  t.equal(await device.run(() => undefined, ticket()), undefined)
+  await device.close()
+})
+
+t.test('more is admitted only while there is room, with both numbers in the refusal', async (t) => {
+  const device = await Device.start({ ...OPTIONS, state_bytes_limit: 1000 })
+  device.admit(600, 'run a')
+  t.throws(() => device.admit(500, 'run b'), { code: 'OVER_CAPACITY', message: 'run b needs 500 bytes of device memory, 400 are left' })
+  device.dismiss(600)
+  device.admit(1000, 'run b')
+  await device.close()
+})
+
+t.test('the event loop goes on while a 2048x2048 step runs', async (t) => {
+  const device = await Device.start({ ...OPTIONS, lanes: 1 })
+  const size = 2048
+  const kernel: KernelSpec = { kind: 'muon', coefficients: [[3.4445, -4.775, 2.0315]], tall: false, gradient_dtype: 'float32', update_dtype: 'float32' }
+  const scalars = { c_m: 0.95, c_g: 0.05, n_m: 1, n_g: 0, eps: 1e-7, output_scale: 1 }
+  const plan: Plan = { kernel, tasks: [{ dims: [size, size], offset: 0 }], scalars, scale: -1, decay: 0, rms_factor: 1 }
+  const { job } = prepare(device, normal(size * size, 2), plan)
+  let turns = 0
+  let running = true
+  const turn = () => {
+    turns += 1
+    if (running) setImmediate(turn)
+  }
+  setImmediate(turn)
+  const result = await device.run(() => job, ticket())
+  running = false
+  t.equal(result?.outcome, 'computed')
+  t.ok(turns > 100, `the loop turned ${turns} times in ${result?.computeSeconds} s: a blocked one turns once or twice`)
+  await device.close()
+})
+
+t.test('a lane that fails marks the device failed: its job, the waiting ones and all later ones are refused', async (t) => {
+  const device = await Device.start({ ...OPTIONS, lanes: 1 })
+  const told = new Promise<Error>((resolve) => {
+    device.onFailure = resolve
+  })
+  const { job } = prepare(device, normal(16, 3), sgdPlan(16))
+  const broken = { ...job, plan: { ...job.plan, scalars: {} } }
+  const jobs = Array.from({ length: 5 }, () => device.run(() => broken, ticket()))
+  for (const outcome of await Promise.allSettled(jobs)) {
+    t.match(outcome, { status: 'rejected', reason: { code: 'DEVICE_FAILED' } })
+  }
+  t.match((await told).message, 'the plan gives no c_m')
+  await t.rejects(device.run(() => job, ticket()), { code: 'DEVICE_FAILED' })
+  await device.close()
+})
+
+t.test('cuda without a provider is an error that says what is missing, and auto falls to the cpu and says so', async (t) => {
+  await t.rejects(Device.start({ ...OPTIONS, device: 'cuda' }), /device cuda is not usable: .* no CUDA provider: set MUOND_ONNXRUNTIME_DIR/)
+  const device = await Device.start({ ...OPTIONS, device: 'auto', lanes: 0, threads: 0, state_bytes_limit: 0 })
+  t.match(device.note, 'no CUDA provider')
+  t.ok(device.lanes >= 1)
+  await device.close()
+})
+
+t.test('state memory is counted by reference and comes back from the pool', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const { memory } = device
+  const tensor = memory.allocate(64)
+  memory.retain(tensor)
+  memory.release(tensor)
+  t.equal(memory.bytes, 64, 'one reference is left')
+  memory.release(tensor)
+  t.equal(memory.bytes, 0)
+  t.equal(memory.allocate(64).pointer, tensor.pointer, 'the same memory again')
+  const many = Array.from({ length: 20 }, () => memory.allocate(128))
+  for (const one of many) memory.release(one)
+  t.equal(memory.bytes, 64)
+  memory.trim()
+  await device.close()
+})

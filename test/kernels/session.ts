@@ -1,0 +1,40 @@
+import { InferenceSession, Tensor } from 'onnxruntime-node'
+import { buildKernel, KERNEL_IO, type KernelSpec } from '../../kernels/kernel.js'
+
+export type KernelFeeds = {
+  dims: readonly number[]
+  gradient: ArrayLike<number>
+  /** Missing tensors are zero. */
+  state?: Readonly<Record<string, ArrayLike<number>>>
+  scalars: Readonly<Record<string, number>>
+}
+
+export type KernelRun = (feeds: KernelFeeds) => Promise<Record<string, Float32Array>>
+
+/** A float32 kernel in ONNX Runtime's public API; its outputs by name. */
+export async function loadKernel(spec: KernelSpec): Promise<KernelRun> {
+  const session = await openSession(buildKernel(spec))
+  const io = KERNEL_IO[spec.kind]
+  return async ({ dims, gradient, state = {}, scalars }) => {
+    const size = dims.reduce((product, dim) => product * dim, 1)
+    const feeds: Record<string, Tensor> = { gradient: float32(gradient, dims) }
+    for (const name of io.state) feeds[name] = float32(state[name] ?? new Float32Array(size), dims)
+    for (const name of io.scalars) feeds[name] = float32([scalars[name] ?? Number.NaN], [1])
+    const results = await session.run(feeds)
+    return Object.fromEntries(Object.entries(results).map(([name, tensor]) => [name, values(tensor)]))
+  }
+}
+
+/** One thread: the machine is shared and the tests are small. */
+export function openSession(model: Uint8Array): Promise<InferenceSession> {
+  return InferenceSession.create(model, { executionProviders: ['cpu'], intraOpNumThreads: 1, logSeverityLevel: 3 })
+}
+
+export function float32(data: ArrayLike<number>, dims: readonly number[]): Tensor {
+  return new Tensor('float32', Float32Array.from(data), dims)
+}
+
+export function values(tensor: Tensor): Float32Array {
+  if (!(tensor.data instanceof Float32Array)) throw new Error(`tensor has type ${tensor.type}, expected float32`)
+  return tensor.data
+}

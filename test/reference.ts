@@ -1,0 +1,183 @@
+// Float64 oracles, written to be read beside the papers: slow, plain, and sharing nothing with kernels/ but the
+// coefficients' type.
+import type { Triple } from '../kernels/coefficients.js'
+
+/** Row-major. */
+export type Matrix = { rows: number; cols: number; data: Float64Array }
+
+/** Uniform numbers in [0, 1) that depend on the seed only (mulberry32). */
+export function seeded(seed: number): () => number {
+  let state = seed >>> 0
+  return () => {
+    state = (state + 0x6d2b79f5) >>> 0
+    let x = Math.imul(state ^ (state >>> 15), state | 1)
+    x ^= x + Math.imul(x ^ (x >>> 7), x | 61)
+    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32
+  }
+}
+
+/** Standard normal numbers (Box-Muller). */
+export function gaussian(seed: number, count: number): Float64Array {
+  const random = seeded(seed)
+  return Float64Array.from(
+    { length: count },
+    () => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random()),
+  )
+}
+
+/** ‖a - b‖_F / ‖b‖_F; 0 where both are zero. */
+export function relativeDistance(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  const difference = Float64Array.from(b, (value, index) => (a[index] ?? Number.NaN) - value)
+  const distance = frobenius(difference)
+  return distance === 0 ? 0 : distance / frobenius(b)
+}
+
+/** Scaled by the largest element, so that neither tiny nor huge matrices lose their norm. */
+export function frobenius(values: ArrayLike<number>): number {
+  let largest = 0
+  for (let i = 0; i < values.length; i++) largest = Math.max(largest, Math.abs(values[i]))
+  if (largest === 0) return 0
+  let sum = 0
+  for (let i = 0; i < values.length; i++) sum += (values[i] / largest) ** 2
+  return largest * Math.sqrt(sum)
+}
+
+export function transpose({ rows, cols, data }: Matrix): Matrix {
+  return {
+    rows: cols,
+    cols: rows,
+    data: Float64Array.from(data, (_, i) => data[(i % rows) * cols + Math.floor(i / rows)]),
+  }
+}
+
+export function multiply(a: Matrix, b: Matrix): Matrix {
+  const data = new Float64Array(a.rows * b.cols)
+  for (let i = 0; i < a.rows; i++) {
+    for (let k = 0; k < a.cols; k++) {
+      const factor = a.data[i * a.cols + k]
+      for (let j = 0; j < b.cols; j++) data[i * b.cols + j] += factor * b.data[k * b.cols + j]
+    }
+  }
+  return { rows: a.rows, cols: b.cols, data }
+}
+
+/** p(σ), p the composition of aσ + bσ³ + cσ⁵, the first triple first. */
+export function composed(coefficients: readonly Triple[], sigma: number): number {
+  let value = sigma
+  for (const [a, b, c] of coefficients) value = a * value + b * value ** 3 + c * value ** 5
+  return value
+}
+
+/** The definition: U·p(Σ)·Vᵀ of X/‖X‖_F = UΣVᵀ; p(0) = 0, so null directions stay null. */
+export function orthogonalizeBySvd(x: Matrix, coefficients: readonly Triple[]): Matrix {
+  if (x.rows < x.cols) return transpose(orthogonalizeBySvd(transpose(x), coefficients))
+  const norm = frobenius(x.data) || 1
+  const { us, v, sigma } = svd({ ...x, data: x.data.map((value) => value / norm) })
+  // US holds the columns σⱼuⱼ, so p(σⱼ)/σⱼ turns them into p(σⱼ)uⱼ.
+  const gain = sigma.map((s) => (s === 0 ? 0 : composed(coefficients, s) / s))
+  return multiply({ ...us, data: us.data.map((value, i) => value * gain[i % us.cols]) }, transpose(v))
+}
+
+/** The same by the iteration itself: A = XXᵀ, X <- aX + (bA + cA²)X. Faster than the SVD on larger matrices. */
+export function orthogonalizeByIteration(x: Matrix, coefficients: readonly Triple[]): Matrix {
+  if (x.rows > x.cols) return transpose(orthogonalizeByIteration(transpose(x), coefficients))
+  const norm = frobenius(x.data) || 1
+  let value: Matrix = { ...x, data: x.data.map((element) => element / norm) }
+  for (const [a, b, c] of coefficients) {
+    const gram = multiply(value, transpose(value))
+    const square = multiply(gram, gram)
+    const polynomial = { ...gram, data: gram.data.map((element, i) => b * element + c * square.data[i]) }
+    const product = multiply(polynomial, value)
+    value = { ...value, data: value.data.map((element, i) => a * element + product.data[i]) }
+  }
+  return value
+}
+
+/**
+ * Singular value decomposition of a matrix with rows >= cols by one-sided Jacobi rotations: columns are rotated in
+ * pairs until all are orthogonal (Golub, Van Loan, Matrix Computations, 8.6.3). X = US·Vᵀ, US with columns σⱼuⱼ.
+ */
+export function svd(x: Matrix): { us: Matrix; v: Matrix; sigma: Float64Array } {
+  // Row j of these is column j of US and of V.
+  const us = transpose(x)
+  const v = identity(x.cols)
+  for (let rotated = true; rotated; ) {
+    rotated = false
+    for (let p = 0; p < x.cols - 1; p++) {
+      for (let q = p + 1; q < x.cols; q++) rotated = rotate(us, v, [p, q]) || rotated
+    }
+  }
+  return { us: transpose(us), v: transpose(v), sigma: Float64Array.from({ length: x.cols }, (_, j) => frobenius(row(us, j))) }
+}
+
+function rotate(us: Matrix, v: Matrix, [p, q]: readonly [number, number]): boolean {
+  const [alpha, beta, gamma] = [dot(row(us, p), row(us, p)), dot(row(us, q), row(us, q)), dot(row(us, p), row(us, q))]
+  if (Math.abs(gamma) <= 1e-15 * Math.sqrt(alpha * beta)) return false
+  const zeta = (beta - alpha) / (2 * gamma)
+  const t = (zeta < 0 ? -1 : 1) / (Math.abs(zeta) + Math.hypot(1, zeta))
+  const cosine = 1 / Math.hypot(1, t)
+  for (const matrix of [us, v]) turn(row(matrix, p), row(matrix, q), [cosine, cosine * t])
+  return true
+}
+
+function turn(x: Float64Array, y: Float64Array, [cosine, sine]: readonly [number, number]): void {
+  for (let i = 0; i < x.length; i++) {
+    const [a, b] = [x[i], y[i]]
+    x[i] = cosine * a - sine * b
+    y[i] = sine * a + cosine * b
+  }
+}
+
+function identity(size: number): Matrix {
+  return {
+    rows: size,
+    cols: size,
+    data: Float64Array.from({ length: size * size }, (_, i) => Number(i % (size + 1) === 0)),
+  }
+}
+
+function row({ cols, data }: Matrix, index: number): Float64Array {
+  return data.subarray(index * cols, (index + 1) * cols)
+}
+
+function dot(a: Float64Array, b: Float64Array): number {
+  return a.reduce((sum, value, i) => sum + value * b[i], 0)
+}
+
+export type MomentumOptions = { momentum: number; nesterov: boolean; momentum_form: 'ema' | 'heavy_ball' }
+
+/** ema (torch.optim.Muon): B <- μB + (1-μ)G, u = (1-μ)G + μB or B. heavy_ball (Moonlight): B <- μB + G, u = G + μB or B. */
+export function momentumStep(buffer: Float64Array, gradient: ArrayLike<number>, options: MomentumOptions) {
+  const { momentum, nesterov, momentum_form } = options
+  const weight = momentum_form === 'ema' ? 1 - momentum : 1
+  const next = buffer.map((value, i) => momentum * value + weight * gradient[i])
+  const direction = nesterov ? next.map((value, i) => weight * gradient[i] + momentum * value) : next
+  return { buffer: next, direction }
+}
+
+export type AdamwState = { exp_avg: Float64Array; exp_avg_sq: Float64Array }
+
+/** Kingma, Ba (arXiv 1412.6980), Algorithm 1: m̂/(√v̂ + eps) at step t = 1, 2, … */
+export function adamwStep(
+  state: AdamwState,
+  gradient: ArrayLike<number>,
+  options: { betas: readonly [number, number]; eps: number; step: number },
+): AdamwState & { data: Float64Array } {
+  const { betas: [beta1, beta2], eps, step } = options
+  const exp_avg = state.exp_avg.map((m, i) => beta1 * m + (1 - beta1) * gradient[i])
+  const exp_avg_sq = state.exp_avg_sq.map((v, i) => beta2 * v + (1 - beta2) * gradient[i] ** 2)
+  const data = exp_avg.map((m, i) => m / (1 - beta1 ** step) / (Math.sqrt(exp_avg_sq[i] / (1 - beta2 ** step)) + eps))
+  return { exp_avg, exp_avg_sq, data }
+}
+
+/** torch.optim.SGD: the buffer starts as the first gradient (undampened); d = G + μB (nesterov), B, or G without momentum. */
+export function sgdStep(
+  buffer: Float64Array | undefined,
+  gradient: Float64Array,
+  options: { momentum: number; dampening: number; nesterov: boolean },
+): { buffer: Float64Array; data: Float64Array } {
+  const { momentum, dampening, nesterov } = options
+  const next = buffer?.map((value, i) => momentum * value + (1 - dampening) * gradient[i]) ?? gradient
+  const direction = nesterov ? gradient.map((value, i) => value + momentum * next[i]) : next
+  return { buffer: next, data: momentum === 0 ? gradient : direction }
+}

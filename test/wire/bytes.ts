@@ -1,0 +1,37 @@
+/** Hand-made msgpack for tests: also what no encoder would write. */
+
+export const hex = (text: string) => Buffer.from(text.replace(/\s/g, ''), 'hex')
+
+export const str = (text: string) => {
+  const bytes = Buffer.from(text)
+  return bytes.length < 32
+    ? Buffer.concat([Buffer.from([0xa0 | bytes.length]), bytes])
+    : Buffer.concat([Buffer.from([0xda, bytes.length >> 8, bytes.length & 0xff]), bytes])
+}
+
+/** A map of key and value bytes, as given: repeated keys stay repeated. A number, text or hex Buffer is encoded as itself. */
+export const raw = (...pairs: [string | Buffer, Value][]) =>
+  Buffer.concat([
+    Buffer.from([0x80 | pairs.length]),
+    ...pairs.flatMap(([key, item]) => [typeof key === 'string' ? str(key) : key, value(item)]),
+  ])
+
+export const array = (...items: Value[]) => Buffer.concat([Buffer.from([0x90 | items.length]), ...items.map(value)])
+
+export type Value = Buffer | string | number | boolean
+
+export const NIL = hex('c0')
+export const FLOAT_ONE = hex('cb 3ff0000000000000')
+export const bin = (bytes: number) => Buffer.concat([hex('c6'), uint32(bytes), Buffer.alloc(bytes)])
+export const uint32 = (number: number) => {
+  const bytes = Buffer.alloc(4)
+  bytes.writeUInt32BE(number)
+  return bytes
+}
+
+function value(item: Value): Buffer {
+  if (typeof item === 'string') return str(item)
+  if (typeof item === 'boolean') return hex(item ? 'c3' : 'c2')
+  if (typeof item === 'number') return item < 0 ? Buffer.from([0x100 + item]) : Buffer.concat([hex('ce'), uint32(item)])
+  return item
+}

@@ -1,0 +1,585 @@
+import fc from 'fast-check'
+import t from 'tap'
+import { type ErrorCode, ServiceError } from '../../src/errors.js'
+import {
+  decodeClientFrame,
+  decodeServerFrame,
+  encodeFrame,
+  encodeHeader,
+  encodeWithData,
+  peekGradient,
+} from '../../src/wire/codec.js'
+import type { ClientFrame, GradientFrame, ServerFrame } from '../../src/wire/frame.js'
+import { array, bin, FLOAT_ONE, hex, NIL, raw, str, uint32, type Value } from './bytes.js'
+
+const LIMITS = { chunk_bytes: 4096 }
+const seed = 20261123
+
+type Other = Exclude<ClientFrame, GradientFrame>
+
+const name = fc.string({ maxLength: 40, unit: 'grapheme' })
+const count = fc.oneof(fc.nat(300), fc.maxSafeNat())
+const number = fc.oneof(fc.double({ noNaN: true }), fc.integer(), fc.maxSafeInteger()).map((x) => (x === 0 ? 0 : x))
+const hyperparameter = fc.oneof(
+  number,
+  fc.boolean(),
+  name,
+  fc.array(fc.array(number, { maxLength: 3 }), { maxLength: 4 }),
+)
+const hyperparameters = fc.dictionary(
+  name.filter((key) => key !== 'ns_steps'),
+  hyperparameter,
+  { maxKeys: 5 },
+)
+const maybe = <T>(arbitrary: fc.Arbitrary<T>) => fc.option(arbitrary, { nil: undefined })
+
+const open = fc.record({
+  type: fc.constant('open' as const),
+  protocol: fc.constant(1),
+  run: fc.stringMatching(/^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/),
+  mode: maybe(fc.constantFrom('create' as const, 'resume' as const, 'create_or_resume' as const)),
+  groups: maybe(
+    fc.array(
+      fc.tuple(name, name, hyperparameters).map(([first, algorithm, rest]) => ({ ...rest, name: first, algorithm })),
+      { maxLength: 3 },
+    ),
+  ),
+  parameters: maybe(
+    fc.array(
+      fc.record({
+        name,
+        shape: fc.array(fc.integer(), { maxLength: 4 }),
+        group: name,
+        gradient_dtype: maybe(name),
+        update_dtype: maybe(name),
+        split: maybe(fc.array(fc.nat())),
+        heads: maybe(fc.integer()),
+        matrices: maybe(name),
+      }),
+      { maxLength: 4 },
+    ),
+  ),
+  attentions: maybe(fc.constant([])),
+  takeover: maybe(fc.boolean()),
+  checkpoint: maybe(name),
+  client: maybe(name),
+})
+
+const other: fc.Arbitrary<Other> = fc.oneof(
+  open,
+  fc.record({
+    type: fc.constant('step' as const),
+    step: count,
+    groups: maybe(fc.dictionary(name, hyperparameters, { maxKeys: 3 })),
+    gradient_scale: maybe(number),
+    max_logits: maybe(fc.dictionary(name, fc.array(number), { maxKeys: 3 })),
+  }),
+  fc.record({ type: fc.constant('end' as const), step: count, skipped: maybe(fc.array(count)) }),
+  fc.record({ type: fc.constant('checkpoint' as const), tag: maybe(name) }),
+)
+
+const header = fc.record({ type: fc.constant('gradient' as const), parameter: count, step: count, offset: count })
+const payload = fc.oneof(fc.uint8Array({ maxLength: 400 }), fc.constant(new Uint8Array(4096).fill(7)))
+
+/** What arrives: undefined keys are gone. */
+const arrived = (frame: object) => JSON.parse(JSON.stringify(frame))
+
+t.test('every frame of a client arrives as it was sent', async (t) => {
+  fc.assert(
+    fc.property(other, (frame) => {
+      t.same(arrived(decodeClientFrame(encodeFrame(frame), LIMITS)), arrived(frame))
+    }),
+    { seed, numRuns: 200 },
+  )
+})
+
+t.test('a gradient arrives with its bytes as a view of the message, and the peek at its head agrees', async (t) => {
+  fc.assert(
+    fc.property(header, payload, (head, data) => {
+      const message = encodeWithData(head, data)
+      const frame = decodeClientFrame(message, LIMITS) as GradientFrame
+      t.equal(frame.data.buffer, message.buffer)
+      t.ok(Buffer.from(data).equals(frame.data))
+      const peek = peekGradient(message)
+      t.same(peek, {
+        parameter: frame.parameter,
+        step: frame.step,
+        offset: frame.offset,
+        dataStart: message.length - data.length,
+        dataLength: data.length,
+      })
+      t.same(peekGradient(encodeHeader(head, data.length)), peek)
+    }),
+    { seed, numRuns: 100 },
+  )
+})
+
+t.test('a header and its payload as two fragments are the message in one piece', async (t) => {
+  for (const length of [0, 255, 256, 65535, 65536]) {
+    const head = { type: 'update' as const, parameter: 1, step: 2, offset: 0, scale: -0.5 }
+    const data = new Uint8Array(length).fill(3)
+    const whole = Buffer.concat([encodeHeader(head, length), data])
+    t.same(whole, encodeWithData(head, data))
+    const frame = decodeServerFrame(whole)
+    t.equal(frame.type === 'update' && frame.data?.length, length)
+  }
+})
+
+t.test('data may stand anywhere among the keys', async (t) => {
+  const bytes = raw(['data', bin(4)], ['step', 1], ['type', 'gradient'], ['offset', 0], ['parameter', 0])
+  t.same(decodeClientFrame(bytes, LIMITS), {
+    type: 'gradient',
+    parameter: 0,
+    step: 1,
+    offset: 0,
+    data: Buffer.alloc(4),
+  })
+  t.equal(peekGradient(bytes), undefined)
+})
+
+t.test('every width of an integer is read as the same number', async (t) => {
+  const cases: [string, number][] = [
+    ['07', 7],
+    ['cc07', 7],
+    ['cd0007', 7],
+    ['ce00000007', 7],
+    ['cf0000000000000007', 7],
+    ['d007', 7],
+    ['d10007', 7],
+    ['d200000007', 7],
+    ['d30000000000000007', 7],
+    ['cf001fffffffffffff', Number.MAX_SAFE_INTEGER],
+  ]
+  for (const [text, step] of cases) {
+    t.match(decodeClientFrame(raw(['type', 'end'], ['step', hex(text)]), LIMITS), { step })
+  }
+})
+
+t.test('an integer stands for a float, in half the floats too', async (t) => {
+  for (const [text, scale] of [
+    ['02', 2],
+    ['fe', -2],
+    ['ca3f000000', 0.5],
+    ['cb7ff8000000000000', Number.NaN],
+  ] as const) {
+    const frame = decodeClientFrame(raw(['type', 'step'], ['step', 1], ['gradient_scale', hex(text)]), LIMITS)
+    t.equal(frame.type === 'step' && Object.is(frame.gradient_scale, scale), true)
+  }
+})
+
+t.test('a key named like a property of every object is a key like any other', async (t) => {
+  const groups = JSON.parse('{"__proto__": {"lr": 1}, "constructor": {"hasOwnProperty": 2}}')
+  const frame = decodeClientFrame(encodeFrame({ type: 'step', step: 1, groups }), LIMITS)
+  if (frame.type !== 'step') throw new Error('expected a step')
+  t.same(Object.keys(frame.groups ?? {}), ['__proto__', 'constructor'])
+  t.same(Object.getOwnPropertyDescriptor(frame.groups, '__proto__')?.value, { lr: 1 })
+  t.equal(Object.getPrototypeOf(frame.groups), Object.prototype)
+})
+
+const step = (key: string, item: Value) => raw(['type', 'step'], ['step', 1], [key, item])
+const gradient = (key: string, item: Value) => {
+  const pairs: [string, Value][] = [
+    ['parameter', 0],
+    ['step', 1],
+    ['offset', 0],
+    ['data', bin(4)],
+  ]
+  return raw(['type', 'gradient'], ...pairs.map(([k, v]): [string, Value] => [k, k === key ? item : v]))
+}
+const opening = (...pairs: [string, Value][]) => raw(['type', 'open'], ['protocol', 1], ['run', 'r'], ...pairs)
+const parameter = (...pairs: [string, Value][]) =>
+  opening(['parameters', array(raw(['name', 'w'], ['shape', array(2, 2)], ['group', 'g'], ...pairs))])
+const nested = (depth: number) => Buffer.concat([Buffer.alloc(depth, 0x91), hex('01')])
+
+const refused: [what: string, bytes: Uint8Array, code: ErrorCode, message: RegExp][] = [
+  ['nothing', hex(''), 'FRAME_MALFORMED', /ends at byte 0/],
+  ['text that is no msgpack', Buffer.from('{"type":"open"}'), 'FRAME_MALFORMED', /one map.* int/],
+  ['a list', hex('90'), 'FRAME_MALFORMED', /one map.* list/],
+  ['the byte that msgpack never uses', hex('c1'), 'FRAME_MALFORMED', /0xc1 at byte 0/],
+  ['an empty map', hex('80'), 'FRAME_MALFORMED', /no type/],
+  ['a type that is no text', raw(['type', 7]), 'FRAME_MALFORMED', /type of the frame/],
+  ['an unknown type', raw(['type', 'gradients']), 'FRAME_MALFORMED', /unknown frame type "gradients"/],
+  ['a type out of Object.prototype', raw(['type', 'constructor']), 'FRAME_MALFORMED', /unknown frame type/],
+  ['a frame of the service', raw(['type', 'receipt']), 'FRAME_MALFORMED', /unknown frame type "receipt"/],
+  ['a type as long as a novel', raw(['type', 'x'.repeat(5000)]), 'FRAME_MALFORMED', /"x{80}…"$/],
+  ['bytes after the map', Buffer.concat([step('gradient_scale', 1), hex('00')]), 'FRAME_MALFORMED', /1 bytes after/],
+  ['a map cut short', step('gradient_scale', 1).subarray(0, -1), 'FRAME_MALFORMED', /in the middle/],
+  ['a map that declares one pair more', hex('82 a474797065 a3656e64'), 'FRAME_MALFORMED', /in the middle/],
+  ['a duplicate type', raw(['type', 'end'], ['step', 1], ['type', 'end']), 'FRAME_MALFORMED', /"type" twice/],
+  [
+    'a duplicate key',
+    raw(['type', 'end'], ['step', 1], ['step', 1]),
+    'FRAME_MALFORMED',
+    /end has the key "step" twice/,
+  ],
+  [
+    'a duplicate group',
+    step('groups', raw(['a', raw()], ['a', raw()])),
+    'FRAME_MALFORMED',
+    /step.groups has.*"a" twice/,
+  ],
+  [
+    'a duplicate hyperparameter',
+    opening(['groups', array(raw(['name', 'g'], ['algorithm', 'sgd'], ['lr', 1], ['lr', 1]))]),
+    'FRAME_MALFORMED',
+    /open.groups\[0\] has the key "lr" twice/,
+  ],
+  [
+    'a duplicate key inside a hyperparameter',
+    step('groups', raw(['a', raw(['x', array(raw(['y', 1], ['y', 2]))])])),
+    'FRAME_MALFORMED',
+    /step.groups.a.x\[0\] has the key "y" twice/,
+  ],
+  ['an integer as a key', raw([hex('01'), 1]), 'FRAME_MALFORMED', /key at byte 1 is a int/],
+  ['a nested integer as a key', step('groups', raw([hex('01'), raw()])), 'FRAME_MALFORMED', /key at byte \d+ is a int/],
+  ['a bin as a key', raw([hex('c40161'), 1]), 'FRAME_MALFORMED', /key at byte 1 is a bin/],
+  ['a key that is not UTF-8', raw([hex('a1ff'), 1]), 'FRAME_MALFORMED', /not UTF-8/],
+  ['a value that is not UTF-8', raw(['type', 'checkpoint'], ['tag', hex('a2c328')]), 'FRAME_MALFORMED', /not UTF-8/],
+  ['nil', raw(['type', 'checkpoint'], ['tag', NIL]), 'FRAME_MALFORMED', /checkpoint.tag is a nil.*leave the key out/],
+  [
+    'nil as a hyperparameter',
+    step('groups', raw(['a', raw(['lr', NIL])])),
+    'FRAME_MALFORMED',
+    /step.groups.a.lr is a nil/,
+  ],
+  ['nil in a list', raw(['type', 'end'], ['step', 1], ['skipped', array(NIL)]), 'FRAME_MALFORMED', /end.skipped\[0\]/],
+  ['a timestamp', step('gradient_scale', hex('d6ff00000000')), 'FRAME_MALFORMED', /0xd6/],
+  ['an extension', step('groups', hex('c7010100')), 'FRAME_MALFORMED', /0xc7/],
+  ['a fixed extension', step('groups', hex('d40100')), 'FRAME_MALFORMED', /0xd4/],
+  ['an unknown key', step('gradient_sale', 1), 'FRAME_MALFORMED', /step.gradient_sale is unknown/],
+  ['an odd unknown key', step('a b', 1), 'FRAME_MALFORMED', /step."a b" is unknown/],
+  ['an unknown key of a parameter', parameter(['shap', 1]), 'FRAME_MALFORMED', /open.parameters\[0\].shap is unknown/],
+  ['a prototype key', step('__proto__', 1), 'FRAME_MALFORMED', /step.__proto__ is unknown/],
+  ['a key out of Object.prototype', step('toString', 1), 'FRAME_MALFORMED', /step.toString is unknown/],
+  ['a missing key', raw(['type', 'step']), 'FRAME_MALFORMED', /step.step is missing/],
+  [
+    'a gradient without data',
+    raw(['type', 'gradient'], ['step', 1], ['offset', 0], ['parameter', 0]),
+    'FRAME_MALFORMED',
+    /data is missing/,
+  ],
+  ['an open without run', raw(['type', 'open'], ['protocol', 1]), 'FRAME_MALFORMED', /open.run is missing/],
+  ['an open without protocol', raw(['type', 'open'], ['run', 'r']), 'FRAME_MALFORMED', /open.protocol is missing/],
+  [
+    'a group without name',
+    opening(['groups', array(raw(['algorithm', 'sgd']))]),
+    'FRAME_MALFORMED',
+    /\[0\].name is missing/,
+  ],
+  [
+    'a float as a step',
+    raw(['type', 'end'], ['step', FLOAT_ONE]),
+    'FRAME_MALFORMED',
+    /end.step is a float, expected an integer/,
+  ],
+  ['a float as an offset', gradient('offset', FLOAT_ONE), 'FRAME_MALFORMED', /gradient.offset is a float/],
+  [
+    'a float in a shape',
+    opening(['parameters', array(raw(['shape', array(FLOAT_ONE)]))]),
+    'FRAME_MALFORMED',
+    /\.shape\[0\] is a float/,
+  ],
+  ['a text as a step', raw(['type', 'end'], ['step', '1']), 'FRAME_MALFORMED', /end.step is a string/],
+  ['a bool as a step', raw(['type', 'end'], ['step', true]), 'FRAME_MALFORMED', /end.step is a bool/],
+  ['a negative index', gradient('parameter', -1), 'FRAME_MALFORMED', /gradient.parameter is -1, expected 0 or more/],
+  ['a negative step', gradient('step', -1), 'FRAME_MALFORMED', /gradient.step is -1/],
+  ['a negative offset', gradient('offset', -1), 'FRAME_MALFORMED', /gradient.offset is -1/],
+  [
+    'a negative skipped index',
+    raw(['type', 'end'], ['step', 1], ['skipped', array(-1)]),
+    'FRAME_MALFORMED',
+    /skipped\[0\] is -1/,
+  ],
+  ['2^53 as a step', gradient('step', hex('cf0020000000000000')), 'FRAME_MALFORMED', /beyond 2\^53/],
+  ['-2^53 as a scale', step('gradient_scale', hex('d3ffe0000000000000')), 'FRAME_MALFORMED', /beyond 2\^53/],
+  ['text as data', gradient('data', 'abcd'), 'FRAME_MALFORMED', /gradient.data is a string, expected a bin/],
+  ['a list as data', gradient('data', array(1, 2)), 'FRAME_MALFORMED', /gradient.data is a list/],
+  ['data that is longer than the message', gradient('data', hex('c6ffffffff00')), 'FRAME_MALFORMED', /in the middle/],
+  ['data in a step', step('data', bin(4)), 'FRAME_MALFORMED', /step.data is unknown/],
+  ['a text bomb', raw(['type', hex('dbffffffff61')]), 'FRAME_MALFORMED', /in the middle/],
+  ['a list bomb', step('groups', hex('ddffffffff')), 'FRAME_MALFORMED', /declares 4294967295 items/],
+  ['a map bomb', step('groups', hex('dfffffffff')), 'FRAME_MALFORMED', /declares 4294967295 items/],
+  ['a frame that is a map bomb', hex('dfffffffff'), 'FRAME_MALFORMED', /in the middle/],
+  ['nine levels', step('groups', nested(9)), 'FRAME_MALFORMED', /nested deeper than 8/],
+  ['a hundred thousand levels', step('groups', nested(100_000)), 'FRAME_MALFORMED', /nested deeper than 8/],
+  ['a bool as a run', raw(['type', 'open'], ['protocol', 1], ['run', true]), 'FRAME_MALFORMED', /open.run is a bool/],
+  ['an empty run name', raw(['type', 'open'], ['protocol', 1], ['run', '']), 'FRAME_MALFORMED', /open.run is ""/],
+  ['a run name with a path', raw(['type', 'open'], ['protocol', 1], ['run', '../x']), 'FRAME_MALFORMED', /open.run is/],
+  ['a run name with a line end', raw(['type', 'open'], ['protocol', 1], ['run', 'a\n']), 'FRAME_MALFORMED', /"a\\n"/],
+  [
+    'a run name of 129',
+    raw(['type', 'open'], ['protocol', 1], ['run', 'r'.repeat(129)]),
+    'FRAME_MALFORMED',
+    /open.run/,
+  ],
+  ['an unknown mode', opening(['mode', 'append']), 'FRAME_MALFORMED', /open.mode is "append"/],
+  ['a number as takeover', opening(['takeover', 1]), 'FRAME_MALFORMED', /open.takeover is a int, expected a bool/],
+  ['a map as groups', opening(['groups', raw()]), 'FRAME_MALFORMED', /open.groups is a map, expected a list/],
+  ['a list as groups of a step', step('groups', array()), 'FRAME_MALFORMED', /step.groups is a list, expected a map/],
+  ['a number as a group of a step', step('groups', raw(['a', 1])), 'FRAME_MALFORMED', /step.groups.a is a int/],
+  [
+    'text as max_logits',
+    step('max_logits', raw(['a', array('x')])),
+    'FRAME_MALFORMED',
+    /max_logits.a\[0\] is a string/,
+  ],
+  ['text as heads', parameter(['heads', '2']), 'FRAME_MALFORMED', /parameters\[0\].heads is a string/],
+  ['a number as split', parameter(['split', 2]), 'FRAME_MALFORMED', /parameters\[0\].split is a int, expected a list/],
+  ['a bool as matrices', parameter(['matrices', true]), 'FRAME_MALFORMED', /parameters\[0\].matrices is a bool/],
+  ['a number as a dtype', parameter(['gradient_dtype', 32]), 'FRAME_MALFORMED', /gradient_dtype is a int/],
+  [
+    'protocol 2',
+    raw(['type', 'open'], ['protocol', 2], ['future', 1]),
+    'PROTOCOL_UNSUPPORTED',
+    /protocol is 2, .* speaks 1/,
+  ],
+  [
+    'a float as protocol',
+    raw(['type', 'open'], ['protocol', FLOAT_ONE]),
+    'FRAME_MALFORMED',
+    /open.protocol is a float/,
+  ],
+  [
+    'ns_steps as a float in open',
+    opening(['groups', array(raw(['name', 'g'], ['algorithm', 'muon'], ['ns_steps', FLOAT_ONE]))]),
+    'HYPERPARAMETER_INVALID',
+    /open.groups\[0\].ns_steps is the float 1, expected an integer/,
+  ],
+  [
+    'ns_steps as a float in a step',
+    step('groups', raw(['g', raw(['ns_steps', FLOAT_ONE])])),
+    'HYPERPARAMETER_INVALID',
+    /ns_steps/,
+  ],
+  ['a chunk that is too large', gradient('data', bin(4097)), 'FRAME_TOO_LARGE', /data has 4097 bytes, at most 4096/],
+  [
+    'an end that is too large',
+    raw(['type', 'end'], ['step', 1], ['skipped', largeList(65_536)]),
+    'FRAME_TOO_LARGE',
+    /end without/,
+  ],
+  [
+    'a gradient with large other keys',
+    gradient('step', largeList(65_536)),
+    'FRAME_TOO_LARGE',
+    /gradient without its data/,
+  ],
+  ['a message above every limit', Buffer.alloc(2 ** 24 + 1), 'FRAME_TOO_LARGE', /a message has 16777217 bytes/],
+  ['two million values', opening(['attentions', largeList(2 ** 21)]), 'FRAME_TOO_LARGE', /more than 2097152/],
+]
+
+function largeList(length: number): Buffer {
+  return Buffer.concat([hex('dd'), uint32(length), Buffer.alloc(length, 1)])
+}
+
+for (const [what, bytes, code, message] of refused) {
+  t.test(`${what} is refused with ${code}`, async (t) => {
+    t.throws(() => decodeClientFrame(bytes, LIMITS), { name: 'ServiceError', code, message })
+  })
+}
+
+t.test('an open larger than a chunk limit allows is refused where the message is not', async (t) => {
+  const bytes = opening(['client', Buffer.concat([hex('db'), uint32(2 ** 24), Buffer.alloc(2 ** 24, 0x61)])])
+  t.throws(() => decodeClientFrame(bytes, { chunk_bytes: 2 ** 24 }), { code: 'FRAME_TOO_LARGE', message: /open has/ })
+})
+
+t.test('what the layout or the optimizer must judge passes', async (t) => {
+  const odd = parameter(['heads', -1], ['split', array(-2, 0)], ['matrices', 'sideways'])
+  t.match(decodeClientFrame(odd, LIMITS), { parameters: [{ heads: -1, split: [-2, 0], matrices: 'sideways' }] })
+  const values = raw(
+    ['name', 'g'],
+    ['algorithm', 'nope'],
+    ['lr', 'much'],
+    ['x', array(bin(1), true, raw(['y', FLOAT_ONE]))],
+  )
+  t.match(decodeClientFrame(opening(['groups', array(values)]), LIMITS), {
+    groups: [{ algorithm: 'nope', lr: 'much', x: [Buffer.alloc(1), true, { y: 1 }] }],
+  })
+  const deep = step('groups', raw(['g', raw(['x', nested(5)])]))
+  t.match(decodeClientFrame(deep, LIMITS), { groups: { g: { x: [[[[[1]]]]] } } })
+})
+
+t.test('a peek wants more until the head is whole, and gives up where it never will be', async (t) => {
+  const message = encodeWithData(
+    { type: 'gradient', parameter: 70_000, step: 2 ** 40, offset: 2 ** 33 },
+    new Uint8Array(9),
+  )
+  const start = message.length - 9
+  for (let length = 0; length < start; length++) t.equal(peekGradient(message.subarray(0, length)), 'more')
+  t.same(peekGradient(message.subarray(0, start)), {
+    parameter: 70_000,
+    step: 2 ** 40,
+    offset: 2 ** 33,
+    dataStart: start,
+    dataLength: 9,
+  })
+  const longKey = Buffer.concat([hex('85 dbffffffff'), Buffer.alloc(2000, 0x61)])
+  const never: [string, Uint8Array][] = [
+    ['a list', hex('95')],
+    ['four keys', raw(['type', 'gradient'], ['step', 1], ['offset', 0], ['parameter', 0])],
+    ['another type', raw(['type', 'update'], ['parameter', 0], ['step', 1], ['offset', 0], ['data', bin(1)])],
+    ['a float', gradient('step', FLOAT_ONE)],
+    ['a negative number', gradient('step', -1)],
+    ['text as data', gradient('data', 'abcd')],
+    ['a key twice', raw(['type', 'gradient'], ['step', 1], ['step', 1], ['parameter', 0], ['data', bin(1)])],
+    ['another last key', raw(['type', 'gradient'], ['parameter', 0], ['step', 1], ['offset', 0], ['bytes', bin(1)])],
+    ['an unknown key', raw(['type', 'gradient'], ['__proto__', 0], ['step', 1], ['offset', 0], ['data', bin(1)])],
+    ['an extension', hex('85 d4')],
+    ['a key that fills the head', longKey],
+  ]
+  for (const [what, bytes] of never) t.equal(peekGradient(bytes), undefined, what)
+  t.equal(peekGradient(longKey.subarray(0, 1000)), 'more')
+})
+
+const server: ServerFrame[] = [
+  {
+    type: 'opened',
+    run: 'r',
+    epoch: 1,
+    step: 0,
+    resumed: false,
+    digest: 'ab',
+    ahead: [0],
+    parameters: [
+      {
+        index: 0,
+        name: 'w',
+        shape: [2, 2],
+        group: 'g',
+        gradient_dtype: 'float32',
+        update_dtype: 'float32',
+        step: 0,
+        algorithm: 'sgd',
+        heads: 2,
+      },
+    ],
+    groups: { g: { lr: 0.1, nesterov: false } },
+    limits: { chunk_bytes: 4096, other: 1 },
+    server: { name: 'muond', version: '0.1.0', device: 'cpu', threads: 2 },
+  },
+  {
+    type: 'update',
+    parameter: 0,
+    step: 1,
+    offset: 0,
+    scale: -1,
+    decay: 0,
+    row_scale: Buffer.alloc(8),
+    replayed: false,
+    gradient_norm: 1,
+    update_rms: 1,
+  },
+  {
+    type: 'receipt',
+    step: 1,
+    replayed: false,
+    applied: 1,
+    skipped: 0,
+    gradient_norm: 1.5,
+    groups: { g: { lr: 0.1 } },
+    clipped_heads: {},
+    digest: 'cd',
+    durable: false,
+    seconds: { receive: 0.1, queue: 0, compute: 0.2, send: 0.1 },
+  },
+  { type: 'checkpointed', checkpoint: 'c', step: 1, digest: 'cd', bytes: 2 ** 40 },
+  { type: 'error', code: 'STEP_CONFLICT', message: 'm', status: 409, retryable: false, step: 3, expected_step: 2 },
+  { type: 'draining', deadline_seconds: 30 },
+]
+
+for (const frame of server) {
+  t.test(`${frame.type} reaches the client as it was sent`, async (t) => {
+    t.same(decodeServerFrame(encodeFrame(frame)), frame)
+  })
+}
+
+t.test('a client passes on keys it does not know and refuses what it needs and lacks', async (t) => {
+  t.match(decodeServerFrame(raw(['type', 'draining'], ['deadline_seconds', 1], ['reason', 'x'])), { reason: 'x' })
+  t.throws(() => decodeServerFrame(raw(['type', 'draining'])), {
+    code: 'FRAME_MALFORMED',
+    message: /deadline_seconds is missing/,
+  })
+  t.throws(() => decodeServerFrame(raw(['type', 'open'])), { code: 'FRAME_MALFORMED', message: /unknown frame type/ })
+})
+
+t.test('integers stay integers beyond 32 bits, and other numbers floats', async (t) => {
+  for (const step of [2 ** 31, 2 ** 32, 2 ** 40, Number.MAX_SAFE_INTEGER]) {
+    t.match(decodeClientFrame(encodeFrame({ type: 'end', step }), LIMITS), { step })
+  }
+  for (const gradient_scale of [-(2 ** 31), -(2 ** 40), 1e300, 2 ** 53, 0.1]) {
+    t.match(decodeClientFrame(encodeFrame({ type: 'step', step: 1, gradient_scale }), LIMITS), { gradient_scale })
+  }
+})
+
+t.test('null and undefined in a list become nil, which the other side refuses by name', async (t) => {
+  for (const x of [null, [undefined]]) {
+    const bytes = encodeFrame({ type: 'step', step: 1, groups: { g: { x } } })
+    t.throws(() => decodeClientFrame(bytes, LIMITS), { message: /step.groups.g.x(\[0\])? is a nil/ })
+  }
+})
+
+/** Decoding ends in a frame or a ServiceError, never in anything else. */
+function survives(bytes: Uint8Array): boolean {
+  try {
+    decodeClientFrame(bytes, LIMITS)
+  } catch (error) {
+    if (!(error instanceof ServiceError)) throw error
+  }
+  peekGradient(bytes)
+  return true
+}
+
+t.test('random bytes never break the decoder', async (t) => {
+  fc.assert(fc.property(fc.uint8Array({ maxLength: 200 }), survives), { seed, numRuns: 3000 })
+  const map = fc.uint8Array({ maxLength: 100 }).map((bytes) => Buffer.concat([hex('82 a474797065 a473746570'), bytes]))
+  fc.assert(fc.property(map, survives), { seed, numRuns: 3000 })
+  t.pass()
+})
+
+t.test(
+  'a mutated frame never breaks the decoder, and a gradient that decodes is the one that was peeked',
+  async (t) => {
+    const mutation = fc.record({ at: fc.nat(), byte: fc.nat(255), cut: fc.boolean() })
+    const message = fc.oneof(
+      other.map((frame) => encodeFrame(frame)),
+      fc.tuple(header, fc.uint8Array({ maxLength: 20 })).map(([head, data]) => encodeWithData(head, data)),
+    )
+    const mutated = fc.tuple(message, fc.array(mutation, { minLength: 1, maxLength: 3 })).map(([bytes, mutations]) => {
+      let result = Buffer.from(bytes)
+      for (const { at, byte, cut } of mutations) {
+        if (cut) result = result.subarray(0, at % (result.length + 1))
+        else if (result.length > 0) result[at % result.length] = byte
+      }
+      return result
+    })
+    fc.assert(
+      fc.property(mutated, (bytes) => {
+        survives(bytes)
+        const peek = peekGradient(bytes)
+        if (peek === undefined || peek === 'more' || peek.dataStart + peek.dataLength !== bytes.length) return
+        const { parameter, step, offset, data } = decodeClientFrame(bytes, LIMITS) as GradientFrame
+        t.same([parameter, step, offset, data.length], [peek.parameter, peek.step, peek.offset, peek.dataLength])
+      }),
+      { seed, numRuns: 2000 },
+    )
+  },
+)
+
+t.test('the worst messages of 16 MiB are refused before they cost time', async (t) => {
+  const bombs = [0x80, 0x90, 0x91, 0x01].map((byte) => {
+    const list = Buffer.concat([hex('dd'), uint32(2 ** 24 - 64), Buffer.alloc(2 ** 24 - 64, byte)])
+    return raw(['type', 'open'], ['attentions', list])
+  })
+  for (const bytes of bombs) {
+    const start = performance.now()
+    t.throws(() => decodeClientFrame(bytes, LIMITS), { name: 'ServiceError' })
+    const seconds = (performance.now() - start) / 1000
+    t.ok(seconds < 2, `${seconds} s`)
+  }
+})
+
+t.test('text is measured in bytes', async (t) => {
+  t.match(decodeClientFrame(raw(['type', 'checkpoint'], ['tag', str('größe ÷ 2 \ufeff')]), LIMITS), {
+    tag: 'größe ÷ 2 \ufeff',
+  })
+})

@@ -1,0 +1,105 @@
+import { createHash } from 'node:crypto'
+import type { ClientFrame, ServerFrame } from '../../src/wire/frame.js'
+
+/** The step of the worked example in docs/protocol.md: one 2 x 2 parameter, sgd at lr 0.5, so the update is the gradient. */
+
+const MASK = 2n ** 64n - 1n
+const GRADIENT = Buffer.from(Float32Array.of(1, 2, 3, 4).buffer)
+const GROUPS = { all: { algorithm: 'sgd', lr: 0.5, momentum: 0, dampening: 0, nesterov: false, weight_decay: 0 } }
+const DTYPES = { gradient_dtype: 'float32', update_dtype: 'float32' }
+const FIRST_DIGEST = createHash('sha256').update('muond digest 1').digest()
+
+export const EXAMPLE: { heading: string; frame: ClientFrame | ServerFrame }[] = [
+  {
+    heading: 'open',
+    frame: {
+      type: 'open',
+      protocol: 1,
+      run: 'demo',
+      groups: [{ name: 'all', algorithm: 'sgd', lr: 0.5 }],
+      parameters: [{ name: 'w', shape: [2, 2], group: 'all' }],
+    },
+  },
+  {
+    heading: 'opened',
+    frame: {
+      type: 'opened',
+      run: 'demo',
+      epoch: 1,
+      step: 0,
+      resumed: false,
+      digest: FIRST_DIGEST.toString('hex'),
+      ahead: [],
+      parameters: [{ index: 0, name: 'w', shape: [2, 2], group: 'all', ...DTYPES, step: 0, algorithm: 'sgd' }],
+      groups: GROUPS,
+      limits: { chunk_bytes: 4_194_304 },
+      server: { name: 'muond', version: '0.1.0', device: 'cpu' },
+    },
+  },
+  { heading: 'gradient', frame: { type: 'gradient', parameter: 0, step: 1, offset: 0, data: GRADIENT } },
+  {
+    heading: 'update',
+    frame: {
+      type: 'update',
+      parameter: 0,
+      step: 1,
+      offset: 0,
+      scale: -0.5,
+      decay: 0,
+      replayed: false,
+      gradient_norm: Math.sqrt(30),
+      update_rms: Math.sqrt(7.5),
+      data: GRADIENT,
+    },
+  },
+  { heading: 'end', frame: { type: 'end', step: 1 } },
+  {
+    heading: 'receipt',
+    frame: {
+      type: 'receipt',
+      step: 1,
+      replayed: false,
+      applied: 1,
+      skipped: 0,
+      gradient_norm: Math.sqrt(30),
+      groups: GROUPS,
+      clipped_heads: {},
+      digest: digestOfStep(),
+      durable: false,
+      seconds: { receive: 0.0005, queue: 0, compute: 0.00025, send: 0.0005 },
+    },
+  },
+]
+
+/** The digest as the section "Digest" defines it, for the one record of this step. */
+function digestOfStep(): string {
+  const fields = Buffer.alloc(53)
+  fields.writeBigUInt64LE(1n, 0)
+  fields.writeUInt32LE(0, 8)
+  fields.writeUInt8(1, 12)
+  fields.writeDoubleLE(1, 13)
+  fields.writeBigUInt64LE(fingerprint(GRADIENT), 21)
+  fields.writeBigUInt64LE(fingerprint(GRADIENT), 29)
+  fields.writeDoubleLE(-0.5, 37)
+  fields.writeDoubleLE(0, 45)
+  return createHash('sha256').update(FIRST_DIGEST).update(fields).digest('hex')
+}
+
+/** The fingerprint as the section "Fingerprint" defines it, word by word. */
+export function fingerprint(bytes: Uint8Array): bigint {
+  const padded = Buffer.alloc(Math.ceil(bytes.length / 8) * 8)
+  padded.set(bytes)
+  let sum = mix(BigInt(bytes.length))
+  for (let i = 0; i < padded.length / 8; i++) {
+    sum += mix((padded.readBigUInt64LE(8 * i) + BigInt(i + 1) * 0x9e3779b97f4a7c15n) & MASK)
+  }
+  return sum & MASK
+}
+
+function mix(x: bigint): bigint {
+  let y = x ^ (x >> 32n)
+  y = (y * 0xd6e8feb86659fd93n) & MASK
+  y ^= y >> 29n
+  y = (y * 0xa0761d6478bd642fn) & MASK
+  return y ^ (y >> 32n)
+}
