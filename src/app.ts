@@ -1,16 +1,16 @@
 import assert from 'node:assert'
 import { setTimeout as delay } from 'node:timers/promises'
-import websocket from '@fastify/websocket'
-import fastify, { type FastifyBaseLogger, type FastifyInstance, type FastifyRequest, type RouteOptions } from 'fastify'
+import websocket, { type WebsocketPluginOptions } from '@fastify/websocket'
+import fastify, { type FastifyBaseLogger, type FastifyInstance, type FastifyRequest, LogController, type RouteOptions } from 'fastify'
 import glue from 'fastify-openapi-glue'
-import type { ServerOptions, WebSocket } from 'ws'
+import type { WebSocket } from 'ws'
 import { type Config, VERSION } from './config.js'
 import { Device } from './device/device.js'
 import { ServiceError } from './errors.js'
 import { type Access, authenticator, chooseSubprotocol } from './http/auth.js'
 import { type Contract, docs, readContract } from './http/docs.js'
 import { Events } from './http/events.js'
-import { createHandlers, type Handlers, type Services } from './http/operations.js'
+import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { createMetrics, type Metrics } from './metrics.js'
 import { InPlaceWebSocket } from './run/receiver.js'
@@ -64,7 +64,8 @@ async function createServer(service: Service, logger: FastifyBaseLogger | undefi
   const { config, device, metrics, contract } = service
   const app = fastify({
     ...(logger ? { loggerInstance: logger } : {}),
-    disableRequestLogging: true,
+    // Requests are logged as events, by logRequest.
+    logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: MAX_BODY_BYTES,
     // While the server closes, requests on open connections are answered like any other, as problem documents.
     return503OnClosing: false,
@@ -97,7 +98,7 @@ function observe({ device, runs, metrics, streams }: Service): void {
 }
 
 async function registerWebSocket(app: FastifyInstance, { events }: Service): Promise<void> {
-  const options: ServerOptions = { maxPayload: MAX_MESSAGE_BYTES, perMessageDeflate: false, handleProtocols: chooseSubprotocol }
+  const options: WebsocketPluginOptions['options'] = { maxPayload: MAX_MESSAGE_BYTES, perMessageDeflate: false, handleProtocols: chooseSubprotocol }
   // The option's type asks for the statics of the ws module, which a subclass inherits but its type does not show.
   Reflect.set(options, 'WebSocket', InPlaceWebSocket)
   await app.register(websocket, {
@@ -121,34 +122,33 @@ async function registerWebSocket(app: FastifyInstance, { events }: Service): Pro
 
 /** Makes a route of every operation of the contract, and of every other method on its paths a 405. */
 async function registerOperations(scope: FastifyInstance, service: Service): Promise<void> {
-  const handlers = createHandlers(service)
-  // Answers are sent as they are: a serializer made from the contract would drop what it does not list.
-  scope.setSerializerCompiler(() => JSON.stringify)
+  const handlers: Readonly<Record<string, AnyHandler>> = createHandlers(service)
   scope.addHook('onRoute', refuseUnknownQuery)
   await scope.register(glue, {
-    specification: structuredClone(service.contract.document),
-    operationResolver: (id, method, path) => ({ method, url: urlOf(path), ...routeOf(id, handlers, service) }),
+    specification: withoutResponses(service.contract.document),
+    operationResolver: (id, method, path) => ({ method, url: urlOf(path), ...routeOf(id, handlers[id], service) }),
   })
   for (const url of new Set(operationsOf(service.contract).map(({ path }) => urlOf(path)))) refuseOtherMethods(scope, url)
 }
 
+/** Answers are sent as they are made: a serializer from the contract would silently drop what it does not list. */
+function withoutResponses(document: Contract['document']): object {
+  return JSON.parse(JSON.stringify(document, (key, value) => (key === 'responses' ? undefined : value)))
+}
+
 type Route = Pick<RouteOptions, 'handler' | 'config' | 'onRequest' | 'wsHandler' | 'exposeHeadRoute'>
 
-function routeOf(id: string, handlers: Handlers, service: Service): Route {
-  assert(isOperation(id, handlers), `operation ${id} has a handler`)
+function routeOf(id: string, handler: AnyHandler | undefined, service: Service): Route {
+  assert(handler, `operation ${id} has no handler`)
   const config = { access: accessOf(id, service.contract) }
-  if (id !== 'openStream') return { handler: handlers[id], config, exposeHeadRoute: !STREAMED.has(id) }
+  if (id !== 'openStream') return { handler, config, exposeHeadRoute: !STREAMED.has(id) }
   const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, service)
   const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, service)
-  return { handler: handlers[id], config, onRequest, wsHandler, exposeHeadRoute: false }
+  return { handler, config, onRequest, wsHandler, exposeHeadRoute: false }
 }
 
 /** Operations whose answer is not made at once: a HEAD would make it only to throw it away. */
 const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState'])
-
-function isOperation(id: string, handlers: Handlers): id is keyof Handlers {
-  return Object.hasOwn(handlers, id)
-}
 
 type ListedOperation = { path: string; method: string; id: string | undefined; open: boolean }
 

@@ -43,19 +43,17 @@ export function frobenius(values: ArrayLike<number>): number {
 }
 
 export function transpose({ rows, cols, data }: Matrix): Matrix {
-  return {
-    rows: cols,
-    cols: rows,
-    data: Float64Array.from(data, (_, i) => data[(i % rows) * cols + Math.floor(i / rows)]),
-  }
+  return { rows: cols, cols: rows, data: data.map((_, i) => data[(i % rows) * cols + Math.floor(i / rows)]) }
 }
 
 export function multiply(a: Matrix, b: Matrix): Matrix {
   const data = new Float64Array(a.rows * b.cols)
   for (let i = 0; i < a.rows; i++) {
+    const target = data.subarray(i * b.cols, (i + 1) * b.cols)
     for (let k = 0; k < a.cols; k++) {
       const factor = a.data[i * a.cols + k]
-      for (let j = 0; j < b.cols; j++) data[i * b.cols + j] += factor * b.data[k * b.cols + j]
+      const source = row(b, k)
+      for (let j = 0; j < target.length; j++) target[j] += factor * source[j]
     }
   }
   return { rows: a.rows, cols: b.cols, data }

@@ -1,4 +1,6 @@
+import { existsSync } from 'node:fs'
 import { availableParallelism, totalmem } from 'node:os'
+import { join } from 'node:path'
 import { Worker } from 'node:worker_threads'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { ServiceError } from '../errors.js'
@@ -28,6 +30,7 @@ export type Ticket = { cancelled: boolean }
 type Pending = { job: () => Job | undefined; ticket: Ticket; resolve: (r: JobResult | undefined) => void; reject: (e: Error) => void }
 type Lane = { worker: Worker; busy: Map<number, { resolve: (r: JobResult | undefined) => void; reject: (e: Error) => void }>; jobs: number; exited: Promise<void> }
 
+const CUDA_FILES = ['libonnxruntime_providers_cuda.so', 'libonnxruntime_providers_shared.so']
 // One job computes and one waits in the lane's port, so that a lane never idles for a turn of the event loop.
 const JOBS_PER_LANE = 2
 // Lanes on the CPU share its memory bandwidth and its arena of intermediates: more than four gain nothing.
@@ -231,9 +234,15 @@ export class Device {
 /** Throws where `device` cannot be had; answers why `auto` settled for the CPU. */
 function chooseProvider(device: string, folder: string, runtime: OnnxRuntime): string {
   if (device === 'cpu') return ''
-  const missing = runtime.providers().includes('CUDAExecutionProvider')
-    ? `ONNX Runtime ${runtime.version} in ${folder} has the CUDA provider, but this version of muond has no CUDA lanes yet`
-    : `ONNX Runtime ${runtime.version} in ${folder} has no CUDA provider: set MUOND_ONNXRUNTIME_DIR to a folder that holds libonnxruntime.so and libonnxruntime_providers_{cuda,shared}.so of one version (the Python wheel onnxruntime-gpu carries them in onnxruntime/capi)`
+  const missing = cudaProblem(folder, runtime)
   if (device === 'auto') return missing
   throw new Error(`device ${device} is not usable: ${missing}`)
+}
+
+// The library that npm ships names the CUDA provider among its own but does not carry its files: only the folder tells.
+function cudaProblem(folder: string, { version }: OnnxRuntime): string {
+  const absent = CUDA_FILES.filter((name) => !existsSync(join(folder, name)))
+  if (absent.length === 0) return `ONNX Runtime ${version} in ${folder} has its CUDA provider, but this version of muond computes on the CPU only`
+  const where = 'the Python wheel onnxruntime-gpu carries them in onnxruntime/capi'
+  return `${folder} lacks ${absent.join(' and ')}: set MUOND_ONNXRUNTIME_DIR to a folder that holds them beside libonnxruntime of the same version (${where})`
 }

@@ -124,8 +124,12 @@ export function viewMemory(pointer: Pointer, bytes: number): Uint8Array<ArrayBuf
   return new Uint8Array(koffi.view(pointer, bytes))
 }
 
+// koffi unloads a library whose handle was collected as garbage, and with it the code behind every function pointer.
+const loaded: unknown[] = []
+
 function loadApi(folder: string): { api: Pointer; version: string } {
   const library = koffi.load(join(folder, libraryName(folder)))
+  loaded.push(library)
   const base: Pointer = library.func('OrtGetApiBase', 'void *', [])()
   const version: string = koffi.decode(koffi.decode(base, 8, 'void *'), textType)()
   const [major, minor] = version.split('.').map(Number)

@@ -24,7 +24,7 @@ export type Scanner = {
  *     mix(x): x ^= x >>> 32; x *= FIRST; x ^= x >>> 29; x *= SECOND; x ^= x >>> 32
  *
  * mix is a bijection, so a changed word always changes its addend, and a sum may be taken in any order on any
- * device. STEP is 2^64 / golden ratio; FIRST is from Evensen's rrmxmx, SECOND from Wang's wyhash.
+ * device. STEP is 2^64 / golden ratio; FIRST is from degski's 64-bit mixer, SECOND from Wang's wyhash.
  */
 const STEP = 0x9e3779b97f4a7c15n
 const FIRST = 0xd6e8feb86659fd93n

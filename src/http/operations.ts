@@ -20,10 +20,11 @@ type Schemas = components['schemas']
 type ParametersOf<O, In extends string> = O extends { parameters: { [K in In]?: infer P } } ? AllOf<NonNullable<P>> : never
 type AllOf<P> = [P] extends [never] ? unknown : Required<P>
 /** Every query parameter of the contract has a default that validation fills in: none is undefined here. */
-type RequestOf<O> = FastifyRequest<{ Params: ParametersOf<O, 'path'>; Querystring: ParametersOf<O, 'query'> }>
+type RequestOf<O> = FastifyRequest & { params: ParametersOf<O, 'path'>; query: ParametersOf<O, 'query'> }
 type AnswerOf<O> = O extends { responses: { 200: { content: { 'application/json': infer Body } } } } ? Body : FastifyReply
-/** Written as a method, which TypeScript compares loosely: routes are made from all handlers alike, each typed by its operation. */
-type Handler<O> = { handle(request: RequestOf<O>, reply: FastifyReply): AnswerOf<O> | Promise<AnswerOf<O>> }['handle']
+type Handler<O> = (request: RequestOf<O>, reply: FastifyReply) => AnswerOf<O> | Promise<AnswerOf<O>>
+/** Any handler as a route takes it. Written as a method, which TypeScript compares loosely: validation has made the request fit. */
+export type AnyHandler = { handle(request: FastifyRequest, reply: FastifyReply): unknown }['handle']
 
 /** One handler per operationId of openapi.yaml: a missing one does not compile. `/docs` is served by its plugin. */
 export type Handlers = { readonly [Id in Exclude<keyof operations, 'getDocs'>]: Handler<operations[Id]> }

@@ -26,8 +26,7 @@ const MAX_NS_STEPS = 99
 const CUSTOM_RMS = /^rms:(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i
 
 /** A graph input is a float32, so a number that is not finite as one is Inf to the kernel. */
-const isNumber = (value: unknown): value is number =>
-  typeof value === 'number' && Number.isFinite(Math.fround(value))
+const isNumber = (value: unknown): value is number => typeof value === 'number' && Number.isFinite(Math.fround(value))
 const isFraction = (value: unknown): value is number => isNumber(value) && value >= 0 && value < 1
 
 const FINITE: Kind<number> = { expected: 'a finite float32 number', accepts: isNumber }
@@ -43,7 +42,8 @@ const FRACTIONS: Kind<readonly [number, number]> = {
 const BOOLEAN: Kind<boolean> = { expected: 'true or false', accepts: (value) => typeof value === 'boolean' }
 const ITERATIONS: Kind<number> = {
   expected: `an integer from 1 to ${MAX_NS_STEPS}`,
-  accepts: (value): value is number => Number.isInteger(value) && isNumber(value) && value >= 1 && value <= MAX_NS_STEPS,
+  accepts: (value): value is number =>
+    Number.isInteger(value) && isNumber(value) && value >= 1 && value <= MAX_NS_STEPS,
 }
 const COEFFICIENTS: Kind<Coefficients> = {
   expected: `three finite numbers, a list of 1 to ${MAX_NS_STEPS} such triples, or one of ${Object.keys(NAMED_COEFFICIENTS).join(', ')}`,
@@ -52,7 +52,11 @@ const COEFFICIENTS: Kind<Coefficients> = {
 const ADJUSTMENT: Kind<AdjustLrFn> = {
   expected: "'original', 'match_rms_adamw', 'spectral', 'none' or 'rms:K' with a finite K > 0",
   accepts: (value): value is AdjustLrFn =>
-    value === 'original' || value === 'match_rms_adamw' || value === 'spectral' || value === 'none' || isCustomRms(value),
+    value === 'original' ||
+    value === 'match_rms_adamw' ||
+    value === 'spectral' ||
+    value === 'none' ||
+    isCustomRms(value),
 }
 
 function choice<T extends string>(...values: readonly T[]): Kind<T> {
@@ -65,7 +69,7 @@ function rule<T>(kind: Kind<T>, fallback: NoInfer<T>, description: string): Rule
 }
 
 /** A hyperparameter that says what the state means: fixed once the run exists. */
-function fixed<T>(sticky: Rule<T>, not_yet: Readonly<Record<string, string>> = {}): Rule<T> {
+function fixed<T>(sticky: Rule<T>, not_yet?: Readonly<Record<string, string>>): Rule<T> {
   return { ...sticky, sticky: false, not_yet }
 }
 
@@ -84,7 +88,11 @@ export const HYPERPARAMETERS = {
       [3.4445, -4.775, 2.0315],
       'Coefficients a, b, c of X <- aX + (bA + cA²)X, one triple per iteration; the last one repeats.',
     ),
-    eps: rule(NOT_NEGATIVE, 1e-7, "Torch's guard of the norm; it applies after an exact rescale to order one, so it never shows."),
+    eps: rule(
+      NOT_NEGATIVE,
+      1e-7,
+      "Torch's guard of the norm; it applies after an exact rescale to order one, so it never shows.",
+    ),
     adjust_lr_fn: rule<AdjustLrFn>(ADJUSTMENT, 'original', 'Factor on lr that depends on the shape of the matrix.'),
     momentum_form: fixed(
       rule(choice('ema', 'heavy_ball'), 'ema', 'Meaning of the buffer: μB + (1-μ)G (ema) or μB + G (heavy_ball).'),
@@ -95,7 +103,11 @@ export const HYPERPARAMETERS = {
   },
   adamw: {
     lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η.'),
-    betas: rule<readonly [number, number]>(FRACTIONS, [0.9, 0.999], 'Shares β1, β2 of the two averages that a step keeps.'),
+    betas: rule<readonly [number, number]>(
+      FRACTIONS,
+      [0.9, 0.999],
+      'Shares β1, β2 of the two averages that a step keeps.',
+    ),
     eps: rule(NOT_NEGATIVE, 1e-8, 'Added to the root of the second average.'),
     weight_decay: rule(NOT_NEGATIVE, 1e-2, WEIGHT_DECAY),
   },
@@ -190,7 +202,13 @@ export function checkName(what: string, name: string): void {
 
 /** A value from a client as one short line of a message, however large or deep it is. */
 export function show(value: unknown): string {
-  const text = inspect(value, { depth: 1, maxArrayLength: 8, maxStringLength: 80, breakLength: Number.POSITIVE_INFINITY })
+  const text = inspect(value, {
+    compact: true,
+    depth: 1,
+    maxArrayLength: 8,
+    maxStringLength: 80,
+    breakLength: Number.POSITIVE_INFINITY,
+  })
   return text.length > 120 ? `${text.slice(0, 120)}...` : text
 }
 
@@ -228,11 +246,14 @@ function read<T extends Table>(name: string, table: T, given: Readonly<Record<st
   const values = Object.entries(table).map(([key, rule]) => {
     if (!Object.hasOwn(given, key)) return [key, rule.default]
     if (rule.accepts(given[key])) return [key, given[key]]
-    const reason = own(rule.not_yet ?? {}, String(given[key]))
-    const expected = reason === undefined ? `expected ${rule.expected}` : `which is not supported yet: ${reason}`
-    throw refusal(name, `${key} is ${show(given[key])}, ${expected}`)
+    throw refusal(name, `${key} is ${show(given[key])}, ${whyNot(rule, given[key])}`)
   })
   return Object.fromEntries(values)
+}
+
+function whyNot({ expected, not_yet }: Rule<unknown>, value: unknown): string {
+  const reason = not_yet && typeof value === 'string' ? own(not_yet, value) : undefined
+  return reason === undefined ? `expected ${expected}` : `which is not supported yet: ${reason}`
 }
 
 function muon(name: string, given: Readonly<Record<string, unknown>>): Hyperparameters<'muon'> {
@@ -249,7 +270,10 @@ function sgd(name: string, given: Readonly<Record<string, unknown>>): Hyperparam
   const values = read(name, HYPERPARAMETERS.sgd, given)
   if (!values.nesterov || (values.momentum > 0 && values.dampening === 0)) return values
   const { momentum, dampening } = values
-  throw refusal(name, `nesterov is true, momentum is ${momentum} and dampening is ${dampening}, expected momentum > 0 and dampening 0`)
+  throw refusal(
+    name,
+    `nesterov is true, momentum is ${momentum} and dampening is ${dampening}, expected momentum > 0 and dampening 0`,
+  )
 }
 
 /** Scanning the composed polynomial takes a while, so only a new set or count is checked, not every change of lr. */
@@ -258,7 +282,10 @@ function checkSet(group: Group): Group {
   const { ns_coefficients, ns_steps } = group.hyperparameters
   const reason = checkCoefficients(iterations(group.hyperparameters))
   if (reason === undefined) return group
-  throw refusal(group.name, `ns_coefficients is ${show(ns_coefficients)} with ns_steps ${ns_steps}, which is unsafe: ${reason}`)
+  throw refusal(
+    group.name,
+    `ns_coefficients is ${show(ns_coefficients)} with ns_steps ${ns_steps}, which is unsafe: ${reason}`,
+  )
 }
 
 function refusal(name: string, message: string): ServiceError {

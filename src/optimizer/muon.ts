@@ -1,4 +1,3 @@
-import type { KernelSpec } from '../../kernels/kernel.js'
 import { type AdjustLrFn, type Hyperparameters, iterations } from './hyperparameters.js'
 import type { Block, Parameter } from './parameter.js'
 import { type At, factors, type Plan } from './plan.js'
@@ -9,16 +8,18 @@ import { type At, factors, type Plan } from './plan.js'
  */
 export function planMuon(parameter: Parameter, hyperparameters: Hyperparameters<'muon'>, { replay }: At): Plan {
   const { lr, weight_decay, eps, adjust_lr_fn } = hyperparameters
-  const [factor, ...others] = parameter.blocks.map(({ rows, cols }) => adjustment(adjust_lr_fn, rows, cols))
-  const uniform = others.every((other) => other === factor)
-  const shared = uniform ? factor : 1
-  const kernel = kernelOf(parameter, hyperparameters, parameter.blocks[0])
-  const tasks = parameter.blocks.map((block) => ({
+  const { blocks } = parameter
+  const kernel = kernelOf(parameter, hyperparameters)
+  const transposed = { ...kernel, tall: !kernel.tall }
+  const adjustments = blocks.map(({ rows, cols }) => adjustment(adjust_lr_fn, rows, cols))
+  const uniform = adjustments.every((factor) => factor === adjustments[0])
+  const tasks = blocks.map((block, i) => ({
     dims: [block.rows, block.cols],
     offset: block.offset,
-    ...(uniform ? {} : { output_scale: adjustment(adjust_lr_fn, block.rows, block.cols) }),
-    ...(isTall(block) === isTall(parameter.blocks[0]) ? {} : { kernel: kernelOf(parameter, hyperparameters, block) }),
+    ...(uniform ? {} : { output_scale: adjustments[i] }),
+    ...(isTall(block) === kernel.tall ? {} : { kernel: transposed }),
   }))
+  const shared = uniform ? adjustments[0] : 1
   const scalars = { ...momentumScalars(hyperparameters, replay), eps, ...(uniform ? { output_scale: 1 } : {}) }
   return { kernel, tasks, scalars, ...factors(lr, weight_decay, shared), rms_factor: shared }
 }
@@ -48,9 +49,9 @@ function momentumScalars({ momentum, nesterov, momentum_form }: Hyperparameters<
   return { c_m, c_g, n_m, n_g }
 }
 
-function kernelOf(parameter: Parameter, hyperparameters: Hyperparameters<'muon'>, block: Block): KernelSpec {
-  const { gradient_dtype, update_dtype } = parameter
-  return { kind: 'muon', coefficients: iterations(hyperparameters), tall: isTall(block), gradient_dtype, update_dtype }
+function kernelOf({ blocks, gradient_dtype, update_dtype }: Parameter, hyperparameters: Hyperparameters<'muon'>) {
+  const tall = isTall(blocks[0])
+  return { kind: 'muon', coefficients: iterations(hyperparameters), tall, gradient_dtype, update_dtype } as const
 }
 
 function isTall({ rows, cols }: Block): boolean {

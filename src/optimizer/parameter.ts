@@ -146,7 +146,8 @@ function matrices(given: RawParameter, { fail, blocks: limit }: Context): Block[
   const { split, heads } = given
   const perMatrix = split?.length ?? heads ?? 1
   const blocks = batch * perMatrix
-  if (blocks > limit) throw fail(`is cut into ${blocks} matrices, ${limit} are left of ${MAX_BLOCKS} for all parameters`)
+  if (blocks > limit)
+    throw fail(`is cut into ${blocks} matrices, ${limit} are left of ${MAX_BLOCKS} for all parameters`)
   let offset = 0
   return Array.from({ length: blocks }, (_, i) => {
     const block = { rows: split ? split[i % perMatrix] : rows / perMatrix, cols, offset }

@@ -1,6 +1,6 @@
 import assert from 'node:assert'
 import type { GradientHead } from '../wire/codec.js'
-import { recognize, UNDECIDED_BYTES } from '../wire/gradient-frame.js'
+import { recognize, rotated, UNDECIDED_BYTES } from '../wire/gradient-frame.js'
 
 export type FrameReaderOptions = {
   /** Bytes of a message; 0: no limit. Longer ones are forwarded, to be refused. */
@@ -123,8 +123,4 @@ export class FrameReader {
 
 function hasTarget(payload: Payload): payload is Payload & { target: Uint8Array } {
   return payload.target !== undefined
-}
-
-function rotated(key: Uint8Array, by: number): Uint8Array {
-  return key.map((_, i) => key[(i + by) & 3] ?? 0)
 }

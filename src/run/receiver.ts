@@ -17,14 +17,16 @@ export type GradientSink = {
   received(head: GradientHead): void
 }
 
-type SocketOptions = { allowSynchronousEvents?: boolean; maxPayload?: number }
+type SocketOptions = { allowSynchronousEvents: boolean; maxPayload: number }
 type SetSocket = (this: WebSocket, socket: Duplex, head: Buffer, options: SocketOptions) => void
 type ReadHooks = { buffer: symbol; callback: symbol; generator: symbol }
 
 // The method in which ws takes over a socket; @types/ws leaves it out.
 const takeSocket: SetSocket = Reflect.get(WebSocket.prototype, 'setSocket')
 
-const { unmask }: { unmask: (bytes: Uint8Array, key: Uint8Array) => void } = createRequire(import.meta.url)('bufferutil')
+const { unmask }: { unmask: (bytes: Uint8Array, key: Uint8Array) => void } = createRequire(import.meta.url)(
+  'bufferutil',
+)
 
 /**
  * A server's WebSocket (`options.WebSocket` of @fastify/websocket) that lets the kernel write the payload of large gradient
@@ -45,9 +47,9 @@ export class InPlaceWebSocket extends WebSocket {
   setSocket(socket: Duplex, head: Buffer, options: SocketOptions): void {
     takeSocket.call(this, socket, head, options)
     const hooks = readHooks(socket)
-    const plain = this.extensions !== '' || options.allowSynchronousEvents === false
+    const plain = this.extensions !== '' || !options.allowSynchronousEvents
     if (hooks === undefined || plain || head.length > 0 || socket.readableLength > 0) return
-    this.#install(socket, hooks, options.maxPayload ?? 0)
+    this.#install(socket, hooks, options.maxPayload)
   }
 
   /** Takes the memory of a half-received gradient back: the rest of its frame is dropped, `received` does not come. */

@@ -6,9 +6,10 @@ import type { Slot } from '../device/staging.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import { Assembly, chunksOf } from '../wire/chunks.js'
-import { decodeClientFrame, encodeFrame, encodeHeader } from '../wire/codec.js'
+import { decodeClientFrame, encodeFrame, encodeHeader, type GradientHead } from '../wire/codec.js'
 import type { ClientFrame, EndFrame, GradientFrame, OpenFrame, StepFrame } from '../wire/frame.js'
 import type { Run, Update, Writer } from './run.js'
+import { type GradientSink, InPlaceWebSocket } from './receiver.js'
 import type { Runs } from './runs.js'
 import { Sender } from './sender.js'
 
@@ -29,7 +30,7 @@ type Reception = { parameter: number; step: number; assembly: Assembly; slot: Sl
 const GRACE_MS = 1000
 
 /** One connection: it takes frames in their order, hands gradients to its run and sends updates as they are computed. */
-export class Stream implements Writer {
+export class Stream implements Writer, GradientSink {
   readonly #socket: WebSocket
   readonly #context: StreamContext
   readonly #sender: Sender
@@ -52,6 +53,7 @@ export class Stream implements Writer {
     this.#socket = socket
     this.#context = context
     this.#sender = new Sender(socket)
+    if (socket instanceof InPlaceWebSocket) socket.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
@@ -85,6 +87,24 @@ export class Stream implements Writer {
   /** Refuses the connection: the error frame, then its close code. */
   refuse(error: ServiceError): void {
     this.#report(error)
+  }
+
+  /** Where the next chunk of the gradient in reception goes. Everything else, and whatever is wrong, goes the ordinary way. */
+  destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
+    const reception = this.#reception
+    if (this.#pumping || this.#leaving || reception?.parameter !== parameter || reception.step !== step) return undefined
+    const { assembly, slot } = reception
+    const fits = offset === assembly.received && offset + dataLength <= assembly.bytes
+    if (!fits || dataLength > this.#context.config.chunk_bytes) return undefined
+    const { device } = this.#context
+    return device.view(device.stagingBlock).subarray(slot.offset + offset, slot.offset + offset + dataLength)
+  }
+
+  received({ offset, dataLength }: GradientHead): void {
+    const reception = this.#reception
+    if (!reception || !this.#run) return
+    reception.assembly.accept({ offset, length: dataLength })
+    this.#stored(this.#run, reception, dataLength)
   }
 
   get #stepInFlight(): boolean {
@@ -337,6 +357,7 @@ export class Stream implements Writer {
   }
 
   #abandonReception(): void {
+    if (this.#socket instanceof InPlaceWebSocket) this.#socket.abandon()
     if (this.#reception) this.#context.device.staging.release(this.#reception.slot)
     this.#reception = undefined
   }

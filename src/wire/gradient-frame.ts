@@ -21,7 +21,7 @@ export type Recognized =
  * masked, at least IN_PLACE_BYTES and at most `maxPayload` (0: no limit) long, and must not need any rule of
  * the protocol enforced: everything else is ordinary, right or wrong.
  */
-export function recognize(bytes: Uint8Array, fragmented: boolean, maxPayload: number): Recognized {
+export function recognize(bytes: Buffer, fragmented: boolean, maxPayload: number): Recognized {
   const frame = readFrameHeader(bytes, 0)
   if (frame === undefined) return { kind: 'more' }
   const found = fragmented ? undefined : readGradient(bytes, frame, maxPayload)
@@ -34,21 +34,21 @@ const FINAL_BINARY = 0x82
 const FIRST_BINARY = 0x02
 const FINAL_CONTINUATION = 0x80
 
-function readFrameHeader(bytes: Uint8Array, at: number): FrameHeader | undefined {
-  const view = new DataView(bytes.buffer, bytes.byteOffset + at, bytes.length - at)
-  if (view.byteLength < 2) return undefined
-  const second = view.getUint8(1)
+function readFrameHeader(bytes: Buffer, at: number): FrameHeader | undefined {
+  const available = bytes.length - at
+  if (available < 2) return undefined
+  const second = bytes.readUInt8(at + 1)
   const short = second & 0x7f
   const lengthBytes = short < 126 ? 0 : short === 126 ? 2 : 8
   const masked = second >= 0x80
   const headerBytes = 2 + lengthBytes + (masked ? 4 : 0)
-  if (view.byteLength < headerBytes) return undefined
-  return { first: view.getUint8(0), masked, start: at + headerBytes, length: payloadLength(view, lengthBytes, short) }
+  if (available < headerBytes) return undefined
+  const length = lengthBytes === 0 ? short : readLength(bytes, at + 2, lengthBytes)
+  return { first: bytes.readUInt8(at), masked, start: at + headerBytes, length }
 }
 
-function payloadLength(view: DataView, lengthBytes: number, short: number): number {
-  if (lengthBytes === 0) return short
-  return lengthBytes === 2 ? view.getUint16(2) : view.getUint32(2) * 2 ** 32 + view.getUint32(6)
+function readLength(bytes: Buffer, at: number, lengthBytes: 2 | 8): number {
+  return lengthBytes === 2 ? bytes.readUInt16BE(at) : Number(bytes.readBigUInt64BE(at))
 }
 
 function goesOn(first: number, fragmented: boolean): boolean {
@@ -56,13 +56,13 @@ function goesOn(first: number, fragmented: boolean): boolean {
   return isControl ? fragmented : (first & 0x80) === 0
 }
 
-function readGradient(bytes: Uint8Array, frame: FrameHeader, maxPayload: number): Recognized | undefined {
+function readGradient(bytes: Buffer, frame: FrameHeader, maxPayload: number): Recognized | undefined {
   if (!frame.masked) return undefined
   if (frame.first === FINAL_BINARY) return readWhole(bytes, frame, maxPayload)
   return frame.first === FIRST_BINARY ? readFragments(bytes, frame, maxPayload) : undefined
 }
 
-function readWhole(bytes: Uint8Array, frame: FrameHeader, maxPayload: number): Recognized | undefined {
+function readWhole(bytes: Buffer, frame: FrameHeader, maxPayload: number): Recognized | undefined {
   if (frame.length < IN_PLACE_BYTES || exceeds(frame.length, maxPayload)) return undefined
   const head = peekGradient(unmasked(bytes, frame))
   if (head === 'more') return { kind: 'more' }
@@ -70,7 +70,7 @@ function readWhole(bytes: Uint8Array, frame: FrameHeader, maxPayload: number): R
   return payload(bytes, frame, head, head.dataStart)
 }
 
-function readFragments(bytes: Uint8Array, frame: FrameHeader, maxPayload: number): Recognized | undefined {
+function readFragments(bytes: Buffer, frame: FrameHeader, maxPayload: number): Recognized | undefined {
   if (frame.length > PEEK_BYTES) return undefined
   if (bytes.length < frame.start + frame.length) return { kind: 'more' }
   const head = peekGradient(unmasked(bytes, frame))
@@ -86,17 +86,20 @@ function exceeds(length: number, maxPayload: number): boolean {
   return maxPayload > 0 && length > maxPayload
 }
 
-function payload(bytes: Uint8Array, frame: FrameHeader, head: GradientHead, skip: number): GradientPayload {
-  const key = Uint8Array.from([0, 1, 2, 3], (i) => maskByte(bytes, frame, skip + i))
+function payload(bytes: Buffer, frame: FrameHeader, head: GradientHead, skip: number): GradientPayload {
+  const key = rotated(bytes.subarray(frame.start - 4, frame.start), skip)
   return { kind: 'gradient', head, start: frame.start + skip, end: frame.start + frame.length, key }
 }
 
-/** A readable copy of what of the payload is here and may be peeked at; the bytes themselves stay as they came. */
-function unmasked(bytes: Uint8Array, frame: FrameHeader): Uint8Array {
-  const end = frame.start + Math.min(frame.length, PEEK_BYTES)
-  return bytes.slice(frame.start, end).map((byte, i) => byte ^ maskByte(bytes, frame, i))
+/** The key for bytes that begin `position` bytes later; a copy. */
+export function rotated(key: Uint8Array, position: number): Uint8Array {
+  const by = position & 3
+  return Buffer.concat([key.subarray(by), key.subarray(0, by)])
 }
 
-function maskByte(bytes: Uint8Array, frame: FrameHeader, position: number): number {
-  return bytes[frame.start - 4 + (position & 3)] ?? 0
+/** A readable copy of what of the payload is here and may be peeked at; the bytes themselves stay as they came. */
+function unmasked(bytes: Buffer, frame: FrameHeader): Uint8Array {
+  const end = frame.start + Math.min(frame.length, PEEK_BYTES)
+  const masked = Uint8Array.from(bytes.subarray(frame.start, end))
+  return masked.map((byte, i) => byte ^ bytes.readUInt8(frame.start - 4 + (i & 3)))
 }

@@ -34,6 +34,8 @@ function prepare(device: Device, gradient: Float32Array, plan: Plan) {
   return { job, next, slot, update: new Float32Array(device.view(block).buffer) }
 }
 
+// tap compares typed arrays element by element, which takes minutes here.
+const sameBytes = (a: Uint8Array | Float32Array, b: Float32Array) => Buffer.from(a.buffer, a.byteOffset, a.byteLength).equals(new Uint8Array(b.buffer))
 const neverAsked = (): Job => {
   throw new Error('a cancelled job must not be asked for')
 }
@@ -46,8 +48,8 @@ t.test('a job on a tensor of many slices computes every element', async (t) => {
   const { job, next, update } = prepare(device, gradient, sgdPlan(n))
   const result = await device.run(() => job, ticket())
   t.equal(result?.outcome, 'computed')
-  t.same(update, gradient)
-  t.same(new Float32Array(device.read(next).buffer), gradient)
+  t.ok(sameBytes(update, gradient), 'the update is the gradient: n_m is 1, the buffer was zero')
+  t.ok(sameBytes(device.read(next), gradient))
   const again = await device.run(() => ({ ...job, expected: result!.gradientFingerprint + 1n }), ticket())
   t.equal(again?.outcome, 'other_gradient')
   await device.close()
@@ -107,9 +109,9 @@ t.test('a lane that fails marks the device failed: its job, the waiting ones and
 })
 
 t.test('cuda without a provider is an error that says what is missing, and auto falls to the cpu and says so', async (t) => {
-  await t.rejects(Device.start({ ...OPTIONS, device: 'cuda' }), /device cuda is not usable: .* no CUDA provider: set MUOND_ONNXRUNTIME_DIR/)
+  await t.rejects(Device.start({ ...OPTIONS, device: 'cuda' }), /device cuda is not usable: .* lacks libonnxruntime_providers_cuda.so and .*: set MUOND_ONNXRUNTIME_DIR/)
   const device = await Device.start({ ...OPTIONS, device: 'auto', lanes: 0, threads: 0, state_bytes_limit: 0 })
-  t.match(device.note, 'no CUDA provider')
+  t.match(device.note, 'lacks libonnxruntime_providers_cuda.so')
   t.ok(device.lanes >= 1)
   await device.close()
 })

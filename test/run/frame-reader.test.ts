@@ -21,7 +21,10 @@ t.test('however the bytes are split, every gradient is placed and the rest is fo
     mask: key,
   })
   const pieces = fc.array(fc.oneof(gradient, ordinary), { minLength: 1, maxLength: 8 })
-  const splits = fc.array(fc.oneof(fc.integer({ min: 1, max: 40 }), fc.integer({ min: 1, max: 90_000 })), { minLength: 1, maxLength: 40 })
+  const splits = fc.array(fc.oneof(fc.integer({ min: 1, max: 40 }), fc.integer({ min: 1, max: 90_000 })), {
+    minLength: 1,
+    maxLength: 40,
+  })
   fc.assert(
     fc.property(pieces, splits, fc.nat(), (pieces, splits, seed) => {
       const sent: Buffer[] = []
@@ -40,21 +43,27 @@ t.test('however the bytes are split, every gradient is placed and the rest is fo
   )
 })
 
-t.test('an abandoned gradient is dropped to its end, its memory is written no more, and the next one arrives', async (t) => {
-  const first = randomBytes(2 * IN_PLACE_BYTES, 1)
-  const second = randomBytes(IN_PLACE_BYTES, 2)
-  const stream = Buffer.concat([rawGradient(0, first, { mask: Uint8Array.from([9, 8, 7, 6]) }), rawGradient(1, second, { mask: new Uint8Array(4) })])
-  for (const at of [200, 70_000, first.length - 100]) {
-    const { reader, events, targets } = recording()
-    feed(reader, stream.subarray(0, at))
-    const before = Buffer.from(targets[0]!)
-    t.equal(reader.abandon(), true)
-    t.equal(reader.abandon(), false, 'only once')
-    feed(reader, stream.subarray(at))
-    t.ok(before.equals(targets[0]!), `abandoned after ${at} bytes`)
-    t.same(digest(events), digest([{ placed: Buffer.from(second) }]))
-  }
-})
+t.test(
+  'an abandoned gradient is dropped to its end, its memory is written no more, and the next one arrives',
+  async (t) => {
+    const first = randomBytes(2 * IN_PLACE_BYTES, 1)
+    const second = randomBytes(IN_PLACE_BYTES, 2)
+    const stream = Buffer.concat([
+      rawGradient(0, first, { mask: Uint8Array.from([9, 8, 7, 6]) }),
+      rawGradient(1, second, { mask: new Uint8Array(4) }),
+    ])
+    for (const at of [200, 70_000, first.length - 100]) {
+      const { reader, events, targets } = recording()
+      feed(reader, stream.subarray(0, at))
+      const before = Buffer.from(targets[0]!)
+      t.equal(reader.abandon(), true)
+      t.equal(reader.abandon(), false, 'only once')
+      feed(reader, stream.subarray(at))
+      t.ok(before.equals(targets[0]!), `abandoned after ${at} bytes`)
+      t.same(digest(events), digest([{ placed: Buffer.from(second) }]))
+    }
+  },
+)
 
 t.test('without a gradient at work there is nothing to abandon', async (t) => {
   const { reader } = recording()
@@ -63,24 +72,27 @@ t.test('without a gradient at work there is nothing to abandon', async (t) => {
   t.equal(reader.abandon(), false)
 })
 
-t.test('the buffers: scratch for headers, the destination in pieces of 4 MiB, scratch again for a short rest', async (t) => {
-  const length = 9 * 2 ** 20 + 1000
-  const { reader, targets } = recording()
-  t.equal(reader.next().length, 65_536)
-  const stream = rawGradient(0, new Uint8Array(length), { mask: new Uint8Array(4) })
-  const start = stream.length - length
-  feed(reader, stream.subarray(0, start))
-  const reads: number[] = []
-  for (let left = length; left > 0; ) {
-    const buffer = reader.next()
-    const count = Math.min(left, buffer.length)
-    reads.push(count)
-    t.equal(buffer.buffer === targets[0]!.buffer, left >= 32_768, `${left} bytes to go`)
-    reader.read(count)
-    left -= count
-  }
-  t.same(reads, [4 * 2 ** 20, 4 * 2 ** 20, 2 ** 20 + 1000])
-})
+t.test(
+  'the buffers: scratch for headers, the destination in pieces of 4 MiB, scratch again for a short rest',
+  async (t) => {
+    const length = 9 * 2 ** 20 + 1000
+    const { reader, targets } = recording()
+    t.equal(reader.next().length, 65_536)
+    const stream = rawGradient(0, new Uint8Array(length), { mask: new Uint8Array(4) })
+    const start = stream.length - length
+    feed(reader, stream.subarray(0, start))
+    const reads: number[] = []
+    for (let left = length; left > 0; ) {
+      const buffer = reader.next()
+      const count = Math.min(left, buffer.length)
+      reads.push(count)
+      t.equal(buffer.buffer === targets[0]!.buffer, left >= 32_768, `${left} bytes to go`)
+      reader.read(count)
+      left -= count
+    }
+    t.same(reads, [4 * 2 ** 20, 4 * 2 ** 20, 2 ** 20 + 1000])
+  },
+)
 
 t.test('a destination of another length than the data is a bug that is not survived', async (t) => {
   const reader = new FrameReader({ ...noHooks, destination: () => new Uint8Array(5) })
@@ -105,7 +117,7 @@ function recording(refused: ReadonlySet<number> = new Set()) {
   const targets: Uint8Array[] = []
   const reader = new FrameReader({
     maxPayload: 0,
-    unmask: (bytes, key) => bytes.forEach((byte, i) => (bytes[i] = byte ^ key[i & 3]!)),
+    unmask: (bytes, key) => bytes.set(bytes.map((byte, i) => byte ^ key[i & 3]!)),
     forward: (bytes) => events.push({ ordinary: bytes }),
     destination: ({ parameter, dataLength }) => {
       if (refused.has(parameter)) return undefined
@@ -143,7 +155,8 @@ function merged(events: readonly Event[]): Event[] {
   const result: Event[] = []
   for (const event of events) {
     const last = result.at(-1)
-    if ('ordinary' in event && last && 'ordinary' in last) result[result.length - 1] = { ordinary: Buffer.concat([last.ordinary, event.ordinary]) }
+    if ('ordinary' in event && last && 'ordinary' in last)
+      result[result.length - 1] = { ordinary: Buffer.concat([last.ordinary, event.ordinary]) }
     else result.push(event)
   }
   return result

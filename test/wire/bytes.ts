@@ -29,6 +29,22 @@ export const uint32 = (number: number) => {
   return bytes
 }
 
+/** A `step`, `gradient`, `open` or its first parameter, with one key as given. */
+export const step = (key: string, item: Value) => raw(['type', 'step'], ['step', 1], [key, item])
+export const gradient = (key: string, item: Value) => {
+  const pairs: [string, Value][] = [
+    ['parameter', 0],
+    ['step', 1],
+    ['offset', 0],
+    ['data', bin(4)],
+  ]
+  return raw(['type', 'gradient'], ...pairs.map(([k, v]): [string, Value] => [k, k === key ? item : v]))
+}
+export const opening = (...pairs: [string, Value][]) => raw(['type', 'open'], ['protocol', 1], ['run', 'r'], ...pairs)
+export const parameter = (...pairs: [string, Value][]) =>
+  opening(['parameters', array(raw(['name', 'w'], ['shape', array(2, 2)], ['group', 'g'], ...pairs))])
+export const nested = (depth: number) => Buffer.concat([Buffer.alloc(depth, 0x91), hex('01')])
+
 function value(item: Value): Buffer {
   if (typeof item === 'string') return str(item)
   if (typeof item === 'boolean') return hex(item ? 'c3' : 'c2')

@@ -33,7 +33,11 @@ t.test('what is not enough to decide is never decided, and UNDECIDED_BYTES alway
     }
     t.same(recognize(message.subarray(0, needed), false, 0), whole)
   }
-  const endless = rawFrame(0x82, Buffer.concat([header.subarray(0, 6), Buffer.from([0xdb, 0xff, 0xff, 0xff, 0xff]), data]), mask)
+  const endless = rawFrame(
+    0x82,
+    Buffer.concat([header.subarray(0, 6), Buffer.from([0xdb, 0xff, 0xff, 0xff, 0xff]), data]),
+    mask,
+  )
   t.equal(recognize(endless.subarray(0, UNDECIDED_BYTES), false, 0).kind, 'ordinary')
 })
 
@@ -64,7 +68,11 @@ t.test('everything else is an ordinary frame', async (t) => {
     ['half a header', rawFrame(0x02, header.subarray(0, 9), mask), { goesOn: true }],
     ['a first fragment with data', rawFrame(0x02, whole.subarray(0, header.length + 1), mask), { goesOn: true }],
     ['a small gradient in two', rawGradient(3, tooShort, { mask, fragments: true }), { goesOn: true }],
-    ['two fragments beyond maxPayload', rawGradient(3, data, { mask, fragments: true }), { maxPayload: whole.length - 1, goesOn: true }],
+    [
+      'two fragments beyond maxPayload',
+      rawGradient(3, data, { mask, fragments: true }),
+      { maxPayload: whole.length - 1, goesOn: true },
+    ],
     ['a header, then a ping', twoFragments(rawFrame(0x89, zero, mask)), { goesOn: true }],
     ['a header, then two fragments', twoFragments(rawFrame(0x00, data, mask)), { goesOn: true }],
     ['a header, then unmasked data', twoFragments(rawFrame(0x80, data)), { goesOn: true }],

@@ -9,12 +9,16 @@ export function rawFrame(first: number, payload: Uint8Array, mask?: Uint8Array):
   header[1] = (mask ? 0x80 : 0) | (form === 0 ? length : form === 2 ? 126 : 127)
   if (form === 2) header.writeUInt16BE(length, 2)
   if (form === 8) header.writeBigUInt64BE(BigInt(length), 2)
-  const body = mask ? payload.map((byte, i) => byte ^ mask[i & 3]!) : payload
+  const body = mask?.some((byte) => byte !== 0) ? payload.map((byte, i) => byte ^ mask[i & 3]!) : payload
   return Buffer.concat([header, mask ?? Buffer.alloc(0), body])
 }
 
 /** A gradient as one message, or as two fragments: the header and the data. */
-export function rawGradient(parameter: number, data: Uint8Array, form: { mask?: Uint8Array; fragments?: boolean }): Buffer {
+export function rawGradient(
+  parameter: number,
+  data: Uint8Array,
+  form: { mask?: Uint8Array; fragments?: boolean },
+): Buffer {
   const header = encodeHeader({ type: 'gradient', parameter, step: 1, offset: 0 }, data.length)
   return form.fragments
     ? Buffer.concat([rawFrame(0x02, header, form.mask), rawFrame(0x80, data, form.mask)])

@@ -1,0 +1,80 @@
+import { Registry } from 'prom-client'
+import t from 'tap'
+import { createMetrics, PHASES } from '../src/metrics.js'
+
+function observed() {
+  const now = { in_flight: 1, used: 2, state: 3, runs: 4, connections: 5 }
+  const observed = {
+    in_flight_bytes: () => now.in_flight,
+    staging: () => ({ used: now.used, capacity: 1000 }),
+    state_bytes: () => now.state,
+    runs: () => now.runs,
+    connections: () => now.connections,
+    build: { version: '1.2.3', onnxruntime: '1.30.0', device: 'cpu' },
+  }
+  return { now, observed }
+}
+
+t.test('every instrument has the prefix, a help text and a base unit', async (t) => {
+  const metrics = createMetrics()
+  metrics.observe(observed().observed)
+  for (const { name, help } of await metrics.registry.getMetricsAsJSON()) {
+    t.match(name, /^muond_/)
+    t.ok(help.length > 5, name)
+    t.notMatch(name, /_(ms|milliseconds|kb|mb|kilobytes)\b/, name)
+  }
+})
+
+t.test('gauges show what is so at the scrape', async (t) => {
+  const metrics = createMetrics()
+  const { now, observed: sources } = observed()
+  metrics.observe(sources)
+  const values = async () => (await metrics.registry.metrics()).split('\n').filter((line) => /^muond_(in_flight|staging|state|runs|connections)/.test(line))
+  const before = ['in_flight_bytes 1', 'state_bytes 3', 'runs 4', 'connections 5', 'staging_bytes{state="used"} 2', 'staging_bytes{state="capacity"} 1000']
+  t.same(await values(), before.map((line) => `muond_${line}`))
+  Object.assign(now, { used: 7, runs: 0 })
+  const after = await values()
+  t.ok(after.includes('muond_staging_bytes{state="used"} 7'))
+  t.ok(after.includes('muond_runs 0'))
+})
+
+t.test('build_info says what runs', async (t) => {
+  const metrics = createMetrics()
+  metrics.observe(observed().observed)
+  const text = await metrics.registry.getSingleMetricAsString('muond_build_info')
+  for (const label of ['version="1.2.3"', `node="${process.version}"`, 'onnxruntime="1.30.0"', 'device="cpu"']) t.ok(text.includes(label), label)
+})
+
+t.test('counters and phases are counted by their labels', async (t) => {
+  const metrics = createMetrics()
+  metrics.steps_total.inc()
+  metrics.received_bytes_total.inc(10)
+  metrics.sent_bytes_total.inc(20)
+  metrics.in_place_connections_total.inc()
+  metrics.refused_gradients_total.inc({ code: 'SHAPE_MISMATCH' })
+  metrics.errors_total.inc({ code: 'RUN_BUSY' })
+  for (const phase of PHASES) metrics.step_phase_seconds.observe({ phase }, 0.02)
+  const text = await metrics.registry.metrics()
+  const lines = [
+    'muond_steps_total 1',
+    'muond_received_bytes_total 10',
+    'muond_sent_bytes_total 20',
+    'muond_in_place_connections_total 1',
+    'muond_refused_gradients_total{code="SHAPE_MISMATCH"} 1',
+    'muond_errors_total{code="RUN_BUSY"} 1',
+    ...PHASES.map((phase) => `muond_step_phase_seconds_count{phase="${phase}"} 1`),
+    'muond_step_phase_seconds_bucket{le="0.01",phase="queue"} 0',
+    'muond_step_phase_seconds_bucket{le="0.03",phase="queue"} 1',
+  ]
+  for (const line of lines) t.ok(text.split('\n').includes(line), line)
+})
+
+t.test('the delay of the event loop is among the metrics', async (t) => {
+  t.match(await createMetrics().registry.metrics(), /^muond_nodejs_eventloop_lag_p99_seconds /m)
+})
+
+t.test('two services in one process have registries of their own, or one that is given', async (t) => {
+  const registry = new Registry()
+  t.equal(createMetrics(registry).registry, registry)
+  t.not(createMetrics().registry, createMetrics().registry)
+})

@@ -1,0 +1,107 @@
+import { once } from 'node:events'
+import type { AddressInfo } from 'node:net'
+import { WebSocket } from 'ws'
+import { type App, buildApp } from '../src/app.js'
+import { configOf } from '../src/config.js'
+import { chunksOf } from '../src/wire/chunks.js'
+import { decodeServerFrame, encodeFrame, encodeWithData } from '../src/wire/codec.js'
+import type { ClientFrame, GradientFrame, ReceiptFrame, ServerFrame } from '../src/wire/frame.js'
+import { gaussian } from './reference.js'
+
+export type Service = App & { url: string; http: string }
+type Settings = Parameters<typeof configOf>[0]
+
+/** The real app on the CPU device, on a free port of the loopback. Close it with `service.app.close()`. */
+export async function startService(settings: Settings = {}): Promise<Service> {
+  const config = configOf({ device: 'cpu', port: 0, staging_bytes: 2 ** 26, ...settings })
+  const built = await buildApp({ config })
+  await built.app.listen({ port: 0, host: '127.0.0.1' })
+  const { port } = built.app.server.address() as AddressInfo
+  return { ...built, http: `http://127.0.0.1:${port}`, url: `ws://127.0.0.1:${port}/v1/stream` }
+}
+
+export const normal = (seed: number, count: number) => Float32Array.from(gaussian(seed, count))
+export const bytesOf = (values: Float32Array | Uint16Array) => new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
+
+export type ReceivedUpdate = { scale: number; decay: number; replayed: boolean; gradient_norm: number; update_rms: number; data: Buffer }
+
+/** A client that speaks frames and nothing else: it sends what it is told to, also what is wrong. */
+export class RawClient {
+  readonly socket: WebSocket
+  readonly updates = new Map<number, ReceivedUpdate>()
+  #frames: ServerFrame[] = []
+  #waiting: ((frame: ServerFrame) => void)[] = []
+  #closed: Promise<{ code: number; reason: string }>
+
+  private constructor(socket: WebSocket) {
+    this.socket = socket
+    socket.on('message', (data) => this.#take(decodeServerFrame(data as Buffer)))
+    this.#closed = once(socket, 'close').then(([code, reason]) => ({ code: Number(code), reason: String(reason) }))
+    socket.on('error', () => {})
+  }
+
+  static async connect(url: string): Promise<RawClient> {
+    const socket = new WebSocket(url, { perMessageDeflate: false })
+    const client = new RawClient(socket)
+    await once(socket, 'open')
+    return client
+  }
+
+  send(frame: Exclude<ClientFrame, GradientFrame>): void {
+    this.socket.send(encodeFrame(frame))
+  }
+
+  /** Sends a gradient in chunks of `chunk` bytes. */
+  gradient(parameter: number, step: number, { values, chunk = 2 ** 20 }: { values: Float32Array | Uint16Array; chunk?: number }): void {
+    const bytes = bytesOf(values)
+    for (const { offset, length } of chunksOf(bytes.length, chunk)) {
+      this.socket.send(encodeWithData({ type: 'gradient', parameter, step, offset }, bytes.subarray(offset, offset + length)))
+    }
+  }
+
+  /** The next frame that is no update; updates are put together on the side. */
+  next(): Promise<ServerFrame> {
+    const frame = this.#frames.shift()
+    return frame ? Promise.resolve(frame) : new Promise((resolve) => this.#waiting.push(resolve))
+  }
+
+  async expect<T extends ServerFrame['type']>(type: T): Promise<Extract<ServerFrame, { type: T }>> {
+    const frame = await this.next()
+    if (frame.type !== type) throw new Error(`expected ${type}, got ${JSON.stringify(frame)}`)
+    return frame as Extract<ServerFrame, { type: T }>
+  }
+
+  async open(frame: Partial<Extract<ClientFrame, { type: 'open' }>> & { run: string }) {
+    this.send({ type: 'open', protocol: 1, ...frame })
+    return this.expect('opened')
+  }
+
+  /** Sends a whole step in the given order of parameters and waits for its receipt. */
+  async step(step: number, gradients: readonly Float32Array[], order: readonly number[] = gradients.map((_, i) => i), chunk?: number): Promise<ReceiptFrame> {
+    for (const index of order) this.gradient(index, step, { values: gradients[index]!, chunk })
+    this.send({ type: 'end', step })
+    return this.expect('receipt')
+  }
+
+  closed(): Promise<{ code: number; reason: string }> {
+    return this.#closed
+  }
+
+  async close(): Promise<void> {
+    this.socket.close()
+    await this.#closed
+  }
+
+  #take(frame: ServerFrame): void {
+    if (frame.type === 'update') return this.#assemble(frame)
+    const waiting = this.#waiting.shift()
+    if (waiting) waiting(frame)
+    else this.#frames.push(frame)
+  }
+
+  #assemble(frame: Extract<ServerFrame, { type: 'update' }>): void {
+    const { offset, parameter, data = Buffer.alloc(0), scale = 0, decay = 0, replayed = false, gradient_norm = 0, update_rms = 0 } = frame
+    if (offset === 0) this.updates.set(parameter, { scale, decay, replayed, gradient_norm, update_rms, data: Buffer.from(data) })
+    else this.updates.get(parameter)!.data = Buffer.concat([this.updates.get(parameter)!.data, data])
+  }
+}
