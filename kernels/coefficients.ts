@@ -1,7 +1,11 @@
 /** (a, b, c) of one Newton-Schulz iteration: σ <- aσ + bσ³ + cσ⁵ on every singular value. */
 export type Triple = readonly [number, number, number]
 
-export type CoefficientSet = { readonly coefficients: readonly Triple[]; readonly ns_steps: number; readonly source: string }
+export type CoefficientSet = {
+  readonly coefficients: readonly Triple[]
+  readonly ns_steps: number
+  readonly source: string
+}
 
 /**
  * Divides the input of the polynomial by s: σ/s instead of σ. It keeps a singular value that rounding put slightly

@@ -57,9 +57,13 @@ export function buildKernel(spec: KernelSpec): Uint8Array {
   for (const name of state) graph.input(name, 'float32', dims)
   for (const name of scalars) graph.input(name, 'float32', [1])
 
-  const values = addKernel(graph, graph.mul(castTo(graph, gradient, [spec.gradient_dtype, 'float32']), 'gradient_scale'), spec)
+  const values = addKernel(
+    graph,
+    graph.mul(castTo(graph, gradient, [spec.gradient_dtype, 'float32']), 'gradient_scale'),
+    spec,
+  )
 
-  values.next.forEach((value, index) => graph.output(`${state[index]}_next`, value, { dims }))
+  for (const [index, value] of values.next.entries()) graph.output(`${state[index]}_next`, value, { dims })
   graph.output('data', castTo(graph, values.data, ['float32', spec.update_dtype]), { dtype: spec.update_dtype, dims })
   graph.output('magnitude', magnitude(graph, values.checked), { dims: [] })
   return graph.bytes()

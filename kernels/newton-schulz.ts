@@ -26,7 +26,11 @@ export function normalize(graph: Graph, u: string, eps: string): string {
  * A `tall` X iterates from the right with A = XᵀX, so A is always of the shorter side and nothing is transposed.
  * The sums ride in the Gemms (alpha·AB + beta·C): no elementwise pass over X or A.
  */
-export function newtonSchulz(graph: Graph, x: string, options: { coefficients: readonly Triple[]; tall: boolean }): string {
+export function newtonSchulz(
+  graph: Graph,
+  x: string,
+  options: { coefficients: readonly Triple[]; tall: boolean },
+): string {
   return options.coefficients.reduce((value, triple) => iterate(graph, value, { triple, tall: options.tall }), x)
 }
 

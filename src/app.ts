@@ -75,11 +75,12 @@ async function createServer(service: Service, logger: FastifyBaseLogger | undefi
     frameworkErrors: (error, request, reply) => sendProblem(error, { request, reply, metrics }),
   })
   observe(service)
+  // First, because its hooks end the connection of an upgrade that any later hook refuses.
+  await registerWebSocket(app, service)
   app.addHook('onRequest', authenticator(config))
   app.addHook('onResponse', logRequest)
   app.addHook('onClose', () => device.close())
   answerProblems(app, metrics)
-  await registerWebSocket(app, service)
   await app.register((scope) => docs(scope, contract))
   await app.register((scope) => registerOperations(scope, service))
   await app.ready()
@@ -118,6 +119,7 @@ async function registerWebSocket(app: FastifyInstance, { events }: Service): Pro
       app.websocketServer.close()
     },
   })
+  app.websocketServer.on('wsClientError', answerClientError)
 }
 
 /** Makes a route of every operation of the contract, and of every other method on its paths a 405. */
@@ -175,7 +177,7 @@ function refuseUnknownQuery(route: RouteOptions): void {
 }
 
 function refuseOtherMethods(scope: FastifyInstance, url: string): void {
-  const allowed = scope.supportedMethods.filter((method) => scope.hasRoute({ method, url }))
+  const allowed = scope.supportedMethods.filter((method) => scope.hasRoute({ method, url })).sort()
   const method = scope.supportedMethods.filter((other) => !allowed.includes(other))
   scope.route({
     method,

@@ -105,7 +105,11 @@ export function svd(x: Matrix): { us: Matrix; v: Matrix; sigma: Float64Array } {
       for (let q = p + 1; q < x.cols; q++) rotated = rotate(us, v, [p, q]) || rotated
     }
   }
-  return { us: transpose(us), v: transpose(v), sigma: Float64Array.from({ length: x.cols }, (_, j) => frobenius(row(us, j))) }
+  return {
+    us: transpose(us),
+    v: transpose(v),
+    sigma: Float64Array.from({ length: x.cols }, (_, j) => frobenius(row(us, j))),
+  }
 }
 
 function rotate(us: Matrix, v: Matrix, [p, q]: readonly [number, number]): boolean {
@@ -161,7 +165,11 @@ export function adamwStep(
   gradient: ArrayLike<number>,
   options: { betas: readonly [number, number]; eps: number; step: number },
 ): AdamwState & { data: Float64Array } {
-  const { betas: [beta1, beta2], eps, step } = options
+  const {
+    betas: [beta1, beta2],
+    eps,
+    step,
+  } = options
   const exp_avg = state.exp_avg.map((m, i) => beta1 * m + (1 - beta1) * gradient[i])
   const exp_avg_sq = state.exp_avg_sq.map((v, i) => beta2 * v + (1 - beta2) * gradient[i] ** 2)
   const data = exp_avg.map((m, i) => m / (1 - beta1 ** step) / (Math.sqrt(exp_avg_sq[i] / (1 - beta2 ** step)) + eps))

@@ -1,5 +1,5 @@
 import { STATUS_CODES } from 'node:http'
-import type { Socket } from 'node:net'
+import type { Duplex } from 'node:stream'
 import type { FastifyError, FastifyInstance, FastifyReply, FastifyRequest } from 'fastify'
 import { type ErrorCode, ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
@@ -27,6 +27,8 @@ export function sendProblem(
   if (problem.status >= 500) request.log.error({ event: 'request_failed', code: problem.code, err: error })
   if (problem.status === 401) reply.header('www-authenticate', 'Bearer')
   if (problem.retry_after_seconds !== undefined) reply.header('retry-after', Math.ceil(problem.retry_after_seconds))
+  // What is sent on this connection next was meant for the stream: nobody would read it.
+  if (request.headers.upgrade !== undefined) reply.raw.once('finish', () => request.raw.socket.destroySoon())
   reply.code(problem.status).type(MEDIA_TYPE).serializer(JSON.stringify).send(problem)
 }
 
@@ -38,11 +40,11 @@ export function problemOf(error: unknown, id: string): Problem {
   return document('INTERNAL', `the service failed; its log says why under request ${id}`, 500)
 }
 
-/** Answers bytes that are no HTTP request: there is no request or reply yet, only the socket. */
-export function answerClientError(error: NodeJS.ErrnoException, socket: Socket): void {
+/** Answers bytes that are no HTTP request or no WebSocket handshake: there is no reply, only the socket. */
+export function answerClientError(error: NodeJS.ErrnoException, socket: Duplex): void {
   if (error.code === 'ECONNRESET' || !socket.writable) return void socket.destroy()
   const status = CLIENT_ERRORS[error.code ?? ''] ?? 400
-  const body = JSON.stringify(document('REQUEST_INVALID', `this is no HTTP request: ${error.message}`, status))
+  const body = JSON.stringify(document('REQUEST_INVALID', `the request was not understood: ${error.message}`, status))
   const head = [
     `HTTP/1.1 ${status} ${STATUS_CODES[status]}`,
     `content-type: ${MEDIA_TYPE}`,

@@ -28,7 +28,10 @@ const METADATA = '__metadata__'
  * Everything that precedes the tensors' bytes, which follow in the order given. Its length is a multiple of 8, so a
  * file whose 8-byte tensors come first has every tensor aligned. Throws on duplicate names and on sizes that do not fit.
  */
-export function encodeHeader(tensors: readonly TensorEntry[], metadata: Readonly<Record<string, string>> = {}): Uint8Array {
+export function encodeHeader(
+  tensors: readonly TensorEntry[],
+  metadata: Readonly<Record<string, string>> = {},
+): Uint8Array {
   const entries: [string, unknown][] = Object.keys(metadata).length > 0 ? [[METADATA, metadata]] : []
   const names = new Set([METADATA])
   let offset = 0

@@ -17,9 +17,9 @@ export type Proxy = { url: string; connections: () => number; cut: () => void; c
 
 /**
  * A TCP proxy that cuts its n-th connection dead after `budgets[n]` bytes, counted over both directions; connections beyond the
- * list live on. `cut` ends those that are open.
+ * list live on. It listens on port `at`, 0 for a free one. `cut` ends those that are open.
  */
-export async function startProxy(port: number, budgets: readonly number[] = []): Promise<Proxy> {
+export async function startProxy(port: number, budgets: readonly number[] = [], at = 0): Promise<Proxy> {
   const sockets = new Set<Socket>()
   let connections = 0
   const server = createServer((client) => {
@@ -44,12 +44,12 @@ export async function startProxy(port: number, budgets: readonly number[] = []):
     }
   })
   const cut = () => [...sockets].map((socket) => socket.destroy())
-  return { url: `ws://127.0.0.1:${await listen(server)}`, connections: () => connections, cut, close: () => close(server, cut) }
+  return { url: `ws://127.0.0.1:${await listen(server, at)}`, connections: () => connections, cut, close: () => close(server, cut) }
 }
 
-export function listen(server: Server): Promise<number> {
+export function listen(server: Server, port = 0): Promise<number> {
   return new Promise((resolve) => {
-    server.listen(0, '127.0.0.1', () => resolve((server.address() as AddressInfo).port))
+    server.listen(port, '127.0.0.1', () => resolve((server.address() as AddressInfo).port))
   })
 }
 

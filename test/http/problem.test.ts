@@ -77,6 +77,7 @@ t.test('bytes that are no HTTP request get a problem document too', async (t) =>
   const port = Number(new URL(url).port)
   const cases: [string, string][] = [
     ['garbage\r\n\r\n', '400 Bad Request'],
+    ['GET /v1/stream HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n', '400 Bad Request'],
     [`GET / HTTP/1.1\r\nhost: x\r\nlong: ${'x'.repeat(20_000)}\r\n\r\n`, '431 Request Header Fields Too Large'],
   ]
   for (const [bytes, status] of cases) {
@@ -89,13 +90,23 @@ t.test('bytes that are no HTTP request get a problem document too', async (t) =>
   }
 })
 
+t.test('an upgrade that is refused ends its connection', async (t) => {
+  const { url } = await startService(t)
+  for (const path of ['/nowhere', '/%zz', '/v1/runs?x=1']) {
+    const socket = connectSocket(Number(new URL(url).port), '127.0.0.1')
+    const handshake = 'sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ=='
+    socket.write(`GET ${path} HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n${handshake}\r\n\r\n`)
+    t.match(Buffer.concat(await Readable.from(socket).toArray()).toString(), /^HTTP\/1.1 40[04] [^]*application\/problem\+json[^]*"code"/, path)
+  }
+})
+
 t.test('a connection that is reset gets no answer and harms nobody', async (t) => {
   const { url, app } = await startService(t)
   const socket = connectSocket(Number(new URL(url).port), '127.0.0.1')
   const [accepted] = await Promise.all([once(app.server, 'connection'), once(socket, 'connect')])
   socket.write('GET / HT')
   socket.resetAndDestroy()
-  await once(accepted[0], 'close')
+  await new Promise((resolve) => accepted[0].once('close', resolve))
   t.equal((await fetch(`${url}/livez`)).status, 200)
 })
 

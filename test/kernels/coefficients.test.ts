@@ -41,11 +41,33 @@ t.test('polar_express needs five steps', async (t) => {
 })
 
 const UNSAFE: [string, Triple[], RegExp][] = [
-  ['a sign flip', [[1, -2, 0]], /^iteration 1 of 1 takes a singular value of 1\.02 to -1\.1.*, expected above 0 and below 1\.5$/],
-  ['a sign flip at a critical point inside', [[3, -10, 8.1]], /^iteration 1 of 1 takes a singular value of 0\.\d+ to -/],
+  [
+    'a sign flip',
+    [[1, -2, 0]],
+    /^iteration 1 of 1 takes a singular value of 1\.02 to -1\.1.*, expected above 0 and below 1\.5$/,
+  ],
+  [
+    'a sign flip at a critical point inside',
+    [[3, -10, 8.1]],
+    /^iteration 1 of 1 takes a singular value of 0\.\d+ to -/,
+  ],
   ['a value of 1.5', [[1.5 / 1.02, 0, 0]], /of 1\.02 to 1\.5,/],
-  ['an explosion in the second iteration', [[2, 0, 0], [1, 0, 1]], /^iteration 2 of 2 .* of 2\.04 to 37/],
-  ['an intermediate beyond float16', [[20, 0, 0], [0.01, 0, 0]], /^iteration 1 of 2 .* of 1\.02 to 20\.4, expected above 0 and below 16$/],
+  [
+    'an explosion in the second iteration',
+    [
+      [2, 0, 0],
+      [1, 0, 1],
+    ],
+    /^iteration 2 of 2 .* of 2\.04 to 37/,
+  ],
+  [
+    'an intermediate beyond float16',
+    [
+      [20, 0, 0],
+      [0.01, 0, 0],
+    ],
+    /^iteration 1 of 2 .* of 1\.02 to 20\.4, expected above 0 and below 16$/,
+  ],
   ['nothing but zero', [[0, 0, 0]], /to 0, expected/],
   ['NaN', [[Number.NaN, 0, 0]], /to NaN, expected/],
   ['infinity', [[1, Number.POSITIVE_INFINITY, 0]], /to Infinity, expected/],
@@ -65,42 +87,59 @@ for (const [name, triples, reason] of UNSAFE) {
   })
 }
 
-t.test('what is accepted is positive and below 1.5 on a dense grid, what the grid finds unsafe is refused', async (t) => {
-  const triple = fc
-    .tuple(fc.double({ min: 0.5, max: 4, noNaN: true }), fc.double({ min: -6, max: 2, noNaN: true }), fc.double({ min: -1, max: 4, noNaN: true }))
-    .map(([a, b, c]): Triple => [a, b, c])
-  let accepted = 0
-  fc.assert(
-    fc.property(fc.array(triple, { minLength: 1, maxLength: 3 }), (triples) => {
-      const { least, largest } = sampled(triples)
-      if (checkCoefficients(triples) !== undefined) return
-      accepted++
-      t.ok(least > 0 && largest < 1.5, `${JSON.stringify(triples)}: ${least} … ${largest}`)
-    }),
-    { numRuns: 500, seed: 3 },
-  )
-  t.ok(accepted > 20, `${accepted} accepted`)
-})
+t.test(
+  'what is accepted is positive and below 1.5 on a dense grid, what the grid finds unsafe is refused',
+  async (t) => {
+    const triple = fc
+      .tuple(
+        fc.double({ min: 0.5, max: 4, noNaN: true }),
+        fc.double({ min: -6, max: 2, noNaN: true }),
+        fc.double({ min: -1, max: 4, noNaN: true }),
+      )
+      .map(([a, b, c]): Triple => [a, b, c])
+    let accepted = 0
+    fc.assert(
+      fc.property(fc.array(triple, { minLength: 1, maxLength: 3 }), (triples) => {
+        const { least, largest } = sampled(triples)
+        if (checkCoefficients(triples) !== undefined) return
+        accepted++
+        t.ok(least > 0 && largest < 1.5, `${JSON.stringify(triples)}: ${least} … ${largest}`)
+      }),
+      { numRuns: 500, seed: 3 },
+    )
+    t.ok(accepted > 20, `${accepted} accepted`)
+  },
+)
 
 t.test('what is refused is unsafe on a dense grid', async (t) => {
   const [quintic] = NAMED_COEFFICIENTS.keller_jordan.coefficients
   let refused = 0
   fc.assert(
-    fc.property(fc.double({ min: 0.8, max: 1.2, noNaN: true }), fc.double({ min: 0.8, max: 1.2, noNaN: true }), (x, y) => {
-      const triples: Triple[] = [[quintic[0] * x, quintic[1] * y, quintic[2]], [quintic[0], quintic[1] * x, quintic[2] * y]]
-      if (checkCoefficients(triples) === undefined) return
-      refused++
-      // The grid may miss the very point, so it is allowed a thousandth.
-      const { least, largest } = sampled(triples)
-      t.ok(least <= 1e-3 || largest >= 1.499, `${JSON.stringify(triples)}: ${least} … ${largest}`)
-    }),
+    fc.property(
+      fc.double({ min: 0.8, max: 1.2, noNaN: true }),
+      fc.double({ min: 0.8, max: 1.2, noNaN: true }),
+      (x, y) => {
+        const triples: Triple[] = [
+          [quintic[0] * x, quintic[1] * y, quintic[2]],
+          [quintic[0], quintic[1] * x, quintic[2] * y],
+        ]
+        if (checkCoefficients(triples) === undefined) return
+        refused++
+        // The grid may miss the very point, so it is allowed a thousandth.
+        const { least, largest } = sampled(triples)
+        t.ok(least <= 1e-3 || largest >= 1.499, `${JSON.stringify(triples)}: ${least} … ${largest}`)
+      },
+    ),
     { numRuns: 300, seed: 4 },
   )
   t.ok(refused > 20, `${refused} refused`)
 })
 
 t.test('the last triple repeats, and surplus triples are dropped', async (t) => {
-  const [x, y]: Triple[] = [[1, 2, 3], [4, 5, 6]]
+  const [x, y]: Triple[] = [
+    [1, 2, 3],
+    [4, 5, 6],
+  ]
   t.same(expandCoefficients([x, y], 4), [x, y, y, y])
   t.same(expandCoefficients([x, y], 1), [x])
   t.throws(() => expandCoefficients([], 5), /empty list/)

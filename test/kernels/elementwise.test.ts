@@ -39,7 +39,15 @@ for (const { betas, eps } of ADAMW_OPTIONS) {
   })
 }
 
-const ADAMW_FIRST = { gradient_scale: 1, a_m: 0.9, a_g: 0.1, b_v: 0.999, b_g: 0.001, bias1: 0.1, bias2_sqrt: Math.sqrt(0.001) }
+const ADAMW_FIRST = {
+  gradient_scale: 1,
+  a_m: 0.9,
+  a_g: 0.1,
+  b_v: 0.999,
+  b_g: 0.001,
+  bias1: 0.1,
+  bias2_sqrt: Math.sqrt(0.001),
+}
 
 t.test('adamw with eps 0 answers a zero gradient with zero', async (t) => {
   const { data } = await adamw({ dims: [3], gradient: [0, 2, 0], scalars: { ...ADAMW_FIRST, eps: 0 } })
@@ -64,7 +72,12 @@ for (const options of SGD_OPTIONS) {
     for (let step = 1; step <= 5; step++) {
       const gradient = gradientOf(step)
       // torch's first buffer is the gradient itself, undampened.
-      const first = { gradient_scale: 1, c_m: momentum, c_g: step === 1 || momentum === 0 ? 1 : 1 - dampening, ...direction }
+      const first = {
+        gradient_scale: 1,
+        c_m: momentum,
+        c_g: step === 1 || momentum === 0 ? 1 : 1 - dampening,
+        ...direction,
+      }
       const answer = await sgd({ dims: [SIZE], gradient, state, scalars: first })
       state = { momentum_buffer: answer.momentum_buffer_next }
       t.same(await sgd({ dims: [SIZE], gradient, state, scalars: { ...first, c_m: 1, c_g: 0 } }), answer)
@@ -89,7 +102,12 @@ const CHECKS: [string, number, object, { adamw: boolean; sgd: boolean }][] = [
   ['a direction that overflows', 3e38, {}, { adamw: false, sgd: false }],
   ['NaN', Number.NaN, {}, { adamw: false, sgd: false }],
   ['infinity', Number.NEGATIVE_INFINITY, {}, { adamw: false, sgd: false }],
-  ['infinity that a coefficient of zero hides', Number.NEGATIVE_INFINITY, { c_g: 0, a_g: 0 }, { adamw: false, sgd: false }],
+  [
+    'infinity that a coefficient of zero hides',
+    Number.NEGATIVE_INFINITY,
+    { c_g: 0, a_g: 0 },
+    { adamw: false, sgd: false },
+  ],
 ]
 
 for (const [name, value, extra, finite] of CHECKS) {

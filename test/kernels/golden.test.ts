@@ -39,7 +39,10 @@ for (const golden of readGolden<MuonOptions>('muon')) {
         const decayed = golden.get(before).map((weight) => weight * (1 - lr * weight_decay))
         if (golden.bfloat16) {
           // A bfloat16 parameter keeps too little of one update to compare that; what is left is its own rounding.
-          const moved = relativeDistance(decayed.map((weight, i) => weight - scale * data[i]), golden.get(after))
+          const moved = relativeDistance(
+            decayed.map((weight, i) => weight - scale * data[i]),
+            golden.get(after),
+          )
           t.ok(moved <= 4e-3, `step ${step}: parameter and torch's ${moved}`)
           continue
         }
@@ -56,7 +59,11 @@ for (const golden of readGolden<MuonOptions>('muon')) {
 type MuonStep = { step: number; data: Float32Array; momentum: Float32Array; oracle: Float64Array }
 
 /** Options that differ only in what the client does with the update share one computation. */
-function shared(results: Map<string, Promise<MuonStep[]>>, golden: Golden<MuonOptions>, options: MuonOptions): Promise<MuonStep[]> {
+function shared(
+  results: Map<string, Promise<MuonStep[]>>,
+  golden: Golden<MuonOptions>,
+  options: MuonOptions,
+): Promise<MuonStep[]> {
   const key = JSON.stringify({ ...options, lr: 0, weight_decay: 0, adjust_lr_fn: null })
   const steps = results.get(key) ?? muonSteps(golden, options)
   results.set(key, steps)
@@ -86,22 +93,30 @@ async function muonSteps(golden: Golden<MuonOptions>, options: MuonOptions): Pro
 }
 
 function adjustment([rows, cols]: number[], { adjust_lr_fn }: MuonOptions): number {
-  return adjust_lr_fn === 'match_rms_adamw' ? 0.2 * Math.sqrt(Math.max(rows, cols)) : Math.sqrt(Math.max(1, rows / cols))
+  return adjust_lr_fn === 'match_rms_adamw'
+    ? 0.2 * Math.sqrt(Math.max(rows, cols))
+    : Math.sqrt(Math.max(1, rows / cols))
 }
 
 for (const golden of readGolden<AdamwOptions>('adamw')) {
   for (const [option, options] of Object.entries(golden.options)) {
     t.test(`${golden.name} ${option}: five steps of torch.optim.AdamW`, async (t) => {
-      // In the bf16 files torch keeps its state in bfloat16 and rounds it anew every step; ours is float32.
-      const limits = golden.bfloat16 ? { state: 1.2e-2, param: 8e-3 } : { state: 1e-6, param: 1e-6 }
+      // In the bf16 files torch keeps its state in bfloat16 and rounds it anew every step; ours is float32. The widest
+      // distances are those of the scalar, whose exp_avg all but cancels in step 5.
+      const limits = golden.bfloat16
+        ? { oracle: 2e-6, state: 3e-2, param: 8e-3 }
+        : { oracle: 1e-6, state: 1e-6, param: 1e-6 }
       const { lr, weight_decay } = options
       for await (const { step, result, oracle } of adamwSteps(golden, options)) {
         const ours = relativeDistance(result.data, oracle.data)
-        t.ok(ours <= 1e-6, `step ${step}: update and float64 oracle ${ours}`)
+        t.ok(ours <= limits.oracle, `step ${step}: update and float64 oracle ${ours}`)
         for (const name of ['exp_avg', 'exp_avg_sq'] as const) {
           const next = result[`${name}_next`]
-          const [exact, theirs] = [relativeDistance(next, oracle[name]), relativeDistance(next, golden.get(`${option}.${name}.${step}`))]
-          t.ok(exact <= 1e-6, `step ${step}: ${name} and float64 oracle ${exact}`)
+          const [exact, theirs] = [
+            relativeDistance(next, oracle[name]),
+            relativeDistance(next, golden.get(`${option}.${name}.${step}`)),
+          ]
+          t.ok(exact <= limits.oracle, `step ${step}: ${name} and float64 oracle ${exact}`)
           t.ok(theirs <= limits.state, `step ${step}: ${name} and torch's ${theirs}`)
         }
         const before = golden.get(step === 1 ? 'param.0' : `${option}.param.${step - 1}`)

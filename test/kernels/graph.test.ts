@@ -31,7 +31,12 @@ t.test('elementwise methods are the operators they are named after', async (t) =
 
 t.test('gemm is alpha·op(A)·op(B) + beta·C', async (t) => {
   const [a, b, c] = [gaussian(1, 6), gaussian(2, 6), gaussian(3, 4)]
-  for (const [transA, transB] of [[false, false], [true, false], [false, true], [true, true]]) {
+  for (const [transA, transB] of [
+    [false, false],
+    [true, false],
+    [false, true],
+    [true, true],
+  ]) {
     const [dimsA, dimsB] = [transA ? [3, 2] : [2, 3], transB ? [2, 3] : [3, 2]]
     const graph = new Graph('gemm')
     const [nodeA, nodeB] = [graph.input('a', 'float32', dimsA), graph.input('b', 'float32', dimsB)]
@@ -44,7 +49,12 @@ t.test('gemm is alpha·op(A)·op(B) + beta·C', async (t) => {
     const right = transB ? transpose({ rows: 2, cols: 3, data: b }) : { rows: 3, cols: 2, data: b }
     const product = multiply(left, right).data
     t.ok(relativeDistance(results.plain, product) < 1e-6)
-    t.ok(relativeDistance(results.full, product.map((value, i) => -1.5 * value + 0.25 * c[i])) < 1e-6)
+    t.ok(
+      relativeDistance(
+        results.full,
+        product.map((value, i) => -1.5 * value + 0.25 * c[i]),
+      ) < 1e-6,
+    )
   }
 })
 
@@ -60,7 +70,10 @@ t.test('reduce goes over all elements or the given axes', async (t) => {
 t.test('constants, several results, optional inputs, every kind of attribute and a contrib operator', async (t) => {
   const graph = new Graph('general')
   const x = graph.input('x', 'float32', [2, 2])
-  const [top, bottom] = graph.nodeWithOutputs('Split', [x, graph.ints([1, 1])], { count: 2, attributes: { axis: { int: 0 } } })
+  const [top, bottom] = graph.nodeWithOutputs('Split', [x, graph.ints([1, 1])], {
+    count: 2,
+    attributes: { axis: { int: 0 } },
+  })
   graph.output('bottom', bottom)
   graph.output('top', top)
   const [values, indices] = graph.nodeWithOutputs('TopK', [x, graph.ints([1])], { count: 2 })
@@ -92,7 +105,13 @@ t.test('an input, a constant and a result may each be an output, a result twice'
   graph.output('once', y)
   graph.output('twice', y)
   graph.output('later', graph.mul(y, y))
-  t.same(await evaluate(graph, { x: float32([2], [1]) }), { input: [2], constant: [7], once: [3], twice: [3], later: [9] })
+  t.same(await evaluate(graph, { x: float32([2], [1]) }), {
+    input: [2],
+    constant: [7],
+    once: [3],
+    twice: [3],
+    later: [9],
+  })
 })
 
 t.test('int64 inputs and outputs keep negative and large values', async (t) => {
@@ -144,7 +163,10 @@ t.test('cast to bfloat16 and float16 rounds to nearest, ties to even, subnormals
     fc.asyncProperty(lists, async (list) => {
       const results = await session.run({ x: float32(list, [list.length]) })
       t.same([...values(results.bfloat16)], list.map(roundToBfloat16))
-      t.same([...values(results.float16)], list.map((value) => (value === 0 ? 0 : roundToFloat16(value))))
+      t.same(
+        [...values(results.float16)],
+        list.map((value) => (value === 0 ? 0 : roundToFloat16(value))),
+      )
     }),
     { numRuns: 100, seed: 5 },
   )

@@ -31,12 +31,24 @@ function matrix([rows, cols]: readonly [number, number], seed: number, scale = 1
   return { rows, cols, data: gaussian(seed, rows * cols).map((value) => Math.fround(value * scale)) }
 }
 
-async function orthogonalize(x: Matrix, run: KernelRun = x.rows > x.cols ? tall : wide, scalars = {}): Promise<Float32Array> {
+async function orthogonalize(
+  x: Matrix,
+  run: KernelRun = x.rows > x.cols ? tall : wide,
+  scalars = {},
+): Promise<Float32Array> {
   const { data } = await run({ dims: [x.rows, x.cols], gradient: x.data, scalars: { ...PLAIN, ...scalars } })
   return data
 }
 
-const SHAPES = [[64, 64], [96, 40], [40, 96], [1, 32], [32, 1], [1, 1], [256, 512]] as const
+const SHAPES = [
+  [64, 64],
+  [96, 40],
+  [40, 96],
+  [1, 32],
+  [32, 1],
+  [1, 1],
+  [256, 512],
+] as const
 
 for (const [rows, cols] of SHAPES) {
   t.test(`${rows}x${cols} is within 1e-5 of the float64 oracle`, async (t) => {
@@ -92,20 +104,28 @@ t.test('a power of two in the gradient or in gradient_scale changes no bit', asy
 
 t.test('tall is the transpose of wide', async (t) => {
   await fc.assert(
-    fc.asyncProperty(fc.integer({ min: 1, max: 24 }), fc.integer({ min: 1, max: 24 }), fc.nat(), async (rows, cols, seed) => {
-      const x = matrix([rows, cols], seed)
-      const transposed = transpose(x)
-      const expected = transpose({ ...transposed, data: Float64Array.from(await orthogonalize(transposed, wide)) })
-      const distance = relativeDistance(await orthogonalize(x, tall), expected.data)
-      t.ok(distance <= float32Tolerance, `distance ${distance}`)
-    }),
+    fc.asyncProperty(
+      fc.integer({ min: 1, max: 24 }),
+      fc.integer({ min: 1, max: 24 }),
+      fc.nat(),
+      async (rows, cols, seed) => {
+        const x = matrix([rows, cols], seed)
+        const transposed = transpose(x)
+        const expected = transpose({ ...transposed, data: Float64Array.from(await orthogonalize(transposed, wide)) })
+        const distance = relativeDistance(await orthogonalize(x, tall), expected.data)
+        t.ok(distance <= float32Tolerance, `distance ${distance}`)
+      },
+    ),
     { numRuns: 20, seed: 2 },
   )
 })
 
 t.test('zero gives zero, whatever eps is', async (t) => {
   for (const eps of [0, 1e-7]) {
-    for (const [x, run] of [[matrix([5, 9], 1, 0), wide], [matrix([9, 5], 1, 0), tall]] as const) {
+    for (const [x, run] of [
+      [matrix([5, 9], 1, 0), wide],
+      [matrix([9, 5], 1, 0), tall],
+    ] as const) {
       t.ok((await orthogonalize(x, run, { eps })).every((value) => value === 0))
     }
   }
@@ -125,7 +145,10 @@ t.test('a rank-1 gradient keeps its direction and gets the gain p(1)', async (t)
 
 t.test('output_scale multiplies the direction', async (t) => {
   const x = matrix([8, 8], 4)
-  t.same(await orthogonalize(x, wide, { output_scale: -2 }), (await orthogonalize(x)).map((value) => value * -2))
+  t.same(
+    await orthogonalize(x, wide, { output_scale: -2 }),
+    (await orthogonalize(x)).map((value) => value * -2),
+  )
 })
 
 const FORMS = [
@@ -136,32 +159,35 @@ const FORMS = [
 ] as const
 
 for (const form of FORMS) {
-  t.test(`${form.momentum_form} momentum ${form.nesterov ? 'with' : 'without'} Nesterov: five steps and their replays`, async (t) => {
-    const momentum = 0.95
-    const weight = form.momentum_form === 'ema' ? 1 - momentum : 1
-    const direction = form.nesterov ? { n_m: momentum, n_g: weight } : { n_m: 1, n_g: 0 }
-    const first = { ...PLAIN, ...direction, c_m: momentum, c_g: weight }
-    const dims = [12, 20] as const
-    let buffer = new Float64Array(240)
-    let state: Float32Array = new Float32Array(240)
-    for (let step = 1; step <= 5; step++) {
-      const { data: gradient } = matrix(dims, step)
-      const expected = momentumStep(buffer, gradient, { ...form, momentum })
-      const answer = await wide({ dims, gradient, state: { momentum_buffer: state }, scalars: first })
-      const replayed = await wide({
-        dims,
-        gradient,
-        state: { momentum_buffer: answer.momentum_buffer_next },
-        scalars: { ...first, c_m: 1, c_g: 0 },
-      })
-      t.same(replayed, answer, 'a replay gives the same bits and moves nothing')
-      t.ok(relativeDistance(answer.momentum_buffer_next, expected.buffer) <= 1e-6)
-      const oracle = orthogonalizeBySvd({ rows: 12, cols: 20, data: expected.direction }, DEFAULT).data
-      t.ok(relativeDistance(answer.data, oracle) <= float32Tolerance)
-      buffer = expected.buffer
-      state = answer.momentum_buffer_next
-    }
-  })
+  t.test(
+    `${form.momentum_form} momentum ${form.nesterov ? 'with' : 'without'} Nesterov: five steps and their replays`,
+    async (t) => {
+      const momentum = 0.95
+      const weight = form.momentum_form === 'ema' ? 1 - momentum : 1
+      const direction = form.nesterov ? { n_m: momentum, n_g: weight } : { n_m: 1, n_g: 0 }
+      const first = { ...PLAIN, ...direction, c_m: momentum, c_g: weight }
+      const dims = [12, 20] as const
+      let buffer = new Float64Array(240)
+      let state: Float32Array = new Float32Array(240)
+      for (let step = 1; step <= 5; step++) {
+        const { data: gradient } = matrix(dims, step)
+        const expected = momentumStep(buffer, gradient, { ...form, momentum })
+        const answer = await wide({ dims, gradient, state: { momentum_buffer: state }, scalars: first })
+        const replayed = await wide({
+          dims,
+          gradient,
+          state: { momentum_buffer: answer.momentum_buffer_next },
+          scalars: { ...first, c_m: 1, c_g: 0 },
+        })
+        t.same(replayed, answer, 'a replay gives the same bits and moves nothing')
+        t.ok(relativeDistance(answer.momentum_buffer_next, expected.buffer) <= 1e-6)
+        const oracle = orthogonalizeBySvd({ rows: 12, cols: 20, data: expected.direction }, DEFAULT).data
+        t.ok(relativeDistance(answer.data, oracle) <= float32Tolerance)
+        buffer = expected.buffer
+        state = answer.momentum_buffer_next
+      }
+    },
+  )
 }
 
 t.test('magnitude is finite exactly when momentum and direction are', async (t) => {
