@@ -1,7 +1,13 @@
 import assert from 'node:assert'
 import { setTimeout as delay } from 'node:timers/promises'
 import websocket, { type WebsocketPluginOptions } from '@fastify/websocket'
-import fastify, { type FastifyBaseLogger, type FastifyInstance, type FastifyRequest, LogController, type RouteOptions } from 'fastify'
+import fastify, {
+  type FastifyBaseLogger,
+  type FastifyInstance,
+  type FastifyRequest,
+  LogController,
+  type RouteOptions,
+} from 'fastify'
 import glue from 'fastify-openapi-glue'
 import type { WebSocket } from 'ws'
 import { type Config, VERSION } from './config.js'
@@ -99,7 +105,11 @@ function observe({ device, runs, metrics, streams }: Service): void {
 }
 
 async function registerWebSocket(app: FastifyInstance, { events }: Service): Promise<void> {
-  const options: WebsocketPluginOptions['options'] = { maxPayload: MAX_MESSAGE_BYTES, perMessageDeflate: false, handleProtocols: chooseSubprotocol }
+  const options: WebsocketPluginOptions['options'] = {
+    maxPayload: MAX_MESSAGE_BYTES,
+    perMessageDeflate: false,
+    handleProtocols: chooseSubprotocol,
+  }
   // The option's type asks for the statics of the ws module, which a subclass inherits but its type does not show.
   Reflect.set(options, 'WebSocket', InPlaceWebSocket)
   await app.register(websocket, {
@@ -130,7 +140,8 @@ async function registerOperations(scope: FastifyInstance, service: Service): Pro
     specification: withoutResponses(service.contract.document),
     operationResolver: (id, method, path) => ({ method, url: urlOf(path), ...routeOf(id, handlers[id], service) }),
   })
-  for (const url of new Set(operationsOf(service.contract).map(({ path }) => urlOf(path)))) refuseOtherMethods(scope, url)
+  for (const url of new Set(operationsOf(service.contract).map(({ path }) => urlOf(path))))
+    refuseOtherMethods(scope, url)
 }
 
 /** Answers are sent as they are made: a serializer from the contract would silently drop what it does not list. */
@@ -156,7 +167,12 @@ type ListedOperation = { path: string; method: string; id: string | undefined; o
 
 function operationsOf({ document }: Contract): ListedOperation[] {
   return Object.entries(document.paths).flatMap(([path, methods]) =>
-    Object.entries(methods).map(([method, { operationId, security }]) => ({ path, method, id: operationId, open: security?.length === 0 })),
+    Object.entries(methods).map(([method, { operationId, security }]) => ({
+      path,
+      method,
+      id: operationId,
+      open: security?.length === 0,
+    })),
   )
 }
 
@@ -172,7 +188,9 @@ function urlOf(path: string): string {
 }
 
 function refuseUnknownQuery(route: RouteOptions): void {
-  const querystring = Object.assign({ type: 'object', properties: {} }, route.schema?.querystring, { additionalProperties: false })
+  const querystring = Object.assign({ type: 'object', properties: {} }, route.schema?.querystring, {
+    additionalProperties: false,
+  })
   route.schema = { ...route.schema, querystring }
 }
 
@@ -196,10 +214,16 @@ function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: Servic
   if (!ws) return
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and takes no stream')
   if (streams.size < config.max_connections) return
-  throw new ServiceError('OVERLOADED', `there are ${streams.size} streams, at most ${config.max_connections}`, { retry_after_seconds: 1 })
+  throw new ServiceError('OVERLOADED', `there are ${streams.size} streams, at most ${config.max_connections}`, {
+    retry_after_seconds: 1,
+  })
 }
 
-function openStream(socket: WebSocket, { raw, log }: FastifyRequest, { config, device, runs, metrics, streams }: Service): void {
+function openStream(
+  socket: WebSocket,
+  { raw, log }: FastifyRequest,
+  { config, device, runs, metrics, streams }: Service,
+): void {
   const stream = new Stream(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
   streams.add(stream)
   socket.once('close', () => streams.delete(stream))
@@ -226,5 +250,11 @@ async function closed(sockets: readonly WebSocket[], milliseconds: number): Prom
 
 async function logRequest(request: FastifyRequest, reply: { statusCode: number; elapsedTime: number }): Promise<void> {
   const { method, url } = request.routeOptions
-  request.log.debug({ event: 'request', method, route: url, status: reply.statusCode, seconds: reply.elapsedTime / 1000 })
+  request.log.debug({
+    event: 'request',
+    method,
+    route: url,
+    status: reply.statusCode,
+    seconds: reply.elapsedTime / 1000,
+  })
 }

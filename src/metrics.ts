@@ -35,11 +35,15 @@ export function createMetrics(registry = new Registry()) {
     received_bytes_total: counter('received_bytes_total', 'Bytes of gradient data received.'),
     sent_bytes_total: counter('sent_bytes_total', 'Bytes of update data sent.'),
     refused_gradients_total: counter<'code'>('refused_gradients_total', 'Gradients refused, by error code.', ['code']),
-    errors_total: counter<'code'>('errors_total', 'Errors told to clients on the stream or over REST, by code.', ['code']),
-    in_place_connections_total: counter('in_place_connections_total', 'Streams whose gradients the kernel writes straight into the staging arena.'),
+    errors_total: counter<'code'>('errors_total', 'Errors told to clients on the stream or over REST, by code.', [
+      'code',
+    ]),
+    in_place_connections_total: counter(
+      'in_place_connections_total',
+      'Streams whose gradients the kernel writes straight into the staging arena.',
+    ),
   }
 }
-
 
 function phaseHistogram(registry: Registry) {
   return new Histogram<'phase'>({

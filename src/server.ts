@@ -26,7 +26,14 @@ async function serve(config: Config): Promise<void> {
   const address = await listen(built, config, logger)
   closeOnSignals(built, config, logger)
   const { device } = built
-  logger.info({ event: 'listening', address, device: device.name, onnxruntime: device.version, lanes: device.lanes, pid: process.pid })
+  logger.info({
+    event: 'listening',
+    address,
+    device: device.name,
+    onnxruntime: device.version,
+    lanes: device.lanes,
+    pid: process.pid,
+  })
   if (device.note) logger.info({ event: 'device_chosen', device: device.name, reason: device.note })
   if (config.data) logger.warn({ event: 'state_not_durable', data: config.data })
   const unknown = unknownVariables(process.env)

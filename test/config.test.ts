@@ -1,6 +1,15 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { type Config, ConfigError, configOf, readCommand, SETTINGS, type SettingName, unknownVariables, VERSION } from '../src/config.js'
+import {
+  type Config,
+  ConfigError,
+  configOf,
+  readCommand,
+  SETTINGS,
+  type SettingName,
+  unknownVariables,
+  VERSION,
+} from '../src/config.js'
 
 function configFrom(argv: string[], env: Record<string, string> = {}): Config {
   const command = readCommand(argv, env)
@@ -23,7 +32,10 @@ t.test('flags win over variables, variables over defaults, and an empty variable
 })
 
 t.test('key lists are split at commas', async (t) => {
-  t.match(configFrom([], { MUOND_API_KEYS: 'one,two', MUOND_READ_KEYS: 'r' }), { api_keys: ['one', 'two'], read_keys: ['r'] })
+  t.match(configFrom([], { MUOND_API_KEYS: 'one,two', MUOND_READ_KEYS: 'r' }), {
+    api_keys: ['one', 'two'],
+    read_keys: ['r'],
+  })
 })
 
 t.test('a setting that is wrong is one line with its source, what it must be, and the value', async (t) => {
@@ -36,7 +48,11 @@ t.test('a setting that is wrong is one line with its source, what it must be, an
     [['--device', 'gpu'], {}, "--device: must be auto, cpu, cuda, cuda:N or cuda:N,N, got 'gpu'"],
     [['--chunk-bytes', '16777217'], {}, "--chunk-bytes: must be <= 16777216, got '16777217'"],
     [['--drain-seconds', 'NaN'], {}, "--drain-seconds: must be number, got 'NaN'"],
-    [['--log-level', 'loud'], {}, "--log-level: must be one of fatal, error, warn, info, debug, trace, silent, got 'loud'"],
+    [
+      ['--log-level', 'loud'],
+      {},
+      "--log-level: must be one of fatal, error, warn, info, debug, trace, silent, got 'loud'",
+    ],
     [['--colour', 'red'], {}, "Unknown option '--colour' (--help lists the flags)"],
     [['--port'], {}, "Option '--port <value>' argument missing (--help lists the flags)"],
     [['serve'], {}, "Unexpected argument 'serve' (--help lists the flags)"],
@@ -48,13 +64,18 @@ t.test('a setting that is wrong is one line with its source, what it must be, an
 t.test('a list with an empty key is refused, and no key is printed', async (t) => {
   for (const list of [',', 'secret,', ',secret', 'secret,,other', 'secret key', ' ']) {
     const attempt = () => readCommand([], { MUOND_API_KEYS: list })
-    t.throws(attempt, { message: /^MUOND_API_KEYS: must be comma-separated keys .* got another value$/ }, JSON.stringify(list))
+    t.throws(
+      attempt,
+      { message: /^MUOND_API_KEYS: must be comma-separated keys .* got another value$/ },
+      JSON.stringify(list),
+    )
   }
 })
 
 t.test('devices are auto, cpu, cuda and cuda with numbers', async (t) => {
   for (const device of ['auto', 'cpu', 'cuda', 'cuda:0', 'cuda:0,1']) t.equal(configOf({ device }).device, device)
-  for (const device of ['', 'cuda:', 'cuda:0,', 'cuda:x', 'CPU', 'cpu ']) t.throws(() => configOf({ device }), ConfigError, device)
+  for (const device of ['', 'cuda:', 'cuda:0,', 'cuda:x', 'CPU', 'cpu '])
+    t.throws(() => configOf({ device }), ConfigError, device)
 })
 
 t.test('configOf names the setting that is wrong', async (t) => {
@@ -79,7 +100,8 @@ t.test('the help lists every setting with its flag, variable, default and senten
   for (const [name, setting] of Object.entries(SETTINGS)) {
     const flag = `--${name.replaceAll('_', '-')}`
     const line = lines.find((line) => line.startsWith(`${flag} `)) ?? ''
-    for (const part of [`MUOND_${name.toUpperCase()} `, String(setting.default), setting.description]) t.ok(line.includes(part), `${flag}: ${part}`)
+    for (const part of [`MUOND_${name.toUpperCase()} `, String(setting.default), setting.description])
+      t.ok(line.includes(part), `${flag}: ${part}`)
   }
   t.match(readCommand(['-h'], {}), { kind: 'print' })
 })

@@ -29,9 +29,22 @@ t.test('gauges show what is so at the scrape', async (t) => {
   const metrics = createMetrics()
   const { now, observed: sources } = observed()
   metrics.observe(sources)
-  const values = async () => (await metrics.registry.metrics()).split('\n').filter((line) => /^muond_(in_flight|staging|state|runs|connections)/.test(line))
-  const before = ['in_flight_bytes 1', 'state_bytes 3', 'runs 4', 'connections 5', 'staging_bytes{state="used"} 2', 'staging_bytes{state="capacity"} 1000']
-  t.same(await values(), before.map((line) => `muond_${line}`))
+  const values = async () =>
+    (await metrics.registry.metrics())
+      .split('\n')
+      .filter((line) => /^muond_(in_flight|staging|state|runs|connections)/.test(line))
+  const before = [
+    'in_flight_bytes 1',
+    'state_bytes 3',
+    'runs 4',
+    'connections 5',
+    'staging_bytes{state="used"} 2',
+    'staging_bytes{state="capacity"} 1000',
+  ]
+  t.same(
+    await values(),
+    before.map((line) => `muond_${line}`),
+  )
   Object.assign(now, { used: 7, runs: 0 })
   const after = await values()
   t.ok(after.includes('muond_staging_bytes{state="used"} 7'))
@@ -42,7 +55,8 @@ t.test('build_info says what runs', async (t) => {
   const metrics = createMetrics()
   metrics.observe(observed().observed)
   const text = await metrics.registry.getSingleMetricAsString('muond_build_info')
-  for (const label of ['version="1.2.3"', `node="${process.version}"`, 'onnxruntime="1.30.0"', 'device="cpu"']) t.ok(text.includes(label), label)
+  for (const label of ['version="1.2.3"', `node="${process.version}"`, 'onnxruntime="1.30.0"', 'device="cpu"'])
+    t.ok(text.includes(label), label)
 })
 
 t.test('counters and phases are counted by their labels', async (t) => {

@@ -21,9 +21,17 @@ export async function startService(settings: Settings = {}): Promise<Service> {
 }
 
 export const normal = (seed: number, count: number) => Float32Array.from(gaussian(seed, count))
-export const bytesOf = (values: Float32Array | Uint16Array) => new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
+export const bytesOf = (values: Float32Array | Uint16Array) =>
+  new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
 
-export type ReceivedUpdate = { scale: number; decay: number; replayed: boolean; gradient_norm: number; update_rms: number; data: Buffer }
+export type ReceivedUpdate = {
+  scale: number
+  decay: number
+  replayed: boolean
+  gradient_norm: number
+  update_rms: number
+  data: Buffer
+}
 
 /** A client that speaks frames and nothing else: it sends what it is told to, also what is wrong. */
 export class RawClient {
@@ -52,10 +60,16 @@ export class RawClient {
   }
 
   /** Sends a gradient in chunks of `chunk` bytes. */
-  gradient(parameter: number, step: number, { values, chunk = 2 ** 20 }: { values: Float32Array | Uint16Array; chunk?: number }): void {
+  gradient(
+    parameter: number,
+    step: number,
+    { values, chunk = 2 ** 20 }: { values: Float32Array | Uint16Array; chunk?: number },
+  ): void {
     const bytes = bytesOf(values)
     for (const { offset, length } of chunksOf(bytes.length, chunk)) {
-      this.socket.send(encodeWithData({ type: 'gradient', parameter, step, offset }, bytes.subarray(offset, offset + length)))
+      this.socket.send(
+        encodeWithData({ type: 'gradient', parameter, step, offset }, bytes.subarray(offset, offset + length)),
+      )
     }
   }
 
@@ -77,7 +91,12 @@ export class RawClient {
   }
 
   /** Sends a whole step in the given order of parameters and waits for its receipt. */
-  async step(step: number, gradients: readonly Float32Array[], order: readonly number[] = gradients.map((_, i) => i), chunk?: number): Promise<ReceiptFrame> {
+  async step(
+    step: number,
+    gradients: readonly Float32Array[],
+    order: readonly number[] = gradients.map((_, i) => i),
+    chunk?: number,
+  ): Promise<ReceiptFrame> {
     for (const index of order) this.gradient(index, step, { values: gradients[index]!, chunk })
     this.send({ type: 'end', step })
     return this.expect('receipt')
@@ -100,8 +119,18 @@ export class RawClient {
   }
 
   #assemble(frame: Extract<ServerFrame, { type: 'update' }>): void {
-    const { offset, parameter, data = Buffer.alloc(0), scale = 0, decay = 0, replayed = false, gradient_norm = 0, update_rms = 0 } = frame
-    if (offset === 0) this.updates.set(parameter, { scale, decay, replayed, gradient_norm, update_rms, data: Buffer.from(data) })
+    const {
+      offset,
+      parameter,
+      data = Buffer.alloc(0),
+      scale = 0,
+      decay = 0,
+      replayed = false,
+      gradient_norm = 0,
+      update_rms = 0,
+    } = frame
+    if (offset === 0)
+      this.updates.set(parameter, { scale, decay, replayed, gradient_norm, update_rms, data: Buffer.from(data) })
     else this.updates.get(parameter)!.data = Buffer.concat([this.updates.get(parameter)!.data, data])
   }
 }

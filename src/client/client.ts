@@ -51,7 +51,8 @@ export class Client {
   /** Use `connect`. */
   constructor(url: URL, options: ConnectOptions) {
     const { token, socket, signal, chunk_bytes = 1 } = options
-    if (!Number.isInteger(chunk_bytes) || chunk_bytes < 1) throw new RangeError(`chunk_bytes is ${chunk_bytes}, at least 1`)
+    if (!Number.isInteger(chunk_bytes) || chunk_bytes < 1)
+      throw new RangeError(`chunk_bytes is ${chunk_bytes}, at least 1`)
     this.#endpoint = { url, token, socket }
     this.#options = options
     this.#signal = AbortSignal.any(signal === undefined ? [this.#stop.signal] : [this.#stop.signal, signal])

@@ -120,7 +120,8 @@ export class Connection {
   #receive(data: WebSocket.RawData, isBinary: boolean): void {
     if (this.#reason !== undefined) return
     try {
-      if (!isBinary || !Buffer.isBuffer(data)) throw new MuondError('FRAME_MALFORMED', 'the service sent a text message')
+      if (!isBinary || !Buffer.isBuffer(data))
+        throw new MuondError('FRAME_MALFORMED', 'the service sent a text message')
       this.onFrame(decodeServerFrame(data))
     } catch (error) {
       this.fail(error instanceof ServiceError ? new MuondError(error.code, error.message, {}, { cause: error }) : error)
@@ -133,7 +134,7 @@ export class Connection {
 }
 
 function lost(cause: Error): MuondError {
-  return new MuondError('CONNECTION_LOST', `connection lost: ${cause.message || cause.name}`, {}, { cause })
+  return new MuondError('CONNECTION_LOST', `connection lost: ${cause}`, {}, { cause })
 }
 
 function socketOptions({ url, token, socket }: Endpoint): WebSocket.ClientOptions {

@@ -33,7 +33,14 @@ export function bind(parameters: readonly Parameter[], opened: OpenedFrame): rea
   return opened.parameters.map(({ index, name, shape, gradient_dtype, update_dtype }) => {
     const data = parameters[index]?.data
     if (data === undefined) throw new MuondError('PARAMETER_UNKNOWN', `the run has a parameter ${index} '${name}' more`)
-    return { index, name, size: sizeOf(shape), data, gradient_dtype: dtype(gradient_dtype), update_dtype: dtype(update_dtype) }
+    return {
+      index,
+      name,
+      size: sizeOf(shape),
+      data,
+      gradient_dtype: dtype(gradient_dtype),
+      update_dtype: dtype(update_dtype),
+    }
   })
 }
 

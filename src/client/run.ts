@@ -1,4 +1,11 @@
-import { type GroupDeclaration, type Mode, type OpenedFrame, type OpenFrame, PROTOCOL, type ReceiptFrame } from '../wire/frame.js'
+import {
+  type GroupDeclaration,
+  type Mode,
+  type OpenedFrame,
+  type OpenFrame,
+  PROTOCOL,
+  type ReceiptFrame,
+} from '../wire/frame.js'
 import { MuondError } from './error.js'
 import { type Bound, bind, bytesOf, declarationOf, type Gradient, type Parameter } from './parameter.js'
 import { Feed } from './receipts.js'
@@ -34,11 +41,16 @@ export type Receipt = ReceiptFrame
 
 type Flight = { step: Step; outcome: Promise<Outcome> }
 
-/** @throws MuondError SHAPE_MISMATCH, and whatever the service answers */
+/** Opens a run for `Client.open`, which says what it throws. */
 export async function openRun(host: Host, { parameters, ...options }: OpenOptions): Promise<Run> {
   const declarations = parameters.map(declarationOf)
   const writer = await Writer.open(host, { type: 'open', protocol: PROTOCOL, ...options, parameters: declarations })
-  return new Run(writer, bind(parameters, writer.opened), host.signal)
+  try {
+    return new Run(writer, bind(parameters, writer.opened), host.signal)
+  } catch (error) {
+    writer.release(error)
+    throw error
+  }
 }
 
 /**

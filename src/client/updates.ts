@@ -60,7 +60,8 @@ export class Updates {
   take(frame: UpdateFrame): boolean {
     const { parameter, step, offset, data = NOTHING } = frame
     const bound = this.#parameters[parameter]
-    if (bound === undefined) throw new MuondError('PARAMETER_UNKNOWN', `update for parameter ${parameter}`, { parameter })
+    if (bound === undefined)
+      throw new MuondError('PARAMETER_UNKNOWN', `update for parameter ${parameter}`, { parameter })
     if (step !== this.#step) throw unexpected(frame, `step ${step}, expected ${this.#step}`)
     if (offset === 0) this.#incoming.set(parameter, this.#begin(frame, bound))
     const incoming = this.#incoming.get(parameter)

@@ -58,6 +58,11 @@ export class Writer {
     return this.#digest
   }
 
+  /** Ends the connection. */
+  release(reason: unknown): void {
+    this.#connection.fail(reason)
+  }
+
   /**
    * Takes a step, again and again over new connections as long as the trouble is worth a retry. Never rejects: a step whose
    * gradients are still to come has nobody yet who would listen.
@@ -144,5 +149,6 @@ function rest(connection: Connection): void {
 /** Between steps the service has only bad news: an error ends the connection, and the next step opens another. */
 function whileIdle(frame: ServerFrame): void {
   if (frame.type === 'error') throw frameError(frame)
-  if (frame.type !== 'draining') throw new MuondError('FRAME_UNEXPECTED', `the service sent ${frame.type} between steps`)
+  if (frame.type !== 'draining')
+    throw new MuondError('FRAME_UNEXPECTED', `the service sent ${frame.type} between steps`)
 }

@@ -27,8 +27,18 @@ export type DeviceOptions = {
 /** A job that waits for a lane. `plan` is called when it is dispatched: undefined drops it. */
 export type Ticket = { cancelled: boolean }
 
-type Pending = { job: () => Job | undefined; ticket: Ticket; resolve: (r: JobResult | undefined) => void; reject: (e: Error) => void }
-type Lane = { worker: Worker; busy: Map<number, { resolve: (r: JobResult | undefined) => void; reject: (e: Error) => void }>; jobs: number; exited: Promise<void> }
+type Pending = {
+  job: () => Job | undefined
+  ticket: Ticket
+  resolve: (r: JobResult | undefined) => void
+  reject: (e: Error) => void
+}
+type Lane = {
+  worker: Worker
+  busy: Map<number, { resolve: (r: JobResult | undefined) => void; reject: (e: Error) => void }>
+  jobs: number
+  exited: Promise<void>
+}
 
 const CUDA_FILES = ['libonnxruntime_providers_cuda.so', 'libonnxruntime_providers_shared.so']
 // One job computes and one waits in the lane's port, so that a lane never idles for a turn of the event loop.
@@ -101,7 +111,8 @@ export class Device {
   /** Grants a run `bytes` of state and updates, or refuses with OVER_CAPACITY and the numbers. */
   admit(bytes: number, what: string): void {
     const left = this.stateBytesLimit - this.admittedBytes
-    if (bytes > left) throw new ServiceError('OVER_CAPACITY', `${what} needs ${bytes} bytes of device memory, ${left} are left`)
+    if (bytes > left)
+      throw new ServiceError('OVER_CAPACITY', `${what} needs ${bytes} bytes of device memory, ${left} are left`)
     this.admittedBytes += bytes
   }
 
@@ -242,7 +253,8 @@ function chooseProvider(device: string, folder: string, runtime: OnnxRuntime): s
 // The library that npm ships names the CUDA provider among its own but does not carry its files: only the folder tells.
 function cudaProblem(folder: string, { version }: OnnxRuntime): string {
   const absent = CUDA_FILES.filter((name) => !existsSync(join(folder, name)))
-  if (absent.length === 0) return `ONNX Runtime ${version} in ${folder} has its CUDA provider, but this version of muond computes on the CPU only`
+  if (absent.length === 0)
+    return `ONNX Runtime ${version} in ${folder} has its CUDA provider, but this version of muond computes on the CPU only`
   const where = 'the Python wheel onnxruntime-gpu carries them in onnxruntime/capi'
   return `${folder} lacks ${absent.join(' and ')}: set MUOND_ONNXRUNTIME_DIR to a folder that holds them beside libonnxruntime of the same version (${where})`
 }

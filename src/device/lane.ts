@@ -1,8 +1,16 @@
 import { parentPort, workerData } from 'node:worker_threads'
-import { bytesPerElement, type Dtype, DTYPES } from '../../kernels/dtype.js'
+import { bytesPerElement, DTYPES, type Dtype } from '../../kernels/dtype.js'
 import { buildKernel, KERNEL_IO, type KernelSpec, kernelKey } from '../../kernels/kernel.js'
 import type { Task } from '../optimizer/plan.js'
-import { type HostBlock, type HostRange, type Job, type JobResult, type LaneReply, type LaneRequest, SLICE_ELEMENTS } from './job.js'
+import {
+  type HostBlock,
+  type HostRange,
+  type Job,
+  type JobResult,
+  type LaneReply,
+  type LaneRequest,
+  SLICE_ELEMENTS,
+} from './job.js'
 import { openOnnxRuntime, type Pointer, type Session, viewMemory } from './onnxruntime.js'
 import { createScanner } from './scan.js'
 
@@ -101,7 +109,8 @@ function computeTask(job: Job, task: Task): boolean {
     const memory = { pointer: base + BigInt(task.offset * size), bytes: elements * size }
     return runtime.createTensor(memory, task.dims, DTYPES[dtype].onnx)
   }
-  const zero = () => runtime.createTensor({ pointer: zeroMemory(elements * 4), bytes: elements * 4 }, task.dims, FLOAT32.onnx)
+  const zero = () =>
+    runtime.createTensor({ pointer: zeroMemory(elements * 4), bytes: elements * 4 }, task.dims, FLOAT32.onnx)
   const gradient = tensor(addressOf(job.gradient), spec.gradient_dtype)
   const state = KERNEL_IO[spec.kind].state.map((_, i) => (job.state ? tensor(job.state[i], 'float32') : zero()))
   const next = job.next.map((pointer) => tensor(pointer, 'float32'))
@@ -154,7 +163,12 @@ function makeProgram(spec: KernelSpec): Program {
     outputs: [...state.map((name) => `${name}_next`), 'data', ...checks],
   }
   const session = runtime.createSession(buildKernel(spec), names, threads)
-  return { session, spec, scalars: scalars.map((name) => ({ name, ...resident([1]) })), checks: checks.map(() => resident([])) }
+  return {
+    session,
+    spec,
+    scalars: scalars.map((name) => ({ name, ...resident([1]) })),
+    checks: checks.map(() => resident([])),
+  }
 }
 
 function resident(dims: readonly number[]): Resident {

@@ -15,7 +15,11 @@ type NameList = { pointers: BigUint64Array; texts: Buffer[] }
 export type OnnxRuntime = {
   version: string
   providers(): string[]
-  createSession(model: Uint8Array, names: { inputs: readonly string[]; outputs: readonly string[] }, threads: number): Session
+  createSession(
+    model: Uint8Array,
+    names: { inputs: readonly string[]; outputs: readonly string[] },
+    threads: number,
+  ): Session
   releaseSession(session: Session): void
   /** Wraps memory that the caller keeps alive as a tensor of `dims` elements of the ONNX type `type`. */
   createTensor(memory: { pointer: Pointer; bytes: number }, dims: readonly number[], type: number): Pointer
@@ -51,7 +55,11 @@ const CALLS = {
   Run: [9, ['void *', 'void *', 'void *', 'void *', 'size_t', 'void *', 'size_t', 'void *'], STATUS_CALL],
   CreateSessionOptions: [10, ['_Out_ void **'], STATUS_CALL],
   SetIntraOpNumThreads: [24, ['void *', 'int'], STATUS_CALL],
-  CreateTensorWithDataAsOrtValue: [49, ['void *', 'void *', 'size_t', 'void *', 'size_t', 'int', '_Out_ void **'], STATUS_CALL],
+  CreateTensorWithDataAsOrtValue: [
+    49,
+    ['void *', 'void *', 'size_t', 'void *', 'size_t', 'int', '_Out_ void **'],
+    STATUS_CALL,
+  ],
   CreateCpuMemoryInfo: [69, ['int', 'int', '_Out_ void **'], STATUS_CALL],
   AllocatorAlloc: [75, ['void *', 'size_t', '_Out_ void **'], STATUS_CALL],
   AllocatorFree: [76, ['void *', 'void *'], STATUS_CALL],
@@ -69,7 +77,10 @@ const CALLS = {
 
 type CallName = keyof typeof CALLS
 const CALL_TYPES = Object.fromEntries(
-  Object.entries(CALLS).map(([name, [, parameters, result]]) => [name, prototype(`Ort${name}`, result, [...parameters])]),
+  Object.entries(CALLS).map(([name, [, parameters, result]]) => [
+    name,
+    prototype(`Ort${name}`, result, [...parameters]),
+  ]),
 )
 
 /** The folder of the library that onnxruntime-node ships for this machine. */
@@ -134,7 +145,9 @@ function loadApi(folder: string): { api: Pointer; version: string } {
   const version: string = koffi.decode(koffi.decode(base, 8, 'void *'), textType)()
   const [major, minor] = version.split('.').map(Number)
   if (major !== MINIMUM_VERSION[0] || minor < MINIMUM_VERSION[1]) {
-    throw new OnnxRuntimeError(`ONNX Runtime in ${folder} is ${version}, needed is ${MINIMUM_VERSION.join('.')} or later`)
+    throw new OnnxRuntimeError(
+      `ONNX Runtime in ${folder} is ${version}, needed is ${MINIMUM_VERSION.join('.')} or later`,
+    )
   }
   return { api: koffi.decode(koffi.decode(base, 0, 'void *'), getApiType)(API_VERSION), version }
 }

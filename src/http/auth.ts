@@ -20,7 +20,10 @@ const KEY_SUBPROTOCOL = 'bearer.'
  * The onRequest hook that refuses requests without the right key, upgrades included. A route that declares no access,
  * an unknown one too, asks for a key that reads. Throws UNAUTHORIZED or FORBIDDEN.
  */
-export function authenticator({ api_keys, read_keys }: Pick<Config, 'api_keys' | 'read_keys'>): (request: FastifyRequest) => Promise<void> {
+export function authenticator({
+  api_keys,
+  read_keys,
+}: Pick<Config, 'api_keys' | 'read_keys'>): (request: FastifyRequest) => Promise<void> {
   const writers = api_keys.map(hash)
   const readers = read_keys.map(hash)
   const open = writers.length + readers.length === 0
@@ -32,7 +35,8 @@ export function authenticator({ api_keys, read_keys }: Pick<Config, 'api_keys' |
     const hashed = hash(key)
     if (matches(writers, hashed)) return
     if (!matches(readers, hashed)) throw new ServiceError('UNAUTHORIZED', 'this key is not known')
-    if (access === 'write') throw new ServiceError('FORBIDDEN', `this key may only read, not ${request.method} ${request.routeOptions.url}`)
+    if (access === 'write')
+      throw new ServiceError('FORBIDDEN', `this key may only read, not ${request.method} ${request.routeOptions.url}`)
   }
 }
 

@@ -21,7 +21,8 @@ export function readContract(): Contract {
 }
 
 // Swagger UI styles its elements inline and draws its icons from data URLs; everything else comes from the service itself.
-const CONTENT_SECURITY_POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+const CONTENT_SECURITY_POLICY =
+  "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 
 /** The contract as a page under `/docs`. It is open to everybody: it shows what this repository shows, and a browser cannot send a key for it. */
 export async function docs(scope: FastifyInstance, { document }: Contract): Promise<void> {

@@ -17,7 +17,11 @@ export class Events {
   /** Sends the kept receipts after step `after` and each later one as it happens. Throws OVERLOADED over MAX_EVENT_STREAMS. */
   open(run: Run, reply: FastifyReply, after: number): void {
     if (this.#readers.size >= MAX_EVENT_STREAMS) {
-      throw new ServiceError('OVERLOADED', `there are ${this.#readers.size} event streams, at most ${MAX_EVENT_STREAMS}`, { retry_after_seconds: 1 })
+      throw new ServiceError(
+        'OVERLOADED',
+        `there are ${this.#readers.size} event streams, at most ${MAX_EVENT_STREAMS}`,
+        { retry_after_seconds: 1 },
+      )
     }
     reply.hijack()
     const { raw } = reply

@@ -14,14 +14,25 @@ import { type Events, receiptBody } from './events.js'
 import type { components, operations } from './openapi.js'
 import { stateBody, stateNorms } from './state.js'
 
-export type Services = { config: Config; device: Device; runs: Runs; metrics: Metrics; events: Events; contract: Contract }
+export type Services = {
+  config: Config
+  device: Device
+  runs: Runs
+  metrics: Metrics
+  events: Events
+  contract: Contract
+}
 
 type Schemas = components['schemas']
-type ParametersOf<O, In extends string> = O extends { parameters: { [K in In]?: infer P } } ? AllOf<NonNullable<P>> : never
+type ParametersOf<O, In extends string> = O extends { parameters: { [K in In]?: infer P } }
+  ? AllOf<NonNullable<P>>
+  : never
 type AllOf<P> = [P] extends [never] ? unknown : Required<P>
 /** Every query parameter of the contract has a default that validation fills in: none is undefined here. */
 type RequestOf<O> = FastifyRequest & { params: ParametersOf<O, 'path'>; query: ParametersOf<O, 'query'> }
-type AnswerOf<O> = O extends { responses: { 200: { content: { 'application/json': infer Body } } } } ? Body : FastifyReply
+type AnswerOf<O> = O extends { responses: { 200: { content: { 'application/json': infer Body } } } }
+  ? Body
+  : FastifyReply
 type Handler<O> = (request: RequestOf<O>, reply: FastifyReply) => AnswerOf<O> | Promise<AnswerOf<O>>
 /** Any handler as a route takes it. Written as a method, which TypeScript compares loosely: validation has made the request fit. */
 export type AnyHandler = { handle(request: FastifyRequest, reply: FastifyReply): unknown }['handle']
@@ -37,7 +48,8 @@ export function createHandlers({ config, device, runs, metrics, events, contract
       checkReady(device, runs)
       return { status: 'ok' }
     },
-    getMetrics: async (_request, reply) => reply.type(metrics.registry.contentType).send(await metrics.registry.metrics()),
+    getMetrics: async (_request, reply) =>
+      reply.type(metrics.registry.contentType).send(await metrics.registry.metrics()),
     getCapabilities: () => capabilities(config, device),
     getOpenapi: (_request, reply) => reply.type('application/yaml').send(contract.text),
     listRuns: () => ({ runs: runs.list().map(runSummary) }),
@@ -77,17 +89,28 @@ export function createHandlers({ config, device, runs, metrics, events, contract
 }
 
 function checkReady(device: Device, runs: Runs): void {
-  if (device.failed) throw new ServiceError('DEVICE_FAILED', `the device ${device.name} has failed: ${device.failed.message}`)
+  if (device.failed)
+    throw new ServiceError('DEVICE_FAILED', `the device ${device.name} has failed: ${device.failed.message}`)
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and begins no step')
 }
 
 function capabilities(config: Config, device: Device): Schemas['Capabilities'] {
   const { chunk_bytes, staging_bytes, max_runs, max_connections, max_parameters, receipts_kept } = config
-  const limits = { chunk_bytes, staging_bytes, state_bytes: device.stateBytesLimit, max_runs, max_connections, max_parameters, receipts_kept }
+  const limits = {
+    chunk_bytes,
+    staging_bytes,
+    state_bytes: device.stateBytesLimit,
+    max_runs,
+    max_connections,
+    max_parameters,
+    receipts_kept,
+  }
   return {
     server: { name: 'muond', version: VERSION },
     protocols: [PROTOCOL],
-    algorithms: Object.fromEntries(Object.entries(HYPERPARAMETERS).map(([name, table]) => [name, hyperparametersOf(table)])),
+    algorithms: Object.fromEntries(
+      Object.entries(HYPERPARAMETERS).map(([name, table]) => [name, hyperparametersOf(table)]),
+    ),
     dtypes: Object.keys(DTYPES),
     devices: [{ name: device.name, kind: device.kind, onnxruntime: device.version, lanes: device.lanes }],
     limits,
@@ -107,7 +130,16 @@ function hyperparametersOf(rules: Rules): Record<string, Schemas['Hyperparameter
 function runSummary(run: Run): Schemas['RunSummary'] {
   const { name, epoch, step, digest, created_at } = run
   const parameters = run.parameters.length
-  return { name, epoch, step, digest, created_at, connected: run.writer !== undefined, parameters, state_bytes: run.stateBytes }
+  return {
+    name,
+    epoch,
+    step,
+    digest,
+    created_at,
+    connected: run.writer !== undefined,
+    parameters,
+    state_bytes: run.stateBytes,
+  }
 }
 
 function runBody(run: Run): Schemas['Run'] {

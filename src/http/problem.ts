@@ -34,7 +34,8 @@ export function sendProblem(
 
 /** The document of an error; `id` is the request's, which leads to the log where the detail is not told. */
 export function problemOf(error: unknown, id: string): Problem {
-  if (error instanceof ServiceError) return { ...document(error.code, error.message, error.status), retryable: error.retryable, ...error.fields }
+  if (error instanceof ServiceError)
+    return { ...document(error.code, error.message, error.status), retryable: error.retryable, ...error.fields }
   const status = statusOf(error)
   if (status < 500 && error instanceof Error) return document('REQUEST_INVALID', explain(error), status)
   return document('INTERNAL', `the service failed; its log says why under request ${id}`, 500)
@@ -62,7 +63,9 @@ function document(code: ErrorCode, detail: string, status: number): Problem {
 }
 
 function statusOf(error: unknown): number {
-  return error instanceof Error && 'statusCode' in error && typeof error.statusCode === 'number' ? error.statusCode : 500
+  return error instanceof Error && 'statusCode' in error && typeof error.statusCode === 'number'
+    ? error.statusCode
+    : 500
 }
 
 /** fastify's message, and for a value that the contract forbids its name and the value. */

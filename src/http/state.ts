@@ -34,7 +34,13 @@ export async function stateNorms(device: Device, run: Run, index: number): Promi
 export function stateBody(device: Device, run: Run, index: number): { length: number; body: Readable } {
   const held = run.stateTensors(index)
   const { parameter, algorithm, step } = run.place(index)
-  const metadata = { run: run.name, parameter: parameter.name, algorithm, run_step: String(run.step), ...momentumForm(run, parameter.group) }
+  const metadata = {
+    run: run.name,
+    parameter: parameter.name,
+    algorithm,
+    run_step: String(run.step),
+    ...momentumForm(run, parameter.group),
+  }
   const entries = entriesOf(held)
   const header = encodeHeader(entries, metadata)
   const length = entries.reduce((sum, { bytes }) => sum + bytes, header.length)
@@ -47,7 +53,11 @@ export function stateBody(device: Device, run: Run, index: number): { length: nu
 const STEP_BYTES = BigInt64Array.BYTES_PER_ELEMENT
 
 /** `step` comes first, so that everything is aligned to its element size. At most one tensor's copy is held at a time. */
-function* pieces(device: Device, header: Uint8Array, { held, step }: { held: Held; step: number }): Generator<Uint8Array> {
+function* pieces(
+  device: Device,
+  header: Uint8Array,
+  { held, step }: { held: Held; step: number },
+): Generator<Uint8Array> {
   yield header
   if (held.length > 0) yield new Uint8Array(BigInt64Array.of(BigInt(step)).buffer)
   for (const { tensor } of held) yield device.read(tensor)

@@ -193,7 +193,13 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return this.#places.reduce((sum, place) => sum + stateBytesOf(place), 0)
   }
 
-  place(index: number): { parameter: Parameter; algorithm: string; step: number; record: DigestRecord | undefined; state_bytes: number } {
+  place(index: number): {
+    parameter: Parameter
+    algorithm: string
+    step: number
+    record: DigestRecord | undefined
+    state_bytes: number
+  } {
     const place = this.#place(index)
     const { parameter, count, record } = place
     return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytesOf(place) }
@@ -252,22 +258,43 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return describeUpdate(place, { range, plan, result, replayed, gradient_scale: settings.gradient_scale })
   }
 
-  #check(place: Place, { step, result, settings, replayed }: { step: number; result: JobResult; settings: StepSettings; replayed: boolean }): void {
+  #check(
+    place: Place,
+    {
+      step,
+      result,
+      settings,
+      replayed,
+    }: { step: number; result: JobResult; settings: StepSettings; replayed: boolean },
+  ): void {
     const { name, index } = place.parameter
     const where = { parameter: index, step }
     if (result.outcome === 'other_gradient') {
-      throw new ServiceError('STEP_CONFLICT', `parameter '${name}' was applied for step ${step} with another gradient`, { ...where, expected_step: this.step + 1 })
+      throw new ServiceError(
+        'STEP_CONFLICT',
+        `parameter '${name}' was applied for step ${step} with another gradient`,
+        { ...where, expected_step: this.step + 1 },
+      )
     }
     if (result.outcome === 'not_finite') {
       const scaled = settings.gradient_scale === 1 ? '' : ` times gradient_scale ${settings.gradient_scale}`
-      throw new ServiceError('GRADIENT_NOT_FINITE', `the gradient of parameter '${name}' for step ${step}${scaled} holds NaN or Inf, or its update would`, where)
+      throw new ServiceError(
+        'GRADIENT_NOT_FINITE',
+        `the gradient of parameter '${name}' for step ${step}${scaled} holds NaN or Inf, or its update would`,
+        where,
+      )
     }
     if (replayed && result.updateFingerprint !== place.record?.updateFingerprint) {
-      throw new Error(`the replay of parameter '${name}' for step ${step} is not the first answer: ${result.updateFingerprint} is not ${place.record?.updateFingerprint}`)
+      throw new Error(
+        `the replay of parameter '${name}' for step ${step} is not the first answer: ${result.updateFingerprint} is not ${place.record?.updateFingerprint}`,
+      )
     }
   }
 
-  #commit(place: Place, made: { step: number; result: JobResult; plan: Plan; next: Tensor[]; gradient_scale: number }): void {
+  #commit(
+    place: Place,
+    made: { step: number; result: JobResult; plan: Plan; next: Tensor[]; gradient_scale: number },
+  ): void {
     const { step, result, plan, next, gradient_scale } = made
     for (const tensor of place.tensors ?? []) this.#device.memory.release(tensor)
     place.tensors = next
@@ -281,13 +308,23 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   #checkComplete(step: number, skipped: Set<number>): void {
     for (const index of skipped) {
       if (this.#place(index).appliedStep !== step) continue
-      throw this.#conflict(`parameter '${this.#place(index).parameter.name}' was applied, skipping it in step ${step}`, step, index)
+      throw this.#conflict(
+        `parameter '${this.#place(index).parameter.name}' was applied, skipping it in step ${step}`,
+        step,
+        index,
+      )
     }
-    const missing = this.#places.filter(({ appliedStep, parameter }) => appliedStep !== step && !skipped.has(parameter.index))
+    const missing = this.#places.filter(
+      ({ appliedStep, parameter }) => appliedStep !== step && !skipped.has(parameter.index),
+    )
     if (missing.length === 0) return
     const names = missing.slice(0, NAMES_IN_MESSAGE).map(({ parameter }) => `'${parameter.name}'`)
     const more = missing.length > names.length ? ` and ${missing.length - names.length} more` : ''
-    throw new ServiceError('STEP_INCOMPLETE', `step ${step} has neither a gradient nor a place in skipped for ${names.join(', ')}${more}`, { step })
+    throw new ServiceError(
+      'STEP_INCOMPLETE',
+      `step ${step} has neither a gradient nor a place in skipped for ${names.join(', ')}${more}`,
+      { step },
+    )
   }
 
   #finish(step: number): Receipt {
@@ -331,7 +368,11 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   #place(index: number): Place {
     const place = this.#places[index]
     if (place === undefined) {
-      throw new ServiceError('PARAMETER_UNKNOWN', `run '${this.name}' has ${this.#places.length} parameters, there is no index ${index}`, { parameter: index })
+      throw new ServiceError(
+        'PARAMETER_UNKNOWN',
+        `run '${this.name}' has ${this.#places.length} parameters, there is no index ${index}`,
+        { parameter: index },
+      )
     }
     return place
   }
@@ -342,7 +383,11 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
 
   #conflict(what: string, step: number, parameter?: number): ServiceError {
     const expected_step = this.step + 1
-    return new ServiceError('STEP_CONFLICT', `${what}: run '${this.name}' has finished step ${this.step}, expected is step ${expected_step}`, { step, expected_step, ...(parameter === undefined ? {} : { parameter }) })
+    return new ServiceError(
+      'STEP_CONFLICT',
+      `${what}: run '${this.name}' has finished step ${this.step}, expected is step ${expected_step}`,
+      { step, expected_step, ...(parameter === undefined ? {} : { parameter }) },
+    )
   }
 }
 

@@ -65,7 +65,10 @@ export class Runs {
 
   async #resume(run: Run, frame: OpenFrame, writer: Writer): Promise<Opened> {
     if (run.writer && !frame.takeover) {
-      throw new ServiceError('RUN_BUSY', `run '${run.name}' has a connection (epoch ${run.epoch}), open it with takeover to replace that`)
+      throw new ServiceError(
+        'RUN_BUSY',
+        `run '${run.name}' has a connection (epoch ${run.epoch}), open it with takeover to replace that`,
+      )
     }
     const groups = checkSame(run, frame)
     await run.attach(writer)
@@ -75,7 +78,10 @@ export class Runs {
 
   async #create(frame: OpenFrame, writer: Writer): Promise<Run> {
     if (this.#runs.size >= this.#config.max_runs) {
-      throw new ServiceError('OVER_CAPACITY', `the service holds ${this.#runs.size} runs, at most ${this.#config.max_runs}`)
+      throw new ServiceError(
+        'OVER_CAPACITY',
+        `the service holds ${this.#runs.size} runs, at most ${this.#config.max_runs}`,
+      )
     }
     if (!frame.groups || !frame.parameters) {
       throw new ServiceError('PARAMETER_INVALID', `run '${frame.run}' is new: open needs groups and parameters`)
@@ -101,7 +107,10 @@ export class Runs {
 
   #checkFits(parameters: readonly Parameter[]): void {
     if (parameters.length > this.#config.max_parameters) {
-      throw new ServiceError('OVER_CAPACITY', `a run holds at most ${this.#config.max_parameters} parameters, given are ${parameters.length}`)
+      throw new ServiceError(
+        'OVER_CAPACITY',
+        `a run holds at most ${this.#config.max_parameters} parameters, given are ${parameters.length}`,
+      )
     }
     const { staging } = this.#device
     const large = parameters.find(({ gradient_bytes }) => !staging.fits(gradient_bytes))
@@ -123,15 +132,21 @@ export class Runs {
   }
 
   #expelAll(): void {
-    const error = new ServiceError('DEVICE_FAILED', `the device ${this.#device.name} has failed: ${this.#device.failed?.message}`, { close: 1011 })
+    const error = new ServiceError(
+      'DEVICE_FAILED',
+      `the device ${this.#device.name} has failed: ${this.#device.failed?.message}`,
+      { close: 1011 },
+    )
     for (const run of this.#runs.values()) run.writer?.expel(error)
     this.#runs.clear()
   }
 }
 
 function refuseUnsupported(frame: OpenFrame): void {
-  if (frame.protocol !== 1) throw new ServiceError('PROTOCOL_UNSUPPORTED', `protocol ${frame.protocol} is not spoken here, expected 1`)
-  if (frame.attentions?.length) throw new ServiceError('PARAMETER_INVALID', 'attentions (QK-clip) are not supported yet')
+  if (frame.protocol !== 1)
+    throw new ServiceError('PROTOCOL_UNSUPPORTED', `protocol ${frame.protocol} is not spoken here, expected 1`)
+  if (frame.attentions?.length)
+    throw new ServiceError('PARAMETER_INVALID', 'attentions (QK-clip) are not supported yet')
   if (frame.checkpoint !== undefined) throw new ServiceError('PARAMETER_INVALID', 'checkpoints are not supported yet')
 }
 
@@ -174,7 +189,8 @@ function kernelsOf(parameters: readonly Parameter[], groups: Groups) {
   const kernels = new Map<string, ReturnType<typeof planStep>['kernel']>()
   for (const parameter of parameters) {
     const plan = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
-    for (const kernel of [plan.kernel, ...plan.tasks.flatMap((task) => task.kernel ?? [])]) kernels.set(JSON.stringify(kernel), kernel)
+    for (const kernel of [plan.kernel, ...plan.tasks.flatMap((task) => task.kernel ?? [])])
+      kernels.set(JSON.stringify(kernel), kernel)
   }
   return [...kernels.values()]
 }

@@ -41,7 +41,11 @@ export class Schedule {
       groups.set(name, updateGroup(group, changes))
     }
     if (!Number.isFinite(values.gradient_scale)) {
-      throw new ServiceError('HYPERPARAMETER_INVALID', `gradient_scale is ${values.gradient_scale}, expected a finite number`, { step })
+      throw new ServiceError(
+        'HYPERPARAMETER_INVALID',
+        `gradient_scale is ${values.gradient_scale}, expected a finite number`,
+        { step },
+      )
     }
     this.current = { frame: values, groups, gradient_scale: values.gradient_scale }
     this.#said = true
@@ -50,7 +54,9 @@ export class Schedule {
   /** Refuses a repeated `step` frame that differs from what its step has. */
   confirm(settings: StepSettings, values: StepValues, step: number): void {
     if (isDeepStrictEqual(settings.frame, values)) return
-    throw new ServiceError('STEP_CONFLICT', `step ${step} has begun with other values than this step frame gives`, { step })
+    throw new ServiceError('STEP_CONFLICT', `step ${step} has begun with other values than this step frame gives`, {
+      step,
+    })
   }
 
   /** A gradient of the step in progress has come: from here on its values hold. */

@@ -8,8 +8,8 @@ import type { Metrics } from '../metrics.js'
 import { Assembly, chunksOf } from '../wire/chunks.js'
 import { decodeClientFrame, encodeFrame, encodeHeader, type GradientHead } from '../wire/codec.js'
 import type { ClientFrame, EndFrame, GradientFrame, OpenFrame, StepFrame } from '../wire/frame.js'
-import type { Run, Update, Writer } from './run.js'
 import { type GradientSink, InPlaceWebSocket } from './receiver.js'
+import type { Run, Update, Writer } from './run.js'
 import type { Runs } from './runs.js'
 import { Sender } from './sender.js'
 
@@ -92,7 +92,8 @@ export class Stream implements Writer, GradientSink {
   /** Where the next chunk of the gradient in reception goes. Everything else, and whatever is wrong, goes the ordinary way. */
   destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
     const reception = this.#reception
-    if (this.#pumping || this.#leaving || reception?.parameter !== parameter || reception.step !== step) return undefined
+    if (this.#pumping || this.#leaving || reception?.parameter !== parameter || reception.step !== step)
+      return undefined
     const { assembly, slot } = reception
     const fits = offset === assembly.received && offset + dataLength <= assembly.bytes
     if (!fits || dataLength > this.#context.config.chunk_bytes) return undefined
@@ -139,7 +140,10 @@ export class Stream implements Writer, GradientSink {
     if (!binary) throw new ServiceError('FRAME_MALFORMED', 'a text message, expected are binary ones', { close: 1003 })
     const frame = decodeClientFrame(bytes, this.#context.config)
     if (this.#reception && frame.type !== 'gradient') {
-      throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' while ${this.#reception.assembly.label} is incomplete`)
+      throw new ServiceError(
+        'FRAME_UNEXPECTED',
+        `a frame '${frame.type}' while ${this.#reception.assembly.label} is incomplete`,
+      )
     }
     if (frame.type !== 'gradient') this.#dropped = undefined
     if (frame.type === 'open') return this.#open(frame)
@@ -164,7 +168,8 @@ export class Stream implements Writer, GradientSink {
   }
 
   async #open(frame: OpenFrame): Promise<void> {
-    if (this.#run) throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#run.name}' already`)
+    if (this.#run)
+      throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#run.name}' already`)
     const { config, device, log } = this.#context
     const { run, resumed } = await this.#context.runs.open(frame, this)
     if (this.#leaving) return run.detach(this)
@@ -172,12 +177,18 @@ export class Stream implements Writer, GradientSink {
     log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
     const { chunk_bytes, staging_bytes, max_parameters } = config
     const server = { name: 'muond', version: VERSION, device: device.name, onnxruntime: device.version }
-    this.#send({ type: 'opened', ...run.opened(resumed), limits: { chunk_bytes, staging_bytes, max_parameters }, server })
+    this.#send({
+      type: 'opened',
+      ...run.opened(resumed),
+      limits: { chunk_bytes, staging_bytes, max_parameters },
+      server,
+    })
   }
 
   #step(run: Run, { step, groups = {}, gradient_scale = 1, max_logits }: StepFrame): undefined {
     const unknown = Object.keys(max_logits ?? {})[0]
-    if (unknown !== undefined) throw new ServiceError('MAX_LOGITS_INVALID', `run '${run.name}' has no attention '${unknown}'`, { step })
+    if (unknown !== undefined)
+      throw new ServiceError('MAX_LOGITS_INVALID', `run '${run.name}' has no attention '${unknown}'`, { step })
     run.setStep(step, { groups, gradient_scale })
   }
 
@@ -188,7 +199,10 @@ export class Stream implements Writer, GradientSink {
     const reception = this.#reception
     if (!reception) return this.#begin(run, frame)
     if (reception.parameter !== parameter || reception.step !== step) {
-      throw new ServiceError('FRAME_UNEXPECTED', `a chunk of parameter ${parameter}, step ${step} while ${reception.assembly.label} is incomplete`)
+      throw new ServiceError(
+        'FRAME_UNEXPECTED',
+        `a chunk of parameter ${parameter}, step ${step} while ${reception.assembly.label} is incomplete`,
+      )
     }
     try {
       reception.assembly.accept({ offset, length: data.length })
@@ -231,7 +245,11 @@ export class Stream implements Writer, GradientSink {
   }
 
   // One update per parameter is kept, so the same parameter again waits until that was sent.
-  async #startWhenFree(outstanding: Promise<void> | undefined, bytes: number, start: (slot: Slot) => void): Promise<void> {
+  async #startWhenFree(
+    outstanding: Promise<void> | undefined,
+    bytes: number,
+    start: (slot: Slot) => void,
+  ): Promise<void> {
     await outstanding
     const { staging } = this.#context.device
     const slot = await staging.reserve(bytes, this.#gone.signal)
@@ -273,7 +291,10 @@ export class Stream implements Writer, GradientSink {
     }
   }
 
-  async #sendUpdate(run: Run, { parameter, step, update }: { parameter: number; step: number; update: Update }): Promise<void> {
+  async #sendUpdate(
+    run: Run,
+    { parameter, step, update }: { parameter: number; step: number; update: Update },
+  ): Promise<void> {
     const startedAt = performance.now()
     const { device, config, metrics } = this.#context
     const { block, offset: start, bytes } = update.range
@@ -316,7 +337,10 @@ export class Stream implements Writer, GradientSink {
   #report(error: unknown): void {
     if (this.#leaving) return
     const { log, metrics } = this.#context
-    const known = error instanceof ServiceError ? error : new ServiceError('INTERNAL', 'an internal error; the service has logged it')
+    const known =
+      error instanceof ServiceError
+        ? error
+        : new ServiceError('INTERNAL', 'an internal error; the service has logged it')
     if (known !== error) log.error({ event: 'internal_error', err: error })
     else log.info({ event: 'refused', code: known.code, reason: known.message, run: this.#run?.name })
     metrics.errors_total.inc({ code: known.code })
@@ -332,7 +356,9 @@ export class Stream implements Writer, GradientSink {
   // ws itself refuses what breaks the WebSocket protocol or its size limit, and closes with 1002, 1007 or 1009.
   #refuseMessage(error: Error): void {
     this.#context.log.info({ event: 'websocket_error', reason: error.message })
-    this.#context.metrics.errors_total.inc({ code: error.message.includes('size') ? 'FRAME_TOO_LARGE' : 'FRAME_MALFORMED' })
+    this.#context.metrics.errors_total.inc({
+      code: error.message.includes('size') ? 'FRAME_TOO_LARGE' : 'FRAME_MALFORMED',
+    })
   }
 
   /** Closes the connection and cuts it where the peer does not take the close. */
@@ -371,7 +397,9 @@ export class Stream implements Writer, GradientSink {
     const still = (now - Math.max(this.#read.at, this.#sender.movedAt)) / 1000
     const waits = this.#sender.busy || this.#reception !== undefined
     if (waits && still > most) {
-      return this.#report(new ServiceError('OVERLOADED', `no byte moved for ${most} seconds`, { close: 1013, retry_after_seconds: 1 }))
+      return this.#report(
+        new ServiceError('OVERLOADED', `no byte moved for ${most} seconds`, { close: 1013, retry_after_seconds: 1 }),
+      )
     }
     if (this.#run || this.#pumping || still <= open_timeout_seconds) return
     this.#report(new ServiceError('FRAME_UNEXPECTED', `nothing was opened within ${open_timeout_seconds} seconds`))

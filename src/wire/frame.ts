@@ -170,7 +170,7 @@ const int: Schema = { is: 'int' }
 const uint: Schema = { is: 'uint' }
 const float: Schema = { is: 'float' }
 const bin: Schema = { is: 'bin' }
-const any: Schema = { is: 'any' }
+const anything: Schema = { is: 'any' }
 const hyperparameter: Schema = { is: 'hyperparameter' }
 
 const list = (of: Schema): Schema => ({ is: 'list', of })
@@ -189,7 +189,7 @@ const map = <T>(required: RequiredSchemas<T>, optional: OptionalSchemas<T>): Map
 /** What the service sends may gain keys within one protocol version, so a client lets them pass. */
 const openMap = <T>(required: RequiredSchemas<T>, optional: OptionalSchemas<T>): MapSchema => ({
   ...map<T>(required, optional),
-  rest: any,
+  rest: anything,
 })
 
 const layout: OptionalSchemas<Layout> = { split: list(int), heads: int, matrices: string }
@@ -209,7 +209,7 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
       mode: { is: 'name', pattern: /^(create|resume|create_or_resume)$/ },
       groups: list(group),
       parameters: list(parameter),
-      attentions: list(any),
+      attentions: list(anything),
       takeover: bool,
       checkpoint: string,
       client: string,
@@ -250,7 +250,7 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       digest: string,
       ahead: list(uint),
       parameters: list(description),
-      groups: dictionary(dictionary(any)),
+      groups: dictionary(dictionary(anything)),
       limits: openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {}),
       server: openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {}),
     },
@@ -276,7 +276,7 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       applied: uint,
       skipped: uint,
       gradient_norm: float,
-      groups: dictionary(dictionary(any)),
+      groups: dictionary(dictionary(anything)),
       clipped_heads: dictionary(uint),
       digest: string,
       durable: bool,

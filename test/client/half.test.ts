@@ -34,7 +34,10 @@ t.test('every bfloat16 survives the way through a number', (t) => {
 })
 
 t.test('a number becomes the nearest bfloat16, ties to even', (t) => {
-  const finite = fc.oneof(fc.float({ noNaN: true, noDefaultInfinity: true, max: 2 ** 120, min: -(2 ** 120) }), fc.double({ noNaN: true, min: -1e30, max: 1e30 }))
+  const finite = fc.oneof(
+    fc.float({ noNaN: true, noDefaultInfinity: true, max: 2 ** 120, min: -(2 ** 120) }),
+    fc.double({ noNaN: true, min: -1e30, max: 1e30 }),
+  )
   fc.assert(
     fc.property(finite, (value) => {
       const pattern = numberToBfloat16(value)

@@ -51,5 +51,7 @@ function valueOf(stored: number, data: Weights): number {
 
 /** All weights as bytes, to be compared bit for bit. */
 export function weightsOf(parameters: readonly Parameter[]): Buffer[] {
-  return parameters.map(({ data }) => Buffer.from(Uint8Array.from(Buffer.from(data.buffer, data.byteOffset, data.byteLength))))
+  return parameters.map(({ data }) =>
+    Buffer.from(Uint8Array.from(Buffer.from(data.buffer, data.byteOffset, data.byteLength))),
+  )
 }

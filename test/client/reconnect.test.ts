@@ -1,5 +1,5 @@
 import t, { type Test } from 'tap'
-import { type Client, connect, type ConnectOptions, type Run } from '../../src/client/client.js'
+import { type Client, type ConnectOptions, connect, type Run } from '../../src/client/client.js'
 import { gradientsOf, modelOf, randomFrom, weightsOf } from './model.js'
 import { startProxy, startService } from './service.js'
 
@@ -86,18 +86,25 @@ t.test('a connection lost while gradients come one by one is replaced, and all o
   t.equal(digest, expected.digest)
 })
 
-t.test('a service that stays away is given up after so many retries, and the run goes on when it is back', async (t) => {
-  const proxy = await startProxy(service.port)
-  const client = await clientOf(t, { ...QUICK, retries: 2 }, proxy.url)
-  const model = modelOf(fresh())
-  const run = await client.open(model)
-  const { port } = new URL(proxy.url)
-  await proxy.close()
-  await t.rejects(run.step(gradientsOf(model.parameters, 1)), { code: 'CONNECTION_LOST', retryable: true, message: /ECONNREFUSED/ })
-  const again = await startProxy(service.port, [], Number(port))
-  t.teardown(() => again.close())
-  t.match(await run.step(gradientsOf(model.parameters, 1)), { step: 1, replayed: false })
-})
+t.test(
+  'a service that stays away is given up after so many retries, and the run goes on when it is back',
+  async (t) => {
+    const proxy = await startProxy(service.port)
+    const client = await clientOf(t, { ...QUICK, retries: 2 }, proxy.url)
+    const model = modelOf(fresh())
+    const run = await client.open(model)
+    const { port } = new URL(proxy.url)
+    await proxy.close()
+    await t.rejects(run.step(gradientsOf(model.parameters, 1)), {
+      code: 'CONNECTION_LOST',
+      retryable: true,
+      message: /ECONNREFUSED/,
+    })
+    const again = await startProxy(service.port, [], Number(port))
+    t.teardown(() => again.close())
+    t.match(await run.step(gradientsOf(model.parameters, 1)), { step: 1, replayed: false })
+  },
+)
 
 t.test('a run taken over by another client is not taken back', async (t) => {
   const client = await clientOf(t)

@@ -44,7 +44,12 @@ export async function startProxy(port: number, budgets: readonly number[] = [], 
     }
   })
   const cut = () => [...sockets].map((socket) => socket.destroy())
-  return { url: `ws://127.0.0.1:${await listen(server, at)}`, connections: () => connections, cut, close: () => close(server, cut) }
+  return {
+    url: `ws://127.0.0.1:${await listen(server, at)}`,
+    connections: () => connections,
+    cut,
+    close: () => close(server, cut),
+  }
 }
 
 export function listen(server: Server, port = 0): Promise<number> {

@@ -29,12 +29,19 @@ function frames({ index, size }: Bound, step: number, chunk_bytes: number): Upda
 }
 
 t.test('each update is applied once, through any number of interrupted and repeated deliveries', (t) => {
-  const delivery = fc.record({ chunk_bytes: fc.integer({ min: 1, max: 64 }), frames: fc.nat(60), turns: fc.infiniteStream(fc.nat(2)) })
+  const delivery = fc.record({
+    chunk_bytes: fc.integer({ min: 1, max: 64 }),
+    frames: fc.nat(60),
+    turns: fc.infiniteStream(fc.nat(2)),
+  })
   fc.assert(
     fc.property(fc.array(delivery, { maxLength: 6 }), (deliveries) => {
       const bound = parameters([1, 7, 20])
       const updates = new Updates(bound, 1)
-      for (const { chunk_bytes, frames: most, turns } of [...deliveries, { chunk_bytes: 8, frames: 1000, turns: undefined }]) {
+      for (const { chunk_bytes, frames: most, turns } of [
+        ...deliveries,
+        { chunk_bytes: 8, frames: 1000, turns: undefined },
+      ]) {
         const queues = bound.map((parameter) => frames(parameter, 1, chunk_bytes))
         for (let taken = 0; taken < most && queues.some((queue) => queue.length > 0); taken++) {
           // Chunks of different parameters come in any order; one parameter's chunks come in theirs.

@@ -8,7 +8,14 @@ import { gaussian } from '../reference.js'
 
 const normal = (n: number, seed: number) => Float32Array.from(gaussian(seed, n))
 
-const OPTIONS: DeviceOptions = { device: 'cpu', onnxruntime_dir: '', lanes: 2, threads: 1, staging_bytes: 1 << 26, state_bytes_limit: 1 << 28 }
+const OPTIONS: DeviceOptions = {
+  device: 'cpu',
+  onnxruntime_dir: '',
+  lanes: 2,
+  threads: 1,
+  staging_bytes: 1 << 26,
+  state_bytes_limit: 1 << 28,
+}
 const SGD: KernelSpec = { kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' }
 
 function sgdPlan(n: number): Plan {
@@ -35,7 +42,8 @@ function prepare(device: Device, gradient: Float32Array, plan: Plan) {
 }
 
 // tap compares typed arrays element by element, which takes minutes here.
-const sameBytes = (a: Uint8Array | Float32Array, b: Float32Array) => Buffer.from(a.buffer, a.byteOffset, a.byteLength).equals(new Uint8Array(b.buffer))
+const sameBytes = (a: Uint8Array | Float32Array, b: Float32Array) =>
+  Buffer.from(a.buffer, a.byteOffset, a.byteLength).equals(new Uint8Array(b.buffer))
 const neverAsked = (): Job => {
   throw new Error('a cancelled job must not be asked for')
 }
@@ -65,7 +73,10 @@ t.test('a cancelled ticket and a job that is not wanted any more cost nothing', 
 t.test('more is admitted only while there is room, with both numbers in the refusal', async (t) => {
   const device = await Device.start({ ...OPTIONS, state_bytes_limit: 1000 })
   device.admit(600, 'run a')
-  t.throws(() => device.admit(500, 'run b'), { code: 'OVER_CAPACITY', message: 'run b needs 500 bytes of device memory, 400 are left' })
+  t.throws(() => device.admit(500, 'run b'), {
+    code: 'OVER_CAPACITY',
+    message: 'run b needs 500 bytes of device memory, 400 are left',
+  })
   device.dismiss(600)
   device.admit(1000, 'run b')
   await device.close()
@@ -74,7 +85,13 @@ t.test('more is admitted only while there is room, with both numbers in the refu
 t.test('the event loop goes on while a 2048x2048 step runs', async (t) => {
   const device = await Device.start({ ...OPTIONS, lanes: 1 })
   const size = 2048
-  const kernel: KernelSpec = { kind: 'muon', coefficients: [[3.4445, -4.775, 2.0315]], tall: false, gradient_dtype: 'float32', update_dtype: 'float32' }
+  const kernel: KernelSpec = {
+    kind: 'muon',
+    coefficients: [[3.4445, -4.775, 2.0315]],
+    tall: false,
+    gradient_dtype: 'float32',
+    update_dtype: 'float32',
+  }
   const scalars = { c_m: 0.95, c_g: 0.05, n_m: 1, n_g: 0, eps: 1e-7, output_scale: 1 }
   const plan: Plan = { kernel, tasks: [{ dims: [size, size], offset: 0 }], scalars, scale: -1, decay: 0, rms_factor: 1 }
   const { job } = prepare(device, normal(size * size, 2), plan)
@@ -92,29 +109,41 @@ t.test('the event loop goes on while a 2048x2048 step runs', async (t) => {
   await device.close()
 })
 
-t.test('a lane that fails marks the device failed: its job, the waiting ones and all later ones are refused', async (t) => {
-  const device = await Device.start({ ...OPTIONS, lanes: 1 })
-  const told = new Promise<Error>((resolve) => {
-    device.onFailure = resolve
-  })
-  const { job } = prepare(device, normal(16, 3), sgdPlan(16))
-  const broken = { ...job, plan: { ...job.plan, scalars: {} } }
-  const jobs = Array.from({ length: 5 }, () => device.run(() => broken, ticket()))
-  for (const outcome of await Promise.allSettled(jobs)) {
-    t.match(outcome, { status: 'rejected', reason: { code: 'DEVICE_FAILED' } })
-  }
-  t.match((await told).message, 'the plan gives no c_m')
-  await t.rejects(device.run(() => job, ticket()), { code: 'DEVICE_FAILED' })
-  await device.close()
-})
+t.test(
+  'a lane that fails marks the device failed: its job, the waiting ones and all later ones are refused',
+  async (t) => {
+    const device = await Device.start({ ...OPTIONS, lanes: 1 })
+    const told = new Promise<Error>((resolve) => {
+      device.onFailure = resolve
+    })
+    const { job } = prepare(device, normal(16, 3), sgdPlan(16))
+    const broken = { ...job, plan: { ...job.plan, scalars: {} } }
+    const jobs = Array.from({ length: 5 }, () => device.run(() => broken, ticket()))
+    for (const outcome of await Promise.allSettled(jobs)) {
+      t.match(outcome, { status: 'rejected', reason: { code: 'DEVICE_FAILED' } })
+    }
+    t.match((await told).message, 'the plan gives no c_m')
+    await t.rejects(
+      device.run(() => job, ticket()),
+      { code: 'DEVICE_FAILED' },
+    )
+    await device.close()
+  },
+)
 
-t.test('cuda without a provider is an error that says what is missing, and auto falls to the cpu and says so', async (t) => {
-  await t.rejects(Device.start({ ...OPTIONS, device: 'cuda' }), /device cuda is not usable: .* lacks libonnxruntime_providers_cuda.so and .*: set MUOND_ONNXRUNTIME_DIR/)
-  const device = await Device.start({ ...OPTIONS, device: 'auto', lanes: 0, threads: 0, state_bytes_limit: 0 })
-  t.match(device.note, 'lacks libonnxruntime_providers_cuda.so')
-  t.ok(device.lanes >= 1)
-  await device.close()
-})
+t.test(
+  'cuda without a provider is an error that says what is missing, and auto falls to the cpu and says so',
+  async (t) => {
+    await t.rejects(
+      Device.start({ ...OPTIONS, device: 'cuda' }),
+      /device cuda is not usable: .* lacks libonnxruntime_providers_cuda.so and .*: set MUOND_ONNXRUNTIME_DIR/,
+    )
+    const device = await Device.start({ ...OPTIONS, device: 'auto', lanes: 0, threads: 0, state_bytes_limit: 0 })
+    t.match(device.note, 'lacks libonnxruntime_providers_cuda.so')
+    t.ok(device.lanes >= 1)
+    await device.close()
+  },
+)
 
 t.test('state memory is counted by reference and comes back from the pool', async (t) => {
   const device = await Device.start(OPTIONS)

@@ -10,7 +10,16 @@ import { gaussian } from '../reference.js'
 const normal = (n: number, seed: number) => Float32Array.from(gaussian(seed, n))
 
 const SPEC = { kind: 'adamw', gradient_dtype: 'float32', update_dtype: 'float32' } as const
-const SCALARS = { gradient_scale: 1, a_m: 0.9, a_g: 0.1, b_v: 0.999, b_g: 0.001, bias1: 0.1, bias2_sqrt: 0.03, eps: 1e-8 }
+const SCALARS = {
+  gradient_scale: 1,
+  a_m: 0.9,
+  a_g: 0.1,
+  b_v: 0.999,
+  b_g: 0.001,
+  bias1: 0.1,
+  bias2_sqrt: 0.03,
+  eps: 1e-8,
+}
 const OUTPUTS = ['exp_avg_next', 'exp_avg_sq_next', 'data', ...KERNEL_IO.adamw.checks]
 
 function nativeTensor(runtime: OnnxRuntime, values: ArrayLike<number>, dims: readonly number[] = [values.length]) {
@@ -23,19 +32,31 @@ function nativeTensor(runtime: OnnxRuntime, values: ArrayLike<number>, dims: rea
 
 t.test('a model gives the same bits through the C API as through the public API of onnxruntime-node', async (t) => {
   const n = 1000
-  const inputs: Record<string, Float32Array> = { gradient: normal(n, 1), exp_avg: normal(n, 2), exp_avg_sq: normal(n, 3).map(Math.abs) }
+  const inputs: Record<string, Float32Array> = {
+    gradient: normal(n, 1),
+    exp_avg: normal(n, 2),
+    exp_avg_sq: normal(n, 3).map(Math.abs),
+  }
   for (const [name, value] of Object.entries(SCALARS)) inputs[name] = Float32Array.of(value)
   const model = buildKernel(SPEC)
   const session = await ort.InferenceSession.create(model, { intraOpNumThreads: 1 })
-  const feeds = Object.fromEntries(Object.entries(inputs).map(([name, data]) => [name, new ort.Tensor('float32', data, [data.length])]))
+  const feeds = Object.fromEntries(
+    Object.entries(inputs).map(([name, data]) => [name, new ort.Tensor('float32', data, [data.length])]),
+  )
   const expected = await session.run(feeds)
 
   const runtime = openOnnxRuntime()
   const names = { inputs: Object.keys(inputs), outputs: OUTPUTS }
   const ours = runtime.createSession(model, names, 1)
   const given = Object.values(inputs).map((values) => nativeTensor(runtime, values))
-  const results = OUTPUTS.map((name) => nativeTensor(runtime, new Float32Array(expected[name]!.size), expected[name]!.dims))
-  runtime.run(ours, given.map((input) => input.tensor), results.map((output) => output.tensor))
+  const results = OUTPUTS.map((name) =>
+    nativeTensor(runtime, new Float32Array(expected[name]!.size), expected[name]!.dims),
+  )
+  runtime.run(
+    ours,
+    given.map((input) => input.tensor),
+    results.map((output) => output.tensor),
+  )
   OUTPUTS.forEach((name, i) => {
     t.same(results[i]!.view, expected[name]!.data, name)
   })
@@ -51,7 +72,10 @@ t.test('the library says what it is, and its errors carry its words', async (t) 
   const runtime = openOnnxRuntime()
   t.match(runtime.version, /^1\.\d+\.\d+$/)
   t.ok(runtime.providers().includes('CPUExecutionProvider'))
-  t.throws(() => runtime.createSession(new Uint8Array([1, 2, 3]), { inputs: [], outputs: [] }, 1), /CreateSessionFromArray: .*protobuf/i)
+  t.throws(
+    () => runtime.createSession(new Uint8Array([1, 2, 3]), { inputs: [], outputs: [] }, 1),
+    /CreateSessionFromArray: .*protobuf/i,
+  )
 })
 
 t.test('a folder without the library is refused by name', async (t) => {

@@ -8,12 +8,18 @@ const bearer = (key: string) => ({ authorization: `Bearer ${key}` })
 
 /** The status and the problem with which an upgrade is refused. */
 async function refusedUpgrade(url: string, options: { protocols?: string[]; headers?: Record<string, string> } = {}) {
-  const socket = new WebSocket(`${url.replace('http', 'ws')}/v1/stream`, options.protocols ?? [], { headers: options.headers })
+  const socket = new WebSocket(`${url.replace('http', 'ws')}/v1/stream`, options.protocols ?? [], {
+    headers: options.headers,
+  })
   socket.on('error', () => {})
   const [, response] = await once(socket, 'unexpected-response')
   const chunks: Buffer[] = await response.toArray()
   socket.terminate()
-  return { status: response.statusCode, type: response.headers['content-type'], problem: JSON.parse(Buffer.concat(chunks).toString()) }
+  return {
+    status: response.statusCode,
+    type: response.headers['content-type'],
+    problem: JSON.parse(Buffer.concat(chunks).toString()),
+  }
 }
 
 t.test('with keys set, each route asks for the key that the contract wants', async (t) => {
@@ -58,25 +64,38 @@ t.test('with keys set, each route asks for the key that the contract wants', asy
 
 t.test('an upgrade without the right key is refused with a problem document', async (t) => {
   const { url } = await startService(t, KEYS)
-  t.match(await refusedUpgrade(url), { status: 401, type: 'application/problem+json', problem: { code: 'UNAUTHORIZED', status: 401 } })
-  t.match(await refusedUpgrade(url, { protocols: ['bearer.wrong'] }), { status: 401, problem: { code: 'UNAUTHORIZED' } })
-  t.match(await refusedUpgrade(url, { headers: bearer('read-1') }), { status: 403, problem: { code: 'FORBIDDEN', retryable: false } })
+  t.match(await refusedUpgrade(url), {
+    status: 401,
+    type: 'application/problem+json',
+    problem: { code: 'UNAUTHORIZED', status: 401 },
+  })
+  t.match(await refusedUpgrade(url, { protocols: ['bearer.wrong'] }), {
+    status: 401,
+    problem: { code: 'UNAUTHORIZED' },
+  })
+  t.match(await refusedUpgrade(url, { headers: bearer('read-1') }), {
+    status: 403,
+    problem: { code: 'FORBIDDEN', retryable: false },
+  })
 })
 
-t.test('a key opens the stream as a header, or as a subprotocol that is echoed only where nothing else is offered', async (t) => {
-  const { url } = await startService(t, KEYS)
-  const cases: [Parameters<typeof connect>[1], string][] = [
-    [{ headers: bearer('all-1') }, ''],
-    [{ protocols: ['bearer.all-1'] }, 'bearer.all-1'],
-    [{ protocols: ['bearer.all-2', 'muond.v1'] }, 'muond.v1'],
-    [{ protocols: ['muond.v1'], headers: bearer('all-1') }, 'muond.v1'],
-  ]
-  for (const [i, [options, chosen]] of cases.entries()) {
-    const trainer = await openRun(url, `run-${i}`, options)
-    t.equal(trainer.socket.protocol, chosen)
-    trainer.socket.close()
-  }
-})
+t.test(
+  'a key opens the stream as a header, or as a subprotocol that is echoed only where nothing else is offered',
+  async (t) => {
+    const { url } = await startService(t, KEYS)
+    const cases: [Parameters<typeof connect>[1], string][] = [
+      [{ headers: bearer('all-1') }, ''],
+      [{ protocols: ['bearer.all-1'] }, 'bearer.all-1'],
+      [{ protocols: ['bearer.all-2', 'muond.v1'] }, 'muond.v1'],
+      [{ protocols: ['muond.v1'], headers: bearer('all-1') }, 'muond.v1'],
+    ]
+    for (const [i, [options, chosen]] of cases.entries()) {
+      const trainer = await openRun(url, `run-${i}`, options)
+      t.equal(trainer.socket.protocol, chosen)
+      trainer.socket.close()
+    }
+  },
+)
 
 t.test('an unknown subprotocol is not chosen', async (t) => {
   const { url } = await startService(t)

@@ -7,7 +7,11 @@ import { problemOf } from '../../src/http/problem.js'
 import { startService } from './service.js'
 
 async function problem(response: Response) {
-  return { type: response.headers.get('content-type'), allow: response.headers.get('allow'), ...((await response.json()) as object) }
+  return {
+    type: response.headers.get('content-type'),
+    allow: response.headers.get('allow'),
+    ...((await response.json()) as object),
+  }
 }
 
 t.test('every refused request is a problem document', async (t) => {
@@ -36,10 +40,17 @@ t.test('every refused request is a problem document', async (t) => {
   for (const [method, path, status, code, detail] of cases) {
     const response = await fetch(`${url}${path}`, { method })
     t.equal(response.status, status, `${method} ${path}`)
-    t.match(await problem(response), { type: 'about:blank', status, code, retryable: false, detail, title: /^[A-Z]/ }, `${method} ${path}`)
+    t.match(
+      await problem(response),
+      { type: 'about:blank', status, code, retryable: false, detail, title: /^[A-Z]/ },
+      `${method} ${path}`,
+    )
   }
   const { values } = await metrics.errors_total.get()
-  t.equal(values.reduce((sum, { value }) => sum + value, 0), cases.length)
+  t.equal(
+    values.reduce((sum, { value }) => sum + value, 0),
+    cases.length,
+  )
 })
 
 t.test('another method on a known path is 405 and names what is allowed, whatever body it has', async (t) => {
@@ -54,7 +65,11 @@ t.test('another method on a known path is 405 and names what is allowed, whateve
   ]
   for (const [method, path, allow] of cases) {
     const body = method === 'POST' || method === 'PUT' ? 'not json' : undefined
-    const response = await fetch(`${url}${path}`, { method, body, headers: body ? { 'content-type': 'application/json' } : {} })
+    const response = await fetch(`${url}${path}`, {
+      method,
+      body,
+      headers: body ? { 'content-type': 'application/json' } : {},
+    })
     t.equal(response.status, 405, `${method} ${path}`)
     t.equal(response.headers.get('allow'), allow)
     t.equal(response.headers.get('content-type'), 'application/problem+json')
@@ -64,11 +79,19 @@ t.test('another method on a known path is 405 and names what is allowed, whateve
 
 t.test('a body that nobody asked for is refused as the request it is in', async (t) => {
   const { url } = await startService(t)
-  const json = await fetch(`${url}/v1/runs/r`, { method: 'DELETE', body: '{', headers: { 'content-type': 'application/json' } })
+  const json = await fetch(`${url}/v1/runs/r`, {
+    method: 'DELETE',
+    body: '{',
+    headers: { 'content-type': 'application/json' },
+  })
   t.match(await problem(json), { status: 400, code: 'REQUEST_INVALID' })
   const other = await fetch(`${url}/v1/runs/r`, { method: 'DELETE', body: 'x', headers: { 'content-type': 'a/b' } })
   t.match(await problem(other), { status: 415, code: 'REQUEST_INVALID' })
-  const large = await fetch(`${url}/v1/runs/r`, { method: 'DELETE', body: JSON.stringify('x'.repeat(70_000)), headers: { 'content-type': 'application/json' } })
+  const large = await fetch(`${url}/v1/runs/r`, {
+    method: 'DELETE',
+    body: JSON.stringify('x'.repeat(70_000)),
+    headers: { 'content-type': 'application/json' },
+  })
   t.match(await problem(large), { status: 413, code: 'REQUEST_INVALID' })
 })
 
@@ -96,7 +119,11 @@ t.test('an upgrade that is refused ends its connection', async (t) => {
     const socket = connectSocket(Number(new URL(url).port), '127.0.0.1')
     const handshake = 'sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ=='
     socket.write(`GET ${path} HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n${handshake}\r\n\r\n`)
-    t.match(Buffer.concat(await Readable.from(socket).toArray()).toString(), /^HTTP\/1.1 40[04] [^]*application\/problem\+json[^]*"code"/, path)
+    t.match(
+      Buffer.concat(await Readable.from(socket).toArray()).toString(),
+      /^HTTP\/1.1 40[04] [^]*application\/problem\+json[^]*"code"/,
+      path,
+    )
   }
 })
 
@@ -121,8 +148,17 @@ t.test('a problem has the fields of its error, and a bug tells nothing but where
     retryable: true,
     retry_after_seconds: 1.5,
   })
-  t.match(problemOf(new ServiceError('STEP_CONFLICT', 'no', { step: 3, expected_step: 2, parameter: 1 }), ''), { step: 3, expected_step: 2, parameter: 1, status: 409 })
-  for (const bug of [new Error('secret path'), Object.assign(new Error('secret path'), { statusCode: 502 }), 'secret path']) {
+  t.match(problemOf(new ServiceError('STEP_CONFLICT', 'no', { step: 3, expected_step: 2, parameter: 1 }), ''), {
+    step: 3,
+    expected_step: 2,
+    parameter: 1,
+    status: 409,
+  })
+  for (const bug of [
+    new Error('secret path'),
+    Object.assign(new Error('secret path'), { statusCode: 502 }),
+    'secret path',
+  ]) {
     const told = problemOf(bug, 'req-7')
     t.match(told, { status: 500, code: 'INTERNAL', detail: /req-7/, title: 'Internal Server Error' })
     t.notMatch(JSON.stringify(told), /secret/)

@@ -30,8 +30,14 @@ export type Trainer = {
 }
 
 /** A connection that speaks frames. */
-export async function connect(url: string, { protocols = [], headers = {} }: { protocols?: string[]; headers?: Record<string, string> } = {}): Promise<Trainer> {
-  const socket = new WebSocket(`${url.replace('http', 'ws')}/v1/stream`, protocols, { headers, perMessageDeflate: false })
+export async function connect(
+  url: string,
+  { protocols = [], headers = {} }: { protocols?: string[]; headers?: Record<string, string> } = {},
+): Promise<Trainer> {
+  const socket = new WebSocket(`${url.replace('http', 'ws')}/v1/stream`, protocols, {
+    headers,
+    perMessageDeflate: false,
+  })
   const frames: ServerFrame[] = []
   socket.on('message', (data) => {
     frames.push(decodeServerFrame(data as Buffer))

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { type ReceivedUpdate, RawClient, startService, normal } from '../service.js'
+import { normal, RawClient, type ReceivedUpdate, startService } from '../service.js'
 
 const GROUPS = [
   { name: 'muon', algorithm: 'muon', lr: 0.02 },
@@ -14,8 +14,15 @@ const PARAMETERS = [
   { name: 'bias', shape: [7], group: 'sgd' },
   { name: 'scalar', shape: [], group: 'adamw' },
 ]
-const gradientsOf = (seed: number) => PARAMETERS.map(({ shape }, i) => normal(100 * seed + i, shape.reduce((a, b) => a * b, 1)))
-const dataOf = (updates: Map<number, ReceivedUpdate>) => [...updates].sort(([a], [b]) => a - b).map(([, { data }]) => data.toString('hex'))
+const gradientsOf = (seed: number) =>
+  PARAMETERS.map(({ shape }, i) =>
+    normal(
+      100 * seed + i,
+      shape.reduce((a, b) => a * b, 1),
+    ),
+  )
+const dataOf = (updates: Map<number, ReceivedUpdate>) =>
+  [...updates].sort(([a], [b]) => a - b).map(([, { data }]) => data.toString('hex'))
 
 t.test('arrival order, chunk size and other runs change neither a byte nor the digest', async (t) => {
   const service = await startService()
@@ -46,7 +53,12 @@ t.test('a repeated step returns the same update bit for bit, with the values of 
   const client = await RawClient.connect(service.url)
   await client.open({ run: 'r', groups: GROUPS, parameters: PARAMETERS })
   await client.step(1, gradientsOf(1))
-  client.send({ type: 'step', step: 2, groups: { muon: { lr: 0.5, ns_steps: 3 }, adamw: { betas: [0.8, 0.9] } }, gradient_scale: 0.25 })
+  client.send({
+    type: 'step',
+    step: 2,
+    groups: { muon: { lr: 0.5, ns_steps: 3 }, adamw: { betas: [0.8, 0.9] } },
+    gradient_scale: 0.25,
+  })
   const receipt = await client.step(2, gradientsOf(2))
   const first = new Map(client.updates)
   const again = await client.step(2, gradientsOf(2))
@@ -64,31 +76,34 @@ t.test('a repeated step returns the same update bit for bit, with the values of 
   await service.app.close()
 })
 
-t.test('a taken over run goes on where it was: what is resent is replayed or applied, and the digest is that of an undisturbed run', async (t) => {
-  const service = await startService()
-  const calm = await RawClient.connect(service.url)
-  await calm.open({ run: 'calm', groups: GROUPS, parameters: PARAMETERS })
-  await calm.step(1, gradientsOf(1))
-  const expected = await calm.step(2, gradientsOf(2))
+t.test(
+  'a taken over run goes on where it was: what is resent is replayed or applied, and the digest is that of an undisturbed run',
+  async (t) => {
+    const service = await startService()
+    const calm = await RawClient.connect(service.url)
+    await calm.open({ run: 'calm', groups: GROUPS, parameters: PARAMETERS })
+    await calm.step(1, gradientsOf(1))
+    const expected = await calm.step(2, gradientsOf(2))
 
-  const first = await RawClient.connect(service.url)
-  await first.open({ run: 'r', groups: GROUPS, parameters: PARAMETERS })
-  await first.step(1, gradientsOf(1))
-  for (const index of [0, 3]) first.gradient(index, 2, { values: gradientsOf(2)[index]! })
-  const second = await RawClient.connect(service.url)
-  second.send({ type: 'open', protocol: 1, run: 'r' })
-  t.match(await second.expect('error'), { code: 'RUN_BUSY', retryable: true })
-  const opened = await second.open({ run: 'r', takeover: true })
-  t.match(opened, { step: 1, epoch: 2, resumed: true })
-  t.equal((await first.closed()).code, 4409)
-  const receipt = await second.step(2, gradientsOf(2))
-  t.equal(receipt.digest, expected.digest)
-  t.same(dataOf(second.updates), dataOf(calm.updates))
-  for (const index of opened.ahead) t.equal(second.updates.get(index)!.replayed, true)
-  await second.close()
-  await calm.close()
-  await service.app.close()
-})
+    const first = await RawClient.connect(service.url)
+    await first.open({ run: 'r', groups: GROUPS, parameters: PARAMETERS })
+    await first.step(1, gradientsOf(1))
+    for (const index of [0, 3]) first.gradient(index, 2, { values: gradientsOf(2)[index]! })
+    const second = await RawClient.connect(service.url)
+    second.send({ type: 'open', protocol: 1, run: 'r' })
+    t.match(await second.expect('error'), { code: 'RUN_BUSY', retryable: true })
+    const opened = await second.open({ run: 'r', takeover: true })
+    t.match(opened, { step: 1, epoch: 2, resumed: true })
+    t.equal((await first.closed()).code, 4409)
+    const receipt = await second.step(2, gradientsOf(2))
+    t.equal(receipt.digest, expected.digest)
+    t.same(dataOf(second.updates), dataOf(calm.updates))
+    for (const index of opened.ahead) t.equal(second.updates.get(index)!.replayed, true)
+    await second.close()
+    await calm.close()
+    await service.app.close()
+  },
+)
 
 t.test('a refused gradient changes nothing; a finite one or a place in skipped completes the step', async (t) => {
   const service = await startService()
@@ -98,7 +113,12 @@ t.test('a refused gradient changes nothing; a finite one or a place in skipped c
   const bad = Float32Array.from(gradients[0]!)
   bad[5] = Number.NaN
   client.gradient(0, 1, { values: bad, chunk: 64 })
-  t.match(await client.expect('error'), { code: 'GRADIENT_NOT_FINITE', parameter: 0, step: 1, message: /wide.*NaN or Inf/ })
+  t.match(await client.expect('error'), {
+    code: 'GRADIENT_NOT_FINITE',
+    parameter: 0,
+    step: 1,
+    message: /wide.*NaN or Inf/,
+  })
   for (const index of [1, 2, 3]) client.gradient(index, 1, { values: gradients[index]! })
   client.send({ type: 'end', step: 1, skipped: [4] })
   t.match(await client.expect('error'), { code: 'STEP_INCOMPLETE', message: /'wide', 'scalar'$/ })

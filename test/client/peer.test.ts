@@ -1,0 +1,182 @@
+import t from 'tap'
+import type { WebSocket } from 'ws'
+import { connect, type ConnectOptions } from '../../src/client/client.js'
+import type { ClientFrame, ErrorFrame, ServerFrame, UpdateFrame } from '../../src/wire/frame.js'
+import { opened, type Peer, receipt, say, type Script, startPeer, startWeb } from './peer.js'
+
+const ONCE: ConnectOptions = { retries: 0 }
+const QUICK: ConnectOptions = { backoff: { first_seconds: 0.001, most_seconds: 0.01 } }
+const UPDATE: UpdateFrame = { type: 'update', parameter: 0, step: 1, offset: 0, scale: 1, decay: 0.5 }
+const DRAINING: ServerFrame = { type: 'draining', deadline_seconds: 1 }
+
+const errorFrame = (change: Partial<ErrorFrame>): ErrorFrame => ({
+  type: 'error',
+  code: 'INTERNAL',
+  message: 'of the peer',
+  status: 500,
+  retryable: false,
+  ...change,
+})
+
+/** Opens the run of one parameter `w` of two elements. */
+async function openAt(peer: Peer, options: ConnectOptions) {
+  const client = await connect(peer.url, options)
+  t.teardown(() => client.close())
+  const data = Float32Array.of(2, 4)
+  const run = await client.open({ run: 'r', parameters: [{ name: 'w', shape: [2], group: 'all', data }] })
+  return { run, data }
+}
+
+const GRADIENTS = [Float32Array.of(1, 1)]
+
+/** Answers `open` as a service does, and `end` in this way. */
+const answering =
+  (answer: (socket: WebSocket, connection: number, step: number) => void): Script =>
+  (frame: ClientFrame, socket, connection) => {
+    if (frame.type === 'open') say(socket, opened())
+    if (frame.type === 'end') answer(socket, connection, frame.step)
+  }
+
+t.test('what no service says ends the step with the reason, and is not retried', async (t) => {
+  const table: [title: string, answer: (socket: WebSocket) => void, code: string, message: RegExp][] = [
+    ['opened twice', (socket) => say(socket, opened()), 'FRAME_UNEXPECTED', /sent opened during a step/],
+    ['a receipt of another step', (socket) => say(socket, UPDATE, receipt(2)), 'FRAME_UNEXPECTED', /receipt of step 2: it is 1/],
+    ['a receipt before the update', (socket) => say(socket, receipt(1)), 'FRAME_UNEXPECTED', /receipt of step 1: 'w' has no update/],
+    ['an update of another step', (socket) => say(socket, { ...UPDATE, step: 2 }), 'FRAME_UNEXPECTED', /step 2, expected 1/],
+    ['text', (socket) => socket.send('hello'), 'FRAME_MALFORMED', /text message/],
+    ['no msgpack', (socket) => socket.send(Buffer.of(0xc1)), 'FRAME_MALFORMED', /./],
+    ['an error of the future', (socket) => say(socket, errorFrame({ code: 'NOT_YET' as 'INTERNAL' })), 'NOT_YET', /of the peer/],
+    ['1002', (socket) => socket.close(1002), 'FRAME_MALFORMED', /closed the connection with code 1002$/],
+    ['1003', (socket) => socket.close(1003, 'text'), 'FRAME_MALFORMED', /code 1003: text/],
+    ['1009', (socket) => socket.close(1009), 'FRAME_TOO_LARGE', /code 1009/],
+    ['1011', (socket) => socket.close(1011), 'INTERNAL', /code 1011/],
+    ['4409', (socket) => socket.close(4409), 'TAKEN_OVER', /code 4409/],
+  ]
+  for (const [title, answer, code, message] of table) {
+    const peer = await startPeer(answering(answer))
+    const { run, data } = await openAt(peer, QUICK)
+    await t.rejects(run.step(GRADIENTS), { code, message, retryable: false }, title)
+    t.equal(peer.connections(), 1, title)
+    if (!title.startsWith('a receipt of another')) t.same([...data], [2, 4], title)
+    peer.close()
+  }
+})
+
+t.test('what a new connection may mend is retried', async (t) => {
+  const overloaded = errorFrame({ code: 'OVERLOADED', status: 429, retryable: true, retry_after_seconds: 0.001 })
+  const table: [title: string, answer: (socket: WebSocket) => void, code: string][] = [
+    ['1012', (socket) => socket.close(1012), 'CONNECTION_LOST'],
+    ['1000', (socket) => socket.close(1000), 'CONNECTION_LOST'],
+    ['no close frame', (socket) => socket.terminate(), 'CONNECTION_LOST'],
+    ['an update, then nothing', (socket) => (say(socket, UPDATE), socket.close(1012)), 'CONNECTION_LOST'],
+    ['an error', (socket) => (say(socket, overloaded), socket.close(1013)), 'OVERLOADED'],
+    ['an error about a gradient', (socket) => say(socket, { ...overloaded, parameter: 0 }), 'OVERLOADED'],
+  ]
+  for (const [title, answer, code] of table) {
+    const script = answering((socket, connection) => (connection === 0 ? answer(socket) : say(socket, DRAINING, UPDATE, receipt(1))))
+    const peer = await startPeer(script)
+    await t.rejects((await openAt(peer, ONCE)).run.step(GRADIENTS), { code, retryable: true }, title)
+    peer.close()
+    const patient = await startPeer(script)
+    const { run, data } = await openAt(patient, QUICK)
+    t.match(await run.step(GRADIENTS), { step: 1 }, title)
+    t.same([...data], [1, 2], title)
+    t.equal(patient.connections(), 2, title)
+    patient.close()
+  }
+})
+
+t.test('a refusal that crossed the end is told, not the end that was refused for it', async (t) => {
+  const refused = errorFrame({ code: 'GRADIENT_NOT_FINITE', status: 422, parameter: 0, step: 1 })
+  const incomplete = errorFrame({ code: 'STEP_INCOMPLETE', status: 409, step: 1 })
+  const pair = { ...opened(), parameters: [...opened().parameters, { ...opened().parameters[0], index: 1, name: 'v' }] }
+  const peer = await startPeer((frame, socket) => {
+    if (frame.type === 'open') say(socket, pair)
+    if (frame.type === 'end') say(socket, refused, incomplete, { ...UPDATE, parameter: 1 })
+  })
+  t.teardown(peer.close)
+  const client = await connect(peer.url)
+  t.teardown(() => client.close())
+  const parameters = ['w', 'v'].map((name) => ({ name, shape: [2], group: 'all', data: Float32Array.of(2, 4) }))
+  const run = await client.open({ run: 'r', parameters })
+  await t.rejects(run.step([GRADIENTS[0], GRADIENTS[0]]), { code: 'GRADIENT_NOT_FINITE', fields: { refused: ['w'] } })
+  t.same(parameters.map(({ data }) => [...data]), [[2, 4], [1, 2]], 'the other update is applied')
+})
+
+t.test('bad news between steps ends the connection, and the next step opens another', async (t) => {
+  const table: [title: string, news: ServerFrame[], connections: number][] = [
+    ['draining', [DRAINING], 1],
+    ['an error', [errorFrame({})], 2],
+    ['what no service says', [receipt(1)], 2],
+  ]
+  for (const [title, news, connections] of table) {
+    let heard: () => void = () => {}
+    const peer = await startPeer((frame, socket, connection) => {
+      if (frame.type === 'open') say(socket, opened(connection))
+      if (frame.type !== 'end') return
+      say(socket, { ...UPDATE, step: frame.step }, receipt(frame.step))
+      if (frame.step > 1) return
+      // A pong comes after the news: then the client has read them.
+      say(socket, ...news)
+      socket.once('pong', () => heard())
+      socket.once('close', () => heard())
+      socket.ping()
+    })
+    const { run } = await openAt(peer, QUICK)
+    const news_read = new Promise<void>((resolve) => {
+      heard = resolve
+    })
+    await run.step(GRADIENTS)
+    await news_read
+    t.match(await run.step(GRADIENTS), { step: 2 }, title)
+    t.equal(peer.connections(), connections, title)
+    peer.close()
+  }
+})
+
+t.test('an answer to open that does not fit is refused', async (t) => {
+  const table: [title: string, answer: ServerFrame, code: string, message: RegExp][] = [
+    ['an unknown dtype', opened(0, { update_dtype: 'float8' }), 'DTYPE_UNSUPPORTED', /float8/],
+    ['a parameter more', opened(0, { index: 1, name: 'v' }), 'PARAMETER_UNKNOWN', /parameter 1 'v' more/],
+    ['no answer', receipt(1), 'FRAME_UNEXPECTED', /receipt between steps/],
+  ]
+  for (const [title, answer, code, message] of table) {
+    const peer = await startPeer((_, socket) => say(socket, answer))
+    await t.rejects(openAt(peer, QUICK), { code, message }, title)
+    peer.close()
+  }
+})
+
+t.test('beyond loopback every message is masked, and arrives', async (t) => {
+  const peer = await startPeer(answering((socket) => say(socket, UPDATE, receipt(1))), '0.0.0.0')
+  t.teardown(peer.close)
+  const { run, data } = await openAt(peer, QUICK)
+  const gradient = Float32Array.of(3, 5)
+  await run.step([gradient])
+  t.same([...data], [1, 2])
+  t.same([...gradient], [3, 5], 'and the gradient is as it was')
+})
+
+t.test('an upgrade that is answered with HTTP says why', async (t) => {
+  const problem = JSON.stringify({ code: 'OVER_CAPACITY', detail: 'full', status: 507 })
+  const table: [title: string, status: number, body: string, error: Record<string, unknown>][] = [
+    ['a problem', 507, problem, { code: 'OVER_CAPACITY', status: 507, message: 'full' }],
+    ['a problem of the future', 400, '{"code":"NOT_YET","detail":7}', { code: 'REQUEST_INVALID', message: /HTTP status 400/ }],
+    ['JSON that is no object', 429, '7', { code: 'OVERLOADED', status: 429, fields: { retry_after_seconds: 3 } }],
+    ['null', 403, 'null', { code: 'FORBIDDEN', status: 403 }],
+    ['a page', 502, '<html>', { code: 'CONNECTION_LOST', status: 502, message: /HTTP status 502/ }],
+    ['a long page', 404, 'x'.repeat(1 << 20), { code: 'NOT_FOUND', status: 404 }],
+  ]
+  for (const [title, status, body, error] of table) {
+    const web = await startWeb((_, response) => {
+      response.writeHead(status, status === 429 ? { 'retry-after': '3' } : {}).end(body)
+    })
+    await t.rejects(connect(web.url), error, title)
+    web.close()
+  }
+  const cut = await startWeb((_, response) => {
+    response.writeHead(500, { 'content-length': '10' }).write('half', () => response.destroy())
+  })
+  await t.rejects(connect(cut.url), { code: 'CONNECTION_LOST' }, 'an answer that is cut')
+  cut.close()
+})

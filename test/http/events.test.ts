@@ -1,0 +1,132 @@
+import { once } from 'node:events'
+import { connect as connectSocket } from 'node:net'
+import t from 'tap'
+import { MAX_EVENT_STREAMS } from '../../src/http/events.js'
+import { connect, GRADIENTS, openRun, startService } from './service.js'
+
+/** The events of a response as they come: their id, event and data. */
+async function* events(response: Response): AsyncGenerator<{ id: number; event: string; data: { step: number } }> {
+  const decoder = new TextDecoderStream()
+  let text = ''
+  for await (const piece of response.body?.pipeThrough(decoder) ?? []) {
+    text += piece
+    for (let end = text.indexOf('\n\n'); end >= 0; end = text.indexOf('\n\n')) {
+      const fields = Object.fromEntries(
+        text
+          .slice(0, end)
+          .split('\n')
+          .map((line) => line.split(/: (.*)/s, 2)),
+      )
+      text = text.slice(end + 2)
+      yield { id: Number(fields.id), event: fields.event, data: JSON.parse(fields.data) }
+    }
+  }
+}
+
+const listen = (url: string, headers: Record<string, string> = {}) => fetch(`${url}/v1/runs/a/events`, { headers })
+
+t.test('each receipt is an event whose id is its step, as it happens', async (t) => {
+  const { url } = await startService(t)
+  const trainer = await openRun(url, 'a')
+  await trainer.step(1, GRADIENTS)
+  const response = await listen(url)
+  t.equal(response.headers.get('content-type'), 'text/event-stream')
+  const stream = events(response)
+  for (const step of [2, 3]) {
+    const { type, ...receipt } = await trainer.step(step, GRADIENTS)
+    t.same((await stream.next()).value, { id: step, event: 'receipt', data: receipt })
+  }
+  await stream.return(undefined)
+  trainer.socket.close()
+})
+
+t.test('a reader that comes back with Last-Event-ID gets what it missed, once', async (t) => {
+  const { url } = await startService(t, { receipts_kept: 3 })
+  const trainer = await openRun(url, 'a')
+  for (const step of [1, 2, 3, 4]) await trainer.step(step, GRADIENTS)
+  for (const [last, expected] of [
+    ['2', [3, 4, 5]],
+    ['0', [2, 3, 4, 5]],
+  ] as const) {
+    const stream = events(await listen(url, { 'last-event-id': last }))
+    if (last === '2') await trainer.step(5, GRADIENTS)
+    const from = last === '2' ? expected : expected.slice(1)
+    for (const step of from) t.equal((await stream.next()).value.id, step, `after ${last}`)
+    await stream.return(undefined)
+  }
+  trainer.socket.close()
+})
+
+t.test('a Last-Event-ID that is no step is refused', async (t) => {
+  const { url } = await startService(t)
+  const response = await listen(url, { 'last-event-id': 'x' })
+  t.match(
+    [response.status, await response.json()],
+    [400, { code: 'REQUEST_INVALID', detail: /last-event-id must be integer/i }],
+  )
+})
+
+t.test('the stream ends with its run, and not with another', async (t) => {
+  const { url } = await startService(t)
+  const trainer = await openRun(url, 'a')
+  const other = await openRun(url, 'b')
+  const stream = events(await listen(url))
+  await fetch(`${url}/v1/runs/b`, { method: 'DELETE' })
+  await trainer.step(1, GRADIENTS)
+  t.equal((await stream.next()).value.id, 1)
+  await fetch(`${url}/v1/runs/a`, { method: 'DELETE' })
+  t.same(await stream.next(), { value: undefined, done: true })
+  trainer.socket.close()
+  other.socket.close()
+})
+
+t.test('the stream ends when the service closes', async (t) => {
+  const { url, app } = await startService(t)
+  await openRun(url, 'a')
+  const stream = events(await listen(url))
+  const end = stream.next()
+  await app.close()
+  t.same(await end, { value: undefined, done: true })
+})
+
+t.test('a reader that leaves listens no longer, and one too many is refused', async (t) => {
+  const { url, runs } = await startService(t)
+  const trainer = await openRun(url, 'a')
+  const controllers = Array.from({ length: MAX_EVENT_STREAMS }, () => new AbortController())
+  await Promise.all(controllers.map(({ signal }) => fetch(`${url}/v1/runs/a/events`, { signal })))
+  const run = runs.get('a')
+  t.equal(run.listenerCount('receipt'), MAX_EVENT_STREAMS)
+  const refused = await listen(url)
+  t.match(
+    [refused.status, await refused.json()],
+    [429, { code: 'OVERLOADED', retryable: true, retry_after_seconds: 1 }],
+  )
+  for (const controller of controllers) controller.abort()
+  for (let step = 1; run.listenerCount('receipt') > 0; step += 1) await trainer.step(step, GRADIENTS)
+  t.equal((await listen(url)).status, 200)
+  trainer.socket.close()
+})
+
+t.test('a reader that does not read is cut off, and holds up nobody', async (t) => {
+  const { url, runs } = await startService(t)
+  const trainer = await connect(url)
+  // Receipts name every group, so that many groups make them large.
+  const groups = Array.from({ length: 2000 }, (_, i) => ({ name: `group-${i}`, algorithm: 'sgd' }))
+  const parameters = groups.map(({ name }) => ({ name, shape: [1], group: name }))
+  trainer.send({ type: 'open', protocol: 1, run: 'a', groups, parameters })
+  await trainer.next('opened')
+  const reader = connectSocket(Number(new URL(url).port), '127.0.0.1')
+  reader.write('GET /v1/runs/a/events HTTP/1.1\r\nhost: x\r\n\r\n')
+  await once(reader, 'readable')
+  const run = runs.get('a')
+  const skipped = parameters.map((_, index) => index)
+  let step = 0
+  while (run.listenerCount('receipt') > 0 && step < 200) {
+    step += 1
+    trainer.send({ type: 'end', step, skipped })
+    await trainer.next('receipt')
+  }
+  t.equal(run.listenerCount('receipt'), 0, `cut off after ${step} receipts`)
+  reader.destroy()
+  trainer.socket.close()
+})

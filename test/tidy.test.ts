@@ -1,0 +1,78 @@
+import { readdirSync, readFileSync } from 'node:fs'
+import { dirname, join, relative } from 'node:path'
+import t from 'tap'
+
+/** An import goes down or sideways in this list, never up. */
+const LAYERS = [
+  'kernels',
+  'src/wire',
+  'src/optimizer',
+  'src/device',
+  'src/store',
+  'src/run',
+  'src/http',
+  'src/app.ts',
+  'src/server.ts',
+]
+/** Tables and settings that every layer may read. */
+const SHARED = ['src/errors.ts', 'src/config.ts', 'src/metrics.ts']
+/** Packages that only these files may know. */
+const OWNERS: Record<string, (file: string) => boolean> = {
+  koffi: (file) => file === 'src/device/onnxruntime.ts',
+  msgpackr: (file) => file === 'src/wire/codec.ts',
+  ws: (file) => /^src\/(app|run\/(stream|sender|receiver)|client\/\w+)\.ts$/.test(file),
+  fastify: (file) => /^src\/(app|server|http\/\w+|run\/stream)\.ts$/.test(file),
+  'prom-client': (file) => file === 'src/metrics.ts',
+  'env-schema': (file) => file === 'src/config.ts',
+}
+const MAX_FUNCTION_LINES = 70
+
+const files = ['kernels', 'src'].flatMap((folder) =>
+  readdirSync(folder, { recursive: true, encoding: 'utf8' })
+    .filter((name) => name.endsWith('.ts') && !name.endsWith('.d.ts'))
+    .map((name) => join(folder, name)),
+)
+const importsOf = (file: string) =>
+  [...readFileSync(file, 'utf8').matchAll(/^(?:import|export)[^'"]*?from '([^']+)'/gms)].map(([, name]) => name!)
+const layerOf = (file: string) => LAYERS.findIndex((layer) => file === layer || file.startsWith(`${layer}/`))
+
+t.test('imports go down or sideways', async (t) => {
+  for (const file of files) {
+    for (const name of importsOf(file).filter((name) => name.startsWith('.'))) {
+      const target = relative('.', join(dirname(file), name)).replace(/\.js$/, '.ts')
+      if (SHARED.includes(target) || SHARED.includes(file)) continue
+      if (file.startsWith('src/client/'))
+        t.match(target, /^(src\/(client|wire)|kernels)\//, `${file} imports ${target}`)
+      else t.ok(layerOf(target) <= layerOf(file), `${file} imports ${target}`)
+    }
+  }
+})
+
+t.test('a package is known to its owners only', async (t) => {
+  for (const file of files) {
+    for (const name of importsOf(file)) {
+      const owns = OWNERS[name]
+      if (owns) t.ok(owns(file), `${file} imports ${name}`)
+    }
+  }
+})
+
+t.test('kernels, wire and optimizer are pure: no async, no clock, no logger', async (t) => {
+  for (const file of files.filter((file) => /^(kernels|src\/(wire|optimizer))\//.test(file))) {
+    t.notMatch(readFileSync(file, 'utf8'), /\basync\b|\bawait\b|Date\.now|performance\.now|setTimeout/, file)
+  }
+})
+
+t.test('no file says any, and no function is longer than it may be', async (t) => {
+  for (const file of files) {
+    const text = readFileSync(file, 'utf8')
+    t.notMatch(text, /: any\b|\bas any\b|as unknown as|@ts-/, file)
+    const lines = text.split('\n')
+    lines.forEach((line, start) => {
+      if (!/^(export )?(default )?(async )?function |^ {2}(static |async |get |#)*\w+\(.*\{$/.test(line)) return
+      const indent = line.search(/\S/)
+      const end = lines.findIndex((other, i) => i > start && other === `${' '.repeat(indent)}}`)
+      t.ok(end - start < MAX_FUNCTION_LINES, `${file}:${start + 1} has ${end - start} lines`)
+    })
+  }
+})
