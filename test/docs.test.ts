@@ -1,0 +1,62 @@
+import { readFileSync, writeFileSync } from 'node:fs'
+import { join, resolve } from 'node:path'
+import { pathToFileURL } from 'node:url'
+import t from 'tap'
+import { NAMED_COEFFICIENTS } from '../kernels/coefficients.js'
+import { SETTINGS } from '../src/config.js'
+import { startService } from './service.js'
+
+const README = readFileSync('README.md', 'utf8')
+const section = (name: string) => README.split(`<!-- ${name} -->\n`)[1]!.split(`<!-- /${name} -->`)[0]!
+/** All but the last triple of these are divided by (s, s³, s⁵), s = 1.05. */
+const PADDED = ['polar_express', 'cubic5']
+const cell = (text: string) => text.replaceAll('|', '\\|')
+
+t.test('the README lists every setting as the service knows it', async (t) => {
+  const rows = Object.entries(SETTINGS).map(([name, setting]) => {
+    const value = setting.default === '' ? '' : `\`${setting.default}\``
+    return `| \`--${name.replaceAll('_', '-')}\` | ${value} | ${cell(setting.description)} |\n`
+  })
+  t.equal(section('settings'), `| flag | default | meaning |\n|---|---|---|\n${rows.join('')}`)
+})
+
+t.test('the README lists every metric of our own with its help text', async (t) => {
+  const service = await startService()
+  const metrics = await service.metrics.registry.getMetricsAsJSON()
+  const ours = metrics.filter(({ name }) => !/^muond_(process|nodejs)_/.test(name))
+  const rows = ours.map(({ name, type, help }) => `| \`${name}\` | ${type} | ${cell(help)} |\n`)
+  t.equal(section('metrics'), `| metric | type | meaning |\n|---|---|---|\n${rows.join('')}`)
+  await service.app.close()
+})
+
+t.test('the trainer of the README runs as it stands', async (t) => {
+  const service = await startService()
+  const [, code] = README.match(/```js\n([^]*?)```/) ?? []
+  const client = pathToFileURL(resolve('dist/src/client/client.js')).href
+  const file = join(t.testdir({}), 'trainer.mjs')
+  writeFileSync(file, code!.replace('muond/client', client).replace('ws://127.0.0.1:8787', service.url))
+  await t.resolves(import(pathToFileURL(file).href))
+  t.equal(service.runs.get('first').step, 1)
+  await service.app.close()
+})
+
+t.test(
+  'docs/algorithms.md gives the coefficients that are computed with, padded sets as they were published',
+  async (t) => {
+    const text = readFileSync('docs/algorithms.md', 'utf8')
+    const written = [...text.matchAll(/-?\d+(\.\d+)?/g)].map(([number]) => Math.abs(Number(number)))
+    for (const [name, { coefficients }] of Object.entries(NAMED_COEFFICIENTS)) {
+      t.match(text, `\`${name}\``)
+      coefficients.forEach((triple, step) => {
+        triple.forEach((number, power) => {
+          const padded = PADDED.includes(name) && step < coefficients.length - 1
+          const published = Math.abs(number) * (padded ? 1.05 ** (2 * power + 1) : 1)
+          t.ok(
+            written.some((other) => Math.abs(other - published) <= 1e-12 * published),
+            `${name}: ${published}`,
+          )
+        })
+      })
+    }
+  },
+)
