@@ -30,12 +30,12 @@ export async function startService(flags: readonly string[] = []): Promise<Measu
 export async function startProgram(name: string, args: readonly string[] = []) {
   const child = fork(fileURLToPath(new URL(`./${name}.js`, import.meta.url)), args)
   const measured = measure(child)
+  const ended = once(child, 'exit').then(([code]) => new Error(`bench/${name} ended with ${code} before it answered`))
   const answer = async (): Promise<unknown> => {
-    const ended = once(child, 'exit').then(([code]) => {
-      throw new Error(`bench/${name} ended with ${code} before it answered`)
-    })
     const message = once(child, 'message').then(([first]) => first)
-    return Promise.race([message, ended])
+    const first = await Promise.race([message, ended])
+    if (first instanceof Error) throw first
+    return first
   }
   const ask = (message: string): Promise<unknown> => {
     child.send(message)

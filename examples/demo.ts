@@ -18,7 +18,7 @@ everything, then Muon for the hidden matrices. --sweep tries the learning rates 
 const SWEEP = { adamw: [0.002, 0.004, 0.006, 0.008, 0.016], muon: [0.01, 0.02, 0.03, 0.04, 0.08] } as const
 
 /** The best of `--sweep`. */
-const CHOSEN = { adamw: 0.004, muon: 0.02 } as const
+const CHOSEN = { adamw: 0.006, muon: 0.02 } as const
 
 const BATCH = 256
 const ROOT = fileURLToPath(new URL('../../', import.meta.url))

@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { InferenceSession, Tensor } from 'onnxruntime-node'
 import { Graph } from '../kernels/graph.js'
 import type { Examples } from './text.js'
@@ -167,13 +168,13 @@ function gradientName(weight: string): string {
   return `gradient:${weight}`
 }
 
-function scalar(value: Tensor | undefined): number {
+function scalar(value: Tensor): number {
   return floats(value)[0]
 }
 
-function floats(value: Tensor | undefined): Float32Array {
-  if (!(value?.data instanceof Float32Array)) throw new TypeError(`expected a float32 tensor, got ${value?.type}`)
-  return value.data
+function floats({ type, data }: Tensor): Float32Array {
+  assert(data instanceof Float32Array, `expected a float32 tensor, got ${type}`)
+  return data
 }
 
 /** One standard normal number from two uniform ones (Box and Muller, 1958). */

@@ -4,6 +4,7 @@ import websocket, { type WebsocketPluginOptions } from '@fastify/websocket'
 import fastify, {
   type FastifyBaseLogger,
   type FastifyInstance,
+  type FastifyReply,
   type FastifyRequest,
   LogController,
   type RouteOptions,
@@ -46,24 +47,13 @@ const CLOSE_GRACE_MS = 1000
 
 /** Starts the device and builds the app on it. Throws what the device says about why it cannot start. */
 export async function buildApp({ config, logger }: { config: Config; logger?: FastifyBaseLogger }): Promise<App> {
+  const contract = readContract()
   const device = await Device.start(config)
-  try {
-    const services: Services = {
-      config,
-      device,
-      runs: new Runs(device, config),
-      metrics: createMetrics(),
-      events: new Events(),
-      contract: readContract(),
-    }
-    const service = { ...services, streams: new Set<Stream>() }
-    const app = await createServer(service, logger)
-    const { runs, metrics } = service
-    return { app, device, runs, metrics, drain: () => drain(app, service) }
-  } catch (error) {
-    await device.close()
-    throw error
-  }
+  const runs = new Runs(device, config)
+  const metrics = createMetrics()
+  const service: Service = { config, device, runs, metrics, contract, events: new Events(), streams: new Set() }
+  const app = await createServer(service, logger)
+  return { app, device, runs, metrics, drain: () => drain(app, service) }
 }
 
 async function createServer(service: Service, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
@@ -114,22 +104,27 @@ async function registerWebSocket(app: FastifyInstance, { events }: Service): Pro
   Reflect.set(options, 'WebSocket', InPlaceWebSocket)
   await app.register(websocket, {
     options,
-    // A socket's own errors are the stream's to handle. An open socket here means that its handler has thrown.
+    // A socket's own errors come here as well, after ws has begun to close it with a code of its own.
     errorHandler: (error, socket, request) => {
-      if (socket.readyState !== socket.OPEN) return
-      request.log.error({ event: 'internal_error', err: error })
+      request.log.info({ event: 'stream_error', err: error })
       socket.close(1011)
     },
-    preClose: async () => {
-      events.end()
-      const sockets = [...app.websocketServer.clients]
-      for (const socket of sockets) socket.close(1012, 'the service shuts down')
-      await closed(sockets, CLOSE_GRACE_MS)
-      for (const socket of sockets) socket.terminate()
-      app.websocketServer.close()
-    },
+    preClose: () => closeConnections(app, events),
   })
   app.websocketServer.on('wsClientError', answerClientError)
+}
+
+/** Closes every stream with 1012, and gives requests that are being answered as long as the streams have. */
+async function closeConnections({ server, websocketServer }: FastifyInstance, events: Events): Promise<void> {
+  events.end()
+  // A connection that never sent a request is not idle to node: it would hold the shutdown up for a minute.
+  const cut = setTimeout(() => server.closeAllConnections(), CLOSE_GRACE_MS).unref()
+  server.once('close', () => clearTimeout(cut))
+  const sockets = [...websocketServer.clients]
+  for (const socket of sockets) socket.close(1012, 'the service shuts down')
+  await closed(sockets, CLOSE_GRACE_MS)
+  for (const socket of sockets) socket.terminate()
+  websocketServer.close()
 }
 
 /** Makes a route of every operation of the contract, and of every other method on its paths a 405. */
@@ -197,17 +192,13 @@ function refuseUnknownQuery(route: RouteOptions): void {
 function refuseOtherMethods(scope: FastifyInstance, url: string): void {
   const allowed = scope.supportedMethods.filter((method) => scope.hasRoute({ method, url })).sort()
   const method = scope.supportedMethods.filter((other) => !allowed.includes(other))
-  scope.route({
-    method,
-    url,
-    // Before the body is read, which nobody needs.
-    onRequest: async (request, reply) => {
-      reply.header('allow', allowed.join(', '))
-      const message = `${request.method} is not allowed here, allowed are ${allowed.join(', ')}`
-      throw Object.assign(new Error(message), { statusCode: 405 })
-    },
-    handler: () => assert.fail('onRequest has answered'),
-  })
+  const refuse = async (request: FastifyRequest, reply: FastifyReply) => {
+    reply.header('allow', allowed.join(', '))
+    const message = `${request.method} is not allowed here, allowed are ${allowed.join(', ')}`
+    throw Object.assign(new Error(message), { statusCode: 405 })
+  }
+  // In onRequest, before a body is read that nobody needs.
+  scope.route({ method, url, onRequest: refuse, handler: refuse })
 }
 
 function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: Service): void {
@@ -248,7 +239,7 @@ async function closed(sockets: readonly WebSocket[], milliseconds: number): Prom
   timer.abort()
 }
 
-async function logRequest(request: FastifyRequest, reply: { statusCode: number; elapsedTime: number }): Promise<void> {
+async function logRequest(request: FastifyRequest, reply: FastifyReply): Promise<void> {
   const { method, url } = request.routeOptions
   request.log.debug({
     event: 'request',

@@ -154,7 +154,9 @@ function readFlags(argv: readonly string[]): Flags {
     return values
   } catch (error) {
     // parseArgs explains itself over several sentences; the first one names the flag.
-    const [sentence] = String(error instanceof Error ? error.message : error).split(/\.\s|\n/)
+    const [sentence] = String(error)
+      .replace(/^TypeError \[\w+\]: /, '')
+      .split(/\.\s|\n/)
     throw new ConfigError(`${sentence} (--help lists the flags)`)
   }
 }
@@ -208,22 +210,18 @@ function keysOf(value: unknown): readonly string[] {
 }
 
 function helpText(): string {
-  const rows = NAMES.map((name) => [
-    `--${flagOf(name)}`,
-    variableOf(name),
-    shown(SETTINGS[name].default),
-    SETTINGS[name].description,
-  ])
-  const all = [['flag', 'variable', 'default', 'meaning'], ...rows]
-  const widths = [0, 1, 2].map((column) => Math.max(...all.map((row) => row[column]?.length ?? 0)))
-  const lines = all.map((row) => row.map((cell, column) => cell.padEnd(widths[column] ?? 0)).join('  '))
-  return [
-    `muond ${VERSION}: the optimizer as a service`,
-    '',
-    'muond [--flag value]… ; --help and --version print and exit',
-    '',
-    ...lines,
-  ].join('\n')
+  const rows = NAMES.map((name) => {
+    const { default: value, description } = SETTINGS[name]
+    return { flag: `--${flagOf(name)}`, variable: variableOf(name), value: shown(value), meaning: description }
+  })
+  const all = [{ flag: 'flag', variable: 'variable', value: 'default', meaning: 'meaning' }, ...rows]
+  const width = (column: 'flag' | 'variable' | 'value') => Math.max(...all.map((row) => row[column].length))
+  const [flags, variables, values] = [width('flag'), width('variable'), width('value')]
+  const lines = all.map(({ flag, variable, value, meaning }) =>
+    [flag.padEnd(flags), variable.padEnd(variables), value.padEnd(values), meaning].join('  '),
+  )
+  const usage = 'muond [--flag value]… ; --help and --version print and exit'
+  return [`muond ${VERSION}: the optimizer as a service`, '', usage, '', ...lines].join('\n')
 }
 
 function shown(value: string | number): string {

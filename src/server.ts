@@ -15,8 +15,9 @@ try {
   else await serve(command.config)
 } catch (error) {
   // One line for the person who started it: a wrong setting, a missing library, a port in use.
-  process.stderr.write(`muond: ${error instanceof Error ? error.message : error}\n`)
-  process.exitCode = 1
+  process.stderr.write(`muond: ${messageOf(error)}\n`)
+  // Nothing has been computed yet, but lanes that wait for work would keep the process.
+  process.exit(1)
 }
 
 async function serve(config: Config): Promise<void> {
@@ -44,14 +45,9 @@ async function listen({ app }: App, { host, port }: Config, logger: Logger): Pro
   // fastify would announce the address in prose; ours is the first line.
   const { level } = logger
   logger.level = 'silent'
-  try {
-    return await app.listen({ host, port })
-  } catch (error) {
-    await app.close()
-    throw error
-  } finally {
-    logger.level = level
-  }
+  const address = await app.listen({ host, port })
+  logger.level = level
+  return address
 }
 
 function closeOnSignals({ app, drain }: App, { drain_seconds }: Config, logger: Logger): void {
@@ -75,6 +71,11 @@ async function checkFolder(folder: string): Promise<void> {
     await mkdir(folder, { recursive: true })
     await access(folder, constants.W_OK)
   } catch (error) {
-    throw new ConfigError(`data folder '${folder}' is not writable: ${error instanceof Error ? error.message : error}`)
+    throw new ConfigError(`data folder '${folder}' is not writable: ${messageOf(error)}`)
   }
+}
+
+/** The message of an error without the name of its class. */
+function messageOf(error: unknown): string {
+  return String(error).replace(/^\w*Error: /, '')
 }

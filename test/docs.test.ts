@@ -31,7 +31,7 @@ t.test('the README lists every metric of our own with its help text', async (t) 
 
 t.test('the trainer of the README runs as it stands', async (t) => {
   const service = await startService()
-  const [, code] = README.match(/```js\n([^]*?)```/) ?? []
+  const [, code] = README.match(/```js\n([\s\S]*?)```/) ?? []
   const client = pathToFileURL(resolve('dist/src/client/client.js')).href
   const file = join(t.testdir({}), 'trainer.mjs')
   writeFileSync(file, code!.replace('muond/client', client).replace('ws://127.0.0.1:8787', service.url))

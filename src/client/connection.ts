@@ -4,7 +4,7 @@ import { ServiceError } from '../errors.js'
 import { decodeServerFrame, encodeFrame, encodeHeader } from '../wire/codec.js'
 import type { ClientFrame, GradientFrame, ServerFrame } from '../wire/frame.js'
 import { MuondError } from './error.js'
-import { closeError, refusedUpgrade } from './refusal.js'
+import { closeError, frameError, refusedUpgrade } from './refusal.js'
 
 export type Endpoint = {
   url: URL
@@ -28,7 +28,7 @@ const KEEPALIVE_SECONDS = 30
 /** One WebSocket: whole frames in both directions, and one reason when it is over. */
 export class Connection {
   /** Gets every frame; what it throws ends the connection with that error. */
-  onFrame: (frame: ServerFrame) => void = () => {}
+  onFrame: (frame: ServerFrame) => void = whileIdle
   /** Gets the reason when the socket is gone, whoever ended it. */
   onClosed: (reason: unknown) => void = () => {}
   /** Resolves after onClosed was called. */
@@ -84,6 +84,12 @@ export class Connection {
     await this.#room()
   }
 
+  /** Lets go of whoever listens. At once: what follows in the same read is for nobody any more. */
+  rest(): void {
+    this.onFrame = whileIdle
+    this.onClosed = () => {}
+  }
+
   /** Ends the connection at once, for this reason unless it already has one. */
   fail(reason: unknown): void {
     this.#because(reason)
@@ -131,6 +137,13 @@ export class Connection {
   async #refused(response: IncomingMessage): Promise<void> {
     this.fail(await refusedUpgrade(response).catch(lost))
   }
+}
+
+/** Outside a step the service has only bad news: an error ends the connection, and the next step opens another. */
+export function whileIdle(frame: ServerFrame): void {
+  if (frame.type === 'error') throw frameError(frame)
+  if (frame.type !== 'draining')
+    throw new MuondError('FRAME_UNEXPECTED', `the service sent ${frame.type} outside a step`)
 }
 
 function lost(cause: Error): MuondError {

@@ -27,12 +27,12 @@ export class MuondError extends Error {
 
   constructor(code: ClientErrorCode, message: string, fields: MuondErrorFields = {}, origin: Origin = {}) {
     super(message, origin.cause === undefined ? {} : { cause: origin.cause })
-    // A newer service may know more codes than this client; what it says of them itself then has to do.
-    const row: { status?: number; retryable: boolean } | undefined = { ...ERRORS, ...CLIENT_ERRORS }[code]
+    // A newer service may know more codes than this client; an error frame says the same two things itself.
+    const row: { status?: number; retryable: boolean } = { ...ERRORS, ...CLIENT_ERRORS }[code]
     this.name = 'MuondError'
     this.code = code
     this.fields = fields
-    this.status = origin.status ?? row?.status
-    this.retryable = origin.retryable ?? row?.retryable ?? false
+    this.status = origin.status ?? row.status
+    this.retryable = origin.retryable ?? row.retryable
   }
 }

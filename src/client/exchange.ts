@@ -1,5 +1,5 @@
 import { chunksOf } from '../wire/chunks.js'
-import type { EndFrame, ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame } from '../wire/frame.js'
+import type { ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame } from '../wire/frame.js'
 import type { Connection } from './connection.js'
 import { MuondError } from './error.js'
 import { frameError } from './refusal.js'
@@ -13,53 +13,48 @@ type Parts = {
   chunk_bytes: number
 }
 
+type Settle = { resolve: (receipt: ReceiptFrame) => void; reject: (reason: unknown) => void }
+
 /** One attempt at one step: everything the trainer said goes out over one connection, and every update is applied. */
 export class Exchange {
   readonly #parts: Parts
+  readonly #settle: Settle
   readonly #unanswered = new Set<number>()
   readonly #refused: Refusal[] = []
   #isSent = false
-  #resolve: (receipt: ReceiptFrame) => void = () => {}
-  #reject: (reason: unknown) => void = () => {}
-
-  constructor(parts: Parts) {
-    this.#parts = parts
-  }
 
   /**
    * Resolves with the receipt, once every update is applied. Rejects with the reason the connection ended, or with the
    * service's error; if gradients were refused, only when all the others were answered, so that nothing is applied afterwards
    * and `fields.refused` names them all.
    */
-  run(): Promise<ReceiptFrame> {
-    const { connection } = this.#parts
+  static run(parts: Parts): Promise<ReceiptFrame> {
     return new Promise((resolve, reject) => {
-      this.#resolve = resolve
-      this.#reject = reject
-      connection.onFrame = (frame) => this.#receive(frame)
-      connection.onClosed = reject
-      this.#send().catch(reject)
+      const exchange = new Exchange(parts, { resolve, reject })
+      parts.connection.onFrame = (frame) => exchange.#receive(frame)
+      parts.connection.onClosed = reject
+      exchange.#send().catch(reject)
     })
+  }
+
+  private constructor(parts: Parts, settle: Settle) {
+    this.#parts = parts
+    this.#settle = settle
   }
 
   async #send(): Promise<void> {
     const { connection, step } = this.#parts
     if (step.frame !== undefined) await connection.send(step.frame)
-    const end = await this.#sendGradients()
+    let sent = 0
+    let { end } = step
+    while (end === undefined || sent < step.gradients.length) {
+      if (sent < step.gradients.length) await this.#sendGradient(...step.gradients[sent++])
+      else await step.more()
+      end = step.end
+    }
     this.#isSent = true
     if (this.#refused.length === 0) await connection.send(end)
-    else this.#settle()
-  }
-
-  async #sendGradients(): Promise<EndFrame> {
-    const { step } = this.#parts
-    for (let sent = 0; ; sent++) {
-      while (sent === step.gradients.length) {
-        if (step.end !== undefined) return step.end
-        await step.more()
-      }
-      await this.#sendGradient(...step.gradients[sent])
-    }
+    else this.#rejectIfRefused()
   }
 
   async #sendGradient(parameter: number, bytes: Uint8Array): Promise<void> {
@@ -89,7 +84,7 @@ export class Exchange {
 
   #update(frame: UpdateFrame): void {
     if (this.#parts.updates.take(frame)) this.#unanswered.delete(frame.parameter)
-    this.#settle()
+    this.#rejectIfRefused()
   }
 
   #receipt(receipt: ReceiptFrame): void {
@@ -99,24 +94,25 @@ export class Exchange {
       const what = missing === undefined ? `it is ${step.number}` : `'${updates.nameOf(missing[0])}' has no update yet`
       throw new MuondError('FRAME_UNEXPECTED', `the service sent the receipt of step ${receipt.step}: ${what}`)
     }
-    this.#resolve(receipt)
+    this.#parts.connection.rest()
+    this.#settle.resolve(receipt)
   }
 
   #error(frame: ErrorFrame): void {
     if (isRefusal(frame)) {
       this.#unanswered.delete(frame.parameter)
       this.#refused.push(frame)
-      return this.#settle()
+      return this.#rejectIfRefused()
     }
     // The `end` that crossed a refusal on its way is answered with this; the refusal says more.
     if (this.#refused.length > 0 && frame.code === 'STEP_INCOMPLETE') return
-    this.#reject(frameError(frame))
+    this.#settle.reject(frameError(frame))
   }
 
-  #settle(): void {
+  #rejectIfRefused(): void {
     if (this.#refused.length === 0 || !this.#isSent || this.#unanswered.size > 0) return
     const refused = this.#refused.map(({ parameter }) => this.#parts.updates.nameOf(parameter))
-    this.#reject(frameError(this.#refused[0], { refused }))
+    this.#settle.reject(frameError(this.#refused[0], { refused }))
   }
 }
 

@@ -33,7 +33,7 @@ const STATUS_CODES: Readonly<Record<number, ClientErrorCode>> = {
 
 /** The error of an upgrade that was answered with an ordinary HTTP response. */
 export async function refusedUpgrade(response: IncomingMessage): Promise<MuondError> {
-  const status = response.statusCode ?? 0
+  const status = Number(response.statusCode)
   const problem = parseProblem(await readText(response))
   const code = problem.code ?? STATUS_CODES[status] ?? (status < 500 ? 'REQUEST_INVALID' : 'CONNECTION_LOST')
   const seconds = Number(response.headers['retry-after'])

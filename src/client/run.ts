@@ -95,8 +95,9 @@ export class Run {
 
   /**
    * Takes one step: sends every gradient and applies every update to the parameters' `data`.
-   * @throws MuondError; if gradients were refused `fields.refused` names them, the other updates are applied, and the same step
-   *   may be taken again with the same gradients for the rest: those are not applied a second time
+   * @throws MuondError; `fields.refused` names the parameters whose gradients were refused, the other updates are applied. A step
+   *   that rejected can be taken again: with the same options, and the same gradients for every parameter that is not refused,
+   *   since their updates may be applied on either side. Nothing is applied a second time.
    */
   async step(gradients: Gradients, { skipped, ...options }: StepOptions & EndOptions = {}): Promise<Receipt> {
     const step = this.#newStep(options)

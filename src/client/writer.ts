@@ -1,9 +1,8 @@
-import type { OpenedFrame, OpenFrame, ReceiptFrame, ServerFrame } from '../wire/frame.js'
+import type { OpenedFrame, OpenFrame, ReceiptFrame } from '../wire/frame.js'
 import { type Backoff, backoffSeconds, sleep } from './backoff.js'
-import type { Connection } from './connection.js'
+import { type Connection, whileIdle } from './connection.js'
 import { MuondError } from './error.js'
 import { Exchange } from './exchange.js'
-import { frameError } from './refusal.js'
 import type { Step } from './step.js'
 import type { Updates } from './updates.js'
 
@@ -89,8 +88,7 @@ export class Writer {
     if (this.#connection.reason !== undefined) await this.#reopen(step)
     const connection = this.#connection
     const chunk_bytes = Math.min(this.#opened.limits.chunk_bytes, this.#host.chunk_bytes)
-    const receipt = await new Exchange({ connection, step, updates, chunk_bytes }).run()
-    rest(connection)
+    const receipt = await Exchange.run({ connection, step, updates, chunk_bytes })
     this.#step = receipt.step
     this.#digest = receipt.digest
     return receipt
@@ -128,27 +126,17 @@ async function handshake(host: Host, frame: OpenFrame): Promise<Handshake> {
   const connection = await host.dial()
   try {
     const opened = await new Promise<OpenedFrame>((resolve, reject) => {
-      connection.onFrame = (answer) => (answer.type === 'opened' ? resolve(answer) : whileIdle(answer))
+      connection.onFrame = (answer) => {
+        if (answer.type !== 'opened') return whileIdle(answer)
+        connection.rest()
+        resolve(answer)
+      }
       connection.onClosed = reject
       connection.send(frame).catch(reject)
     })
-    rest(connection)
     return { connection, opened }
   } catch (error) {
     connection.fail(error)
     throw error
   }
-}
-
-/** Lets go of what the last exchange held. */
-function rest(connection: Connection): void {
-  connection.onFrame = whileIdle
-  connection.onClosed = () => {}
-}
-
-/** Between steps the service has only bad news: an error ends the connection, and the next step opens another. */
-function whileIdle(frame: ServerFrame): void {
-  if (frame.type === 'error') throw frameError(frame)
-  if (frame.type !== 'draining')
-    throw new MuondError('FRAME_UNEXPECTED', `the service sent ${frame.type} between steps`)
 }

@@ -31,11 +31,11 @@ type Pending = {
   job: () => Job | undefined
   ticket: Ticket
   resolve: (r: JobResult | undefined) => void
-  reject: (e: Error) => void
+  reject: (e: unknown) => void
 }
 type Lane = {
   worker: Worker
-  busy: Map<number, { resolve: (r: JobResult | undefined) => void; reject: (e: Error) => void }>
+  busy: Map<number, { resolve: (r: JobResult | undefined) => void; reject: (e: unknown) => void }>
   jobs: number
   exited: Promise<void>
 }
@@ -123,7 +123,11 @@ export class Device {
 
   /** Memory that host and device share (page-locked where the device asks for it), not cleared. */
   allocateHost(bytes: number): HostBlock {
-    return { pointer: this.#runtime.allocate(bytes), bytes }
+    try {
+      return { pointer: this.#runtime.allocate(bytes), bytes }
+    } catch (error) {
+      throw told(error)
+    }
   }
 
   /** Gives host memory back. Nothing may hold a view of it any more: not a socket, not a lane's job. */
@@ -149,6 +153,7 @@ export class Device {
 
   /** Builds the kernels' sessions in every lane, so that no step waits for them. */
   async load(kernels: readonly KernelSpec[]): Promise<void> {
+    if (this.failed) throw this.#failure()
     await Promise.all(this.#lanes.map((lane) => this.#ask(lane, (id) => ({ type: 'load', id, kernels }))))
   }
 
@@ -164,8 +169,10 @@ export class Device {
     })
   }
 
+  /** Ends the lanes after the jobs that they have; jobs that none has are dropped. */
   async close(): Promise<void> {
     this.#closing = true
+    for (const pending of this.#queue.splice(0)) pending.resolve(undefined)
     for (const lane of this.#lanes) this.#post(lane, { type: 'stop' })
     await Promise.all(this.#lanes.map((lane) => lane.exited))
   }
@@ -181,7 +188,12 @@ export class Device {
   }
 
   #give(lane: Lane, { job, ticket, resolve, reject }: Pending): void {
-    const made = ticket.cancelled ? undefined : job()
+    let made: Job | undefined
+    try {
+      made = ticket.cancelled ? undefined : job()
+    } catch (error) {
+      return reject(told(error))
+    }
     if (made === undefined) return resolve(undefined)
     lane.jobs += 1
     this.#ask(lane, (id) => ({ type: 'run', id, job: made }))
@@ -240,6 +252,11 @@ export class Device {
   #failure(): ServiceError {
     return new ServiceError('DEVICE_FAILED', `the device ${this.name} has failed: ${this.failed?.message}`)
   }
+}
+
+/** What a failing call is told as: memory that cannot be had is the trouble of the run that asked for it, and of no other. */
+function told(error: unknown): unknown {
+  return OUT_OF_MEMORY.test(String(error)) ? new ServiceError('OVER_CAPACITY', String(error)) : error
 }
 
 /** Throws where `device` cannot be had; answers why `auto` settled for the CPU. */

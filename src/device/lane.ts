@@ -104,15 +104,16 @@ function computeTask(job: Job, task: Task): boolean {
   const { session, spec, scalars, checks } = program(task.kernel ?? job.plan.kernel)
   for (const scalar of scalars) scalar.value[0] = scalarValue(job, task, scalar.name)
   const elements = task.dims.reduce((product, dim) => product * dim, 1)
+  // Before anything that would have to be released if there is no memory for it.
+  const zero = job.state ? 0n : zeroMemory(elements * 4)
   const tensor = (base: Pointer, dtype: Dtype): Pointer => {
     const size = bytesPerElement(dtype)
     const memory = { pointer: base + BigInt(task.offset * size), bytes: elements * size }
     return runtime.createTensor(memory, task.dims, DTYPES[dtype].onnx)
   }
-  const zero = () =>
-    runtime.createTensor({ pointer: zeroMemory(elements * 4), bytes: elements * 4 }, task.dims, FLOAT32.onnx)
+  const zeroTensor = () => runtime.createTensor({ pointer: zero, bytes: elements * 4 }, task.dims, FLOAT32.onnx)
   const gradient = tensor(addressOf(job.gradient), spec.gradient_dtype)
-  const state = KERNEL_IO[spec.kind].state.map((_, i) => (job.state ? tensor(job.state[i], 'float32') : zero()))
+  const state = KERNEL_IO[spec.kind].state.map((_, i) => (job.state ? tensor(job.state[i], 'float32') : zeroTensor()))
   const next = job.next.map((pointer) => tensor(pointer, 'float32'))
   const data = tensor(addressOf(job.update), spec.update_dtype)
   try {
@@ -196,9 +197,10 @@ function addressOf({ block, offset }: HostRange): Pointer {
 /** Read-only zeros: the state before the first step, without a buffer for each parameter. */
 function zeroMemory(bytes: number): Pointer {
   if (zeros.bytes < bytes) {
+    const larger = { pointer: runtime.allocate(bytes), bytes }
+    viewMemory(larger.pointer, bytes).fill(0)
     if (zeros.bytes > 0) runtime.free(zeros.pointer)
-    zeros = { pointer: runtime.allocate(bytes), bytes }
-    viewMemory(zeros.pointer, bytes).fill(0)
+    zeros = larger
   }
   return zeros.pointer
 }

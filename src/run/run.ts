@@ -103,14 +103,17 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return this.#places.flatMap((place, index) => (place.appliedStep === this.step + 1 ? [index] : []))
   }
 
-  /** Makes `writer` the run's only writer. The jobs of the one before settle first: what they committed shows in `ahead`. */
+  /**
+   * Makes `writer` the run's only writer. The jobs of the one before settle first: what they committed shows in `ahead`, and
+   * the values that they computed with hold for the step; with nothing committed they are forgotten.
+   */
   async attach(writer: Writer): Promise<void> {
     const older = this.writer
     this.writer = writer
     this.#ticket.cancelled = true
     await older?.fence()
     await this.settled()
-    if (older) this.#forgetUnapplied()
+    if (this.ahead.length === 0) this.schedule.forget()
     this.#ticket = { cancelled: false }
     this.epoch += 1
   }
@@ -120,7 +123,6 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     if (this.writer !== writer) return
     this.writer = undefined
     this.#ticket.cancelled = true
-    this.#forgetUnapplied()
   }
 
   /** When every job of this run has been committed or dropped. */
@@ -226,13 +228,13 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     const range = { block: this.#updates, offset: place.updateOffset, bytes: place.parameter.update_bytes }
     const ticket = this.#ticket
     const queuedAt = performance.now()
-    let next: Tensor[] = []
+    const next: Tensor[] = []
     const release = () => {
       for (const tensor of next) this.#device.memory.release(tensor)
     }
     const job = () => {
       this.spend('queue', (performance.now() - queuedAt) / 1000)
-      next = place.parameter.state.map(({ bytes }) => this.#device.memory.allocate(bytes))
+      for (const { bytes } of place.parameter.state) next.push(this.#device.memory.allocate(bytes))
       return {
         plan,
         gradient,
@@ -375,10 +377,6 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
       )
     }
     return place
-  }
-
-  #forgetUnapplied(): void {
-    if (this.ahead.length === 0) this.schedule.forget()
   }
 
   #conflict(what: string, step: number, parameter?: number): ServiceError {

@@ -17,6 +17,8 @@ export class Runs {
   readonly #device: Device
   readonly #config: Config
   #runs = new Map<string, Run>()
+  /** Runs that wait for their kernels: they count as runs already. */
+  #creating = 0
   #turns = new Map<string, Promise<unknown>>()
 
   constructor(device: Device, config: Config) {
@@ -77,11 +79,9 @@ export class Runs {
   }
 
   async #create(frame: OpenFrame, writer: Writer): Promise<Run> {
-    if (this.#runs.size >= this.#config.max_runs) {
-      throw new ServiceError(
-        'OVER_CAPACITY',
-        `the service holds ${this.#runs.size} runs, at most ${this.#config.max_runs}`,
-      )
+    const runs = this.#runs.size + this.#creating
+    if (runs >= this.#config.max_runs) {
+      throw new ServiceError('OVER_CAPACITY', `the service holds ${runs} runs, at most ${this.#config.max_runs}`)
     }
     if (!frame.groups || !frame.parameters) {
       throw new ServiceError('PARAMETER_INVALID', `run '${frame.run}' is new: open needs groups and parameters`)
@@ -89,20 +89,25 @@ export class Runs {
     const groups = parseGroups(frame.groups)
     const parameters = parseParameters(frame.parameters, groups)
     this.#checkFits(parameters)
+    const run = await this.#build(frame.run, groups, parameters)
+    this.#runs.set(run.name, run)
+    await run.attach(writer)
+    return run
+  }
+
+  async #build(name: string, groups: Groups, parameters: Parameter[]): Promise<Run> {
     const bytes = bytesOfRun(parameters)
-    this.#device.admit(bytes, `run '${frame.run}'`)
-    let run: Run | undefined
+    this.#device.admit(bytes, `run '${name}'`)
+    this.#creating += 1
     try {
       await this.#device.load(kernelsOf(parameters, groups))
-      run = new Run(this.#device, { name: frame.run, groups, parameters, receipts_kept: this.#config.receipts_kept })
-      await run.attach(writer)
+      return new Run(this.#device, { name, groups, parameters, receipts_kept: this.#config.receipts_kept })
     } catch (error) {
-      if (run) run.dispose()
-      else this.#device.dismiss(bytes)
+      this.#device.dismiss(bytes)
       throw error
+    } finally {
+      this.#creating -= 1
     }
-    this.#runs.set(run.name, run)
-    return run
   }
 
   #checkFits(parameters: readonly Parameter[]): void {

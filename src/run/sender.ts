@@ -10,9 +10,8 @@ const WINDOW_BYTES = 8 << 20
 
 /** The order and the flow of what one connection is sent: at most WINDOW_BYTES lie in the socket at a time. */
 export class Sender {
-  /** When a byte last moved towards the client, by performance.now(). */
+  /** When a byte last moved towards the client, or the first one began to wait, by performance.now(). */
   movedAt = performance.now()
-  sentBytes = 0
   readonly #socket: WebSocket
   #waiting: Item[] = []
   #inSocket = 0
@@ -33,6 +32,7 @@ export class Sender {
    * does not wait for the window: an error must reach the socket before the close that follows it.
    */
   send(message: Message): Promise<boolean> {
+    if (!this.busy) this.movedAt = performance.now()
     return new Promise((resolve) => {
       const item = { ...message, resolve }
       if (message.payload === undefined && this.#open) return this.#write(item)
@@ -73,7 +73,7 @@ export class Sender {
     const done = (error?: Error | null) => {
       if (!this.#flying.delete(item)) return
       this.#inSocket -= bytes
-      if (!error) this.#moved(bytes)
+      if (!error) this.movedAt = performance.now()
       item.resolve(!error)
       this.#flush()
       this.#settle()
@@ -81,11 +81,6 @@ export class Sender {
     if (item.payload === undefined) return this.#socket.send(item.header, { binary: true }, done)
     this.#socket.send(item.header, { binary: true, fin: false })
     this.#socket.send(item.payload, { binary: true, fin: true }, done)
-  }
-
-  #moved(bytes: number): void {
-    this.sentBytes += bytes
-    this.movedAt = performance.now()
   }
 
   #abandon(): void {

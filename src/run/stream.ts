@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import type { FastifyBaseLogger } from 'fastify'
 import type { RawData, WebSocket } from 'ws'
 import { type Config, VERSION } from '../config.js'
@@ -24,10 +25,19 @@ export type StreamContext = {
 }
 
 /** A gradient that is being received into its slot of the staging arena. */
-type Reception = { parameter: number; step: number; assembly: Assembly; slot: Slot; startedAt: number }
+type Reception = {
+  run: Run
+  parameter: number
+  step: number
+  assembly: Assembly
+  slot: Slot
+  startedAt: number
+}
 
 // A peer that was told to go gets this long to take the last frames before its socket is cut.
 const GRACE_MS = 1000
+// What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
+const UNREAD_BYTES = 32 << 20
 
 /** One connection: it takes frames in their order, hands gradients to its run and sends updates as they are computed. */
 export class Stream implements Writer, GradientSink {
@@ -46,7 +56,9 @@ export class Stream implements Writer, GradientSink {
   #outstandingBytes = 0
   #leaving = false
   #draining = false
-  #read = { bytes: 0, at: performance.now() }
+  #waitsForStaging = false
+  readonly #connectedAt = performance.now()
+  #read = { bytes: 0, at: this.#connectedAt }
   #timer: NodeJS.Timeout
 
   constructor(socket: WebSocket, context: StreamContext) {
@@ -55,6 +67,7 @@ export class Stream implements Writer, GradientSink {
     this.#sender = new Sender(socket)
     if (socket instanceof InPlaceWebSocket) socket.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
+    socket.on('ping', () => this.#checkUnread())
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
     const { send_timeout_seconds, open_timeout_seconds } = context.config
@@ -84,11 +97,6 @@ export class Stream implements Writer, GradientSink {
     if (!this.#stepInFlight) this.#leave(1012, 'the service shuts down')
   }
 
-  /** Refuses the connection: the error frame, then its close code. */
-  refuse(error: ServiceError): void {
-    this.#report(error)
-  }
-
   /** Where the next chunk of the gradient in reception goes. Everything else, and whatever is wrong, goes the ordinary way. */
   destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
     const reception = this.#reception
@@ -103,9 +111,9 @@ export class Stream implements Writer, GradientSink {
 
   received({ offset, dataLength }: GradientHead): void {
     const reception = this.#reception
-    if (!reception || !this.#run) return
+    assert(reception, 'whoever ends a reception abandons the destination')
     reception.assembly.accept({ offset, length: dataLength })
-    this.#stored(this.#run, reception, dataLength)
+    this.#stored(reception, dataLength)
   }
 
   get #stepInFlight(): boolean {
@@ -113,9 +121,10 @@ export class Stream implements Writer, GradientSink {
   }
 
   #receive(data: RawData, binary: boolean): void {
+    this.#checkUnread()
     if (this.#leaving) return
-    // ws gives a Buffer in its default mode; fragments were joined by it.
-    if (Buffer.isBuffer(data)) this.#inbox.push({ bytes: data, binary })
+    assert(Buffer.isBuffer(data), 'ws gives a Buffer in its default mode; fragments were joined by it')
+    this.#inbox.push({ bytes: data, binary })
     if (!this.#pumping) void this.#pump()
   }
 
@@ -209,9 +218,10 @@ export class Stream implements Writer, GradientSink {
     } catch (error) {
       this.#abandonReception()
       this.#dropped = { parameter, step }
+      this.#countRefused(error)
       throw error
     }
-    this.#store(run, reception, frame)
+    this.#store(reception, frame)
     return undefined
   }
 
@@ -223,7 +233,11 @@ export class Stream implements Writer, GradientSink {
     const assembly = new Assembly(gradient_bytes, `the gradient of parameter '${name}' for step ${step}`)
     if (offset > 0) assembly.accept({ offset, length: data.length })
     if (this.#context.runs.draining && !this.#stepInFlight) {
-      throw new ServiceError('DRAINING', 'the service shuts down and begins no step', { parameter, step })
+      throw new ServiceError('DRAINING', 'the service shuts down and begins no step', {
+        parameter,
+        step,
+        close: 1012,
+      })
     }
     try {
       run.expect(parameter, step)
@@ -235,8 +249,9 @@ export class Stream implements Writer, GradientSink {
     this.#dropped = undefined
     const startedAt = performance.now()
     const start = (slot: Slot) => {
-      this.#reception = { parameter, step, assembly, slot, startedAt }
-      this.#store(run, this.#reception, frame)
+      this.#reception = { run, parameter, step, assembly, slot, startedAt }
+      this.#read = { bytes: this.#context.bytesRead(), at: performance.now() }
+      this.#store(this.#reception, frame)
     }
     const outstanding = this.#outstanding.get(parameter)
     const slot = outstanding ? undefined : this.#context.device.staging.tryReserve(gradient_bytes)
@@ -252,26 +267,29 @@ export class Stream implements Writer, GradientSink {
   ): Promise<void> {
     await outstanding
     const { staging } = this.#context.device
+    this.#waitsForStaging = true
     const slot = await staging.reserve(bytes, this.#gone.signal)
+    this.#waitsForStaging = false
     if (slot === undefined) return
     if (this.#leaving) staging.release(slot)
     else start(slot)
   }
 
-  #store(run: Run, reception: Reception, { offset, data }: GradientFrame): void {
+  #store(reception: Reception, { offset, data }: GradientFrame): void {
     const { device } = this.#context
     device.view(device.stagingBlock).set(data, reception.slot.offset + offset)
-    this.#stored(run, reception, data.length)
+    this.#stored(reception, data.length)
   }
 
-  #stored(run: Run, reception: Reception, bytes: number): void {
+  #stored(reception: Reception, bytes: number): void {
     this.#context.metrics.received_bytes_total.inc(bytes)
     if (!reception.assembly.complete) return
     this.#reception = undefined
+    const { run } = reception
     run.spend('receive', (performance.now() - reception.startedAt) / 1000)
     const bytesUnderWay = reception.slot.bytes + run.parameter(reception.parameter).update_bytes
     this.#outstandingBytes += bytesUnderWay
-    const work = this.#answer(run, reception).finally(() => {
+    const work = this.#answer(reception).finally(() => {
       this.#outstandingBytes -= bytesUnderWay
       this.#outstanding.delete(reception.parameter)
     })
@@ -279,12 +297,13 @@ export class Stream implements Writer, GradientSink {
   }
 
   /** Has one gradient computed and sends its update; refusals are told with the parameter and step they belong to. */
-  async #answer(run: Run, { parameter, step, slot }: Reception): Promise<void> {
+  async #answer({ run, parameter, step, slot }: Reception): Promise<void> {
     const { device } = this.#context
     try {
       const range = { block: device.stagingBlock, offset: slot.offset, bytes: slot.bytes }
       const update = await run.compute(parameter, step, range).finally(() => device.staging.release(slot))
-      if (update) await this.#sendUpdate(run, { parameter, step, update })
+      // A connection that has lost its run must not touch the run's memory: it may be gone.
+      if (update && !this.#leaving) await this.#sendUpdate(run, { parameter, step, update })
     } catch (error) {
       this.#countRefused(error)
       this.#report(error)
@@ -359,6 +378,15 @@ export class Stream implements Writer, GradientSink {
     this.#context.metrics.errors_total.inc({
       code: error.message.includes('size') ? 'FRAME_TOO_LARGE' : 'FRAME_MALFORMED',
     })
+    this.#leave(1002, 'ws has sent its own code before')
+  }
+
+  /** Ends a connection that asks for more than it reads: answers would pile up without end. */
+  #checkUnread(): void {
+    const unread = this.#socket.bufferedAmount
+    if (unread <= UNREAD_BYTES) return
+    const message = `${unread} bytes wait to be read, at most ${UNREAD_BYTES} may`
+    this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
   }
 
   /** Closes the connection and cuts it where the peer does not take the close. */
@@ -392,16 +420,15 @@ export class Stream implements Writer, GradientSink {
   #checkProgress(): void {
     const bytes = this.#context.bytesRead()
     const now = performance.now()
-    if (bytes !== this.#read.bytes) this.#read = { bytes, at: now }
-    const { send_timeout_seconds: most, open_timeout_seconds } = this.#context.config
-    const still = (now - Math.max(this.#read.at, this.#sender.movedAt)) / 1000
+    // A client that waits for the staging arena is kept from moving anything by us.
+    if (bytes !== this.#read.bytes || this.#waitsForStaging) this.#read = { bytes, at: now }
+    const { send_timeout_seconds, open_timeout_seconds } = this.#context.config
     const waits = this.#sender.busy || this.#reception !== undefined
-    if (waits && still > most) {
-      return this.#report(
-        new ServiceError('OVERLOADED', `no byte moved for ${most} seconds`, { close: 1013, retry_after_seconds: 1 }),
-      )
+    if (waits && now - Math.max(this.#read.at, this.#sender.movedAt) > send_timeout_seconds * 1000) {
+      const message = `no byte moved for ${send_timeout_seconds} seconds`
+      return this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
     }
-    if (this.#run || this.#pumping || still <= open_timeout_seconds) return
+    if (this.#run || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
     this.#report(new ServiceError('FRAME_UNEXPECTED', `nothing was opened within ${open_timeout_seconds} seconds`))
   }
 }

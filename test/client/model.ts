@@ -40,12 +40,12 @@ export function modelOf(run: string): OpenOptions & { parameters: Parameter[] } 
 export function gradientsOf(parameters: readonly Parameter[], step: number): Gradient[] {
   const random = randomFrom(1000 + step)
   return parameters.map(({ data, gradient_dtype }) => {
-    const gradient = Float32Array.from(data, (stored) => valueOf(stored, data) + 0.1 * random())
+    const gradient = Float32Array.from(data, (stored) => weightOf(stored, data) + 0.1 * random())
     return gradient_dtype === 'bfloat16' ? Uint16Array.from(gradient, numberToBfloat16) : gradient
   })
 }
 
-function valueOf(stored: number, data: Weights): number {
+function weightOf(stored: number, data: Weights): number {
   return data instanceof Float32Array ? stored : bfloat16ToNumber(stored)
 }
 

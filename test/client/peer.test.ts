@@ -1,8 +1,8 @@
 import t from 'tap'
 import type { WebSocket } from 'ws'
-import { connect, type ConnectOptions } from '../../src/client/client.js'
+import { type ConnectOptions, connect } from '../../src/client/client.js'
 import type { ClientFrame, ErrorFrame, ServerFrame, UpdateFrame } from '../../src/wire/frame.js'
-import { opened, type Peer, receipt, say, type Script, startPeer, startWeb } from './peer.js'
+import { opened, type Peer, receipt, type Script, say, startPeer, startWeb } from './peer.js'
 
 const ONCE: ConnectOptions = { retries: 0 }
 const QUICK: ConnectOptions = { backoff: { first_seconds: 0.001, most_seconds: 0.01 } }
@@ -37,15 +37,43 @@ const answering =
     if (frame.type === 'end') answer(socket, connection, frame.step)
   }
 
+/** Something that happens once, somewhere else. */
+class Signal {
+  send: () => void = () => {}
+  readonly sent = new Promise<void>((resolve) => {
+    this.send = resolve
+  })
+}
+
 t.test('what no service says ends the step with the reason, and is not retried', async (t) => {
-  const table: [title: string, answer: (socket: WebSocket) => void, code: string, message: RegExp][] = [
+  const table: [title: string, answer: (socket: WebSocket) => unknown, code: string, message: RegExp][] = [
     ['opened twice', (socket) => say(socket, opened()), 'FRAME_UNEXPECTED', /sent opened during a step/],
-    ['a receipt of another step', (socket) => say(socket, UPDATE, receipt(2)), 'FRAME_UNEXPECTED', /receipt of step 2: it is 1/],
-    ['a receipt before the update', (socket) => say(socket, receipt(1)), 'FRAME_UNEXPECTED', /receipt of step 1: 'w' has no update/],
-    ['an update of another step', (socket) => say(socket, { ...UPDATE, step: 2 }), 'FRAME_UNEXPECTED', /step 2, expected 1/],
+    [
+      'a receipt of another step',
+      (socket) => say(socket, UPDATE, receipt(2)),
+      'FRAME_UNEXPECTED',
+      /receipt of step 2: it is 1/,
+    ],
+    [
+      'a receipt before the update',
+      (socket) => say(socket, receipt(1)),
+      'FRAME_UNEXPECTED',
+      /receipt of step 1: 'w' has no update/,
+    ],
+    [
+      'an update of another step',
+      (socket) => say(socket, { ...UPDATE, step: 2 }, UPDATE),
+      'FRAME_UNEXPECTED',
+      /step 2, expected 1/,
+    ],
     ['text', (socket) => socket.send('hello'), 'FRAME_MALFORMED', /text message/],
     ['no msgpack', (socket) => socket.send(Buffer.of(0xc1)), 'FRAME_MALFORMED', /./],
-    ['an error of the future', (socket) => say(socket, errorFrame({ code: 'NOT_YET' as 'INTERNAL' })), 'NOT_YET', /of the peer/],
+    [
+      'an error of the future',
+      (socket) => say(socket, errorFrame({ code: 'NOT_YET' as 'INTERNAL' })),
+      'NOT_YET',
+      /of the peer/,
+    ],
     ['1002', (socket) => socket.close(1002), 'FRAME_MALFORMED', /closed the connection with code 1002$/],
     ['1003', (socket) => socket.close(1003, 'text'), 'FRAME_MALFORMED', /code 1003: text/],
     ['1009', (socket) => socket.close(1009), 'FRAME_TOO_LARGE', /code 1009/],
@@ -64,16 +92,18 @@ t.test('what no service says ends the step with the reason, and is not retried',
 
 t.test('what a new connection may mend is retried', async (t) => {
   const overloaded = errorFrame({ code: 'OVERLOADED', status: 429, retryable: true, retry_after_seconds: 0.001 })
-  const table: [title: string, answer: (socket: WebSocket) => void, code: string][] = [
+  const table: [title: string, answer: (socket: WebSocket) => unknown, code: string][] = [
     ['1012', (socket) => socket.close(1012), 'CONNECTION_LOST'],
     ['1000', (socket) => socket.close(1000), 'CONNECTION_LOST'],
     ['no close frame', (socket) => socket.terminate(), 'CONNECTION_LOST'],
-    ['an update, then nothing', (socket) => (say(socket, UPDATE), socket.close(1012)), 'CONNECTION_LOST'],
-    ['an error', (socket) => (say(socket, overloaded), socket.close(1013)), 'OVERLOADED'],
+    ['an update, then nothing', (socket) => say(socket, UPDATE).close(1012), 'CONNECTION_LOST'],
+    ['an error', (socket) => say(socket, overloaded).close(1013), 'OVERLOADED'],
     ['an error about a gradient', (socket) => say(socket, { ...overloaded, parameter: 0 }), 'OVERLOADED'],
   ]
   for (const [title, answer, code] of table) {
-    const script = answering((socket, connection) => (connection === 0 ? answer(socket) : say(socket, DRAINING, UPDATE, receipt(1))))
+    const script = answering((socket, connection) =>
+      connection === 0 ? answer(socket) : say(socket, DRAINING, UPDATE, receipt(1)),
+    )
     const peer = await startPeer(script)
     await t.rejects((await openAt(peer, ONCE)).run.step(GRADIENTS), { code, retryable: true }, title)
     peer.close()
@@ -100,7 +130,53 @@ t.test('a refusal that crossed the end is told, not the end that was refused for
   const parameters = ['w', 'v'].map((name) => ({ name, shape: [2], group: 'all', data: Float32Array.of(2, 4) }))
   const run = await client.open({ run: 'r', parameters })
   await t.rejects(run.step([GRADIENTS[0], GRADIENTS[0]]), { code: 'GRADIENT_NOT_FINITE', fields: { refused: ['w'] } })
-  t.same(parameters.map(({ data }) => [...data]), [[2, 4], [1, 2]], 'the other update is applied')
+  t.same(
+    parameters.map(({ data }) => [...data]),
+    [
+      [2, 4],
+      [1, 2],
+    ],
+    'the other update is applied',
+  )
+})
+
+t.test('a refusal that comes before the last gradient withholds the end', async (t) => {
+  const refused = errorFrame({ code: 'GRADIENT_NOT_FINITE', status: 422, parameter: 0, step: 1 })
+  const pair = { ...opened(), parameters: [...opened().parameters, { ...opened().parameters[0], index: 1, name: 'v' }] }
+  const heard = new Signal()
+  const frames: string[] = []
+  const peer = await startPeer((frame, socket) => {
+    frames.push(frame.type)
+    if (frame.type === 'open') say(socket, pair)
+    if (frame.type !== 'gradient') return
+    say(socket, frame.parameter === 0 ? refused : { ...UPDATE, parameter: 1 }).once('pong', heard.send)
+    socket.ping()
+  })
+  t.teardown(peer.close)
+  const client = await connect(peer.url)
+  t.teardown(() => client.close())
+  const parameters = ['w', 'v'].map((name) => ({ name, shape: [2], group: 'all', data: Float32Array.of(2, 4) }))
+  const run = await client.open({ run: 'r', parameters })
+  run.gradient('w', GRADIENTS[0])
+  await heard.sent
+  run.gradient('v', GRADIENTS[0])
+  await t.rejects(run.end(), { code: 'GRADIENT_NOT_FINITE', fields: { refused: ['w'] } })
+  t.same(frames, ['open', 'gradient', 'gradient'])
+})
+
+t.test('a refusal that came when nothing else is to be sent is told at the end', async (t) => {
+  const heard = new Signal()
+  const peer = await startPeer((frame, socket) => {
+    if (frame.type === 'open') say(socket, opened())
+    if (frame.type !== 'gradient') return
+    say(socket, errorFrame({ code: 'GRADIENT_NOT_FINITE', status: 422, parameter: 0 })).once('pong', heard.send)
+    socket.ping()
+  })
+  t.teardown(peer.close)
+  const { run } = await openAt(peer, QUICK)
+  run.gradient('w', GRADIENTS[0])
+  await heard.sent
+  await t.rejects(run.end(), { code: 'GRADIENT_NOT_FINITE', fields: { refused: ['w'] } })
 })
 
 t.test('bad news between steps ends the connection, and the next step opens another', async (t) => {
@@ -110,7 +186,7 @@ t.test('bad news between steps ends the connection, and the next step opens anot
     ['what no service says', [receipt(1)], 2],
   ]
   for (const [title, news, connections] of table) {
-    let heard: () => void = () => {}
+    const heard = new Signal()
     const peer = await startPeer((frame, socket, connection) => {
       if (frame.type === 'open') say(socket, opened(connection))
       if (frame.type !== 'end') return
@@ -118,16 +194,13 @@ t.test('bad news between steps ends the connection, and the next step opens anot
       if (frame.step > 1) return
       // A pong comes after the news: then the client has read them.
       say(socket, ...news)
-      socket.once('pong', () => heard())
-      socket.once('close', () => heard())
+      socket.once('pong', heard.send)
+      socket.once('close', heard.send)
       socket.ping()
     })
     const { run } = await openAt(peer, QUICK)
-    const news_read = new Promise<void>((resolve) => {
-      heard = resolve
-    })
     await run.step(GRADIENTS)
-    await news_read
+    await heard.sent
     t.match(await run.step(GRADIENTS), { step: 2 }, title)
     t.equal(peer.connections(), connections, title)
     peer.close()
@@ -138,7 +211,7 @@ t.test('an answer to open that does not fit is refused', async (t) => {
   const table: [title: string, answer: ServerFrame, code: string, message: RegExp][] = [
     ['an unknown dtype', opened(0, { update_dtype: 'float8' }), 'DTYPE_UNSUPPORTED', /float8/],
     ['a parameter more', opened(0, { index: 1, name: 'v' }), 'PARAMETER_UNKNOWN', /parameter 1 'v' more/],
-    ['no answer', receipt(1), 'FRAME_UNEXPECTED', /receipt between steps/],
+    ['no answer', receipt(1), 'FRAME_UNEXPECTED', /receipt outside a step/],
   ]
   for (const [title, answer, code, message] of table) {
     const peer = await startPeer((_, socket) => say(socket, answer))
@@ -148,7 +221,10 @@ t.test('an answer to open that does not fit is refused', async (t) => {
 })
 
 t.test('beyond loopback every message is masked, and arrives', async (t) => {
-  const peer = await startPeer(answering((socket) => say(socket, UPDATE, receipt(1))), '0.0.0.0')
+  const peer = await startPeer(
+    answering((socket) => say(socket, UPDATE, receipt(1))),
+    '0.0.0.0',
+  )
   t.teardown(peer.close)
   const { run, data } = await openAt(peer, QUICK)
   const gradient = Float32Array.of(3, 5)
@@ -159,21 +235,28 @@ t.test('beyond loopback every message is masked, and arrives', async (t) => {
 
 t.test('an upgrade that is answered with HTTP says why', async (t) => {
   const problem = JSON.stringify({ code: 'OVER_CAPACITY', detail: 'full', status: 507 })
-  const table: [title: string, status: number, body: string, error: Record<string, unknown>][] = [
-    ['a problem', 507, problem, { code: 'OVER_CAPACITY', status: 507, message: 'full' }],
-    ['a problem of the future', 400, '{"code":"NOT_YET","detail":7}', { code: 'REQUEST_INVALID', message: /HTTP status 400/ }],
-    ['JSON that is no object', 429, '7', { code: 'OVERLOADED', status: 429, fields: { retry_after_seconds: 3 } }],
-    ['null', 403, 'null', { code: 'FORBIDDEN', status: 403 }],
-    ['a page', 502, '<html>', { code: 'CONNECTION_LOST', status: 502, message: /HTTP status 502/ }],
-    ['a long page', 404, 'x'.repeat(1 << 20), { code: 'NOT_FOUND', status: 404 }],
+  const table: [title: string, status: number, body: string, code: string, message: RegExp][] = [
+    ['a problem', 507, problem, 'OVER_CAPACITY', /^full$/],
+    ['a problem of the future', 400, '{"code":"NOT_YET","detail":7}', 'REQUEST_INVALID', /HTTP status 400/],
+    ['JSON that is no object', 429, '7', 'OVERLOADED', /HTTP status 429/],
+    ['null', 403, 'null', 'FORBIDDEN', /HTTP status 403/],
+    ['a page', 502, '<html>', 'CONNECTION_LOST', /HTTP status 502/],
+    ['a long page', 404, 'x'.repeat(1 << 20), 'NOT_FOUND', /HTTP status 404/],
   ]
-  for (const [title, status, body, error] of table) {
+  for (const [title, status, body, code, message] of table) {
     const web = await startWeb((_, response) => {
       response.writeHead(status, status === 429 ? { 'retry-after': '3' } : {}).end(body)
     })
-    await t.rejects(connect(web.url), error, title)
+    const fields = status === 429 ? { retry_after_seconds: 3 } : {}
+    await t.rejects(connect(web.url), { code, message, status, fields }, title)
     web.close()
   }
+  const echo = await startWeb(({ headers }, response) => {
+    response.writeHead(400).end(JSON.stringify({ detail: `${headers.authorization} ${headers['x-trainer']}` }))
+  })
+  const socket = { headers: { 'x-trainer': 'seven' } }
+  await t.rejects(connect(echo.url, { token: 'secret', socket }), { message: 'Bearer secret seven' })
+  echo.close()
   const cut = await startWeb((_, response) => {
     response.writeHead(500, { 'content-length': '10' }).write('half', () => response.destroy())
   })

@@ -15,7 +15,9 @@ export async function startPeer(script: Script, host = '127.0.0.1'): Promise<Pee
   let connections = 0
   server.on('connection', (socket) => {
     const connection = connections++
-    socket.on('message', (bytes: Buffer) => script(decodeClientFrame(bytes, { chunk_bytes: 1 << 22 }), socket, connection))
+    socket.on('message', (bytes: Buffer) =>
+      script(decodeClientFrame(bytes, { chunk_bytes: 1 << 22 }), socket, connection),
+    )
   })
   const port = await listen(http)
   const close = () => {
@@ -31,16 +33,26 @@ export async function startWeb(answer: RequestListener): Promise<{ url: string; 
   return { url: `ws://127.0.0.1:${await listen(server)}`, close: () => server.close() }
 }
 
-export function say(socket: WebSocket, ...frames: ServerFrame[]): void {
+export function say(socket: WebSocket, ...frames: ServerFrame[]): WebSocket {
   for (const frame of frames) {
     if (frame.type !== 'update') socket.send(encodeFrame(frame))
     else socket.send(encodeWithData(frame, Buffer.alloc(8)))
   }
+  return socket
 }
 
 /** The answer to `open` of a run with the parameter `w` of two elements, after `step` steps. */
 export function opened(step = 0, change: Partial<OpenedFrame['parameters'][number]> = {}): OpenedFrame {
-  const parameter = { index: 0, name: 'w', shape: [2], group: 'all', gradient_dtype: 'float32', update_dtype: 'float32', step, algorithm: 'sgd' }
+  const parameter = {
+    index: 0,
+    name: 'w',
+    shape: [2],
+    group: 'all',
+    gradient_dtype: 'float32',
+    update_dtype: 'float32',
+    step,
+    algorithm: 'sgd',
+  }
   return {
     type: 'opened',
     run: 'r',

@@ -34,7 +34,7 @@ t.test('connections cut after any number of bytes change neither the weights nor
   const expected = await train(await clientOf(t), fresh())
   let cuts = 0
   let replays = 0
-  for (let seed = 0; seed < 12; seed++) {
+  for (let seed = 0; seed < 8; seed++) {
     const random = randomFrom(seed)
     // Upgrade and open take about 4500 bytes, a step 17,000 and more.
     const budgets = Array.from({ length: 12 }, () => Math.floor(4_500 + 10_000 * (1 + random())))
@@ -51,7 +51,7 @@ t.test('connections cut after any number of bytes change neither the weights nor
     t.equal(digest, expected.digest, `seed ${seed}`)
     cuts += proxy.connections() - 1
   }
-  t.ok(cuts >= 60, `${cuts} connections were cut`)
+  t.ok(cuts >= 40, `${cuts} connections were cut`)
   t.ok(replays > 0, `${replays} receipts were lost and came again`)
 })
 

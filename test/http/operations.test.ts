@@ -272,6 +272,15 @@ t.test('a peer that does not answer the close frame is cut off', async (t) => {
   trainer.socket.terminate()
 })
 
+t.test('a message over the limit closes its stream with 1009 and is counted', async (t) => {
+  const { url, metrics } = await startService(t)
+  const trainer = await openRun(url, 'a')
+  const closed = once(trainer.socket, 'close')
+  trainer.socket.send(Buffer.alloc(17 * 2 ** 20))
+  t.equal((await closed)[0], 1009)
+  t.match((await metrics.errors_total.get()).values, [{ labels: { code: 'FRAME_TOO_LARGE' }, value: 1 }])
+})
+
 t.test('metrics count the step, its bytes and its phases', async (t) => {
   const { url } = await startService(t)
   const trainer = await openRun(url, 'a')

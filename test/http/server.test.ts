@@ -1,0 +1,109 @@
+import { type ChildProcessByStdio, spawn } from 'node:child_process'
+import { once } from 'node:events'
+import { readFile } from 'node:fs/promises'
+import { createServer } from 'node:net'
+import { createInterface, type Interface } from 'node:readline'
+import type { Readable } from 'node:stream'
+import { fileURLToPath } from 'node:url'
+import t from 'tap'
+import { VERSION } from '../../src/config.js'
+import { GRADIENTS, openRun } from './service.js'
+
+const SERVER = fileURLToPath(new URL('../../src/server.js', import.meta.url))
+const SMALL = ['--port', '0', '--device', 'cpu', '--lanes', '1', '--staging-bytes', '1048576']
+
+type Process = ChildProcessByStdio<null, Readable, Readable>
+
+function start(argv: string[], env: Record<string, string> = {}): Process {
+  return spawn(process.execPath, [SERVER, ...argv], {
+    stdio: ['ignore', 'pipe', 'pipe'],
+    env: { ...process.env, ...env },
+  })
+}
+
+/** What a process prints until it ends, and its exit code. */
+async function result(child: Process) {
+  const [out, err, [code]] = await Promise.all([child.stdout.toArray(), child.stderr.toArray(), once(child, 'exit')])
+  return { code, out: Buffer.concat(out).toString(), err: Buffer.concat(err).toString() }
+}
+
+/** The service as a process: its first log line, and the later ones. */
+async function serve(t: { teardown(fn: () => void): void }, argv: string[] = [], env: Record<string, string> = {}) {
+  const child = start([...SMALL, ...argv], env)
+  t.teardown(() => child.kill('SIGKILL'))
+  const lines = createInterface(child.stdout)
+  const next = logEvents(lines)
+  return { child, first: await next(), next }
+}
+
+function logEvents(lines: Interface) {
+  const iterator = lines[Symbol.asyncIterator]()
+  return async () => JSON.parse((await iterator.next()).value)
+}
+
+t.test('--version and --help print and exit', async (t) => {
+  t.same(await result(start(['--version'])), { code: 0, out: `${VERSION}\n`, err: '' })
+  t.match(await result(start(['--help'])), { code: 0, out: /^muond .*--host +MUOND_HOST +127\.0\.0\.1 /s, err: '' })
+})
+
+t.test('a start that cannot succeed is one line and exit code 1', async (t) => {
+  const taken = createServer().listen(0, '127.0.0.1')
+  await once(taken, 'listening')
+  t.teardown(() => taken.close())
+  const address = taken.address()
+  const port = typeof address === 'object' ? String(address?.port) : ''
+  const cases: [string[], Record<string, string>, RegExp][] = [
+    [['--prot', '1'], {}, /^muond: Unknown option '--prot' \(--help lists the flags\)\n$/],
+    [[], { MUOND_LANES: 'many' }, /^muond: MUOND_LANES: must be integer, got 'many'\n$/],
+    [
+      [...SMALL, '--port', port],
+      {},
+      new RegExp(`^muond: listen EADDRINUSE: address already in use 127.0.0.1:${port}\n$`),
+    ],
+    [[...SMALL, '--data', `${SERVER}/state`], {}, /^muond: data folder '.*server\.js\/state' is not writable: .*\n$/],
+    [[...SMALL, '--device', 'cuda'], {}, /^muond: device cuda is not usable: .*\n$/],
+    [[...SMALL, '--onnxruntime-dir', '/nowhere'], {}, /^muond: .*\/nowhere.*\n$/],
+  ]
+  for (const [argv, env, message] of cases) {
+    t.match(await result(start(argv, env)), { code: 1, out: '', err: message }, argv.join(' '))
+  }
+})
+
+t.test('the first log line names the address, and a signal ends the service once its step has ended', async (t) => {
+  const folder = `${t.testdir()}/state`
+  const { child, first, next } = await serve(t, ['--data', folder], { MUOND_PROT: '1' })
+  t.match(first, { event: 'listening', address: /^http:\/\/127\.0\.0\.1:\d+$/, device: 'cpu' })
+  t.match(await next(), { event: 'state_not_durable', data: folder })
+  t.match(await next(), { event: 'unknown_variables', names: ['MUOND_PROT'] })
+  const trainer = await openRun(first.address, 'a')
+  trainer.sendStep(1, GRADIENTS.slice(0, 1))
+  t.match(await trainer.next('error'), { code: 'STEP_INCOMPLETE' })
+  child.kill('SIGTERM')
+  t.match(await trainer.next('draining'), { deadline_seconds: 30 })
+  const closed = once(trainer.socket, 'close')
+  t.match(await trainer.step(1, GRADIENTS), { step: 1, applied: 3 })
+  t.equal((await closed)[0], 1012)
+  t.same(await once(child, 'exit'), [0, null])
+})
+
+t.test('device auto says why it took the cpu', async (t) => {
+  const { child, first, next } = await serve(t, ['--device', 'auto'])
+  t.match(first, { event: 'listening', device: 'cpu' })
+  t.match(await next(), { event: 'device_chosen', device: 'cpu', reason: /cuda/i })
+  child.kill('SIGINT')
+  t.same(await once(child, 'exit'), [0, null])
+})
+
+t.test('a bug is logged whole and ends the process with exit code 1', async (t) => {
+  const bug = 'process.on("SIGWINCH", () => { throw new Error("an accident") })'
+  const { child, next } = await serve(t, [], {
+    NODE_OPTIONS: `--import ${JSON.stringify(`data:text/javascript,${encodeURI(bug)}`)}`,
+  })
+  child.kill('SIGWINCH')
+  t.match(await next(), { level: 60, event: 'crashed', err: { message: 'an accident', stack: /at / } })
+  t.same(await once(child, 'exit'), [1, null])
+})
+
+t.test('the program can be run by its name', async (t) => {
+  t.match(await readFile(SERVER, 'utf8'), /^#!\/usr\/bin\/env node\n/)
+})
