@@ -46,6 +46,8 @@ const JOBS_PER_LANE = 2
 // Lanes on the CPU share its memory bandwidth and its arena of intermediates: more than four gain nothing.
 const MAX_CPU_LANES = 4
 
+// About a millisecond of copying.
+const READ_BYTES = 4 << 20
 // ONNX Runtime tells the two apart by their words only.
 const OUT_OF_MEMORY = /failed to allocate memory|bad_alloc/i
 
@@ -95,8 +97,13 @@ export class Device {
     const threads = options.threads || Math.max(1, Math.floor(cores / lanes))
     const state_bytes_limit = options.state_bytes_limit || Math.floor(totalmem() * 0.75)
     const device = new Device(runtime, { ...options, folder, lanes, threads, state_bytes_limit }, note)
-    await device.load([{ kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' }])
-    return device
+    try {
+      await device.load([{ kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' }])
+      return device
+    } catch (error) {
+      await device.close()
+      throw error
+    }
   }
 
   get lanes(): number {
@@ -146,9 +153,10 @@ export class Device {
     return view
   }
 
-  /** A copy of a state tensor's bytes. The caller holds a reference to the tensor. */
-  read(tensor: Tensor): Uint8Array {
-    return viewMemory(tensor.pointer, tensor.bytes).slice()
+  /** Copies of a state tensor's bytes, piece by piece: the event loop can turn in between. The caller holds a reference. */
+  *read(tensor: Tensor): Generator<Uint8Array<ArrayBuffer>> {
+    const view = viewMemory(tensor.pointer, tensor.bytes)
+    for (let offset = 0; offset < tensor.bytes; offset += READ_BYTES) yield view.slice(offset, offset + READ_BYTES)
   }
 
   /** Builds the kernels' sessions in every lane, so that no step waits for them. */

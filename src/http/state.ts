@@ -8,9 +8,6 @@ import type { components } from './openapi.js'
 type StateTensor = components['schemas']['StateTensor']
 type Held = ReturnType<Run['stateTensors']>
 
-// About a millisecond of the event loop.
-const ELEMENTS_PER_TURN = 1 << 20
-
 /** The state tensors of a parameter with their norms; none before its first step. Reads them turn by turn of the event loop. */
 export async function stateNorms(device: Device, run: Run, index: number): Promise<StateTensor[]> {
   const held = run.stateTensors(index)
@@ -52,7 +49,7 @@ export function stateBody(device: Device, run: Run, index: number): { length: nu
 
 const STEP_BYTES = BigInt64Array.BYTES_PER_ELEMENT
 
-/** `step` comes first, so that everything is aligned to its element size. At most one tensor's copy is held at a time. */
+/** `step` comes first, so that everything is aligned to its element size. At most one piece's copy is held at a time. */
 function* pieces(
   device: Device,
   header: Uint8Array,
@@ -60,7 +57,7 @@ function* pieces(
 ): Generator<Uint8Array> {
   yield header
   if (held.length > 0) yield new Uint8Array(BigInt64Array.of(BigInt(step)).buffer)
-  for (const { tensor } of held) yield device.read(tensor)
+  for (const { tensor } of held) yield* device.read(tensor)
 }
 
 function entriesOf(held: Held): TensorEntry[] {
@@ -74,11 +71,10 @@ function momentumForm(run: Run, group: string): Record<string, string> {
   return typeof form === 'string' ? { momentum_form: form } : {}
 }
 
-async function squareSum(bytes: Uint8Array): Promise<number> {
-  const values = new Float32Array(bytes.buffer, bytes.byteOffset, bytes.length / Float32Array.BYTES_PER_ELEMENT)
+async function squareSum(pieces: Iterable<Uint8Array<ArrayBuffer>>): Promise<number> {
   let sum = 0
-  for (let start = 0; start < values.length; start += ELEMENTS_PER_TURN) {
-    for (const value of values.subarray(start, start + ELEMENTS_PER_TURN)) sum += value * value
+  for (const piece of pieces) {
+    for (const value of new Float32Array(piece.buffer)) sum += value * value
     await turn()
   }
   return sum

@@ -51,6 +51,8 @@ export class Stream implements Writer, GradientSink {
   #reception: Reception | undefined
   /** The gradient whose first chunk was refused: the rest of it is dropped. */
   #dropped: { parameter: number; step: number } | undefined
+  /** The step whose `step` frame was refused, until one is accepted. */
+  #refusedStep: number | undefined
   /** Parameters whose update is being computed or sent. */
   #outstanding = new Map<number, Promise<void>>()
   #outstandingBytes = 0
@@ -147,7 +149,7 @@ export class Stream implements Writer, GradientSink {
 
   #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {
     if (!binary) throw new ServiceError('FRAME_MALFORMED', 'a text message, expected are binary ones', { close: 1003 })
-    const frame = decodeClientFrame(bytes, this.#context.config)
+    const frame = this.#decode(bytes)
     if (this.#reception && frame.type !== 'gradient') {
       throw new ServiceError(
         'FRAME_UNEXPECTED',
@@ -159,6 +161,16 @@ export class Stream implements Writer, GradientSink {
     const run = this.#run
     if (!run) throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' before a successful open`)
     return this.#dispatch(run, frame)
+  }
+
+  // After `open` only a `step` frame can be refused by its bytes without ending the connection.
+  #decode(bytes: Uint8Array): ClientFrame {
+    try {
+      return decodeClientFrame(bytes, this.#context.config)
+    } catch (error) {
+      if (this.#run) this.#refusedStep = this.#run.step + 1
+      throw error
+    }
   }
 
   #dispatch(run: Run, frame: Exclude<ClientFrame, OpenFrame>): Promise<void> | undefined {
@@ -195,10 +207,18 @@ export class Stream implements Writer, GradientSink {
   }
 
   #step(run: Run, { step, groups = {}, gradient_scale = 1, max_logits }: StepFrame): undefined {
+    this.#refusedStep = step
     const unknown = Object.keys(max_logits ?? {})[0]
     if (unknown !== undefined)
       throw new ServiceError('MAX_LOGITS_INVALID', `run '${run.name}' has no attention '${unknown}'`, { step })
     run.setStep(step, { groups, gradient_scale })
+    this.#refusedStep = undefined
+  }
+
+  // What was streamed behind a refused `step` frame must not be applied with the values that the client wanted changed.
+  #checkNotRefused(step: number): void {
+    if (this.#refusedStep !== step) return
+    throw new ServiceError('STEP_CONFLICT', `the step frame of step ${step} was refused, send it again`, { step })
   }
 
   #gradient(run: Run, frame: GradientFrame): Promise<void> | undefined {
@@ -240,6 +260,7 @@ export class Stream implements Writer, GradientSink {
       })
     }
     try {
+      this.#checkNotRefused(step)
       run.expect(parameter, step)
       assembly.accept({ offset, length: data.length })
     } catch (error) {
@@ -333,6 +354,7 @@ export class Stream implements Writer, GradientSink {
   async #end(run: Run, { step, skipped = [] }: EndFrame): Promise<void> {
     await Promise.allSettled(this.#outstanding.values())
     if (this.#leaving) return
+    this.#checkNotRefused(step)
     const receipt = run.end(step, skipped)
     if (!receipt.replayed) this.#measure(receipt.seconds)
     await this.#sender.send({ header: encodeFrame(receipt) })

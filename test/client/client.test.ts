@@ -98,7 +98,7 @@ t.test(
     const between = weightsOf(model.parameters)
     await t.rejects(run.step(broken), refused, 'a second time')
     t.same(weightsOf(model.parameters), between, 'nothing is applied twice')
-      const receipt = await run.step(
+    const receipt = await run.step(
       gradients.map((gradient, i) => (i === 0 || i === 3 ? undefined : gradient)),
       { skipped: ['wide', 'norm'] },
     )

@@ -1,4 +1,3 @@
-import { once } from 'node:events'
 import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import type { ErrorCode } from '../../src/errors.js'
@@ -481,33 +480,31 @@ t.test('random bytes and damaged frames never get INTERNAL, and the service goes
   await service.app.close()
 })
 
-t.test('a client that asks for more than it reads is closed: refusals, and pongs, pile up to a bound', async (t) => {
+t.test('a client that asks for more than it reads is closed: refusals and pongs pile up to a bound', async (t) => {
   const service = await startService(SETTINGS)
-  const floods: Record<string, (client: RawClient) => void> = {
-    refusals: (client) => client.socket.send(NEXT[0]!),
-    pongs: (client) => client.socket.ping(Buffer.alloc(125)),
+  const names = Array.from({ length: 10 }, (_, i) => `${i}${'x'.repeat(1000)}`)
+  const parameters = names.map((name) => ({ name, shape: [1], group: 'sgd' }))
+  const unmasked = hex('00000000')
+  const incomplete = end(1)
+  const floods = {
+    refusals: Buffer.concat(
+      new Array(100).fill([Buffer.from([0x82, 0x80 | incomplete.length]), unmasked, incomplete]).flat(),
+    ),
+    pongs: Buffer.concat(new Array(4096).fill([hex('89 fd'), unmasked, Buffer.alloc(125)]).flat()),
   }
-  for (const [what, send] of Object.entries(floods)) {
+  for (const [what, flood] of Object.entries(floods)) {
     const client = await RawClient.connect(service.url)
-    if (what === 'refusals') await client.open({ run: what, groups: GROUPS, parameters: PARAMETERS })
-    const socket = Reflect.get(client.socket, '_socket')
-    const gone = once(socket, 'close')
-    let open = true
-    gone.then(() => {
-      open = false
-    })
+    await client.open({ run: what, groups: GROUPS, parameters })
     client.socket.pause()
-    const turn = () => new Promise((resolve) => setImmediate(resolve))
-    while (open) {
-      for (let i = 0; i < 1000; i++) send(client)
-      await turn()
-    }
+    const socket = Reflect.get(client.socket, '_socket')
+    while (service.runs.get(what).writer !== undefined) await new Promise((resolve) => socket.write(flood, resolve))
     const { values } = await service.metrics.errors_total.get()
     t.ok(
       values.some(({ labels }) => labels.code === 'OVERLOADED'),
       what,
     )
     service.metrics.errors_total.reset()
+    client.socket.terminate()
   }
   await service.app.close()
 })

@@ -128,3 +128,26 @@ t.test('a refused gradient changes nothing; a finite one or a place in skipped c
   await client.close()
   await service.app.close()
 })
+
+t.test('nothing is applied behind a refused step frame until one is accepted', async (t) => {
+  const service = await startService()
+  const client = await RawClient.connect(service.url)
+  await client.open({ run: 'r', groups: GROUPS, parameters: PARAMETERS })
+  const gradients = gradientsOf(1)
+  for (const refused of [{ lr: -1 }, { ns_steps: 2.5 }]) {
+    client.send({ type: 'step', step: 1, groups: { muon: refused } })
+    t.match(await client.expect('error'), { code: 'HYPERPARAMETER_INVALID' })
+    client.gradient(0, 1, { values: gradients[0]!, chunk: 500 })
+    t.match(await client.expect('error'), {
+      code: 'STEP_CONFLICT',
+      step: 1,
+      message: /step frame of step 1 was refused/,
+    })
+    client.send({ type: 'end', step: 1, skipped: PARAMETERS.map((_, i) => i) })
+    t.match(await client.expect('error'), { code: 'STEP_CONFLICT', step: 1 })
+  }
+  client.send({ type: 'step', step: 1, groups: { muon: { lr: 0.5 } } })
+  t.match(await client.step(1, gradients), { applied: 6, groups: { muon: { lr: 0.5 } } })
+  await client.close()
+  await service.app.close()
+})

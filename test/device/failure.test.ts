@@ -1,0 +1,109 @@
+import { mkdtempSync, readdirSync, rmSync, symlinkSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import t from 'tap'
+import type { KernelSpec } from '../../kernels/kernel.js'
+import { Device, type DeviceOptions } from '../../src/device/device.js'
+import type { Job } from '../../src/device/job.js'
+import { bundledLibraryFolder } from '../../src/device/onnxruntime.js'
+import type { Plan } from '../../src/optimizer/plan.js'
+
+const OPTIONS: DeviceOptions = {
+  device: 'cpu',
+  onnxruntime_dir: '',
+  lanes: 1,
+  threads: 1,
+  staging_bytes: 2 ** 20,
+  state_bytes_limit: 2 ** 28,
+}
+const SCALARS = { c_m: 0.5, c_g: 1, n_m: 1, n_g: 0, eps: 1e-7, output_scale: 1 }
+const SGD: KernelSpec = { kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' }
+const muon = (a: number): KernelSpec => ({ ...SGD, kind: 'muon', coefficients: [[a, -1.5, 0.5]], tall: false })
+const ticket = () => ({ cancelled: false })
+
+/** A job on a gradient of 64 ones, whatever its plan makes of them. */
+function jobOf(device: Device, plan: Pick<Plan, 'kernel' | 'tasks'>): Job {
+  const block = device.allocateHost(512)
+  new Float32Array(device.view(block).buffer).fill(1)
+  const next = [device.memory.allocate(256).pointer]
+  const update = { block, offset: 256, bytes: 256 }
+  const gradient = { block, offset: 0, bytes: 256 }
+  const all = { ...plan, scalars: SCALARS, scale: 1, decay: 0, rms_factor: 1 }
+  return { plan: all, gradient, gradient_scale: 1, state: undefined, next, update }
+}
+
+const sgdJob = (device: Device) => jobOf(device, { kernel: SGD, tasks: [{ dims: [64], offset: 0 }] })
+
+t.test('a job that cannot be made is refused alone', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const job = sgdJob(device)
+  const broken = new Error('a bug')
+  const outcomes = await Promise.allSettled([
+    device.run(() => job, ticket()),
+    device.run(() => job, ticket()),
+    device.run(() => {
+      throw broken
+    }, ticket()),
+    device.run(() => {
+      device.allocateHost(2 ** 48)
+      return job
+    }, ticket()),
+    device.run(() => job, ticket()),
+  ])
+  t.match(outcomes, [
+    { value: { outcome: 'computed' } },
+    { value: { outcome: 'computed' } },
+    { reason: broken },
+    { reason: { code: 'OVER_CAPACITY' } },
+    { value: { outcome: 'computed' } },
+  ])
+  t.equal(device.failed, undefined)
+  await device.close()
+})
+
+t.test('a lane without memory for a job refuses it, and computes the next one right', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const job = sgdJob(device)
+  const first = await device.run(() => job, ticket())
+  const huge = jobOf(device, { kernel: muon(2), tasks: [{ dims: [2 ** 23, 2 ** 23], offset: 0 }] })
+  await t.rejects(
+    device.run(() => huge, ticket()),
+    { code: 'OVER_CAPACITY' },
+  )
+  t.equal(device.failed, undefined)
+  // The zeros that stand for the state before the first step are still zeros.
+  t.match(await device.run(() => job, ticket()), { ...first, computeSeconds: Number })
+  await device.close()
+})
+
+t.test('a lane keeps the sessions of many kernels, and makes one anew that it has let go', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const matrix = { tasks: [{ dims: [8, 8], offset: 0 }] }
+  const job = jobOf(device, { kernel: muon(2), ...matrix })
+  const first = await device.run(() => job, ticket())
+  await device.load(Array.from({ length: 70 }, (_, i) => muon(1.5 + i / 1000)))
+  t.match(await device.run(() => job, ticket()), { ...first, computeSeconds: Number })
+  await device.close()
+})
+
+t.test('closing lets the lanes end what they have and drops what waits', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const job = sgdJob(device)
+  const jobs = Array.from({ length: 5 }, () => device.run(() => job, ticket()))
+  await device.close()
+  const outcomes = (await Promise.all(jobs)).map((result) => result?.outcome)
+  t.same(outcomes, ['computed', 'computed', undefined, undefined, undefined])
+})
+
+t.test('a device whose lanes do not start says why, and its folder is not needed once they have', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'muond-'))
+  const [library] = readdirSync(bundledLibraryFolder()).filter((name) => name.startsWith('libonnxruntime.so'))
+  symlinkSync(join(bundledLibraryFolder(), library!), join(folder, library!))
+  const options = { ...OPTIONS, onnxruntime_dir: folder, lanes: 2 }
+  await (await Device.start(options)).close()
+  const starting = Device.start(options)
+  // The threads begin in a later turn: by then the library is gone.
+  rmSync(join(folder, library!))
+  await t.rejects(starting, { code: 'DEVICE_FAILED', message: /there is no libonnxruntime in/ })
+  rmSync(folder, { recursive: true })
+})

@@ -1,0 +1,150 @@
+import t from 'tap'
+import type { ServiceError } from '../../src/errors.js'
+import type { Writer } from '../../src/run/run.js'
+import type { OpenFrame } from '../../src/wire/frame.js'
+import { normal, RawClient, startService } from '../service.js'
+
+const GROUPS = [{ name: 'g', algorithm: 'adamw' }]
+const PARAMETERS = [
+  { name: 'a', shape: [8], group: 'g' },
+  { name: 'b', shape: [16], group: 'g' },
+]
+const GRADIENTS = [normal(1, 8), normal(2, 16)]
+const frame = (run: string, keys: Partial<OpenFrame> = {}): OpenFrame => ({
+  type: 'open',
+  protocol: 1,
+  run,
+  groups: GROUPS,
+  parameters: PARAMETERS,
+  ...keys,
+})
+const writer = (told: ServiceError[] = []): Writer => ({ fence: async () => {}, expel: (error) => told.push(error) })
+
+t.test('no more runs than allowed, opened side by side too', async (t) => {
+  const { runs, app } = await startService({ max_runs: 2 })
+  const opened = await Promise.allSettled(['a', 'b', 'c'].map((name) => runs.open(frame(name), writer())))
+  t.same(
+    opened.map(({ status }) => status),
+    ['fulfilled', 'fulfilled', 'rejected'],
+  )
+  t.match(opened[2], { reason: { code: 'OVER_CAPACITY', message: 'the service holds 2 runs, at most 2' } })
+  await runs.delete('a')
+  t.match(await runs.open(frame('c'), writer()), { resumed: false })
+  await app.close()
+})
+
+t.test('one name is opened by one writer at a time, in the order of the calls', async (t) => {
+  const { runs, app } = await startService()
+  const [first, second] = [writer(), writer()]
+  const opened = await Promise.allSettled([runs.open(frame('r'), first), runs.open(frame('r'), second)])
+  t.match(opened, [{ status: 'fulfilled' }, { status: 'rejected', reason: { code: 'RUN_BUSY' } }])
+  t.equal(runs.get('r').writer, first)
+  const taken = [runs.open(frame('r', { takeover: true }), second), runs.delete('r'), runs.open(frame('r'), first)]
+  t.match(await Promise.all(taken), [{ resumed: true }, undefined, { resumed: false }])
+  t.equal(runs.get('r').epoch, 1, 'a deleted run leaves nothing behind')
+  await app.close()
+})
+
+t.test('a refused open leaves no run, no epoch and no memory behind', async (t) => {
+  const { runs, device, app } = await startService({ max_parameters: 2, state_bytes_limit: Number.MAX_SAFE_INTEGER })
+  const three = [...PARAMETERS, { name: 'c', shape: [1], group: 'g' }]
+  await t.rejects(runs.open(frame('r', { parameters: three }), writer()), {
+    code: 'OVER_CAPACITY',
+    message: /at most 2 parameters, given are 3/,
+  })
+  t.same([runs.list(), device.admittedBytes], [[], 0])
+  await runs.open(frame('r'), writer())
+  const mismatch = { takeover: true, parameters: PARAMETERS.slice(0, 1) }
+  await t.rejects(runs.open(frame('r', mismatch), writer()), {
+    code: 'RUN_MISMATCH',
+    message: /it has 2 parameters, 1 given/,
+  })
+  t.equal(runs.get('r').epoch, 1)
+  await app.close()
+})
+
+t.test('updates that no memory is found for are the trouble of their run, with OVER_CAPACITY', async (t) => {
+  const { runs, device, app } = await startService({
+    staging_bytes: 2 ** 31,
+    state_bytes_limit: Number.MAX_SAFE_INTEGER,
+  })
+  // Updates of 2^48 bytes: a process can address 2^47.
+  const parameters = Array.from({ length: 2 ** 16 }, (_, i) => {
+    return { name: `p${i}`, shape: [2 ** 30], group: 'g', gradient_dtype: 'bfloat16' }
+  })
+  await t.rejects(runs.open(frame('r', { parameters }), writer()), { code: 'OVER_CAPACITY', message: /alloc/i })
+  t.same([runs.list(), device.admittedBytes, device.failed], [[], 0, undefined])
+  t.match(await runs.open(frame('r'), writer()), { resumed: false })
+  await app.close()
+})
+
+t.test('given groups replace the schedule: at once between steps, after the step in progress within one', async (t) => {
+  const service = await startService()
+  const lr = (value: number) => [{ name: 'g', algorithm: 'adamw', lr: value }]
+  const client = await RawClient.connect(service.url)
+  await client.open({ run: 'r', groups: lr(1), parameters: PARAMETERS })
+  await client.step(1, GRADIENTS)
+  client.gradient(0, 2, { values: GRADIENTS[0]! })
+  client.send({ type: 'step', step: 2, groups: {}, gradient_scale: 2 })
+  t.match(await client.expect('error'), { code: 'STEP_CONFLICT' }, 'the gradient was there first')
+  const second = await RawClient.connect(service.url)
+  t.match(await second.open({ run: 'r', groups: lr(3), takeover: true }), { groups: { g: { lr: 1 } }, ahead: [0] })
+  t.match(await second.step(2, GRADIENTS), { groups: { g: { lr: 1 } } })
+  t.match(await second.step(3, GRADIENTS), { groups: { g: { lr: 3 } } })
+  const third = await RawClient.connect(service.url)
+  t.match(await third.open({ run: 'r', groups: lr(5), takeover: true }), { groups: { g: { lr: 5 } } })
+  await third.close()
+  await service.app.close()
+})
+
+t.test('the last receipts are kept, and a repeated end gives the last one again', async (t) => {
+  const service = await startService({ receipts_kept: 2 })
+  const client = await RawClient.connect(service.url)
+  await client.open({ run: 'r', groups: GROUPS, parameters: PARAMETERS })
+  const run = service.runs.get('r')
+  const heard: number[] = []
+  run.on('receipt', ({ step }) => heard.push(step))
+  for (const step of [1, 2, 3]) await client.step(step, GRADIENTS)
+  client.send({ type: 'end', step: 3 })
+  t.match(await client.expect('receipt'), { step: 3, replayed: true })
+  t.same(
+    run.receipts(0).map(({ step }) => step),
+    [2, 3],
+  )
+  t.same(
+    run.receipts(2).map(({ step }) => step),
+    [3],
+  )
+  t.same(heard, [1, 2, 3])
+  await client.close()
+  await service.app.close()
+})
+
+t.test('a run shows its places: state, count and record, none before the first step', async (t) => {
+  const service = await startService()
+  const client = await RawClient.connect(service.url)
+  await client.open({ run: 'r', groups: GROUPS, parameters: PARAMETERS })
+  const run = service.runs.get('r')
+  t.match(run.place(0), { algorithm: 'adamw', step: 0, state_bytes: 0, record: undefined })
+  t.same(run.stateTensors(0), [])
+  client.gradient(1, 1, { values: GRADIENTS[1]! })
+  client.send({ type: 'end', step: 1, skipped: [0] })
+  await client.expect('receipt')
+  t.match(run.place(1), { step: 1, state_bytes: 2 * 16 * 4, record: { gradient_scale: 1 } })
+  t.equal(run.stateBytes, 2 * 16 * 4)
+  const tensors = run.stateTensors(1)
+  t.same(
+    tensors.map(({ name, shape }) => [name, shape]),
+    [
+      ['exp_avg', [16]],
+      ['exp_avg_sq', [16]],
+    ],
+  )
+  await client.step(2, GRADIENTS)
+  t.equal(service.device.memory.bytes, (2 * 8 + 4 * 16) * 4, 'a reader keeps the tensors of its step')
+  for (const { tensor } of tensors) service.device.memory.release(tensor)
+  t.equal(service.device.memory.bytes, run.stateBytes)
+  t.throws(() => run.place(2), { code: 'PARAMETER_UNKNOWN' })
+  await client.close()
+  await service.app.close()
+})
