@@ -10,7 +10,11 @@ import { measureWorkload, type Workload } from './workload.js'
 
 /** `npm run bench`: measures the service on this machine's CPU, prints ratios, writes bench/results/cpu.json. `--quick` is a short run. */
 const { values: flags } = parseArgs({
-  options: { quick: { type: 'boolean', default: false }, only: { type: 'string', default: '' }, service: { type: 'string', multiple: true, default: [] } },
+  options: {
+    quick: { type: 'boolean', default: false },
+    only: { type: 'string', default: '' },
+    service: { type: 'string', multiple: true, default: [] },
+  },
 })
 
 const muon = { hidden: 'muon', rest: 'adamw' } as const
@@ -26,7 +30,11 @@ const cores = availableParallelism()
 const kernels = (flags.quick ? [1] : [...new Set([1, cores])]).map((threads) => [flags.quick ? 1024 : 2048, threads, 5])
 
 const machine = await describeMachine()
-console.log(Object.entries(machine).map(([name, value]) => `${name}: ${value}`).join('\n'))
+console.log(
+  Object.entries(machine)
+    .map(([name, value]) => `${name}: ${value}`)
+    .join('\n'),
+)
 
 const measured = []
 for (const workload of workloads.filter(({ model }) => model.name.includes(flags.only))) {
@@ -44,7 +52,14 @@ const summaries = measured.map(summarize)
 const kernelSummaries = efficiencies.map(summarizeEfficiency)
 console.log(`\n${render(summaries, kernelSummaries)}`)
 const file = new URL(`../../bench/results/${flags.quick ? 'cpu-quick' : 'cpu'}.json`, import.meta.url)
-const results = { machine, workloads: summaries, newton_schulz: kernelSummaries, verdicts: verdicts(summaries, kernelSummaries), measured, efficiencies }
+const results = {
+  machine,
+  workloads: summaries,
+  newton_schulz: kernelSummaries,
+  verdicts: verdicts(summaries, kernelSummaries),
+  measured,
+  efficiencies,
+}
 await mkdir(new URL('.', file), { recursive: true })
 await writeFile(file, `${JSON.stringify(results, null, 2)}\n`)
 

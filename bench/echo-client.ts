@@ -4,7 +4,10 @@ import { connect, type Socket } from 'node:net'
 /** The message size of the service's streams. */
 const WRITE_BYTES = 4 << 20
 
-export type Echo = { /** Sends `bytes` bytes and waits for their return; seconds. */ run(bytes: number): Promise<number>; close(): void }
+export type Echo = {
+  /** Sends `bytes` bytes and waits for their return; seconds. */ run(bytes: number): Promise<number>
+  close(): void
+}
 
 /** A connection to bench/echo that writes 4 MB at a time and reads into one buffer, so that it costs as little as can be. */
 export async function connectEcho(port: number): Promise<Echo> {
@@ -14,7 +17,12 @@ export async function connectEcho(port: number): Promise<Echo> {
     reader.arrived()
     return true
   }
-  const socket = connect({ port, host: '127.0.0.1', noDelay: true, onread: { buffer: new Uint8Array(WRITE_BYTES), callback } })
+  const socket = connect({
+    port,
+    host: '127.0.0.1',
+    noDelay: true,
+    onread: { buffer: new Uint8Array(WRITE_BYTES), callback },
+  })
   await once(socket, 'connect')
   const block = new Uint8Array(WRITE_BYTES).fill(1)
   const run = async (bytes: number) => {
@@ -23,7 +31,8 @@ export async function connectEcho(port: number): Promise<Echo> {
     const back = new Promise<void>((resolve) => {
       reader.arrived = () => (reader.bytes === target ? resolve() : undefined)
     })
-    for (let left = bytes; left > 0; left -= WRITE_BYTES) await write(socket, block.subarray(0, Math.min(left, WRITE_BYTES)))
+    for (let left = bytes; left > 0; left -= WRITE_BYTES)
+      await write(socket, block.subarray(0, Math.min(left, WRITE_BYTES)))
     await back
     return (performance.now() - started) / 1000
   }

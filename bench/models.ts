@@ -12,7 +12,13 @@ export type Model = {
 /** Who updates the hidden matrices and who the rest. */
 export type Recipe = { readonly hidden: string; readonly rest: string; readonly dtype?: Dtype }
 
-type Size = { readonly name: string; readonly vocabulary: number; readonly context: number; readonly width: number; readonly layers: number }
+type Size = {
+  readonly name: string
+  readonly vocabulary: number
+  readonly context: number
+  readonly width: number
+  readonly layers: number
+}
 
 /** GPT-2 124M (Radford et al. 2019) as torch stores it, [out, in], the head tied to `wte`: 124,439,808 elements. */
 export const GPT2: Size = { name: 'GPT-2 124M', vocabulary: 50257, context: 1024, width: 768, layers: 12 }
@@ -51,7 +57,12 @@ export function transformer(size: Size, { hidden, rest, dtype = 'float32' }: Rec
     ...norm('ln_f'),
   ]
   const names = [...new Set([hidden, rest])]
-  return { name: `${name}, ${names.join(' + ')}, ${dtype}`, groups: names.map((group) => ALGORITHMS[group]), parameters, dtype }
+  return {
+    name: `${name}, ${names.join(' + ')}, ${dtype}`,
+    groups: names.map((group) => ALGORITHMS[group]),
+    parameters,
+    dtype,
+  }
 }
 
 export function elementsOf({ shape }: ParameterDeclaration): number {
@@ -65,7 +76,10 @@ export function gradientBytes({ parameters, dtype }: Model): number {
 
 /** Bytes of optimizer state, all of it float32: two tensors for adamw, one for the others. */
 export function stateBytes({ parameters }: Model): number {
-  return parameters.reduce((sum, parameter) => sum + 4 * elementsOf(parameter) * (parameter.group === 'adamw' ? 2 : 1), 0)
+  return parameters.reduce(
+    (sum, parameter) => sum + 4 * elementsOf(parameter) * (parameter.group === 'adamw' ? 2 : 1),
+    0,
+  )
 }
 
 /** The matrices that Newton-Schulz runs on, [rows, cols] each. */

@@ -19,7 +19,14 @@ const NS_STEPS = 5
 const PRODUCTS = 15
 
 const bytes = size * size * 4
-const device = await Device.start({ device: 'cpu', onnxruntime_dir: '', lanes: 1, threads, staging_bytes: bytes, state_bytes_limit: 0 })
+const device = await Device.start({
+  device: 'cpu',
+  onnxruntime_dir: '',
+  lanes: 1,
+  threads,
+  staging_bytes: bytes,
+  state_bytes_limit: 0,
+})
 const values = noise(size * size)
 const orthogonalize = await muonJob()
 const multiply = matMul()
@@ -49,7 +56,13 @@ async function speed(flops: number, work: () => unknown): Promise<Speed> {
 
 async function muonJob(): Promise<() => Promise<void>> {
   const coefficients = expandCoefficients(NAMED_COEFFICIENTS.keller_jordan.coefficients, NS_STEPS)
-  const kernel: KernelSpec = { kind: 'muon', coefficients, tall: false, gradient_dtype: 'float32', update_dtype: 'float32' }
+  const kernel: KernelSpec = {
+    kind: 'muon',
+    coefficients,
+    tall: false,
+    gradient_dtype: 'float32',
+    update_dtype: 'float32',
+  }
   const scalars = { c_m: 0.95, c_g: 0.05, n_m: 0.95, n_g: 0.05, eps: 1e-7, output_scale: 1 }
   const tasks = [{ dims: [size, size], offset: 0 }]
   const plan = { kernel, tasks, scalars, scale: -1e-3, decay: 1e-4, rms_factor: 1 }

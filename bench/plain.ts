@@ -19,7 +19,8 @@ const options = {
 const wide = await InferenceSession.create(model(false), options)
 const tall = await InferenceSession.create(model(true), options)
 const values = noise(Math.max(...matrices.map(([rows, cols]) => rows * cols)))
-for (const session of [wide, tall]) await session.run({ u: new Tensor('float32', values.subarray(0, 64 * 64), [64, 64]) })
+for (const session of [wide, tall])
+  await session.run({ u: new Tensor('float32', values.subarray(0, 64 * 64), [64, 64]) })
 
 process.on('message', async () => {
   for (const [rows, cols] of matrices) {

@@ -8,7 +8,7 @@ import { fileURLToPath } from 'node:url'
 /** Another process of the benchmark; `stop` ends it and waits until it has gone. */
 export type Measured = { pid: number; stop: () => Promise<void> }
 
-/** Bytes of memory that a process has resident: now, and at most since it started (or since `forgetPeak`). */
+/** Bytes of memory that a process has resident: now, and at most since it started. */
 export type Memory = { now: number; peak: number }
 
 const PROGRAM = fileURLToPath(new URL('../src/server.js', import.meta.url))

@@ -72,7 +72,14 @@ export function render(workloads: readonly Summary[], efficiencies: readonly Eff
   const steps = workloads.map((row) => [
     row.workload,
     row.reference,
-    ...[row.seconds, row.reference_seconds, row.seconds_ratio, row.cpu_seconds, row.reference_cpu_seconds, row.cpu_ratio].map(digits),
+    ...[
+      row.seconds,
+      row.reference_seconds,
+      row.seconds_ratio,
+      row.cpu_seconds,
+      row.reference_cpu_seconds,
+      row.cpu_ratio,
+    ].map(digits),
     digits(row.gigabytes_per_second),
   ])
   const head = ['one step of', 'against', 's', 'its s', 'ratio', 'CPU s', 'its CPU s', 'ratio', 'GB/s up+down']
@@ -89,7 +96,9 @@ export function render(workloads: readonly Summary[], efficiencies: readonly Eff
     unit,
     pass ? 'pass' : 'FAIL',
   ])
-  return [table(head, steps), table(kernelHead, kernels), table(['bound', 'measured', 'stated', '', ''], bounds)].join('\n\n')
+  return [table(head, steps), table(kernelHead, kernels), table(['bound', 'measured', 'stated', '', ''], bounds)].join(
+    '\n\n',
+  )
 }
 
 export function median(values: readonly number[]): number {
@@ -107,8 +116,11 @@ function digits(value: number): string {
 }
 
 function table(head: readonly string[], rows: readonly (readonly string[])[]): string {
-  const widths = head.map((title, column) => Math.max(...[head, ...rows].map((row) => row[column].length), title.length))
+  const widths = head.map((title, column) =>
+    Math.max(...[head, ...rows].map((row) => row[column].length), title.length),
+  )
   const isText = (column: number) => rows.every((row) => Number.isNaN(Number.parseFloat(row[column])))
-  const line = (row: readonly string[]) => row.map((cell, i) => (isText(i) ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  ')
+  const line = (row: readonly string[]) =>
+    row.map((cell, i) => (isText(i) ? cell.padEnd(widths[i]) : cell.padStart(widths[i]))).join('  ')
   return [line(head), widths.map((width) => '-'.repeat(width)).join('  '), ...rows.map(line)].join('\n')
 }

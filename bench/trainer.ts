@@ -28,13 +28,17 @@ export async function startTrainer(url: URL, model: Model): Promise<Trainer> {
       const receiving = nextFrame(connection, 'receipt', received)
       for (const [parameter, bytes] of gradients.entries()) {
         for (const { offset, length } of chunksOf(bytes.length, chunk_bytes)) {
-          await connection.sendData({ type: 'gradient', parameter, step, offset }, bytes.subarray(offset, offset + length))
+          await connection.sendData(
+            { type: 'gradient', parameter, step, offset },
+            bytes.subarray(offset, offset + length),
+          )
         }
       }
       await connection.send({ type: 'end', step })
       const receipt = await receiving
       const sent = gradients.reduce((sum, { length }) => sum + length, 0)
-      if (received.bytes !== sent) throw new Error(`step ${step} sent ${sent} bytes of gradients and got ${received.bytes} of updates`)
+      if (received.bytes !== sent)
+        throw new Error(`step ${step} sent ${sent} bytes of gradients and got ${received.bytes} of updates`)
       return { seconds: (performance.now() - started) / 1000, receipt }
     },
     close: () => connection.close(new Error('the benchmark is over')),
@@ -53,7 +57,10 @@ function nextFrame<T extends ServerFrame['type']>(connection: Connection, type: 
   })
 }
 
-function isType<T extends ServerFrame['type']>(frame: ServerFrame, type: T): frame is Extract<ServerFrame, { type: T }> {
+function isType<T extends ServerFrame['type']>(
+  frame: ServerFrame,
+  type: T,
+): frame is Extract<ServerFrame, { type: T }> {
   return frame.type === type
 }
 

@@ -22,7 +22,10 @@ export type Measurement = {
 }
 
 /** Measures a service of its own for this workload; the first step, which builds sessions and touches fresh memory, is left out. */
-export async function measureWorkload({ model, reference, steps }: Workload, flags: readonly string[] = []): Promise<Measurement> {
+export async function measureWorkload(
+  { model, reference, steps }: Workload,
+  flags: readonly string[] = [],
+): Promise<Measurement> {
   const service = await startService(flags)
   const other = await references[reference](model)
   const trainer = await startTrainer(service.url, model)
