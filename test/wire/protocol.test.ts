@@ -7,7 +7,8 @@ import type { Schema } from '../../src/wire/schema.js'
 import { hex } from './bytes.js'
 import { EXAMPLE, fingerprint } from './example.js'
 
-const documentation = readFileSync('docs/protocol.md', 'utf8')
+// The columns of a table may be padded.
+const documentation = readFileSync('docs/protocol.md', 'utf8').replace(/ {2,}/g, ' ')
 
 /** The text from a heading to the next one of its level. */
 function section(heading: string): string {
