@@ -23,7 +23,7 @@ export const SETTINGS = {
   lanes: integer(0, [0, 256], 'Worker threads that compute side by side; 0 chooses by the device.'),
   threads: integer(0, [0, 1024], 'Threads inside one operation of a lane; 0 chooses by the device.'),
   staging_bytes: integer(
-    2 ** 29,
+    2 ** 28,
     [2 ** 20, BYTES],
     'Arena that received gradients wait in; the largest gradient must fit.',
   ),

@@ -110,11 +110,6 @@ export class Device {
     return this.#lanes.length
   }
 
-  /** Jobs that wait for a lane. */
-  get queued(): number {
-    return this.#queue.length
-  }
-
   /** Grants a run `bytes` of state and updates, or refuses with OVER_CAPACITY and the numbers. */
   admit(bytes: number, what: string): void {
     const left = this.stateBytesLimit - this.admittedBytes

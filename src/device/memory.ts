@@ -6,8 +6,10 @@ export type Tensor = { readonly pointer: Pointer; readonly bytes: number; refere
 /** Where the memory comes from; on CUDA this is the device's allocator. */
 export type Allocator = { allocate(bytes: number): Pointer; free(pointer: Pointer): void }
 
-// A step frees one buffer of a size about as often as it takes one, so a few of each size are enough.
-const POOLED_PER_SIZE = 8
+// A step frees one buffer of a size about as often as it takes one, so a few of each size are enough. A large one is given
+// back: the pool of an embedding alone would hold more than all that a service is allowed beside its state.
+const POOLED_PER_SIZE = 4
+const LARGEST_POOLED_BYTES = 32 << 20
 
 /** Device memory of state tensors: counted references, and a small pool by size because fresh memory is the dearest thing. */
 export class StateMemory {
@@ -38,7 +40,7 @@ export class StateMemory {
     this.bytes -= tensor.bytes
     const pooled = this.#pool.get(tensor.bytes) ?? []
     this.#pool.set(tensor.bytes, pooled)
-    if (pooled.length < POOLED_PER_SIZE) pooled.push(tensor.pointer)
+    if (pooled.length < POOLED_PER_SIZE && tensor.bytes <= LARGEST_POOLED_BYTES) pooled.push(tensor.pointer)
     else this.#allocator.free(tensor.pointer)
   }
 
