@@ -6,7 +6,7 @@ import { aligned } from '../device/staging.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithm.js'
 import { effective } from '../optimizer/hyperparameters.js'
-import { describe, type Parameter } from '../optimizer/parameter.js'
+import { describe, type Parameter, stateBytes } from '../optimizer/parameter.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { OpenedFrame, ReceiptFrame, StepSeconds } from '../wire/frame.js'
 import { type DigestRecord, FIRST_DIGEST, nextDigest } from './digest.js'
@@ -393,8 +393,7 @@ export type RunOptions = { name: string; groups: Groups; parameters: Parameter[]
 
 /** Bytes of device and update memory that a run of these parameters takes: all state, and one step's updates. */
 export function bytesOfRun(parameters: readonly Parameter[]): number {
-  const state = (parameter: Parameter) => parameter.state.reduce((sum, { bytes }) => sum + bytes, 0)
-  return parameters.reduce((sum, parameter) => sum + state(parameter) + aligned(parameter.update_bytes), 0)
+  return parameters.reduce((sum, parameter) => sum + stateBytes(parameter) + aligned(parameter.update_bytes), 0)
 }
 
 export function groupOf(parameter: Parameter, groups: Groups) {
