@@ -1,5 +1,6 @@
 import type { Triple } from './coefficients.js'
 import type { Graph } from './graph.js'
+import { plainIterations } from './half.js'
 import type { KernelValues } from './kernel.js'
 import { momentum } from './momentum.js'
 import { newtonSchulz, normalize } from './newton-schulz.js'
@@ -8,10 +9,13 @@ import { newtonSchulz, normalize } from './newton-schulz.js'
 export function muon(
   graph: Graph,
   gradient: string,
-  options: { coefficients: readonly Triple[]; tall: boolean },
+  { coefficients, tall }: { coefficients: readonly Triple[]; tall: boolean },
 ): KernelValues {
   const { buffer, direction } = momentum(graph, gradient)
-  const orthogonalized = newtonSchulz(graph, normalize(graph, direction, 'eps'), options)
+  const orthogonalized = newtonSchulz(graph, normalize(graph, direction, 'eps'), {
+    iterations: plainIterations(coefficients),
+    tall,
+  })
   // A buffer that is not finite makes the direction not finite, whatever n_m is (0·∞ is NaN): one check covers both.
   return { next: [buffer], data: graph.mul(orthogonalized, 'output_scale'), checked: direction }
 }

@@ -1,5 +1,5 @@
-import type { Triple } from './coefficients.js'
 import type { Graph } from './graph.js'
+import type { Iteration } from './half.js'
 
 // The smallest normal float32: as a floor of a divisor it turns 0/0 into 0 and changes nothing else.
 export const SMALLEST_NORMAL = 2 ** -126
@@ -20,25 +20,24 @@ export function normalize(graph: Graph, u: string, eps: string): string {
 }
 
 /**
- * One iteration per triple (a, b, c): A = XXᵀ, X <- aX + (bA + cA²)X (Keller Jordan, Muon, 2024).
+ * One iteration per entry: A = α·XXᵀ, X <- δX + (βA + γA²)X (Keller Jordan, Muon, 2024, where α = 1).
  *
- * For X = UΣVᵀ the result is U·p(Σ)·Vᵀ, p the composition of the odd polynomials aσ + bσ³ + cσ⁵.
+ * For X = UΣVᵀ the result is U·p(Σ)·Vᵀ, p the composition of the odd polynomials of the iterations.
  * A `tall` X iterates from the right with A = XᵀX, so A is always of the shorter side and nothing is transposed.
  * The sums ride in the Gemms (alpha·AB + beta·C): no elementwise pass over X or A.
  */
 export function newtonSchulz(
   graph: Graph,
   x: string,
-  options: { coefficients: readonly Triple[]; tall: boolean },
+  { iterations, tall }: { iterations: readonly Iteration[]; tall: boolean },
 ): string {
-  return options.coefficients.reduce((value, triple) => iterate(graph, value, { triple, tall: options.tall }), x)
+  return iterations.reduce((value, iteration) => iterate(graph, value, { ...iteration, tall }), x)
 }
 
-function iterate(graph: Graph, x: string, { triple: [a, b, c], tall }: { triple: Triple; tall: boolean }): string {
-  const gram = tall ? graph.gemm(x, x, { transA: true }) : graph.gemm(x, x, { transB: true })
-  // A cubic needs no A²; the factor b then rides in the last product.
-  const [polynomial, alpha] = c === 0 ? [gram, b] : [graph.gemm(gram, gram, { c: gram, alpha: c, beta: b }), 1]
-  return tall
-    ? graph.gemm(x, polynomial, { c: x, alpha, beta: a })
-    : graph.gemm(polynomial, x, { c: x, alpha, beta: a })
+function iterate(graph: Graph, x: string, { alpha, beta, gamma, delta, tall }: Iteration & { tall: boolean }): string {
+  const gram = graph.gemm(x, x, tall ? { alpha, transA: true } : { alpha, transB: true })
+  // A cubic needs no A²; the factor β then rides in the last product.
+  const [polynomial, factor] = gamma === 0 ? [gram, beta] : [graph.gemm(gram, gram, { c: gram, alpha: gamma, beta }), 1]
+  const scaled = { c: x, alpha: factor, beta: delta }
+  return tall ? graph.gemm(x, polynomial, scaled) : graph.gemm(polynomial, x, scaled)
 }
