@@ -3,6 +3,7 @@ import type { AddressInfo } from 'node:net'
 import { WebSocket } from 'ws'
 import { type App, buildApp } from '../src/app.js'
 import { configOf } from '../src/config.js'
+import type { ErrorCode } from '../src/errors.js'
 import { chunksOf } from '../src/wire/chunks.js'
 import { decodeServerFrame, encodeFrame, encodeWithData } from '../src/wire/codec.js'
 import type { ClientFrame, GradientFrame, ReceiptFrame, ServerFrame } from '../src/wire/frame.js'
@@ -23,6 +24,19 @@ export async function startService(settings: Settings = {}): Promise<Service> {
 export const normal = (seed: number, count: number) => Float32Array.from(gaussian(seed, count))
 export const bytesOf = (values: Float32Array | Uint16Array) =>
   new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
+
+/** A turn of the event loop for the service, which runs in this process. */
+export const turn = () => new Promise((resolve) => setImmediate(resolve))
+
+export async function until(holds: () => boolean): Promise<void> {
+  while (!holds()) await turn()
+}
+
+/** How many errors of this code the service has told. */
+export async function told({ metrics }: Service, code: ErrorCode): Promise<number> {
+  const { values } = await metrics.errors_total.get()
+  return values.filter(({ labels }) => labels.code === code).reduce((sum, { value }) => sum + value, 0)
+}
 
 export type ReceivedUpdate = {
   scale: number
@@ -80,8 +94,8 @@ export class RawClient {
   }
 
   async expect<T extends ServerFrame['type']>(type: T): Promise<Extract<ServerFrame, { type: T }>> {
-    const frame = await this.next()
-    if (frame.type !== type) throw new Error(`expected ${type}, got ${JSON.stringify(frame)}`)
+    const frame = await Promise.race([this.next(), this.#closed])
+    if (!('type' in frame) || frame.type !== type) throw new Error(`expected ${type}, got ${JSON.stringify(frame)}`)
     return frame as Extract<ServerFrame, { type: T }>
   }
 
