@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { once } from 'node:events'
 import type { AddressInfo } from 'node:net'
 import { WebSocket } from 'ws'
@@ -47,18 +48,22 @@ export type ReceivedUpdate = {
   data: Buffer
 }
 
+type Closed = { type: 'closed'; code: number; reason: string }
+
 /** A client that speaks frames and nothing else: it sends what it is told to, also what is wrong. */
 export class RawClient {
   readonly socket: WebSocket
   readonly updates = new Map<number, ReceivedUpdate>()
   #frames: ServerFrame[] = []
   #waiting: ((frame: ServerFrame) => void)[] = []
-  #closed: Promise<{ code: number; reason: string }>
+  #closed: Promise<Closed>
 
   private constructor(socket: WebSocket) {
     this.socket = socket
     socket.on('message', (data) => this.#take(decodeServerFrame(data as Buffer)))
-    this.#closed = once(socket, 'close').then(([code, reason]) => ({ code: Number(code), reason: String(reason) }))
+    this.#closed = once(socket, 'close').then(
+      ([code, reason]): Closed => ({ type: 'closed', code, reason: String(reason) }),
+    )
     socket.on('error', () => {})
   }
 
@@ -95,7 +100,7 @@ export class RawClient {
 
   async expect<T extends ServerFrame['type']>(type: T): Promise<Extract<ServerFrame, { type: T }>> {
     const frame = await Promise.race([this.next(), this.#closed])
-    if (!('type' in frame) || frame.type !== type) throw new Error(`expected ${type}, got ${JSON.stringify(frame)}`)
+    assert.equal(frame.type, type, `expected ${type}, got ${JSON.stringify(frame)}`)
     return frame as Extract<ServerFrame, { type: T }>
   }
 
@@ -116,7 +121,7 @@ export class RawClient {
     return this.expect('receipt')
   }
 
-  closed(): Promise<{ code: number; reason: string }> {
+  closed(): Promise<Closed> {
     return this.#closed
   }
 

@@ -27,7 +27,7 @@ export function rawGradient(
 
 /** xorshift32: the same bytes for the same seed. */
 export function randomBytes(length: number, seed: number): Uint8Array {
-  let x = Math.imul(seed + 1, 2654435761) || 1
+  let x = Math.imul(seed + 1, 2654435761)
   return Uint8Array.from({ length }, () => {
     x ^= x << 13
     x ^= x >>> 17
