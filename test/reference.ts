@@ -176,6 +176,14 @@ export function adamwStep(
   return { exp_avg, exp_avg_sq, data }
 }
 
+/**
+ * How near to `after` = β·before + (1-β)·G, each with float64, a float32 average can be expected, relative to its norm: 1e-6.
+ * Where G cancels most of β·before, the digits that `before` was stored without are that much more of what is left.
+ */
+export function averageLimit(before: ArrayLike<number>, after: ArrayLike<number>, beta: number): number {
+  return 1e-6 * Math.max(1, (beta * frobenius(before)) / frobenius(after))
+}
+
 /** torch.optim.SGD: the buffer starts as the first gradient (undampened); d = G + μB (nesterov), B, or G without momentum. */
 export function sgdStep(
   buffer: Float64Array | undefined,
