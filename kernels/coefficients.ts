@@ -18,12 +18,14 @@ const KELLER_JORDAN: Triple = [3.4445, -4.775, 2.0315]
 /** The sets a client may ask for by name, each with the number of iterations it gets unless told otherwise. */
 export const NAMED_COEFFICIENTS = {
   keller_jordan: {
-    source: 'Keller Jordan, Muon (https://kellerjordan.github.io/posts/muon); the default of torch.optim.Muon',
+    source:
+      'Keller Jordan, Muon (https://kellerjordan.github.io/posts/muon); the default ns_coefficients of torch.optim.Muon',
     ns_steps: 5,
     coefficients: [KELLER_JORDAN],
   },
   quintic: {
-    source: 'You Jiacheng, modded-nanogpt: five quintics, one per iteration',
+    // Found with the method of https://leloykun.github.io/ponder/muon-opt-coeffs.
+    source: 'KellerJordan/modded-nanogpt, train_gpt_medium.py (You Jiacheng): five quintics, one per iteration',
     ns_steps: 5,
     coefficients: [
       [4.0848, -6.8946, 2.927],
@@ -34,8 +36,8 @@ export const NAMED_COEFFICIENTS = {
     ],
   },
   polar_express: {
-    // The paper pads with s = 1.01; on a rank-1 gradient half-precision rounding can give σ = 1.02, which then explodes.
-    source: 'Amsel, Persson, Musco, Gower, Polar Express (arXiv 2505.16932), padded with s = 1.05',
+    // The paper's Algorithm 1 pads with s = 1.01; on a rank-1 gradient half-precision rounding can give σ = 1.02, which then explodes.
+    source: 'Amsel, Persson, Musco, Gower, The Polar Express (arXiv 2505.16932), Algorithm 1, padded with s = 1.05',
     ns_steps: 5,
     coefficients: [
       padded(1.05, [8.28721201814563, -23.595886519098837, 17.300387312530933]),
@@ -49,13 +51,14 @@ export const NAMED_COEFFICIENTS = {
     ],
   },
   deepseek_v4: {
-    source: 'DeepSeek-V4: eight iterations of keller_jordan, then two that converge to 1',
+    source: 'DeepSeek-V4 report, hybrid Newton-Schulz: eight iterations of keller_jordan, then two that settle at 1',
     ns_steps: 10,
     coefficients: [...new Array<Triple>(8).fill(KELLER_JORDAN), [2, -1.5, 0.5], [2, -1.5, 0.5]],
   },
   cubic5: {
     // As published the composition turns negative just above 1; hence the padding.
-    source: 'arXiv 2606.00371: five cubics, two products an iteration instead of three, padded with s = 1.05',
+    // The numbers as NVIDIA-NeMo/Emerging-Optimizers has them from the paper's author (pull request 217), to 7 digits.
+    source: 'Huang, How Much Orthogonalization Does Muon Need? (arXiv 2606.00371), padded with s = 1.05',
     ns_steps: 5,
     coefficients: [
       padded(1.05, [3.3656576, -3.3420992, 0]),

@@ -98,6 +98,8 @@ async function registerWebSocket(app: FastifyInstance, { events }: Service): Pro
   const options: WebsocketPluginOptions['options'] = {
     maxPayload: MAX_MESSAGE_BYTES,
     perMessageDeflate: false,
+    // The stream answers pings: ws cuts a connection on which 60 of its own answers wait.
+    autoPong: false,
     handleProtocols: chooseSubprotocol,
   }
   // The option's type asks for the statics of the ws module, which a subclass inherits but its type does not show.

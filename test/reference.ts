@@ -25,9 +25,9 @@ export function gaussian(seed: number, count: number): Float64Array {
   )
 }
 
-/** ‖a - b‖_F / ‖b‖_F; 0 where both are zero. */
+/** ‖a - b‖_F / ‖b‖_F; 0 where both are zero, NaN where `a` is too short. */
 export function relativeDistance(a: ArrayLike<number>, b: ArrayLike<number>): number {
-  const difference = Float64Array.from(b, (value, index) => (a[index] ?? Number.NaN) - value)
+  const difference = Float64Array.from(b, (value, index) => a[index] - value)
   const distance = frobenius(difference)
   return distance === 0 ? 0 : distance / frobenius(b)
 }
@@ -66,20 +66,20 @@ export function composed(coefficients: readonly Triple[], sigma: number): number
   return value
 }
 
-/** The definition: U·p(Σ)·Vᵀ of X/‖X‖_F = UΣVᵀ; p(0) = 0, so null directions stay null. */
+/** The definition: U·p(Σ)·Vᵀ of X/‖X‖_F = UΣVᵀ, for a matrix of full rank. */
 export function orthogonalizeBySvd(x: Matrix, coefficients: readonly Triple[]): Matrix {
   if (x.rows < x.cols) return transpose(orthogonalizeBySvd(transpose(x), coefficients))
-  const norm = frobenius(x.data) || 1
+  const norm = frobenius(x.data)
   const { us, v, sigma } = svd({ ...x, data: x.data.map((value) => value / norm) })
   // US holds the columns σⱼuⱼ, so p(σⱼ)/σⱼ turns them into p(σⱼ)uⱼ.
-  const gain = sigma.map((s) => (s === 0 ? 0 : composed(coefficients, s) / s))
+  const gain = sigma.map((s) => composed(coefficients, s) / s)
   return multiply({ ...us, data: us.data.map((value, i) => value * gain[i % us.cols]) }, transpose(v))
 }
 
 /** The same by the iteration itself: A = XXᵀ, X <- aX + (bA + cA²)X. Faster than the SVD on larger matrices. */
 export function orthogonalizeByIteration(x: Matrix, coefficients: readonly Triple[]): Matrix {
   if (x.rows > x.cols) return transpose(orthogonalizeByIteration(transpose(x), coefficients))
-  const norm = frobenius(x.data) || 1
+  const norm = frobenius(x.data)
   let value: Matrix = { ...x, data: x.data.map((element) => element / norm) }
   for (const [a, b, c] of coefficients) {
     const gram = multiply(value, transpose(value))
@@ -174,6 +174,14 @@ export function adamwStep(
   const exp_avg_sq = state.exp_avg_sq.map((v, i) => beta2 * v + (1 - beta2) * gradient[i] ** 2)
   const data = exp_avg.map((m, i) => m / (1 - beta1 ** step) / (Math.sqrt(exp_avg_sq[i] / (1 - beta2 ** step)) + eps))
   return { exp_avg, exp_avg_sq, data }
+}
+
+/**
+ * How near to `after` = β·before + (1-β)·G, each with float64, a float32 average can be expected, relative to its norm: 1e-6.
+ * Where G cancels most of β·before, the digits that `before` was stored without are that much more of what is left.
+ */
+export function averageLimit(before: ArrayLike<number>, after: ArrayLike<number>, beta: number): number {
+  return 1e-6 * Math.max(1, (beta * frobenius(before)) / frobenius(after))
 }
 
 /** torch.optim.SGD: the buffer starts as the first gradient (undampened); d = G + μB (nesterov), B, or G without momentum. */

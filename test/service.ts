@@ -1,8 +1,10 @@
+import assert from 'node:assert'
 import { once } from 'node:events'
 import type { AddressInfo } from 'node:net'
 import { WebSocket } from 'ws'
 import { type App, buildApp } from '../src/app.js'
 import { configOf } from '../src/config.js'
+import type { ErrorCode } from '../src/errors.js'
 import { chunksOf } from '../src/wire/chunks.js'
 import { decodeServerFrame, encodeFrame, encodeWithData } from '../src/wire/codec.js'
 import type { ClientFrame, GradientFrame, ReceiptFrame, ServerFrame } from '../src/wire/frame.js'
@@ -24,6 +26,19 @@ export const normal = (seed: number, count: number) => Float32Array.from(gaussia
 export const bytesOf = (values: Float32Array | Uint16Array) =>
   new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
 
+/** A turn of the event loop for the service, which runs in this process. */
+export const turn = () => new Promise((resolve) => setImmediate(resolve))
+
+export async function until(holds: () => boolean): Promise<void> {
+  while (!holds()) await turn()
+}
+
+/** How many errors of this code the service has told. */
+export async function told({ metrics }: Service, code: ErrorCode): Promise<number> {
+  const { values } = await metrics.errors_total.get()
+  return values.filter(({ labels }) => labels.code === code).reduce((sum, { value }) => sum + value, 0)
+}
+
 export type ReceivedUpdate = {
   scale: number
   decay: number
@@ -33,18 +48,22 @@ export type ReceivedUpdate = {
   data: Buffer
 }
 
+type Closed = { type: 'closed'; code: number; reason: string }
+
 /** A client that speaks frames and nothing else: it sends what it is told to, also what is wrong. */
 export class RawClient {
   readonly socket: WebSocket
   readonly updates = new Map<number, ReceivedUpdate>()
   #frames: ServerFrame[] = []
   #waiting: ((frame: ServerFrame) => void)[] = []
-  #closed: Promise<{ code: number; reason: string }>
+  #closed: Promise<Closed>
 
   private constructor(socket: WebSocket) {
     this.socket = socket
     socket.on('message', (data) => this.#take(decodeServerFrame(data as Buffer)))
-    this.#closed = once(socket, 'close').then(([code, reason]) => ({ code: Number(code), reason: String(reason) }))
+    this.#closed = once(socket, 'close').then(
+      ([code, reason]): Closed => ({ type: 'closed', code, reason: String(reason) }),
+    )
     socket.on('error', () => {})
   }
 
@@ -80,8 +99,8 @@ export class RawClient {
   }
 
   async expect<T extends ServerFrame['type']>(type: T): Promise<Extract<ServerFrame, { type: T }>> {
-    const frame = await this.next()
-    if (frame.type !== type) throw new Error(`expected ${type}, got ${JSON.stringify(frame)}`)
+    const frame = await Promise.race([this.next(), this.#closed])
+    assert.equal(frame.type, type, `expected ${type}, got ${JSON.stringify(frame)}`)
     return frame as Extract<ServerFrame, { type: T }>
   }
 
@@ -102,7 +121,7 @@ export class RawClient {
     return this.expect('receipt')
   }
 
-  closed(): Promise<{ code: number; reason: string }> {
+  closed(): Promise<Closed> {
     return this.#closed
   }
 

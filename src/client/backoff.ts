@@ -1,5 +1,5 @@
 import { randomInt } from 'node:crypto'
-import { setTimeout as wait } from 'node:timers/promises'
+import timers from 'node:timers/promises'
 
 export type Backoff = {
   /** The longest first wait; each further one may be twice as long. */
@@ -28,7 +28,7 @@ export function backoffSeconds(attempt: number, backoff: Backoff, atLeast = 0): 
 /** Resolves after that many seconds; rejects with the signal's reason as soon as it is aborted. */
 export async function sleep(seconds: number, signal: AbortSignal): Promise<void> {
   try {
-    await wait(1000 * seconds, undefined, { signal })
+    await timers.setTimeout(1000 * seconds, undefined, { signal })
   } catch {
     // Only the signal ends the wait early, and its reason says more than the timer's AbortError.
     throw signal.reason

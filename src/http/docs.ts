@@ -7,7 +7,8 @@ import { parse } from 'yaml'
 /** openapi.yaml as text and parsed. */
 export type Contract = { readonly text: string; readonly document: Document }
 
-type Operation = { operationId?: string; security?: readonly unknown[] }
+type Parameter = { readonly in: string; readonly schema: object }
+type Operation = { operationId?: string; security?: readonly unknown[]; parameters?: readonly Parameter[] }
 type Document = {
   openapi: string
   info: { title: string; version: string }

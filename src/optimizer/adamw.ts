@@ -1,6 +1,6 @@
-import type { Hyperparameters } from './hyperparameters.js'
 import type { Parameter } from './parameter.js'
 import { type At, factors, type Plan } from './plan.js'
+import type { Hyperparameters } from './table.js'
 
 /**
  * AdamW (arXiv 1711.05101; torch.optim.AdamW): m' = a_m·m + a_g·G, v' = b_v·v + b_g·G²,

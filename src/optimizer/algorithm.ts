@@ -1,9 +1,10 @@
 import { planAdamw } from './adamw.js'
-import { type Group, HYPERPARAMETERS, type Rule } from './hyperparameters.js'
+import type { Group } from './hyperparameters.js'
 import { planMuon } from './muon.js'
 import type { Parameter } from './parameter.js'
 import type { At, Plan } from './plan.js'
 import { planSgd } from './sgd.js'
+import { HYPERPARAMETERS, type Rule } from './table.js'
 
 /** How to compute one step of `parameter` with the hyperparameters of its group. Pure: same arguments, same plan. */
 export function planStep(parameter: Parameter, group: Group, at: At): Plan {

@@ -1,6 +1,7 @@
-import { type AdjustLrFn, type Hyperparameters, iterations } from './hyperparameters.js'
+import { iterations } from './coefficients.js'
 import type { Block, Parameter } from './parameter.js'
 import { type At, factors, type Plan } from './plan.js'
+import type { AdjustLrFn, Hyperparameters } from './table.js'
 
 /**
  * Muon (Jordan et al. 2024; torch.optim.Muon): B' = c_m·B + c_g·G, u = n_m·B' + n_g·G, data = O(u), scale = -lr·f.

@@ -1,19 +1,9 @@
 import { bytesPerElement, DTYPES, type Dtype, isDtype } from '../../kernels/dtype.js'
 import { KERNEL_IO } from '../../kernels/kernel.js'
 import { type ErrorCode, ServiceError } from '../errors.js'
-import { type Algorithm, checkName, type Group, show } from './hyperparameters.js'
-
-/** How a tensor is cut into matrices; explicit, never guessed. */
-export type Layout = { readonly split?: readonly number[]; readonly heads?: number; readonly matrices?: string }
-
-/** A parameter as `open` declares it; only its types are checked. */
-export type RawParameter = Layout & {
-  readonly name: string
-  readonly shape: readonly number[]
-  readonly group: string
-  readonly gradient_dtype?: string
-  readonly update_dtype?: string
-}
+import type { Layout, ParameterDeclaration } from '../wire/frame.js'
+import { checkName, type Group, show } from './hyperparameters.js'
+import type { Algorithm } from './table.js'
 
 /** One matrix of a parameter: contiguous, rows x cols, `offset` in elements from the tensor's start. */
 export type Block = { readonly rows: number; readonly cols: number; readonly offset: number }
@@ -48,7 +38,7 @@ const STATE_BYTES_PER_ELEMENT = bytesPerElement('float32')
  * Checks the parameters of an `open` against their groups and lays them out.
  * Throws PARAMETER_INVALID or DTYPE_UNSUPPORTED with the parameter's name, index and both values.
  */
-export function parseParameters(raw: readonly RawParameter[], groups: ReadonlyMap<string, Group>): Parameter[] {
+export function parseParameters(raw: readonly ParameterDeclaration[], groups: ReadonlyMap<string, Group>): Parameter[] {
   if (raw.length === 0) throw new ServiceError('PARAMETER_INVALID', 'there are no parameters, expected at least one')
   const seen = new Map<string, number>()
   let blocks = 0
@@ -88,12 +78,12 @@ export function firstDifference(existing: readonly Parameter[], given: readonly 
 type Fail = (message: string, code?: ErrorCode) => ServiceError
 type Context = { index: number; algorithm: Algorithm; blocks: number; fail: Fail }
 
-function refusal(given: RawParameter, index: number): Fail {
+function refusal(given: ParameterDeclaration, index: number): Fail {
   return (message, code = 'PARAMETER_INVALID') =>
     new ServiceError(code, `parameter ${show(given.name)} ${message}`, { parameter: index })
 }
 
-function parse(given: RawParameter, context: Context): Parameter {
+function parse(given: ParameterDeclaration, context: Context): Parameter {
   const { index, algorithm, fail } = context
   const { name, group } = given
   const shape = [...given.shape]
@@ -133,14 +123,14 @@ function layoutOf({ split, heads, matrices }: Layout): Layout {
   }
 }
 
-function noMatrices(given: RawParameter, { algorithm, fail }: Context): Block[] {
+function noMatrices(given: ParameterDeclaration, { algorithm, fail }: Context): Block[] {
   const [key] = Object.keys(layoutOf(given))
   if (key === undefined) return []
   throw fail(`has ${key}, but ${algorithm} has no matrices: leave it out`)
 }
 
 /** Cuts the tensor into its matrices and these into row blocks; in C order each is contiguous, one after the other. */
-function matrices(given: RawParameter, { fail, blocks: limit }: Context): Block[] {
+function matrices(given: ParameterDeclaration, { fail, blocks: limit }: Context): Block[] {
   const { batch, rows, cols } = matrixShape(given, fail)
   checkRows(given, rows, fail)
   const { split, heads } = given
@@ -156,7 +146,10 @@ function matrices(given: RawParameter, { fail, blocks: limit }: Context): Block[
   })
 }
 
-function matrixShape({ shape, matrices }: RawParameter, fail: Fail): { batch: number; rows: number; cols: number } {
+function matrixShape(
+  { shape, matrices }: ParameterDeclaration,
+  fail: Fail,
+): { batch: number; rows: number; cols: number } {
   const rank = shape.length
   if (rank < 2) throw fail(`has shape ${show(shape)}, muon needs at least two dimensions: put it in a group with adamw`)
   if (matrices !== undefined && matrices !== 'flatten' && matrices !== 'batch') {
@@ -169,7 +162,7 @@ function matrixShape({ shape, matrices }: RawParameter, fail: Fail): { batch: nu
   return { batch: product(shape.slice(0, at)), rows: shape[at], cols: product(shape.slice(at + 1)) }
 }
 
-function checkRows({ split, heads }: RawParameter, rows: number, fail: Fail): void {
+function checkRows({ split, heads }: ParameterDeclaration, rows: number, fail: Fail): void {
   if (split && heads !== undefined) throw fail('has both split and heads, expected one of them')
   if (split) checkSplit(split, rows, fail)
   if (heads === undefined || (isPositive(heads) && rows % heads === 0)) return

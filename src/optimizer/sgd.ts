@@ -1,6 +1,6 @@
-import type { Hyperparameters } from './hyperparameters.js'
 import type { Parameter } from './parameter.js'
 import { type At, factors, type Plan } from './plan.js'
+import type { Hyperparameters } from './table.js'
 
 /**
  * torch.optim.SGD with decoupled weight decay: B' = c_m·B + c_g·G, data = n_m·B' + n_g·G, scale = -lr.

@@ -38,6 +38,8 @@ type Reception = {
 const GRACE_MS = 1000
 // What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
 const UNREAD_BYTES = 32 << 20
+// A pong in waiting takes far more memory than its bytes. One read of 64 KiB brings up to 10923 pings.
+const UNREAD_PONGS = 20_000
 
 /** One connection: it takes frames in their order, hands gradients to its run and sends updates as they are computed. */
 export class Stream implements Writer, GradientSink {
@@ -61,6 +63,8 @@ export class Stream implements Writer, GradientSink {
   #waitsForStaging = false
   readonly #connectedAt = performance.now()
   #read = { bytes: 0, at: this.#connectedAt }
+  /** Pongs that the kernel has not taken yet. */
+  #unreadPongs = 0
   #timer: NodeJS.Timeout
 
   constructor(socket: WebSocket, context: StreamContext) {
@@ -69,7 +73,7 @@ export class Stream implements Writer, GradientSink {
     this.#sender = new Sender(socket)
     if (socket instanceof InPlaceWebSocket) socket.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
-    socket.on('ping', () => this.#checkUnread())
+    socket.on('ping', (data) => this.#pong(data))
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
     const { send_timeout_seconds, open_timeout_seconds } = context.config
@@ -405,10 +409,20 @@ export class Stream implements Writer, GradientSink {
 
   /** Ends a connection that asks for more than it reads: answers would pile up without end. */
   #checkUnread(): void {
-    const unread = this.#socket.bufferedAmount
-    if (unread <= UNREAD_BYTES) return
-    const message = `${unread} bytes wait to be read, at most ${UNREAD_BYTES} may`
+    const bytes = this.#socket.bufferedAmount
+    if (bytes <= UNREAD_BYTES && this.#unreadPongs <= UNREAD_PONGS) return
+    const message = `${bytes} bytes and ${this.#unreadPongs} pongs wait to be read, at most ${UNREAD_BYTES} and ${UNREAD_PONGS} may`
     this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
+  }
+
+  // ws would answer by itself, and cut a client without a word whose pings come faster than turns of the event loop.
+  #pong(data: Buffer): void {
+    this.#checkUnread()
+    if (this.#leaving) return
+    this.#unreadPongs += 1
+    this.#socket.pong(data, false, () => {
+      this.#unreadPongs -= 1
+    })
   }
 
   /** Closes the connection and cuts it where the peer does not take the close. */

@@ -1,5 +1,8 @@
+import { mock } from 'node:test'
 import t from 'tap'
 import { BACKOFF, backoffSeconds, sleep } from '../../src/client/backoff.js'
+
+const turn = () => new Promise((resolve) => setImmediate(resolve))
 
 t.test('the wait doubles up to its bound, and half of it is random', (t) => {
   const table: [attempt: number, random: number, atLeast: number, seconds: number][] = [
@@ -19,10 +22,24 @@ t.test('the wait doubles up to its bound, and half of it is random', (t) => {
   t.end()
 })
 
+t.test('a wait lasts its seconds', async (t) => {
+  mock.timers.enable({ apis: ['setTimeout'] })
+  t.teardown(() => mock.timers.reset())
+  let over = false
+  const waiting = sleep(2.5, new AbortController().signal).then(() => {
+    over = true
+  })
+  mock.timers.tick(2499)
+  await turn()
+  t.equal(over, false)
+  mock.timers.tick(1)
+  await waiting
+  t.equal(over, true)
+})
+
 t.test('a wait ends with the signal, for its reason', async (t) => {
   const stop = new AbortController()
   const waiting = sleep(3600, stop.signal)
   stop.abort(new Error('enough'))
   await t.rejects(waiting, { message: 'enough' })
-  await sleep(0, new AbortController().signal)
 })

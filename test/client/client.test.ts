@@ -1,40 +1,14 @@
-import t, { type Test } from 'tap'
-import { type Client, type ConnectOptions, connect, type Run } from '../../src/client/client.js'
+import t from 'tap'
+import { type Client, type ConnectOptions, connect } from '../../src/client/client.js'
 import { gradientsOf, modelOf, weightsOf } from './model.js'
 import { startService } from './service.js'
-
-const QUICK: ConnectOptions = { backoff: { first_seconds: 0.001, most_seconds: 0.01 } }
-const STEPS = 4
-
-const service = await startService()
-t.teardown(() => service.drain())
-
-/** A client that is closed with its test. */
-async function clientOf(t: Test, options: ConnectOptions = QUICK, url = service.url): Promise<Client> {
-  const client = await connect(url, options)
-  t.teardown(() => client.close())
-  return client
-}
-
-/** Where `STEPS` undisturbed steps lead. */
-async function train(client: Client, name: string, takeStep = stepAll) {
-  const model = modelOf(name)
-  const run = await client.open(model)
-  for (let step = 1; step <= STEPS; step++) await takeStep(run, gradientsOf(model.parameters, step))
-  return { weights: weightsOf(model.parameters), digest: run.digest, run }
-}
-
-type Gradients = ReturnType<typeof gradientsOf>
-const stepAll = (run: Run, gradients: Gradients) => run.step(gradients)
-
-let count = 0
-const fresh = () => `run-${count++}`
+import { clientOf, fresh, STEPS, service, stepAll, type TakeStep, train, turn } from './trainer.js'
 
 t.test('a run gives the same weights and digest however its gradients are handed over', async (t) => {
   const client = await clientOf(t)
   const small = await clientOf(t, { chunk_bytes: 37 })
   const expected = await train(client, fresh())
-  const ways: [title: string, client: Client, takeStep: typeof stepAll][] = [
+  const ways: [title: string, client: Client, takeStep: TakeStep][] = [
     [
       'by name',
       client,
@@ -54,7 +28,7 @@ t.test('a run gives the same weights and digest however its gradients are handed
       async (run, gradients) => {
         run.begin({ gradient_scale: 1 })
         for (const { name, index } of run.parameters) {
-          await new Promise((resolve) => setImmediate(resolve))
+          await turn()
           run.gradient(name, gradients[index])
         }
         return run.end({ skipped: [] })
@@ -123,7 +97,7 @@ t.test('a refused gradient that came one by one is heard of at the end', async (
   const gradients = gradientsOf(model.parameters, 1)
   run.gradient('wide', Float32Array.from(gradients[0]).fill(Infinity))
   for (let index = 1; index < gradients.length; index++) {
-    await new Promise((resolve) => setImmediate(resolve))
+    await turn()
     run.gradient(index, gradients[index])
   }
   await t.rejects(run.end(), { code: 'GRADIENT_NOT_FINITE', fields: { refused: ['wide'], parameter: 0 } })

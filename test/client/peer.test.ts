@@ -3,9 +3,9 @@ import type { WebSocket } from 'ws'
 import { type ConnectOptions, connect } from '../../src/client/client.js'
 import type { ClientFrame, ErrorFrame, ServerFrame, UpdateFrame } from '../../src/wire/frame.js'
 import { opened, type Peer, receipt, type Script, say, startPeer, startWeb } from './peer.js'
+import { QUICK } from './service.js'
 
 const ONCE: ConnectOptions = { retries: 0 }
-const QUICK: ConnectOptions = { backoff: { first_seconds: 0.001, most_seconds: 0.01 } }
 const UPDATE: UpdateFrame = { type: 'update', parameter: 0, step: 1, offset: 0, scale: 1, decay: 0.5 }
 const DRAINING: ServerFrame = { type: 'draining', deadline_seconds: 1 }
 

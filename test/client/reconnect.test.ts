@@ -1,34 +1,7 @@
-import t, { type Test } from 'tap'
-import { type Client, type ConnectOptions, connect, type Run } from '../../src/client/client.js'
+import t from 'tap'
 import { gradientsOf, modelOf, randomFrom, weightsOf } from './model.js'
-import { startProxy, startService } from './service.js'
-
-const QUICK: ConnectOptions = { backoff: { first_seconds: 0.001, most_seconds: 0.01 } }
-const STEPS = 4
-
-const service = await startService()
-t.teardown(() => service.drain())
-
-/** A client that is closed with its test. */
-async function clientOf(t: Test, options: ConnectOptions = QUICK, url = service.url): Promise<Client> {
-  const client = await connect(url, options)
-  t.teardown(() => client.close())
-  return client
-}
-
-/** Where `STEPS` undisturbed steps lead. */
-async function train(client: Client, name: string, takeStep = stepAll) {
-  const model = modelOf(name)
-  const run = await client.open(model)
-  for (let step = 1; step <= STEPS; step++) await takeStep(run, gradientsOf(model.parameters, step))
-  return { weights: weightsOf(model.parameters), digest: run.digest, run }
-}
-
-type Gradients = ReturnType<typeof gradientsOf>
-const stepAll = (run: Run, gradients: Gradients) => run.step(gradients)
-
-let count = 0
-const fresh = () => `run-${count++}`
+import { QUICK, startProxy, startService } from './service.js'
+import { clientOf, fresh, STEPS, service, train, turn } from './trainer.js'
 
 t.test('connections cut after any number of bytes change neither the weights nor the digest', async (t) => {
   const expected = await train(await clientOf(t), fresh())
@@ -79,7 +52,7 @@ t.test('a connection lost while gradients come one by one is replaced, and all o
     for (const { index } of run.parameters) {
       run.gradient(index, gradients[index])
       if (index === 2) proxy.cut()
-      await new Promise((resolve) => setImmediate(resolve))
+      await turn()
     }
     return run.end()
   })

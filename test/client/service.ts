@@ -1,6 +1,10 @@
 import { type AddressInfo, connect, createServer, type Server, type Socket } from 'node:net'
 import { type App, buildApp } from '../../src/app.js'
+import type { ConnectOptions } from '../../src/client/client.js'
 import { configOf, type SettingName } from '../../src/config.js'
+
+/** Waits of milliseconds between a client's attempts. */
+export const QUICK: ConnectOptions = { backoff: { first_seconds: 0.001, most_seconds: 0.01 } }
 
 export type Service = App & { url: string; port: number }
 

@@ -3,16 +3,16 @@ import t from 'tap'
 import { WebSocket } from 'ws'
 import { VERSION } from '../../src/config.js'
 import { readContract } from '../../src/http/docs.js'
+import type { components } from '../../src/http/openapi.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
 import { connect, GRADIENTS, MODEL, openRun, startService } from './service.js'
 
-// biome-ignore lint/suspicious/noExplicitAny: a body of any operation, looked at with t.match.
-type Json = any
+type Schemas = components['schemas']
 
-async function get(url: string): Promise<Json> {
+async function get<Body = unknown>(url: string): Promise<Body> {
   const response = await fetch(url)
-  if (!response.ok) throw new Error(`${response.status} ${await response.text()}`)
-  return response.json()
+  t.equal(response.status, 200, url)
+  return (await response.json()) as Body
 }
 
 async function state(url: string) {
@@ -36,12 +36,12 @@ async function state(url: string) {
 t.test('the contract lists what the service answers, and each query parameter has a default', async (t) => {
   const { document } = readContract()
   const { app } = await startService(t)
-  for (const [path, operations] of Object.entries<Json>(document.paths)) {
+  for (const [path, operations] of Object.entries(document.paths)) {
     const url = path.replace(/{(\w+)}/g, ':$1')
-    for (const [method, operation] of Object.entries<Json>(operations).filter(([name]) => name !== 'parameters')) {
+    for (const [method, operation] of Object.entries(operations).filter(([name]) => name !== 'parameters')) {
       t.ok(app.hasRoute({ method: method.toUpperCase() as 'GET', url }), `${method} ${path}`)
       for (const parameter of operation.parameters ?? []) {
-        if (parameter.in === 'query') t.ok('default' in parameter.schema, `${path} ${parameter.name}`)
+        if (parameter.in === 'query') t.ok('default' in parameter.schema, `${path} ${JSON.stringify(parameter)}`)
       }
     }
   }
@@ -72,7 +72,7 @@ t.test('the page under /docs needs nothing from outside the service', async (t) 
     t.ok(response.url.startsWith(url), source)
     await response.arrayBuffer()
   }
-  t.same((await get(`${url}/docs/json`)).info, readContract().document.info)
+  t.same((await get<{ info: object }>(`${url}/docs/json`)).info, readContract().document.info)
 })
 
 t.test('readyz says why no step is accepted', async (t) => {
@@ -91,7 +91,7 @@ t.test('readyz says why no step is accepted', async (t) => {
 
 t.test('capabilities are the settings, the tables and the device', async (t) => {
   const { url, device } = await startService(t, { max_runs: 7, chunk_bytes: 1000, state_bytes_limit: 123_456 })
-  const capabilities = await get(`${url}/v1/capabilities`)
+  const capabilities = await get<Schemas['Capabilities']>(`${url}/v1/capabilities`)
   t.match(capabilities, {
     server: { name: 'muond', version: VERSION },
     protocols: [1],
@@ -107,11 +107,11 @@ t.test('capabilities are the settings, the tables and the device', async (t) => 
 t.test('a run is described, and its step and digest are those of its receipts', async (t) => {
   const { url } = await startService(t)
   const trainer = await openRun(url, 'a')
-  const fresh = await get(`${url}/v1/runs/a`)
+  const fresh = await get<Schemas['Run']>(`${url}/v1/runs/a`)
   t.match(fresh, { name: 'a', epoch: 1, step: 0, connected: true, parameters: 3, state_bytes: 0, ahead: [] })
   t.match(fresh.groups.hidden, { algorithm: 'muon', momentum_form: 'heavy_ball', lr: 1e-3 })
   const receipt = await trainer.step(1, GRADIENTS)
-  const stepped = await get(`${url}/v1/runs/a`)
+  const stepped = await get<Schemas['Run']>(`${url}/v1/runs/a`)
   t.match(stepped, { step: 1, digest: receipt.digest, state_bytes: 4 * (6 + 3 + 3 + 4) })
   t.ok(Date.now() - Date.parse(stepped.created_at) < 60_000)
   const { ahead, groups, ...summary } = stepped
@@ -123,7 +123,7 @@ t.test('parameters are listed page by page', async (t) => {
   const { url } = await startService(t)
   const trainer = await openRun(url, 'a')
   await trainer.step(1, GRADIENTS)
-  const all = await get(`${url}/v1/runs/a/parameters`)
+  const all = await get<{ parameters: Schemas['ParameterSummary'][]; total: number }>(`${url}/v1/runs/a/parameters`)
   t.equal(all.total, 3)
   t.same(all.parameters[0], {
     index: 0,
@@ -147,7 +147,7 @@ t.test('a parameter shows the norms of its state', async (t) => {
   const trainer = await openRun(url, 'a')
   t.match(await get(`${url}/v1/runs/a/parameters/2`), { step: 0, state: [] })
   await trainer.step(1, GRADIENTS)
-  const { state } = await get(`${url}/v1/runs/a/parameters/2`)
+  const { state } = await get<Schemas['Parameter']>(`${url}/v1/runs/a/parameters/2`)
   t.same(state, [{ name: 'momentum_buffer', dtype: 'float32', shape: [4], norm: 5, rms: 2.5 }])
   const missing = await fetch(`${url}/v1/runs/a/parameters/3`)
   t.match([missing.status, await missing.json()], [422, { code: 'PARAMETER_UNKNOWN', parameter: 3 }])

@@ -1,10 +1,11 @@
+import assert from 'node:assert'
 import { InferenceSession, Tensor } from 'onnxruntime-node'
 import { buildKernel, KERNEL_IO, type KernelSpec } from '../../kernels/kernel.js'
 
 export type KernelFeeds = {
   dims: readonly number[]
   gradient: ArrayLike<number>
-  /** Missing tensors are zero. */
+  /** Missing tensors are zero. A missing scalar is NaN. */
   state?: Readonly<Record<string, ArrayLike<number>>>
   scalars: Readonly<Record<string, number>>
 }
@@ -19,7 +20,7 @@ export async function loadKernel(spec: KernelSpec): Promise<KernelRun> {
     const size = dims.reduce((product, dim) => product * dim, 1)
     const feeds: Record<string, Tensor> = { gradient: float32(gradient, dims) }
     for (const name of io.state) feeds[name] = float32(state[name] ?? new Float32Array(size), dims)
-    for (const name of io.scalars) feeds[name] = float32([scalars[name] ?? Number.NaN], [1])
+    for (const name of io.scalars) feeds[name] = float32([scalars[name]], [1])
     const results = await session.run(feeds)
     return Object.fromEntries(Object.entries(results).map(([name, tensor]) => [name, values(tensor)]))
   }
@@ -35,6 +36,6 @@ export function float32(data: ArrayLike<number>, dims: readonly number[]): Tenso
 }
 
 export function values(tensor: Tensor): Float32Array {
-  if (!(tensor.data instanceof Float32Array)) throw new Error(`tensor has type ${tensor.type}, expected float32`)
+  assert(tensor.data instanceof Float32Array, `tensor has type ${tensor.type}, expected float32`)
   return tensor.data
 }

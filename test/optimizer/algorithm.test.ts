@@ -4,8 +4,9 @@ import { buildKernel, KERNEL_IO } from '../../kernels/kernel.js'
 import { planStep } from '../../src/optimizer/algorithm.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
 import { adjustment } from '../../src/optimizer/muon.js'
-import { parseParameters, type RawParameter } from '../../src/optimizer/parameter.js'
+import { parseParameters } from '../../src/optimizer/parameter.js'
 import type { At, Plan } from '../../src/optimizer/plan.js'
+import type { ParameterDeclaration } from '../../src/wire/frame.js'
 
 const FIRST: At = { step: 1, replay: false }
 const LATER: At = { step: 7, replay: false }
@@ -14,7 +15,7 @@ const REPLAY: At = { step: 7, replay: true }
 function plan(
   algorithm: string,
   hyperparameters: Record<string, unknown>,
-  options: { layout?: Partial<RawParameter>; at?: At } = {},
+  options: { layout?: Partial<ParameterDeclaration>; at?: At } = {},
 ): Plan {
   const group = parseGroup({ name: 'g', algorithm, ...hyperparameters })
   const [parameter] = parseParameters(
@@ -119,7 +120,7 @@ t.test('blocks with different factors carry theirs in the data', async (t) => {
 })
 
 t.test('each block has the kernel of its orientation', async (t) => {
-  const tall = (shape: number[], layout: Partial<RawParameter> = {}) => {
+  const tall = (shape: number[], layout: Partial<ParameterDeclaration> = {}) => {
     const { kernel, tasks } = plan('muon', {}, { layout: { shape, ...layout } })
     return tasks.map((task) => {
       const own = task.kernel ?? kernel

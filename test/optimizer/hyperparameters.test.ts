@@ -3,15 +3,9 @@ import t, { type Test } from 'tap'
 import { NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
 import { ServiceError } from '../../src/errors.js'
 import { ALGORITHMS } from '../../src/optimizer/algorithm.js'
-import {
-  effective,
-  iterations,
-  parseGroup,
-  type RawGroup,
-  show,
-  stateBearing,
-  updateGroup,
-} from '../../src/optimizer/hyperparameters.js'
+import { iterations } from '../../src/optimizer/coefficients.js'
+import { effective, parseGroup, show, stateBearing, updateGroup } from '../../src/optimizer/hyperparameters.js'
+import type { GroupDeclaration } from '../../src/wire/frame.js'
 
 const JORDAN = [3.4445, -4.775, 2.0315]
 const MUON = { name: 'hidden', algorithm: 'muon' }
@@ -82,7 +76,7 @@ const NOT_NUMBERS = [
 const BAD_RATE = [...NOT_NUMBERS, -1, -1e-300]
 const BAD_SHARE = [...BAD_RATE, 1, 1.5]
 
-const GOOD: [RawGroup, string, readonly unknown[]][] = [
+const GOOD: [GroupDeclaration, string, readonly unknown[]][] = [
   [MUON, 'lr', [0, 1e-300, 1, 1e38]],
   [MUON, 'weight_decay', [0, 0.1, 2]],
   [MUON, 'momentum', [0, 0.5, 0.999999, 1 - 2 ** -53]],
@@ -121,7 +115,7 @@ t.test('values in range are taken as they are', async (t) => {
   }
 })
 
-const BAD: [RawGroup, string, readonly unknown[]][] = [
+const BAD: [GroupDeclaration, string, readonly unknown[]][] = [
   [MUON, 'lr', BAD_RATE],
   [MUON, 'weight_decay', BAD_RATE],
   [MUON, 'momentum', BAD_SHARE],
@@ -274,7 +268,7 @@ t.test('unknown names are refused', async (t) => {
 })
 
 t.test('known names that are not supported yet are refused with the reason', async (t) => {
-  const cases: [RawGroup, string, string][] = [
+  const cases: [GroupDeclaration, string, string][] = [
     [{ ...MUON, algorithm: 'muonclip' }, 'muonclip', 'QK-clip'],
     [{ ...MUON, algorithm: 'adam' }, 'adam', 'weights'],
     [{ ...MUON, second_momentum: 'normuon' }, 'second_momentum', 'state'],
@@ -367,7 +361,7 @@ t.test('an update leaves the group it was given as it was, also a refused one', 
 
 t.test('the first difference that makes a state useless is named', async (t) => {
   const heavy = { ...MUON, momentum_form: 'heavy_ball' }
-  const cases: [RawGroup, RawGroup, string | undefined][] = [
+  const cases: [GroupDeclaration, GroupDeclaration, string | undefined][] = [
     [MUON, MUON, undefined],
     [MUON, { ...MUON, lr: 1, nesterov: false, ns_coefficients: 'quintic', momentum_form: 'ema' }, undefined],
     [SGD, { ...SGD, momentum: 0.9 }, undefined],

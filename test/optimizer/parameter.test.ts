@@ -9,20 +9,25 @@ import {
   MAX_BLOCKS,
   type Parameter,
   parseParameters,
-  type RawParameter,
   stateBytes,
 } from '../../src/optimizer/parameter.js'
+import type { ParameterDeclaration } from '../../src/wire/frame.js'
 
 const GROUPS: ReadonlyMap<string, Group> = new Map(
   ['muon', 'adamw', 'sgd'].map((algorithm) => [algorithm, parseGroup({ name: algorithm, algorithm })]),
 )
 
-const raw = (changes: Partial<RawParameter>): RawParameter => ({ name: 'w', shape: [6, 4], group: 'muon', ...changes })
-const one = (changes: Partial<RawParameter>): Parameter => parseParameters([raw(changes)], GROUPS)[0]
-const blocks = (changes: Partial<RawParameter>) =>
+const raw = (changes: Partial<ParameterDeclaration>): ParameterDeclaration => ({
+  name: 'w',
+  shape: [6, 4],
+  group: 'muon',
+  ...changes,
+})
+const one = (changes: Partial<ParameterDeclaration>): Parameter => parseParameters([raw(changes)], GROUPS)[0]
+const blocks = (changes: Partial<ParameterDeclaration>) =>
   one(changes).blocks.map(({ rows, cols, offset }) => [rows, cols, offset])
 
-function refusal(given: readonly RawParameter[]): ServiceError | undefined {
+function refusal(given: readonly ParameterDeclaration[]): ServiceError | undefined {
   try {
     parseParameters(given, GROUPS)
     return undefined
@@ -59,7 +64,7 @@ t.test('a parameter knows its sizes and its state', async (t) => {
 })
 
 t.test('the layout says which matrices a parameter has', async (t) => {
-  const cases: [Partial<RawParameter>, number[][]][] = [
+  const cases: [Partial<ParameterDeclaration>, number[][]][] = [
     [{}, [[6, 4, 0]]],
     [{ shape: [1, 1] }, [[1, 1, 0]]],
     [
@@ -150,7 +155,7 @@ t.test('the blocks tile the parameter: each element is in exactly one, in order'
 })
 
 const HUGE = 2 ** 30
-const INVALID: [string, Partial<RawParameter>, string][] = [
+const INVALID: [string, Partial<ParameterDeclaration>, string][] = [
   ['no name', { name: '' }, 'has 0 characters'],
   ['an overlong name', { name: 'x'.repeat(1025) }, 'has 1025 characters'],
   ['an unknown group', { group: 'other' }, `group 'other', expected one of [ 'muon', 'adamw', 'sgd' ]`],
@@ -244,12 +249,12 @@ t.test('the row of a parameter has its layout keys inline and no others', async 
     gradient_dtype: 'float32',
     update_dtype: 'float32',
   }
-  const cases: Partial<RawParameter>[] = [{}, { split: [2, 4] }, { heads: 2, matrices: 'flatten' }]
+  const cases: Partial<ParameterDeclaration>[] = [{}, { split: [2, 4] }, { heads: 2, matrices: 'flatten' }]
   for (const layout of cases) t.strictSame(describe(one(layout)), { ...plain, ...layout })
 })
 
 t.test('the first difference between two lists of parameters is named', async (t) => {
-  const list = (...changes: Partial<RawParameter>[]) =>
+  const list = (...changes: Partial<ParameterDeclaration>[]) =>
     parseParameters(
       changes.map((change, i) => raw({ name: `p${i}`, ...change })),
       GROUPS,

@@ -3,7 +3,7 @@ import fc from 'fast-check'
 import t from 'tap'
 import type { Job } from '../../src/device/job.js'
 import { encodeWithData } from '../../src/wire/codec.js'
-import { bytesOf, normal, RawClient, type ReceivedUpdate, type Service, startService } from '../service.js'
+import { bytesOf, normal, RawClient, type ReceivedUpdate, startService, told, until } from '../service.js'
 
 const MiB = 2 ** 20
 const ADAMW = [{ name: 'g', algorithm: 'adamw' }]
@@ -36,11 +36,6 @@ function flushed(client: RawClient): Promise<void> {
   return new Promise((resolve, reject) => {
     client.socket.ping(undefined, true, (error) => (error ? reject(error) : resolve()))
   })
-}
-
-/** Takes turns of the event loop until `holds`: the service runs in this process. */
-async function until(holds: () => boolean): Promise<void> {
-  while (!holds()) await new Promise((resolve) => setImmediate(resolve))
 }
 
 const hexOf = (updates: Map<number, ReceivedUpdate>) =>
@@ -102,11 +97,6 @@ t.test('a client that stops reading slows nobody else, and is closed after the t
   await other.close()
   await service.app.close()
 })
-
-async function told({ metrics }: Service, code: string): Promise<number> {
-  const { values } = await metrics.errors_total.get()
-  return values.find(({ labels }) => labels.code === code)?.value ?? 0
-}
 
 t.test('a half-received gradient holds the arena only until the timeout, and whoever waits goes on', async (t) => {
   const service = await startService({ staging_bytes: MiB, send_timeout_seconds: 0.2 })

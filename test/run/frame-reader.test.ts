@@ -1,4 +1,5 @@
 import { createHash } from 'node:crypto'
+import { isDeepStrictEqual } from 'node:util'
 import fc from 'fast-check'
 import t from 'tap'
 import { FrameReader } from '../../src/run/frame-reader.js'
@@ -41,6 +42,25 @@ t.test('however the bytes are split, every gradient is placed and the rest is fo
     }),
     { seed: 11, numRuns: 60 },
   )
+})
+
+t.test('wherever the scratch ends inside a ping of any size, the pings are forwarded whole and in order', async (t) => {
+  const [mask, zero] = [Uint8Array.from([9, 0, 7, 255]), new Uint8Array(4)]
+  const pings = Array.from({ length: 126 }, (_, size) => rawFrame(0x89, randomBytes(size, size), mask))
+  const gradient = (parameter: number, fragments: boolean) =>
+    rawGradient(parameter, randomBytes(IN_PLACE_BYTES, parameter), { mask: zero, fragments })
+  const rest = [...pings, gradient(0, false), ...pings, gradient(1, true), ...pings]
+  const placed = [0, 1].map((seed) => ({ placed: Buffer.from(randomBytes(IN_PLACE_BYTES, seed)) }))
+  const ordinary = (frames: Buffer[]) => ({ ordinary: Buffer.concat(frames) })
+  const bytesOfPings = ordinary(pings).ordinary.length
+  // The border of the first read falls on every byte of the pings, headers included.
+  for (let border = 0; border <= bytesOfPings; border++) {
+    const { reader, events } = recording()
+    const filler = rawFrame(0x82, new Uint8Array(reader.next().length - border - 8), zero)
+    feed(reader, Buffer.concat([filler, ...rest]))
+    const expected = [ordinary([filler, ...pings]), placed[0]!, ordinary(pings), placed[1]!, ordinary(pings)]
+    if (!isDeepStrictEqual(merged(events), expected)) t.fail(`the border ${border} bytes into the pings`)
+  }
 })
 
 t.test(
@@ -152,14 +172,13 @@ function feed(reader: FrameReader, bytes: Uint8Array): void {
 
 /** Ordinary bytes may be forwarded in any pieces: joins neighbours. */
 function merged(events: readonly Event[]): Event[] {
-  const result: Event[] = []
-  for (const event of events) {
-    const last = result.at(-1)
-    if ('ordinary' in event && last && 'ordinary' in last)
-      result[result.length - 1] = { ordinary: Buffer.concat([last.ordinary, event.ordinary]) }
-    else result.push(event)
-  }
-  return result
+  const starts = events.flatMap((event, i) => ('placed' in event || i === 0 || 'placed' in events[i - 1]! ? [i] : []))
+  return starts.map((start, i) => {
+    const pieces = events.slice(start, starts[i + 1])
+    return 'placed' in pieces[0]!
+      ? pieces[0]
+      : { ordinary: Buffer.concat(pieces.flatMap((event) => ('ordinary' in event ? [event.ordinary] : []))) }
+  })
 }
 
 function digest(events: readonly Event[]): string[] {

@@ -1,3 +1,4 @@
+import type { Socket } from 'node:net'
 import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import type { ErrorCode } from '../../src/errors.js'
@@ -10,7 +11,7 @@ import {
   type ServerFrame,
 } from '../../src/wire/frame.js'
 import { MAX_VALUES } from '../../src/wire/msgpack.js'
-import { bytesOf, normal, RawClient, type Service, startService } from '../service.js'
+import { bytesOf, normal, RawClient, type Service, startService, told, turn } from '../service.js'
 import {
   array,
   bin,
@@ -24,6 +25,7 @@ import {
   step as stepWith,
   uint32,
 } from '../wire/bytes.js'
+import { rawFrame } from '../wire/raw-frame.js'
 
 const ROUNDS = 6
 const WARM_UP_ROUNDS = 2
@@ -372,11 +374,6 @@ const figures = ({ device, runs }: Service) => ({
   runs: runs.list().map((run) => run.name),
 })
 
-async function internalErrors({ metrics }: Service): Promise<number> {
-  const { values } = await metrics.errors_total.get()
-  return values.find(({ labels }) => labels.code === 'INTERNAL')?.value ?? 0
-}
-
 t.test('whatever is sent is refused by its code, and nothing of it stays', async (t) => {
   const service = await startService(SETTINGS)
   const cases = [
@@ -404,7 +401,7 @@ t.test('whatever is sent is refused by its code, and nothing of it stays', async
   }
   const growth = process.memoryUsage.rss() - warm
   t.ok(growth < RSS_GROWTH_BYTES, `${ROUNDS - WARM_UP_ROUNDS} rounds grew the process by ${growth} bytes`)
-  t.equal(await internalErrors(service), 0)
+  t.equal(await told(service, 'INTERNAL'), 0)
   await calm.client.close()
   await healthy.client.close()
   await service.app.close()
@@ -465,7 +462,7 @@ t.test('random bytes and damaged frames never get INTERNAL, and the service goes
     steps += 1
     const [expected, seen] = [await calm.step(steps), await healthy.step(steps)]
     const alive = seen === expected && [1002, 1003, 1009].includes(code)
-    const untouched = service.device.staging.used === 0 && (await internalErrors(service)) === 0
+    const untouched = service.device.staging.used === 0 && (await told(service, 'INTERNAL')) === 0
     return alive && untouched
   })
   await fc.assert(property, { seed: 11, numRuns: 400 })
@@ -481,35 +478,32 @@ t.test('random bytes and damaged frames never get INTERNAL, and the service goes
   await service.app.close()
 })
 
-t.test('a client that asks for more than it reads is closed: refusals pile up to a bound', async (t) => {
+/** `count` frames with a mask of zeros, below 126 bytes each. */
+const flood = (first: number, payload: Uint8Array, count: number) =>
+  Buffer.concat(new Array<Buffer>(count).fill(rawFrame(first, payload, new Uint8Array(4))))
+
+/** What is answered to a client that does not read. */
+const FLOODS = {
+  refusals: flood(0x82, end(1), 100),
+  pings: flood(0x89, bytes(125), 500),
+}
+
+t.test('a client that asks for more than it reads is told so and closed: answers pile up to a bound', async (t) => {
   const service = await startService(SETTINGS)
   const names = Array.from({ length: 10 }, (_, i) => `${i}${'x'.repeat(1000)}`)
   const parameters = names.map((name) => ({ name, shape: [1], group: 'sgd' }))
-  const unmasked = hex('00000000')
-  const incomplete = end(1)
-  const floods = {
-    refusals: Buffer.concat(
-      new Array(100).fill([Buffer.from([0x82, 0x80 | incomplete.length]), unmasked, incomplete]).flat(),
-    ),
-  }
-  for (const [what, flood] of Object.entries(floods)) {
+  for (const [what, flood] of Object.entries(FLOODS)) {
     const client = await RawClient.connect(service.url)
     await client.open({ run: what, groups: GROUPS, parameters })
     client.socket.pause()
-    const socket = Reflect.get(client.socket, '_socket')
-    // Writing to a dead socket fails within the turn: the service, which lives in this process, needs turns of its own.
-    const turn = () => new Promise((resolve) => setImmediate(resolve))
-    while (service.runs.get(what).writer !== undefined) {
-      if (socket.writableLength === 0 && !socket.destroyed) socket.write(flood)
+    const socket: Socket = Reflect.get(client.socket, '_socket')
+    while ((await told(service, 'OVERLOADED')) === 0) {
+      if (socket.writableLength === 0) socket.write(flood)
       await turn()
     }
-    const { values } = await service.metrics.errors_total.get()
-    t.ok(
-      values.some(({ labels }) => labels.code === 'OVERLOADED'),
-      what,
-    )
     service.metrics.errors_total.reset()
-    client.socket.terminate()
+    client.socket.resume()
+    t.equal((await client.closed()).code, 1013, what)
   }
   await service.app.close()
 })

@@ -18,9 +18,10 @@ export const raw = (...pairs: [string | Buffer, Value][]) =>
 
 export const array = (...items: Value[]) => Buffer.concat([Buffer.from([0x90 | items.length]), ...items.map(value)])
 
-export type Value = Buffer | string | number | boolean
+export type Value = Buffer | string | number
 
 export const NIL = hex('c0')
+export const TRUE = hex('c3')
 export const FLOAT_ONE = hex('cb 3ff0000000000000')
 export const bin = (bytes: number) => Buffer.concat([hex('c6'), uint32(bytes), Buffer.alloc(bytes)])
 export const uint32 = (number: number) => {
@@ -47,7 +48,6 @@ export const nested = (depth: number) => Buffer.concat([Buffer.alloc(depth, 0x91
 
 function value(item: Value): Buffer {
   if (typeof item === 'string') return str(item)
-  if (typeof item === 'boolean') return hex(item ? 'c3' : 'c2')
   if (typeof item === 'number') return item < 0 ? Buffer.from([0x100 + item]) : Buffer.concat([hex('ce'), uint32(item)])
   return item
 }

@@ -10,7 +10,21 @@ import {
   peekGradient,
 } from '../../src/wire/codec.js'
 import type { ClientFrame, GradientFrame, ServerFrame } from '../../src/wire/frame.js'
-import { array, bin, FLOAT_ONE, gradient, hex, nested, opening, parameter, raw, step, str, uint32 } from './bytes.js'
+import {
+  array,
+  bin,
+  FLOAT_ONE,
+  gradient,
+  hex,
+  nested,
+  opening,
+  parameter,
+  raw,
+  step,
+  str,
+  TRUE,
+  uint32,
+} from './bytes.js'
 
 const LIMITS = { chunk_bytes: 4096 }
 const seed = 20261123
@@ -183,7 +197,7 @@ t.test('what the layout or the optimizer must judge passes', async (t) => {
     ['name', 'g'],
     ['algorithm', 'nope'],
     ['lr', 'much'],
-    ['x', array(bin(1), true, raw(['y', FLOAT_ONE]))],
+    ['x', array(bin(1), TRUE, raw(['y', FLOAT_ONE]))],
   )
   t.match(decodeClientFrame(opening(['groups', array(values)]), LIMITS), {
     groups: [{ algorithm: 'nope', lr: 'much', x: [Buffer.alloc(1), true, { y: 1 }] }],

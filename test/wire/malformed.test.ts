@@ -1,7 +1,21 @@
 import t from 'tap'
 import type { ErrorCode } from '../../src/errors.js'
 import { decodeClientFrame } from '../../src/wire/codec.js'
-import { array, bin, FLOAT_ONE, gradient, hex, NIL, nested, opening, parameter, raw, step, uint32 } from './bytes.js'
+import {
+  array,
+  bin,
+  FLOAT_ONE,
+  gradient,
+  hex,
+  NIL,
+  nested,
+  opening,
+  parameter,
+  raw,
+  step,
+  TRUE,
+  uint32,
+} from './bytes.js'
 
 const LIMITS = { chunk_bytes: 4096 }
 
@@ -94,7 +108,7 @@ const refused: [what: string, bytes: Uint8Array, code: ErrorCode, message: RegEx
     /\.shape\[0\] is a float/,
   ],
   ['a text as a step', raw(['type', 'end'], ['step', '1']), 'FRAME_MALFORMED', /end.step is a string/],
-  ['a bool as a step', raw(['type', 'end'], ['step', true]), 'FRAME_MALFORMED', /end.step is a bool/],
+  ['a bool as a step', raw(['type', 'end'], ['step', TRUE]), 'FRAME_MALFORMED', /end.step is a bool/],
   ['a negative index', gradient('parameter', -1), 'FRAME_MALFORMED', /gradient.parameter is -1, expected 0 or more/],
   ['a negative step', gradient('step', -1), 'FRAME_MALFORMED', /gradient.step is -1/],
   ['a negative offset', gradient('offset', -1), 'FRAME_MALFORMED', /gradient.offset is -1/],
@@ -116,7 +130,7 @@ const refused: [what: string, bytes: Uint8Array, code: ErrorCode, message: RegEx
   ['a frame that is a map bomb', hex('dfffffffff'), 'FRAME_MALFORMED', /in the middle/],
   ['nine levels', step('groups', nested(9)), 'FRAME_MALFORMED', /nested deeper than 8/],
   ['a hundred thousand levels', step('groups', nested(100_000)), 'FRAME_MALFORMED', /nested deeper than 8/],
-  ['a bool as a run', raw(['type', 'open'], ['protocol', 1], ['run', true]), 'FRAME_MALFORMED', /open.run is a bool/],
+  ['a bool as a run', raw(['type', 'open'], ['protocol', 1], ['run', TRUE]), 'FRAME_MALFORMED', /open.run is a bool/],
   ['an empty run name', raw(['type', 'open'], ['protocol', 1], ['run', '']), 'FRAME_MALFORMED', /open.run is ""/],
   ['a run name with a path', raw(['type', 'open'], ['protocol', 1], ['run', '../x']), 'FRAME_MALFORMED', /open.run is/],
   ['a run name with a line end', raw(['type', 'open'], ['protocol', 1], ['run', 'a\n']), 'FRAME_MALFORMED', /"a\\n"/],
@@ -139,7 +153,7 @@ const refused: [what: string, bytes: Uint8Array, code: ErrorCode, message: RegEx
   ],
   ['text as heads', parameter(['heads', '2']), 'FRAME_MALFORMED', /parameters\[0\].heads is a string/],
   ['a number as split', parameter(['split', 2]), 'FRAME_MALFORMED', /parameters\[0\].split is a int, expected a list/],
-  ['a bool as matrices', parameter(['matrices', true]), 'FRAME_MALFORMED', /parameters\[0\].matrices is a bool/],
+  ['a bool as matrices', parameter(['matrices', TRUE]), 'FRAME_MALFORMED', /parameters\[0\].matrices is a bool/],
   ['a number as a dtype', parameter(['gradient_dtype', 32]), 'FRAME_MALFORMED', /gradient_dtype is a int/],
   [
     'protocol 2',

@@ -17,17 +17,17 @@ export function rawFrame(first: number, payload: Uint8Array, mask?: Uint8Array):
 export function rawGradient(
   parameter: number,
   data: Uint8Array,
-  form: { mask?: Uint8Array; fragments?: boolean },
+  { mask, fragments = false, offset = 0 }: { mask?: Uint8Array; fragments?: boolean; offset?: number },
 ): Buffer {
-  const header = encodeHeader({ type: 'gradient', parameter, step: 1, offset: 0 }, data.length)
-  return form.fragments
-    ? Buffer.concat([rawFrame(0x02, header, form.mask), rawFrame(0x80, data, form.mask)])
-    : rawFrame(0x82, Buffer.concat([header, data]), form.mask)
+  const header = encodeHeader({ type: 'gradient', parameter, step: 1, offset }, data.length)
+  return fragments
+    ? Buffer.concat([rawFrame(0x02, header, mask), rawFrame(0x80, data, mask)])
+    : rawFrame(0x82, Buffer.concat([header, data]), mask)
 }
 
 /** xorshift32: the same bytes for the same seed. */
 export function randomBytes(length: number, seed: number): Uint8Array {
-  let x = Math.imul(seed + 1, 2654435761) || 1
+  let x = Math.imul(seed + 1, 2654435761)
   return Uint8Array.from({ length }, () => {
     x ^= x << 13
     x ^= x >>> 17

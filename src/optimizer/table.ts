@@ -1,0 +1,119 @@
+import { NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
+import { type Coefficients, isCoefficients, isNumber, MAX_NS_STEPS } from './coefficients.js'
+
+/** One hyperparameter. `sticky`: a `step` frame may change it from that step on. `not_yet`: values we know and refuse, with the reason. */
+export type Rule<T> = Kind<T> & {
+  readonly default: T
+  readonly description: string
+  readonly sticky: boolean
+  readonly not_yet?: Readonly<Record<string, string>>
+}
+type Kind<T> = { readonly expected: string; readonly accepts: (value: unknown) => value is T }
+export type Table = Readonly<Record<string, Rule<unknown>>>
+export type Values<T extends Table> = { readonly [K in keyof T]: T[K]['default'] }
+
+export type AdjustLrFn = 'original' | 'match_rms_adamw' | 'spectral' | 'none' | `rms:${number}`
+
+const CUSTOM_RMS = /^rms:(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?$/i
+
+const isFraction = (value: unknown): value is number => isNumber(value) && value >= 0 && value < 1
+
+const FINITE: Kind<number> = { expected: 'a finite float32 number', accepts: isNumber }
+const NOT_NEGATIVE: Kind<number> = {
+  expected: 'a finite float32 number >= 0',
+  accepts: (value): value is number => isNumber(value) && value >= 0,
+}
+const FRACTION: Kind<number> = { expected: 'a number in [0, 1)', accepts: isFraction }
+const FRACTIONS: Kind<readonly [number, number]> = {
+  expected: 'two numbers in [0, 1)',
+  accepts: (value): value is [number, number] => Array.isArray(value) && value.length === 2 && value.every(isFraction),
+}
+const BOOLEAN: Kind<boolean> = { expected: 'true or false', accepts: (value) => typeof value === 'boolean' }
+const ITERATIONS: Kind<number> = {
+  expected: `an integer from 1 to ${MAX_NS_STEPS}`,
+  accepts: (value): value is number =>
+    Number.isInteger(value) && isNumber(value) && value >= 1 && value <= MAX_NS_STEPS,
+}
+const COEFFICIENTS: Kind<Coefficients> = {
+  expected: `three finite numbers, a list of 1 to ${MAX_NS_STEPS} such triples, or one of ${Object.keys(NAMED_COEFFICIENTS).join(', ')}`,
+  accepts: isCoefficients,
+}
+const ADJUSTMENT: Kind<AdjustLrFn> = {
+  expected: "'original', 'match_rms_adamw', 'spectral', 'none' or 'rms:K' with a finite K > 0",
+  accepts: (value): value is AdjustLrFn =>
+    value === 'original' ||
+    value === 'match_rms_adamw' ||
+    value === 'spectral' ||
+    value === 'none' ||
+    isCustomRms(value),
+}
+
+function choice<T extends string>(...values: readonly T[]): Kind<T> {
+  const expected = values.map((value) => `'${value}'`).join(' or ')
+  return { expected, accepts: (value): value is T => values.some((known) => known === value) }
+}
+
+function rule<T>(kind: Kind<T>, fallback: NoInfer<T>, description: string): Rule<T> {
+  return { ...kind, default: fallback, description, sticky: true }
+}
+
+/** A hyperparameter that says what the state means: fixed once the run exists. */
+function fixed<T>(sticky: Rule<T>, not_yet?: Readonly<Record<string, string>>): Rule<T> {
+  return { ...sticky, sticky: false, not_yet }
+}
+
+const WEIGHT_DECAY = 'Decoupled weight decay λ: the weights shrink by lr·λ in every step, with the unadjusted lr.'
+
+/** Names and defaults of torch.optim.Muon, torch.optim.AdamW and torch.optim.SGD where torch has them. */
+export const HYPERPARAMETERS = {
+  muon: {
+    lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η before adjust_lr_fn.'),
+    weight_decay: rule(NOT_NEGATIVE, 0.1, WEIGHT_DECAY),
+    momentum: rule(FRACTION, 0.95, 'Share μ of the momentum buffer that a step keeps.'),
+    nesterov: rule(BOOLEAN, true, 'Looks one step ahead: the direction mixes the new buffer with the gradient.'),
+    ns_steps: rule(ITERATIONS, 5, 'Newton-Schulz iterations; unset, what ns_coefficients asks for.'),
+    ns_coefficients: rule<Coefficients>(
+      COEFFICIENTS,
+      [3.4445, -4.775, 2.0315],
+      'Coefficients a, b, c of X <- aX + (bA + cA²)X, one triple per iteration; the last one repeats.',
+    ),
+    eps: rule(
+      NOT_NEGATIVE,
+      1e-7,
+      "Torch's guard of the norm; it applies after an exact rescale to order one, so it never shows.",
+    ),
+    adjust_lr_fn: rule<AdjustLrFn>(ADJUSTMENT, 'original', 'Factor on lr that depends on the shape of the matrix.'),
+    momentum_form: fixed(
+      rule(choice('ema', 'heavy_ball'), 'ema', 'Meaning of the buffer: μB + (1-μ)G (ema) or μB + G (heavy_ball).'),
+    ),
+    momentum_dtype: fixed(rule(choice('float32'), 'float32', 'Type in which the momentum buffer is kept.'), {
+      bfloat16: 'the momentum buffer is kept in float32 only',
+    }),
+  },
+  adamw: {
+    lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η.'),
+    betas: rule<readonly [number, number]>(
+      FRACTIONS,
+      [0.9, 0.999],
+      'Shares β1, β2 of the two averages that a step keeps.',
+    ),
+    eps: rule(NOT_NEGATIVE, 1e-8, 'Added to the root of the second average.'),
+    weight_decay: rule(NOT_NEGATIVE, 1e-2, WEIGHT_DECAY),
+  },
+  sgd: {
+    lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η.'),
+    momentum: rule(FRACTION, 0, 'Share μ of the momentum buffer that a step keeps; 0 is plain gradient descent.'),
+    dampening: rule(FINITE, 0, 'Takes dampening·G out of what enters the buffer, but not at the first step.'),
+    nesterov: rule(BOOLEAN, false, 'Looks one step ahead; needs momentum > 0 and dampening 0.'),
+    weight_decay: rule(NOT_NEGATIVE, 0, WEIGHT_DECAY),
+  },
+} satisfies Record<string, Table>
+
+export type Algorithm = keyof typeof HYPERPARAMETERS
+export type Hyperparameters<A extends Algorithm> = Values<(typeof HYPERPARAMETERS)[A]>
+
+function isCustomRms(value: unknown): value is `rms:${number}` {
+  if (typeof value !== 'string' || !CUSTOM_RMS.test(value)) return false
+  const factor = Number(value.slice('rms:'.length))
+  return isNumber(factor) && factor > 0
+}
