@@ -6,8 +6,8 @@ import type { KernelSpec } from '../../kernels/kernel.js'
 import { ServiceError } from '../errors.js'
 import type { HostBlock, Job, JobResult, LaneReply, LaneRequest } from './job.js'
 import type { LaneOptions } from './lane.js'
-import { StateMemory, type Tensor } from './memory.js'
-import { bundledLibraryFolder, type OnnxRuntime, openOnnxRuntime, viewMemory } from './onnxruntime.js'
+import { Pool, StateMemory, type Tensor } from './memory.js'
+import { bundledLibraryFolder, type OnnxRuntime, openOnnxRuntime, type Pointer, viewMemory } from './onnxruntime.js'
 import { Staging } from './staging.js'
 
 export type DeviceOptions = {
@@ -60,6 +60,8 @@ export class Device {
   /** Why `auto` did not take a GPU; empty where nothing was left aside. */
   readonly note: string
   readonly memory: StateMemory
+  /** Host memory that updates are computed into and sent from; nothing may use a block that was given back. */
+  readonly updates: Pool
   readonly staging: Staging
   readonly stagingBlock: HostBlock
   /** Bytes granted to runs by `admit`, and how many there are in all. */
@@ -81,6 +83,10 @@ export class Device {
     this.version = runtime.version
     this.note = note
     this.memory = new StateMemory(runtime)
+    this.updates = new Pool({
+      allocate: (bytes) => this.allocateHost(bytes).pointer,
+      free: (pointer) => this.freeHost(pointer),
+    })
     this.staging = new Staging(options.staging_bytes)
     this.stagingBlock = this.allocateHost(options.staging_bytes)
     this.stateBytesLimit = options.state_bytes_limit
@@ -121,6 +127,7 @@ export class Device {
   dismiss(bytes: number): void {
     this.admittedBytes -= bytes
     this.memory.trim()
+    this.updates.trim()
   }
 
   /** Memory that host and device share (page-locked where the device asks for it), not cleared. */
@@ -133,10 +140,10 @@ export class Device {
   }
 
   /** Gives host memory back. Nothing may hold a view of it any more: not a socket, not a lane's job. */
-  freeHost(block: HostBlock): void {
-    this.#views.delete(block.pointer)
-    for (const lane of this.#lanes) this.#post(lane, { type: 'forget', pointer: block.pointer })
-    this.#runtime.free(block.pointer)
+  freeHost(pointer: Pointer): void {
+    this.#views.delete(pointer)
+    for (const lane of this.#lanes) this.#post(lane, { type: 'forget', pointer })
+    this.#runtime.free(pointer)
   }
 
   /** The event loop's view of a host block. */

@@ -1,51 +1,32 @@
 import { EventEmitter } from 'node:events'
 import type { Device, Ticket } from '../device/device.js'
-import type { HostBlock, HostRange, JobResult } from '../device/job.js'
-import type { Tensor } from '../device/memory.js'
-import { aligned } from '../device/staging.js'
+import type { HostRange } from '../device/job.js'
 import { ServiceError } from '../errors.js'
-import { planStep } from '../optimizer/algorithm.js'
 import { effective } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter, stateBytes } from '../optimizer/parameter.js'
-import type { Plan } from '../optimizer/plan.js'
 import type { OpenedFrame, ReceiptFrame, StepSeconds } from '../wire/frame.js'
 import { type DigestRecord, FIRST_DIGEST, nextDigest } from './digest.js'
-import { type Groups, Schedule, type StepSettings, type StepValues } from './schedule.js'
+import { Place, type Update } from './place.js'
+import { type Groups, groupOf, Schedule, type StepValues } from './schedule.js'
 
 /** The connection that writes to a run, as the run sees it. */
 export type Writer = {
-  /** Ends the connection with 4409; settles once nothing of the run's memory is being sent any more. */
-  fence(): Promise<void>
+  /** Ends the connection with 4409: another one has the run. */
+  fence(): void
   /** Ends the connection because its run is gone or its device has failed. */
   expel(error: ServiceError): void
 }
 
-/** One parameter's place in the run. `tensors` is undefined before its first step, when its state is all zeros. */
-type Place = {
-  parameter: Parameter
-  tensors: Tensor[] | undefined
-  /** How many updates were applied to it: torch's `step`. */
-  count: number
-  /** The run's step it was last applied for; 0 is never. */
-  appliedStep: number
-  record: DigestRecord | undefined
-  gradientSquare: number
-  /** Where its update of the step lies in the run's update block. */
-  updateOffset: number
-}
-
-/** An update ready to be sent: `range` lies in the run's own memory and holds until the next step's update of that parameter. */
-export type Update = {
-  range: HostRange
-  scale: number
-  decay: number
-  replayed: boolean
-  gradient_norm: number
-  update_rms: number
-}
-
 export type Receipt = ReceiptFrame
 type Seconds = { -readonly [Phase in keyof StepSeconds]: number }
+
+type PlaceRow = {
+  parameter: Parameter
+  algorithm: string
+  step: number
+  record: DigestRecord | undefined
+  state_bytes: number
+}
 
 const NO_SECONDS: Seconds = { receive: 0, queue: 0, compute: 0, send: 0 }
 const NAMES_IN_MESSAGE = 10
@@ -66,7 +47,6 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   writer: Writer | undefined
   #device: Device
   #places: Place[]
-  #updates: HostBlock
   #receipts: Receipt[] = []
   #receiptsKept: number
   #seconds = { ...NO_SECONDS }
@@ -79,14 +59,8 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     this.#device = device
     this.#receiptsKept = options.receipts_kept
     this.schedule = new Schedule(options.groups)
-    let offset = 0
-    this.#places = options.parameters.map((parameter) => {
-      const place = newPlace(parameter, offset)
-      offset += aligned(parameter.update_bytes)
-      return place
-    })
+    this.#places = options.parameters.map((parameter) => new Place(device, parameter))
     this.admittedBytes = bytesOfRun(options.parameters)
-    this.#updates = device.allocateHost(offset)
   }
 
   get parameters(): Parameter[] {
@@ -111,7 +85,7 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     const older = this.writer
     this.writer = writer
     this.#ticket.cancelled = true
-    await older?.fence()
+    older?.fence()
     await this.settled()
     if (this.ahead.length === 0) this.schedule.forget()
     this.#ticket = { cancelled: false }
@@ -165,8 +139,15 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   }
 
   /** Computes and commits, or replays, one parameter's step. Undefined: the connection that sent it has lost the run. */
-  compute(index: number, step: number, gradient: HostRange): Promise<Update | undefined> {
-    const work = this.#compute(index, step, gradient)
+  async compute(index: number, step: number, gradient: HostRange): Promise<Update | undefined> {
+    const work = this.#place(index).compute({
+      step,
+      expected_step: this.step + 1,
+      settings: step === this.step && this.schedule.last ? this.schedule.last : this.schedule.current,
+      gradient,
+      ticket: this.#ticket,
+      spend: (phase, seconds) => this.spend(phase, seconds),
+    })
     const settled = work.catch(() => undefined).finally(() => this.#inFlight.delete(settled))
     this.#inFlight.add(settled)
     return work
@@ -190,121 +171,25 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return this.#receipts.filter((receipt) => receipt.step > after)
   }
 
-  /** How many state bytes are live, and what a parameter's row in REST says. */
+  /** How many state bytes are live. */
   get stateBytes(): number {
-    return this.#places.reduce((sum, place) => sum + stateBytesOf(place), 0)
+    return this.#places.reduce((sum, place) => sum + place.stateBytes, 0)
   }
 
-  place(index: number): {
-    parameter: Parameter
-    algorithm: string
-    step: number
-    record: DigestRecord | undefined
-    state_bytes: number
-  } {
-    const place = this.#place(index)
-    const { parameter, count, record } = place
-    return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytesOf(place) }
+  /** What a parameter's row in REST says. */
+  place(index: number): PlaceRow {
+    const { parameter, count, record, stateBytes } = this.#place(index)
+    return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes }
   }
 
-  /** References to a parameter's state tensors; none before its first step. The caller releases them with `Device.memory`. */
-  stateTensors(index: number): { name: string; shape: readonly number[]; tensor: Tensor }[] {
-    const { parameter, tensors } = this.#place(index)
-    return (tensors ?? []).map((tensor, i) => ({ ...parameter.state[i], tensor: this.#device.memory.retain(tensor) }))
+  stateTensors(index: number): ReturnType<Place['stateTensors']> {
+    return this.#place(index).stateTensors()
   }
 
   /** Gives all memory back. The run has no writer and no job any more. */
   dispose(): void {
-    for (const { tensors } of this.#places) for (const tensor of tensors ?? []) this.#device.memory.release(tensor)
-    this.#device.freeHost(this.#updates)
+    for (const place of this.#places) place.dispose()
     this.#device.dismiss(this.admittedBytes)
-  }
-
-  async #compute(index: number, step: number, gradient: HostRange): Promise<Update | undefined> {
-    const place = this.#place(index)
-    const replayed = place.appliedStep === step
-    const settings = this.#settings(step)
-    const plan = this.#plan(place, settings, replayed)
-    const range = { block: this.#updates, offset: place.updateOffset, bytes: place.parameter.update_bytes }
-    const ticket = this.#ticket
-    const queuedAt = performance.now()
-    const next: Tensor[] = []
-    const release = () => {
-      for (const tensor of next) this.#device.memory.release(tensor)
-    }
-    const job = () => {
-      this.spend('queue', (performance.now() - queuedAt) / 1000)
-      for (const { bytes } of place.parameter.state) next.push(this.#device.memory.allocate(bytes))
-      return {
-        plan,
-        gradient,
-        gradient_scale: settings.gradient_scale,
-        state: place.tensors?.map((tensor) => tensor.pointer),
-        next: next.map((tensor) => tensor.pointer),
-        update: range,
-        expected: replayed ? place.record?.gradientFingerprint : undefined,
-      }
-    }
-    let result: JobResult | undefined
-    try {
-      result = await this.#device.run(job, ticket)
-      if (result) this.#check(place, { step, result, settings, replayed })
-    } catch (error) {
-      release()
-      throw error
-    }
-    if (!result) return undefined
-    if (replayed) release()
-    else this.#commit(place, { step, result, plan, next, gradient_scale: settings.gradient_scale })
-    this.spend('compute', result.computeSeconds)
-    return describeUpdate(place, { range, plan, result, replayed, gradient_scale: settings.gradient_scale })
-  }
-
-  #check(
-    place: Place,
-    {
-      step,
-      result,
-      settings,
-      replayed,
-    }: { step: number; result: JobResult; settings: StepSettings; replayed: boolean },
-  ): void {
-    const { name, index } = place.parameter
-    const where = { parameter: index, step }
-    if (result.outcome === 'other_gradient') {
-      throw new ServiceError(
-        'STEP_CONFLICT',
-        `parameter '${name}' was applied for step ${step} with another gradient`,
-        { ...where, expected_step: this.step + 1 },
-      )
-    }
-    if (result.outcome === 'not_finite') {
-      const scaled = settings.gradient_scale === 1 ? '' : ` times gradient_scale ${settings.gradient_scale}`
-      throw new ServiceError(
-        'GRADIENT_NOT_FINITE',
-        `the gradient of parameter '${name}' for step ${step}${scaled} holds NaN or Inf, or its update would`,
-        where,
-      )
-    }
-    if (replayed && result.updateFingerprint !== place.record?.updateFingerprint) {
-      throw new Error(
-        `the replay of parameter '${name}' for step ${step} is not the first answer: ${result.updateFingerprint} is not ${place.record?.updateFingerprint}`,
-      )
-    }
-  }
-
-  #commit(
-    place: Place,
-    made: { step: number; result: JobResult; plan: Plan; next: Tensor[]; gradient_scale: number },
-  ): void {
-    const { step, result, plan, next, gradient_scale } = made
-    for (const tensor of place.tensors ?? []) this.#device.memory.release(tensor)
-    place.tensors = next
-    place.count += 1
-    place.appliedStep = step
-    place.gradientSquare = result.gradientSquare * gradient_scale ** 2
-    const { gradientFingerprint, updateFingerprint } = result
-    place.record = { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay }
   }
 
   #checkComplete(step: number, skipped: Set<number>): void {
@@ -355,14 +240,6 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return receipt
   }
 
-  #settings(step: number): StepSettings {
-    return step === this.step && this.schedule.last ? this.schedule.last : this.schedule.current
-  }
-
-  #plan({ parameter, count }: Place, { groups }: StepSettings, replay: boolean): Plan {
-    return planStep(parameter, groupOf(parameter, groups), { step: replay ? count : count + 1, replay })
-  }
-
   #algorithm(parameter: Parameter): string {
     return groupOf(parameter, this.schedule.current.groups).algorithm
   }
@@ -393,36 +270,9 @@ export type RunOptions = { name: string; groups: Groups; parameters: Parameter[]
 
 /** Bytes of device and update memory that a run of these parameters takes: all state, and one step's updates. */
 export function bytesOfRun(parameters: readonly Parameter[]): number {
-  return parameters.reduce((sum, parameter) => sum + stateBytes(parameter) + aligned(parameter.update_bytes), 0)
-}
-
-export function groupOf(parameter: Parameter, groups: Groups) {
-  const group = groups.get(parameter.group)
-  if (group === undefined) throw new Error(`parameter '${parameter.name}' is in no group`)
-  return group
-}
-
-function newPlace(parameter: Parameter, updateOffset: number): Place {
-  return { parameter, tensors: undefined, count: 0, appliedStep: 0, record: undefined, gradientSquare: 0, updateOffset }
-}
-
-function stateBytesOf({ tensors }: Place): number {
-  return (tensors ?? []).reduce((sum, tensor) => sum + tensor.bytes, 0)
+  return parameters.reduce((sum, parameter) => sum + stateBytes(parameter) + parameter.update_bytes, 0)
 }
 
 function effectiveGroups(groups: Groups) {
   return Object.fromEntries([...groups].map(([name, group]) => [name, effective(group)]))
-}
-
-type Computed = { range: HostRange; plan: Plan; result: JobResult; replayed: boolean; gradient_scale: number }
-
-function describeUpdate({ parameter }: Place, { range, plan, result, replayed, gradient_scale }: Computed): Update {
-  return {
-    range,
-    replayed,
-    scale: plan.scale,
-    decay: plan.decay,
-    gradient_norm: Math.sqrt(result.gradientSquare) * Math.abs(gradient_scale),
-    update_rms: plan.rms_factor * Math.sqrt(result.updateSquare / parameter.elements),
-  }
 }

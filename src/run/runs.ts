@@ -5,8 +5,8 @@ import { planStep } from '../optimizer/algorithm.js'
 import { parseGroup, stateBearing } from '../optimizer/hyperparameters.js'
 import { firstDifference, type Parameter, parseParameters } from '../optimizer/parameter.js'
 import type { OpenFrame } from '../wire/frame.js'
-import { bytesOfRun, groupOf, Run, type Writer } from './run.js'
-import type { Groups } from './schedule.js'
+import { bytesOfRun, Run, type Writer } from './run.js'
+import { type Groups, groupOf } from './schedule.js'
 
 /** The run that an `open` gave, and whether it existed before. */
 export type Opened = { run: Run; resumed: boolean }
@@ -49,7 +49,6 @@ export class Runs {
       this.#runs.delete(name)
       const { writer } = run
       writer?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
-      await writer?.fence()
       await run.settled()
       run.dispose()
     })

@@ -1,6 +1,7 @@
 import { isDeepStrictEqual } from 'node:util'
 import { ServiceError } from '../errors.js'
 import { type Group, updateGroup } from '../optimizer/hyperparameters.js'
+import type { Parameter } from '../optimizer/parameter.js'
 
 export type Groups = ReadonlyMap<string, Group>
 
@@ -9,6 +10,12 @@ export type StepValues = { groups: Record<string, Record<string, unknown>>; grad
 
 /** A step's hyperparameters: `frame` is what the client sent for it, `groups` what holds. */
 export type StepSettings = { frame: StepValues; groups: Groups; gradient_scale: number }
+
+export function groupOf(parameter: Parameter, groups: Groups): Group {
+  const group = groups.get(parameter.group)
+  if (group === undefined) throw new Error(`parameter '${parameter.name}' is in no group`)
+  return group
+}
 
 const NOTHING_SAID: StepValues = { groups: {}, gradient_scale: 1 }
 

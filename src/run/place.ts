@@ -1,0 +1,175 @@
+import type { Device, Ticket } from '../device/device.js'
+import type { HostBlock, HostRange, Job, JobResult } from '../device/job.js'
+import type { Tensor } from '../device/memory.js'
+import { ServiceError } from '../errors.js'
+import { planStep } from '../optimizer/algorithm.js'
+import type { Parameter } from '../optimizer/parameter.js'
+import type { Plan } from '../optimizer/plan.js'
+import type { StepSeconds } from '../wire/frame.js'
+import type { DigestRecord } from './digest.js'
+import { groupOf, type StepSettings } from './schedule.js'
+
+/** An update ready to be sent from `block`, which is the caller's until it calls `release`. */
+export type Update = {
+  block: HostBlock
+  release: () => void
+  scale: number
+  decay: number
+  replayed: boolean
+  gradient_norm: number
+  update_rms: number
+}
+
+/** One step of one parameter. `expected_step` is what the run waits for; `spend` is told where the time went. */
+export type PlaceStep = {
+  step: number
+  expected_step: number
+  settings: StepSettings
+  gradient: HostRange
+  ticket: Ticket
+  spend: (phase: keyof StepSeconds, seconds: number) => void
+}
+
+/** One parameter's place in a run: its state, and what it was last applied with. Only `compute` changes it. */
+export class Place {
+  readonly parameter: Parameter
+  /** How many updates were applied to it: torch's `step`. */
+  count = 0
+  /** The run's step it was last applied for; 0 is never. */
+  appliedStep = 0
+  record: DigestRecord | undefined
+  gradientSquare = 0
+  readonly #device: Device
+  /** Undefined before its first step, when its state is all zeros. */
+  #tensors: Tensor[] | undefined
+
+  constructor(device: Device, parameter: Parameter) {
+    this.#device = device
+    this.parameter = parameter
+  }
+
+  get stateBytes(): number {
+    return (this.#tensors ?? []).reduce((sum, tensor) => sum + tensor.bytes, 0)
+  }
+
+  /** References to the state tensors, none before the first step. The caller releases them with `Device.memory`. */
+  stateTensors(): { name: string; shape: readonly number[]; tensor: Tensor }[] {
+    return (this.#tensors ?? []).map((tensor, i) => ({
+      ...this.parameter.state[i],
+      tensor: this.#device.memory.retain(tensor),
+    }))
+  }
+
+  /** Gives the state back. */
+  dispose(): void {
+    for (const tensor of this.#tensors ?? []) this.#device.memory.release(tensor)
+  }
+
+  /** Computes and commits a step, or replays the one that was applied. Undefined: the ticket was cancelled before a lane began. */
+  async compute(asked: PlaceStep): Promise<Update | undefined> {
+    const { step, settings, ticket, spend } = asked
+    const replayed = this.appliedStep === step
+    const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
+    const plan = planStep(this.parameter, groupOf(this.parameter, settings.groups), at)
+    const outputs = new Outputs(this.#device)
+    const queuedAt = performance.now()
+    const job = () => {
+      spend('queue', (performance.now() - queuedAt) / 1000)
+      return this.#job(asked, plan, outputs)
+    }
+    let result: JobResult | undefined
+    try {
+      result = await this.#device.run(job, ticket)
+      if (result) this.#check(result, asked, replayed)
+    } catch (error) {
+      outputs.releaseNext()
+      outputs.releaseUpdate()
+      throw error
+    }
+    if (!result || !outputs.update) return undefined
+    if (replayed) outputs.releaseNext()
+    else this.#commit(asked, { plan, result, next: outputs.next })
+    spend('compute', result.computeSeconds)
+    return {
+      block: outputs.update,
+      release: () => outputs.releaseUpdate(),
+      replayed,
+      scale: plan.scale,
+      decay: plan.decay,
+      gradient_norm: Math.sqrt(result.gradientSquare) * Math.abs(settings.gradient_scale),
+      update_rms: plan.rms_factor * Math.sqrt(result.updateSquare / this.parameter.elements),
+    }
+  }
+
+  #job({ step, settings, gradient }: PlaceStep, plan: Plan, outputs: Outputs): Job {
+    const replayed = this.appliedStep === step
+    return {
+      plan,
+      gradient,
+      gradient_scale: settings.gradient_scale,
+      state: this.#tensors?.map((tensor) => tensor.pointer),
+      ...outputs.allocate(this.parameter),
+      expected: replayed ? this.record?.gradientFingerprint : undefined,
+    }
+  }
+
+  #check({ outcome, updateFingerprint }: JobResult, asked: PlaceStep, replayed: boolean): void {
+    const { step, expected_step, settings } = asked
+    const { name, index } = this.parameter
+    const where = { parameter: index, step }
+    if (outcome === 'other_gradient') {
+      const message = `parameter '${name}' was applied for step ${step} with another gradient`
+      throw new ServiceError('STEP_CONFLICT', message, { ...where, expected_step })
+    }
+    if (outcome === 'not_finite') {
+      const scaled = settings.gradient_scale === 1 ? '' : ` times gradient_scale ${settings.gradient_scale}`
+      const message = `the gradient of parameter '${name}' for step ${step}${scaled} holds NaN or Inf, or its update would`
+      throw new ServiceError('GRADIENT_NOT_FINITE', message, where)
+    }
+    const first = this.record?.updateFingerprint
+    if (!replayed || updateFingerprint === first) return
+    throw new Error(
+      `the replay of parameter '${name}' for step ${step} is not the first answer: ${updateFingerprint} is not ${first}`,
+    )
+  }
+
+  #commit(
+    { step, settings: { gradient_scale } }: PlaceStep,
+    { plan, result, next }: { plan: Plan; result: JobResult; next: Tensor[] },
+  ): void {
+    this.dispose()
+    this.#tensors = next
+    this.count += 1
+    this.appliedStep = step
+    this.gradientSquare = result.gradientSquare * gradient_scale ** 2
+    const { gradientFingerprint, updateFingerprint } = result
+    this.record = { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay }
+  }
+}
+
+/** What a job writes into. It is taken when a lane is there for the job: what waits holds no memory but its gradient's. */
+class Outputs {
+  next: Tensor[] = []
+  update: HostBlock | undefined
+  readonly #device: Device
+
+  constructor(device: Device) {
+    this.#device = device
+  }
+
+  allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
+    const { memory, updates } = this.#device
+    for (const { bytes } of state) this.next.push(memory.allocate(bytes))
+    const block = updates.take(update_bytes)
+    this.update = block
+    return { next: this.next.map((tensor) => tensor.pointer), update: { block, offset: 0, bytes: update_bytes } }
+  }
+
+  releaseNext(): void {
+    for (const tensor of this.next) this.#device.memory.release(tensor)
+  }
+
+  releaseUpdate(): void {
+    if (this.update) this.#device.updates.give(this.update)
+  }
+}
