@@ -4,9 +4,9 @@ import { join } from 'node:path'
 import { Worker } from 'node:worker_threads'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { ServiceError } from '../errors.js'
-import type { HostBlock, Job, JobResult, LaneReply, LaneRequest } from './job.js'
+import type { HostBlock, HostRange, Job, JobResult, LaneReply, LaneRequest } from './job.js'
 import type { LaneOptions } from './lane.js'
-import { Pool, StateMemory, type Tensor } from './memory.js'
+import { StateMemory, type Tensor } from './memory.js'
 import { bundledLibraryFolder, type OnnxRuntime, openOnnxRuntime, type Pointer, viewMemory } from './onnxruntime.js'
 import { Staging } from './staging.js'
 
@@ -23,6 +23,9 @@ export type DeviceOptions = {
   /** Bytes that the runs' state and updates may take together; 0: three quarters of the machine's memory. */
   state_bytes_limit: number
 }
+
+/** Where an update is computed and sent from; nothing may use `range` after `release`. */
+export type UpdateMemory = { range: HostRange; release: () => void }
 
 /** A job that waits for a lane. `plan` is called when it is dispatched: undefined drops it. */
 export type Ticket = { cancelled: boolean }
@@ -60,8 +63,6 @@ export class Device {
   /** Why `auto` did not take a GPU; empty where nothing was left aside. */
   readonly note: string
   readonly memory: StateMemory
-  /** Host memory that updates are computed into and sent from; nothing may use a block that was given back. */
-  readonly updates: Pool
   readonly staging: Staging
   readonly stagingBlock: HostBlock
   /** Bytes granted to runs by `admit`, and how many there are in all. */
@@ -72,6 +73,9 @@ export class Device {
   /** Called once when the device fails. */
   onFailure: (error: Error) => void = () => {}
   #runtime: OnnxRuntime
+  /** Where updates lie while there is room: the same warm memory again and again. */
+  readonly #updates: Staging
+  readonly #updatesBlock: HostBlock
   #lanes: Lane[]
   #queue: Pending[] = []
   #nextId = 1
@@ -83,12 +87,10 @@ export class Device {
     this.version = runtime.version
     this.note = note
     this.memory = new StateMemory(runtime)
-    this.updates = new Pool({
-      allocate: (bytes) => this.allocateHost(bytes).pointer,
-      free: (pointer) => this.freeHost(pointer),
-    })
     this.staging = new Staging(options.staging_bytes)
     this.stagingBlock = this.allocateHost(options.staging_bytes)
+    this.#updates = new Staging(options.staging_bytes)
+    this.#updatesBlock = this.allocateHost(options.staging_bytes)
     this.stateBytesLimit = options.state_bytes_limit
     this.#lanes = Array.from({ length: options.lanes }, () => this.#startLane(options))
   }
@@ -127,7 +129,6 @@ export class Device {
   dismiss(bytes: number): void {
     this.admittedBytes -= bytes
     this.memory.trim()
-    this.updates.trim()
   }
 
   /** Memory that host and device share (page-locked where the device asks for it), not cleared. */
@@ -144,6 +145,17 @@ export class Device {
     this.#views.delete(pointer)
     for (const lane of this.#lanes) this.#post(lane, { type: 'forget', pointer })
     this.#runtime.free(pointer)
+  }
+
+  /** Memory for one update. Clients that read slowly may hold the arena: then it gets memory of its own. */
+  takeUpdate(bytes: number): UpdateMemory {
+    const slot = this.#updates.tryReserve(bytes)
+    if (slot) {
+      const release = () => this.#updates.release(slot)
+      return { range: { block: this.#updatesBlock, offset: slot.offset, bytes }, release }
+    }
+    const block = this.allocateHost(bytes)
+    return { range: { block, offset: 0, bytes }, release: () => this.freeHost(block.pointer) }
   }
 
   /** The event loop's view of a host block. */

@@ -59,7 +59,7 @@ export class Answers {
   async #answer(gradient: Gradient): Promise<void> {
     try {
       const update = await this.#compute(gradient)
-      if (update) await this.#send(gradient, update).finally(update.release)
+      if (update) await this.#send(gradient, update).finally(update.memory.release)
     } catch (error) {
       countRefused(this.#means.metrics, error)
       this.#report(error)
@@ -78,9 +78,10 @@ export class Answers {
   async #send({ run, parameter, step }: Gradient, update: Update): Promise<void> {
     const startedAt = performance.now()
     const { device, config, metrics } = this.#means
-    const payload = device.view(update.block)
+    const { block, offset: start, bytes } = update.memory.range
+    const payload = device.view(block).subarray(start, start + bytes)
     const { scale, decay, replayed, gradient_norm, update_rms } = update
-    const sent = [...chunksOf(payload.length, config.chunk_bytes)].map(async ({ offset, length }) => {
+    const sent = [...chunksOf(bytes, config.chunk_bytes)].map(async ({ offset, length }) => {
       const first = offset === 0 ? { scale, decay, replayed, gradient_norm, update_rms } : {}
       const header = encodeHeader({ type: 'update', parameter, step, offset, ...first }, length)
       const whole = await this.#sender.send({ header, payload: payload.subarray(offset, offset + length) })

@@ -1,5 +1,5 @@
-import type { Device, Ticket } from '../device/device.js'
-import type { HostBlock, HostRange, Job, JobResult } from '../device/job.js'
+import type { Device, Ticket, UpdateMemory } from '../device/device.js'
+import type { HostRange, Job, JobResult } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithm.js'
@@ -9,10 +9,9 @@ import type { StepSeconds } from '../wire/frame.js'
 import type { DigestRecord } from './digest.js'
 import { groupOf, type StepSettings } from './schedule.js'
 
-/** An update ready to be sent from `block`, which is the caller's until it calls `release`. */
+/** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {
-  block: HostBlock
-  release: () => void
+  memory: UpdateMemory
   scale: number
   decay: number
   replayed: boolean
@@ -83,7 +82,7 @@ export class Place {
       if (result) this.#check(result, asked, replayed)
     } catch (error) {
       outputs.releaseNext()
-      outputs.releaseUpdate()
+      outputs.update?.release()
       throw error
     }
     if (!result || !outputs.update) return undefined
@@ -91,8 +90,7 @@ export class Place {
     else this.#commit(asked, { plan, result, next: outputs.next })
     spend('compute', result.computeSeconds)
     return {
-      block: outputs.update,
-      release: () => outputs.releaseUpdate(),
+      memory: outputs.update,
       replayed,
       scale: plan.scale,
       decay: plan.decay,
@@ -150,7 +148,7 @@ export class Place {
 /** What a job writes into. It is taken when a lane is there for the job: what waits holds no memory but its gradient's. */
 class Outputs {
   next: Tensor[] = []
-  update: HostBlock | undefined
+  update: UpdateMemory | undefined
   readonly #device: Device
 
   constructor(device: Device) {
@@ -158,18 +156,12 @@ class Outputs {
   }
 
   allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
-    const { memory, updates } = this.#device
-    for (const { bytes } of state) this.next.push(memory.allocate(bytes))
-    const block = updates.take(update_bytes)
-    this.update = block
-    return { next: this.next.map((tensor) => tensor.pointer), update: { block, offset: 0, bytes: update_bytes } }
+    for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes))
+    this.update = this.#device.takeUpdate(update_bytes)
+    return { next: this.next.map((tensor) => tensor.pointer), update: this.update.range }
   }
 
   releaseNext(): void {
     for (const tensor of this.next) this.#device.memory.release(tensor)
-  }
-
-  releaseUpdate(): void {
-    if (this.update) this.#device.updates.give(this.update)
   }
 }
