@@ -23,9 +23,9 @@ export const SETTINGS = {
   lanes: integer(0, [0, 256], 'Worker threads that compute side by side; 0 chooses by the device.'),
   threads: integer(0, [0, 1024], 'Threads inside one operation of a lane; 0 chooses by the device.'),
   staging_bytes: integer(
-    2 ** 28,
+    3 * 2 ** 26,
     [2 ** 20, BYTES],
-    'Arena that received gradients wait in; the largest gradient must fit.',
+    'Arena that received gradients wait in; the largest gradient must fit. Updates have one as large.',
   ),
   chunk_bytes: integer(2 ** 22, [1, 2 ** 24], 'Largest `data` of one gradient or update frame.'),
   state_bytes_limit: integer(

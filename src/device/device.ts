@@ -51,8 +51,8 @@ const MAX_CPU_LANES = 4
 
 // About a millisecond of copying.
 const READ_BYTES = 4 << 20
-// ONNX Runtime tells the two apart by their words only.
-const OUT_OF_MEMORY = /failed to allocate memory|bad_alloc/i
+// ONNX Runtime and V8 tell them from other errors by their words only.
+const OUT_OF_MEMORY = /failed to allocate memory|bad_alloc|array length|array buffer allocation failed/i
 
 /** Where plans run: lanes, the staging arena, state memory, and the queue before the lanes. The only owner of device memory. */
 export class Device {

@@ -26,7 +26,7 @@ const runtime = openOnnxRuntime(folder)
 const scanner = createScanner()
 const programs = new Map<string, Program>()
 const views = new Map<Pointer, Uint8Array>()
-let zeros = { pointer: 0n, bytes: 0 }
+let zeros = new Uint8Array(0)
 
 /** A kernel's session with one resident tensor for each scalar input and for each check that it answers. */
 type Program = { session: Session; spec: KernelSpec; scalars: (Resident & { name: string })[]; checks: Resident[] }
@@ -35,6 +35,11 @@ type Program = { session: Session; spec: KernelSpec; scalars: (Resident & { name
 type Resident = { value: Float32Array; tensor: Pointer; pointer: Pointer }
 
 parentPort?.on('message', (request: LaneRequest) => {
+  const reply = handle(request)
+  if (reply) parentPort?.postMessage(reply)
+})
+
+function handle(request: LaneRequest): LaneReply | undefined {
   switch (request.type) {
     case 'load':
       return answer(request.id, () => {
@@ -45,22 +50,18 @@ parentPort?.on('message', (request: LaneRequest) => {
       return answer(request.id, () => runJob(request.job))
     case 'forget':
       views.delete(request.pointer)
-      return
+      return undefined
     case 'stop':
       return stop()
-    default:
-      return request satisfies never
   }
-})
+}
 
-function answer(id: number, work: () => JobResult | undefined): void {
-  let reply: LaneReply
+function answer(id: number, work: () => JobResult | undefined): LaneReply {
   try {
-    reply = { id, result: work() }
+    return { id, result: work() }
   } catch (error) {
-    reply = { id, error: error instanceof Error ? error.message : String(error) }
+    return { id, error: String(error).replace(/^\w*Error: /, '') }
   }
-  parentPort?.postMessage(reply)
 }
 
 function runJob(job: Job): JobResult {
@@ -85,7 +86,14 @@ function runJob(job: Job): JobResult {
 
 /** Runs every task of the plan; false where a check says that the next state would not be finite. */
 function computeTasks(job: Job): boolean {
-  return job.plan.tasks.flatMap(slices).every((task) => computeTask(job, task))
+  // A plan names few kernels and names them often: each is looked up once.
+  const found = new Map<KernelSpec, Program>()
+  return job.plan.tasks.flatMap(slices).every((task) => {
+    const spec = task.kernel ?? job.plan.kernel
+    const known = found.get(spec) ?? program(spec)
+    found.set(spec, known)
+    return computeTask(job, task, known)
+  })
 }
 
 // Elementwise kernels go through a large tensor in slices: their intermediates then stay small and in the cache.
@@ -100,8 +108,7 @@ function slices(task: Task): Task[] {
   }))
 }
 
-function computeTask(job: Job, task: Task): boolean {
-  const { session, spec, scalars, checks } = program(task.kernel ?? job.plan.kernel)
+function computeTask(job: Job, task: Task, { session, spec, scalars, checks }: Program): boolean {
   for (const scalar of scalars) scalar.value[0] = scalarValue(job, task, scalar.name)
   const elements = task.dims.reduce((product, dim) => product * dim, 1)
   // Before anything that would have to be released if there is no memory for it.
@@ -194,19 +201,14 @@ function addressOf({ block, offset }: HostRange): Pointer {
   return block.pointer + BigInt(offset)
 }
 
-/** Read-only zeros: the state before the first step, without a buffer for each parameter. */
+/** Read-only zeros: the state before the first step. The system backs memory that nobody has written with one page of them. */
 function zeroMemory(bytes: number): Pointer {
-  if (zeros.bytes < bytes) {
-    const larger = { pointer: runtime.allocate(bytes), bytes }
-    viewMemory(larger.pointer, bytes).fill(0)
-    if (zeros.bytes > 0) runtime.free(zeros.pointer)
-    zeros = larger
-  }
-  return zeros.pointer
+  if (zeros.byteLength < bytes) zeros = new Uint8Array(bytes)
+  return runtime.addressOf(zeros)
 }
 
 // The worker ends by itself once nothing listens: ending it from outside while a run is in flight would crash the process.
-function stop(): void {
+function stop(): undefined {
   for (const program of programs.values()) release(program)
   runtime.close()
   parentPort?.close()

@@ -29,6 +29,8 @@ export type OnnxRuntime = {
   /** Memory from the CPU provider's allocator, aligned to 64 bytes, not cleared. */
   allocate(bytes: number): Pointer
   free(pointer: Pointer): void
+  /** The address of memory that JavaScript owns: good as long as the caller holds `memory`. */
+  addressOf(memory: Uint8Array): Pointer
   close(): void
 }
 
@@ -54,6 +56,7 @@ const CALLS = {
   CreateSessionFromArray: [8, ['void *', 'void *', 'size_t', 'void *', '_Out_ void **'], STATUS_CALL],
   Run: [9, ['void *', 'void *', 'void *', 'void *', 'size_t', 'void *', 'size_t', 'void *'], STATUS_CALL],
   CreateSessionOptions: [10, ['_Out_ void **'], STATUS_CALL],
+  DisableMemPattern: [17, ['void *'], STATUS_CALL],
   SetIntraOpNumThreads: [24, ['void *', 'int'], STATUS_CALL],
   CreateTensorWithDataAsOrtValue: [
     49,
@@ -123,6 +126,7 @@ export function openOnnxRuntime(folder: string = bundledLibraryFolder()): OnnxRu
     },
     allocate: (bytes) => out('AllocatorAlloc', allocator, bytes),
     free: (pointer) => call('AllocatorFree', allocator, pointer),
+    addressOf: (memory) => koffi.address(memory),
     close: () => {
       call('ReleaseMemoryInfo', memoryInfo)
       call('ReleaseEnv', env)
@@ -143,13 +147,15 @@ function loadApi(folder: string): { api: Pointer; version: string } {
   loaded.push(library)
   const base: Pointer = library.func('OrtGetApiBase', 'void *', [])()
   const version: string = koffi.decode(koffi.decode(base, 8, 'void *'), textType)()
-  const [major, minor] = version.split('.').map(Number)
-  if (major !== MINIMUM_VERSION[0] || minor < MINIMUM_VERSION[1]) {
-    throw new OnnxRuntimeError(
-      `ONNX Runtime in ${folder} is ${version}, needed is ${MINIMUM_VERSION.join('.')} or later`,
-    )
-  }
+  checkVersion(version, folder)
   return { api: koffi.decode(koffi.decode(base, 0, 'void *'), getApiType)(API_VERSION), version }
+}
+
+/** Throws where the library's version is too old for the table that we ask it for, or of another major version. */
+export function checkVersion(version: string, folder: string): void {
+  const [major, minor] = version.split('.').map(Number)
+  if (major === MINIMUM_VERSION[0] && minor >= MINIMUM_VERSION[1]) return
+  throw new OnnxRuntimeError(`ONNX Runtime in ${folder} is ${version}, needed is ${MINIMUM_VERSION.join('.')} or later`)
 }
 
 function libraryName(folder: string): string {
@@ -175,6 +181,8 @@ function callers(api: Pointer): Caller {
 function sessionOptions(call: Caller, out: (name: CallName, ...rest: unknown[]) => Pointer, threads: number): Pointer {
   const options = out('CreateSessionOptions')
   call('SetIntraOpNumThreads', options, threads)
+  // A pattern is one block for all intermediates of a shape: larger, and on top of what the arena holds for other shapes.
+  call('DisableMemPattern', options)
   // Spinning threads of several sessions would take the cores from the lane that has work.
   call('AddSessionConfigEntry', options, 'session.intra_op.allow_spinning', '0')
   return options

@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import ort from 'onnxruntime-node'
 import t from 'tap'
 import { buildKernel, KERNEL_IO } from '../../kernels/kernel.js'
-import { type OnnxRuntime, openOnnxRuntime, viewMemory } from '../../src/device/onnxruntime.js'
+import { checkVersion, type OnnxRuntime, openOnnxRuntime, viewMemory } from '../../src/device/onnxruntime.js'
 import { gaussian } from '../reference.js'
 
 const normal = (n: number, seed: number) => Float32Array.from(gaussian(seed, n))
@@ -81,4 +81,12 @@ t.test('the library says what it is, and its errors carry its words', async (t) 
 t.test('a folder without the library is refused by name', async (t) => {
   const empty = mkdtempSync(join(tmpdir(), 'muond-'))
   t.throws(() => openOnnxRuntime(empty), { message: `there is no libonnxruntime in ${empty}` })
+})
+
+t.test('a library that is too old or of another major version is refused with both versions', async (t) => {
+  for (const version of ['1.28.9', '0.30.0', '2.0.0'])
+    t.throws(() => checkVersion(version, '/lib'), {
+      message: `ONNX Runtime in /lib is ${version}, needed is 1.29 or later`,
+    })
+  for (const version of ['1.29.0', '1.100.0']) checkVersion(version, '/lib')
 })

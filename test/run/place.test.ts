@@ -1,0 +1,65 @@
+import t from 'tap'
+import { Device } from '../../src/device/device.js'
+import { parseGroup } from '../../src/optimizer/hyperparameters.js'
+import { parseParameters } from '../../src/optimizer/parameter.js'
+import { Place } from '../../src/run/place.js'
+import { normal } from '../service.js'
+
+const GROUPS = new Map([['g', parseGroup({ name: 'g', algorithm: 'adamw' })]])
+const [PARAMETER] = parseParameters([{ name: 'p', shape: [64], group: 'g' }], GROUPS)
+
+async function startDevice() {
+  return Device.start({
+    device: 'cpu',
+    onnxruntime_dir: '',
+    lanes: 1,
+    threads: 1,
+    staging_bytes: 2 ** 20,
+    state_bytes_limit: 2 ** 20,
+  })
+}
+
+/** A step of the run's place with a gradient of seeded noise. */
+function stepOf(device: Device, step: number) {
+  const slot = device.staging.tryReserve(256)!
+  device.view(device.stagingBlock).set(new Uint8Array(normal(1, 64).buffer), slot.offset)
+  const settings = { frame: { groups: {}, gradient_scale: 1 }, groups: GROUPS, gradient_scale: 1 }
+  const gradient = { block: device.stagingBlock, offset: slot.offset, bytes: 256 }
+  return { step, expected_step: step, settings, gradient, ticket: { cancelled: false }, spend: () => {} }
+}
+
+t.test('a step for whose update there is no memory is refused and leaves nothing behind', async (t) => {
+  const device = await startDevice()
+  const place = new Place(device, { ...PARAMETER!, update_bytes: 2 ** 48 })
+  await t.rejects(place.compute(stepOf(device, 1)), { code: 'OVER_CAPACITY' })
+  t.match({ bytes: device.memory.bytes, applied: place.appliedStep, failed: device.failed }, { bytes: 0, applied: 0 })
+  await device.close()
+})
+
+t.test('a replay that is not the first answer is an internal error, and changes nothing', async (t) => {
+  const device = await startDevice()
+  const place = new Place(device, PARAMETER!)
+  const asked = stepOf(device, 1)
+  const first = await place.compute(asked)
+  const again = await place.compute(asked)
+  t.match(again, { replayed: true, update_rms: first?.update_rms })
+  const bytes = device.memory.bytes
+  const record = { ...place.record!, updateFingerprint: 1n }
+  place.record = record
+  await t.rejects(place.compute(asked), /the replay of parameter 'p' for step 1 is not the first answer: \d+ is not 1$/)
+  t.same([place.record, place.count, device.memory.bytes], [record, 1, bytes])
+  await device.close()
+})
+
+t.test('updates lie in one arena while it has room, then in memory of their own', async (t) => {
+  const device = await startDevice()
+  const half = 2 ** 19
+  const updates = [half, half, half].map((bytes) => device.takeUpdate(bytes))
+  const blocks = updates.map(({ range }) => range.block.pointer)
+  t.equal(blocks[0], blocks[1])
+  t.not(blocks[2], blocks[0])
+  t.match(updates[2]!.range, { offset: 0, bytes: half })
+  for (const { release } of updates) release()
+  t.equal(device.takeUpdate(half).range.block.pointer, blocks[0], 'there is room again')
+  await device.close()
+})
