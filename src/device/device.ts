@@ -1,3 +1,4 @@
+import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { availableParallelism, totalmem } from 'node:os'
 import { join } from 'node:path'
@@ -40,7 +41,7 @@ type Lane = {
   worker: Worker
   busy: Map<number, { resolve: (r: JobResult | undefined) => void; reject: (e: unknown) => void }>
   jobs: number
-  exited: Promise<void>
+  exited: Promise<unknown>
 }
 
 const CUDA_FILES = ['libonnxruntime_providers_cuda.so', 'libonnxruntime_providers_shared.so']
@@ -80,7 +81,6 @@ export class Device {
   #queue: Pending[] = []
   #nextId = 1
   #views = new Map<bigint, Uint8Array<ArrayBuffer>>()
-  #closing = false
 
   private constructor(runtime: OnnxRuntime, options: Required<DeviceOptions> & LaneOptions, note: string) {
     this.#runtime = runtime
@@ -193,7 +193,6 @@ export class Device {
 
   /** Ends the lanes after the jobs that they have; jobs that none has are dropped. */
   async close(): Promise<void> {
-    this.#closing = true
     for (const pending of this.#queue.splice(0)) pending.resolve(undefined)
     for (const lane of this.#lanes) this.#post(lane, { type: 'stop' })
     await Promise.all(this.#lanes.map((lane) => lane.exited))
@@ -241,12 +240,7 @@ export class Device {
   #startLane(workerData: LaneOptions): Lane {
     const { folder, threads } = workerData
     const worker = new Worker(new URL('./lane.js', import.meta.url), { workerData: { folder, threads } })
-    const exited = new Promise<void>((resolve) => {
-      worker.once('exit', () => {
-        if (!this.#closing) this.#fail(new Error('a lane ended unexpectedly'))
-        resolve()
-      })
-    })
+    const exited = once(worker, 'exit')
     const lane: Lane = { worker, busy: new Map(), jobs: 0, exited }
     worker.on('message', (reply: LaneReply) => this.#receive(lane, reply))
     worker.on('error', (error) => this.#fail(error))

@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import type { Device, Ticket, UpdateMemory } from '../device/device.js'
 import type { HostRange, Job, JobResult } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
@@ -66,7 +67,7 @@ export class Place {
 
   /** Computes and commits a step, or replays the one that was applied. Undefined: the ticket was cancelled before a lane began. */
   async compute(asked: PlaceStep): Promise<Update | undefined> {
-    const { step, settings, ticket, spend } = asked
+    const { step, settings, spend } = asked
     const replayed = this.appliedStep === step
     const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
     const plan = planStep(this.parameter, groupOf(this.parameter, settings.groups), at)
@@ -76,16 +77,11 @@ export class Place {
       spend('queue', (performance.now() - queuedAt) / 1000)
       return this.#job(asked, plan, outputs)
     }
-    let result: JobResult | undefined
-    try {
-      result = await this.#device.run(job, ticket)
-      if (result) this.#check(result, asked, replayed)
-    } catch (error) {
-      outputs.releaseNext()
-      outputs.update?.release()
+    const result = await this.#run(job, asked).catch((error) => {
+      outputs.release()
       throw error
-    }
-    if (!result || !outputs.update) return undefined
+    })
+    if (result === undefined) return undefined
     if (replayed) outputs.releaseNext()
     else this.#commit(asked, { plan, result, next: outputs.next })
     spend('compute', result.computeSeconds)
@@ -97,6 +93,12 @@ export class Place {
       gradient_norm: Math.sqrt(result.gradientSquare) * Math.abs(settings.gradient_scale),
       update_rms: plan.rms_factor * Math.sqrt(result.updateSquare / this.parameter.elements),
     }
+  }
+
+  async #run(job: () => Job, asked: PlaceStep): Promise<JobResult | undefined> {
+    const result = await this.#device.run(job, asked.ticket)
+    if (result) this.#check(result, asked)
+    return result
   }
 
   #job({ step, settings, gradient }: PlaceStep, plan: Plan, outputs: Outputs): Job {
@@ -111,7 +113,7 @@ export class Place {
     }
   }
 
-  #check({ outcome, updateFingerprint }: JobResult, asked: PlaceStep, replayed: boolean): void {
+  #check({ outcome, updateFingerprint }: JobResult, asked: PlaceStep): void {
     const { step, expected_step, settings } = asked
     const { name, index } = this.parameter
     const where = { parameter: index, step }
@@ -125,7 +127,7 @@ export class Place {
       throw new ServiceError('GRADIENT_NOT_FINITE', message, where)
     }
     const first = this.record?.updateFingerprint
-    if (!replayed || updateFingerprint === first) return
+    if (this.appliedStep !== step || updateFingerprint === first) return
     throw new Error(
       `the replay of parameter '${name}' for step ${step} is not the first answer: ${updateFingerprint} is not ${first}`,
     )
@@ -148,20 +150,30 @@ export class Place {
 /** What a job writes into. It is taken when a lane is there for the job: what waits holds no memory but its gradient's. */
 class Outputs {
   next: Tensor[] = []
-  update: UpdateMemory | undefined
   readonly #device: Device
+  #update: UpdateMemory | undefined
 
   constructor(device: Device) {
     this.#device = device
   }
 
+  get update(): UpdateMemory {
+    assert(this.#update, 'a result has a job before it')
+    return this.#update
+  }
+
   allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
     for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes))
-    this.update = this.#device.takeUpdate(update_bytes)
+    this.#update = this.#device.takeUpdate(update_bytes)
     return { next: this.next.map((tensor) => tensor.pointer), update: this.update.range }
   }
 
   releaseNext(): void {
     for (const tensor of this.next) this.#device.memory.release(tensor)
+  }
+
+  release(): void {
+    this.releaseNext()
+    this.#update?.release()
   }
 }

@@ -95,18 +95,18 @@ export class Runs {
   }
 
   async #build(name: string, groups: Groups, parameters: Parameter[]): Promise<Run> {
+    const kernels = kernelsOf(parameters, groups)
     const bytes = bytesOfRun(parameters)
     this.#device.admit(bytes, `run '${name}'`)
     this.#creating += 1
-    try {
-      await this.#device.load(kernelsOf(parameters, groups))
-      return new Run(this.#device, { name, groups, parameters, receipts_kept: this.#config.receipts_kept })
-    } catch (error) {
+    const loaded = this.#device.load(kernels).finally(() => {
+      this.#creating -= 1
+    })
+    await loaded.catch((error) => {
       this.#device.dismiss(bytes)
       throw error
-    } finally {
-      this.#creating -= 1
-    }
+    })
+    return new Run(this.#device, { name, groups, parameters, receipts_kept: this.#config.receipts_kept })
   }
 
   #checkFits(parameters: readonly Parameter[]): void {

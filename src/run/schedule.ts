@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { isDeepStrictEqual } from 'node:util'
 import { ServiceError } from '../errors.js'
 import { type Group, updateGroup } from '../optimizer/hyperparameters.js'
@@ -13,7 +14,7 @@ export type StepSettings = { frame: StepValues; groups: Groups; gradient_scale: 
 
 export function groupOf(parameter: Parameter, groups: Groups): Group {
   const group = groups.get(parameter.group)
-  if (group === undefined) throw new Error(`parameter '${parameter.name}' is in no group`)
+  assert(group, `parameter '${parameter.name}' is in no group`)
   return group
 }
 

@@ -15,16 +15,16 @@ export class Sender {
   readonly #socket: WebSocket
   #waiting: Item[] = []
   #inSocket = 0
-  #flying = new Set<Item>()
-  #idle: (() => void)[] = []
+  /** Messages in the socket. Node calls back for each of them, also when the connection is lost. */
+  #flying = 0
 
   constructor(socket: WebSocket) {
     this.#socket = socket
-    socket.once('close', () => this.#abandon())
+    socket.once('close', () => this.drop())
   }
 
   get busy(): boolean {
-    return this.#flying.size > 0 || this.#waiting.length > 0
+    return this.#flying > 0 || this.#waiting.length > 0
   }
 
   /**
@@ -44,13 +44,6 @@ export class Sender {
   /** Drops what is not in the socket yet. */
   drop(): void {
     for (const item of this.#waiting.splice(0)) item.resolve(false)
-    this.#settle()
-  }
-
-  /** Resolves when nothing is on its way: every payload's memory is free again. */
-  idle(): Promise<void> {
-    if (!this.busy) return Promise.resolve()
-    return new Promise((resolve) => this.#idle.push(resolve))
   }
 
   get #open(): boolean {
@@ -69,28 +62,16 @@ export class Sender {
   #write(item: Item): void {
     const bytes = item.header.length + (item.payload?.length ?? 0)
     this.#inSocket += bytes
-    this.#flying.add(item)
+    this.#flying += 1
     const done = (error?: Error | null) => {
-      if (!this.#flying.delete(item)) return
       this.#inSocket -= bytes
+      this.#flying -= 1
       if (!error) this.movedAt = performance.now()
       item.resolve(!error)
       this.#flush()
-      this.#settle()
     }
     if (item.payload === undefined) return this.#socket.send(item.header, { binary: true }, done)
     this.#socket.send(item.header, { binary: true, fin: false })
     this.#socket.send(item.payload, { binary: true, fin: true }, done)
-  }
-
-  #abandon(): void {
-    for (const item of this.#flying) item.resolve(false)
-    this.#flying.clear()
-    this.drop()
-  }
-
-  #settle(): void {
-    if (this.busy) return
-    for (const resolve of this.#idle.splice(0)) resolve()
   }
 }

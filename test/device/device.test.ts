@@ -1,8 +1,12 @@
+import { readdirSync, symlinkSync } from 'node:fs'
+import { join } from 'node:path'
 import t from 'tap'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { Device, type DeviceOptions } from '../../src/device/device.js'
 import type { Job } from '../../src/device/job.js'
 import { SLICE_ELEMENTS } from '../../src/device/job.js'
+import { StateMemory } from '../../src/device/memory.js'
+import { bundledLibraryFolder } from '../../src/device/onnxruntime.js'
 import type { Plan } from '../../src/optimizer/plan.js'
 import { gaussian } from '../reference.js'
 
@@ -144,6 +148,41 @@ t.test(
     await device.close()
   },
 )
+
+t.test('a library with its CUDA provider does not help: this version computes on the CPU', async (t) => {
+  const folder = t.testdir({ 'libonnxruntime_providers_cuda.so': '', 'libonnxruntime_providers_shared.so': '' })
+  const library = readdirSync(bundledLibraryFolder()).find((name) => name.startsWith('libonnxruntime.so'))!
+  symlinkSync(join(bundledLibraryFolder(), library), join(folder, library))
+  await t.rejects(
+    Device.start({ ...OPTIONS, device: 'cuda', onnxruntime_dir: folder }),
+    /in .* has its CUDA provider, but this version of muond computes on the CPU only/,
+  )
+})
+
+t.test('an update that is not finite is not committed, though the next state is', async (t) => {
+  const device = await Device.start({ ...OPTIONS, lanes: 1 })
+  const kernel: KernelSpec = { ...SGD, kind: 'muon', coefficients: [[1.5, -0.5, 0]], tall: false }
+  const scalars = { c_m: 0, c_g: 1, n_m: 1, n_g: 0, eps: 1e-7, output_scale: Number.MAX_VALUE }
+  const plan: Plan = { kernel, tasks: [{ dims: [8, 8], offset: 0 }], scalars, scale: -1, decay: 0, rms_factor: 1 }
+  const { job } = prepare(device, normal(64, 4), plan)
+  t.match(await device.run(() => job, ticket()), { outcome: 'not_finite' })
+  await device.close()
+})
+
+t.test('a large tensor is not kept in the pool, and of small ones only so many bytes', async (t) => {
+  const freed: number[] = []
+  let next = 0n
+  const memory = new StateMemory({ allocate: () => ++next, free: (pointer) => freed.push(Number(pointer)) })
+  memory.release(memory.allocate(2 ** 26))
+  t.same(freed, [1], 'beyond what a pool may hold')
+  const [a, b, c] = [memory.allocate(2 ** 24), memory.allocate(2 ** 24), memory.allocate(8)]
+  for (const tensor of [a, b, c]) memory.release(tensor)
+  t.same(freed, [1, 2], 'the oldest makes room')
+  t.equal(memory.allocate(8).pointer, c.pointer)
+  t.equal(memory.allocate(2 ** 24).pointer, b.pointer)
+  for (const tensor of Array.from({ length: 100 }, () => memory.allocate(8))) memory.release(tensor)
+  t.equal(freed.length, 2 + 100 - 64, 'and only so many of them')
+})
 
 t.test('state memory is counted by reference and comes back from the pool', async (t) => {
   const device = await Device.start(OPTIONS)

@@ -343,8 +343,9 @@ t.test('waiting long for the device is not standing still', async (t) => {
   const plan = sgdPlan(4 * MiB, { c_m: 1, c_g: 1, n_m: 1, n_g: 1 })
   const job: Job = { plan, gradient: range, gradient_scale: 1, state: undefined, next: [next.pointer], update: range }
   const compute = () => device.run(() => job, { cancelled: false })
-  await compute()
-  const { computeSeconds } = (await compute())!
+  // The quickest of some: on a busy machine one alone may take many times as long as those behind it.
+  const tries = await Promise.all(Array.from({ length: 8 }, compute))
+  const computeSeconds = Math.min(...tries.map((result) => result!.computeSeconds))
   const parameters = sizes([8 * MiB])
   const client = await RawClient.connect(service.url)
   await client.open({ run: 'r', groups: SGD, parameters })

@@ -36,21 +36,6 @@ t.test('a step for whose update there is no memory is refused and leaves nothing
   await device.close()
 })
 
-t.test('a replay that is not the first answer is an internal error, and changes nothing', async (t) => {
-  const device = await startDevice()
-  const place = new Place(device, PARAMETER!)
-  const asked = stepOf(device, 1)
-  const first = await place.compute(asked)
-  const again = await place.compute(asked)
-  t.match(again, { replayed: true, update_rms: first?.update_rms })
-  const bytes = device.memory.bytes
-  const record = { ...place.record!, updateFingerprint: 1n }
-  place.record = record
-  await t.rejects(place.compute(asked), /the replay of parameter 'p' for step 1 is not the first answer: \d+ is not 1$/)
-  t.same([place.record, place.count, device.memory.bytes], [record, 1, bytes])
-  await device.close()
-})
-
 t.test('updates lie in one arena while it has room, then in memory of their own', async (t) => {
   const device = await startDevice()
   const half = 2 ** 19

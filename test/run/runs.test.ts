@@ -71,6 +71,23 @@ t.test('an open that the device refuses leaves no run and no memory behind', asy
   await app.close()
 })
 
+t.test('another protocol is refused', async (t) => {
+  const { runs, app } = await startService({ lanes: 1 })
+  await t.rejects(runs.open(frame('r', { protocol: 2 }), writer()), {
+    code: 'PROTOCOL_UNSUPPORTED',
+    message: 'protocol 2 is not spoken here, expected 1',
+  })
+  await app.close()
+})
+
+t.test('a step that lacks many parameters names ten of them and counts the rest', async (t) => {
+  const { runs, app } = await startService({ lanes: 1 })
+  const parameters = Array.from({ length: 13 }, (_, i) => ({ name: `p${i}`, shape: [1], group: 'g' }))
+  const { run } = await runs.open(frame('r', { parameters }), writer())
+  t.throws(() => run.end(1, [0]), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
+  await app.close()
+})
+
 t.test('given groups replace the schedule: at once between steps, after the step in progress within one', async (t) => {
   const service = await startService()
   const lr = (value: number) => [{ name: 'g', algorithm: 'adamw', lr: value }]

@@ -26,9 +26,8 @@ async function pair(t: Test) {
   return { client, socket, sender: new Sender(socket), received }
 }
 
-t.test('messages arrive whole and in their order, and the sender is idle after them', async (t) => {
+t.test('messages arrive whole and in their order, and the sender is not busy after them', async (t) => {
   const { client, sender, received } = await pair(t)
-  await sender.idle()
   const before = performance.now()
   const sent = [
     sender.send({ header: header('a'), payload: new Uint8Array(3 * MiB).fill(1) }),
@@ -38,7 +37,6 @@ t.test('messages arrive whole and in their order, and the sender is idle after t
   t.ok(sender.movedAt >= before, 'what just began to wait has not waited since the last one')
   t.ok(sender.busy)
   t.same(await Promise.all(sent), [true, true, true])
-  await sender.idle()
   t.notOk(sender.busy)
   while (received.length < 3) await once(client, 'message')
   t.same(
@@ -59,11 +57,9 @@ t.test('what waits behind the window can be dropped; a header alone passes it', 
     sender.send({ header: header(String.fromCharCode(65 + i)), payload }),
   )
   const told = sender.send({ header: header('!') })
-  const idle = sender.idle()
   sender.drop()
   client.resume()
   t.equal(await told, true)
-  await idle
   const whole = (await Promise.all(sent)).filter((sent) => sent).length
   t.ok(whole >= 1 && whole < MUCH, `${whole} of ${MUCH} were in the socket`)
   while (received.length < whole + 1) await once(client, 'message')
@@ -76,9 +72,7 @@ t.test('a lost connection ends everything that is on its way', async (t) => {
   client.pause()
   const payload = new Uint8Array(4 * MiB)
   const sent = Array.from({ length: MUCH }, () => sender.send({ header: header('x'), payload }))
-  const idle = sender.idle()
   socket.terminate()
-  await idle
   t.ok((await Promise.all(sent)).includes(false))
   t.equal(await sender.send({ header: header('late') }), false)
   t.equal(await sender.send({ header: header('late'), payload }), false)

@@ -151,3 +151,25 @@ t.test('nothing is applied behind a refused step frame until one is accepted', a
   await client.close()
   await service.app.close()
 })
+
+t.test('a replay that is not the first answer is told as an internal error and changes nothing', async (t) => {
+  const service = await startService()
+  const client = await RawClient.connect(service.url)
+  await client.open({ run: 'r', groups: GROUPS, parameters: PARAMETERS })
+  const gradients = gradientsOf(1)
+  const { digest } = await client.step(1, gradients)
+  const { record } = service.runs.get('r').place(3)
+  const { updateFingerprint } = record!
+  record!.updateFingerprint = 1n
+  client.gradient(3, 1, { values: gradients[3]! })
+  t.match(await client.expect('error'), { code: 'INTERNAL', message: 'an internal error; the service has logged it' })
+  await client.closed()
+  const { values } = await service.metrics.refused_gradients_total.get()
+  t.match(values, [{ labels: { code: 'INTERNAL' }, value: 1 }])
+  record!.updateFingerprint = updateFingerprint
+  const heir = await RawClient.connect(service.url)
+  await heir.open({ run: 'r' })
+  t.match(await heir.step(1, gradients), { step: 1, replayed: true, digest })
+  await heir.close()
+  await service.app.close()
+})
