@@ -1,36 +1,53 @@
-import { spawn } from 'node:child_process'
+import { type ChildProcess, spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { createInterface } from 'node:readline'
 import type { Readable } from 'node:stream'
 
-/** A running service: `url` is where it listens, `stop` ends it and waits until it has gone. */
-export type Service = { url: string; stop: () => Promise<void> }
+/** A process of ours: `stop` ends it and waits until it has gone. It does not outlive this one. */
+export type Child = { pid: number; stop: () => Promise<void> }
+
+/** A running service: `url` is where it listens. */
+export type Service = Child & { url: string }
+
+export type ServiceOptions = { args?: readonly string[]; env?: NodeJS.ProcessEnv; ready_seconds?: number }
 
 /**
  * Starts the service `program` as a process of its own, as in real use, on a free port.
- * @throws if it ends before it says where it listens; what it had to say about that is on standard error.
+ * @throws if it ends, or is not ready in time, before it says where it listens; what it had to say about that is on
+ * standard error.
  */
-export async function startService(program: string): Promise<Service> {
-  const child = spawn(process.execPath, [program, '--port', '0'], { stdio: ['ignore', 'pipe', 'inherit'] })
+export async function startService(program: string, options: ServiceOptions = {}): Promise<Service> {
+  const { args = [], env = process.env, ready_seconds = 60 } = options
+  const child = spawn(process.execPath, [program, '--port', '0', ...args], {
+    env,
+    stdio: ['ignore', 'pipe', 'inherit'],
+  })
+  const managed = manage(child)
+  const late = setTimeout(() => child.kill(), ready_seconds * 1000)
+  const url = await addressIn(child.stdout).finally(() => clearTimeout(late))
+  if (url === undefined) throw new Error(`the service ended before it was ready, or was not within ${ready_seconds} s`)
+  return { ...managed, url }
+}
+
+export function manage(child: ChildProcess): Child {
   const ended = once(child, 'exit')
   const orphaned = () => child.kill()
   process.once('exit', orphaned)
-  const url = await addressIn(child.stdout)
   const stop = async () => {
     process.off('exit', orphaned)
     child.kill()
     await ended
   }
-  return { url, stop }
+  return { pid: Number(child.pid), stop }
 }
 
 /** The address in the first log line that has one. Lines after it are read and dropped, so that the pipe never fills. */
-async function addressIn(log: Readable): Promise<string> {
+async function addressIn(log: Readable): Promise<string | undefined> {
   for await (const line of createInterface({ input: log })) {
     const { address } = JSON.parse(line)
     if (typeof address !== 'string') continue
     log.resume()
     return address
   }
-  throw new Error('the service ended before it was ready')
+  return undefined
 }
