@@ -25,7 +25,7 @@ export const SETTINGS = {
   staging_bytes: integer(
     3 * 2 ** 26,
     [2 ** 20, BYTES],
-    'Arena that received gradients wait in; the largest gradient must fit. Updates have one as large.',
+    'Arena that received gradients wait in; the largest gradient must fit. Updates have one of twice the size.',
   ),
   chunk_bytes: integer(2 ** 22, [1, 2 ** 24], 'Largest `data` of one gradient or update frame.'),
   state_bytes_limit: integer(

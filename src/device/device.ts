@@ -1,4 +1,3 @@
-import { once } from 'node:events'
 import { existsSync } from 'node:fs'
 import { availableParallelism, totalmem } from 'node:os'
 import { join } from 'node:path'
@@ -50,6 +49,9 @@ const JOBS_PER_LANE = 2
 // Lanes on the CPU share its memory bandwidth and its arena of intermediates: more than four gain nothing.
 const MAX_CPU_LANES = 4
 
+// Updates wait for their client longer than gradients for a lane. What is never needed is never touched: it takes no memory.
+const UPDATES_PER_STAGING = 2
+
 // About a millisecond of copying.
 const READ_BYTES = 4 << 20
 // ONNX Runtime and V8 tell them from other errors by their words only.
@@ -89,8 +91,8 @@ export class Device {
     this.memory = new StateMemory(runtime)
     this.staging = new Staging(options.staging_bytes)
     this.stagingBlock = this.allocateHost(options.staging_bytes)
-    this.#updates = new Staging(options.staging_bytes)
-    this.#updatesBlock = this.allocateHost(options.staging_bytes)
+    this.#updates = new Staging(UPDATES_PER_STAGING * options.staging_bytes)
+    this.#updatesBlock = this.allocateHost(this.#updates.capacity)
     this.stateBytesLimit = options.state_bytes_limit
     this.#lanes = Array.from({ length: options.lanes }, () => this.#startLane(options))
   }
@@ -240,7 +242,7 @@ export class Device {
   #startLane(workerData: LaneOptions): Lane {
     const { folder, threads } = workerData
     const worker = new Worker(new URL('./lane.js', import.meta.url), { workerData: { folder, threads } })
-    const exited = once(worker, 'exit')
+    const exited = new Promise((resolve) => worker.once('exit', resolve))
     const lane: Lane = { worker, busy: new Map(), jobs: 0, exited }
     worker.on('message', (reply: LaneReply) => this.#receive(lane, reply))
     worker.on('error', (error) => this.#fail(error))

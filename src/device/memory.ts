@@ -9,7 +9,7 @@ export type Allocator = { allocate(bytes: number): Pointer; free(pointer: Pointe
 type Block = { readonly pointer: Pointer; readonly bytes: number }
 
 // Small tensors cost no allocation this way. Much more would be held for nothing: a pool must not keep an embedding.
-const POOLED_BYTES = 32 << 20
+const POOLED_BYTES = 64 << 20
 const POOLED_BLOCKS = 64
 
 /** Memory that was given back, for whoever asks for as many bytes next: fresh memory is the dearest thing. */

@@ -173,13 +173,13 @@ t.test('a large tensor is not kept in the pool, and of small ones only so many b
   const freed: number[] = []
   let next = 0n
   const memory = new StateMemory({ allocate: () => ++next, free: (pointer) => freed.push(Number(pointer)) })
-  memory.release(memory.allocate(2 ** 26))
+  memory.release(memory.allocate(2 ** 27))
   t.same(freed, [1], 'beyond what a pool may hold')
-  const [a, b, c] = [memory.allocate(2 ** 24), memory.allocate(2 ** 24), memory.allocate(8)]
+  const [a, b, c] = [memory.allocate(2 ** 25), memory.allocate(2 ** 25), memory.allocate(8)]
   for (const tensor of [a, b, c]) memory.release(tensor)
   t.same(freed, [1, 2], 'the oldest makes room')
   t.equal(memory.allocate(8).pointer, c.pointer)
-  t.equal(memory.allocate(2 ** 24).pointer, b.pointer)
+  t.equal(memory.allocate(2 ** 25).pointer, b.pointer)
   for (const tensor of Array.from({ length: 100 }, () => memory.allocate(8))) memory.release(tensor)
   t.equal(freed.length, 2 + 100 - 64, 'and only so many of them')
 })

@@ -38,7 +38,7 @@ t.test('a step for whose update there is no memory is refused and leaves nothing
 
 t.test('updates lie in one arena while it has room, then in memory of their own', async (t) => {
   const device = await startDevice()
-  const half = 2 ** 19
+  const half = 2 ** 20
   const updates = [half, half, half].map((bytes) => device.takeUpdate(bytes))
   const blocks = updates.map(({ range }) => range.block.pointer)
   t.equal(blocks[0], blocks[1])
