@@ -455,3 +455,76 @@ t.test('an answer that is too late for its connection goes nowhere', async (t) =
   await heir.close()
   await service.app.close()
 })
+
+t.test(
+  'a chunk that does not follow the one before is refused, and what was reserved for its gradient is free',
+  async (t) => {
+    const service = await startService({ lanes: 1 })
+    const client = await RawClient.connect(service.url)
+    await client.open({ run: 'r', groups: SGD, parameters: sizes([MiB]) })
+    const inFlight = async () =>
+      /^muond_in_flight_bytes (\d+)/m.exec(await (await fetch(`${service.http}/metrics`)).text())
+    t.match(await inFlight(), { 1: '0' })
+    const piece = new Uint8Array(MiB / 4)
+    chunk(client, 0, 1, [0, piece])
+    await until(() => service.device.staging.used > 0)
+    t.match(await inFlight(), { 1: String(MiB) })
+    chunk(client, 0, 1, [MiB / 2, piece])
+    t.match(await client.expect('error'), {
+      code: 'FRAME_UNEXPECTED',
+      message: /chunk at offset 524288, expected 262144/,
+    })
+    t.equal(service.device.staging.used, 0)
+    await client.close()
+    await service.app.close()
+  },
+)
+
+t.test('a device that fails while one connection waits for the place of another leaves nothing reserved', async (t) => {
+  const service = await startService({ lanes: 1, staging_bytes: MiB })
+  const { device, runs } = service
+  const clients = await Promise.all(['holds', 'waits'].map(() => RawClient.connect(service.url)))
+  for (const [waiting, client] of clients.entries()) {
+    await client.open({ run: `r${waiting}`, groups: SGD, parameters: sizes([768 * 1024]) })
+    chunk(client, 0, 1, [0, new Uint8Array(4096)])
+    await until(() => device.staging.used > 0 && device.staging.waiting === waiting)
+  }
+  device.onFailure(new Error('it is gone'))
+  for (const client of clients) {
+    t.match(await client.expect('error'), { code: 'DEVICE_FAILED' })
+    t.equal((await client.closed()).code, 1011)
+  }
+  t.same([device.staging.used, device.staging.waiting, runs.list()], [0, 0, []])
+  await service.app.close()
+})
+
+t.test('a connection that has to go while its run is made leaves the run without a writer', async (t) => {
+  const service = await startService({ lanes: 1 })
+  const { device, runs } = service
+  const client = await RawClient.connect(service.url)
+  client.send({ type: 'open', protocol: 1, run: 'r', groups: ADAMW, parameters: sizes([4096]) })
+  await until(() => device.admittedBytes > 0)
+  const drained = service.drain()
+  await until(() => runs.list().length === 1)
+  t.equal((await client.closed()).code, 1012)
+  await drained
+  t.equal(runs.get('r').writer, undefined)
+})
+
+t.test('a run whose connection was told to go can be taken over before it has gone', async (t) => {
+  const service = await startService({ lanes: 1 })
+  const parameters = sizes([4096])
+  const client = await RawClient.connect(service.url)
+  await client.open({ run: 'r', groups: ADAMW, parameters })
+  // It does not read, so it does not answer the close frame either.
+  client.socket.pause()
+  client.socket.send('text')
+  while ((await told(service, 'FRAME_MALFORMED')) === 0) await flushed(client)
+  const heir = await RawClient.connect(service.url)
+  t.match(await heir.open({ run: 'r', takeover: true }), { epoch: 2 })
+  t.match(await heir.step(1, gradientsOf(parameters, 1)), { step: 1, applied: 1 })
+  client.socket.resume()
+  t.equal((await client.closed()).code, 1003)
+  await heir.close()
+  await service.app.close()
+})
