@@ -519,7 +519,7 @@ t.test('a run whose connection was told to go can be taken over before it has go
   // It does not read, so it does not answer the close frame either.
   client.socket.pause()
   client.socket.send('text')
-  while ((await told(service, 'FRAME_MALFORMED')) === 0) await flushed(client)
+  while ((await told(service, 'FRAME_MALFORMED')) === 0) await new Promise((resolve) => setImmediate(resolve))
   const heir = await RawClient.connect(service.url)
   t.match(await heir.open({ run: 'r', takeover: true }), { epoch: 2 })
   t.match(await heir.step(1, gradientsOf(parameters, 1)), { step: 1, applied: 1 })
