@@ -57,7 +57,7 @@ export const NAMED_COEFFICIENTS = {
   },
   cubic5: {
     // As published the composition turns negative just above 1; hence the padding.
-    // The numbers as NVIDIA-NeMo/Emerging-Optimizers has them from the paper's author (pull request 217), to 7 digits.
+    // The numbers are those of programs that cite the paper, to 7 digits; the paper's own table was not at hand.
     source: 'Huang, How Much Orthogonalization Does Muon Need? (arXiv 2606.00371), padded with s = 1.05',
     ns_steps: 5,
     coefficients: [

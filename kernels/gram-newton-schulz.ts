@@ -91,18 +91,17 @@ const GOOD_ENOUGH = 5e-6
 
 /** Looks for a factor to multiply Y with at the start and for α, ρ… that make every β and γ of the segment half numbers. */
 function searchSegment(triples: readonly Triple[], scale: number): Found {
-  let best: Found | undefined
+  let best: Found = { factor: scale, segment: { alpha: 1, iterations: [] }, error: Number.POSITIVE_INFINITY }
   for (const factor of halvesAround(scale)) {
     for (const alpha of halvesAround(1)) {
       const u = (scale / factor) ** 2 / alpha
       if (stepError(triples[0], u) > GOOD_ENOUGH) continue
       const found = follow(triples, u)
-      if (best && found.error >= best.error) continue
+      if (found.error >= best.error) continue
       best = { factor, segment: { alpha, iterations: found.iterations }, error: found.error }
       if (best.error < GOOD_ENOUGH) return best
     }
   }
-  if (best === undefined) throw new Error('no first iteration comes near float16 numbers')
   return best
 }
 

@@ -29,7 +29,7 @@ export function plainIterations(coefficients: readonly Triple[]): Iteration[] {
 // Float16 keeps ten bits behind the leading one: so many of its numbers lie between two powers of two.
 const PER_BINADE = 1024
 // A thousandth of what rounding a product to float16 costs: a better candidate would not show.
-const GOOD_ENOUGH = 1e-6
+const GOOD_ENOUGH = 5e-7
 
 /**
  * Iterations whose every scalar is a float16 number. cuBLAS rounds alpha and beta of a half-precision product to float16:
