@@ -78,7 +78,7 @@ async function muonJob(): Promise<() => Promise<void>> {
     next: [next.pointer],
     update: { block: updates, offset: 0, bytes },
   }
-  await device.load([kernel])
+  await device.load([{ kernel, dims: [size, size] }])
   return async () => {
     const result = await device.run(() => job, { cancelled: false })
     if (result?.outcome !== 'computed') throw new Error(`the lane answered ${result?.outcome}`)
@@ -91,7 +91,7 @@ function matMul(): () => void {
   graph.input('a', 'float32', ['m', 'k'])
   graph.input('b', 'float32', ['k', 'n'])
   graph.output('c', graph.node('MatMul', ['a', 'b']), { dims: ['m', 'n'] })
-  const session = runtime.createSession(graph.bytes(), { inputs: ['a', 'b'], outputs: ['c'] }, threads)
+  const session = runtime.createSession(graph.bytes(), { inputs: ['a', 'b'], outputs: ['c'] }, { threads })
   const tensor = () => {
     const pointer = runtime.allocate(bytes)
     new Float32Array(viewMemory(pointer, bytes).buffer).set(values)

@@ -90,7 +90,7 @@ function observe({ device, runs, metrics, streams }: Service): void {
     state_bytes: () => device.memory.bytes,
     runs: () => runs.list().length,
     connections: () => streams.size,
-    build: { version: VERSION, onnxruntime: device.version, device: device.name },
+    build: { version: VERSION, onnxruntime: device.backend.version, device: device.backend.name },
   })
 }
 

@@ -30,12 +30,13 @@ async function serve(config: Config): Promise<void> {
   logger.info({
     event: 'listening',
     address,
-    device: device.name,
-    onnxruntime: device.version,
+    device: device.backend.name,
+    onnxruntime: device.backend.version,
     lanes: device.lanes,
     pid: process.pid,
   })
-  if (device.note) logger.info({ event: 'device_chosen', device: device.name, reason: device.note })
+  if (device.backend.note)
+    logger.info({ event: 'device_chosen', device: device.backend.name, reason: device.backend.note })
   if (config.data) logger.warn({ event: 'state_not_durable', data: config.data })
   const unknown = unknownVariables(process.env)
   if (unknown.length > 0) logger.warn({ event: 'unknown_variables', names: unknown })

@@ -1,114 +1,80 @@
-import { existsSync } from 'node:fs'
-import { availableParallelism, totalmem } from 'node:os'
-import { join } from 'node:path'
-import { Worker } from 'node:worker_threads'
-import type { KernelSpec } from '../../kernels/kernel.js'
+import { expandCoefficients, NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
 import { ServiceError } from '../errors.js'
-import type { HostBlock, HostRange, Job, JobResult, LaneReply, LaneRequest } from './job.js'
-import type { LaneOptions } from './lane.js'
+import { type Backend, type BackendOptions, openBackend } from './backend.js'
+import type { HostBlock, HostRange, Job, JobResult, Need } from './job.js'
+import { Lanes, type Ticket, told } from './lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
-import { bundledLibraryFolder, type OnnxRuntime, openOnnxRuntime, type Pointer, viewMemory } from './onnxruntime.js'
+import { type Pointer, viewMemory } from './onnxruntime.js'
+import { type Placement, placement } from './placement.js'
 import { Staging } from './staging.js'
 
-export type DeviceOptions = {
-  /** auto | cpu | cuda[:n] */
-  device: string
-  /** The folder of libonnxruntime; empty: the one inside onnxruntime-node. */
-  onnxruntime_dir: string
-  /** Worker threads that compute, and intra-op threads of each; 0: by the number of cores. */
-  lanes: number
-  threads: number
+export type { Ticket } from './lanes.js'
+
+export type DeviceOptions = BackendOptions & {
   /** Bytes of the arena that gradients are received into. */
   staging_bytes: number
-  /** Bytes that the runs' state and updates may take together; 0: three quarters of the machine's memory. */
+  /** Bytes that the runs' state and updates may take on each unit; 0: what the backend has. */
   state_bytes_limit: number
 }
 
 /** Where an update is computed and sent from; nothing may use `range` after `release`. */
 export type UpdateMemory = { range: HostRange; release: () => void }
 
-/** A job that waits for a lane. `plan` is called when it is dispatched: undefined drops it. */
-export type Ticket = { cancelled: boolean }
-
-type Pending = {
-  job: () => Job | undefined
-  ticket: Ticket
-  resolve: (r: JobResult | undefined) => void
-  reject: (e: unknown) => void
-}
-type Lane = {
-  worker: Worker
-  busy: Map<number, { resolve: (r: JobResult | undefined) => void; reject: (e: unknown) => void }>
-  jobs: number
-  exited: Promise<unknown>
-}
-
-const CUDA_FILES = ['libonnxruntime_providers_cuda.so', 'libonnxruntime_providers_shared.so']
-// One job computes and one waits in the lane's port, so that a lane never idles for a turn of the event loop.
-const JOBS_PER_LANE = 2
-// Lanes on the CPU share its memory bandwidth and its arena of intermediates: more than four gain nothing.
-const MAX_CPU_LANES = 4
-
 // Updates wait for their client longer than gradients for a lane. What is never needed is never touched: it takes no memory.
 const UPDATES_PER_STAGING = 2
-
 // About a millisecond of copying.
 const READ_BYTES = 4 << 20
-// ONNX Runtime and V8 tell them from other errors by their words only.
-const OUT_OF_MEMORY = /failed to allocate memory|bad_alloc|array length|array buffer allocation failed/i
 
-/** Where plans run: lanes, the staging arena, state memory, and the queue before the lanes. The only owner of device memory. */
+const { coefficients, ns_steps } = NAMED_COEFFICIENTS.keller_jordan
+const DTYPES = { gradient_dtype: 'float32', update_dtype: 'float32' } as const
+const WARM_UP: readonly Need[] = [
+  {
+    kernel: { kind: 'muon', coefficients: expandCoefficients(coefficients, ns_steps), tall: false, ...DTYPES },
+    dims: [64, 64],
+  },
+  { kernel: { kind: 'sgd', ...DTYPES }, dims: [64] },
+]
+
+/**
+ * Where plans run: lanes, the staging arena and state memory. The only owner of device memory. A device has one or more
+ * units (GPUs); a parameter's state and work stay on one of them.
+ */
 export class Device {
-  /** Text for people, such as `cpu`. */
-  readonly name = 'cpu'
-  readonly kind = 'cpu'
-  readonly version: string
-  /** Why `auto` did not take a GPU; empty where nothing was left aside. */
-  readonly note: string
+  readonly backend: Backend
   readonly memory: StateMemory
   readonly staging: Staging
   readonly stagingBlock: HostBlock
-  /** Bytes granted to runs by `admit`, and how many there are in all. */
-  admittedBytes = 0
-  readonly stateBytesLimit: number
+  /** Bytes that there are for runs on every unit. */
+  readonly stateBytesLimits: readonly number[]
   /** Set once the device has failed; every later call is refused with it. */
   failed: Error | undefined
   /** Called once when the device fails. */
   onFailure: (error: Error) => void = () => {}
-  #runtime: OnnxRuntime
   /** Where updates lie while there is room: the same warm memory again and again. */
   readonly #updates: Staging
   readonly #updatesBlock: HostBlock
-  #lanes: Lane[]
-  #queue: Pending[] = []
-  #nextId = 1
+  /** Bytes granted to runs by `admit` on every unit. */
+  #admitted: number[]
+  #lanes: Lanes[]
   #views = new Map<bigint, Uint8Array<ArrayBuffer>>()
 
-  private constructor(runtime: OnnxRuntime, options: Required<DeviceOptions> & LaneOptions, note: string) {
-    this.#runtime = runtime
-    this.version = runtime.version
-    this.note = note
-    this.memory = new StateMemory(runtime)
+  private constructor(backend: Backend, options: DeviceOptions) {
+    this.backend = backend
+    this.memory = new StateMemory(backend.units)
     this.staging = new Staging(options.staging_bytes)
     this.stagingBlock = this.allocateHost(options.staging_bytes)
     this.#updates = new Staging(UPDATES_PER_STAGING * options.staging_bytes)
     this.#updatesBlock = this.allocateHost(this.#updates.capacity)
-    this.stateBytesLimit = options.state_bytes_limit
-    this.#lanes = Array.from({ length: options.lanes }, () => this.#startLane(options))
+    this.stateBytesLimits = backend.units.map(({ stateBytes }) => options.state_bytes_limit || stateBytes)
+    this.#admitted = backend.units.map(() => 0)
+    this.#lanes = backend.units.map(({ lane }) => new Lanes(lane, backend.lanes, (error) => this.#fail(error)))
   }
 
-  /** Starts every lane and has each load a kernel; throws an Error that says what is missing. */
+  /** Starts every lane and has each compute once; throws an Error that says what is missing. */
   static async start(options: DeviceOptions): Promise<Device> {
-    const folder = options.onnxruntime_dir || bundledLibraryFolder()
-    const runtime = openOnnxRuntime(folder)
-    const note = chooseProvider(options.device, folder, runtime)
-    const cores = availableParallelism()
-    const lanes = options.lanes || Math.min(cores, MAX_CPU_LANES)
-    const threads = options.threads || Math.max(1, Math.floor(cores / lanes))
-    const state_bytes_limit = options.state_bytes_limit || Math.floor(totalmem() * 0.75)
-    const device = new Device(runtime, { ...options, folder, lanes, threads, state_bytes_limit }, note)
+    const device = new Device(openBackend(options), options)
     try {
-      await device.load([{ kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' }])
+      await device.load(WARM_UP)
       return device
     } catch (error) {
       await device.close()
@@ -116,27 +82,42 @@ export class Device {
     }
   }
 
+  /** Lanes of all units. */
   get lanes(): number {
-    return this.#lanes.length
+    return this.#lanes.reduce((sum, { count }) => sum + count, 0)
   }
 
-  /** Grants a run `bytes` of state and updates, or refuses with OVER_CAPACITY and the numbers. */
-  admit(bytes: number, what: string): void {
-    const left = this.stateBytesLimit - this.admittedBytes
-    if (bytes > left)
-      throw new ServiceError('OVER_CAPACITY', `${what} needs ${bytes} bytes of device memory, ${left} are left`)
-    this.admittedBytes += bytes
+  get admittedBytes(): number {
+    return total(this.#admitted)
   }
 
-  dismiss(bytes: number): void {
-    this.admittedBytes -= bytes
+  /** Bytes that there are for runs in all. */
+  get stateBytesLimit(): number {
+    return total(this.stateBytesLimits)
+  }
+
+  /** Grants a run the bytes of its parts' state and updates, or refuses with OVER_CAPACITY and the numbers. */
+  admit(parts: readonly number[], what: string): Placement {
+    const placed = placement(parts, this.#admitted)
+    for (const [unit, bytes] of placed.bytes.entries()) {
+      const left = this.stateBytesLimits[unit] - this.#admitted[unit]
+      if (bytes <= left) continue
+      const { name } = this.backend.units[unit]
+      throw new ServiceError('OVER_CAPACITY', `${what} needs ${bytes} bytes of memory on ${name}, ${left} are left`)
+    }
+    this.#admitted = this.#admitted.map((bytes, unit) => bytes + placed.bytes[unit])
+    return placed
+  }
+
+  dismiss({ bytes }: Placement): void {
+    this.#admitted = this.#admitted.map((admitted, unit) => admitted - bytes[unit])
     this.memory.trim()
   }
 
   /** Memory that host and device share (page-locked where the device asks for it), not cleared. */
   allocateHost(bytes: number): HostBlock {
     try {
-      return { pointer: this.#runtime.allocate(bytes), bytes }
+      return { pointer: this.backend.host.allocate(bytes), bytes }
     } catch (error) {
       throw told(error)
     }
@@ -145,8 +126,8 @@ export class Device {
   /** Gives host memory back. Nothing may hold a view of it any more: not a socket, not a lane's job. */
   freeHost(pointer: Pointer): void {
     this.#views.delete(pointer)
-    for (const lane of this.#lanes) this.#post(lane, { type: 'forget', pointer })
-    this.#runtime.free(pointer)
+    for (const lanes of this.#lanes) lanes.forget(pointer)
+    this.backend.host.free(pointer)
   }
 
   /** Memory for one update. Clients that read slowly may hold the arena: then it gets memory of its own. */
@@ -170,126 +151,39 @@ export class Device {
   }
 
   /** Copies of a state tensor's bytes, piece by piece: the event loop can turn in between. The caller holds a reference. */
-  *read(tensor: Tensor): Generator<Uint8Array<ArrayBuffer>> {
-    const view = viewMemory(tensor.pointer, tensor.bytes)
-    for (let offset = 0; offset < tensor.bytes; offset += READ_BYTES) yield view.slice(offset, offset + READ_BYTES)
+  *read({ unit, pointer, bytes }: Tensor): Generator<Uint8Array<ArrayBuffer>> {
+    const { read } = this.backend.units[unit]
+    for (let offset = 0; offset < bytes; offset += READ_BYTES)
+      yield read(pointer + BigInt(offset), Math.min(READ_BYTES, bytes - offset))
   }
 
-  /** Builds the kernels' sessions in every lane, so that no step waits for them. */
-  async load(kernels: readonly KernelSpec[]): Promise<void> {
-    if (this.failed) throw this.#failure()
-    await Promise.all(this.#lanes.map((lane) => this.#ask(lane, (id) => ({ type: 'load', id, kernels }))))
+  /** Makes every lane ready for what is needed, so that no step waits for it. */
+  async load(needs: readonly Need[]): Promise<void> {
+    await Promise.all(this.#lanes.map((lanes) => lanes.load(needs)))
   }
 
   /**
-   * Computes in the order of the calls. `job` is asked for when a lane is free, so a cancelled ticket or an undefined job
-   * costs nothing; then the result is undefined.
+   * Computes on a unit, in the order of the calls. `job` is asked for when a lane is free, so a cancelled ticket or an
+   * undefined job costs nothing; then the result is undefined.
    */
-  run(job: () => Job | undefined, ticket: Ticket): Promise<JobResult | undefined> {
-    if (this.failed) return Promise.reject(this.#failure())
-    return new Promise((resolve, reject) => {
-      this.#queue.push({ job, ticket, resolve, reject })
-      this.#dispatch()
-    })
+  run(job: () => Job | undefined, ticket: Ticket, unit = 0): Promise<JobResult | undefined> {
+    return this.#lanes[unit].run(job, ticket)
   }
 
   /** Ends the lanes after the jobs that they have; jobs that none has are dropped. */
   async close(): Promise<void> {
-    for (const pending of this.#queue.splice(0)) pending.resolve(undefined)
-    for (const lane of this.#lanes) this.#post(lane, { type: 'stop' })
-    await Promise.all(this.#lanes.map((lane) => lane.exited))
-  }
-
-  #dispatch(): void {
-    for (;;) {
-      const lane = this.#lanes.reduce((least, other) => (other.jobs < least.jobs ? other : least))
-      if (lane.jobs >= JOBS_PER_LANE) return
-      const next = this.#queue.shift()
-      if (next === undefined) return
-      this.#give(lane, next)
-    }
-  }
-
-  #give(lane: Lane, { job, ticket, resolve, reject }: Pending): void {
-    let made: Job | undefined
-    try {
-      made = ticket.cancelled ? undefined : job()
-    } catch (error) {
-      return reject(told(error))
-    }
-    if (made === undefined) return resolve(undefined)
-    lane.jobs += 1
-    this.#ask(lane, (id) => ({ type: 'run', id, job: made }))
-      .then(resolve, reject)
-      .finally(() => {
-        lane.jobs -= 1
-        this.#dispatch()
-      })
-  }
-
-  #ask(lane: Lane, request: (id: number) => LaneRequest): Promise<JobResult | undefined> {
-    const id = this.#nextId++
-    return new Promise((resolve, reject) => {
-      lane.busy.set(id, { resolve, reject })
-      this.#post(lane, request(id))
-    })
-  }
-
-  #post(lane: Lane, request: LaneRequest): void {
-    lane.worker.postMessage(request)
-  }
-
-  #startLane(workerData: LaneOptions): Lane {
-    const { folder, threads } = workerData
-    const worker = new Worker(new URL('./lane.js', import.meta.url), { workerData: { folder, threads } })
-    const exited = new Promise((resolve) => worker.once('exit', resolve))
-    const lane: Lane = { worker, busy: new Map(), jobs: 0, exited }
-    worker.on('message', (reply: LaneReply) => this.#receive(lane, reply))
-    worker.on('error', (error) => this.#fail(error))
-    return lane
-  }
-
-  #receive(lane: Lane, reply: LaneReply): void {
-    const waiting = lane.busy.get(reply.id)
-    lane.busy.delete(reply.id)
-    if ('result' in reply) return waiting?.resolve(reply.result)
-    // A lane that runs out of memory has changed nothing: it is that run's trouble alone.
-    if (OUT_OF_MEMORY.test(reply.error)) return waiting?.reject(new ServiceError('OVER_CAPACITY', reply.error))
-    this.#fail(new Error(reply.error))
-    waiting?.reject(this.#failure())
+    await Promise.all(this.#lanes.map((lanes) => lanes.close()))
   }
 
   #fail(error: Error): void {
     if (this.failed) return
     this.failed = error
-    for (const lane of this.#lanes) for (const waiting of lane.busy.values()) waiting.reject(this.#failure())
-    for (const pending of this.#queue.splice(0)) pending.reject(this.#failure())
+    const failure = new ServiceError('DEVICE_FAILED', `the device ${this.backend.name} has failed: ${error.message}`)
+    for (const lanes of this.#lanes) lanes.refuse(failure)
     this.onFailure(error)
   }
-
-  #failure(): ServiceError {
-    return new ServiceError('DEVICE_FAILED', `the device ${this.name} has failed: ${this.failed?.message}`)
-  }
 }
 
-/** What a failing call is told as: memory that cannot be had is the trouble of the run that asked for it, and of no other. */
-function told(error: unknown): unknown {
-  return OUT_OF_MEMORY.test(String(error)) ? new ServiceError('OVER_CAPACITY', String(error)) : error
-}
-
-/** Throws where `device` cannot be had; answers why `auto` settled for the CPU. */
-function chooseProvider(device: string, folder: string, runtime: OnnxRuntime): string {
-  if (device === 'cpu') return ''
-  const missing = cudaProblem(folder, runtime)
-  if (device === 'auto') return missing
-  throw new Error(`device ${device} is not usable: ${missing}`)
-}
-
-// The library that npm ships names the CUDA provider among its own but does not carry its files: only the folder tells.
-function cudaProblem(folder: string, { version }: OnnxRuntime): string {
-  const absent = CUDA_FILES.filter((name) => !existsSync(join(folder, name)))
-  if (absent.length === 0)
-    return `ONNX Runtime ${version} in ${folder} has its CUDA provider, but this version of muond computes on the CPU only`
-  const where = 'the Python wheel onnxruntime-gpu carries them in onnxruntime/capi'
-  return `${folder} lacks ${absent.join(' and ')}: set MUOND_ONNXRUNTIME_DIR to a folder that holds them beside libonnxruntime of the same version (${where})`
+function total(numbers: readonly number[]): number {
+  return numbers.reduce((sum, number) => sum + number, 0)
 }

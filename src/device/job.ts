@@ -4,7 +4,8 @@ import type { Pointer } from './onnxruntime.js'
 
 /** A range of memory that host and device share; `block` is its whole allocation, of which a thread keeps one view. */
 export type HostRange = { block: HostBlock; offset: number; bytes: number }
-export type HostBlock = { pointer: Pointer; bytes: number }
+/** `resident` memory lies in the GPU that computes: nothing is copied. */
+export type HostBlock = { pointer: Pointer; bytes: number; resident?: true }
 
 /** One parameter's step as a lane computes it. It reads `state` and writes `next`: what becomes of them is the run's decision. */
 export type Job = {
@@ -30,8 +31,21 @@ export type JobResult = {
   computeSeconds: number
 }
 
+/** A kernel, and the size of a block that it will be run on. */
+export type Need = { kernel: KernelSpec; dims: readonly number[] }
+
+/** What a lane computes with: everything of it runs in the lane's own thread. */
+export type Executor = {
+  load(needs: readonly Need[]): void
+  /** Throws where the device cannot compute; what is wrong with the numbers is an outcome. */
+  run(job: Job): JobResult
+  /** The host block at this address is about to be freed. */
+  forget(pointer: Pointer): void
+  close(): void
+}
+
 export type LaneRequest =
-  | { type: 'load'; id: number; kernels: readonly KernelSpec[] }
+  | { type: 'load'; id: number; needs: readonly Need[] }
   | { type: 'run'; id: number; job: Job }
   | { type: 'forget'; pointer: Pointer }
   | { type: 'stop' }
@@ -40,3 +54,7 @@ export type LaneReply = { id: number; result: JobResult | undefined } | { id: nu
 
 /** Elements of one run of an elementwise kernel: 1 MiB of float32, so that its intermediates stay in the cache. */
 export const SLICE_ELEMENTS = 1 << 18
+
+export function addressOf({ block, offset }: HostRange): Pointer {
+  return block.pointer + BigInt(offset)
+}

@@ -1,16 +1,14 @@
 import type { Pointer } from './onnxruntime.js'
 
 /** A state tensor: immutable once a step was committed, and shared by reference (a reader keeps it alive). */
-export type Tensor = { readonly pointer: Pointer; readonly bytes: number; references: number }
+export type Tensor = { readonly unit: number; readonly pointer: Pointer; readonly bytes: number; references: number }
 
 /** Where the memory comes from; for state on CUDA this is the device's allocator. */
 export type Allocator = { allocate(bytes: number): Pointer; free(pointer: Pointer): void }
 
 type Block = { readonly pointer: Pointer; readonly bytes: number }
 
-// Small tensors cost no allocation this way. Much more would be held for nothing: a pool must not keep an embedding.
-const POOLED_BYTES = 64 << 20
-const POOLED_BLOCKS = 64
+const POOLED_BLOCKS = 512
 
 /** Memory that was given back, for whoever asks for as many bytes next: fresh memory is the dearest thing. */
 export class Pool {
@@ -18,9 +16,11 @@ export class Pool {
   /** The oldest first. */
   #kept: Block[] = []
   #bytes = 0
+  readonly #largest: number
 
-  constructor(allocator: Allocator) {
+  constructor(allocator: Allocator, largest: number) {
     this.#allocator = allocator
+    this.#largest = largest
   }
 
   /** `bytes` bytes; their contents are whatever was there. */
@@ -32,10 +32,10 @@ export class Pool {
   }
 
   give(block: Block): void {
-    if (block.bytes > POOLED_BYTES) return this.#allocator.free(block.pointer)
+    if (block.bytes > this.#largest) return this.#allocator.free(block.pointer)
     this.#kept.push(block)
     this.#bytes += block.bytes
-    while (this.#bytes > POOLED_BYTES || this.#kept.length > POOLED_BLOCKS) this.#dropOldest()
+    while (this.#bytes > this.#largest || this.#kept.length > POOLED_BLOCKS) this.#dropOldest()
   }
 
   /** Gives the memory back that nobody uses. */
@@ -52,19 +52,20 @@ export class Pool {
 
 /** Device memory of state tensors, with counted references. */
 export class StateMemory {
-  /** Bytes of all live tensors, without the pool. */
+  /** Bytes of all live tensors, without the pools. */
   bytes = 0
-  readonly #pool: Pool
+  readonly #pools: readonly Pool[]
 
-  constructor(allocator: Allocator) {
-    this.#pool = new Pool(allocator)
+  /** On every unit at most `pooledBytes` that nobody uses are kept for the next who asks. */
+  constructor(units: readonly { state: Allocator; pooledBytes: number }[]) {
+    this.#pools = units.map(({ state, pooledBytes }) => new Pool(state, pooledBytes))
   }
 
-  /** A tensor of `bytes` with one reference; its contents are whatever was there. */
-  allocate(bytes: number): Tensor {
-    const { pointer } = this.#pool.take(bytes)
+  /** A tensor of `bytes` on a unit with one reference; its contents are whatever was there. */
+  allocate(bytes: number, unit = 0): Tensor {
+    const { pointer } = this.#pools[unit].take(bytes)
     this.bytes += bytes
-    return { pointer, bytes, references: 1 }
+    return { unit, pointer, bytes, references: 1 }
   }
 
   retain(tensor: Tensor): Tensor {
@@ -76,11 +77,11 @@ export class StateMemory {
     tensor.references -= 1
     if (tensor.references > 0) return
     this.bytes -= tensor.bytes
-    this.#pool.give(tensor)
+    this.#pools[tensor.unit].give(tensor)
   }
 
   /** Gives the pooled memory back, for when a run has gone. */
   trim(): void {
-    this.#pool.trim()
+    for (const pool of this.#pools) pool.trim()
   }
 }

@@ -7,7 +7,10 @@ import koffi from 'koffi'
 export type Pointer = bigint
 
 /** A session's graph with the names of its inputs and outputs in the order in which `run` takes their values. */
-export type Session = { handle: Pointer; inputs: NameList; outputs: NameList }
+export type Session = { handle: Pointer; inputs: NameList; outputs: NameList; runOptions: Pointer | null }
+
+/** Where a session computes: on `threads` cores, or on a GPU as part of the work of a stream, for which `run` does not wait. */
+export type SessionTarget = { threads: number } | { gpu: number; stream: Pointer }
 
 type NameList = { pointers: BigUint64Array; texts: Buffer[] }
 
@@ -18,13 +21,17 @@ export type OnnxRuntime = {
   createSession(
     model: Uint8Array,
     names: { inputs: readonly string[]; outputs: readonly string[] },
-    threads: number,
+    target: SessionTarget,
   ): Session
   releaseSession(session: Session): void
-  /** Wraps memory that the caller keeps alive as a tensor of `dims` elements of the ONNX type `type`. */
-  createTensor(memory: { pointer: Pointer; bytes: number }, dims: readonly number[], type: number): Pointer
+  /** Wraps memory that the caller keeps alive, of the host or of a GPU, as a tensor of `dims` elements of the ONNX type `type`. */
+  createTensor(
+    memory: { pointer: Pointer; bytes: number; gpu?: number },
+    dims: readonly number[],
+    type: number,
+  ): Pointer
   releaseTensor(tensor: Pointer): void
-  /** Runs synchronously in the calling thread; outputs are written into the memory of the given tensors. */
+  /** Runs in the calling thread, on the CPU synchronously; outputs are written into the memory of the given tensors. */
   run(session: Session, inputs: readonly Pointer[], outputs: readonly Pointer[]): void
   /** Memory from the CPU provider's allocator, aligned to 64 bytes, not cleared. */
   allocate(bytes: number): Pointer
@@ -43,6 +50,10 @@ const MINIMUM_VERSION = [1, 29] as const
 // koffi runs native code on a stack of its own, and MLAS needs more than the default: without this it segfaults.
 const STACK_BYTES = 8 << 20
 koffi.config({ sync_stack_size: STACK_BYTES, async_stack_size: STACK_BYTES })
+
+// OrtDeviceAllocator and OrtMemTypeDefault of onnxruntime_c_api.h.
+const DEVICE_ALLOCATOR = 0
+const DEFAULT_MEMORY = 0
 
 const STATUS_CALL = 'void *'
 const prototype = (name: string, result: string, parameters: string[]) => koffi.proto(name, result, parameters)
@@ -63,6 +74,8 @@ const CALLS = {
     ['void *', 'void *', 'size_t', 'void *', 'size_t', 'int', '_Out_ void **'],
     STATUS_CALL,
   ],
+  CreateRunOptions: [39, ['_Out_ void **'], STATUS_CALL],
+  CreateMemoryInfo: [68, ['const char *', 'int', 'int', 'int', '_Out_ void **'], STATUS_CALL],
   CreateCpuMemoryInfo: [69, ['int', 'int', '_Out_ void **'], STATUS_CALL],
   AllocatorAlloc: [75, ['void *', 'size_t', '_Out_ void **'], STATUS_CALL],
   AllocatorFree: [76, ['void *', 'void *'], STATUS_CALL],
@@ -72,10 +85,17 @@ const CALLS = {
   ReleaseMemoryInfo: [94, ['void *'], 'void'],
   ReleaseSession: [95, ['void *'], 'void'],
   ReleaseValue: [96, ['void *'], 'void'],
+  ReleaseRunOptions: [97, ['void *'], 'void'],
   ReleaseSessionOptions: [100, ['void *'], 'void'],
   GetAvailableProviders: [125, ['_Out_ void **', '_Out_ int *'], STATUS_CALL],
   ReleaseAvailableProviders: [126, ['void *', 'int'], STATUS_CALL],
   AddSessionConfigEntry: [130, ['void *', 'const char *', 'const char *'], STATUS_CALL],
+  AddRunConfigEntry: [165, ['void *', 'const char *', 'const char *'], STATUS_CALL],
+  SessionOptionsAppendExecutionProvider_CUDA_V2: [204, ['void *', 'void *'], STATUS_CALL],
+  CreateCUDAProviderOptions: [205, ['_Out_ void **'], STATUS_CALL],
+  UpdateCUDAProviderOptions: [206, ['void *', 'void *', 'void *', 'size_t'], STATUS_CALL],
+  ReleaseCUDAProviderOptions: [208, ['void *'], 'void'],
+  UpdateCUDAProviderOptionsWithValue: [263, ['void *', 'const char *', 'void *'], STATUS_CALL],
 } as const satisfies Record<string, readonly [number, readonly string[], string]>
 
 type CallName = keyof typeof CALLS
@@ -104,31 +124,48 @@ export function openOnnxRuntime(folder: string = bundledLibraryFolder()): OnnxRu
   const env = out('CreateEnv', 3, 'muond')
   const memoryInfo = out('CreateCpuMemoryInfo', 1, 0)
   const allocator = out('GetAllocatorWithDefaultOptions')
+  const gpuMemoryInfos = new Map<number, Pointer>()
+  /* c8 ignore start -- needs a GPU: npm run test:gpu */
+  const gpuMemoryInfo = (gpu: number): Pointer => {
+    const info = gpuMemoryInfos.get(gpu) ?? out('CreateMemoryInfo', 'Cuda', DEVICE_ALLOCATOR, gpu, DEFAULT_MEMORY)
+    gpuMemoryInfos.set(gpu, info)
+    return info
+  }
+  /* c8 ignore stop */
   return {
     version,
     providers: () => availableProviders(call),
-    createSession: (model, names, threads) => {
-      const options = sessionOptions(call, out, threads)
+    createSession: (model, names, target) => {
+      /* c8 ignore next -- needs a GPU: npm run test:gpu */
+      const options = 'gpu' in target ? cudaOptions(call, out, target) : cpuOptions(call, out, target.threads)
       const handle = out('CreateSessionFromArray', env, model, model.byteLength, options)
       call('ReleaseSessionOptions', options)
-      return { handle, inputs: nameList(names.inputs), outputs: nameList(names.outputs) }
+      /* c8 ignore next -- needs a GPU: npm run test:gpu */
+      const runOptions = 'gpu' in target ? unsynchronized(call, out) : null
+      return { handle, inputs: nameList(names.inputs), outputs: nameList(names.outputs), runOptions }
     },
-    releaseSession: (session) => call('ReleaseSession', session.handle),
-    createTensor: ({ pointer, bytes }, dims, type) => {
+    releaseSession: (session) => {
+      call('ReleaseSession', session.handle)
+      /* c8 ignore next -- needs a GPU: npm run test:gpu */
+      if (session.runOptions) call('ReleaseRunOptions', session.runOptions)
+    },
+    createTensor: ({ pointer, bytes, gpu }, dims, type) => {
       const shape = BigInt64Array.from(dims, BigInt)
-      return out('CreateTensorWithDataAsOrtValue', memoryInfo, pointer, bytes, shape, dims.length, type)
+      /* c8 ignore next -- needs a GPU: npm run test:gpu */
+      const info = gpu === undefined ? memoryInfo : gpuMemoryInfo(gpu)
+      return out('CreateTensorWithDataAsOrtValue', info, pointer, bytes, shape, dims.length, type)
     },
     releaseTensor: (tensor) => call('ReleaseValue', tensor),
-    run: ({ handle, inputs, outputs }, inputValues, outputValues) => {
+    run: ({ handle, inputs, outputs, runOptions }, inputValues, outputValues) => {
       const given = BigUint64Array.from(inputValues)
       const results = BigUint64Array.from(outputValues)
-      call('Run', handle, null, inputs.pointers, given, given.length, outputs.pointers, results.length, results)
+      call('Run', handle, runOptions, inputs.pointers, given, given.length, outputs.pointers, results.length, results)
     },
     allocate: (bytes) => out('AllocatorAlloc', allocator, bytes),
     free: (pointer) => call('AllocatorFree', allocator, pointer),
     addressOf: (memory) => koffi.address(memory),
     close: () => {
-      call('ReleaseMemoryInfo', memoryInfo)
+      for (const info of [memoryInfo, ...gpuMemoryInfos.values()]) call('ReleaseMemoryInfo', info)
       call('ReleaseEnv', env)
     },
   }
@@ -178,7 +215,9 @@ function callers(api: Pointer): Caller {
   }
 }
 
-function sessionOptions(call: Caller, out: (name: CallName, ...rest: unknown[]) => Pointer, threads: number): Pointer {
+type Out = (name: CallName, ...rest: unknown[]) => Pointer
+
+function cpuOptions(call: Caller, out: Out, threads: number): Pointer {
   const options = out('CreateSessionOptions')
   call('SetIntraOpNumThreads', options, threads)
   // A pattern is one block for all intermediates of a shape: larger, and on top of what the arena holds for other shapes.
@@ -187,6 +226,36 @@ function sessionOptions(call: Caller, out: (name: CallName, ...rest: unknown[]) 
   call('AddSessionConfigEntry', options, 'session.intra_op.allow_spinning', '0')
   return options
 }
+
+/* c8 ignore start -- needs a GPU: npm run test:gpu */
+// Fallbacks to the CPU would hide copies; TF32 would round float32 products to ten bits.
+const CUDA_OPTIONS = { arena_extend_strategy: 'kSameAsRequested', use_tf32: '0' }
+
+function cudaOptions(call: Caller, out: Out, { gpu, stream }: { gpu: number; stream: Pointer }): Pointer {
+  const options = out('CreateSessionOptions')
+  const provider = out('CreateCUDAProviderOptions')
+  try {
+    const entries = { device_id: String(gpu), ...CUDA_OPTIONS }
+    const keys = nameList(Object.keys(entries))
+    const values = nameList(Object.values(entries))
+    call('UpdateCUDAProviderOptions', provider, keys.pointers, values.pointers, keys.pointers.length)
+    call('UpdateCUDAProviderOptionsWithValue', provider, 'user_compute_stream', stream)
+    call('SessionOptionsAppendExecutionProvider_CUDA_V2', options, provider)
+    call('AddSessionConfigEntry', options, 'session.disable_cpu_ep_fallback', '1')
+    return options
+  } finally {
+    call('ReleaseCUDAProviderOptions', provider)
+  }
+}
+
+/** Run options under which a run on a GPU returns once its work is queued. */
+function unsynchronized(call: Caller, out: Out): Pointer {
+  const options = out('CreateRunOptions')
+  call('AddRunConfigEntry', options, 'disable_synchronize_execution_providers', '1')
+  return options
+}
+
+/* c8 ignore stop */
 
 function availableProviders(call: Caller): string[] {
   const list: [Pointer] = [0n]

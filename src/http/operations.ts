@@ -90,7 +90,7 @@ export function createHandlers({ config, device, runs, metrics, events, contract
 
 function checkReady(device: Device, runs: Runs): void {
   if (device.failed)
-    throw new ServiceError('DEVICE_FAILED', `the device ${device.name} has failed: ${device.failed.message}`)
+    throw new ServiceError('DEVICE_FAILED', `the device ${device.backend.name} has failed: ${device.failed.message}`)
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and begins no step')
 }
 
@@ -112,7 +112,14 @@ function capabilities(config: Config, device: Device): Schemas['Capabilities'] {
       Object.entries(HYPERPARAMETERS).map(([name, table]) => [name, hyperparametersOf(table)]),
     ),
     dtypes: Object.keys(DTYPES),
-    devices: [{ name: device.name, kind: device.kind, onnxruntime: device.version, lanes: device.lanes }],
+    devices: [
+      {
+        name: device.backend.name,
+        kind: device.backend.kind,
+        onnxruntime: device.backend.version,
+        lanes: device.lanes,
+      },
+    ],
     limits,
   }
 }

@@ -33,6 +33,7 @@ export type PlaceStep = {
 /** One parameter's place in a run: its state, and what it was last applied with. Only `compute` changes it. */
 export class Place {
   readonly parameter: Parameter
+  readonly unit: number
   /** How many updates were applied to it: torch's `step`. */
   count = 0
   /** The run's step it was last applied for; 0 is never. */
@@ -43,8 +44,10 @@ export class Place {
   /** Undefined before its first step, when its state is all zeros. */
   #tensors: Tensor[] | undefined
 
-  constructor(device: Device, parameter: Parameter) {
+  /** `unit` of the device has its state and computes its steps. */
+  constructor(device: Device, parameter: Parameter, unit = 0) {
     this.#device = device
+    this.unit = unit
     this.parameter = parameter
   }
 
@@ -71,7 +74,7 @@ export class Place {
     const replayed = this.appliedStep === step
     const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
     const plan = planStep(this.parameter, groupOf(this.parameter, settings.groups), at)
-    const outputs = new Outputs(this.#device)
+    const outputs = new Outputs(this.#device, this.unit)
     const queuedAt = performance.now()
     const job = () => {
       spend('queue', (performance.now() - queuedAt) / 1000)
@@ -96,7 +99,7 @@ export class Place {
   }
 
   async #run(job: () => Job, asked: PlaceStep): Promise<JobResult | undefined> {
-    const result = await this.#device.run(job, asked.ticket)
+    const result = await this.#device.run(job, asked.ticket, this.unit)
     if (result) this.#check(result, asked)
     return result
   }
@@ -151,10 +154,12 @@ export class Place {
 class Outputs {
   next: Tensor[] = []
   readonly #device: Device
+  readonly #unit: number
   #update: UpdateMemory | undefined
 
-  constructor(device: Device) {
+  constructor(device: Device, unit: number) {
     this.#device = device
+    this.#unit = unit
   }
 
   get update(): UpdateMemory {
@@ -163,7 +168,7 @@ class Outputs {
   }
 
   allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
-    for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes))
+    for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes, this.#unit))
     this.#update = this.#device.takeUpdate(update_bytes)
     return { next: this.next.map((tensor) => tensor.pointer), update: this.update.range }
   }

@@ -1,9 +1,10 @@
 import { EventEmitter } from 'node:events'
 import type { Device, Ticket } from '../device/device.js'
 import type { HostRange } from '../device/job.js'
+import type { Placement } from '../device/placement.js'
 import { ServiceError } from '../errors.js'
 import { effective } from '../optimizer/hyperparameters.js'
-import { describe, type Parameter, stateBytes } from '../optimizer/parameter.js'
+import { describe, type Parameter } from '../optimizer/parameter.js'
 import type { OpenedFrame, ReceiptFrame, StepSeconds } from '../wire/frame.js'
 import { type DigestRecord, FIRST_DIGEST, nextDigest } from './digest.js'
 import { Place, type Update } from './place.js'
@@ -38,7 +39,8 @@ const NAMES_IN_MESSAGE = 10
 export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   readonly name: string
   readonly created_at = new Date().toISOString()
-  readonly admittedBytes: number
+  /** What the device has granted it, and where. */
+  readonly placement: Placement
   epoch = 0
   /** The last finished step. */
   step = 0
@@ -59,8 +61,8 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     this.#device = device
     this.#receiptsKept = options.receipts_kept
     this.schedule = new Schedule(options.groups)
-    this.#places = options.parameters.map((parameter) => new Place(device, parameter))
-    this.admittedBytes = bytesOfRun(options.parameters)
+    this.#places = options.parameters.map((parameter, i) => new Place(device, parameter, options.placement.units[i]))
+    this.placement = options.placement
   }
 
   get parameters(): Parameter[] {
@@ -189,7 +191,7 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   /** Gives all memory back. The run has no writer and no job any more. */
   dispose(): void {
     for (const place of this.#places) place.dispose()
-    this.#device.dismiss(this.admittedBytes)
+    this.#device.dismiss(this.placement)
   }
 
   #checkComplete(step: number, skipped: Set<number>): void {
@@ -266,11 +268,13 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   }
 }
 
-export type RunOptions = { name: string; groups: Groups; parameters: Parameter[]; receipts_kept: number }
-
-/** Bytes of device and update memory that a run of these parameters takes: all state, and one step's updates. */
-export function bytesOfRun(parameters: readonly Parameter[]): number {
-  return parameters.reduce((sum, parameter) => sum + stateBytes(parameter) + parameter.update_bytes, 0)
+/** `placement` is what the device has admitted: the run gives it back. */
+export type RunOptions = {
+  name: string
+  groups: Groups
+  parameters: Parameter[]
+  placement: Placement
+  receipts_kept: number
 }
 
 function effectiveGroups(groups: Groups) {

@@ -1,11 +1,13 @@
+import { kernelKey } from '../../kernels/kernel.js'
 import type { Config } from '../config.js'
 import type { Device } from '../device/device.js'
+import type { Need } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithm.js'
 import { parseGroup, stateBearing } from '../optimizer/hyperparameters.js'
-import { firstDifference, type Parameter, parseParameters } from '../optimizer/parameter.js'
+import { firstDifference, type Parameter, parseParameters, stateBytes } from '../optimizer/parameter.js'
 import type { OpenFrame } from '../wire/frame.js'
-import { bytesOfRun, Run, type Writer } from './run.js'
+import { Run, type Writer } from './run.js'
 import { type Groups, groupOf } from './schedule.js'
 
 /** The run that an `open` gave, and whether it existed before. */
@@ -95,18 +97,20 @@ export class Runs {
   }
 
   async #build(name: string, groups: Groups, parameters: Parameter[]): Promise<Run> {
-    const kernels = kernelsOf(parameters, groups)
-    const bytes = bytesOfRun(parameters)
-    this.#device.admit(bytes, `run '${name}'`)
+    const needs = needsOf(parameters, groups)
+    // Beside its state every parameter may have an update that a slow reader has not taken yet.
+    const parts = parameters.map((parameter) => stateBytes(parameter) + parameter.update_bytes)
+    const placement = this.#device.admit(parts, `run '${name}'`)
     this.#creating += 1
-    const loaded = this.#device.load(kernels).finally(() => {
+    const loaded = this.#device.load(needs).finally(() => {
       this.#creating -= 1
     })
     await loaded.catch((error) => {
-      this.#device.dismiss(bytes)
+      this.#device.dismiss(placement)
       throw error
     })
-    return new Run(this.#device, { name, groups, parameters, receipts_kept: this.#config.receipts_kept })
+    const { receipts_kept } = this.#config
+    return new Run(this.#device, { name, groups, parameters, placement, receipts_kept })
   }
 
   #checkFits(parameters: readonly Parameter[]): void {
@@ -138,7 +142,7 @@ export class Runs {
   #expelAll(): void {
     const error = new ServiceError(
       'DEVICE_FAILED',
-      `the device ${this.#device.name} has failed: ${this.#device.failed?.message}`,
+      `the device ${this.#device.backend.name} has failed: ${this.#device.failed?.message}`,
       { close: 1011 },
     )
     for (const run of this.#runs.values()) run.writer?.expel(error)
@@ -189,12 +193,12 @@ function groupDifference(existing: Groups, given: Groups): string | undefined {
   return undefined
 }
 
-function kernelsOf(parameters: readonly Parameter[], groups: Groups) {
-  const kernels = new Map<string, ReturnType<typeof planStep>['kernel']>()
+/** Each kernel with each size of a block that the parameters have. */
+function needsOf(parameters: readonly Parameter[], groups: Groups): Need[] {
+  const needs = new Map<string, Need>()
   for (const parameter of parameters) {
-    const plan = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
-    for (const kernel of [plan.kernel, ...plan.tasks.flatMap((task) => task.kernel ?? [])])
-      kernels.set(JSON.stringify(kernel), kernel)
+    const { kernel: shared, tasks } = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
+    for (const { kernel = shared, dims } of tasks) needs.set(`${kernelKey(kernel)} ${dims}`, { kernel, dims })
   }
-  return [...kernels.values()]
+  return [...needs.values()]
 }

@@ -174,7 +174,7 @@ export class Stream implements Writer, GradientSink {
     this.#run = run
     log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
     const { chunk_bytes, staging_bytes, max_parameters } = config
-    const server = { name: 'muond', version: VERSION, device: device.name, onnxruntime: device.version }
+    const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
     this.#send({
       type: 'opened',
       ...run.opened(resumed),

@@ -81,7 +81,7 @@ t.test('a lane keeps the sessions of many kernels, and makes one anew that it ha
   const matrix = { tasks: [{ dims: [8, 8], offset: 0 }] }
   const job = jobOf(device, { kernel: muon(2), ...matrix })
   const first = await device.run(() => job, ticket())
-  await device.load(Array.from({ length: 70 }, (_, i) => muon(1.5 + i / 1000)))
+  await device.load(Array.from({ length: 70 }, (_, i) => ({ kernel: muon(1.5 + i / 1000), dims: [8, 8] })))
   t.match(await device.run(() => job, ticket()), { ...first, computeSeconds: Number })
   await device.close()
 })

@@ -47,7 +47,7 @@ t.test('a model gives the same bits through the C API as through the public API 
 
   const runtime = openOnnxRuntime()
   const names = { inputs: Object.keys(inputs), outputs: OUTPUTS }
-  const ours = runtime.createSession(model, names, 1)
+  const ours = runtime.createSession(model, names, { threads: 1 })
   const given = Object.values(inputs).map((values) => nativeTensor(runtime, values))
   const results = OUTPUTS.map((name) =>
     nativeTensor(runtime, new Float32Array(expected[name]!.size), expected[name]!.dims),
@@ -73,7 +73,7 @@ t.test('the library says what it is, and its errors carry its words', async (t) 
   t.match(runtime.version, /^1\.\d+\.\d+$/)
   t.ok(runtime.providers().includes('CPUExecutionProvider'))
   t.throws(
-    () => runtime.createSession(new Uint8Array([1, 2, 3]), { inputs: [], outputs: [] }, 1),
+    () => runtime.createSession(new Uint8Array([1, 2, 3]), { inputs: [], outputs: [] }, { threads: 1 }),
     /CreateSessionFromArray: .*protobuf/i,
   )
 })

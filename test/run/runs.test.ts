@@ -1,4 +1,5 @@
 import t from 'tap'
+import type { Need } from '../../src/device/job.js'
 import type { ServiceError } from '../../src/errors.js'
 import type { Writer } from '../../src/run/run.js'
 import type { OpenFrame } from '../../src/wire/frame.js'
@@ -65,8 +66,9 @@ t.test('a refused open leaves no run, no epoch and no memory behind', async (t) 
 
 t.test('an open that the device refuses leaves no run and no memory behind', async (t) => {
   const { runs, device, app } = await startService({ lanes: 1 })
-  device.failed = new Error('it is gone')
-  await t.rejects(runs.open(frame('r'), writer()), { code: 'DEVICE_FAILED', message: /it is gone/ })
+  const unknown = { kind: 'sgd', gradient_dtype: 'float7', update_dtype: 'float32' } as unknown as Need['kernel']
+  await t.rejects(device.load([{ kernel: unknown, dims: [1] }]), { code: 'DEVICE_FAILED' })
+  await t.rejects(runs.open(frame('r'), writer()), { code: 'DEVICE_FAILED' })
   t.same([runs.list(), device.admittedBytes], [[], 0])
   await app.close()
 })

@@ -1,0 +1,20 @@
+/** Which unit of the device each part goes to, and how many bytes every unit gets. */
+export type Placement = { readonly units: readonly number[]; readonly bytes: readonly number[] }
+
+/**
+ * Shares parts out by their bytes: the largest first, each to the unit that holds the least, counting what it has `taken`
+ * already. Equal arguments give equal placements.
+ */
+export function placement(parts: readonly number[], taken: readonly number[]): Placement {
+  const units = new Array<number>(parts.length).fill(0)
+  const bytes = taken.map(() => 0)
+  const load = [...taken]
+  const largestFirst = parts.map((size, index) => ({ size, index })).sort((a, b) => b.size - a.size)
+  for (const { size, index } of largestFirst) {
+    const unit = load.indexOf(Math.min(...load))
+    units[index] = unit
+    bytes[unit] += size
+    load[unit] += size
+  }
+  return { units, bytes }
+}
