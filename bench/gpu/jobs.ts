@@ -1,0 +1,72 @@
+import type { Cuda } from '../../src/device/cuda.js'
+import type { Device } from '../../src/device/device.js'
+import type { HostBlock, Job } from '../../src/device/job.js'
+import { viewMemory } from '../../src/device/onnxruntime.js'
+import { planStep } from '../../src/optimizer/algorithm.js'
+import { parseGroup } from '../../src/optimizer/hyperparameters.js'
+import { type Parameter, parseParameters } from '../../src/optimizer/parameter.js'
+import type { ParameterDeclaration } from '../../src/wire/frame.js'
+
+const NOISE_BYTES = 2 << 20
+
+type Options = { parameters: readonly ParameterDeclaration[]; resident: boolean }
+
+/** One job for each parameter with Gaussian gradients, and all of them as a step; throws where one is not computed. */
+export async function prepare(device: Device, gpu: Cuda, { parameters: declared, resident }: Options) {
+  const group = parseGroup({ name: 'muon', algorithm: 'muon' })
+  const parameters = parseParameters(declared, new Map([['muon', group]]))
+  const freed: (() => void)[] = []
+  const state = (bytes: number) => {
+    const pointer = gpu.allocate(bytes)
+    freed.push(() => gpu.free(pointer))
+    return pointer
+  }
+  const block = (bytes: number): HostBlock => {
+    if (resident) return { pointer: state(bytes), bytes, resident }
+    const pointer = gpu.allocateHost(bytes)
+    freed.push(() => gpu.freeHost(pointer))
+    return { pointer, bytes }
+  }
+  const fill = filler(gpu)
+  const plan = (parameter: Parameter, step: number) => planStep(parameter, group, { step, replay: false })
+  const jobs = parameters.map((parameter): Job => {
+    const [gradient, update] = [block(parameter.gradient_bytes), block(parameter.update_bytes)]
+    fill(gradient)
+    const whole = (memory: HostBlock) => ({ block: memory, offset: 0, bytes: memory.bytes })
+    const tensors = { state: [state(parameter.state[0].bytes)], next: [state(parameter.state[0].bytes)] }
+    return { plan: plan(parameter, 1), gradient: whole(gradient), update: whole(update), gradient_scale: 1, ...tensors }
+  })
+  // What lies in fresh memory may be no number: the first step starts from zeros.
+  for (const job of jobs) await run(device, { ...job, state: undefined })
+  let current = jobs.map((job) => ({ ...job, state: job.next, next: job.state ?? [] }))
+  const step = async () => {
+    await Promise.all(current.map((job) => run(device, job)))
+    current = current.map((job) => ({ ...job, state: job.next, next: job.state }))
+  }
+  const free = () => {
+    for (const release of freed) release()
+  }
+  return { step, free }
+}
+
+async function run(device: Device, job: Job): Promise<void> {
+  const result = await device.run(() => job, { cancelled: false })
+  if (result?.outcome !== 'computed') throw new Error(`the device answered ${result?.outcome}`)
+}
+
+/** Fills blocks of host or device memory with the same Gaussian bfloat16 numbers, over and over. */
+function filler(gpu: Cuda): (block: HostBlock) => void {
+  const gaussian = () => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random())
+  const noise = Uint16Array.from(
+    { length: NOISE_BYTES / 2 },
+    () => new Uint32Array(Float32Array.of(gaussian()).buffer)[0] >>> 16,
+  )
+  const host = gpu.allocateHost(NOISE_BYTES)
+  viewMemory(host, NOISE_BYTES).set(new Uint8Array(noise.buffer))
+  const stream = gpu.createStream()
+  return ({ pointer, bytes }) => {
+    for (let at = 0; at < bytes; at += NOISE_BYTES)
+      stream.copy(pointer + BigInt(at), host, Math.min(NOISE_BYTES, bytes - at))
+    stream.synchronize()
+  }
+}

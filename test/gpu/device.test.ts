@@ -1,0 +1,295 @@
+import t, { type Test } from 'tap'
+import { bytesPerElement, type Dtype } from '../../kernels/dtype.js'
+import { openCuda } from '../../src/device/cuda.js'
+import { Device } from '../../src/device/device.js'
+import type { Job, JobResult } from '../../src/device/job.js'
+import type { Tensor } from '../../src/device/memory.js'
+import { createScanner } from '../../src/device/scan.js'
+import { planStep } from '../../src/optimizer/algorithm.js'
+import { parseGroup } from '../../src/optimizer/hyperparameters.js'
+import { type Parameter, parseParameters } from '../../src/optimizer/parameter.js'
+import type { ParameterDeclaration } from '../../src/wire/frame.js'
+import {
+  type AdamwState,
+  adamwStep,
+  frobenius,
+  gaussian,
+  momentumStep,
+  orthogonalizeByIteration,
+  orthogonalizeBySvd,
+  relativeDistance,
+} from '../reference.js'
+import { CUDA, NO_GPU } from './gpu.js'
+
+const KELLER_JORDAN = Array.from({ length: 5 }, () => [3.4445, -4.775, 2.0315] as const)
+const DTYPES = ['float32', 'bfloat16', 'float16'] as const
+const TORCH = { momentum: 0.95, nesterov: true, momentum_form: 'ema' } as const
+
+t.test('the device alone', { skip: NO_GPU, timeout: 300_000 }, async (t) => {
+  const device = await Device.start({ ...CUDA, lanes: 2, threads: 0, staging_bytes: 2 ** 28, state_bytes_limit: 0 })
+  const scanner = createScanner()
+  const gpu = openCuda(0)
+  t.teardown(() => device.close())
+
+  /** One parameter of one group on the device, step by step. */
+  function start(algorithm: Record<string, unknown>, declared: Partial<ParameterDeclaration>) {
+    const groups = new Map([['g', parseGroup({ name: 'g', ...algorithm } as Parameters<typeof parseGroup>[0])]])
+    const raw = { name: 'p', shape: [1], group: 'g', update_dtype: 'float32', ...declared } as ParameterDeclaration
+    const [parameter] = parseParameters([raw], groups)
+    const group = groups.get('g')!
+    let state: Tensor[] | undefined
+    const compute = async (gradient: Uint8Array, at: { step: number; replay?: boolean }) => {
+      const slot = device.staging.tryReserve(parameter!.gradient_bytes)!
+      device.view(device.stagingBlock).set(gradient, slot.offset)
+      const next = parameter!.state.map(({ bytes }) => device.memory.allocate(bytes))
+      const update = device.takeUpdate(parameter!.update_bytes)
+      const job: Job = {
+        plan: planStep(parameter!, group, { step: at.step, replay: at.replay ?? false }),
+        gradient: { block: device.stagingBlock, ...slot },
+        gradient_scale: 1,
+        state: state?.map(({ pointer }) => pointer),
+        next: next.map(({ pointer }) => pointer),
+        update: update.range,
+      }
+      const result = (await device.run(() => job, { cancelled: false }))!
+      const { block, offset, bytes } = update.range
+      const data = device.view(block).slice(offset, offset + bytes)
+      device.staging.release(slot)
+      update.release()
+      for (const tensor of (at.replay ? next : state) ?? []) device.memory.release(tensor)
+      if (!at.replay) state = next
+      return { result, data }
+    }
+    const end = () => {
+      for (const tensor of state ?? []) device.memory.release(tensor)
+    }
+    const read = (index: number) => floatsOf(Buffer.concat([...device.read(state![index]!)]), 'float32')
+    return { parameter: parameter as Parameter, compute, read, end }
+  }
+
+  t.match(device.backend.name, /^cuda:0 NVIDIA/)
+
+  for (const [rows, cols] of [
+    [64, 64],
+    [96, 40],
+    [40, 96],
+    [33, 77],
+    [512, 1024],
+    [1024, 512],
+  ] as const) {
+    for (const dtype of DTYPES) {
+      // The oracle of the larger ones takes seconds.
+      if (rows * cols > 10_000 && dtype !== 'bfloat16') continue
+      await t.test(`muon ${rows}x${cols} ${dtype}: two steps near float64, and replayed`, async (t) => {
+        const p = start({ algorithm: 'muon' }, { shape: [rows, cols], gradient_dtype: dtype })
+        let buffer = new Float64Array(rows * cols)
+        for (const step of [1, 2]) {
+          const sent = bytesOf(gaussian(step, rows * cols), dtype)
+          const gradient = floatsOf(sent, dtype)
+          const { result, data } = await p.compute(sent, { step })
+          const oracle = momentumStep(buffer, gradient, TORCH)
+          buffer = oracle.buffer
+          const o = orthogonalizeByIteration({ rows, cols, data: oracle.direction }, KELLER_JORDAN)
+          t.equal(result.outcome, 'computed')
+          const distance = relativeDistance(floatsOf(data, 'float32'), o.data)
+          // The fewer numbers, the wider rounding scatters: 2.01e-3 was seen at 96x40.
+          t.ok(distance < (rows * cols > 10_000 ? 2e-3 : 2.5e-3), `step ${step}: distance ${distance}`)
+          t.ok(relativeDistance(p.read(0), buffer) < 1e-6, 'the momentum buffer is float32')
+          sameScan(t, result, { gradient: sent, dtype, update: data })
+          const again = await p.compute(sent, { step, replay: true })
+          t.equal(Buffer.compare(again.data, data), 0, 'the replay is the same bytes')
+        }
+        p.end()
+      })
+    }
+  }
+
+  function sameScan(
+    t: Test,
+    result: JobResult,
+    { gradient, dtype, update }: { gradient: Uint8Array; dtype: Dtype; update: Uint8Array },
+  ) {
+    const [ours, theirs] = [scanner.scan(gradient, dtype), scanner.scan(update, 'float32')]
+    t.equal(result.gradientFingerprint, ours.fingerprint, "the fingerprints are the CPU's")
+    t.equal(result.updateFingerprint, theirs.fingerprint)
+    t.ok(Math.abs(result.gradientSquare / ours.squareSum - 1) < 1e-12)
+    t.ok(Math.abs(result.updateSquare / theirs.squareSum - 1) < 1e-12)
+  }
+
+  await t.test('any scale of a float32 gradient gives the same direction', async (t) => {
+    const [rows, cols] = [64, 96]
+    const values = gaussian(7, rows * cols)
+    const o = orthogonalizeByIteration({ rows, cols, data: values }, KELLER_JORDAN)
+    for (const scale of [1e-37, 1e-30, 1e-10, 1, 1e10, 1e30, 1e36]) {
+      const p = start({ algorithm: 'muon', momentum: 0 }, { shape: [rows, cols] })
+      const { result, data } = await p.compute(
+        bytesOf(
+          values.map((value) => value * scale),
+          'float32',
+        ),
+        { step: 1 },
+      )
+      t.equal(result.outcome, 'computed')
+      t.ok(relativeDistance(floatsOf(data, 'float32'), o.data) < 2e-3, `scale ${scale}`)
+      p.end()
+    }
+  })
+
+  await t.test('zero gives zero', async (t) => {
+    const p = start({ algorithm: 'muon' }, { shape: [48, 32] })
+    const { result, data } = await p.compute(new Uint8Array(48 * 32 * 4), { step: 1 })
+    t.equal(result.outcome, 'computed')
+    t.ok(data.every((byte) => byte === 0))
+    p.end()
+  })
+
+  await t.test('vectors, single numbers and a rank-1 matrix keep their sign', async (t) => {
+    for (const [rows, cols] of [
+      [1, 512],
+      [512, 1],
+      [1, 1],
+      [64, 48],
+    ] as const) {
+      const [left, right] = [gaussian(rows, rows), gaussian(cols + 1, cols)]
+      const values = Float64Array.from(
+        { length: rows * cols },
+        (_, i) => left[Math.floor(i / cols)]! * right[i % cols]!,
+      )
+      const p = start({ algorithm: 'muon', momentum: 0 }, { shape: [rows, cols] })
+      const { data } = await p.compute(bytesOf(values, 'float32'), { step: 1 })
+      const o = orthogonalizeBySvd({ rows, cols, data: values }, KELLER_JORDAN)
+      const ours = floatsOf(data, 'float32')
+      const cosine = ours.reduce((sum, x, i) => sum + x * o.data[i]!, 0) / (frobenius(ours) * frobenius(o.data))
+      t.ok(cosine > 0.9, `${rows}x${cols}: cosine ${cosine}`)
+      p.end()
+    }
+  })
+
+  await t.test('NaN and infinity are told and nothing else is', async (t) => {
+    for (const algorithm of ['muon', 'adamw', 'sgd']) {
+      for (const bad of [Number.NaN, Number.POSITIVE_INFINITY]) {
+        const p = start({ algorithm }, { shape: [40, 24] })
+        const values = gaussian(3, 40 * 24)
+        values[517] = bad
+        t.match(await p.compute(bytesOf(values, 'float32'), { step: 1 }), { result: { outcome: 'not_finite' } })
+        p.end()
+      }
+    }
+    const p = start({ algorithm: 'adamw' }, { shape: [8] })
+    const { result } = await p.compute(bytesOf(Float64Array.of(1, 2, 3, 4, 5, 6, 7, 2e20), 'float32'), { step: 1 })
+    t.equal(result.outcome, 'not_finite', 'the square of 2e20 is not a float32')
+    p.end()
+  })
+
+  await t.test('a batch, heads and a split are the separate matrices, bit for bit', async (t) => {
+    const [rows, cols] = [24, 40]
+    const values = bytesOf(gaussian(11, 3 * rows * cols), 'float32')
+    const whole = new Map<string, Uint8Array>()
+    for (const [name, declared] of Object.entries({
+      batch: { shape: [3, rows, cols], matrices: 'batch' },
+      heads: { shape: [3 * rows, cols], heads: 3 },
+      split: { shape: [3 * rows, cols], split: [rows, rows, rows] },
+    } as const)) {
+      const p = start({ algorithm: 'muon' }, declared)
+      whole.set(name, (await p.compute(values, { step: 1 })).data)
+      p.end()
+    }
+    const separate: Uint8Array[] = []
+    for (let i = 0; i < 3; i++) {
+      const p = start({ algorithm: 'muon' }, { shape: [rows, cols] })
+      separate.push(
+        (await p.compute(values.subarray(i * rows * cols * 4, (i + 1) * rows * cols * 4), { step: 1 })).data,
+      )
+      p.end()
+    }
+    for (const [name, data] of whole) t.equal(Buffer.compare(data, Buffer.concat(separate)), 0, name)
+  })
+
+  await t.test('matrices of one parameter with different shapes each get their own factor', async (t) => {
+    const [rows, cols] = [[40, 8], 16] as const
+    const values = gaussian(13, 48 * cols)
+    const p = start({ algorithm: 'muon', momentum: 0 }, { shape: [48, cols], split: [...rows] })
+    const ours = floatsOf((await p.compute(bytesOf(values, 'float32'), { step: 1 })).data, 'float32')
+    const blocks = [values.subarray(0, 40 * cols), values.subarray(40 * cols)]
+    const expected = blocks.flatMap((data, i) => {
+      const factor = Math.sqrt(Math.max(1, rows[i]! / cols))
+      const o = orthogonalizeByIteration({ rows: rows[i]!, cols, data }, KELLER_JORDAN)
+      return [...o.data.map((value) => value * factor)]
+    })
+    const distance = relativeDistance(ours, expected)
+    t.ok(distance < 2e-3, `distance ${distance}`)
+    p.end()
+  })
+
+  for (const dtype of DTYPES) {
+    await t.test(`adamw and sgd ${dtype} are float64's within 1e-6, and replayed`, async (t) => {
+      const shape = [1001, 7]
+      const p = start({ algorithm: 'adamw' }, { shape, gradient_dtype: dtype })
+      const q = start({ algorithm: 'sgd', momentum: 0.9, nesterov: true }, { shape, gradient_dtype: dtype })
+      let state: AdamwState = { exp_avg: new Float64Array(7007), exp_avg_sq: new Float64Array(7007) }
+      let buffer: Float64Array | undefined
+      for (const step of [1, 2, 3]) {
+        const sent = bytesOf(
+          gaussian(20 + step, 7007).map((value) => value + 2),
+          dtype,
+        )
+        const gradient = floatsOf(sent, dtype)
+        const oracle = adamwStep(state, gradient, { betas: [0.9, 0.999], eps: 1e-8, step })
+        state = { exp_avg: oracle.exp_avg, exp_avg_sq: oracle.exp_avg_sq }
+        const [adamw, sgd] = [await p.compute(sent, { step }), await q.compute(sent, { step })]
+        t.ok(relativeDistance(floatsOf(adamw.data, 'float32'), oracle.data) < 1e-6)
+        t.ok(relativeDistance(p.read(1), oracle.exp_avg_sq) < 1e-6)
+        const next: Float64Array = buffer ? buffer.map((b, i) => 0.9 * b + gradient[i]!) : gradient
+        buffer = next
+        const direction = gradient.map((g, i) => g + 0.9 * next[i]!)
+        t.ok(relativeDistance(floatsOf(sgd.data, 'float32'), direction) < 1e-6)
+        t.equal(Buffer.compare((await p.compute(sent, { step, replay: true })).data, adamw.data), 0)
+        t.equal(Buffer.compare((await q.compute(sent, { step, replay: true })).data, sgd.data), 0)
+      }
+      p.end()
+      q.end()
+    })
+  }
+
+  await t.test('a thousand steps take no more device memory than ten', async (t) => {
+    const p = start({ algorithm: 'muon' }, { shape: [256, 512] })
+    const sent = bytesOf(gaussian(30, 256 * 512), 'float32')
+    let after10 = 0
+    for (let step = 1; step <= 1000; step++) {
+      await p.compute(sent, { step })
+      if (step === 10) after10 = gpu.memory().free
+    }
+    t.equal(gpu.memory().free, after10)
+    p.end()
+  })
+})
+
+/** Little-endian elements, rounded to the dtype (to nearest, ties away from zero). */
+function bytesOf(values: Float64Array, dtype: Dtype): Uint8Array {
+  if (dtype === 'float32') return new Uint8Array(Float32Array.from(values).buffer)
+  const encode = dtype === 'bfloat16' ? bfloat16 : float16
+  return new Uint8Array(Uint16Array.from(values, encode).buffer)
+}
+
+function floatsOf(bytes: Uint8Array, dtype: Dtype): Float64Array {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)
+  const size = bytesPerElement(dtype)
+  return Float64Array.from({ length: bytes.length / size }, (_, i) => {
+    if (dtype === 'float32') return view.getFloat32(i * 4, true)
+    const bits = view.getUint16(i * 2, true)
+    if (dtype === 'bfloat16') return new Float32Array(Uint32Array.of(bits << 16).buffer)[0]!
+    const [sign, exponent, fraction] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023]
+    return sign * (exponent === 0 ? fraction * 2 ** -24 : (1 + fraction / 1024) * 2 ** (exponent - 15))
+  })
+}
+
+function bfloat16(value: number): number {
+  return (new Uint32Array(Float32Array.of(value).buffer)[0]! + 0x8000) >>> 16
+}
+
+function float16(value: number): number {
+  const sign = value < 0 ? 0x8000 : 0
+  const exponent = Math.max(-14, Math.floor(Math.log2(Math.abs(value))))
+  const fraction = Math.round((Math.abs(value) / 2 ** exponent) * 1024)
+  return fraction < 1024 ? sign | fraction : sign | (((exponent + 15) << 10) + fraction - 1024)
+}
