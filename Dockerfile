@@ -1,0 +1,44 @@
+# Two images of one build:   docker build --target cpu -t muond .   and   docker build --target cuda -t muond:cuda .
+# `npm run test:image` carries these steps out in plain folders (deploy/dockerfile.test.ts).
+
+FROM node:20-bookworm-slim AS build
+WORKDIR /muond
+COPY package.json package-lock.json .npmrc ./
+RUN npm ci
+COPY tsconfig.json openapi.yaml ./
+COPY kernels kernels
+COPY src src
+RUN npx tsc && npm prune --omit=dev
+
+FROM python:3.12-slim AS provider
+WORKDIR /muond
+ENV MUOND_ONNXRUNTIME_DIR=/opt/onnxruntime
+COPY deploy/onnxruntime-gpu.sh deploy/
+RUN sh deploy/onnxruntime-gpu.sh "$MUOND_ONNXRUNTIME_DIR"
+
+FROM node:20-bookworm-slim AS cpu
+WORKDIR /muond
+ENV MUOND_HOST=0.0.0.0 MUOND_DEVICE=cpu NODE_ENV=production
+COPY --from=build /muond/package.json /muond/openapi.yaml ./
+COPY --from=build /muond/node_modules node_modules
+COPY --from=build /muond/dist dist
+COPY deploy/healthcheck.js deploy/
+USER node
+EXPOSE 8787
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["node", "deploy/healthcheck.js"]
+ENTRYPOINT ["node", "dist/src/server.js"]
+
+# CUDA 13: cudart, cuBLAS, cuRAND and NVRTC; the driver (580 or later) comes with the container runtime.
+FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04 AS cuda
+WORKDIR /muond
+ENV MUOND_HOST=0.0.0.0 MUOND_DEVICE=cuda MUOND_ONNXRUNTIME_DIR=/opt/onnxruntime NODE_ENV=production
+COPY --from=build /usr/local/bin/node /usr/local/bin/
+COPY --from=provider /opt/onnxruntime /opt/onnxruntime
+COPY --from=build /muond/package.json /muond/openapi.yaml ./
+COPY --from=build /muond/node_modules node_modules
+COPY --from=build /muond/dist dist
+COPY deploy/healthcheck.js deploy/
+USER 1000:1000
+EXPOSE 8787
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["node", "deploy/healthcheck.js"]
+ENTRYPOINT ["node", "dist/src/server.js"]
