@@ -102,8 +102,8 @@ class Problem:
         self.k_blocks = -(-k // 64)
 
     def bytes(self, maps):
-        at = [maps(m) if m is not None else 0 for m in (self.a, self.b, self.c, self.e, self.d)]
-        return struct.pack('5Q3fI', *at, self.alpha, self.beta, self.gamma, 0)
+        at = [maps(m) if m is not None else 0 for m in (self.a, self.b, self.c, self.e)]
+        return struct.pack('5Q2I3fI', *at, self.d.data_ptr(), *self.d.shape, self.alpha, self.beta, self.gamma, 0)
 
     def flops(self):
         m, n = self.d.shape
@@ -333,6 +333,7 @@ def exact(x, steps=5):
 def timed(work, repeats, seconds=1.0):
     """Median milliseconds of a graph of `work`, by `repeats`."""
     side = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(side):
         work()
     torch.cuda.synchronize()
