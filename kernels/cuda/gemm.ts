@@ -8,10 +8,8 @@ export const GEMM_BOX = 64
 const STAGES = 4
 const BLOCK_BYTES = GEMM_BOX * GEMM_BOX * 2
 const STAGE_BYTES = 6 * BLOCK_BYTES
-// Each of the eight warps that multiply turns 16 x 128 results here before it stores them.
-const WARP_BYTES = 16 * 128 * 2
-const TURN_AT = STAGES * STAGE_BYTES
-const BARRIERS_AT = TURN_AT + 8 * WARP_BYTES
+const MIRROR_AT = STAGES * STAGE_BYTES
+const BARRIERS_AT = MIRROR_AT + 4 * BLOCK_BYTES
 
 /** How to launch `GEMM_KERNEL`: its grid is a multiple of GEMM_CLUSTER, one block per multiprocessor. */
 export const GEMM_KERNEL = 'gemm'
@@ -30,11 +28,10 @@ const list = (count: number, of: (index: number) => string) => Array.from({ leng
  *
  * A block is one warp that loads and two warpgroups that multiply, 64 x 256 elements each. The two blocks of a cluster
  * have the same columns, and each loads half of B for both. The order of the sums over k is that of the memory, whatever
- * else is in the launch. Of a symmetric D only what lies on and below the diagonal is kept, and written a second time as
- * the mirror above it.
+ * else is in the launch. Of a symmetric D only blocks of 64 x 64 on and below the diagonal are kept and mirrored.
  *
- * Addends come through the ring of stages behind the last slice of k, half a tile (128 columns) each. The sums leave
- * through shared memory that each warp has for itself, so the ring fills for the next tile meanwhile.
+ * Addends come through the ring of stages behind the last slice of k, half a tile (128 columns) each; D is written over
+ * the last addend and stored from there. A slot is given back when the next tile's first products are under way.
  */
 export const GEMM_SOURCE = `
 typedef unsigned long long u64;
@@ -46,8 +43,9 @@ const u32 CONSUMER_WARPS = 8, NONE = 0xffffffff;
 // How an operand lies in memory: with k along its rows, or across them.
 const u32 BOTH_ALONG = 0, BOTH_ACROSS = 1, B_ACROSS = 2;
 
-// Addresses of four tensor maps, D itself with its sides, and the factors.
-struct Problem { u64 a, b, c, e; u16 *d; u32 rows, cols; float alpha, beta, gamma; u32 unused; };
+// The order of a problem's tensor maps.
+const u32 A = 0, B = 1, D = 2, C = 3, E = 4;
+struct Problem { u64 maps[5]; float alpha, beta, gamma; u32 unused; };
 // Row and column count tiles of ${GEMM_TILE.rows} x ${GEMM_TILE.cols}; problem is NONE where a cluster has no more work.
 struct alignas(16) Tile { u32 problem; u16 row, col; u32 k_blocks; unsigned char mode, symmetric, addends, unused; };
 
@@ -90,8 +88,21 @@ __device__ inline void load_block_for_all(u32 to, u64 map, u32 x, u32 y, u32 bar
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
     :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
 }
+__device__ inline void store_block(u64 map, u32 x, u32 y, u32 from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
+    :: "l"(map), "r"(x), "r"(y), "r"(from) : "memory");
+}
+__device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ inline void store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ inline void store_wait_read_but_last() { asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory"); }
+__device__ inline void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // Between the warp that acquires maps and the one that loads.
-__device__ inline void maps_sync() { asm volatile("bar.sync 1, 64;" ::: "memory"); }
+__device__ inline void maps_sync() { asm volatile("bar.sync 3, 64;" ::: "memory"); }
+
+// Shared memory written by threads is about to be read by the copy engine; for the 128 threads of one warpgroup.
+__device__ inline void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ inline void group_sync(u32 group) { asm volatile("bar.sync %0, 128;" :: "r"(group + 1) : "memory"); }
 
 // A shared memory descriptor: 8 rows of 128 bytes make 1024, and blocks of 64 columns follow each other.
 __device__ inline u64 descriptor(u32 address) {
@@ -130,14 +141,11 @@ __device__ inline void store_transposed(u32 address, const u32 *x) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
     :: "r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
-__device__ inline uint4 load_16(u32 address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
-  return x;
-}
+__device__ inline void store_half(u32 address, u32 x) { asm volatile("st.shared.b16 [%0], %1;" :: "r"(address), "h"((u16)x) : "memory"); }
 
 // Where a swizzled block has its 16 bytes 'chunk' of a row.
 __device__ inline u32 chunk_at(u32 block, u32 row, u32 chunk) { return block + row * 128 + ((chunk ^ (row & 7)) << 4); }
+__device__ inline u32 element_at(u32 block, u32 row, u32 col) { return chunk_at(block, row, col >> 3) + (col & 7) * 2; }
 
 // The ring of stages, as one side of it walks.
 struct Ring {
@@ -155,7 +163,7 @@ __device__ inline void acquire_maps(const Problem *problems, const Tile *tiles, 
   for (u32 round = 0; round < rounds; round++) {
     const Tile tile = tiles[round * clusters + blockIdx.x / CLUSTER];
     if (tile.problem == NONE) break;
-    if (tile.problem != known && lane < 2 + tile.addends) acquire_map((&problems[tile.problem].a)[lane]);
+    if (tile.problem != known && lane < 3 + tile.addends) acquire_map(problems[tile.problem].maps[lane]);
     known = tile.problem;
     __syncwarp();
     maps_sync();
@@ -170,20 +178,24 @@ __device__ inline void load_tile(Ring &ring, const Tile &tile, const Problem &p,
     barrier_expect(ring.full(), STAGE);
     for (u32 j = 0; j < 2; j++) {
       const u32 at = row + j * 64;
-      load_block(ring.slot() + j * BLOCK, p.a, a_across ? at : i * 64, a_across ? i * 64 : at, ring.full());
+      load_block(ring.slot() + j * BLOCK, p.maps[A], a_across ? at : i * 64, a_across ? i * 64 : at, ring.full());
     }
     for (u32 n = 0; n < 4 / CLUSTER; n++) {
       const u32 j = rank * (4 / CLUSTER) + n, at = col + j * 64;
-      load_block_for_all(ring.slot() + (2 + j) * BLOCK, p.b, b_across ? at : i * 64, b_across ? i * 64 : at, ring.full());
+      load_block_for_all(ring.slot() + (2 + j) * BLOCK, p.maps[B], b_across ? at : i * 64, b_across ? i * 64 : at, ring.full());
     }
     ring.advance();
   }
-  for (u32 left = tile.addends; left > 0; left--)
+  const u32 passes = tile.addends > 1 ? 2 : 1;
+  for (u32 pass = 0; pass < passes; pass++)
     for (u32 half = 0; half < 2; half++) {
       barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
-      barrier_expect(ring.full(), 4 * BLOCK);
-      for (u32 j = 0; j < 4; j++)
-        load_block(ring.slot() + j * BLOCK, left == 1 ? p.c : p.e, col + half * 128 + (j & 1) * 64, row + (j >> 1) * 64, ring.full());
+      if (tile.addends == 0) barrier_arrive(ring.full());
+      else {
+        barrier_expect(ring.full(), 4 * BLOCK);
+        for (u32 j = 0; j < 4; j++)
+          load_block(ring.slot() + j * BLOCK, pass + 1 == passes ? p.maps[C] : p.maps[E], col + half * 128 + (j & 1) * 64, row + (j >> 1) * 64, ring.full());
+      }
       ring.advance();
     }
 }
@@ -200,16 +212,25 @@ __device__ inline void produce(Ring ring, const Problem *problems, const Tile *t
   }
 }
 
-// One of the eight warps that multiply.
+// One of the two warpgroups that multiply; 'held' counts slots whose D the copy engine may still be reading.
 struct Consumer {
   Ring ring;
-  u32 group, warp, lane, turn;
+  u32 group, warp, lane, mirror, held;
+  __device__ inline bool elected() const { return warp == 0 && lane == 0; }
   __device__ inline void release(u32 stage) const {
     if (lane != 0) return;
     if (CLUSTER == 1) barrier_arrive(ring.empty(stage));
     else for (u32 rank = 0; rank < CLUSTER; rank++) barrier_arrive_at(ring.empty(stage), rank);
   }
-  __device__ inline u32 before() const { return (ring.stage + STAGES - 1) % STAGES; }
+  __device__ inline u32 before(u32 count) const { return (ring.stage + STAGES - count) % STAGES; }
+  __device__ inline void release_held() {
+    if (held == 0) return;
+    if (elected()) store_wait_read();
+    // The first slice of the new tile lies between.
+    release(before(2));
+    release(before(1));
+    held = 0;
+  }
 };
 
 template <int A_ACROSS, int B_ACROSS_K> __device__ inline void multiply_slice(const Consumer &own, float (&d)[${ACCUMULATORS}], u32 accumulate) {
@@ -226,16 +247,17 @@ template <int A_ACROSS, int B_ACROSS_K> __device__ inline void multiply_slice(co
 
 template <int A_ACROSS, int B_ACROSS_K> __device__ inline void accumulate(Consumer &own, float (&d)[${ACCUMULATORS}], u32 k_blocks) {
   multiply_slice<A_ACROSS, B_ACROSS_K>(own, d, 0);
+  own.release_held();
   own.ring.advance();
   for (u32 i = 1; i < k_blocks; i++) {
     multiply_slice<A_ACROSS, B_ACROSS_K>(own, d, 1);
     multiply_wait<1>();
-    own.release(own.before());
+    own.release(own.before(1));
     own.ring.advance();
   }
   multiply_wait<0>();
   settle(d);
-  own.release(own.before());
+  own.release(own.before(1));
 }
 
 // d = scale·d + factor·(half a tile from the slot).
@@ -256,73 +278,80 @@ template <int HALF> __device__ inline void add(const Consumer &own, float (&d)[$
     }
 }
 
-// Takes one addend out of the ring.
-__device__ inline void add_tile(Consumer &own, float (&d)[${ACCUMULATORS}], float scale, float factor) {
+// A block on the diagonal: the lower half as computed, the upper half its mirror.
+__device__ inline void write_diagonal(const Consumer &own, u32 block, const u32 *x) {
+#pragma unroll
+  for (int p = 0; p < 4; p++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const u32 value = i & 1 ? x[p * 4 + i / 2] >> 16 : x[p * 4 + i / 2];
+      const u32 row = own.warp * 16 + (i >> 1 & 1) * 8 + (own.lane >> 2), col = p * 16 + (i >> 2) * 8 + (own.lane & 3) * 2 + (i & 1);
+      if (row >= col) store_half(element_at(block, row, col), value);
+      if (row > col) store_half(element_at(block, col, row), value);
+    }
+}
+
+// Writes half a tile from the sums into its slot, over the last addend, and sends it on its way.
+template <int HALF> __device__ inline void finish(Consumer &own, float (&d)[${ACCUMULATORS}], const Tile &tile, const Problem &p, u32 row, u32 col) {
+  const float scale = tile.addends > 1 ? 1 : p.alpha;
   barrier_wait(own.ring.full(), own.ring.phase);
-  add<0>(own, d, own.ring.slot(), scale, factor);
-  own.release(own.ring.stage);
-  own.ring.advance();
-  barrier_wait(own.ring.full(), own.ring.phase);
-  add<1>(own, d, own.ring.slot(), scale, factor);
-  own.release(own.ring.stage);
-  own.ring.advance();
-}
-
-// Stores those of 8 neighbours of a row whose column lies in [first, end).
-__device__ inline void store_some(u16 *to, const uint4 &x, int first, int end) {
-  const u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-    if (i >= first && i < end) to[i] = (u16)(words[i / 2] >> i % 2 * 16);
-}
-__device__ inline void store_row(u16 *to, const uint4 &x, int first, int end) {
-  if (first <= 0 && end >= 8) *(uint4 *)to = x;
-  else if (first < 8 && end > 0) store_some(to, x, first, end);
-}
-
-// Half of the warp's 16 x 256 results from (row, col) on, as they are; of a symmetric D what lies left of the diagonal, with it.
-__device__ inline void store_lower(const Consumer &own, const u32 (&x)[32], const Problem &p, bool symmetric, u32 row, u32 col) {
-#pragma unroll
-  for (u32 i = 0; i < 8; i++) {
-    const u32 r = own.lane & 15, chunk = i * 2 + (own.lane >> 4);
-    store_matrices(own.turn + r * 256 + ((chunk ^ (r & 7)) << 4), x + i * 4);
-  }
-  __syncwarp();
-#pragma unroll
-  for (u32 i = 0; i < 8; i++) {
-    const u32 r = i * 2 + (own.lane >> 4), chunk = own.lane & 15;
-    const uint4 values = load_16(own.turn + r * 256 + ((chunk ^ (r & 7)) << 4));
-    const u32 y = row + r, at = col + chunk * 8;
-    if (y < p.rows && at < p.cols) store_row(p.d + (u64)y * p.cols + at, values, 0, symmetric ? (int)(y + 1 - at) : 8);
-  }
-  __syncwarp();
-}
-
-// The same mirrored: 128 rows of 16, right of the diagonal.
-__device__ inline void store_upper(const Consumer &own, const u32 (&x)[32], const Problem &p, u32 row, u32 col) {
-#pragma unroll
-  for (u32 i = 0; i < 8; i++) {
-    const u32 r = i * 16 + (own.lane >> 4) * 8 + (own.lane & 7), chunk = own.lane >> 3 & 1;
-    store_transposed(own.turn + r * 32 + ((chunk ^ (r >> 2 & 1)) << 4), x + i * 4);
-  }
-  __syncwarp();
-#pragma unroll
-  for (u32 i = 0; i < 8; i++) {
-    const u32 r = i * 16 + (own.lane >> 1), chunk = own.lane & 1;
-    const uint4 values = load_16(own.turn + r * 32 + ((chunk ^ (r >> 2 & 1)) << 4));
-    const u32 y = col + r, at = row + chunk * 8;
-    if (y < p.rows && at < p.cols) store_row(p.d + (u64)y * p.cols + at, values, (int)(y + 1 - at), 8);
-  }
-  __syncwarp();
-}
-
-template <int HALF> __device__ inline void store_half(const Consumer &own, float (&d)[${ACCUMULATORS}], const Problem &p, bool symmetric, float scale, u32 row, u32 col) {
-  if (symmetric && col > row + 15) return;
+  const u32 slot = own.ring.slot() + own.group * 2 * BLOCK;
+  if (tile.addends > 0) add<HALF>(own, d, own.ring.slot(), scale, p.beta);
   u32 x[32];
 #pragma unroll
-  for (int i = 0; i < 32; i++) x[i] = pack(d[HALF * 64 + i * 2] * scale, d[HALF * 64 + i * 2 + 1] * scale);
-  store_lower(own, x, p, symmetric, row, col);
-  if (symmetric && col < row + 15) store_upper(own, x, p, row, col);
+  for (int i = 0; i < 32; i++) {
+    const float *at = d + HALF * 64 + i * 2;
+    x[i] = tile.addends > 0 ? pack(at[0], at[1]) : pack(at[0] * scale, at[1] * scale);
+  }
+  // A block on the diagonal is written where other threads read their addends.
+  if (tile.symmetric) group_sync(own.group);
+#pragma unroll
+  for (int q = 0; q < 2; q++) {
+    const u32 at = col + HALF * 128 + q * 64;
+    if (tile.symmetric && at == row) write_diagonal(own, slot + q * BLOCK, x + q * 16);
+    else if (!tile.symmetric || at < row)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        store_matrices(chunk_at(slot + q * BLOCK, own.warp * 16 + (own.lane & 15), i * 2 + (own.lane >> 4)), x + q * 16 + i * 4);
+  }
+  publish();
+  group_sync(own.group);
+  if (own.elected()) {
+    for (u32 q = 0; q < 2; q++) {
+      const u32 at = col + HALF * 128 + q * 64;
+      if (!tile.symmetric || at <= row) store_block(p.maps[D], at, row, slot + q * BLOCK);
+    }
+    store_commit();
+  }
+  if (tile.symmetric && col + HALF * 128 < row) {
+    if (HALF == 1) {
+      // The first half's mirror may still be on its way.
+      if (own.elected()) store_wait_read_but_last();
+      group_sync(own.group);
+    }
+#pragma unroll
+    for (int q = 0; q < 2; q++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        store_transposed(chunk_at(own.mirror + q * BLOCK, (i * 2 + (own.lane >> 4)) * 8 + (own.lane & 7), own.warp * 2 + (own.lane >> 3 & 1)), x + q * 16 + i * 4);
+    publish();
+    group_sync(own.group);
+    if (own.elected()) {
+      for (u32 q = 0; q < 2; q++) {
+        const u32 at = col + HALF * 128 + q * 64;
+        if (at < row) store_block(p.maps[D], row, at, own.mirror + q * BLOCK);
+      }
+      store_commit();
+    }
+  }
+  own.ring.advance();
+}
+
+template <int HALF> __device__ inline void add_first(Consumer &own, float (&d)[${ACCUMULATORS}], const Problem &p) {
+  barrier_wait(own.ring.full(), own.ring.phase);
+  add<HALF>(own, d, own.ring.slot(), p.alpha, p.gamma);
+  own.release(own.ring.stage);
+  own.ring.advance();
 }
 
 __device__ inline void consume(Consumer own, const Problem *problems, const Tile *tiles, u32 rounds) {
@@ -336,14 +365,17 @@ __device__ inline void consume(Consumer own, const Problem *problems, const Tile
     if (tile.mode == BOTH_ALONG) accumulate<0, 0>(own, d, tile.k_blocks);
     else if (tile.mode == B_ACROSS) accumulate<0, 1>(own, d, tile.k_blocks);
     else accumulate<1, 1>(own, d, tile.k_blocks);
-    if (tile.addends > 1) add_tile(own, d, p.alpha, p.gamma);
-    if (tile.addends > 0) add_tile(own, d, tile.addends > 1 ? 1 : p.alpha, p.beta);
-    const u32 row = (tile.row * CLUSTER + rank) * 128 + own.group * 64 + own.warp * 16, col = tile.col * 256;
-    const float scale = tile.addends > 0 ? 1 : p.alpha;
-    store_half<0>(own, d, p, tile.symmetric, scale, row, col);
-    store_half<1>(own, d, p, tile.symmetric, scale, row, col + 128);
+    if (tile.addends > 1) {
+      add_first<0>(own, d, p);
+      add_first<1>(own, d, p);
+    }
+    const u32 row = (tile.row * CLUSTER + rank) * 128 + own.group * 64, col = tile.col * 256;
+    finish<0>(own, d, tile, p, row, col);
+    finish<1>(own, d, tile, p, row, col);
+    own.held = 2;
     tile = next;
   }
+  if (own.elected()) store_wait();
 }
 
 extern "C" __global__ void __launch_bounds__(${GEMM_THREADS}, 1) __cluster_dims__(${GEMM_CLUSTER}, 1, 1)
@@ -368,8 +400,7 @@ ${GEMM_KERNEL}(const Problem *problems, const Tile *tiles, u64 rounds) {
     if (threadIdx.x / 32 == 9) acquire_maps(problems, tiles, (u32)rounds, lane);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const u32 warp = threadIdx.x / 32;
-    consume({ring, group, warp % 4, threadIdx.x % 32, base + ${TURN_AT} + warp * ${WARP_BYTES}}, problems, tiles, (u32)rounds);
+    consume({ring, group, threadIdx.x / 32 % 4, threadIdx.x % 32, base + ${MIRROR_AT} + group * 2 * BLOCK, 0}, problems, tiles, (u32)rounds);
   }
   __syncwarp();
   // The other block may still send data or signals here.
