@@ -1,10 +1,13 @@
 """Checks and times the kernel of kernels/cuda/gemm.ts on a Hopper GPU against float64 and cuBLAS (torch).
 
-gemm.py FOLDER check|time|ops ...: FOLDER has gemm.cu (the kernel's text) and gemm.json (its constants).
+gemm.py FOLDER check|singles|sets|ops ...: FOLDER has gemm.cu and gemm.json, which gemm.ts writes. Variables: SEED of the
+inputs, SMALL for a check of small shapes only (under compute-sanitizer), CUBIN=1 for a gemm.cubin made elsewhere, ALONE
+for ops without cuBLAS, GEMM another name than gemm.
 """
 import ctypes
 import glob
 import heapq
+import itertools
 import json
 import os
 import statistics
@@ -212,6 +215,8 @@ def check():
     torch.manual_seed(int(os.environ.get('SEED', '0')))
     everything, bad = [], 0
     for rows, cols in SHAPES:
+        if os.environ.get('SMALL') and rows * cols > 300000:
+            continue
         worst = []
         for name, problem, shape, want in cases(rows, cols):
             outs = [guarded(*shape) for _ in range(3)]
@@ -245,8 +250,8 @@ def check():
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
-def direct(shapes, maps, steps=5):
-    """One launch list for all matrices of `shapes`: what to launch, the inputs and the outputs."""
+def direct(shapes, steps=5):
+    """Problem lists of all matrices of `shapes`, one a launch; the inputs and the outputs."""
     sets = []
     for rows, cols in shapes:
         m = min(rows, cols)
@@ -254,23 +259,16 @@ def direct(shapes, maps, steps=5):
         x /= x.float().norm()
         sets.append((x, torch.empty_like(x), x.new_empty(m, m), x.new_empty(m, m), torch.empty_like(x)))
     launches = []
-    known = {}
-
-    def launch(key, problems):
-        if key not in known:
-            known[key] = Launch(problems, maps)
-        launches.append(known[key])
-
     for step in range(steps):
         source = 0 if step == 0 else 1 if step % 2 else 4
         target = 1 if step % 2 == 0 else 4
-        launch(('g', source), [gram(s[source], s[2]) for s in sets])
-        launch('p', [product(s[2], s[2], s[3], C, c=s[2], beta=B) for s in sets])
-        launch(('a', source, target), [apply(s[3], s[source], s[target], 1.0, A) for s in sets])
+        launches.append([gram(s[source], s[2]) for s in sets])
+        launches.append([product(s[2], s[2], s[3], C, c=s[2], beta=B) for s in sets])
+        launches.append([apply(s[3], s[source], s[target], 1.0, A) for s in sets])
     return launches, [s[0] for s in sets], [s[target] for s in sets]
 
 
-def gram_form(shapes, maps):
+def gram_form(shapes):
     """Three iterations on the Gram matrix, then two direct ones, for matrices at least twice as long as wide; direct for the others."""
     long = [s for s in shapes if max(s) >= 2 * min(s) and min(s) >= 512]
     rest = [s for s in shapes if s not in long]
@@ -304,9 +302,9 @@ def gram_form(shapes, maps):
         launch([gram(s[source], s[r]) for s in sets])
         launch([product(s[r], s[r], s[z1], C, c=s[r], beta=B) for s in sets])
         launch([apply(s[z1], s[source], s[target], 1.0, A) for s in sets])
-    made = [Launch(problems, maps) for problems in launches]
-    others = direct(rest, maps) if rest else ([], [], [])
-    return made + others[0], [s[x] for s in sets] + others[1], [s[y] for s in sets] + others[2]
+    others = direct(rest) if rest else ([], [], [])
+    both = [a + b for a, b in itertools.zip_longest(launches, others[0], fillvalue=[])]
+    return both, [s[x] for s in sets] + others[1], [s[y] for s in sets] + others[2]
 
 
 def cublas(xs, steps=5):
@@ -367,39 +365,42 @@ def distance(outs, xs):
     return worst
 
 
-def compare(name, shapes, copies, one_list):
-    maps = Maps()
-    line = f'{name:12}'
+def compare(name, shapes, copies):
+    line = f'{name:10}'
     for form in (direct, gram_form):
         if form is gram_form and not any(max(s) >= 2 * min(s) for s in shapes):
             continue
-        lists = [form(shapes, maps) for _ in range(copies)]
+        maps = Maps()
+        lists = [form(shapes) for _ in range(copies)]
+        launches = [Launch(problems, maps) for made in lists for problems in made[0]]
         maps.write()
 
         def work():
-            for launches, _, _ in lists:
-                for launch in launches:
-                    launch()
+            for launch in launches:
+                launch()
 
         ms = timed(work, copies)
-        flops = sum(l.flops for l in lists[0][0])
-        line += f'{form.__name__} {ms:8.4f} ms {flops / ms / 1e9:5.0f} TF/s (error {distance(lists[0][2], lists[0][1]):.1e})  '
-    inputs = [x for l in lists for x in l[1]]
+        flops = sum(l.flops for l in launches) / copies
+        line += f'{form.__name__} {ms:.4f} ms {flops / ms / 1e9:.0f} TF/s (error {distance(lists[0][2], lists[0][1]):.1e})  '
+        inputs = [x for l in lists for x in l[1]]
     keep = {}
 
     def library():
         keep['outs'] = cublas(inputs)
 
     ms = timed(library, copies)
-    line += f'cuBLAS {ms:8.4f} ms (error {distance(keep["outs"], inputs):.1e})'
+    line += f'cuBLAS {ms:.4f} ms (error {distance(keep["outs"], inputs):.1e})'
     print(line, flush=True)
 
 
-def time_all():
+def singles():
     for rows, cols in SINGLES:
-        compare(f'{rows}x{cols}', [(rows, cols)], 16 if min(rows, cols) < 2048 else 4, True)
-    compare('GPT-2', GPT2, 1, True)
-    compare('Llama-1B', LLAMA, 1, True)
+        compare(f'{rows}x{cols}', [(rows, cols)], 16 if min(rows, cols) < 2048 else 4)
+
+
+def sets():
+    compare('GPT-2', GPT2, 1)
+    compare('Llama-1B', LLAMA, 1)
 
 
 def ops():
@@ -414,9 +415,13 @@ def ops():
         maps.write()
         line = f'{rows}x{cols} x{count}: '
         for name, launch in made.items():
-            ms = timed(launch, 1, 0.2)
+            ms = timed(launch, 1, 0.15)
             done = sum(p.k_blocks * 64 * CONSTANTS['rows'] * CONSTANTS['cols'] * 2 for p in kinds[name] for _ in p.tiles())
             line += f'{name} {ms:.3f} ms {launch.flops / ms / 1e9:.0f} TF/s (in tiles {done / ms / 1e9:.0f})  '
+
+        if os.environ.get('ALONE'):
+            print(line, flush=True)
+            continue
 
         def library():
             for x, s, _, _ in sets:
@@ -428,4 +433,4 @@ def ops():
 
 if __name__ == '__main__':
     for what in sys.argv[2:]:
-        {'check': check, 'time': time_all, 'ops': ops}[what]()
+        {'check': check, 'singles': singles, 'sets': sets, 'ops': ops}[what]()

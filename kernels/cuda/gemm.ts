@@ -1,21 +1,35 @@
-/** Blocks that share a tile pair, and what one block computes of it: 128 x 256 elements. */
+/** Blocks of a cluster; each computes 128 x 256 elements, so the two of a cluster take one of these tiles. */
 export const GEMM_CLUSTER = 2
 export const GEMM_TILE = { rows: 128 * GEMM_CLUSTER, cols: 256, depth: 64 } as const
 
-/** Every tensor map: boxes of 64 x 64 halves, swizzled over 128 bytes. */
-export const GEMM_BOX = 64
+const BOX = 64
+
+/**
+ * What cuTensorMapEncodeTiled is called with for a float16 matrix of rows x cols, row-major, cols a multiple of 8: type
+ * float16, dims (cols, rows), one stride of 2·cols bytes, no interleave, 128 byte swizzle, L2 promotion of 128 bytes,
+ * zeros out of bounds. The same map serves for loads and stores.
+ */
+export const GEMM_MAP = { dataType: 6, box: [BOX, BOX], interleave: 0, swizzle: 3, l2Promotion: 2, fill: 0 } as const
+export const GEMM_MAP_BYTES = 128
 
 const STAGES = 4
-const BLOCK_BYTES = GEMM_BOX * GEMM_BOX * 2
+const BLOCK_BYTES = BOX * BOX * 2
 const STAGE_BYTES = 6 * BLOCK_BYTES
 const MIRROR_AT = STAGES * STAGE_BYTES
 const BARRIERS_AT = MIRROR_AT + 4 * BLOCK_BYTES
 
-/** How to launch `GEMM_KERNEL`: its grid is a multiple of GEMM_CLUSTER, one block per multiprocessor. */
+/**
+ * How to launch: `gemm` with as many blocks as there are multiprocessors, rounded down to whole clusters (which the kernel
+ * itself asks for), and parameters of 8 bytes: problems, tiles (both of gemm-plan.ts, in device memory) and rounds.
+ * The shared memory is dynamic and has to be allowed by cuFuncSetAttribute.
+ */
 export const GEMM_KERNEL = 'gemm'
 export const GEMM_THREADS = 384
 // The ring of stages has to start on 1024 bytes.
 export const GEMM_SHARED_BYTES = BARRIERS_AT + 2 * STAGES * 8 + 1024
+
+/** Of a problem's operands: whether k runs along the rows of both in memory, across both, or across B only. */
+export const GEMM_MODES = { along: 0, across: 1, b_across: 2 } as const
 
 export const GEMM_OPTIONS = ['--gpu-architecture=sm_90a', '--std=c++17'] as const
 
@@ -26,7 +40,8 @@ const list = (count: number, of: (index: number) => string) => Array.from({ leng
  * Matrix products of Newton-Schulz for Hopper: D = alpha·AB + beta·C + gamma·E in half precision with float32 sums, many
  * problems of different sizes in one launch. Written after the PTX ISA (wgmma, cp.async.bulk.tensor, mbarrier).
  *
- * A block is one warp that loads and two warpgroups that multiply, 64 x 256 elements each. The two blocks of a cluster
+ * A block is one warp that loads, one that goes ahead of it for the tensor maps, and two warpgroups that multiply, 64 x 256
+ * elements each. The two blocks of a cluster
  * have the same columns, and each loads half of B for both. The order of the sums over k is that of the memory, whatever
  * else is in the launch. Of a symmetric D only blocks of 64 x 64 on and below the diagonal are kept and mirrored.
  *
@@ -40,8 +55,7 @@ typedef unsigned short u16;
 
 const u32 CLUSTER = ${GEMM_CLUSTER}, STAGES = ${STAGES}, BLOCK = ${BLOCK_BYTES}, STAGE = ${STAGE_BYTES};
 const u32 CONSUMER_WARPS = 8, NONE = 0xffffffff;
-// How an operand lies in memory: with k along its rows, or across them.
-const u32 BOTH_ALONG = 0, BOTH_ACROSS = 1, B_ACROSS = 2;
+const u32 ALONG = ${GEMM_MODES.along}, ACROSS = ${GEMM_MODES.across}, B_ACROSS = ${GEMM_MODES.b_across};
 
 // The order of a problem's tensor maps.
 const u32 A = 0, B = 1, D = 2, C = 3, E = 4;
@@ -70,6 +84,7 @@ __device__ inline void barrier_arrive(u32 barrier) {
 __device__ inline void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
 }
+// At cluster scope the arrival would wait for all that the thread ever wrote; what it hands over here was only read.
 __device__ inline void barrier_arrive_at(u32 barrier, u32 rank) {
   asm volatile("{\\n.reg .b32 r;\\nmapa.shared::cluster.u32 r, %0, %1;\\nmbarrier.arrive.shared::cluster.b64 _, [r];\\n}"
     :: "r"(barrier), "r"(rank) : "memory");
@@ -84,7 +99,6 @@ __device__ inline void load_block(u32 to, u64 map, u32 x, u32 y, u32 barrier) {
     :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier) : "memory");
 }
 __device__ inline void load_block_for_all(u32 to, u64 map, u32 x, u32 y, u32 barrier) {
-  if (CLUSTER == 1) return load_block(to, map, x, y, barrier);
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
     :: "r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((u16)((1 << CLUSTER) - 1)) : "memory");
 }
@@ -156,7 +170,7 @@ struct Ring {
   __device__ inline void advance() { if (++stage == STAGES) { stage = 0; phase ^= 1; } }
 };
 
-// Goes one tile ahead of the warp that loads, because an acquire takes about a microsecond.
+// Goes one tile ahead of the warp that loads, so that no load waits for it.
 __device__ inline void acquire_maps(const Problem *problems, const Tile *tiles, u32 rounds, u32 lane) {
   const u32 clusters = gridDim.x / CLUSTER;
   u32 known = NONE;
@@ -172,7 +186,7 @@ __device__ inline void acquire_maps(const Problem *problems, const Tile *tiles, 
 
 __device__ inline void load_tile(Ring &ring, const Tile &tile, const Problem &p, u32 rank) {
   const u32 row = (tile.row * CLUSTER + rank) * 128, col = tile.col * 256;
-  const bool a_across = tile.mode == BOTH_ACROSS, b_across = tile.mode != BOTH_ALONG;
+  const bool a_across = tile.mode == ACROSS, b_across = tile.mode != ALONG;
   for (u32 i = 0; i < tile.k_blocks; i++) {
     barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
     barrier_expect(ring.full(), STAGE);
@@ -201,7 +215,7 @@ __device__ inline void load_tile(Ring &ring, const Tile &tile, const Problem &p,
 }
 
 __device__ inline void produce(Ring ring, const Problem *problems, const Tile *tiles, u32 rounds, u32 lane) {
-  const u32 rank = CLUSTER == 1 ? 0 : cluster_rank(), clusters = gridDim.x / CLUSTER;
+  const u32 rank = cluster_rank(), clusters = gridDim.x / CLUSTER;
   for (u32 round = 0; round < rounds; round++) {
     const Tile tile = tiles[round * clusters + blockIdx.x / CLUSTER];
     if (tile.problem == NONE) break;
@@ -219,8 +233,7 @@ struct Consumer {
   __device__ inline bool elected() const { return warp == 0 && lane == 0; }
   __device__ inline void release(u32 stage) const {
     if (lane != 0) return;
-    if (CLUSTER == 1) barrier_arrive(ring.empty(stage));
-    else for (u32 rank = 0; rank < CLUSTER; rank++) barrier_arrive_at(ring.empty(stage), rank);
+    for (u32 rank = 0; rank < CLUSTER; rank++) barrier_arrive_at(ring.empty(stage), rank);
   }
   __device__ inline u32 before(u32 count) const { return (ring.stage + STAGES - count) % STAGES; }
   __device__ inline void release_held() {
@@ -291,11 +304,37 @@ __device__ inline void write_diagonal(const Consumer &own, u32 block, const u32 
     }
 }
 
+// Writes the warp's 16 x 128 results into the group's two blocks; (row, col) is the first of the group's 64 x 128.
+__device__ inline void write_lower(const Consumer &own, u32 blocks, const u32 (&x)[32], bool symmetric, u32 row, u32 col) {
+#pragma unroll
+  for (int q = 0; q < 2; q++) {
+    if (symmetric && col + q * 64 == row) write_diagonal(own, blocks + q * BLOCK, x + q * 16);
+    else if (!symmetric || col + q * 64 < row)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        store_matrices(chunk_at(blocks + q * BLOCK, own.warp * 16 + (own.lane & 15), i * 2 + (own.lane >> 4)), x + q * 16 + i * 4);
+  }
+}
+__device__ inline void send_lower(u64 map, u32 blocks, bool symmetric, u32 row, u32 col) {
+  for (u32 q = 0; q < 2; q++) if (!symmetric || col + q * 64 <= row) store_block(map, col + q * 64, row, blocks + q * BLOCK);
+  store_commit();
+}
+
+__device__ inline void write_mirror(const Consumer &own, const u32 (&x)[32]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    store_transposed(chunk_at(own.mirror + i / 4 * BLOCK, (i % 4 * 2 + (own.lane >> 4)) * 8 + (own.lane & 7), own.warp * 2 + (own.lane >> 3 & 1)), x + i * 4);
+}
+__device__ inline void send_mirror(u64 map, u32 blocks, u32 row, u32 col) {
+  for (u32 q = 0; q < 2; q++) if (col + q * 64 < row) store_block(map, row, col + q * 64, blocks + q * BLOCK);
+  store_commit();
+}
+
 // Writes half a tile from the sums into its slot, over the last addend, and sends it on its way.
 template <int HALF> __device__ inline void finish(Consumer &own, float (&d)[${ACCUMULATORS}], const Tile &tile, const Problem &p, u32 row, u32 col) {
   const float scale = tile.addends > 1 ? 1 : p.alpha;
   barrier_wait(own.ring.full(), own.ring.phase);
-  const u32 slot = own.ring.slot() + own.group * 2 * BLOCK;
+  const u32 blocks = own.ring.slot() + own.group * 2 * BLOCK;
   if (tile.addends > 0) add<HALF>(own, d, own.ring.slot(), scale, p.beta);
   u32 x[32];
 #pragma unroll
@@ -303,46 +342,22 @@ template <int HALF> __device__ inline void finish(Consumer &own, float (&d)[${AC
     const float *at = d + HALF * 64 + i * 2;
     x[i] = tile.addends > 0 ? pack(at[0], at[1]) : pack(at[0] * scale, at[1] * scale);
   }
-  // A block on the diagonal is written where other threads read their addends.
+  // A block on the diagonal is written where other warps read their addends.
   if (tile.symmetric) group_sync(own.group);
-#pragma unroll
-  for (int q = 0; q < 2; q++) {
-    const u32 at = col + HALF * 128 + q * 64;
-    if (tile.symmetric && at == row) write_diagonal(own, slot + q * BLOCK, x + q * 16);
-    else if (!tile.symmetric || at < row)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        store_matrices(chunk_at(slot + q * BLOCK, own.warp * 16 + (own.lane & 15), i * 2 + (own.lane >> 4)), x + q * 16 + i * 4);
-  }
+  write_lower(own, blocks, x, tile.symmetric, row, col);
   publish();
   group_sync(own.group);
-  if (own.elected()) {
-    for (u32 q = 0; q < 2; q++) {
-      const u32 at = col + HALF * 128 + q * 64;
-      if (!tile.symmetric || at <= row) store_block(p.maps[D], at, row, slot + q * BLOCK);
-    }
-    store_commit();
-  }
-  if (tile.symmetric && col + HALF * 128 < row) {
+  if (own.elected()) send_lower(p.maps[D], blocks, tile.symmetric, row, col);
+  if (tile.symmetric && col < row) {
     if (HALF == 1) {
       // The first half's mirror may still be on its way.
       if (own.elected()) store_wait_read_but_last();
       group_sync(own.group);
     }
-#pragma unroll
-    for (int q = 0; q < 2; q++)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        store_transposed(chunk_at(own.mirror + q * BLOCK, (i * 2 + (own.lane >> 4)) * 8 + (own.lane & 7), own.warp * 2 + (own.lane >> 3 & 1)), x + q * 16 + i * 4);
+    write_mirror(own, x);
     publish();
     group_sync(own.group);
-    if (own.elected()) {
-      for (u32 q = 0; q < 2; q++) {
-        const u32 at = col + HALF * 128 + q * 64;
-        if (at < row) store_block(p.maps[D], row, at, own.mirror + q * BLOCK);
-      }
-      store_commit();
-    }
+    if (own.elected()) send_mirror(p.maps[D], own.mirror, row, col);
   }
   own.ring.advance();
 }
@@ -355,14 +370,14 @@ template <int HALF> __device__ inline void add_first(Consumer &own, float (&d)[$
 }
 
 __device__ inline void consume(Consumer own, const Problem *problems, const Tile *tiles, u32 rounds) {
-  const u32 rank = CLUSTER == 1 ? 0 : cluster_rank(), clusters = gridDim.x / CLUSTER;
+  const u32 rank = cluster_rank(), clusters = gridDim.x / CLUSTER;
   float d[${ACCUMULATORS}];
   Tile tile = tiles[blockIdx.x / CLUSTER];
   for (u32 round = 0; round < rounds && tile.problem != NONE; round++) {
     const Problem p = problems[tile.problem];
     Tile next = tile;
     if (round + 1 < rounds) next = tiles[(round + 1) * clusters + blockIdx.x / CLUSTER];
-    if (tile.mode == BOTH_ALONG) accumulate<0, 0>(own, d, tile.k_blocks);
+    if (tile.mode == ALONG) accumulate<0, 0>(own, d, tile.k_blocks);
     else if (tile.mode == B_ACROSS) accumulate<0, 1>(own, d, tile.k_blocks);
     else accumulate<1, 1>(own, d, tile.k_blocks);
     if (tile.addends > 1) {
@@ -371,7 +386,7 @@ __device__ inline void consume(Consumer own, const Problem *problems, const Tile
     }
     const u32 row = (tile.row * CLUSTER + rank) * 128 + own.group * 64, col = tile.col * 256;
     finish<0>(own, d, tile, p, row, col);
-    finish<1>(own, d, tile, p, row, col);
+    finish<1>(own, d, tile, p, row, col + 128);
     own.held = 2;
     tile = next;
   }

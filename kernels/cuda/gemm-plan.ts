@@ -1,0 +1,129 @@
+import { GEMM_MODES, GEMM_TILE } from './gemm.js'
+
+/** A float16 matrix, row-major; `map` is the device address of its tensor map. */
+export type GemmMatrix = { readonly rows: number; readonly cols: number; readonly map: bigint }
+
+/** D = alpha·AB + Σ factor·addend. Only what lies on and below the diagonal of a symmetric D is computed, then mirrored. */
+export type GemmProblem = {
+  readonly mode: keyof typeof GEMM_MODES
+  readonly a: GemmMatrix
+  readonly b: GemmMatrix
+  readonly d: GemmMatrix
+  /** The number of products in one sum. */
+  readonly depth: number
+  readonly symmetric: boolean
+  readonly alpha: number
+  /** At most two. */
+  readonly addends: readonly GemmAddend[]
+}
+
+export type GemmAddend = { readonly matrix: GemmMatrix; readonly factor: number }
+
+/** What the kernel reads: problems and tiles as bytes, `rounds` tiles for each cluster. */
+export type GemmPlan = { readonly problems: Uint8Array; readonly tiles: Uint8Array; readonly rounds: number }
+
+/** Whether tensor maps can describe a matrix and its Gram matrix: rows start on 16 bytes. */
+export const fitsGemm = (rows: number, cols: number) => rows % 8 === 0 && cols % 8 === 0
+
+const isTall = (x: GemmMatrix) => x.rows > x.cols
+
+/** D = alpha·XXᵀ, or alpha·XᵀX of a tall X. */
+export function gramProblem(x: GemmMatrix, d: GemmMatrix, alpha: number): GemmProblem {
+  const mode = isTall(x) ? 'across' : 'along'
+  return { mode, a: x, b: x, d, depth: Math.max(x.rows, x.cols), symmetric: true, alpha, addends: [] }
+}
+
+/** D = alpha·ST + addends, all symmetric; S and T commute. */
+export function productProblem(
+  [s, t]: readonly [GemmMatrix, GemmMatrix],
+  d: GemmMatrix,
+  { alpha, addends }: Pick<GemmProblem, 'alpha' | 'addends'>,
+): GemmProblem {
+  return { mode: 'along', a: s, b: t, d, depth: s.cols, symmetric: true, alpha, addends }
+}
+
+/** D = alpha·WX + addends for a symmetric W, or alpha·XW + addends with a tall X. */
+export function applyProblem(
+  [w, x]: readonly [GemmMatrix, GemmMatrix],
+  d: GemmMatrix,
+  { alpha, addends }: Pick<GemmProblem, 'alpha' | 'addends'>,
+): GemmProblem {
+  const operands = isTall(x) ? ({ mode: 'along', a: x, b: w } as const) : ({ mode: 'b_across', a: w, b: x } as const)
+  return { ...operands, d, depth: w.cols, symmetric: false, alpha, addends }
+}
+
+const PROBLEM_BYTES = 56
+const TILE_BYTES = 16
+const NONE = 0xffffffff
+// What a tile costs beside its sums, in slices of k.
+const TILE_COST = 4
+// Tiles of so many rows come one after the other, so that what runs at a time shares rows and columns in the cache.
+const BAND = 8
+
+type Tile = { problem: number; row: number; col: number }
+
+/** Deals the tiles of all problems to the clusters: the longest sums first, each to the cluster that is free first. */
+export function planGemm(problems: readonly GemmProblem[], clusters: number): GemmPlan {
+  const longestFirst = [...problems.keys()].sort((i, j) => slices(problems[j]) - slices(problems[i]))
+  const loads = new Array<number>(clusters).fill(0)
+  const lists = loads.map((): Tile[] => [])
+  for (const problem of longestFirst) {
+    for (const place of tilesOf(problems[problem])) {
+      const cluster = loads.indexOf(Math.min(...loads))
+      loads[cluster] += slices(problems[problem]) + TILE_COST
+      lists[cluster].push({ problem, ...place })
+    }
+  }
+  const rounds = Math.max(...lists.map((tiles) => tiles.length))
+  return { problems: problemBytes(problems), tiles: tileBytes(problems, lists, rounds), rounds }
+}
+
+const slices = ({ depth }: GemmProblem) => Math.ceil(depth / GEMM_TILE.depth)
+
+// A tile is square, so those that touch the lower half of a symmetric D are the ones on and below the tiles' diagonal.
+function tilesOf({ d, symmetric }: GemmProblem): { row: number; col: number }[] {
+  const rows = Math.ceil(d.rows / GEMM_TILE.rows)
+  const cols = Math.ceil(d.cols / GEMM_TILE.cols)
+  const all = Array.from({ length: rows * cols }, (_, index) => {
+    const first = Math.floor(index / (BAND * cols)) * BAND
+    const height = Math.min(BAND, rows - first)
+    const within = index - first * cols
+    return { row: first + (within % height), col: Math.floor(within / height) }
+  })
+  return symmetric ? all.filter(({ row, col }) => col <= row) : all
+}
+
+// struct Problem of the kernel.
+function problemBytes(problems: readonly GemmProblem[]): Uint8Array {
+  const view = new DataView(new ArrayBuffer(problems.length * PROBLEM_BYTES))
+  for (const [index, { a, b, d, alpha, addends }] of problems.entries()) {
+    const at = index * PROBLEM_BYTES
+    // The last addend's place in memory is where D is written, so it is the kernel's C and one before it is E.
+    const [c, e] = addends.toReversed()
+    for (const [i, matrix] of [a, b, d, c?.matrix, e?.matrix].entries()) {
+      view.setBigUint64(at + i * 8, matrix?.map ?? 0n, true)
+    }
+    for (const [i, factor] of [alpha, c?.factor, e?.factor].entries())
+      view.setFloat32(at + 40 + i * 4, factor ?? 0, true)
+  }
+  return new Uint8Array(view.buffer)
+}
+
+// struct Tile of the kernel, round by round, one tile for each cluster.
+function tileBytes(problems: readonly GemmProblem[], lists: readonly (readonly Tile[])[], rounds: number): Uint8Array {
+  const view = new DataView(new ArrayBuffer(rounds * lists.length * TILE_BYTES))
+  for (let index = 0; index < rounds * lists.length; index++) {
+    const at = index * TILE_BYTES
+    const tile = lists[index % lists.length][Math.floor(index / lists.length)]
+    view.setUint32(at, tile?.problem ?? NONE, true)
+    if (tile === undefined) continue
+    const problem = problems[tile.problem]
+    view.setUint16(at + 4, tile.row, true)
+    view.setUint16(at + 6, tile.col, true)
+    view.setUint32(at + 8, slices(problem), true)
+    view.setUint8(at + 12, GEMM_MODES[problem.mode])
+    view.setUint8(at + 13, problem.symmetric ? 1 : 0)
+    view.setUint8(at + 14, problem.addends.length)
+  }
+  return new Uint8Array(view.buffer)
+}

@@ -1,0 +1,147 @@
+import t from 'tap'
+import { GEMM_MODES, GEMM_TILE } from '../../kernels/cuda/gemm.js'
+import {
+  applyProblem,
+  fitsGemm,
+  type GemmMatrix,
+  type GemmProblem,
+  gramProblem,
+  planGemm,
+  productProblem,
+} from '../../kernels/cuda/gemm-plan.js'
+
+const matrix = (rows: number, cols: number, map = 1n): GemmMatrix => ({ rows, cols, map })
+const plain = { alpha: 1, addends: [] } as const
+
+type Dealt = {
+  cluster: number
+  problem: number
+  row: number
+  col: number
+  slices: number
+  mode: number
+  symmetric: number
+  addends: number
+}
+
+function dealt(problems: readonly GemmProblem[], clusters: number): Dealt[] {
+  const { tiles, rounds } = planGemm(problems, clusters)
+  const view = new DataView(tiles.buffer)
+  t.equal(tiles.length, rounds * clusters * 16)
+  const all = Array.from({ length: rounds * clusters }, (_, index) => {
+    const at = index * 16
+    const [problem, slices] = [view.getUint32(at, true), view.getUint32(at + 8, true)]
+    const [row, col] = [view.getUint16(at + 4, true), view.getUint16(at + 6, true)]
+    const [mode, symmetric, addends] = [view.getUint8(at + 12), view.getUint8(at + 13), view.getUint8(at + 14)]
+    return { cluster: index % clusters, problem, row, col, slices, mode, symmetric, addends }
+  })
+  return all.filter(({ problem }) => problem !== 0xffffffff)
+}
+
+const places = (tiles: readonly Dealt[], problem: number) =>
+  tiles
+    .filter((tile) => tile.problem === problem)
+    .map(({ row, col }) => `${row},${col}`)
+    .sort()
+
+t.test('every tile of a product is dealt once, of a symmetric one those on and below the diagonal', async (t) => {
+  const x = matrix(700, 5000)
+  const w = matrix(700, 700)
+  const tiles = dealt(
+    [
+      applyProblem([w, x], x, plain),
+      gramProblem(x, w, 1),
+      applyProblem([matrix(8, 8), matrix(2312, 8)], matrix(2312, 8), plain),
+    ],
+    7,
+  )
+  const grid = (rows: number, cols: number) =>
+    Array.from({ length: rows * cols }, (_, i) => [Math.floor(i / cols), i % cols])
+  t.same(places(tiles, 0), grid(3, 20).map(String).sort())
+  t.same(
+    places(tiles, 1),
+    grid(3, 3)
+      .filter(([row = 0, col = 0]) => col <= row)
+      .map(String)
+      .sort(),
+  )
+  t.same(places(tiles, 2), grid(10, 1).map(String).sort())
+})
+
+t.test('a cluster has at most one tile of the costliest kind more than another', async (t) => {
+  const shapes = [
+    [768, 3072],
+    [2304, 768],
+    [768, 768],
+    [512, 2048],
+  ] as const
+  const problems = shapes.flatMap(([rows, cols]) => {
+    const m = Math.min(rows, cols)
+    return Array.from({ length: 12 }, () => gramProblem(matrix(rows, cols), matrix(m, m), 1))
+  })
+  const loads = new Array<number>(66).fill(0)
+  for (const { cluster, slices } of dealt(problems, 66)) loads[cluster] += slices + 4
+  t.ok(Math.max(...loads) - Math.min(...loads) <= 3072 / GEMM_TILE.depth + 4)
+})
+
+t.test('a tile says how its operands lie, whatever the matrix shape', async (t) => {
+  const [wide, tall, w] = [matrix(64, 1000), matrix(1000, 64), matrix(64, 64)]
+  const addends = [{ matrix: w, factor: 1 }]
+  const problems = [
+    gramProblem(wide, w, 1),
+    gramProblem(tall, w, 1),
+    applyProblem([w, wide], wide, plain),
+    applyProblem([w, tall], tall, plain),
+    productProblem([w, w], w, { alpha: 1, addends }),
+  ]
+  const first = problems.map((_, index) => dealt(problems, 3).find(({ problem }) => problem === index))
+  t.same(
+    first.map((tile) => tile?.mode),
+    [GEMM_MODES.along, GEMM_MODES.across, GEMM_MODES.b_across, GEMM_MODES.along, GEMM_MODES.along],
+  )
+  t.same(
+    first.map((tile) => tile?.slices),
+    [16, 16, 1, 1, 1],
+  )
+  t.same(
+    first.map((tile) => tile?.symmetric),
+    [1, 1, 0, 0, 1],
+  )
+  t.same(
+    first.map((tile) => tile?.addends),
+    [0, 0, 0, 0, 1],
+  )
+})
+
+t.test('a problem holds its maps in the order A, B, D, C, E and its factors as float32', async (t) => {
+  const [s, u, d, c, e] = [2n, 3n, 5n, 7n, 11n].map((map) => matrix(64, 64, map)) as [
+    GemmMatrix,
+    GemmMatrix,
+    GemmMatrix,
+    GemmMatrix,
+    GemmMatrix,
+  ]
+  const two = productProblem([s, u], d, {
+    alpha: 0.5,
+    addends: [
+      { matrix: e, factor: 0.25 },
+      { matrix: c, factor: -4.775 },
+    ],
+  })
+  const { problems, rounds } = planGemm([two, gramProblem(s, d, 3)], 66)
+  const view = new DataView(problems.buffer)
+  const maps = (at: number) => [0, 8, 16, 24, 32].map((i) => view.getBigUint64(at + i, true))
+  const factors = (at: number) => [40, 44, 48].map((i) => view.getFloat32(at + i, true))
+  t.equal(rounds, 1)
+  t.equal(problems.length, 112)
+  t.same(maps(0), [2n, 3n, 5n, 7n, 11n])
+  t.same(factors(0), [0.5, Math.fround(-4.775), 0.25])
+  t.same(maps(56), [2n, 2n, 5n, 0n, 0n])
+  t.same(factors(56), [3, 0, 0])
+})
+
+t.test('only matrices whose rows start on 16 bytes, and whose Gram matrix does, fit', async (t) => {
+  t.ok(fitsGemm(768, 3072))
+  t.notOk(fitsGemm(33, 72))
+  t.notOk(fitsGemm(72, 33))
+})
