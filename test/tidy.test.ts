@@ -59,7 +59,8 @@ t.test('a package is known to its owners only', async (t) => {
 
 t.test('kernels, wire and optimizer are pure: no async, no clock, no logger', async (t) => {
   for (const file of files.filter((file) => /^(kernels|src\/(wire|optimizer))\//.test(file))) {
-    t.notMatch(readFileSync(file, 'utf8'), /\basync\b|\bawait\b|Date\.now|performance\.now|setTimeout/, file)
+    // A dot stands before the async of a PTX instruction.
+    t.notMatch(readFileSync(file, 'utf8'), /(?<!\.)\basync\b|\bawait\b|Date\.now|performance\.now|setTimeout/, file)
   }
 })
 
