@@ -1,9 +1,11 @@
 import { existsSync } from 'node:fs'
 import { availableParallelism, totalmem } from 'node:os'
 import { join } from 'node:path'
+import { GEMM_OPTIONS, GEMM_SOURCE } from '../../kernels/cuda/gemm.js'
 import { CUDA_OPTIONS, CUDA_SOURCE } from '../../kernels/cuda/source.js'
 import { compileCuda, deviceCount, driverVersion, missingLibraries, openCuda } from './cuda.js'
 import type { LaneOptions } from './lane.js'
+import type { Group } from './lanes.js'
 import type { Allocator } from './memory.js'
 import { bundledLibraryFolder, type OnnxRuntime, openOnnxRuntime, type Pointer, viewMemory } from './onnxruntime.js'
 
@@ -16,11 +18,14 @@ export type Backend = {
   version: string
   /** Why `auto` did not take a GPU; empty where nothing was left aside. */
   note: string
-  /** Lanes of each unit. */
+  /** Lanes of each unit, and what each is given at a time. */
   lanes: number
+  group: Group
   /** Memory that the host and the device share: page-locked where the device asks for it. */
   host: Allocator
   units: readonly Unit[]
+  /** Lets go of ONNX Runtime: what is left of it when the process ends is taken down after CUDA is gone. */
+  close(): void
 }
 
 /** One part of a device with memory of its own: a GPU, or the CPU. */
@@ -35,17 +40,32 @@ export type Unit = {
   pooledBytes: number
 }
 
-export type BackendOptions = { device: string; onnxruntime_dir: string; lanes: number; threads: number }
+export type BackendOptions = {
+  /** auto | cpu | cuda | cuda:0 | cuda:0,1 */
+  device: string
+  /** The folder of libonnxruntime; empty: the one inside onnxruntime-node. */
+  onnxruntime_dir: string
+  /** Worker threads that compute, and intra-op threads of each on the CPU; 0: by the device. */
+  lanes: number
+  threads: number
+  /** Jobs that a lane of a GPU is given at once; left out: what was measured to be best. */
+  group_jobs?: number
+}
 
 const CUDA_FILES = ['libonnxruntime_providers_cuda.so', 'libonnxruntime_providers_shared.so']
 // Lanes on the CPU share its memory bandwidth and its arena of intermediates: more than four gain nothing.
 const MAX_CPU_LANES = 4
-// Measured on an H200: with six lanes copies and computation overlap, more gain nothing (README).
-const CUDA_LANES = 6
+// Measured on an H200: four lanes keep it busy and its copies under way, more gain nothing (README).
+const CUDA_LANES = 4
 // What a lane holds beside state: cuBLAS workspaces, ONNX Runtime's arenas and scratch for a matrix of 16 M elements.
 const CUDA_LANE_BYTES = 1 << 30
 // Freeing device memory waits for all of the device's work: what a step frees is kept for the next one.
 const CUDA_POOLED_BYTES = 4 * 2 ** 30
+// On the CPU a lane gains nothing from seeing several jobs.
+const ONE: Group = { jobs: 1, bytes: 1 }
+// Small matrices fill a GPU only together; more than these gain nothing and take scratch memory.
+const CUDA_GROUP: Group = { jobs: 8, bytes: 256 << 20 }
+const HOPPER = '9.0'
 const CUDA_13 = 13000
 
 /** Finds the device that the settings ask for; throws an Error that says what is missing and how to get it. */
@@ -75,21 +95,28 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     pooledBytes: 64 << 20,
   }
   const { version } = runtime
-  return { kind: 'cpu', name: 'cpu', version, note: options.note, lanes, host: runtime, units: [unit] }
+  return {
+    kind: 'cpu',
+    name: 'cpu',
+    version,
+    note: options.note,
+    lanes,
+    group: ONE,
+    host: runtime,
+    units: [unit],
+    close: runtime.close,
+  }
 }
 
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 function cuda(runtime: OnnxRuntime, folder: string, options: BackendOptions): Backend {
   const opened = gpusOf(options.device).map((gpu) => ({ gpu, cuda: openCuda(gpu) }))
   const lanes = options.lanes || CUDA_LANES
-  const cubins = new Map<string, Uint8Array>()
   const units = opened.map(({ gpu, cuda }): Unit => {
     const { computeCapability } = cuda
-    const cubin = cubins.get(computeCapability) ?? compileCuda(CUDA_SOURCE, CUDA_OPTIONS(computeCapability))
-    cubins.set(computeCapability, cubin)
     return {
       name: `cuda:${gpu} ${cuda.name}`,
-      lane: { kind: 'cuda', folder, gpu, cubin },
+      lane: { kind: 'cuda', folder, gpu, ...compiled(computeCapability) },
       state: cuda,
       read: (pointer, bytes) => {
         const copy = new Uint8Array(bytes)
@@ -102,8 +129,22 @@ function cuda(runtime: OnnxRuntime, folder: string, options: BackendOptions): Ba
   })
   const [{ cuda: first }] = opened
   const host = { allocate: first.allocateHost, free: first.freeHost }
+  const group = { ...CUDA_GROUP, jobs: options.group_jobs ?? CUDA_GROUP.jobs }
   const name = units.map((unit) => unit.name).join(', ')
-  return { kind: 'cuda', name, version: runtime.version, note: '', lanes, host, units }
+  return { kind: 'cuda', name, version: runtime.version, note: '', lanes, group, host, units, close: runtime.close }
+}
+/* c8 ignore stop */
+
+/* c8 ignore start -- needs a GPU: npm run test:gpu */
+const compiledFor = new Map<string, { cubin: Uint8Array; hopper?: Uint8Array }>()
+
+function compiled(computeCapability: string): { cubin: Uint8Array; hopper?: Uint8Array } {
+  const known = compiledFor.get(computeCapability)
+  if (known) return known
+  const cubin = compileCuda(CUDA_SOURCE, CUDA_OPTIONS(computeCapability))
+  const made = computeCapability === HOPPER ? { cubin, hopper: compileCuda(GEMM_SOURCE, GEMM_OPTIONS) } : { cubin }
+  compiledFor.set(computeCapability, made)
+  return made
 }
 /* c8 ignore stop */
 

@@ -45,7 +45,11 @@ export class CpuExecutor implements Executor {
     for (const { kernel } of needs) this.#program(kernel)
   }
 
-  run(job: Job): JobResult {
+  run(jobs: readonly Job[]): JobResult[] {
+    return jobs.map((job) => this.#run(job))
+  }
+
+  #run(job: Job): JobResult {
     const started = performance.now()
     const gradient = this.#scanner.scan(this.#bytesOf(job.gradient), job.plan.kernel.gradient_dtype)
     const result = {

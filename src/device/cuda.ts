@@ -1,4 +1,5 @@
 import koffi from 'koffi'
+import { GEMM_MAP, GEMM_MAP_BYTES } from '../../kernels/cuda/gemm.js'
 import type { Pointer } from './onnxruntime.js'
 
 /** A failed call of the CUDA driver or of NVRTC, with the name that CUDA gives the error. */
@@ -9,6 +10,7 @@ export type Cuda = {
   name: string
   /** Such as `9.0`. */
   computeCapability: string
+  multiprocessors: number
   memory(): { free: number; total: number }
   allocate(bytes: number): Pointer
   free(pointer: Pointer): void
@@ -18,6 +20,10 @@ export type Cuda = {
   /** Copies synchronously. */
   read(target: Uint8Array, source: Pointer): void
   createStream(): Stream
+  /** Lets a kernel be launched with so much dynamic shared memory. */
+  allowSharedMemory(kernel: Pointer, bytes: number): void
+  /** What the copy engine needs to know of a matrix, 128 bytes for device memory. */
+  encodeTensorMap(matrix: TensorMap): Uint8Array
   /** Loads machine code into this GPU; what it answers finds a kernel by its name. */
   load(cubin: Uint8Array): (name: string) => Pointer
 }
@@ -27,14 +33,22 @@ export type Stream = {
   pointer: Pointer
   /** From host to device or back; asynchronous where the host memory is page-locked. */
   copy(to: Pointer, from: Pointer, bytes: number): void
+  /** From memory of JavaScript's own, which may change again when this returns. */
+  upload(to: Pointer, bytes: Uint8Array): void
   /** Every argument takes 8 bytes: a bigint is a pointer or a u64, a number is a double. */
   launch(kernel: Pointer, grid: Grid, parameters: readonly (bigint | number)[]): void
+  /** Has what is queued from here on wait for all that `other` has queued so far, without the host's waiting. */
+  follow(other: Stream): void
   /** Waits until everything before is done; throws what any of it failed with. */
   synchronize(): void
   destroy(): void
 }
 
-export type Grid = { x: number; y?: number; threads: number }
+/** `shared` is dynamic shared memory in bytes. */
+export type Grid = { x: number; y?: number; threads: number; shared?: number }
+
+/** A float16 matrix in device memory, row-major, `cols` a multiple of 8; GEMM_MAP says how it is cut. */
+export type TensorMap = { pointer: Pointer; rows: number; cols: number }
 
 const DRIVER = {
   cuInit: ['uint'],
@@ -55,11 +69,20 @@ const DRIVER = {
   cuStreamCreate: ['_Out_ void **', 'uint'],
   cuStreamDestroy_v2: ['void *'],
   cuStreamSynchronize: ['void *'],
+  cuEventCreate: ['_Out_ void **', 'uint'],
+  cuEventRecord: ['void *', 'void *'],
+  cuEventDestroy_v2: ['void *'],
+  cuStreamWaitEvent: ['void *', 'void *', 'uint'],
   cuModuleLoadData: ['_Out_ void **', 'void *'],
   cuModuleGetFunction: ['_Out_ void **', 'void *', 'const char *'],
   cuLaunchKernel: [
     ...['void *', 'uint', 'uint', 'uint', 'uint', 'uint', 'uint', 'uint'],
     ...['void *', 'void *', 'void *'],
+  ],
+  cuFuncSetAttribute: ['void *', 'int', 'int'],
+  cuTensorMapEncodeTiled: [
+    ...['void *', 'int', 'uint', 'void *', 'void *', 'void *', 'void *', 'void *'],
+    ...['int', 'int', 'int', 'int'],
   ],
   cuGetErrorName: ['int', '_Out_ const char **'],
 } as const satisfies Record<string, readonly string[]>
@@ -74,9 +97,12 @@ const NVRTC = {
   nvrtcGetCUBIN: ['void *', 'void *'],
 } as const satisfies Record<string, readonly string[]>
 
+const MULTIPROCESSOR_COUNT = 16
 const COMPUTE_CAPABILITY_MAJOR = 75
 const COMPUTE_CAPABILITY_MINOR = 76
+const MAX_DYNAMIC_SHARED_SIZE = 8
 const NON_BLOCKING = 1
+const WITHOUT_TIMING = 2
 const PORTABLE = 1
 const MAX_PARAMETERS = 32
 
@@ -135,6 +161,7 @@ export function openCuda(index: number): Cuda {
   return {
     name: deviceName(call, device),
     computeCapability,
+    multiprocessors: attribute(MULTIPROCESSOR_COUNT),
     memory: () => memory(here),
     allocate: (bytes) => pointer(here, 'cuMemAlloc_v2', bytes),
     free: (address) => here('cuMemFree_v2', address),
@@ -146,6 +173,8 @@ export function openCuda(index: number): Cuda {
     freeHost: (address) => here('cuMemFreeHost', address),
     read: (target, source) => here('cuMemcpy', target, source, target.byteLength),
     createStream: () => createStream(here),
+    allowSharedMemory: (kernel, bytes) => here('cuFuncSetAttribute', kernel, MAX_DYNAMIC_SHARED_SIZE, bytes),
+    encodeTensorMap: (matrix) => encodeTensorMap(here, matrix),
     load: (cubin) => {
       const module = pointer(here, 'cuModuleLoadData', cubin)
       return (name) => pointer(here, 'cuModuleGetFunction', module, name)
@@ -174,6 +203,8 @@ export function compileCuda(source: string, options: readonly string[]): Uint8Ar
 
 function createStream(call: DriverCall): Stream {
   const stream = pointer(call, 'cuStreamCreate', NON_BLOCKING)
+  // A wait takes what the event was recorded for at that moment, so one event serves all of them.
+  const event = pointer(call, 'cuEventCreate', WITHOUT_TIMING)
   // Launches copy their parameters, so one buffer serves all of them. The list that points to it never changes.
   const buffer = koffi.alloc('uint64_t', MAX_PARAMETERS)
   const size = koffi.alloc('uint64_t', 1)
@@ -183,20 +214,45 @@ function createStream(call: DriverCall): Stream {
   return {
     pointer: stream,
     copy: (to, from, bytes) => call('cuMemcpyAsync', to, from, bytes, stream),
-    launch: (kernel, { x, y = 1, threads }, parameters) => {
+    upload: (to, bytes) => call('cuMemcpyAsync', to, bytes, bytes.length, stream),
+    launch: (kernel, { x, y = 1, threads, shared = 0 }, parameters) => {
       for (const [index, value] of parameters.entries()) {
         if (typeof value === 'bigint') values.setBigUint64(index * 8, value, true)
         else values.setFloat64(index * 8, value, true)
       }
       sizes.setBigUint64(0, BigInt(parameters.length * 8), true)
-      call('cuLaunchKernel', kernel, x, y, 1, threads, 1, 1, 0, stream, null, extra)
+      call('cuLaunchKernel', kernel, x, y, 1, threads, 1, 1, shared, stream, null, extra)
+    },
+    follow: (other) => {
+      call('cuEventRecord', event, other.pointer)
+      call('cuStreamWaitEvent', stream, event, 0)
     },
     synchronize: () => call('cuStreamSynchronize', stream),
     destroy: () => {
+      call('cuEventDestroy_v2', event)
       call('cuStreamDestroy_v2', stream)
       koffi.free(buffer)
       koffi.free(size)
     },
+  }
+}
+
+// A tensor map is written where a multiple of 64 bytes is.
+const MAP_ALIGNMENT = 64
+
+function encodeTensorMap(call: DriverCall, { pointer: address, rows, cols }: TensorMap): Uint8Array {
+  const { dataType, box, interleave, swizzle, l2Promotion, fill } = GEMM_MAP
+  const memory = koffi.alloc('uint8_t', GEMM_MAP_BYTES + MAP_ALIGNMENT)
+  const start = koffi.address(memory)
+  const skip = Number(-start & BigInt(MAP_ALIGNMENT - 1))
+  const sizes = [BigUint64Array.of(BigInt(cols), BigInt(rows)), BigUint64Array.of(BigInt(cols * 2))]
+  const steps = [Uint32Array.from(box), Uint32Array.of(1, 1)]
+  const how = [interleave, swizzle, l2Promotion, fill]
+  try {
+    call('cuTensorMapEncodeTiled', start + BigInt(skip), dataType, 2, address, ...sizes, ...steps, ...how)
+    return new Uint8Array(koffi.view(memory, GEMM_MAP_BYTES + MAP_ALIGNMENT)).slice(skip, skip + GEMM_MAP_BYTES)
+  } finally {
+    koffi.free(memory)
   }
 }
 

@@ -67,7 +67,9 @@ export class Device {
     this.#updatesBlock = this.allocateHost(this.#updates.capacity)
     this.stateBytesLimits = backend.units.map(({ stateBytes }) => options.state_bytes_limit || stateBytes)
     this.#admitted = backend.units.map(() => 0)
-    this.#lanes = backend.units.map(({ lane }) => new Lanes(lane, backend.lanes, (error) => this.#fail(error)))
+    this.#lanes = backend.units.map(({ lane }) => {
+      return new Lanes({ lane, group: backend.group }, backend.lanes, (error) => this.#fail(error))
+    })
   }
 
   /** Starts every lane and has each compute once; throws an Error that says what is missing. */
@@ -173,6 +175,7 @@ export class Device {
   /** Ends the lanes after the jobs that they have; jobs that none has are dropped. */
   async close(): Promise<void> {
     await Promise.all(this.#lanes.map((lanes) => lanes.close()))
+    this.backend.close()
   }
 
   #fail(error: Error): void {

@@ -37,8 +37,11 @@ export type Need = { kernel: KernelSpec; dims: readonly number[] }
 /** What a lane computes with: everything of it runs in the lane's own thread. */
 export type Executor = {
   load(needs: readonly Need[]): void
-  /** Throws where the device cannot compute; what is wrong with the numbers is an outcome. */
-  run(job: Job): JobResult
+  /**
+   * Computes jobs that do not depend on each other, and answers in their order. What else is in the list changes no bit.
+   * Throws where the device cannot compute; what is wrong with the numbers is an outcome.
+   */
+  run(jobs: readonly Job[]): JobResult[]
   /** The host block at this address is about to be freed. */
   forget(pointer: Pointer): void
   close(): void
@@ -46,11 +49,11 @@ export type Executor = {
 
 export type LaneRequest =
   | { type: 'load'; id: number; needs: readonly Need[] }
-  | { type: 'run'; id: number; job: Job }
+  | { type: 'run'; id: number; jobs: readonly Job[] }
   | { type: 'forget'; pointer: Pointer }
   | { type: 'stop' }
 
-export type LaneReply = { id: number; result: JobResult | undefined } | { id: number; error: string }
+export type LaneReply = { id: number; results: readonly JobResult[] } | { id: number; error: string }
 
 /** Elements of one run of an elementwise kernel: 1 MiB of float32, so that its intermediates stay in the cache. */
 export const SLICE_ELEMENTS = 1 << 18

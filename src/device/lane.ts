@@ -23,10 +23,10 @@ function handle(request: LaneRequest): LaneReply | undefined {
     case 'load':
       return answer(request.id, () => {
         executor.load(request.needs)
-        return undefined
+        return []
       })
     case 'run':
-      return answer(request.id, () => executor.run(request.job))
+      return answer(request.id, () => executor.run(request.jobs))
     case 'forget':
       executor.forget(request.pointer)
       return undefined
@@ -35,9 +35,9 @@ function handle(request: LaneRequest): LaneReply | undefined {
   }
 }
 
-function answer(id: number, work: () => JobResult | undefined): LaneReply {
+function answer(id: number, work: () => JobResult[]): LaneReply {
   try {
-    return { id, result: work() }
+    return { id, results: work() }
   } catch (error) {
     return { id, error: String(error).replace(/^\w*Error: /, '') }
   }

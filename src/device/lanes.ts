@@ -7,12 +7,24 @@ import type { Pointer } from './onnxruntime.js'
 /** A job that waits for a lane. Cancelled before that it costs nothing. */
 export type Ticket = { cancelled: boolean }
 
-type Waiting = { resolve: (result: JobResult | undefined) => void; reject: (error: unknown) => void }
-type Pending = Waiting & { job: () => Job | undefined; ticket: Ticket }
-type Lane = { worker: Worker; busy: Map<number, Waiting>; jobs: number; exited: Promise<void> }
+type Waiting = { resolve: (results: readonly JobResult[]) => void; reject: (error: unknown) => void }
 
-// One job computes and one waits in the lane's port, so that a lane never idles for a turn of the event loop.
-const JOBS_PER_LANE = 2
+type Pending = {
+  job: () => Job | undefined
+  ticket: Ticket
+  resolve: (result: JobResult | undefined) => void
+  reject: (error: unknown) => void
+}
+
+type Made = Pending & { made: Job }
+
+/** A lane is given jobs together until there are so many or their gradients have so many bytes. */
+export type Group = { jobs: number; bytes: number }
+
+type Lane = { worker: Worker; busy: Map<number, Waiting>; groups: number; exited: Promise<void> }
+
+// One group computes and one waits in the lane's port, so that a lane never idles for a turn of the event loop.
+const GROUPS_PER_LANE = 2
 // ONNX Runtime, CUDA and V8 tell them from other errors by their words only.
 const OUT_OF_MEMORY =
   /failed to allocate memory|bad_alloc|CUDA_ERROR_OUT_OF_MEMORY|array length|array buffer allocation failed/i
@@ -21,14 +33,17 @@ const OUT_OF_MEMORY =
 export class Lanes {
   readonly #fail: (error: Error) => void
   readonly #lanes: Lane[]
+  readonly #group: Group
   #queue: Pending[] = []
   #nextId = 1
   #failure: ServiceError | undefined
+  #dispatching = false
 
   /** `fail` is told of the first error that is no lack of memory; nothing is computed any more after `refuse`. */
-  constructor(options: LaneOptions, count: number, fail: (error: Error) => void) {
+  constructor({ lane, group }: { lane: LaneOptions; group: Group }, count: number, fail: (error: Error) => void) {
     this.#fail = fail
-    this.#lanes = Array.from({ length: count }, () => this.#start(options))
+    this.#group = group
+    this.#lanes = Array.from({ length: count }, () => this.#start(lane))
   }
 
   get count(): number {
@@ -69,34 +84,64 @@ export class Lanes {
     await Promise.all(this.#lanes.map((lane) => lane.exited))
   }
 
+  // Jobs that are asked for in one turn of the event loop can share a group.
   #dispatch(): void {
-    for (;;) {
-      const lane = this.#lanes.reduce((least, other) => (other.jobs < least.jobs ? other : least))
-      if (lane.jobs >= JOBS_PER_LANE) return
-      const next = this.#queue.shift()
-      if (next === undefined) return
-      this.#give(lane, next)
+    if (this.#dispatching) return
+    this.#dispatching = true
+    queueMicrotask(() => {
+      this.#dispatching = false
+      this.#give()
+    })
+  }
+
+  #give(): void {
+    while (this.#queue.length > 0) {
+      const lane = this.#lanes.reduce((least, other) => (other.groups < least.groups ? other : least))
+      if (lane.groups >= GROUPS_PER_LANE) return
+      const group = this.#take()
+      if (group.length > 0) this.#send(lane, group)
     }
   }
 
-  #give(lane: Lane, { job, ticket, resolve, reject }: Pending): void {
-    let made: Job | undefined
-    try {
-      made = ticket.cancelled ? undefined : job()
-    } catch (error) {
-      return reject(told(error))
+  /** The next jobs for one group; those that nobody wants any more are left out. */
+  #take(): Made[] {
+    const group: Made[] = []
+    let bytes = 0
+    while (group.length < this.#group.jobs && bytes < this.#group.bytes) {
+      const next = this.#queue.shift()
+      if (next === undefined) break
+      const made = make(next)
+      if (made === undefined) continue
+      group.push({ ...next, made })
+      bytes += made.gradient.bytes
     }
-    if (made === undefined) return resolve(undefined)
-    lane.jobs += 1
-    this.#ask(lane, (id) => ({ type: 'run', id, job: made }))
-      .then(resolve, reject)
+    return group
+  }
+
+  #send(lane: Lane, group: readonly Made[]): void {
+    lane.groups += 1
+    const jobs = group.map(({ made }) => made)
+    this.#ask(lane, (id) => ({ type: 'run', id, jobs }))
+      .then((results) => {
+        for (const [i, { resolve }] of group.entries()) resolve(results[i])
+      })
+      .catch((error) => this.#refuseGroup(lane, group, error))
       .finally(() => {
-        lane.jobs -= 1
+        lane.groups -= 1
         this.#dispatch()
       })
   }
 
-  #ask(lane: Lane, request: (id: number) => LaneRequest): Promise<JobResult | undefined> {
+  // Jobs that lack memory together are tried one by one: what one run asks for is no other run's trouble.
+  #refuseGroup(lane: Lane, group: readonly Made[], error: unknown): void {
+    const together = group.length > 1 && error instanceof ServiceError && error.code === 'OVER_CAPACITY'
+    for (const one of group) {
+      if (together) this.#send(lane, [one])
+      else one.reject(error)
+    }
+  }
+
+  #ask(lane: Lane, request: (id: number) => LaneRequest): Promise<readonly JobResult[]> {
     const id = this.#nextId++
     return new Promise((resolve, reject) => {
       lane.busy.set(id, { resolve, reject })
@@ -111,7 +156,7 @@ export class Lanes {
   #start(workerData: LaneOptions): Lane {
     const worker = new Worker(new URL('./lane.js', import.meta.url), { workerData })
     const exited = new Promise<void>((resolve) => worker.once('exit', () => resolve()))
-    const lane: Lane = { worker, busy: new Map(), jobs: 0, exited }
+    const lane: Lane = { worker, busy: new Map(), groups: 0, exited }
     worker.on('message', (reply: LaneReply) => this.#receive(lane, reply))
     worker.on('error', (error) => this.#fail(error))
     return lane
@@ -120,11 +165,23 @@ export class Lanes {
   #receive(lane: Lane, reply: LaneReply): void {
     const waiting = lane.busy.get(reply.id)
     lane.busy.delete(reply.id)
-    if ('result' in reply) return waiting?.resolve(reply.result)
+    if ('results' in reply) return waiting?.resolve(reply.results)
     // A lane that runs out of memory has changed nothing: it is that run's trouble alone.
     if (OUT_OF_MEMORY.test(reply.error)) return waiting?.reject(new ServiceError('OVER_CAPACITY', reply.error))
     this.#fail(new Error(reply.error))
     waiting?.reject(this.#failure)
+  }
+}
+
+/** The job, or undefined: its ticket was cancelled, nobody wants it any more, or it cannot be made and is refused. */
+function make({ job, ticket, resolve, reject }: Pending): Job | undefined {
+  try {
+    const made = ticket.cancelled ? undefined : job()
+    if (made === undefined) resolve(undefined)
+    return made
+  } catch (error) {
+    reject(told(error))
+    return undefined
   }
 }
 

@@ -5,6 +5,7 @@ import t from 'tap'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { Device, type DeviceOptions } from '../../src/device/device.js'
 import type { Job } from '../../src/device/job.js'
+import { Lanes } from '../../src/device/lanes.js'
 import { bundledLibraryFolder } from '../../src/device/onnxruntime.js'
 import type { Plan } from '../../src/optimizer/plan.js'
 
@@ -90,6 +91,8 @@ t.test('closing lets the lanes end what they have and drops what waits', async (
   const device = await Device.start(OPTIONS)
   const job = sgdJob(device)
   const jobs = Array.from({ length: 5 }, () => device.run(() => job, ticket()))
+  // Jobs are given out at the end of the turn that asked for them.
+  await Promise.resolve()
   await device.close()
   const outcomes = (await Promise.all(jobs)).map((result) => result?.outcome)
   t.same(outcomes, ['computed', 'computed', undefined, undefined, undefined])
@@ -106,4 +109,64 @@ t.test('a device whose lanes do not start says why, and its folder is not needed
   rmSync(join(folder, library!))
   await t.rejects(starting, { code: 'DEVICE_FAILED', message: /there is no libonnxruntime in/ })
   rmSync(folder, { recursive: true })
+})
+
+/** Lanes that are given up to four jobs at once, as those of a GPU are. */
+function grouping(bytes: number): Lanes {
+  const lane = { kind: 'cpu', folder: bundledLibraryFolder(), threads: 1 } as const
+  return new Lanes({ lane, group: { jobs: 4, bytes } }, 1, (error) => t.fail(error.message))
+}
+
+t.test('jobs of one turn are computed in groups, and each has its own outcome', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const lanes = grouping(2 ** 20)
+  const job = sgdJob(device)
+  const infinite = jobOf(device, { kernel: SGD, tasks: [{ dims: [64], offset: 0 }] })
+  new Float32Array(device.view(infinite.gradient.block).buffer)[5] = Number.POSITIVE_INFINITY
+  const asked = [job, infinite, job, job, job, job]
+  const outcomes = await Promise.all([
+    ...asked.map((one) => lanes.run(() => one, ticket())),
+    lanes.run(() => job, { cancelled: true }),
+    lanes.run(() => undefined, ticket()),
+  ])
+  t.same(
+    outcomes.map((result) => result?.outcome),
+    ['computed', 'not_finite', ...new Array(4).fill('computed'), undefined, undefined],
+  )
+  await lanes.close()
+  await device.close()
+})
+
+t.test('a group takes no more when its gradients have enough bytes', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const lanes = grouping(300)
+  const taken: number[] = []
+  const jobs = [0, 1, 2, 3, 4].map((index) => {
+    const job = sgdJob(device)
+    return lanes.run(() => {
+      taken.push(index)
+      return job
+    }, ticket())
+  })
+  await Promise.resolve()
+  t.same(taken, [0, 1, 2, 3], 'two groups of two gradients of 256 bytes')
+  await Promise.all(jobs)
+  t.same(taken, [0, 1, 2, 3, 4])
+  await lanes.close()
+  await device.close()
+})
+
+t.test('what a group has no memory for is computed one by one', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const lanes = grouping(2 ** 20)
+  const job = sgdJob(device)
+  const huge = jobOf(device, { kernel: muon(2), tasks: [{ dims: [2 ** 23, 2 ** 23], offset: 0 }] })
+  const outcomes = await Promise.allSettled([job, huge, job].map((one) => lanes.run(() => one, ticket())))
+  t.match(outcomes, [
+    { value: { outcome: 'computed' } },
+    { reason: { code: 'OVER_CAPACITY' } },
+    { value: { outcome: 'computed' } },
+  ])
+  await lanes.close()
+  await device.close()
 })

@@ -1,0 +1,84 @@
+import type { Triple } from '../coefficients.js'
+import { applyProblem, type GemmMatrix, type GemmProblem, gramProblem, productProblem } from './gemm-plan.js'
+
+/**
+ * Memory of one Newton-Schulz, all float16: `x` is the input, `y` and `v` are of its shape, the others are square with its
+ * shorter side. Nothing but `x` is read before it was written.
+ */
+export type Slot = { readonly [Name in (typeof SLOT_WIDE)[number] | (typeof SLOT_SQUARE)[number]]: GemmMatrix }
+
+export const SLOT_WIDE = ['x', 'y', 'v'] as const
+export const SLOT_SQUARE = ['r', 't', 'z', 'z2', 'w', 'w2'] as const
+
+/** Products launch by launch: those of one launch do not depend on each other. The result is in `output`. */
+export type Steps = { readonly launches: readonly (readonly GemmProblem[])[]; readonly output: 'y' | 'v' }
+
+/** How many iterations the Gram form merges (kernels/gram-newton-schulz.ts says why). */
+const MERGED = 3
+const GRAM_ASPECT = 2
+const GRAM_FROM = 512
+
+/** Newton-Schulz of the slot's x, which is u/‖u‖. Wide and tall matrices alike; the scalars are exact in float32. */
+export function newtonSchulzSteps(slot: Slot, coefficients: readonly Triple[]): Steps {
+  const { rows, cols } = slot.x
+  const shorter = Math.min(rows, cols)
+  const long = shorter >= GRAM_FROM && Math.max(rows, cols) >= GRAM_ASPECT * shorter
+  const merged = long && coefficients.length >= MERGED ? MERGED : 0
+  const launches: GemmProblem[][] = merged > 0 ? mergedSteps(slot, coefficients.slice(0, merged)) : []
+  let source: 'x' | 'y' | 'v' = merged > 0 ? 'y' : 'x'
+  for (const triple of coefficients.slice(merged)) {
+    const target: 'y' | 'v' = source === 'y' ? 'v' : 'y'
+    launches.push(...directSteps(slot, triple, { source, target }))
+    source = target
+  }
+  return { launches, output: source === 'v' ? 'v' : 'y' }
+}
+
+/** R = XXᵀ, Z = cRR + bR, X' = aX + ZX; a cubic has no Z of its own. */
+function directSteps(
+  slot: Slot,
+  [a, b, c]: Triple,
+  { source, target }: { source: 'x' | 'y' | 'v'; target: 'y' | 'v' },
+): GemmProblem[][] {
+  const { r, z } = slot
+  const [from, to] = [slot[source], slot[target]]
+  const apply = (w: GemmMatrix, alpha: number) =>
+    applyProblem([w, from], to, { alpha, addends: [{ matrix: from, factor: a }] })
+  const gram = gramProblem(from, r, 1)
+  if (c === 0) return [[gram], [apply(r, b)]]
+  return [[gram], [productProblem([r, r], z, { alpha: c, addends: [{ matrix: r, factor: b }] })], [apply(z, 1)]]
+}
+
+/**
+ * With Z_k = (c/a)·R² + (b/a)·R an iteration is X <- a(I + Z)X, and R <- a²(I + Z)R(I + Z). (I + Z_3)(I + Z_2)(I + Z_1) is
+ * kept as I + W and applied once: y = Πa·(x + Wx).
+ */
+function mergedSteps(slot: Slot, coefficients: readonly Triple[]): GemmProblem[][] {
+  const { x, y, r, t } = slot
+  const plain = (left: GemmMatrix, right: GemmMatrix, d: GemmMatrix, factor = 1) =>
+    productProblem([left, right], d, { alpha: factor, addends: [{ matrix: right, factor }] })
+  const polynomial = ([a, b, c]: Triple, z: GemmMatrix) =>
+    productProblem([r, r], z, { alpha: c / a, addends: [{ matrix: r, factor: b / a }] })
+  const merge = (z: GemmMatrix, before: GemmMatrix, w: GemmMatrix) => {
+    const addends = [
+      { matrix: z, factor: 1 },
+      { matrix: before, factor: 1 },
+    ]
+    return productProblem([z, before], w, { alpha: 1, addends })
+  }
+  const [first, second, third] = coefficients
+  const { z, z2, w, w2 } = slot
+  const factor = coefficients.reduce((product, [a]) => product * a, 1)
+  return [
+    [gramProblem(x, r, 1)],
+    [polynomial(first, z)],
+    [plain(z, r, t)],
+    [plain(z, t, r, first[0] ** 2)],
+    [polynomial(second, z2)],
+    [merge(z2, z, w), plain(z2, r, t)],
+    [plain(z2, t, r, second[0] ** 2)],
+    [polynomial(third, z)],
+    [merge(z, w, w2)],
+    [applyProblem([w2, x], y, { alpha: factor, addends: [{ matrix: x, factor }] })],
+  ]
+}

@@ -1,0 +1,100 @@
+import t from 'tap'
+import { expandCoefficients, NAMED_COEFFICIENTS, type Triple } from '../../kernels/coefficients.js'
+import type { GemmMatrix, GemmProblem } from '../../kernels/cuda/gemm-plan.js'
+import { newtonSchulzSteps, SLOT_SQUARE, SLOT_WIDE, type Slot } from '../../kernels/cuda/newton-schulz.js'
+import {
+  frobenius,
+  gaussian,
+  type Matrix,
+  multiply,
+  orthogonalizeByIteration,
+  relativeDistance,
+  transpose,
+} from '../reference.js'
+
+const KELLER_JORDAN = expandCoefficients(NAMED_COEFFICIENTS.keller_jordan.coefficients, 5)
+
+function slotOf(rows: number, cols: number): Slot {
+  const side = Math.min(rows, cols)
+  const wide = SLOT_WIDE.map((name, i) => [name, { rows, cols, map: BigInt(i + 1) }] as const)
+  const square = SLOT_SQUARE.map((name, i) => [name, { rows: side, cols: side, map: BigInt(i + 10) }] as const)
+  return Object.fromEntries([...wide, ...square]) as unknown as Slot
+}
+
+/** What the kernel would make of the problems, in float64; throws where one reads what was not written before. */
+function carryOut(launches: readonly (readonly GemmProblem[])[], values: Map<bigint, Matrix>): void {
+  const read = ({ map }: GemmMatrix) => {
+    const value = values.get(map)
+    if (!value) throw new Error(`matrix ${map} is read before it was written`)
+    return value
+  }
+  for (const problems of launches) {
+    const written = problems.map((problem) => ({ map: problem.d.map, value: made(problem, read) }))
+    for (const { map, value } of written) values.set(map, value)
+  }
+}
+
+function made({ mode, a, b, alpha, addends }: GemmProblem, read: (matrix: GemmMatrix) => Matrix): Matrix {
+  const [left, right] = [read(a), read(b)]
+  const product = {
+    // X * X transposed, or S * T with a symmetric T.
+    along: () => multiply(left, transpose(right)),
+    across: () => multiply(transpose(left), right),
+    b_across: () => multiply(left, right),
+  }[mode]()
+  const data = product.data.map((value, i) =>
+    addends.reduce((sum, { matrix, factor }) => sum + factor * read(matrix).data[i]!, alpha * value),
+  )
+  return { ...product, data }
+}
+
+function check(
+  t: { ok: (value: boolean, message: string) => void },
+  [rows, cols]: readonly [number, number],
+  coefficients: readonly Triple[],
+) {
+  const slot = slotOf(rows, cols)
+  const data = gaussian(rows + cols, rows * cols)
+  const norm = frobenius(data)
+  const { launches, output } = newtonSchulzSteps(slot, coefficients)
+  const values = new Map([[slot.x.map, { rows, cols, data: data.map((value) => value / norm) }]])
+  carryOut(launches, values)
+  const oracle = orthogonalizeByIteration({ rows, cols, data }, coefficients)
+  const distance = relativeDistance(values.get(slot[output].map)!.data, oracle.data)
+  t.ok(distance < 1e-10, `${rows}x${cols}, ${coefficients.length} iterations: distance ${distance}`)
+}
+
+t.test('the products, carried out in float64, are Newton-Schulz', async (t) => {
+  for (const shape of [
+    [24, 24],
+    [16, 40],
+    [40, 16],
+  ] as const) {
+    for (const count of [1, 2, 5, 6]) check(t, shape, expandCoefficients(KELLER_JORDAN, count))
+    check(t, shape, expandCoefficients(NAMED_COEFFICIENTS.cubic5.coefficients, 5))
+  }
+})
+
+t.test('a long matrix has three iterations merged, with the same result', async (t) => {
+  const [rows, cols] = [512, 1024] as const
+  const { launches } = newtonSchulzSteps(slotOf(rows, cols), KELLER_JORDAN)
+  const products = launches.flat().filter(({ d }) => d.rows === rows && d.cols === cols)
+  t.equal(products.length, 3, 'x is multiplied three times instead of five')
+  check(t, [rows, cols], KELLER_JORDAN.slice(0, 3))
+  t.equal(newtonSchulzSteps(slotOf(rows, cols), KELLER_JORDAN.slice(0, 2)).launches.length, 6, 'two are not merged')
+})
+
+t.test('no launch writes what another of its products reads', async (t) => {
+  for (const [rows, cols] of [
+    [64, 64],
+    [512, 1024],
+    [1024, 512],
+  ] as const) {
+    for (const problems of newtonSchulzSteps(slotOf(rows, cols), KELLER_JORDAN).launches) {
+      const read = problems.flatMap(({ a, b, addends }) =>
+        [a, b, ...addends.map(({ matrix }) => matrix)].map(({ map }) => map),
+      )
+      t.notOk(problems.some(({ d }) => read.includes(d.map)))
+    }
+  }
+})
