@@ -14,6 +14,7 @@ import { WORKLOADS, type Workload } from './models.js'
  * page-locked host memory, so that both cross PCIe. `--only NAME`, `--lanes 4,6`.
  */
 const only = option('--only')
+const groups = (option('--groups') ?? '8').split(',').map(Number)
 const laneCounts = (option('--lanes') ?? '1,2,3,4,6,8').split(',').map(Number)
 const STEPS = 30
 const WARM_UP_STEPS = 3
@@ -22,6 +23,7 @@ type Row = {
   workload: string
   memory: 'resident' | 'copied'
   lanes: number
+  group_jobs: number
   milliseconds: number
   ratio: number
   device_MB: number
@@ -38,12 +40,13 @@ for (const workload of workloads) {
   const torch = timeTorch(workload.name)
   console.log(`${workload.name}: torch.optim.Muon ${torch.milliseconds} ms (PyTorch ${torch.version})`)
   for (const memory of ['resident', 'copied'] as const) {
-    for (const lanes of laneCounts) {
-      const measured = await measure(workload, memory, lanes)
+    for (const [lanes, group_jobs] of laneCounts.flatMap((lanes) => groups.map((group) => [lanes, group]))) {
+      const measured = await measure(workload, memory, { lanes, group_jobs })
       const row = {
         workload: workload.name,
         memory,
         lanes,
+        group_jobs,
         ...measured,
         ratio: measured.milliseconds / torch.milliseconds,
       }
@@ -51,7 +54,7 @@ for (const workload of workloads) {
       const { milliseconds, ratio, device_MB, event_loop_delay_ms } = row
       const figures = `${milliseconds.toFixed(2)} ms, ratio ${ratio.toFixed(2)}, ${device_MB} MB of device memory`
       console.log(
-        `  ${memory} ${lanes} lanes: ${figures}, event loop delayed ${event_loop_delay_ms.toFixed(1)} ms at most`,
+        `  ${memory} ${lanes} lanes of ${group_jobs} jobs: ${figures}, event loop delayed ${event_loop_delay_ms.toFixed(1)} ms at most`,
       )
     }
   }
@@ -61,11 +64,11 @@ mkdirSync('bench/results', { recursive: true })
 const header = { date: new Date().toISOString(), gpu: gpu.name, cores: availableParallelism(), node: process.version }
 writeFileSync('bench/results/gpu.json', `${JSON.stringify({ ...header, rows, exactness }, null, 2)}\n`)
 
-async function measure({ parameters }: Workload, memory: Row['memory'], lanes: number) {
+async function measure({ parameters }: Workload, memory: Row['memory'], how: { lanes: number; group_jobs: number }) {
   const before = gpu.memory().free
   const onnxruntime_dir = process.env.MUOND_ONNXRUNTIME_DIR ?? ''
   const device = await Device.start({
-    ...{ device: 'cuda', onnxruntime_dir, lanes, threads: 0 },
+    ...{ device: 'cuda', onnxruntime_dir, threads: 0, ...how },
     ...{ staging_bytes: 1 << 20, state_bytes_limit: 0 },
   })
   const { step, free } = await prepare(device, gpu, { parameters, resident: memory === 'resident' })

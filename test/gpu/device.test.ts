@@ -217,7 +217,7 @@ t.test('the device alone', { skip: NO_GPU, timeout: 300_000 }, async (t) => {
       return [...o.data.map((value) => value * factor)]
     })
     const distance = relativeDistance(ours, expected)
-    t.ok(distance < 2e-3, `distance ${distance}`)
+    t.ok(distance < 2.5e-3, `distance ${distance}`)
     p.end()
   })
 
