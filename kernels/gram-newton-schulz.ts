@@ -33,7 +33,7 @@ export type Segments = {
  * the direct form 1.3e-3, 2 and 3 iterations 4e-3 to 7e-3. While singular values are small W is, too; merged with an
  * iteration that brings large ones down to 1 it cancels, and its rounding is not undone by what follows.
  */
-const FIRST_SEGMENT = 3
+export const FIRST_SEGMENT = 3
 const NEXT_SEGMENTS = 1
 
 /** The Gram form of Newton-Schulz: `tall` says that X is given as its transpose (rows > cols). */

@@ -1,4 +1,6 @@
 import type { Triple } from '../coefficients.js'
+import { FIRST_SEGMENT } from '../gram-newton-schulz.js'
+import { formFor } from '../orthogonalize.js'
 import { applyProblem, type GemmMatrix, type GemmProblem, gramProblem, productProblem } from './gemm-plan.js'
 
 /**
@@ -13,17 +15,11 @@ export const SLOT_SQUARE = ['r', 't', 'z', 'z2', 'w', 'w2'] as const
 /** Products launch by launch: those of one launch do not depend on each other. The result is in `output`. */
 export type Steps = { readonly launches: readonly (readonly GemmProblem[])[]; readonly output: 'y' | 'v' }
 
-/** How many iterations the Gram form merges (kernels/gram-newton-schulz.ts says why). */
-const MERGED = 3
-const GRAM_ASPECT = 2
-const GRAM_FROM = 512
-
 /** Newton-Schulz of the slot's x, which is u/‖u‖. Wide and tall matrices alike; the scalars are exact in float32. */
 export function newtonSchulzSteps(slot: Slot, coefficients: readonly Triple[]): Steps {
   const { rows, cols } = slot.x
-  const shorter = Math.min(rows, cols)
-  const long = shorter >= GRAM_FROM && Math.max(rows, cols) >= GRAM_ASPECT * shorter
-  const merged = long && coefficients.length >= MERGED ? MERGED : 0
+  const merges = formFor(rows, cols) === 'gram' && coefficients.length >= FIRST_SEGMENT
+  const merged = merges ? FIRST_SEGMENT : 0
   const launches: GemmProblem[][] = merged > 0 ? mergedSteps(slot, coefficients.slice(0, merged)) : []
   let source: 'x' | 'y' | 'v' = merged > 0 ? 'y' : 'x'
   for (const triple of coefficients.slice(merged)) {

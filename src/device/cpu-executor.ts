@@ -10,6 +10,7 @@ import {
   type JobResult,
   type Need,
   SLICE_ELEMENTS,
+  scalarOf,
 } from './job.js'
 import { type OnnxRuntime, openOnnxRuntime, type Pointer, type Session, viewMemory } from './onnxruntime.js'
 import { createScanner } from './scan.js'
@@ -191,9 +192,6 @@ function slices(task: Task): Task[] {
 }
 
 function scalarValue(job: Job, task: Task, name: string): number {
-  if (name === 'gradient_scale') return job.gradient_scale
   if (name === 'output_scale' && task.output_scale !== undefined) return task.output_scale
-  const value = job.plan.scalars[name]
-  if (value === undefined) throw new Error(`the plan gives no ${name}`)
-  return value
+  return scalarOf(job, name)
 }

@@ -2,13 +2,14 @@
 import { fitsGemm } from '../../kernels/cuda/gemm-plan.js'
 import { CUDA_KERNELS, MAX_BLOCKS, THREADS, VECTOR } from '../../kernels/cuda/source.js'
 import { bytesPerElement, type Dtype } from '../../kernels/dtype.js'
-import type { KernelSpec } from '../../kernels/kernel.js'
+import { KERNEL_IO, type KernelSpec } from '../../kernels/kernel.js'
 import type { Task } from '../optimizer/plan.js'
 import { type Cuda, openCuda, type Stream } from './cuda.js'
 import { Hopper } from './hopper.js'
-import { addressOf, type Executor, type Job, type JobResult, type Need } from './job.js'
+import { addressOf, type Executor, type Job, type JobResult, type Need, scalarOf } from './job.js'
 import { type Pointer, viewMemory } from './onnxruntime.js'
 import { Orthogonalizer } from './orthogonalizer.js'
+import { aligned } from './staging.js'
 
 /**
  * `cubin` is the machine code of CUDA_SOURCE for this GPU, `hopper` that of GEMM_SOURCE where it can run, `folder` that of
@@ -59,8 +60,8 @@ const ALIGNMENT = 256
 const BATCH_BYTES = 16 << 20
 const TOGETHER_ELEMENTS = 64 << 20
 const TOGETHER = 32
-const MOMENTUM_SCALARS = ['gradient_scale', 'c_m', 'c_g', 'n_m', 'n_g']
-const ADAMW_SCALARS = ['gradient_scale', 'a_m', 'a_g', 'b_v', 'b_g', 'bias1', 'bias2_sqrt', 'eps']
+// Those of struct Momentum in CUDA_SOURCE; struct Adamw has adamw's.
+const MOMENTUM_SCALARS = KERNEL_IO.sgd.scalars
 
 /**
  * Computes jobs on a GPU: gradients and updates in page-locked host memory, state in device memory. The elementwise parts
@@ -145,7 +146,7 @@ export class CudaExecutor implements Executor {
       return { job, groups, checkBlocks: groups.reduce((sum, group) => sum + group.count * blocksFor(group), 0) }
     })
     const bytesOf = (name: 'gradient' | 'update') =>
-      jobs.reduce((sum, job) => sum + (job[name].block.resident ? 0 : aligned(job[name].bytes)), 0)
+      jobs.reduce((sum, job) => sum + (job[name].block.resident ? 0 : aligned(job[name].bytes, ALIGNMENT)), 0)
     let gradients = this.#reserve('gradients', bytesOf('gradient'))
     let updates = this.#reserve('updates', bytesOf('update'))
     const partials = plans.reduce((sum, { checkBlocks }) => sum + (2 * MAX_BLOCKS + checkBlocks) * PARTIAL_BYTES, 0)
@@ -153,8 +154,8 @@ export class CudaExecutor implements Executor {
     return plans.map(({ job, groups, checkBlocks }, result) => {
       const gradient = job.gradient.block.resident ? addressOf(job.gradient) : gradients
       const update = job.update.block.resident ? addressOf(job.update) : updates
-      if (gradient === gradients) gradients += BigInt(aligned(job.gradient.bytes))
-      if (update === updates) updates += BigInt(aligned(job.update.bytes))
+      if (gradient === gradients) gradients += BigInt(aligned(job.gradient.bytes, ALIGNMENT))
+      if (update === updates) updates += BigInt(aligned(job.update.bytes, ALIGNMENT))
       const [scans, checks] = [at, at + BigInt(2 * MAX_BLOCKS * PARTIAL_BYTES)]
       at = checks
       for (const group of groups) {
@@ -216,11 +217,10 @@ export class CudaExecutor implements Executor {
   #elementwise({ job, gradient, update }: Work, group: Group): void {
     const { kind, gradient_dtype, update_dtype } = group.spec
     const kernels = { adamw: CUDA_KERNELS.adamw, sgd: CUDA_KERNELS.sgd, muon: CUDA_KERNELS.sgd }
-    const names = kind === 'adamw' ? ADAMW_SCALARS : MOMENTUM_SCALARS
     const state = job.next.map((_, i) => job.state?.[i] ?? 0n)
     this.#launch(kernels[kind](gradient_dtype, update_dtype), { x: blocksFor(group) }, [
       ...[gradient, ...state, ...job.next, update, BigInt(group.rows * group.cols)],
-      ...[...names.map((name) => scalarOf(job, name)), group.partials],
+      ...[...KERNEL_IO[kind].scalars.map((name) => scalarOf(job, name)), group.partials],
     ])
   }
 
@@ -406,14 +406,5 @@ function scanBlocks(bytes: number): number {
 
 function blocksOf(packs: number): number {
   return Math.max(1, Math.min(MAX_BLOCKS, Math.ceil(packs / (THREADS * PACKS_PER_THREAD))))
-}
-
-function scalarOf({ plan, gradient_scale }: Job, name: string): number {
-  const value = name === 'gradient_scale' ? gradient_scale : plan.scalars[name]
-  if (value === undefined) throw new Error(`the plan gives no ${name}`)
-  return value
-}
-function aligned(bytes: number): number {
-  return Math.ceil(bytes / ALIGNMENT) * ALIGNMENT
 }
 /* c8 ignore stop */

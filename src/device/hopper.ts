@@ -1,10 +1,11 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 import type { Triple } from '../../kernels/coefficients.js'
-import { GEMM_CLUSTER, GEMM_KERNEL, GEMM_SHARED_BYTES, GEMM_THREADS } from '../../kernels/cuda/gemm.js'
+import { GEMM_CLUSTER, GEMM_KERNEL, GEMM_MAP_BYTES, GEMM_SHARED_BYTES, GEMM_THREADS } from '../../kernels/cuda/gemm.js'
 import { type GemmMatrix, planGemm } from '../../kernels/cuda/gemm-plan.js'
 import { newtonSchulzSteps, SLOT_SQUARE, SLOT_WIDE, type Slot } from '../../kernels/cuda/newton-schulz.js'
 import type { Cuda, Stream, TensorMap } from './cuda.js'
 import type { Pointer } from './onnxruntime.js'
+import { aligned } from './staging.js'
 
 /** One matrix of a list: `x` is to be written before `run`, `o` holds the result after it. */
 export type Place = { x: Pointer; o: Pointer }
@@ -14,7 +15,6 @@ type Placed = { slot: Slot; pointers: Record<string, Pointer>; memory: Pointer }
 type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
 type Program = { places: Place[]; launches: Launch[]; memory: Pointer }
 
-const MAP_BYTES = 128
 const HALF_BYTES = 2
 // A list of another composition has another program; a training run has a few dozen.
 const MAX_PROGRAMS = 128
@@ -83,13 +83,16 @@ export class Hopper {
         this.#clusters,
       ),
     )
-    const bytes = plans.reduce((sum, { problems, tiles }) => sum + aligned(problems.length) + aligned(tiles.length), 0)
+    const bytes = plans.reduce(
+      (sum, { problems, tiles }) => sum + aligned(problems.length, ALIGNMENT) + aligned(tiles.length, ALIGNMENT),
+      0,
+    )
     const memory = this.#cuda.allocate(bytes)
     let at = memory
     const upload = (data: Uint8Array) => {
       const to = at
       this.#stream.upload(to, data)
-      at += BigInt(aligned(data.length))
+      at += BigInt(aligned(data.length, ALIGNMENT))
       return to
     }
     const launches = plans.map(({ problems, tiles, rounds }) => ({
@@ -114,17 +117,17 @@ export class Hopper {
       ...SLOT_WIDE.map((name) => ({ name, rows, cols })),
       ...SLOT_SQUARE.map((name) => ({ name, rows: side, cols: side })),
     ]
-    const maps = aligned(shapes.length * MAP_BYTES)
-    const bytes = shapes.reduce((sum, shape) => sum + aligned(shape.rows * shape.cols * HALF_BYTES), maps)
+    const maps = aligned(shapes.length * GEMM_MAP_BYTES, ALIGNMENT)
+    const bytes = shapes.reduce((sum, shape) => sum + aligned(shape.rows * shape.cols * HALF_BYTES, ALIGNMENT), maps)
     const memory = this.#cuda.allocate(bytes)
     let at = memory + BigInt(maps)
     const pointers: Record<string, Pointer> = {}
     const matrices = shapes.map((shape, i): [string, GemmMatrix] => {
-      const map = memory + BigInt(i * MAP_BYTES)
+      const map = memory + BigInt(i * GEMM_MAP_BYTES)
       const described: TensorMap = { pointer: at, rows: shape.rows, cols: shape.cols }
       this.#stream.upload(map, this.#cuda.encodeTensorMap(described))
       pointers[shape.name] = at
-      at += BigInt(aligned(shape.rows * shape.cols * HALF_BYTES))
+      at += BigInt(aligned(shape.rows * shape.cols * HALF_BYTES, ALIGNMENT))
       return [shape.name, { rows: shape.rows, cols: shape.cols, map }]
     })
     return { slot: Object.fromEntries(matrices) as Slot, pointers, memory }
@@ -136,9 +139,5 @@ export class Hopper {
     this.#programs.delete(key)
     this.#cuda.free(memory)
   }
-}
-
-function aligned(bytes: number): number {
-  return Math.ceil(bytes / ALIGNMENT) * ALIGNMENT
 }
 /* c8 ignore stop */

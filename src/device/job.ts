@@ -61,3 +61,10 @@ export const SLICE_ELEMENTS = 1 << 18
 export function addressOf({ block, offset }: HostRange): Pointer {
   return block.pointer + BigInt(offset)
 }
+
+/** A scalar input of the kernel as the job has it; a task may have its own `output_scale`. */
+export function scalarOf({ plan, gradient_scale }: Job, name: string): number {
+  const value = name === 'gradient_scale' ? gradient_scale : plan.scalars[name]
+  if (value === undefined) throw new Error(`the plan gives no ${name}`)
+  return value
+}

@@ -98,7 +98,7 @@ export class Staging {
   }
 }
 
-/** `bytes` rounded up to whole cache lines. */
-export function aligned(bytes: number): number {
-  return Math.ceil(bytes / ALIGNMENT) * ALIGNMENT
+/** `bytes` rounded up to whole cache lines, or to a multiple of another alignment. */
+export function aligned(bytes: number, alignment = ALIGNMENT): number {
+  return Math.ceil(bytes / alignment) * alignment
 }

@@ -198,7 +198,9 @@ function needsOf(parameters: readonly Parameter[], groups: Groups): Need[] {
   const needs = new Map<string, Need>()
   for (const parameter of parameters) {
     const { kernel: shared, tasks } = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
-    for (const { kernel = shared, dims } of tasks) needs.set(`${kernelKey(kernel)} ${dims}`, { kernel, dims })
+    // Tasks of one size have one kernel, and a parameter may have a quarter of a million of them.
+    const sizes = new Map(tasks.map((task) => [String(task.dims), task]))
+    for (const { kernel = shared, dims } of sizes.values()) needs.set(`${kernelKey(kernel)} ${dims}`, { kernel, dims })
   }
   return [...needs.values()]
 }
