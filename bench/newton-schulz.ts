@@ -78,7 +78,7 @@ async function muonJob(): Promise<() => Promise<void>> {
     next: [next.pointer],
     update: { block: updates, offset: 0, bytes },
   }
-  await device.load([{ kernel, dims: [size, size] }])
+  await device.load([{ plan, gradient_bytes: bytes, update_bytes: bytes, state_bytes: bytes }])
   return async () => {
     const result = await device.run(() => job, { cancelled: false })
     if (result?.outcome !== 'computed') throw new Error(`the lane answered ${result?.outcome}`)

@@ -47,9 +47,9 @@ export type KernelValues = { next: readonly string[]; data: string; checked: str
 
 /**
  * The ONNX model of a kernel. Its tensors have the shape [rows, cols] for muon and [n] for the others.
- * The kernels read their states and scalars by the names of KERNEL_IO.
+ * The kernels read their states and scalars by the names of KERNEL_IO. `half`: matrix products are of float16.
  */
-export function buildKernel(spec: KernelSpec): Uint8Array {
+export function buildKernel(spec: KernelSpec, { half = false } = {}): Uint8Array {
   const graph = new Graph(spec.kind)
   const { state, scalars } = KERNEL_IO[spec.kind]
   const dims = spec.kind === 'muon' ? ['rows', 'cols'] : ['n']
@@ -60,7 +60,7 @@ export function buildKernel(spec: KernelSpec): Uint8Array {
   const values = addKernel(
     graph,
     graph.mul(castTo(graph, gradient, [spec.gradient_dtype, 'float32']), 'gradient_scale'),
-    spec,
+    { ...spec, half },
   )
 
   for (const [index, value] of values.next.entries()) graph.output(`${state[index]}_next`, value, { dims })
@@ -76,7 +76,7 @@ export function kernelKey(spec: KernelSpec): string {
   return `${spec.kind} ${dtypes} ${spec.tall ? 'tall' : 'wide'} ${JSON.stringify(spec.coefficients)}`
 }
 
-function addKernel(graph: Graph, gradient: string, spec: KernelSpec): KernelValues {
+function addKernel(graph: Graph, gradient: string, spec: KernelSpec & { half: boolean }): KernelValues {
   switch (spec.kind) {
     case 'muon':
       return muon(graph, gradient, spec)

@@ -31,7 +31,7 @@ export const SETTINGS = {
   state_bytes_limit: integer(
     0,
     [0, BYTES],
-    'Most bytes of state over all runs, on each GPU; 0 is what the GPU has, or three quarters of the memory.',
+    'Most bytes that all runs may take of each GPU, or of the memory; 0 is what the GPU has, or three quarters of the memory.',
   ),
   max_runs: integer(64, [1, 1_000_000], 'Most runs at a time.'),
   max_connections: integer(256, [1, 1_000_000], 'Most streams at a time.'),

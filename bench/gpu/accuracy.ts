@@ -4,7 +4,7 @@ import type { HostBlock, Job } from '../../src/device/job.js'
 import type { Tensor } from '../../src/device/memory.js'
 import { planStep } from '../../src/optimizer/algorithm.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
-import { parseParameters } from '../../src/optimizer/parameter.js'
+import { parseParameters, stateBytes } from '../../src/optimizer/parameter.js'
 import type { GroupDeclaration } from '../../src/wire/frame.js'
 
 /**
@@ -23,6 +23,11 @@ for (const { name, shape, dtype, group: declared } of cases) {
   const group = parseGroup({ ...declared, name: 'g' })
   const raw = { name, shape, group: 'g', gradient_dtype: dtype, update_dtype: 'float32' }
   const [parameter] = parseParameters([raw], new Map([['g', group]]))
+  const { gradient_bytes, update_bytes } = parameter
+  const plan = planStep(parameter, group, { step: 1, replay: false })
+  const demand = { plan, gradient_bytes, update_bytes, state_bytes: stateBytes(parameter) }
+  device.admit([demand], name)
+  await device.load([demand])
   const gradient = device.allocateHost(parameter.gradient_bytes)
   const update = device.allocateHost(parameter.update_bytes)
   device.view(gradient).set(readFileSync(`${folder}/${name}.gradient`))

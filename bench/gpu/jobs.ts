@@ -29,6 +29,14 @@ export async function prepare(device: Device, gpu: Cuda, { parameters: declared,
   }
   const fill = filler(gpu)
   const plan = (parameter: Parameter, step: number) => planStep(parameter, group, { step, replay: false })
+  const demands = parameters.map((parameter) => ({
+    plan: plan(parameter, 1),
+    gradient_bytes: parameter.gradient_bytes,
+    update_bytes: parameter.update_bytes,
+    state_bytes: parameter.state[0].bytes,
+  }))
+  device.admit(demands, 'the benchmark')
+  await device.load(demands)
   const jobs = parameters.map((parameter): Job => {
     const [gradient, update] = [block(parameter.gradient_bytes), block(parameter.update_bytes)]
     fill(gradient)

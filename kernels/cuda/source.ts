@@ -9,6 +9,9 @@ export const VECTOR = 4
 /** Threads of a block, and the most blocks for one matrix or tensor: partial sums, and with them every bit, do not depend on the card. */
 export const THREADS = 256
 export const MAX_BLOCKS = 512
+/** Sizes of `Partial` and `Result` below. */
+export const PARTIAL_BYTES = 32
+export const RESULT_BYTES = 40
 
 /** How to compile it for a compute capability such as `9.0`. */
 export const CUDA_OPTIONS = (computeCapability: string) => [

@@ -3,9 +3,10 @@ import { availableParallelism, totalmem } from 'node:os'
 import { join } from 'node:path'
 import { GEMM_OPTIONS, GEMM_SOURCE } from '../../kernels/cuda/gemm.js'
 import { CUDA_OPTIONS, CUDA_SOURCE } from '../../kernels/cuda/source.js'
-import { compileCuda, deviceCount, driverVersion, missingLibraries, openCuda } from './cuda.js'
+import { compileCuda, deviceCount, driverVersion, missingCompiler, missingLibraries, openCuda } from './cuda.js'
+import type { Work } from './cuda-layout.js'
+import type { JobGroup } from './job.js'
 import type { LaneOptions } from './lane.js'
-import type { Group } from './lanes.js'
 import type { Allocator } from './memory.js'
 import { bundledLibraryFolder, type OnnxRuntime, openOnnxRuntime, type Pointer, viewMemory } from './onnxruntime.js'
 
@@ -16,13 +17,15 @@ export type Backend = {
   name: string
   /** The version of ONNX Runtime. */
   version: string
-  /** Why `auto` did not take a GPU; empty where nothing was left aside. */
+  /** Why `auto` did not take a GPU, or a GPU does without kernels of our own; empty where nothing was left aside. */
   note: string
   /** Lanes of each unit, and what each is given at a time. */
   lanes: number
-  group: Group
+  group: JobGroup
   /** Memory that the host and the device share: page-locked where the device asks for it. */
   host: Allocator
+  /** Bytes of host memory for updates; left out where the unit's own memory is the host's. */
+  hostBytes?: number
   units: readonly Unit[]
   /** Lets go of ONNX Runtime: what is left of it when the process ends is taken down after CUDA is gone. */
   close(): void
@@ -35,7 +38,9 @@ export type Unit = {
   state: Allocator
   /** A copy of state memory. */
   read(pointer: Pointer, bytes: number): Uint8Array<ArrayBuffer>
-  /** Bytes that there are for state, and how many of them may be held for nothing but the next allocation. */
+  /** Set where lanes set memory of the unit aside. */
+  work?: Work
+  /** Bytes that there are for runs, and how many of them may be held for nothing but the next allocation. */
   stateBytes: number
   pooledBytes: number
 }
@@ -52,19 +57,21 @@ export type BackendOptions = {
   group_jobs?: number
 }
 
+// Of the host's memory, what runs may have.
+const MEMORY_SHARE = 0.75
 const CUDA_FILES = ['libonnxruntime_providers_cuda.so', 'libonnxruntime_providers_shared.so']
 // Lanes on the CPU share its memory bandwidth and its arena of intermediates: more than four gain nothing.
 const MAX_CPU_LANES = 4
 // Measured on an H200: four lanes keep it busy and its copies under way, more gain nothing (README).
 const CUDA_LANES = 4
-// What a lane holds beside state: cuBLAS workspaces, ONNX Runtime's arenas and scratch for a matrix of 16 M elements.
-const CUDA_LANE_BYTES = 1 << 30
-// Freeing device memory waits for all of the device's work: what a step frees is kept for the next one.
+// What a lane holds beside state and scratch: cuBLAS workspaces, machine code, lists of tiles.
+const CUDA_LANE_BYTES = 256 << 20
+// Freeing device memory waits for all of the device's work: what a step frees is kept for the next one, until it is wanted.
 const CUDA_POOLED_BYTES = 4 * 2 ** 30
 // On the CPU a lane gains nothing from seeing several jobs.
-const ONE: Group = { jobs: 1, bytes: 1 }
+const ONE: JobGroup = { jobs: 1, bytes: 1 }
 // Small matrices fill a GPU only together; more than these gain nothing and take scratch memory.
-const CUDA_GROUP: Group = { jobs: 8, bytes: 256 << 20 }
+const CUDA_GROUP: JobGroup = { jobs: 8, bytes: 256 << 20 }
 const HOPPER = '9.0'
 const CUDA_13 = 13000
 
@@ -90,7 +97,7 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     lane: { kind: 'cpu', folder, threads },
     state: runtime,
     read: (pointer, bytes) => viewMemory(pointer, bytes).slice(),
-    stateBytes: Math.floor(totalmem() * 0.75),
+    stateBytes: Math.floor(totalmem() * MEMORY_SHARE),
     // Small tensors cost no allocation this way. A pool must not keep an embedding.
     pooledBytes: 64 << 20,
   }
@@ -112,18 +119,24 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
 function cuda(runtime: OnnxRuntime, folder: string, options: BackendOptions): Backend {
   const opened = gpusOf(options.device).map((gpu) => ({ gpu, cuda: openCuda(gpu) }))
   const lanes = options.lanes || CUDA_LANES
+  const withoutCompiler = missingCompiler()
+  const note =
+    withoutCompiler === undefined ? '' : `${withoutCompiler}: the kernels are ONNX Runtime's, which are slower`
+  // A GPU that is named twice is two units.
+  const shares = (gpu: number) => opened.filter((one) => one.gpu === gpu).length
   const units = opened.map(({ gpu, cuda }): Unit => {
-    const { computeCapability } = cuda
+    const code = withoutCompiler === undefined ? compiled(cuda.computeCapability) : undefined
     return {
       name: `cuda:${gpu} ${cuda.name}`,
-      lane: { kind: 'cuda', folder, gpu, ...compiled(computeCapability) },
+      lane: code ? { kind: 'cuda', folder, gpu, ...code } : { kind: 'cuda_onnx', folder, gpu },
+      work: code ? (code.hopper ? 'own' : 'own_but_products') : 'onnx',
       state: cuda,
       read: (pointer, bytes) => {
         const copy = new Uint8Array(bytes)
         cuda.read(copy, pointer)
         return copy
       },
-      stateBytes: Math.max(0, cuda.memory().free - lanes * CUDA_LANE_BYTES - CUDA_POOLED_BYTES),
+      stateBytes: Math.max(0, Math.floor(cuda.memory().free / shares(gpu)) - lanes * CUDA_LANE_BYTES),
       pooledBytes: CUDA_POOLED_BYTES,
     }
   })
@@ -131,7 +144,9 @@ function cuda(runtime: OnnxRuntime, folder: string, options: BackendOptions): Ba
   const host = { allocate: first.allocateHost, free: first.freeHost }
   const group = { ...CUDA_GROUP, jobs: options.group_jobs ?? CUDA_GROUP.jobs }
   const name = units.map((unit) => unit.name).join(', ')
-  return { kind: 'cuda', name, version: runtime.version, note: '', lanes, group, host, units, close: runtime.close }
+  const { version, close } = runtime
+  const hostBytes = Math.floor(totalmem() * MEMORY_SHARE)
+  return { kind: 'cuda', name, version, note, lanes, group, host, hostBytes, units, close }
 }
 /* c8 ignore stop */
 
@@ -176,6 +191,6 @@ function gpuProblem(device: string): string | undefined {
 
 function gpusOf(device: string): number[] {
   const [, list = '0'] = device.split(':')
-  return [...new Set(list.split(',').map(Number))]
+  return list.split(',').map(Number)
 }
 /* c8 ignore stop */

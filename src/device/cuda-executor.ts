@@ -1,14 +1,30 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 import { fitsGemm } from '../../kernels/cuda/gemm-plan.js'
-import { CUDA_KERNELS, MAX_BLOCKS, THREADS, VECTOR } from '../../kernels/cuda/source.js'
+import { CUDA_KERNELS, MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../kernels/cuda/source.js'
 import { bytesPerElement, type Dtype } from '../../kernels/dtype.js'
-import { KERNEL_IO, type KernelSpec } from '../../kernels/kernel.js'
-import type { Task } from '../optimizer/plan.js'
+import { KERNEL_IO } from '../../kernels/kernel.js'
 import { type Cuda, openCuda, type Stream } from './cuda.js'
+import {
+  ALIGNMENT,
+  batchesOf,
+  blocksFor,
+  checkBlocksOf,
+  type Group,
+  isMuon,
+  listsOf,
+  type MuonSpec,
+  type Piece,
+  packOf,
+  partialBytes,
+  piecesOf,
+  type Scratch,
+  scanBlocks,
+} from './cuda-layout.js'
 import { Hopper } from './hopper.js'
 import { addressOf, type Executor, type Job, type JobResult, type Need, scalarOf } from './job.js'
 import { type Pointer, viewMemory } from './onnxruntime.js'
 import { Orthogonalizer } from './orthogonalizer.js'
+import { ScratchMemory } from './scratch-memory.js'
 import { aligned } from './staging.js'
 
 /**
@@ -17,24 +33,10 @@ import { aligned } from './staging.js'
  */
 export type CudaLane = { kind: 'cuda'; folder: string; gpu: number; cubin: Uint8Array; hopper?: Uint8Array }
 
-type MuonSpec = Extract<KernelSpec, { kind: 'muon' }>
-
-/** Matrices of one shape that lie one behind the other; the whole tensor where the algorithm is elementwise. */
-type Group<Spec = KernelSpec> = {
-  spec: Spec
-  rows: number
-  cols: number
-  offset: number
-  count: number
-  factor: number
-  /** Where its first matrix's partial sums lie. */
-  partials: Pointer
-}
-
 /** One job with its device memory. */
 type Work = {
   job: Job
-  groups: Group[]
+  pieces: Piece[]
   gradient: Pointer
   update: Pointer
   /** Partial sums of the scans of gradient and update, and of what must be finite. */
@@ -44,22 +46,16 @@ type Work = {
   result: number
 }
 
+/** One part of a job on its way; `partials` is where those of each of its groups start. */
+type Part = Piece & { work: Work; partials: Pointer[]; last: boolean }
+
+/** A group of a job, and where its first matrix's partial sums lie. */
+type Placed<G extends Group = Group> = { work: Work; group: G; partials: Pointer }
+
 /** One matrix on its way through Newton-Schulz. */
-type Matrix = { work: Work; group: Group<MuonSpec>; index: number }
+type Matrix = Placed<Group<MuonSpec>> & { index: number }
 
-type ScratchName = 'gradients' | 'updates' | 'x' | 'o' | 'partials'
-
-// The layout of Partial and Result in CUDA_SOURCE.
-const PARTIAL_BYTES = 32
-const RESULT_BYTES = 40
 const MOST_RESULTS = 64
-const PACKS_PER_THREAD = 4
-const ALIGNMENT = 256
-// What goes through Newton-Schulz together: as much as fills the chip, because every matrix has memory of its own meanwhile.
-// About 0.3 ms of copying.
-const BATCH_BYTES = 16 << 20
-const TOGETHER_ELEMENTS = 64 << 20
-const TOGETHER = 32
 // Those of struct Momentum in CUDA_SOURCE; struct Adamw has adamw's.
 const MOMENTUM_SCALARS = KERNEL_IO.sgd.scalars
 
@@ -67,7 +63,7 @@ const MOMENTUM_SCALARS = KERNEL_IO.sgd.scalars
  * Computes jobs on a GPU: gradients and updates in page-locked host memory, state in device memory. The elementwise parts
  * are kernels of our own. The matrix products are our own too on Hopper, where lists of matrices go through them together;
  * ONNX Runtime has them on other cards and for sides that are no multiple of 8. All of it is queued on one stream, and a
- * list of jobs waits for it once. Which way a matrix goes depends on its shape alone.
+ * list of jobs waits for it once. Which way a matrix goes depends on its shape alone. Scratch memory is set aside by `load`.
  */
 export class CudaExecutor implements Executor {
   readonly #cuda: Cuda
@@ -80,14 +76,14 @@ export class CudaExecutor implements Executor {
   readonly #orthogonalizer: Orthogonalizer
   readonly #hopper: Hopper | undefined
   readonly #results: { pointer: Pointer; view: DataView }
-  /** Device memory that grows to what the largest list of jobs needs. */
-  readonly #scratch = new Map<ScratchName, { pointer: Pointer; bytes: number }>()
+  readonly #scratch: ScratchMemory
 
   constructor({ folder, gpu, cubin, hopper }: CudaLane) {
     this.#cuda = openCuda(gpu)
     this.#stream = this.#cuda.createStream()
     this.#copyIn = this.#cuda.createStream()
     this.#copyOut = this.#cuda.createStream()
+    this.#scratch = new ScratchMemory(this.#cuda)
     this.#find = this.#cuda.load(cubin)
     this.#orthogonalizer = new Orthogonalizer(folder, gpu, this.#stream)
     this.#hopper = hopper && new Hopper(this.#cuda, this.#stream, hopper)
@@ -96,7 +92,8 @@ export class CudaExecutor implements Executor {
   }
 
   /** Runs every Newton-Schulz once: the first run of a size allocates, and cuBLAS chooses its kernels. */
-  load(needs: readonly Need[]): void {
+  load(needs: readonly Need[], scratch?: Scratch): void {
+    if (scratch) this.#setAside(scratch)
     for (const { kernel, dims } of needs) {
       if (kernel.kind !== 'muon') continue
       const [rows, cols] = dims
@@ -110,14 +107,14 @@ export class CudaExecutor implements Executor {
   run(jobs: readonly Job[]): JobResult[] {
     const started = performance.now()
     try {
-      const batches = batchesOf(this.#lay(jobs))
+      const batches = batchesOf(this.#lay(jobs).flatMap((work) => this.#partsOf(work)))
       this.#receive(batches[0])
       for (const [index, batch] of batches.entries()) {
         this.#stream.follow(this.#copyIn)
         this.#receive(batches[index + 1] ?? [])
-        for (const work of batch) this.#begin(work)
-        this.#orthogonalize(batch)
-        for (const work of batch) this.#end(work)
+        this.#compute(batch)
+        this.#send(batch)
+        for (const { work, last } of batch) if (last) this.#report(work)
       }
     } finally {
       // Also after a failure: what was queued still writes into memory that the runs are about to give away.
@@ -133,70 +130,88 @@ export class CudaExecutor implements Executor {
     this.#stream.synchronize()
     this.#orthogonalizer.close()
     this.#hopper?.close()
-    for (const { pointer } of this.#scratch.values()) this.#cuda.free(pointer)
+    this.#scratch.free()
     this.#cuda.freeHost(this.#results.pointer)
     for (const stream of [this.#copyIn, this.#stream, this.#copyOut]) stream.destroy()
+  }
+
+  // Lists that are built know where their matrices lie.
+  #setAside(scratch: Scratch): void {
+    if (!this.#scratch.growTo(scratch, () => this.#stream.synchronize())) return
+    this.#hopper?.moveTo(this.#scratch.start('products'))
   }
 
   /** Gives every job its places in scratch memory. */
   #lay(jobs: readonly Job[]): Work[] {
     if (jobs.length > MOST_RESULTS) throw new Error(`${jobs.length} jobs at once, at most ${MOST_RESULTS}`)
-    const plans = jobs.map((job) => {
-      const groups = grouped(job)
-      return { job, groups, checkBlocks: groups.reduce((sum, group) => sum + group.count * blocksFor(group), 0) }
+    const take = this.#scratch.dealer()
+    return jobs.map((job, result) => {
+      const pieces = piecesOf(job.plan)
+      const checkBlocks = checkBlocksOf(pieces)
+      const scans = take('partials', partialBytes(checkBlocks))
+      const place = (name: 'gradient' | 'update') =>
+        job[name].block.resident ? addressOf(job[name]) : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
+      const checks = scans + BigInt(2 * MAX_BLOCKS * PARTIAL_BYTES)
+      return { job, pieces, gradient: place('gradient'), update: place('update'), scans, checks, checkBlocks, result }
     })
-    const bytesOf = (name: 'gradient' | 'update') =>
-      jobs.reduce((sum, job) => sum + (job[name].block.resident ? 0 : aligned(job[name].bytes, ALIGNMENT)), 0)
-    let gradients = this.#reserve('gradients', bytesOf('gradient'))
-    let updates = this.#reserve('updates', bytesOf('update'))
-    const partials = plans.reduce((sum, { checkBlocks }) => sum + (2 * MAX_BLOCKS + checkBlocks) * PARTIAL_BYTES, 0)
-    let at = this.#reserve('partials', partials)
-    return plans.map(({ job, groups, checkBlocks }, result) => {
-      const gradient = job.gradient.block.resident ? addressOf(job.gradient) : gradients
-      const update = job.update.block.resident ? addressOf(job.update) : updates
-      if (gradient === gradients) gradients += BigInt(aligned(job.gradient.bytes, ALIGNMENT))
-      if (update === updates) updates += BigInt(aligned(job.update.bytes, ALIGNMENT))
-      const [scans, checks] = [at, at + BigInt(2 * MAX_BLOCKS * PARTIAL_BYTES)]
-      at = checks
-      for (const group of groups) {
-        group.partials = at
+  }
+
+  #partsOf(work: Work): Part[] {
+    let at = work.checks
+    return work.pieces.map((piece, index) => {
+      const partials = piece.groups.map((group) => {
+        const start = at
         at += BigInt(group.count * blocksFor(group) * PARTIAL_BYTES)
-      }
-      return { job, groups, gradient, update, scans, checks, checkBlocks, result }
+        return start
+      })
+      return { ...piece, work, partials, last: index === work.pieces.length - 1 }
     })
   }
 
   /** The gradients' way to the device. */
-  #receive(batch: readonly Work[]): void {
-    for (const { job, gradient } of batch) {
-      if (!job.gradient.block.resident) this.#copyIn.copy(gradient, addressOf(job.gradient), job.gradient.bytes)
+  #receive(batch: readonly Part[]): void {
+    for (const { work, offset, elements } of batch) {
+      const { job, gradient } = work
+      if (job.gradient.block.resident) continue
+      const size = bytesPerElement(job.plan.kernel.gradient_dtype)
+      const from = addressOf(job.gradient) + BigInt(offset * size)
+      this.#copyIn.copy(gradient + BigInt(offset * size), from, elements * size)
     }
   }
 
-  /** Everything before Newton-Schulz. */
-  #begin(work: Work): void {
-    const { job, gradient, scans } = work
-    const { gradient_dtype } = job.plan.kernel
-    this.#scan(gradient, { bytes: job.gradient.bytes, dtype: gradient_dtype, partials: scans })
-    for (const group of work.groups) {
-      if (isMuon(group)) this.#momentum(work, group)
-      else this.#elementwise(work, group)
+  #compute(batch: readonly Part[]): void {
+    const placed = batch.flatMap(({ work, groups, partials }) =>
+      groups.map((group, i): Placed => ({ work, group, partials: partials[i] })),
+    )
+    for (const one of placed) if (!isMatrices(one)) this.#elementwise(one)
+    const matrices = placed.filter(isMatrices)
+    for (const one of matrices) this.#momentum(one)
+    this.#orthogonalize(matrices.flatMap(matricesOf))
+  }
+
+  /** The updates' way back. */
+  #send(batch: readonly Part[]): void {
+    this.#copyOut.follow(this.#stream)
+    for (const { work, offset, elements } of batch) {
+      const { job, update } = work
+      if (job.update.block.resident) continue
+      const size = bytesPerElement(job.plan.kernel.update_dtype)
+      const to = addressOf(job.update) + BigInt(offset * size)
+      this.#copyOut.copy(to, update + BigInt(offset * size), elements * size)
     }
   }
 
-  /** What the update says, and its way back. */
-  #end({ job, update, scans, checks, checkBlocks, result }: Work): void {
+  /** What the gradient and the update say as a whole. */
+  #report({ job, gradient, update, scans, checks, checkBlocks, result }: Work): void {
     const updateScans = scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
-    const { bytes } = job.update
-    this.#scan(update, { bytes, dtype: job.plan.kernel.update_dtype, partials: updateScans })
+    const { gradient_dtype, update_dtype } = job.plan.kernel
+    this.#scan(gradient, { bytes: job.gradient.bytes, dtype: gradient_dtype, partials: scans })
+    this.#scan(update, { bytes: job.update.bytes, dtype: update_dtype, partials: updateScans })
     this.#launch(CUDA_KERNELS.collect(), { x: 1 }, [
       ...[scans, BigInt(scanBlocks(job.gradient.bytes)), BigInt(job.gradient.bytes)],
-      ...[updateScans, BigInt(scanBlocks(bytes)), BigInt(bytes)],
+      ...[updateScans, BigInt(scanBlocks(job.update.bytes)), BigInt(job.update.bytes)],
       ...[checks, BigInt(checkBlocks), this.#results.pointer + BigInt(result * RESULT_BYTES)],
     ])
-    if (job.update.block.resident) return
-    this.#copyOut.follow(this.#stream)
-    this.#copyOut.copy(addressOf(job.update), update, bytes)
   }
 
   #judge({ expected }: Job, index: number): Omit<JobResult, 'computeSeconds'> {
@@ -214,33 +229,37 @@ export class CudaExecutor implements Executor {
     return { ...result, outcome: finite ? 'computed' : 'not_finite' }
   }
 
-  #elementwise({ job, gradient, update }: Work, group: Group): void {
+  #elementwise({ work, group, partials }: Placed): void {
+    const { job, gradient, update } = work
     const { kind, gradient_dtype, update_dtype } = group.spec
     const kernels = { adamw: CUDA_KERNELS.adamw, sgd: CUDA_KERNELS.sgd, muon: CUDA_KERNELS.sgd }
     const state = job.next.map((_, i) => job.state?.[i] ?? 0n)
+    const first = { group, index: 0 }
     this.#launch(kernels[kind](gradient_dtype, update_dtype), { x: blocksFor(group) }, [
-      ...[gradient, ...state, ...job.next, update, BigInt(group.rows * group.cols)],
-      ...[...KERNEL_IO[kind].scalars.map((name) => scalarOf(job, name)), group.partials],
+      at(first, gradient, gradient_dtype),
+      ...[...state, ...job.next].map((pointer) => pointer && at(first, pointer, 'float32')),
+      ...[at(first, update, update_dtype), BigInt(group.rows * group.cols)],
+      ...[...KERNEL_IO[kind].scalars.map((name) => scalarOf(job, name)), partials],
     ])
   }
 
-  #momentum({ job, gradient }: Work, group: Group<MuonSpec>): void {
+  #momentum({ work, group, partials }: Placed<Group<MuonSpec>>): void {
+    const { job, gradient } = work
     const { gradient_dtype } = group.spec
     const first = { group, index: 0 }
     const buffer = job.state?.[0] ?? 0n
     this.#launch(CUDA_KERNELS.momentum(gradient_dtype, packOf(group) > 1), { x: blocksFor(group), y: group.count }, [
       ...[at(first, gradient, gradient_dtype), buffer && at(first, buffer, 'float32')],
       ...[at(first, job.next[0], 'float32'), packsOf(group)],
-      ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), group.partials],
+      ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), partials],
     ])
   }
 
-  #orthogonalize(works: readonly Work[]): void {
-    const matrices = works.flatMap((work) => work.groups.filter(isMuon).flatMap((group) => matricesOf(work, group)))
+  #orthogonalize(matrices: readonly Matrix[]): void {
+    const together = matrices.filter(({ group }) => this.#takesHopper(group.rows, group.cols))
     const alone = matrices.filter(({ group }) => !this.#takesHopper(group.rows, group.cols))
     for (const matrix of alone) this.#orthogonalizeAlone(matrix)
-    const together = matrices.filter((matrix) => !alone.includes(matrix))
-    for (const list of lists(together)) this.#orthogonalizeTogether(list)
+    for (const list of listsOf(together)) this.#orthogonalizeTogether(list)
   }
 
   #takesHopper(rows: number, cols: number): boolean {
@@ -270,14 +289,14 @@ export class CudaExecutor implements Executor {
   }
 
   #normalize(matrix: Matrix, x: Pointer, input_scale: number): void {
-    const { work, group, index } = matrix
+    const { work, group, index, partials } = matrix
     const { job, gradient } = work
     const { gradient_dtype } = group.spec
     const blocks = blocksFor(group)
     this.#launch(CUDA_KERNELS.normalize(gradient_dtype, packOf(group) > 1), { x: blocks }, [
       ...[at(matrix, gradient, gradient_dtype), at(matrix, job.next[0], 'float32'), x, packsOf(group)],
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), scalarOf(job, 'eps'), input_scale],
-      ...[group.partials + BigInt(index * blocks * PARTIAL_BYTES), BigInt(blocks)],
+      ...[partials + BigInt(index * blocks * PARTIAL_BYTES), BigInt(blocks)],
     ])
   }
 
@@ -301,110 +320,26 @@ export class CudaExecutor implements Executor {
 
   /** Scratch for one matrix before and after its orthogonalization by ONNX Runtime. */
   #matrices(rows: number, cols: number): { x: Pointer; o: Pointer; rows: number; cols: number } {
-    const bytes = rows * cols * bytesPerElement('float16')
-    return { x: this.#reserve('x', bytes), o: this.#reserve('o', bytes), rows, cols }
-  }
-
-  #reserve(name: ScratchName, bytes: number): Pointer {
-    const known = this.#scratch.get(name)
-    if (known && known.bytes >= bytes) return known.pointer
-    if (known) {
-      this.#stream.synchronize()
-      this.#scratch.delete(name)
-      this.#cuda.free(known.pointer)
-    }
-    const pointer = this.#cuda.allocate(Math.max(bytes, ALIGNMENT))
-    this.#scratch.set(name, { pointer, bytes })
-    return pointer
+    const bytes = aligned(rows * cols * bytesPerElement('float16'), ALIGNMENT)
+    const take = this.#scratch.dealer()
+    return { x: take('products', bytes), o: take('products', bytes), rows, cols }
   }
 }
 
-/** Cuts a list of jobs where enough bytes are together: the copies of one batch overlap with the computation of the others. */
-function batchesOf(works: readonly Work[]): Work[][] {
-  const batches: Work[][] = []
-  let bytes = BATCH_BYTES
-  for (const work of works) {
-    if (bytes >= BATCH_BYTES) {
-      batches.push([])
-      bytes = 0
-    }
-    batches.at(-1)?.push(work)
-    bytes += work.job.gradient.bytes
-  }
-  return batches
+function isMatrices(placed: Placed): placed is Placed<Group<MuonSpec>> {
+  return isMuon(placed.group)
 }
 
-function isMuon(group: Group): group is Group<MuonSpec> {
-  return group.spec.kind === 'muon'
-}
-
-function matricesOf(work: Work, group: Group<MuonSpec>): Matrix[] {
-  return Array.from({ length: group.count }, (_, index) => ({ work, group, index }))
+function matricesOf(placed: Placed<Group<MuonSpec>>): Matrix[] {
+  return Array.from({ length: placed.group.count }, (_, index) => ({ ...placed, index }))
 }
 
 /** Where a matrix lies in a tensor of its parameter. */
-function at({ group, index }: Pick<Matrix, 'group' | 'index'>, base: Pointer, dtype: Dtype): Pointer {
+function at({ group, index }: Pick<Matrix, 'index'> & { group: Group }, base: Pointer, dtype: Dtype): Pointer {
   return base + BigInt((group.offset + index * group.rows * group.cols) * bytesPerElement(dtype))
-}
-
-/** Cuts matrices into lists that go through Newton-Schulz together, the same shapes side by side: few lists are distinct then. */
-function lists(matrices: readonly Matrix[]): Matrix[][] {
-  const key = ({ group }: Matrix) => group.rows * 2 ** 20 + group.cols
-  const cut: Matrix[][] = []
-  let elements = 0
-  for (const matrix of [...matrices].sort((a, b) => key(a) - key(b))) {
-    const size = matrix.group.rows * matrix.group.cols
-    const last = cut.at(-1)
-    if (last && last.length < TOGETHER && elements + size <= TOGETHER_ELEMENTS) last.push(matrix)
-    else cut.push([matrix])
-    elements = (last === cut.at(-1) ? elements : 0) + size
-  }
-  return cut
-}
-
-/** Tasks of one shape, kernel and factor that follow each other are one group. */
-function grouped({ plan }: Job): Group[] {
-  const groups: Group[] = []
-  for (const task of plan.tasks) {
-    const factor = task.output_scale ?? plan.scalars.output_scale ?? 1
-    const spec = task.kernel ?? plan.kernel
-    const group = { ...asMatrix(task), spec, offset: task.offset, count: 1, factor, partials: 0n }
-    const last = groups.at(-1)
-    if (last && follows(last, group)) last.count += 1
-    else groups.push(group)
-  }
-  return groups
-}
-
-// A task's kernel says no more than its shape does: which way to multiply.
-function follows(last: Group, { rows, cols, offset, factor }: Group): boolean {
-  const same = last.rows === rows && last.cols === cols && last.factor === factor
-  return same && offset === last.offset + last.count * rows * cols
-}
-
-function asMatrix({ dims }: Task): { rows: number; cols: number } {
-  const [rows, cols = 1] = dims
-  return { rows, cols }
-}
-
-/** Elements that a thread takes at once: every matrix has to start and end on a multiple of them. */
-function packOf({ rows, cols, offset, spec }: Group): number {
-  return spec.kind === 'muon' && (rows * cols) % VECTOR === 0 && offset % VECTOR === 0 ? VECTOR : 1
-}
-
-function blocksFor(group: Group): number {
-  return blocksOf((group.rows * group.cols) / packOf(group))
 }
 
 function packsOf(group: Group): bigint {
   return BigInt((group.rows * group.cols) / packOf(group))
-}
-
-function scanBlocks(bytes: number): number {
-  return blocksOf(bytes / 16)
-}
-
-function blocksOf(packs: number): number {
-  return Math.max(1, Math.min(MAX_BLOCKS, Math.ceil(packs / (THREADS * PACKS_PER_THREAD))))
 }
 /* c8 ignore stop */

@@ -35,6 +35,8 @@ export type Stream = {
   copy(to: Pointer, from: Pointer, bytes: number): void
   /** From memory of JavaScript's own, which may change again when this returns. */
   upload(to: Pointer, bytes: Uint8Array): void
+  /** Sets bytes of device memory to zero. */
+  clear(pointer: Pointer, bytes: number): void
   /** Every argument takes 8 bytes: a bigint is a pointer or a u64, a number is a double. */
   launch(kernel: Pointer, grid: Grid, parameters: readonly (bigint | number)[]): void
   /** Has what is queued from here on wait for all that `other` has queued so far, without the host's waiting. */
@@ -66,6 +68,7 @@ const DRIVER = {
   cuMemFreeHost: ['void *'],
   cuMemcpy: ['void *', 'void *', 'size_t'],
   cuMemcpyAsync: ['void *', 'void *', 'size_t', 'void *'],
+  cuMemsetD8Async: ['void *', 'uchar', 'size_t', 'void *'],
   cuStreamCreate: ['_Out_ void **', 'uint'],
   cuStreamDestroy_v2: ['void *'],
   cuStreamSynchronize: ['void *'],
@@ -112,27 +115,38 @@ type DriverCall = Call<keyof typeof DRIVER>
 // koffi unloads a library whose handle was collected as garbage.
 const loaded: unknown[] = []
 
-// What ONNX Runtime's CUDA provider is linked to, what ships it, and NVRTC.
-const LIBRARIES = [
+type Library = readonly [file: string, source: string]
+
+// What ONNX Runtime's CUDA provider is linked to, and what ships it.
+const LIBRARIES: readonly Library[] = [
   ['libcuda.so.1', 'the NVIDIA driver'],
   ['libcudart.so.13', 'CUDA 13, nvidia-cuda-runtime on PyPI'],
   ['libcublas.so.13', 'CUDA 13, nvidia-cublas on PyPI'],
   ['libcublasLt.so.13', 'CUDA 13, nvidia-cublas on PyPI'],
   ['libcurand.so.10', 'CUDA 13, nvidia-curand on PyPI'],
-  ['libnvrtc.so.13', 'CUDA 13, nvidia-cuda-nvrtc on PyPI'],
-] as const
+]
+const NVRTC_LIBRARY: Library = ['libnvrtc.so.13', 'CUDA 13, nvidia-cuda-nvrtc on PyPI']
 
 /** Which libraries cannot be loaded, each with the reason and what brings it. LD_LIBRARY_PATH names their folders. */
 export function missingLibraries(): string[] {
-  const missing: string[] = []
-  for (const [file, source] of LIBRARIES) {
-    try {
-      loaded.push(koffi.load(file))
-    } catch (error) {
-      missing.push(`${file} cannot be loaded (it comes with ${source}): ${error}`)
-    }
+  /* c8 ignore next -- one that is there needs CUDA's libraries: npm run test:gpu */
+  return LIBRARIES.flatMap((library) => missing(library) ?? [])
+}
+
+/* c8 ignore next 4 -- asked where CUDA's libraries are: npm run test:gpu */
+/** Why the compiler for kernels of our own cannot be loaded; undefined where it can. */
+export function missingCompiler(): string | undefined {
+  return missing(NVRTC_LIBRARY)
+}
+
+function missing([file, source]: Library): string | undefined {
+  try {
+    loaded.push(koffi.load(file))
+    /* c8 ignore next -- needs CUDA's libraries: npm run test:gpu */
+    return undefined
+  } catch (error) {
+    return `${file} cannot be loaded (it comes with ${source}): ${error}`
   }
-  return missing
 }
 
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
@@ -215,6 +229,7 @@ function createStream(call: DriverCall): Stream {
     pointer: stream,
     copy: (to, from, bytes) => call('cuMemcpyAsync', to, from, bytes, stream),
     upload: (to, bytes) => call('cuMemcpyAsync', to, bytes, bytes.length, stream),
+    clear: (address, bytes) => call('cuMemsetD8Async', address, 0, bytes, stream),
     launch: (kernel, { x, y = 1, threads, shared = 0 }, parameters) => {
       for (const [index, value] of parameters.entries()) {
         if (typeof value === 'bigint') values.setBigUint64(index * 8, value, true)
@@ -289,7 +304,7 @@ function openDriver(): DriverCall {
 
 function openNvrtc(): Call<keyof typeof NVRTC> {
   if (nvrtc) return nvrtc
-  const functions = bind('libnvrtc.so.13', NVRTC)
+  const functions = bind(NVRTC_LIBRARY[0], NVRTC)
   nvrtc = (name, ...parameters) => {
     const code = functions[name](...parameters)
     if (code !== 0) throw new CudaError(`${name}: error ${code}`)

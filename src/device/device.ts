@@ -1,11 +1,14 @@
 import { expandCoefficients, NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
+import type { KernelSpec } from '../../kernels/kernel.js'
 import { ServiceError } from '../errors.js'
+import type { Task } from '../optimizer/plan.js'
+import { Admission, type Grant } from './admission.js'
 import { type Backend, type BackendOptions, openBackend } from './backend.js'
-import type { HostBlock, HostRange, Job, JobResult, Need } from './job.js'
+import { largestOf, scratchFor } from './cuda-layout.js'
+import { type Demand, type HostBlock, type HostRange, type Job, type JobResult, needsOf } from './job.js'
 import { Lanes, type Ticket, told } from './lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import { type Pointer, viewMemory } from './onnxruntime.js'
-import { type Placement, placement } from './placement.js'
 import { Staging } from './staging.js'
 
 export type { Ticket } from './lanes.js'
@@ -27,12 +30,12 @@ const READ_BYTES = 4 << 20
 
 const { coefficients, ns_steps } = NAMED_COEFFICIENTS.keller_jordan
 const DTYPES = { gradient_dtype: 'float32', update_dtype: 'float32' } as const
-const WARM_UP: readonly Need[] = [
-  {
-    kernel: { kind: 'muon', coefficients: expandCoefficients(coefficients, ns_steps), tall: false, ...DTYPES },
-    dims: [64, 64],
-  },
-  { kernel: { kind: 'sgd', ...DTYPES }, dims: [64] },
+const WARM_UP: readonly Demand[] = [
+  demand(
+    { kind: 'muon', coefficients: expandCoefficients(coefficients, ns_steps), tall: false, ...DTYPES },
+    { dims: [64, 64], offset: 0 },
+  ),
+  demand({ kind: 'sgd', ...DTYPES }, { dims: [64], offset: 0 }),
 ]
 
 /**
@@ -53,8 +56,7 @@ export class Device {
   /** Where updates lie while there is room: the same warm memory again and again. */
   readonly #updates: Staging
   readonly #updatesBlock: HostBlock
-  /** Bytes granted to runs by `admit` on every unit. */
-  #admitted: number[]
+  readonly #admission: Admission
   #lanes: Lanes[]
   #views = new Map<bigint, Uint8Array<ArrayBuffer>>()
 
@@ -66,7 +68,9 @@ export class Device {
     this.#updates = new Staging(UPDATES_PER_STAGING * options.staging_bytes)
     this.#updatesBlock = this.allocateHost(this.#updates.capacity)
     this.stateBytesLimits = backend.units.map(({ stateBytes }) => options.state_bytes_limit || stateBytes)
-    this.#admitted = backend.units.map(() => 0)
+    const units = backend.units.map(({ name, work }, unit) => ({ name, work, bytes: this.stateBytesLimits[unit] }))
+    const { lanes, group, hostBytes } = backend
+    this.#admission = new Admission({ units, lanes, group, hostBytes })
     this.#lanes = backend.units.map(({ lane }) => {
       return new Lanes({ lane, group: backend.group }, backend.lanes, (error) => this.#fail(error))
     })
@@ -76,7 +80,7 @@ export class Device {
   static async start(options: DeviceOptions): Promise<Device> {
     const device = new Device(openBackend(options), options)
     try {
-      await device.load(WARM_UP)
+      await device.#warmUp()
       return device
     } catch (error) {
       await device.close()
@@ -90,7 +94,7 @@ export class Device {
   }
 
   get admittedBytes(): number {
-    return total(this.#admitted)
+    return this.#admission.bytes
   }
 
   /** Bytes that there are for runs in all. */
@@ -98,21 +102,13 @@ export class Device {
     return total(this.stateBytesLimits)
   }
 
-  /** Grants a run the bytes of its parts' state and updates, or refuses with OVER_CAPACITY and the numbers. */
-  admit(parts: readonly number[], what: string): Placement {
-    const placed = placement(parts, this.#admitted)
-    for (const [unit, bytes] of placed.bytes.entries()) {
-      const left = this.stateBytesLimits[unit] - this.#admitted[unit]
-      if (bytes <= left) continue
-      const { name } = this.backend.units[unit]
-      throw new ServiceError('OVER_CAPACITY', `${what} needs ${bytes} bytes of memory on ${name}, ${left} are left`)
-    }
-    this.#admitted = this.#admitted.map((bytes, unit) => bytes + placed.bytes[unit])
-    return placed
+  /** Grants a run memory for all that its parameters demand, or refuses with OVER_CAPACITY and the numbers. */
+  admit(demands: readonly Demand[], what: string): Grant {
+    return this.#admission.admit(demands, what)
   }
 
-  dismiss({ bytes }: Placement): void {
-    this.#admitted = this.#admitted.map((admitted, unit) => admitted - bytes[unit])
+  dismiss(grant: Grant): void {
+    this.#admission.dismiss(grant)
     this.memory.trim()
   }
 
@@ -159,9 +155,10 @@ export class Device {
       yield read(pointer + BigInt(offset), Math.min(READ_BYTES, bytes - offset))
   }
 
-  /** Makes every lane ready for what is needed, so that no step waits for it. */
-  async load(needs: readonly Need[]): Promise<void> {
-    await Promise.all(this.#lanes.map((lanes) => lanes.load(needs)))
+  /** Makes every lane ready for what was admitted, so that no step waits for it. */
+  async load(demands: readonly Demand[]): Promise<void> {
+    const needs = needsOf(demands)
+    await Promise.all(this.#lanes.map((lanes, unit) => lanes.load(needs, this.#admission.scratch(unit))))
   }
 
   /**
@@ -178,6 +175,13 @@ export class Device {
     this.backend.close()
   }
 
+  async #warmUp(): Promise<void> {
+    const { units, group } = this.backend
+    /* c8 ignore next -- needs a GPU: npm run test:gpu */
+    const scratch = units.map(({ work }) => work && scratchFor(largestOf(WARM_UP, work), group))
+    await Promise.all(this.#lanes.map((lanes, unit) => lanes.load(needsOf(WARM_UP), scratch[unit])))
+  }
+
   #fail(error: Error): void {
     if (this.failed) return
     this.failed = error
@@ -185,6 +189,12 @@ export class Device {
     for (const lanes of this.#lanes) lanes.refuse(failure)
     this.onFailure(error)
   }
+}
+
+function demand(kernel: KernelSpec, task: Task): Demand {
+  const plan = { kernel, tasks: [task], scalars: { output_scale: 1 }, scale: 1, decay: 0, rms_factor: 1 }
+  const bytes = task.dims.reduce((product, dim) => product * dim, 4)
+  return { plan, gradient_bytes: bytes, update_bytes: bytes, state_bytes: bytes }
 }
 
 function total(numbers: readonly number[]): number {

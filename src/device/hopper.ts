@@ -1,9 +1,11 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 import type { Triple } from '../../kernels/coefficients.js'
-import { GEMM_CLUSTER, GEMM_KERNEL, GEMM_MAP_BYTES, GEMM_SHARED_BYTES, GEMM_THREADS } from '../../kernels/cuda/gemm.js'
+import { GEMM_CLUSTER, GEMM_KERNEL, GEMM_SHARED_BYTES, GEMM_THREADS } from '../../kernels/cuda/gemm.js'
 import { type GemmMatrix, planGemm } from '../../kernels/cuda/gemm-plan.js'
 import { newtonSchulzSteps, SLOT_SQUARE, SLOT_WIDE, type Slot } from '../../kernels/cuda/newton-schulz.js'
-import type { Cuda, Stream, TensorMap } from './cuda.js'
+import { Cache } from './cache.js'
+import type { Cuda, Stream } from './cuda.js'
+import { ALIGNMENT, slotBytes } from './cuda-layout.js'
 import type { Pointer } from './onnxruntime.js'
 import { aligned } from './staging.js'
 
@@ -11,24 +13,28 @@ import { aligned } from './staging.js'
 export type Place = { x: Pointer; o: Pointer }
 
 type Request = { rows: number; cols: number; coefficients: readonly Triple[] }
-type Placed = { slot: Slot; pointers: Record<string, Pointer>; memory: Pointer }
 type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
-type Program = { places: Place[]; launches: Launch[]; memory: Pointer }
+type Program = { places: Place[]; launches: Launch[]; memory: readonly Pointer[] }
+type Addresses = { [Name in keyof Slot]: Pointer }
 
 const HALF_BYTES = 2
 // A list of another composition has another program; a training run has a few dozen.
 const MAX_PROGRAMS = 128
-const ALIGNMENT = 256
+// A tensor map starts on 64 bytes.
+const PART_ALIGNMENT = 64
+const SLOT_NAMES = [...SLOT_WIDE, ...SLOT_SQUARE]
 
-/** Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.ts), for GPUs of compute capability 9.0. */
+/**
+ * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.ts), for GPUs of compute capability 9.0.
+ * The matrices of a list lie one behind the other in memory that every list uses anew.
+ */
 export class Hopper {
   readonly #cuda: Cuda
   readonly #stream: Stream
   readonly #kernel: Pointer
   readonly #clusters: number
-  /** By shape: a list with three matrices of a shape uses its first three slots. */
-  readonly #slots = new Map<string, Placed[]>()
-  readonly #programs = new Map<string, Program>()
+  readonly #programs: Cache<Program>
+  #memory = 0n
 
   constructor(cuda: Cuda, stream: Stream, cubin: Uint8Array) {
     this.#cuda = cuda
@@ -36,6 +42,16 @@ export class Hopper {
     this.#kernel = cuda.load(cubin)(GEMM_KERNEL)
     cuda.allowSharedMemory(this.#kernel, GEMM_SHARED_BYTES)
     this.#clusters = Math.floor(cuda.multiprocessors / GEMM_CLUSTER)
+    this.#programs = new Cache(MAX_PROGRAMS, ({ memory }) => {
+      stream.synchronize()
+      for (const pointer of memory) cuda.free(pointer)
+    })
+  }
+
+  /** Has lists lie at another address. It has room for the slots of every list that comes (slotBytes). */
+  moveTo(memory: Pointer): void {
+    this.#programs.clear()
+    this.#memory = memory
   }
 
   /** Where the matrices of a list lie, in the list's order. */
@@ -50,94 +66,80 @@ export class Hopper {
       this.#stream.launch(this.#kernel, grid, [problems, tiles, BigInt(rounds)])
   }
 
-  /** The stream has nothing left to do. */
   close(): void {
-    for (const { memory } of this.#programs.values()) this.#cuda.free(memory)
-    for (const { memory } of [...this.#slots.values()].flat()) this.#cuda.free(memory)
+    this.#programs.clear()
   }
 
   #program(list: readonly Request[]): Program {
     const key = list.map(({ rows, cols, coefficients }) => `${rows}x${cols} ${coefficients}`).join('|')
-    const program = this.#programs.get(key) ?? this.#build(list)
-    // A Map keeps the order of insertion, so its first entry is the least recently used one.
-    this.#programs.delete(key)
-    this.#programs.set(key, program)
-    if (this.#programs.size > MAX_PROGRAMS) this.#dropOldest()
-    return program
+    return this.#programs.get(key, () => this.#build(list))
   }
 
   #build(list: readonly Request[]): Program {
-    const used = new Map<string, number>()
-    const steps = list.map(({ rows, cols, coefficients }) => {
-      const shape = `${rows}x${cols}`
-      const index = used.get(shape) ?? 0
-      used.set(shape, index + 1)
-      const { slot, pointers } = this.#slot({ rows, cols }, index)
-      const { launches, output } = newtonSchulzSteps(slot, coefficients)
-      return { launches, place: { x: pointers.x, o: pointers[output] } }
+    let at = this.#memory
+    const addresses = list.map(({ rows, cols }) => {
+      const slot = addressesOf(at, rows, cols)
+      at += BigInt(slotBytes(rows, cols))
+      return slot
     })
+    const maps = this.#upload(list.flatMap((request, i) => this.#encodeMaps(request, addresses[i])))
+    const slots = list.map((request, i) => slotOf(request, maps.slice(i * SLOT_NAMES.length)))
+    const steps = slots.map((slot, i) => newtonSchulzSteps(slot, list[i].coefficients))
     const count = Math.max(...steps.map(({ launches }) => launches.length))
-    const plans = Array.from({ length: count }, (_, i) =>
-      planGemm(
+    const plans = Array.from({ length: count }, (_, i) => {
+      return planGemm(
         steps.flatMap(({ launches }) => launches[i] ?? []),
         this.#clusters,
-      ),
-    )
-    const bytes = plans.reduce(
-      (sum, { problems, tiles }) => sum + aligned(problems.length, ALIGNMENT) + aligned(tiles.length, ALIGNMENT),
-      0,
-    )
-    const memory = this.#cuda.allocate(bytes)
-    let at = memory
-    const upload = (data: Uint8Array) => {
-      const to = at
-      this.#stream.upload(to, data)
-      at += BigInt(aligned(data.length, ALIGNMENT))
-      return to
-    }
-    const launches = plans.map(({ problems, tiles, rounds }) => ({
-      problems: upload(problems),
-      tiles: upload(tiles),
-      rounds,
-    }))
-    return { places: steps.map(({ place }) => place), launches, memory }
-  }
-
-  #slot({ rows, cols }: { rows: number; cols: number }, index: number): Placed {
-    const key = `${rows}x${cols}`
-    const slots = this.#slots.get(key) ?? []
-    this.#slots.set(key, slots)
-    slots[index] ??= this.#makeSlot(rows, cols)
-    return slots[index]
-  }
-
-  #makeSlot(rows: number, cols: number): Placed {
-    const side = Math.min(rows, cols)
-    const shapes = [
-      ...SLOT_WIDE.map((name) => ({ name, rows, cols })),
-      ...SLOT_SQUARE.map((name) => ({ name, rows: side, cols: side })),
-    ]
-    const maps = aligned(shapes.length * GEMM_MAP_BYTES, ALIGNMENT)
-    const bytes = shapes.reduce((sum, shape) => sum + aligned(shape.rows * shape.cols * HALF_BYTES, ALIGNMENT), maps)
-    const memory = this.#cuda.allocate(bytes)
-    let at = memory + BigInt(maps)
-    const pointers: Record<string, Pointer> = {}
-    const matrices = shapes.map((shape, i): [string, GemmMatrix] => {
-      const map = memory + BigInt(i * GEMM_MAP_BYTES)
-      const described: TensorMap = { pointer: at, rows: shape.rows, cols: shape.cols }
-      this.#stream.upload(map, this.#cuda.encodeTensorMap(described))
-      pointers[shape.name] = at
-      at += BigInt(aligned(shape.rows * shape.cols * HALF_BYTES, ALIGNMENT))
-      return [shape.name, { rows: shape.rows, cols: shape.cols, map }]
+      )
     })
-    return { slot: Object.fromEntries(matrices) as Slot, pointers, memory }
+    const data = this.#upload(plans.flatMap(({ problems, tiles }) => [problems, tiles]))
+    return {
+      places: addresses.map((slot, i) => ({ x: slot.x, o: slot[steps[i].output] })),
+      launches: plans.map(({ rounds }, i) => ({ problems: data[2 * i], tiles: data[2 * i + 1], rounds })),
+      memory: [maps[0], data[0]],
+    }
   }
 
-  #dropOldest(): void {
-    const [[key, { memory }]] = this.#programs
-    this.#stream.synchronize()
-    this.#programs.delete(key)
-    this.#cuda.free(memory)
+  #encodeMaps({ rows, cols }: Request, addresses: Addresses): Uint8Array[] {
+    return SLOT_NAMES.map((name) =>
+      this.#cuda.encodeTensorMap({ pointer: addresses[name], ...sizeOf(name, rows, cols) }),
+    )
   }
+
+  /** Copies of the parts in device memory, one behind the other; the first one starts the allocation. */
+  #upload(parts: readonly Uint8Array[]): Pointer[] {
+    const sizes = parts.map(({ length }) => aligned(length, PART_ALIGNMENT))
+    let at = this.#cuda.allocate(sizes.reduce((sum, size) => sum + size, 0))
+    return parts.map((part, i) => {
+      const pointer = at
+      this.#stream.upload(pointer, part)
+      at += BigInt(sizes[i])
+      return pointer
+    })
+  }
+}
+
+function sizeOf(name: keyof Slot, rows: number, cols: number): { rows: number; cols: number } {
+  const side = Math.min(rows, cols)
+  return SLOT_WIDE.some((wide) => wide === name) ? { rows, cols } : { rows: side, cols: side }
+}
+
+function addressesOf(start: Pointer, rows: number, cols: number): Addresses {
+  let at = start
+  const entries = SLOT_NAMES.map((name): [string, Pointer] => {
+    const pointer = at
+    const size = sizeOf(name, rows, cols)
+    at += BigInt(aligned(size.rows * size.cols * HALF_BYTES, ALIGNMENT))
+    return [name, pointer]
+  })
+  return Object.fromEntries(entries) as Addresses
+}
+
+function slotOf({ rows, cols }: Request, maps: readonly Pointer[]): Slot {
+  const entries = SLOT_NAMES.map((name, i): [string, GemmMatrix] => [
+    name,
+    { ...sizeOf(name, rows, cols), map: maps[i] },
+  ])
+  return Object.fromEntries(entries) as Slot
 }
 /* c8 ignore stop */

@@ -1,5 +1,6 @@
-import type { KernelSpec } from '../../kernels/kernel.js'
+import { type KernelSpec, kernelKey } from '../../kernels/kernel.js'
 import type { Plan } from '../optimizer/plan.js'
+import type { Scratch } from './cuda-layout.js'
 import type { Pointer } from './onnxruntime.js'
 
 /** A range of memory that host and device share; `block` is its whole allocation, of which a thread keeps one view. */
@@ -34,9 +35,21 @@ export type JobResult = {
 /** A kernel, and the size of a block that it will be run on. */
 export type Need = { kernel: KernelSpec; dims: readonly number[] }
 
+/** A lane is given jobs together until there are so many or their gradients have so many bytes. */
+export type JobGroup = { readonly jobs: number; readonly bytes: number }
+
+/** What one parameter asks of a device: the plan of a step of it, and how much memory that works on. */
+export type Demand = {
+  readonly plan: Plan
+  readonly gradient_bytes: number
+  readonly update_bytes: number
+  readonly state_bytes: number
+}
+
 /** What a lane computes with: everything of it runs in the lane's own thread. */
 export type Executor = {
-  load(needs: readonly Need[]): void
+  /** Makes ready for kernels, and for groups of jobs that need no more than `scratch`; undefined where nothing is set aside. */
+  load(needs: readonly Need[], scratch?: Scratch): void
   /**
    * Computes jobs that do not depend on each other, and answers in their order. What else is in the list changes no bit.
    * Throws where the device cannot compute; what is wrong with the numbers is an outcome.
@@ -48,7 +61,7 @@ export type Executor = {
 }
 
 export type LaneRequest =
-  | { type: 'load'; id: number; needs: readonly Need[] }
+  | { type: 'load'; id: number; needs: readonly Need[]; scratch?: Scratch }
   | { type: 'run'; id: number; jobs: readonly Job[] }
   | { type: 'forget'; pointer: Pointer }
   | { type: 'stop' }
@@ -67,4 +80,16 @@ export function scalarOf({ plan, gradient_scale }: Job, name: string): number {
   const value = name === 'gradient_scale' ? gradient_scale : plan.scalars[name]
   if (value === undefined) throw new Error(`the plan gives no ${name}`)
   return value
+}
+
+/** Each kernel with each size of a block that it is asked for. */
+export function needsOf(demands: readonly Demand[]): Need[] {
+  const needs = new Map<string, Need>()
+  for (const { plan } of demands) {
+    // Tasks of one size have one kernel, and a parameter may have a quarter of a million of them.
+    const sizes = new Map(plan.tasks.map((task) => [String(task.dims), task]))
+    for (const { kernel = plan.kernel, dims } of sizes.values())
+      needs.set(`${kernelKey(kernel)} ${dims}`, { kernel, dims })
+  }
+  return [...needs.values()]
 }

@@ -1,10 +1,17 @@
 import { parentPort, workerData } from 'node:worker_threads'
-import { CpuExecutor, type CpuLane } from './cpu-executor.js'
 import { CudaExecutor, type CudaLane } from './cuda-executor.js'
+import { cudaSpace } from './cuda-space.js'
+import { hostSpace } from './host-space.js'
 import type { Executor, JobResult, LaneReply, LaneRequest } from './job.js'
+import { OnnxExecutor } from './onnx-executor.js'
+import { openOnnxRuntime } from './onnxruntime.js'
 
-/** What a lane is started with. */
-export type LaneOptions = CpuLane | CudaLane
+/** What a lane is started with; `folder` is that of libonnxruntime. */
+export type LaneOptions =
+  | { kind: 'cpu'; folder: string; threads: number }
+  | CudaLane
+  /** Without kernels of our own. */
+  | { kind: 'cuda_onnx'; folder: string; gpu: number }
 
 const executor = start(workerData)
 
@@ -15,14 +22,18 @@ parentPort?.on('message', (request: LaneRequest) => {
 
 function start(options: LaneOptions): Executor {
   /* c8 ignore next -- needs a GPU: npm run test:gpu */
-  return options.kind === 'cpu' ? new CpuExecutor(options) : new CudaExecutor(options)
+  if (options.kind === 'cuda') return new CudaExecutor(options)
+  const runtime = openOnnxRuntime(options.folder)
+  /* c8 ignore next -- needs a GPU: npm run test:gpu */
+  if (options.kind === 'cuda_onnx') return new OnnxExecutor(runtime, cudaSpace(options.gpu), { half: true })
+  return new OnnxExecutor(runtime, hostSpace(runtime, options.threads), { half: false })
 }
 
 function handle(request: LaneRequest): LaneReply | undefined {
   switch (request.type) {
     case 'load':
       return answer(request.id, () => {
-        executor.load(request.needs)
+        executor.load(request.needs, request.scratch)
         return []
       })
     case 'run':

@@ -1,6 +1,7 @@
 import { Worker } from 'node:worker_threads'
 import { ServiceError } from '../errors.js'
-import type { Job, JobResult, LaneReply, LaneRequest, Need } from './job.js'
+import type { Scratch } from './cuda-layout.js'
+import type { Job, JobGroup, JobResult, LaneReply, LaneRequest, Need } from './job.js'
 import type { LaneOptions } from './lane.js'
 import type { Pointer } from './onnxruntime.js'
 
@@ -18,13 +19,10 @@ type Pending = {
 
 type Made = Pending & { made: Job }
 
-/** A lane is given jobs together until there are so many or their gradients have so many bytes. */
-export type Group = { jobs: number; bytes: number }
-
 type Lane = { worker: Worker; busy: Map<number, Waiting>; groups: number; exited: Promise<void> }
 
 // One group computes and one waits in the lane's port, so that a lane never idles for a turn of the event loop.
-const GROUPS_PER_LANE = 2
+export const GROUPS_PER_LANE = 2
 // ONNX Runtime, CUDA and V8 tell them from other errors by their words only.
 const OUT_OF_MEMORY =
   /failed to allocate memory|bad_alloc|CUDA_ERROR_OUT_OF_MEMORY|array length|array buffer allocation failed/i
@@ -33,14 +31,14 @@ const OUT_OF_MEMORY =
 export class Lanes {
   readonly #fail: (error: Error) => void
   readonly #lanes: Lane[]
-  readonly #group: Group
+  readonly #group: JobGroup
   #queue: Pending[] = []
   #nextId = 1
   #failure: ServiceError | undefined
   #dispatching = false
 
   /** `fail` is told of the first error that is no lack of memory; nothing is computed any more after `refuse`. */
-  constructor({ lane, group }: { lane: LaneOptions; group: Group }, count: number, fail: (error: Error) => void) {
+  constructor({ lane, group }: { lane: LaneOptions; group: JobGroup }, count: number, fail: (error: Error) => void) {
     this.#fail = fail
     this.#group = group
     this.#lanes = Array.from({ length: count }, () => this.#start(lane))
@@ -51,9 +49,9 @@ export class Lanes {
   }
 
   /** Makes every lane ready for what is needed. */
-  async load(needs: readonly Need[]): Promise<void> {
+  async load(needs: readonly Need[], scratch?: Scratch): Promise<void> {
     if (this.#failure) throw this.#failure
-    await Promise.all(this.#lanes.map((lane) => this.#ask(lane, (id) => ({ type: 'load', id, needs }))))
+    await Promise.all(this.#lanes.map((lane) => this.#ask(lane, (id) => ({ type: 'load', id, needs, scratch }))))
   }
 
   /** Computes in the order of the calls; undefined where the ticket was cancelled or no job was wanted any more. */

@@ -26,7 +26,7 @@ export class Pool {
   /** `bytes` bytes; their contents are whatever was there. */
   take(bytes: number): Block {
     const at = this.#kept.findLastIndex((block) => block.bytes === bytes)
-    if (at < 0) return { pointer: this.#allocator.allocate(bytes), bytes }
+    if (at < 0) return { pointer: this.#allocate(bytes), bytes }
     this.#bytes -= bytes
     return this.#kept.splice(at, 1)[0]
   }
@@ -41,6 +41,17 @@ export class Pool {
   /** Gives the memory back that nobody uses. */
   trim(): void {
     while (this.#kept.length > 0) this.#dropOldest()
+  }
+
+  // What is kept for the next one may be all that there is left.
+  #allocate(bytes: number): Pointer {
+    try {
+      return this.#allocator.allocate(bytes)
+    } catch (error) {
+      if (this.#kept.length === 0) throw error
+      this.trim()
+      return this.#allocator.allocate(bytes)
+    }
   }
 
   #dropOldest(): void {

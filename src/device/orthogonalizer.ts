@@ -2,6 +2,7 @@
 import type { Triple } from '../../kernels/coefficients.js'
 import { DTYPES } from '../../kernels/dtype.js'
 import { buildOrthogonalize, formFor, type OrthogonalizeSpec } from '../../kernels/orthogonalize.js'
+import { Cache } from './cache.js'
 import type { Stream } from './cuda.js'
 import { type OnnxRuntime, openOnnxRuntime, type Pointer, type Session } from './onnxruntime.js'
 
@@ -19,12 +20,16 @@ export class Orthogonalizer {
   readonly #runtime: OnnxRuntime
   readonly #gpu: number
   readonly #stream: Stream
-  readonly #programs = new Map<string, Program>()
+  readonly #programs: Cache<Program>
 
   constructor(folder: string, gpu: number, stream: Stream) {
     this.#runtime = openOnnxRuntime(folder)
     this.#gpu = gpu
     this.#stream = stream
+    this.#programs = new Cache(MAX_PROGRAMS, ({ session }) => {
+      stream.synchronize()
+      this.#runtime.releaseSession(session)
+    })
   }
 
   /** X is to be u/‖u‖ times `input_scale`; what `run` makes of it times `output_scale` is O. */
@@ -44,20 +49,14 @@ export class Orthogonalizer {
     }
   }
 
-  /** The stream has nothing left to do. */
   close(): void {
-    for (const { session } of this.#programs.values()) this.#runtime.releaseSession(session)
+    this.#programs.clear()
     this.#runtime.close()
   }
 
   #program(spec: OrthogonalizeSpec): Program {
     const key = JSON.stringify([spec.form, spec.tall, spec.coefficients])
-    const program = this.#programs.get(key) ?? this.#build(spec)
-    // A Map keeps the order of insertion, so its first entry is the least recently used one.
-    this.#programs.delete(key)
-    this.#programs.set(key, program)
-    if (this.#programs.size > MAX_PROGRAMS) this.#dropOldest()
-    return program
+    return this.#programs.get(key, () => this.#build(spec))
   }
 
   #build(spec: OrthogonalizeSpec): Program {
@@ -65,13 +64,6 @@ export class Orthogonalizer {
     const names = { inputs: ['x'], outputs: ['o'] }
     const session = this.#runtime.createSession(model, names, { gpu: this.#gpu, stream: this.#stream.pointer })
     return { session, ...scales }
-  }
-
-  #dropOldest(): void {
-    const [[key, { session }]] = this.#programs
-    this.#stream.synchronize()
-    this.#programs.delete(key)
-    this.#runtime.releaseSession(session)
   }
 }
 /* c8 ignore stop */

@@ -1,7 +1,7 @@
 import { EventEmitter } from 'node:events'
+import type { Grant } from '../device/admission.js'
 import type { Device, Ticket } from '../device/device.js'
 import type { HostRange } from '../device/job.js'
-import type { Placement } from '../device/placement.js'
 import { ServiceError } from '../errors.js'
 import { effective } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
@@ -40,7 +40,7 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   readonly name: string
   readonly created_at = new Date().toISOString()
   /** What the device has granted it, and where. */
-  readonly placement: Placement
+  readonly grant: Grant
   epoch = 0
   /** The last finished step. */
   step = 0
@@ -61,8 +61,8 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     this.#device = device
     this.#receiptsKept = options.receipts_kept
     this.schedule = new Schedule(options.groups)
-    this.#places = options.parameters.map((parameter, i) => new Place(device, parameter, options.placement.units[i]))
-    this.placement = options.placement
+    this.#places = options.parameters.map((parameter, i) => new Place(device, parameter, options.grant.units[i]))
+    this.grant = options.grant
   }
 
   get parameters(): Parameter[] {
@@ -191,7 +191,7 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   /** Gives all memory back. The run has no writer and no job any more. */
   dispose(): void {
     for (const place of this.#places) place.dispose()
-    this.#device.dismiss(this.placement)
+    this.#device.dismiss(this.grant)
   }
 
   #checkComplete(step: number, skipped: Set<number>): void {
@@ -268,12 +268,12 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   }
 }
 
-/** `placement` is what the device has admitted: the run gives it back. */
+/** `grant` is what the device has admitted: the run gives it back. */
 export type RunOptions = {
   name: string
   groups: Groups
   parameters: Parameter[]
-  placement: Placement
+  grant: Grant
   receipts_kept: number
 }
 

@@ -1,7 +1,6 @@
-import { kernelKey } from '../../kernels/kernel.js'
 import type { Config } from '../config.js'
 import type { Device } from '../device/device.js'
-import type { Need } from '../device/job.js'
+import type { Demand } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithm.js'
 import { parseGroup, stateBearing } from '../optimizer/hyperparameters.js'
@@ -97,20 +96,18 @@ export class Runs {
   }
 
   async #build(name: string, groups: Groups, parameters: Parameter[]): Promise<Run> {
-    const needs = needsOf(parameters, groups)
-    // Beside its state every parameter may have an update that a slow reader has not taken yet.
-    const parts = parameters.map((parameter) => stateBytes(parameter) + parameter.update_bytes)
-    const placement = this.#device.admit(parts, `run '${name}'`)
+    const demands = demandsOf(parameters, groups)
+    const grant = this.#device.admit(demands, `run '${name}'`)
     this.#creating += 1
-    const loaded = this.#device.load(needs).finally(() => {
+    const loaded = this.#device.load(demands).finally(() => {
       this.#creating -= 1
     })
     await loaded.catch((error) => {
-      this.#device.dismiss(placement)
+      this.#device.dismiss(grant)
       throw error
     })
     const { receipts_kept } = this.#config
-    return new Run(this.#device, { name, groups, parameters, placement, receipts_kept })
+    return new Run(this.#device, { name, groups, parameters, grant, receipts_kept })
   }
 
   #checkFits(parameters: readonly Parameter[]): void {
@@ -193,14 +190,12 @@ function groupDifference(existing: Groups, given: Groups): string | undefined {
   return undefined
 }
 
-/** Each kernel with each size of a block that the parameters have. */
-function needsOf(parameters: readonly Parameter[], groups: Groups): Need[] {
-  const needs = new Map<string, Need>()
-  for (const parameter of parameters) {
-    const { kernel: shared, tasks } = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
-    // Tasks of one size have one kernel, and a parameter may have a quarter of a million of them.
-    const sizes = new Map(tasks.map((task) => [String(task.dims), task]))
-    for (const { kernel = shared, dims } of sizes.values()) needs.set(`${kernelKey(kernel)} ${dims}`, { kernel, dims })
-  }
-  return [...needs.values()]
+/** What the device is asked for: one step of every parameter. */
+function demandsOf(parameters: readonly Parameter[], groups: Groups): Demand[] {
+  return parameters.map((parameter) => ({
+    plan: planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false }),
+    gradient_bytes: parameter.gradient_bytes,
+    update_bytes: parameter.update_bytes,
+    state_bytes: stateBytes(parameter),
+  }))
 }

@@ -4,8 +4,7 @@ import t from 'tap'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { missingLibraries } from '../../src/device/cuda.js'
 import { Device, type DeviceOptions } from '../../src/device/device.js'
-import type { Job } from '../../src/device/job.js'
-import { SLICE_ELEMENTS } from '../../src/device/job.js'
+import { type Demand, type Job, SLICE_ELEMENTS } from '../../src/device/job.js'
 import { StateMemory } from '../../src/device/memory.js'
 import { bundledLibraryFolder } from '../../src/device/onnxruntime.js'
 import type { Plan } from '../../src/optimizer/plan.js'
@@ -69,6 +68,28 @@ t.test('a job on a tensor of many slices computes every element', async (t) => {
   await device.close()
 })
 
+t.test('what a pool keeps for the next one goes where there is no other memory', async (t) => {
+  let [next, left] = [0n, 100]
+  const sizes = new Map<bigint, number>()
+  const allocate = (bytes: number) => {
+    if (bytes > left) throw new Error('CUDA_ERROR_OUT_OF_MEMORY')
+    left -= bytes
+    next += 1n
+    sizes.set(next, bytes)
+    return next
+  }
+  const free = (pointer: bigint) => {
+    left += sizes.get(pointer)!
+  }
+  const memory = new StateMemory([{ state: { allocate, free }, pooledBytes: 1000 }])
+  memory.release(memory.allocate(60))
+  t.equal(left, 40)
+  const tensor = memory.allocate(80)
+  t.equal(left, 20, 'the pooled 60 bytes were given back')
+  t.throws(() => memory.allocate(30), /OUT_OF_MEMORY/)
+  memory.release(tensor)
+})
+
 t.test('a cancelled ticket and a job that is not wanted any more cost nothing', async (t) => {
   const device = await Device.start(OPTIONS)
   t.equal(await device.run(neverAsked, { cancelled: true }), undefined)
@@ -76,15 +97,24 @@ t.test('a cancelled ticket and a job that is not wanted any more cost nothing', 
   await device.close()
 })
 
+/** State and update that have so many bytes together. */
+const demandOf = (bytes: number): Demand => ({
+  plan: sgdPlan(bytes / 8),
+  gradient_bytes: bytes / 2,
+  update_bytes: bytes / 2,
+  state_bytes: bytes / 2,
+})
+
 t.test('more is admitted only while there is room, with both numbers in the refusal', async (t) => {
   const device = await Device.start({ ...OPTIONS, state_bytes_limit: 1000 })
-  const granted = device.admit([400, 200], 'run a')
-  t.throws(() => device.admit([500], 'run b'), {
+  const granted = device.admit([demandOf(400), demandOf(200)], 'run a')
+  t.throws(() => device.admit([demandOf(500)], 'run b'), {
     code: 'OVER_CAPACITY',
     message: 'run b needs 500 bytes of memory on cpu, 400 are left',
   })
   device.dismiss(granted)
-  device.admit([1000], 'run b')
+  device.admit([demandOf(1000)], 'run b')
+  t.equal(device.admittedBytes, 1000)
   await device.close()
 })
 

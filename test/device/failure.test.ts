@@ -82,7 +82,9 @@ t.test('a lane keeps the sessions of many kernels, and makes one anew that it ha
   const matrix = { tasks: [{ dims: [8, 8], offset: 0 }] }
   const job = jobOf(device, { kernel: muon(2), ...matrix })
   const first = await device.run(() => job, ticket())
-  await device.load(Array.from({ length: 70 }, (_, i) => ({ kernel: muon(1.5 + i / 1000), dims: [8, 8] })))
+  const bytes = { gradient_bytes: 256, update_bytes: 256, state_bytes: 256 }
+  const plans = Array.from({ length: 70 }, (_, i) => ({ ...job.plan, kernel: muon(1.5 + i / 1000) }))
+  await device.load(plans.map((plan) => ({ plan, ...bytes })))
   t.match(await device.run(() => job, ticket()), { ...first, computeSeconds: Number })
   await device.close()
 })

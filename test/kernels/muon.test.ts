@@ -40,6 +40,20 @@ async function orthogonalize(
   return data
 }
 
+// ONNX Runtime's CPU provider computes float16 products in float32: what is tested is their scalars. test/gpu has the rest.
+t.test('products of float16 have scalars of their own and come out the same, tall and wide', async (t) => {
+  for (const [rows, cols] of [
+    [64, 256],
+    [256, 64],
+    [300, 300],
+  ] as const) {
+    const x = matrix([rows, cols], rows)
+    const half = await loadKernel(spec(DEFAULT, rows > cols), { half: true })
+    const distance = relativeDistance(await orthogonalize(x, half), orthogonalizeByIteration(x, DEFAULT).data)
+    t.ok(distance < 2e-3, `${rows}x${cols}: distance ${distance}`)
+  }
+})
+
 const SHAPES = [
   [64, 64],
   [96, 40],

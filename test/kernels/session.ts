@@ -12,9 +12,9 @@ export type KernelFeeds = {
 
 export type KernelRun = (feeds: KernelFeeds) => Promise<Record<string, Float32Array>>
 
-/** A float32 kernel in ONNX Runtime's public API; its outputs by name. */
-export async function loadKernel(spec: KernelSpec): Promise<KernelRun> {
-  const session = await openSession(buildKernel(spec))
+/** A float32 kernel in ONNX Runtime's public API; its outputs by name. `half`: its products are of float16. */
+export async function loadKernel(spec: KernelSpec, { half = false } = {}): Promise<KernelRun> {
+  const session = await openSession(buildKernel(spec, { half }))
   const io = KERNEL_IO[spec.kind]
   return async ({ dims, gradient, state = {}, scalars }) => {
     const size = dims.reduce((product, dim) => product * dim, 1)

@@ -1,6 +1,6 @@
 import t from 'tap'
-import type { Need } from '../../src/device/job.js'
 import type { ServiceError } from '../../src/errors.js'
+import type { Plan } from '../../src/optimizer/plan.js'
 import type { Writer } from '../../src/run/run.js'
 import type { OpenFrame } from '../../src/wire/frame.js'
 import { normal, RawClient, startService } from '../service.js'
@@ -66,8 +66,10 @@ t.test('a refused open leaves no run, no epoch and no memory behind', async (t) 
 
 t.test('an open that the device refuses leaves no run and no memory behind', async (t) => {
   const { runs, device, app } = await startService({ lanes: 1 })
-  const unknown = { kind: 'sgd', gradient_dtype: 'float7', update_dtype: 'float32' } as unknown as Need['kernel']
-  await t.rejects(device.load([{ kernel: unknown, dims: [1] }]), { code: 'DEVICE_FAILED' })
+  const kernel = { kind: 'sgd', gradient_dtype: 'float7', update_dtype: 'float32' } as unknown as Plan['kernel']
+  const plan = { kernel, tasks: [{ dims: [1], offset: 0 }], scalars: {}, scale: 1, decay: 0, rms_factor: 1 }
+  const demand = { plan, gradient_bytes: 4, update_bytes: 4, state_bytes: 4 }
+  await t.rejects(device.load([demand]), { code: 'DEVICE_FAILED' })
   await t.rejects(runs.open(frame('r'), writer()), { code: 'DEVICE_FAILED' })
   t.same([runs.list(), device.admittedBytes], [[], 0])
   await app.close()

@@ -1,8 +1,9 @@
 import { bytesPerElement, DTYPES, type Dtype } from '../../kernels/dtype.js'
 import { buildKernel, KERNEL_IO, type KernelSpec, kernelKey } from '../../kernels/kernel.js'
 import type { Task } from '../optimizer/plan.js'
+import { Cache } from './cache.js'
+import type { Scratch } from './cuda-layout.js'
 import {
-  addressOf,
   type Executor,
   type HostBlock,
   type HostRange,
@@ -12,15 +13,33 @@ import {
   SLICE_ELEMENTS,
   scalarOf,
 } from './job.js'
-import { type OnnxRuntime, openOnnxRuntime, type Pointer, type Session, viewMemory } from './onnxruntime.js'
+import { type OnnxRuntime, type Pointer, type Session, type SessionTarget, viewMemory } from './onnxruntime.js'
 import { createScanner } from './scan.js'
 
-/** The folder of libonnxruntime and the threads of one session. */
-export type CpuLane = { kind: 'cpu'; folder: string; threads: number }
+/** Where the tensors of a lane lie while it computes. */
+export type TensorSpace = {
+  readonly target: SessionTarget
+  /** Where sessions find a gradient. */
+  receive(gradient: HostRange): Pointer
+  /** Where sessions write an update. */
+  updateOf(update: HostRange): Pointer
+  /** Returns once the host sees the update that lies there. */
+  send(update: HostRange): void
+  /** Returns once the host sees what a run has told it. */
+  wait(): void
+  /** Zeros: the state before the first step. */
+  zeros(bytes: number): Pointer
+  /** Sets memory aside. */
+  load(scratch: Scratch | undefined): void
+  close(): void
+}
 
 const FLOAT32 = DTYPES.float32
 // A step frame may change the coefficients and with them the graph: the least recently used session makes room.
 const MAX_PROGRAMS = 64
+
+/** A job, and where sessions find its gradient and write its update. */
+type Placed = Job & { memory: { gradient: Pointer; update: Pointer } }
 
 /** A kernel's session with one resident tensor for each scalar input and for each check that it answers. */
 type Program = { session: Session; spec: KernelSpec; scalars: (Resident & { name: string })[]; checks: Resident[] }
@@ -28,21 +47,24 @@ type Program = { session: Session; spec: KernelSpec; scalars: (Resident & { name
 /** One float32 of native memory: ONNX Runtime keeps its address, so it must never move. */
 type Resident = { value: Float32Array; tensor: Pointer; pointer: Pointer }
 
-/** Computes jobs with ONNX Runtime's CPU provider, one at a time in the calling thread, in host memory alone. */
-export class CpuExecutor implements Executor {
-  readonly #threads: number
+/** Computes jobs with ONNX Runtime alone, one at a time in the calling thread; gradient and update are scanned in host memory. */
+export class OnnxExecutor implements Executor {
+  readonly #space: TensorSpace
   readonly #runtime: OnnxRuntime
+  readonly #half: boolean
   readonly #scanner = createScanner()
-  readonly #programs = new Map<string, Program>()
+  readonly #programs = new Cache<Program>(MAX_PROGRAMS, (program) => this.#release(program))
   readonly #views = new Map<Pointer, Uint8Array>()
-  #zeros = new Uint8Array(0)
 
-  constructor({ folder, threads }: CpuLane) {
-    this.#threads = threads
-    this.#runtime = openOnnxRuntime(folder)
+  /** `half`: matrix products are of float16. */
+  constructor(runtime: OnnxRuntime, space: TensorSpace, { half }: { half: boolean }) {
+    this.#space = space
+    this.#half = half
+    this.#runtime = runtime
   }
 
-  load(needs: readonly Need[]): void {
+  load(needs: readonly Need[], scratch?: Scratch): void {
+    this.#space.load(scratch)
     for (const { kernel } of needs) this.#program(kernel)
   }
 
@@ -72,54 +94,53 @@ export class CpuExecutor implements Executor {
 
   /** Runs every task of the plan; false where a check says that the next state would not be finite. */
   #computeTasks(job: Job): boolean {
+    const memory = { gradient: this.#space.receive(job.gradient), update: this.#space.updateOf(job.update) }
     // A plan names few kernels and names them often: each is looked up once.
     const found = new Map<KernelSpec, Program>()
-    return job.plan.tasks.flatMap(slices).every((task) => {
+    const finite = job.plan.tasks.flatMap(slices).every((task) => {
       const spec = task.kernel ?? job.plan.kernel
       const known = found.get(spec) ?? this.#program(spec)
       found.set(spec, known)
-      return this.#computeTask(job, task, known)
+      return this.#computeTask({ ...job, memory }, task, known)
     })
+    if (finite) this.#space.send(job.update)
+    return finite
   }
 
-  #computeTask(job: Job, task: Task, { session, spec, scalars, checks }: Program): boolean {
+  #computeTask(job: Placed, task: Task, { session, spec, scalars, checks }: Program): boolean {
     for (const scalar of scalars) scalar.value[0] = scalarValue(job, task, scalar.name)
     const elements = task.dims.reduce((product, dim) => product * dim, 1)
     // Before anything that would have to be released if there is no memory for it.
-    const zero = job.state ? 0n : this.#zeroMemory(elements * 4)
+    const zero = job.state ? 0n : this.#space.zeros(elements * 4)
     const tensor = (base: Pointer, dtype: Dtype): Pointer => {
       const size = bytesPerElement(dtype)
-      const memory = { pointer: base + BigInt(task.offset * size), bytes: elements * size }
+      const memory = { pointer: base + BigInt(task.offset * size), bytes: elements * size, gpu: this.#gpu }
       return this.#runtime.createTensor(memory, task.dims, DTYPES[dtype].onnx)
     }
-    const zeroTensor = () => this.#runtime.createTensor({ pointer: zero, bytes: elements * 4 }, task.dims, FLOAT32.onnx)
-    const gradient = tensor(addressOf(job.gradient), spec.gradient_dtype)
+    const zeros = { pointer: zero, bytes: elements * 4, gpu: this.#gpu }
+    const zeroTensor = () => this.#runtime.createTensor(zeros, task.dims, FLOAT32.onnx)
+    const gradient = tensor(job.memory.gradient, spec.gradient_dtype)
     const state = KERNEL_IO[spec.kind].state.map((_, i) => (job.state ? tensor(job.state[i], 'float32') : zeroTensor()))
     const next = job.next.map((pointer) => tensor(pointer, 'float32'))
-    const data = tensor(addressOf(job.update), spec.update_dtype)
+    const data = tensor(job.memory.update, spec.update_dtype)
     try {
       const inputs = [gradient, ...state, ...scalars.map((scalar) => scalar.tensor)]
       this.#runtime.run(session, inputs, [...next, data, ...checks.map((check) => check.tensor)])
+      this.#space.wait()
     } finally {
       for (const value of [gradient, ...state, ...next, data]) this.#runtime.releaseTensor(value)
     }
     return checks.every((check) => Number.isFinite(check.value[0]))
   }
 
-  #program(spec: KernelSpec): Program {
-    const key = kernelKey(spec)
-    const known = this.#programs.get(key) ?? this.#makeProgram(spec)
-    // A Map keeps the order of insertion, so its first entry is the least recently used one.
-    this.#programs.delete(key)
-    this.#programs.set(key, known)
-    if (this.#programs.size > MAX_PROGRAMS) this.#dropOldest()
-    return known
+  get #gpu(): number | undefined {
+    const { target } = this.#space
+    /* c8 ignore next -- needs a GPU: npm run test:gpu */
+    return 'gpu' in target ? target.gpu : undefined
   }
 
-  #dropOldest(): void {
-    const [oldest] = this.#programs
-    this.#programs.delete(oldest[0])
-    this.#release(oldest[1])
+  #program(spec: KernelSpec): Program {
+    return this.#programs.get(kernelKey(spec), () => this.#makeProgram(spec))
   }
 
   #release({ session, scalars, checks }: Program): void {
@@ -136,7 +157,7 @@ export class CpuExecutor implements Executor {
       inputs: ['gradient', ...state, ...scalars],
       outputs: [...state.map((name) => `${name}_next`), 'data', ...checks],
     }
-    const session = this.#runtime.createSession(buildKernel(spec), names, { threads: this.#threads })
+    const session = this.#runtime.createSession(buildKernel(spec, { half: this.#half }), names, this.#space.target)
     return {
       session,
       spec,
@@ -163,18 +184,13 @@ export class CpuExecutor implements Executor {
     return view
   }
 
-  /** Read-only this.#zeros: the state before the first step. The system backs memory that nobody has written with one page of them. */
-  #zeroMemory(bytes: number): Pointer {
-    if (this.#zeros.byteLength < bytes) this.#zeros = new Uint8Array(bytes)
-    return this.#runtime.addressOf(this.#zeros)
-  }
-
   forget(pointer: Pointer): void {
     this.#views.delete(pointer)
   }
 
   close(): void {
-    for (const program of this.#programs.values()) this.#release(program)
+    this.#programs.clear()
+    this.#space.close()
     this.#runtime.close()
   }
 }

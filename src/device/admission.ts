@@ -1,0 +1,115 @@
+import { ServiceError } from '../errors.js'
+import {
+  type Largest,
+  largest,
+  largestOf,
+  type Scratch,
+  scratchFor,
+  stateInFlight,
+  totalOf,
+  type Work,
+} from './cuda-layout.js'
+import type { Demand, JobGroup } from './job.js'
+import { GROUPS_PER_LANE } from './lanes.js'
+import { type Placement, placement } from './placement.js'
+
+/** What a device has for runs. */
+export type Capacity = {
+  readonly units: readonly {
+    readonly name: string
+    readonly bytes: number
+    /** Set where lanes set memory of the unit aside for what they compute. */
+    readonly work?: Work
+  }[]
+  /** Bytes of host memory for updates; left out where they lie in the unit's own memory. */
+  readonly hostBytes?: number
+  /** Of each unit. */
+  readonly lanes: number
+  readonly group: JobGroup
+}
+
+/** What a run was granted. */
+export type Grant = Placement & {
+  readonly hostBytes: number
+  /** Of its jobs, for each unit; where that sets no memory aside, of none. */
+  readonly largest: readonly Largest[]
+}
+
+/** Grants runs their memory before they begin, so that none of them meets the end of it in a step. */
+export class Admission {
+  readonly #capacity: Capacity
+  readonly #granted = new Set<Grant>()
+
+  constructor(capacity: Capacity) {
+    this.#capacity = capacity
+  }
+
+  /** Bytes of state, and of updates where they lie beside it, that were granted on all units. */
+  get bytes(): number {
+    return sum([...this.#granted].flatMap(({ bytes }) => bytes))
+  }
+
+  /** Grants what `what` asks for, or refuses with OVER_CAPACITY and the numbers. */
+  admit(demands: readonly Demand[], what: string): Grant {
+    const { units, hostBytes } = this.#capacity
+    const parts = demands.map((demand) => demand.state_bytes + (hostBytes === undefined ? demand.update_bytes : 0))
+    const taken = units.map((_, unit) => this.#state(unit, this.#granted))
+    const grant: Grant = {
+      ...placement(parts, taken),
+      hostBytes: hostBytes === undefined ? 0 : sum(demands.map(({ update_bytes }) => update_bytes)),
+      largest: units.map(({ work }) => largestOf(work ? demands : [], work)),
+    }
+    this.#check(grant, what)
+    this.#granted.add(grant)
+    return grant
+  }
+
+  dismiss(grant: Grant): void {
+    this.#granted.delete(grant)
+  }
+
+  /** What each lane of a unit is to set aside for all that was granted; undefined where lanes set nothing aside. */
+  scratch(unit: number): Scratch | undefined {
+    const all = this.#largest(unit, this.#granted)
+    return all && scratchFor(all, this.#capacity.group)
+  }
+
+  #check(grant: Grant, what: string): void {
+    const after = [...this.#granted, grant]
+    for (const [unit, { name, bytes }] of this.#capacity.units.entries()) {
+      const before = this.#needed(unit, this.#granted)
+      refuse(what, { where: `on ${name}`, needs: this.#needed(unit, after) - before, left: bytes - before })
+    }
+    const { hostBytes = 0 } = this.#capacity
+    const left = hostBytes - sum([...this.#granted].map((granted) => granted.hostBytes))
+    refuse(what, { where: 'of the host for updates', needs: grant.hostBytes, left })
+  }
+
+  /** State, the next state of what is computed at one time, and what the lanes set aside. */
+  #needed(unit: number, granted: Iterable<Grant>): number {
+    const { lanes, group } = this.#capacity
+    const state = this.#state(unit, granted)
+    const all = this.#largest(unit, granted)
+    if (all === undefined) return state
+    const inFlight = Math.min(state, lanes * GROUPS_PER_LANE * stateInFlight(all, group))
+    return state + inFlight + lanes * totalOf(scratchFor(all, group))
+  }
+
+  #state(unit: number, granted: Iterable<Grant>): number {
+    return sum([...granted].map(({ bytes }) => bytes[unit]))
+  }
+
+  #largest(unit: number, granted: Iterable<Grant>): Largest | undefined {
+    if (!this.#capacity.units[unit].work) return undefined
+    return largest([...granted].map((grant) => grant.largest[unit]))
+  }
+}
+
+function refuse(what: string, { where, needs, left }: { where: string; needs: number; left: number }): void {
+  if (needs <= left) return
+  throw new ServiceError('OVER_CAPACITY', `${what} needs ${needs} bytes of memory ${where}, ${left} are left`)
+}
+
+function sum(numbers: readonly number[]): number {
+  return numbers.reduce((total, number) => total + number, 0)
+}

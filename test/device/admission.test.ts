@@ -1,0 +1,109 @@
+import fc from 'fast-check'
+import t from 'tap'
+import type { KernelSpec } from '../../kernels/kernel.js'
+import { Admission, type Capacity } from '../../src/device/admission.js'
+import { largest, scratchFor, totalOf } from '../../src/device/cuda-layout.js'
+import type { Demand } from '../../src/device/job.js'
+
+const MUON: KernelSpec = {
+  ...{ kind: 'muon', coefficients: [[2, -1.5, 0.5]], tall: false },
+  ...{ gradient_dtype: 'bfloat16', update_dtype: 'bfloat16' },
+}
+const GPU: Capacity = {
+  units: [{ name: 'cuda:0', bytes: 2 ** 30, work: 'own' }],
+  ...{ hostBytes: 2 ** 24, lanes: 2, group: { jobs: 4, bytes: 2 ** 20 } },
+}
+
+function matrix(rows: number, cols: number): Demand {
+  const plan = { kernel: MUON, tasks: [{ dims: [rows, cols], offset: 0 }], scalars: { output_scale: 1 } }
+  const bytes = rows * cols * 2
+  return {
+    plan: { ...plan, scale: 1, decay: 0, rms_factor: 1 },
+    ...{ gradient_bytes: bytes, update_bytes: bytes, state_bytes: 2 * bytes },
+  }
+}
+
+t.test('a run is refused with what it needs beside its state, and what is left', async (t) => {
+  const [small, large] = [matrix(64, 64), matrix(2048, 4096)]
+  const roomy = new Admission(GPU)
+  const grant = roomy.admit([small, small], 'run a')
+  t.same(grant.bytes, [2 * 64 * 64 * 4])
+  t.equal(grant.hostBytes, 2 * 64 * 64 * 2)
+  t.equal(roomy.bytes, 2 * 64 * 64 * 4)
+  const scratch = roomy.scratch(0)!
+  t.same(scratch, scratchFor(grant.largest[0]!, GPU.group))
+  // The next state of both can be in flight.
+  const needed = 2 * roomy.bytes + 2 * totalOf(scratch)
+  const exact = new Admission({ ...GPU, units: [{ ...GPU.units[0]!, bytes: needed }] })
+  const granted = exact.admit([small, small], 'run a')
+  t.throws(() => exact.admit([small], 'run b'), {
+    code: 'OVER_CAPACITY',
+    message: `run b needs ${2 * 64 * 64 * 4} bytes of memory on cuda:0, 0 are left`,
+  })
+  exact.dismiss(granted)
+  t.equal(exact.bytes, 0)
+  exact.admit([small, small], 'run b')
+  t.throws(() => exact.admit([large], 'run c'), {
+    code: 'OVER_CAPACITY',
+    message: /^run c needs \d{9} bytes of memory on cuda:0, 0 are left/,
+  })
+})
+
+t.test('updates on the host have a limit of their own', async (t) => {
+  const admission = new Admission(GPU)
+  admission.admit([matrix(2048, 2048)], 'run a')
+  t.throws(() => admission.admit([matrix(2048, 2056)], 'run b'), {
+    message: `run b needs ${2048 * 2056 * 2} bytes of memory of the host for updates, ${2 ** 23} are left`,
+  })
+})
+
+t.test('where lanes set nothing aside, state and updates are all that counts', async (t) => {
+  const cpu = new Admission({ units: [{ name: 'cpu', bytes: 64 * 64 * 6 }], lanes: 4, group: { jobs: 1, bytes: 1 } })
+  const grant = cpu.admit([matrix(64, 64)], 'run a')
+  t.same([grant.bytes, grant.hostBytes, grant.largest], [[64 * 64 * 6], 0, [largest([])]])
+  t.equal(cpu.scratch(0), undefined)
+})
+
+t.test(
+  'whatever comes and goes, what is granted never needs more than there is, and all of it comes back',
+  async () => {
+    const sizes = fc.array(
+      fc.record({
+        rows: fc.integer({ min: 1, max: 600 }),
+        cols: fc.integer({ min: 1, max: 600 }),
+        leave: fc.boolean(),
+      }),
+      { minLength: 1, maxLength: 30 },
+    )
+    fc.assert(
+      fc.property(sizes, fc.integer({ min: 2 ** 20, max: 2 ** 26 }), (runs, bytes) => {
+        const units = [0, 1].map((gpu) => ({
+          name: `cuda:${gpu}`,
+          bytes,
+          work: gpu === 0 ? ('own' as const) : ('onnx' as const),
+        }))
+        const admission = new Admission({ ...GPU, units })
+        const held = new Set<ReturnType<Admission['admit']>>()
+        for (const { rows, cols, leave } of runs) {
+          try {
+            held.add(admission.admit([matrix(rows, cols), matrix(cols, rows)], 'run'))
+          } catch (error) {
+            if ((error as { code?: string }).code !== 'OVER_CAPACITY') throw error
+          }
+          for (const [unit] of units.entries()) {
+            const state = [...held].reduce((sum, grant) => sum + grant.bytes[unit]!, 0)
+            if (held.size > 0 && state + 2 * totalOf(admission.scratch(unit)!) > bytes) return false
+          }
+          const [oldest] = held
+          if (leave && oldest) {
+            admission.dismiss(oldest)
+            held.delete(oldest)
+          }
+        }
+        for (const grant of held) admission.dismiss(grant)
+        return admission.bytes === 0
+      }),
+      { seed: 7 },
+    )
+  },
+)
