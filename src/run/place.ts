@@ -82,7 +82,7 @@ export class Place {
     }
     const result = await this.#run(job, asked).catch((error) => {
       outputs.release()
-      throw error
+      throw this.#located(error, step)
     })
     if (result === undefined) return undefined
     if (replayed) outputs.releaseNext()
@@ -114,6 +114,14 @@ export class Place {
       ...outputs.allocate(this.parameter),
       expected: replayed ? this.record?.gradientFingerprint : undefined,
     }
+  }
+
+  // The device does not know whose memory it lacks.
+  #located(error: unknown, step: number): unknown {
+    if (!(error instanceof ServiceError) || error.code !== 'OVER_CAPACITY') return error
+    const { name, index } = this.parameter
+    const message = `there is no memory for step ${step} of parameter '${name}': ${error.message}`
+    return new ServiceError('OVER_CAPACITY', message, { parameter: index, step })
   }
 
   #check({ outcome, updateFingerprint }: JobResult, asked: PlaceStep): void {

@@ -31,7 +31,7 @@ function stepOf(device: Device, step: number) {
 t.test('a step for whose update there is no memory is refused and leaves nothing behind', async (t) => {
   const device = await startDevice()
   const place = new Place(device, { ...PARAMETER!, update_bytes: 2 ** 48 })
-  await t.rejects(place.compute(stepOf(device, 1)), { code: 'OVER_CAPACITY' })
+  await t.rejects(place.compute(stepOf(device, 1)), { code: 'OVER_CAPACITY', fields: { parameter: 0, step: 1 } })
   t.match({ bytes: device.memory.bytes, applied: place.appliedStep, failed: device.failed }, { bytes: 0, applied: 0 })
   await device.close()
 })
