@@ -1,13 +1,9 @@
 import t, { type Test } from 'tap'
-import { bytesPerElement, type Dtype } from '../../kernels/dtype.js'
+import type { Dtype } from '../../kernels/dtype.js'
 import { openCuda } from '../../src/device/cuda.js'
 import { Device } from '../../src/device/device.js'
-import type { Job, JobResult } from '../../src/device/job.js'
-import type { Tensor } from '../../src/device/memory.js'
+import type { JobResult } from '../../src/device/job.js'
 import { createScanner } from '../../src/device/scan.js'
-import { planStep } from '../../src/optimizer/algorithm.js'
-import { parseGroup } from '../../src/optimizer/hyperparameters.js'
-import { type Parameter, parseParameters } from '../../src/optimizer/parameter.js'
 import type { ParameterDeclaration } from '../../src/wire/frame.js'
 import {
   type AdamwState,
@@ -20,6 +16,7 @@ import {
   relativeDistance,
 } from '../reference.js'
 import { CUDA, NO_GPU } from './gpu.js'
+import { bytesOf, floatsOf, startParameter } from './parameter.js'
 
 const KELLER_JORDAN = Array.from({ length: 5 }, () => [3.4445, -4.775, 2.0315] as const)
 const DTYPES = ['float32', 'bfloat16', 'float16'] as const
@@ -31,41 +28,8 @@ t.test('the device alone', { skip: NO_GPU, timeout: 300_000 }, async (t) => {
   const gpu = openCuda(0)
   t.teardown(() => device.close())
 
-  /** One parameter of one group on the device, step by step. */
-  function start(algorithm: Record<string, unknown>, declared: Partial<ParameterDeclaration>) {
-    const groups = new Map([['g', parseGroup({ name: 'g', ...algorithm } as Parameters<typeof parseGroup>[0])]])
-    const raw = { name: 'p', shape: [1], group: 'g', update_dtype: 'float32', ...declared } as ParameterDeclaration
-    const [parameter] = parseParameters([raw], groups)
-    const group = groups.get('g')!
-    let state: Tensor[] | undefined
-    const compute = async (gradient: Uint8Array, at: { step: number; replay?: boolean }) => {
-      const slot = device.staging.tryReserve(parameter!.gradient_bytes)!
-      device.view(device.stagingBlock).set(gradient, slot.offset)
-      const next = parameter!.state.map(({ bytes }) => device.memory.allocate(bytes))
-      const update = device.takeUpdate(parameter!.update_bytes)
-      const job: Job = {
-        plan: planStep(parameter!, group, { step: at.step, replay: at.replay ?? false }),
-        gradient: { block: device.stagingBlock, ...slot },
-        gradient_scale: 1,
-        state: state?.map(({ pointer }) => pointer),
-        next: next.map(({ pointer }) => pointer),
-        update: update.range,
-      }
-      const result = (await device.run(() => job, { cancelled: false }))!
-      const { block, offset, bytes } = update.range
-      const data = device.view(block).slice(offset, offset + bytes)
-      device.staging.release(slot)
-      update.release()
-      for (const tensor of (at.replay ? next : state) ?? []) device.memory.release(tensor)
-      if (!at.replay) state = next
-      return { result, data }
-    }
-    const end = () => {
-      for (const tensor of state ?? []) device.memory.release(tensor)
-    }
-    const read = (index: number) => floatsOf(Buffer.concat([...device.read(state![index]!)]), 'float32')
-    return { parameter: parameter as Parameter, compute, read, end }
-  }
+  const start = (algorithm: Record<string, unknown>, declared: Partial<ParameterDeclaration>) =>
+    startParameter(device, algorithm, declared)
 
   t.match(device.backend.name, /^cuda:0 NVIDIA/)
 
@@ -262,34 +226,52 @@ t.test('the device alone', { skip: NO_GPU, timeout: 300_000 }, async (t) => {
     t.equal(gpu.memory().free, after10)
     p.end()
   })
-})
 
-/** Little-endian elements, rounded to the dtype (to nearest, ties away from zero). */
-function bytesOf(values: Float64Array, dtype: Dtype): Uint8Array {
-  if (dtype === 'float32') return new Uint8Array(Float32Array.from(values).buffer)
-  const encode = dtype === 'bfloat16' ? bfloat16 : float16
-  return new Uint8Array(Uint16Array.from(values, encode).buffer)
-}
-
-function floatsOf(bytes: Uint8Array, dtype: Dtype): Float64Array {
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength)
-  const size = bytesPerElement(dtype)
-  return Float64Array.from({ length: bytes.length / size }, (_, i) => {
-    if (dtype === 'float32') return view.getFloat32(i * 4, true)
-    const bits = view.getUint16(i * 2, true)
-    if (dtype === 'bfloat16') return new Float32Array(Uint32Array.of(bits << 16).buffer)[0]!
-    const [sign, exponent, fraction] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, bits & 1023]
-    return sign * (exponent === 0 ? fraction * 2 ** -24 : (1 + fraction / 1024) * 2 ** (exponent - 15))
+  await t.test('parts of a large parameter are what they are alone, bit for bit', async (t) => {
+    const [count, rows, cols] = [10, 2048, 4096]
+    const noise = bytesOf(gaussian(40, 2 ** 20), 'bfloat16')
+    // Every matrix starts elsewhere in the same noise.
+    const gradient = new Uint8Array(count * rows * cols * 2)
+    for (let at = 0; at < gradient.length; at += noise.length - 6)
+      gradient.set(noise.subarray(0, Math.min(noise.length, gradient.length - at)), at)
+    const declared = { gradient_dtype: 'bfloat16', update_dtype: 'bfloat16' } as const
+    const p = start({ algorithm: 'muon' }, { shape: [count, rows, cols], matrices: 'batch', ...declared })
+    const { result, data } = await p.compute(gradient, { step: 1 })
+    t.equal(result.outcome, 'computed')
+    t.equal(result.gradientFingerprint, scanner.scan(gradient, 'bfloat16').fingerprint)
+    t.equal(result.updateFingerprint, scanner.scan(data, 'bfloat16').fingerprint)
+    const bytes = rows * cols * 2
+    for (const i of [0, 7, 8, 9]) {
+      const one = start({ algorithm: 'muon' }, { shape: [rows, cols], ...declared })
+      const alone = await one.compute(gradient.subarray(i * bytes, (i + 1) * bytes), { step: 1 })
+      t.equal(Buffer.compare(alone.data, data.subarray(i * bytes, (i + 1) * bytes)), 0, `matrix ${i}`)
+      one.end()
+    }
+    p.end()
+    const elements = 20 * 2 ** 20 + 3
+    const q = start({ algorithm: 'adamw' }, { shape: [elements], ...declared })
+    const whole = await q.compute(gradient.subarray(0, 2 * elements), { step: 1 })
+    t.equal(whole.result.updateFingerprint, scanner.scan(whole.data, 'bfloat16').fingerprint)
+    const from = elements - 1000
+    const r = start({ algorithm: 'adamw' }, { shape: [1000], ...declared })
+    const tail = await r.compute(gradient.slice(2 * from, 2 * elements), { step: 1 })
+    t.equal(Buffer.compare(tail.data, whole.data.subarray(2 * from)), 0, 'the last elements of a tensor')
+    q.end()
+    r.end()
   })
-}
 
-function bfloat16(value: number): number {
-  return (new Uint32Array(Float32Array.of(value).buffer)[0]! + 0x8000) >>> 16
-}
-
-function float16(value: number): number {
-  const sign = value < 0 ? 0x8000 : 0
-  const exponent = Math.max(-14, Math.floor(Math.log2(Math.abs(value))))
-  const fraction = Math.round((Math.abs(value) / 2 ** exponent) * 1024)
-  return fraction < 1024 ? sign | fraction : sign | (((exponent + 15) << 10) + fraction - 1024)
-}
+  await t.test('a parameter may be of more matrices than a grid has blocks', async (t) => {
+    const heads = 70_000
+    const p = start({ algorithm: 'muon' }, { shape: [heads * 8, 8], heads })
+    const values = gaussian(50, heads * 64)
+    const { result, data } = await p.compute(bytesOf(values, 'float32'), { step: 1 })
+    t.equal(result.outcome, 'computed')
+    for (const head of [0, 32_767, 32_768, heads - 1]) {
+      const block = values.subarray(head * 64, (head + 1) * 64)
+      const o = orthogonalizeByIteration({ rows: 8, cols: 8, data: block }, KELLER_JORDAN)
+      const distance = relativeDistance(floatsOf(data.slice(head * 256, (head + 1) * 256), 'float32'), o.data)
+      t.ok(distance < 5e-3, `head ${head}: distance ${distance}`)
+    }
+    p.end()
+  })
+})
