@@ -10,6 +10,7 @@ import { HYPERPARAMETERS, type Rule } from './table.js'
 export function planStep(parameter: Parameter, group: Group, at: At): Plan {
   switch (group.algorithm) {
     case 'muon':
+    case 'muonclip':
       return planMuon(parameter, group.hyperparameters, at)
     case 'adamw':
       return planAdamw(parameter, group.hyperparameters, at)

@@ -12,15 +12,16 @@ type GroupOf<A extends Algorithm> = {
   /** What the client set, of which `hyperparameters` is the completion: an unset ns_steps follows ns_coefficients. */
   readonly given: Readonly<Record<string, unknown>>
 }
-export type Group = GroupOf<'muon'> | GroupOf<'adamw'> | GroupOf<'sgd'>
+export type Group = GroupOf<'muon'> | GroupOf<'muonclip'> | GroupOf<'adamw'> | GroupOf<'sgd'>
 
 /** Known names that this version cannot do; refusing them with the reason beats calling them unknown. */
 const UNSUPPORTED_ALGORITHMS: Readonly<Record<string, string>> = {
-  muonclip: 'it needs attentions (QK-clip)',
   adam: 'its weight decay needs the weights, which the service does not hold; use adamw',
 }
+const UNSUPPORTED_MUON = { second_momentum: 'it needs a second state tensor', beta2: 'it belongs to second_momentum' }
 const UNSUPPORTED: Readonly<Record<Algorithm, Readonly<Record<string, string>>>> = {
-  muon: { second_momentum: 'it needs a second state tensor', beta2: 'it belongs to second_momentum' },
+  muon: UNSUPPORTED_MUON,
+  muonclip: UNSUPPORTED_MUON,
   adamw: {},
   sgd: {},
 }
@@ -97,7 +98,8 @@ function complete(name: string, algorithm: Algorithm, given: Readonly<Record<str
   checkKeys(name, algorithm, Object.keys(given))
   switch (algorithm) {
     case 'muon':
-      return { name, algorithm, given, hyperparameters: muon(name, given) }
+    case 'muonclip':
+      return { name, algorithm, given, hyperparameters: muon(name, HYPERPARAMETERS[algorithm], given) }
     case 'adamw':
       return { name, algorithm, given, hyperparameters: read(name, HYPERPARAMETERS.adamw, given) }
     case 'sgd':
@@ -128,8 +130,12 @@ function whyNot({ expected, not_yet }: Rule<unknown>, value: unknown): string {
   return reason === undefined ? `expected ${expected}` : `which is not supported yet: ${reason}`
 }
 
-function muon(name: string, given: Readonly<Record<string, unknown>>): Hyperparameters<'muon'> {
-  const values = read(name, HYPERPARAMETERS.muon, given)
+function muon(
+  name: string,
+  table: (typeof HYPERPARAMETERS)['muon' | 'muonclip'],
+  given: Readonly<Record<string, unknown>>,
+): Hyperparameters<'muon'> {
+  const values = read(name, table, given)
   const ns_steps = stepsOf(values.ns_coefficients) ?? values.ns_steps
   return 'ns_steps' in given ? values : { ...values, ns_steps }
 }
@@ -146,7 +152,7 @@ function sgd(name: string, given: Readonly<Record<string, unknown>>): Hyperparam
 
 /** Scanning the composed polynomial takes a while, so only a new set or count is checked, not every change of lr. */
 function checkSet(group: Group): Group {
-  if (group.algorithm !== 'muon') return group
+  if (group.algorithm !== 'muon' && group.algorithm !== 'muonclip') return group
   const { ns_coefficients, ns_steps } = group.hyperparameters
   const reason = checkCoefficients(iterations(group.hyperparameters))
   if (reason === undefined) return group

@@ -91,12 +91,13 @@ function parse(given: ParameterDeclaration, context: Context): Parameter {
   const gradient_dtype = dtype('gradient_dtype', given.gradient_dtype, fail)
   const update_dtype = dtype('update_dtype', given.update_dtype, fail)
   const bytes = elements * STATE_BYTES_PER_ELEMENT
+  const kernel = algorithm === 'muonclip' ? 'muon' : algorithm
   return {
     ...{ index, name, shape, group, gradient_dtype, update_dtype, ...layoutOf(given), elements },
     gradient_bytes: elements * bytesPerElement(gradient_dtype),
     update_bytes: elements * bytesPerElement(update_dtype),
-    blocks: algorithm === 'muon' ? matrices(given, context) : noMatrices(given, context),
-    state: KERNEL_IO[algorithm].state.map((tensor) => ({ name: tensor, shape, bytes })),
+    blocks: kernel === 'muon' ? matrices(given, context) : noMatrices(given, context),
+    state: KERNEL_IO[kernel].state.map((tensor) => ({ name: tensor, shape, bytes })),
   }
 }
 

@@ -65,7 +65,7 @@ function fixed<T>(sticky: Rule<T>, not_yet?: Readonly<Record<string, string>>): 
 const WEIGHT_DECAY = 'Decoupled weight decay λ: the weights shrink by lr·λ in every step, with the unadjusted lr.'
 
 /** Names and defaults of torch.optim.Muon, torch.optim.AdamW and torch.optim.SGD where torch has them. */
-export const HYPERPARAMETERS = {
+const TABLES = {
   muon: {
     lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η before adjust_lr_fn.'),
     weight_decay: rule(NOT_NEGATIVE, 0.1, WEIGHT_DECAY),
@@ -108,6 +108,21 @@ export const HYPERPARAMETERS = {
     weight_decay: rule(NOT_NEGATIVE, 0, WEIGHT_DECAY),
   },
 } satisfies Record<string, Table>
+
+/** The same hyperparameter with another default. */
+function withDefault<T>(rule: Rule<T>, fallback: NoInfer<T>): Rule<T> {
+  return { ...rule, default: fallback }
+}
+
+/** `muonclip` is Muon as in Kimi K2 (arXiv 2507.20534, Algorithm 1); its QK-clip is declared at `open`, as `attentions`. */
+export const HYPERPARAMETERS = {
+  ...TABLES,
+  muonclip: {
+    ...TABLES.muon,
+    adjust_lr_fn: withDefault(TABLES.muon.adjust_lr_fn, 'match_rms_adamw'),
+    momentum_form: withDefault(TABLES.muon.momentum_form, 'heavy_ball'),
+  },
+}
 
 export type Algorithm = keyof typeof HYPERPARAMETERS
 export type Hyperparameters<A extends Algorithm> = Values<(typeof HYPERPARAMETERS)[A]>

@@ -25,6 +25,12 @@ function plan(
   return planStep(parameter, group, options.at ?? LATER)
 }
 
+t.test('a plan of muonclip is that of muon with the same values', async (t) => {
+  const recipe = { momentum_form: 'heavy_ball', adjust_lr_fn: 'match_rms_adamw' }
+  for (const at of [FIRST, LATER, REPLAY]) t.same(plan('muonclip', {}, { at }), plan('muon', recipe, { at }))
+  t.throws(() => plan('muonclip', {}, { layout: { shape: [4] } }), { code: 'PARAMETER_INVALID' })
+})
+
 t.test('the momentum of muon is four scalars', async (t) => {
   const mu = 0.95
   const rest = 1 - mu

@@ -108,6 +108,17 @@ const GOOD: [GroupDeclaration, string, readonly unknown[]][] = [
   [SGD, 'weight_decay', [0, 0.1]],
 ]
 
+t.test('muonclip is muon with the defaults of Kimi K2, each of which can be set like those of muon', async (t) => {
+  const clip = { ...MUON, algorithm: 'muonclip' }
+  const muon = effective(parseGroup(MUON))
+  const recipe = { adjust_lr_fn: 'match_rms_adamw', momentum_form: 'heavy_ball' }
+  t.same(effective(parseGroup(clip)), { ...muon, algorithm: 'muonclip', ...recipe })
+  const given = { lr: 0.5, adjust_lr_fn: 'spectral', momentum_form: 'ema', ns_coefficients: 'quintic', ns_steps: 3 }
+  t.same(effective(parseGroup({ ...clip, ...given })), { ...muon, algorithm: 'muonclip', ...given })
+  t.match(stateBearing(parseGroup(MUON), parseGroup({ ...clip, ...muon, algorithm: 'muonclip' })), /^algorithm is/)
+  refused(t, () => updateGroup(parseGroup(clip), { ns_steps: 1, ns_coefficients: [10, -20, 30] }), 'unsafe')
+})
+
 t.test('values in range are taken as they are', async (t) => {
   for (const [group, key, values] of GOOD) {
     for (const value of values)
@@ -269,7 +280,7 @@ t.test('unknown names are refused', async (t) => {
 
 t.test('known names that are not supported yet are refused with the reason', async (t) => {
   const cases: [GroupDeclaration, string, string][] = [
-    [{ ...MUON, algorithm: 'muonclip' }, 'muonclip', 'QK-clip'],
+    [{ ...MUON, algorithm: 'muonclip', beta2: 0.95 }, 'beta2', 'second_momentum'],
     [{ ...MUON, algorithm: 'adam' }, 'adam', 'weights'],
     [{ ...MUON, second_momentum: 'normuon' }, 'second_momentum', 'state'],
     [{ ...MUON, beta2: 0.95 }, 'beta2', 'second_momentum'],
@@ -430,8 +441,8 @@ t.test('a value in a message is one short line', async (t) => {
 })
 
 t.test('the capabilities list every hyperparameter with its default and a sentence', async (t) => {
-  t.same(Object.keys(ALGORITHMS), ['muon', 'adamw', 'sgd'])
-  for (const group of [MUON, ADAMW, SGD]) {
+  t.same(Object.keys(ALGORITHMS), ['muon', 'adamw', 'sgd', 'muonclip'])
+  for (const group of [MUON, ADAMW, SGD, { ...MUON, algorithm: 'muonclip' }]) {
     const { algorithm, ...values } = effective(parseGroup(group))
     const table = ALGORITHMS[algorithm]
     t.same(Object.fromEntries(Object.entries(table).map(([key, row]) => [key, row.default])), values)
