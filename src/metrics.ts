@@ -7,6 +7,9 @@ export type Phase = (typeof PHASES)[number]
 // From a bias on a warm machine (100 us) to a whole large model behind a slow network (100 s).
 const PHASE_BUCKETS = [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 
+// QK-clip's usual threshold is 100; a model whose logits explode passes all of these.
+const LOGIT_BUCKETS = [1, 3, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 3000, 10_000]
+
 export type Metrics = ReturnType<typeof createMetrics>
 
 /** What the gauges show, asked for at each scrape: nothing polls and nothing is counted twice. */
@@ -38,6 +41,16 @@ export function createMetrics(registry = new Registry()) {
     errors_total: counter<'code'>('errors_total', 'Errors told to clients on the stream or over REST, by code.', [
       'code',
     ]),
+    clipped_heads_total: counter(
+      'clipped_heads_total',
+      'Query heads scaled by QK-clip, over all attentions and steps.',
+    ),
+    max_logit: new Histogram({
+      name: 'muond_max_logit',
+      help: 'The largest of the max_logits of each finished step that came with some, before QK-clip scales them.',
+      buckets: LOGIT_BUCKETS,
+      registers: [registry],
+    }),
     in_place_connections_total: counter(
       'in_place_connections_total',
       'Streams whose gradients the kernel writes straight into the staging arena.',

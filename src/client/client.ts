@@ -3,6 +3,7 @@ import { Connection, type Endpoint } from './connection.js'
 import { MuondError } from './error.js'
 import { type OpenOptions, openRun, type Run } from './run.js'
 
+export type { AttentionDeclaration } from '../wire/frame.js'
 export type { Weights } from './apply.js'
 export type { Backoff } from './backoff.js'
 export { type ClientErrorCode, MuondError, type MuondErrorFields } from './error.js'

@@ -20,6 +20,7 @@ export type OpenOptions = {
   groups?: readonly GroupDeclaration[]
   /** In index order; updates are applied to their `data`. */
   parameters: readonly Parameter[]
+  /** What QK-clip watches; a parameter is given by its index. */
   attentions?: OpenFrame['attentions']
   /** Take the run from a connection that still holds it. */
   takeover?: boolean

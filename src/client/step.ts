@@ -5,6 +5,7 @@ export type StepOptions = {
   groups?: StepFrame['groups']
   /** Multiplied into every gradient of this step; default 1. */
   gradient_scale?: number
+  /** {attention: the largest softmax input of each query head over the whole batch}; left out, nothing is clipped. */
   max_logits?: StepFrame['max_logits']
 }
 

@@ -380,6 +380,8 @@ export interface components {
         Run: components["schemas"]["RunSummary"] & {
             /** @description Indices of the parameters already applied for the step in progress. */
             ahead: number[];
+            /** @description What QK-clip watches. */
+            attentions: components["schemas"]["Attention"][];
             /** @description Every effective hyperparameter of the step in progress, by group. */
             groups: {
                 [key: string]: components["schemas"]["Hyperparameters"];
@@ -387,6 +389,34 @@ export interface components {
         };
         Hyperparameters: {
             [key: string]: unknown;
+        };
+        /** @description An attention as `opened` echoes it, with every default filled in. */
+        Attention: {
+            name: string;
+            /** @description τ: a head whose largest logit is above it is scaled back to it. */
+            threshold: number;
+            /** @description mha, mla, gqa, gqa_group_min or gqa_min_key. */
+            rule: string;
+            query_heads: number;
+            key_value_heads: number;
+            /** @description Rows of a head in query and key; not with rule mla. */
+            head_dim?: number;
+            /** @description mla: rows of a head without rotary embedding, first in query and key. */
+            nope_dim?: number;
+            /** @description mla: rows of a head in the query after those, with rotary embedding. */
+            rope_dim?: number;
+            /** @description mla: rows of a head in the key after nope_dim, which are values. */
+            value_dim?: number;
+            query: components["schemas"]["AttentionRows"];
+            key: components["schemas"]["AttentionRows"];
+            query_bias?: components["schemas"]["AttentionRows"];
+            key_bias?: components["schemas"]["AttentionRows"];
+        };
+        AttentionRows: {
+            /** @description Index of the parameter. */
+            parameter: number;
+            /** @description The first row; the others follow, head after head. */
+            first_row: number;
         };
         ParameterSummary: {
             index: number;
@@ -433,9 +463,12 @@ export interface components {
             groups: {
                 [key: string]: components["schemas"]["Hyperparameters"];
             };
+            /** @description Query heads that QK-clip scaled, by attention; one whose max_logits did not come is absent. */
             clipped_heads: {
                 [key: string]: number;
             };
+            /** @description The largest of the step's max_logits. */
+            max_logit?: number;
             digest: string;
             /** @description Whether the step survives the process. */
             durable: boolean;

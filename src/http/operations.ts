@@ -151,7 +151,7 @@ function runSummary(run: Run): Schemas['RunSummary'] {
 
 function runBody(run: Run): Schemas['Run'] {
   const { groups, ahead } = run.opened(true)
-  return { ...runSummary(run), ahead: [...ahead], groups: { ...groups } }
+  return { ...runSummary(run), ahead: [...ahead], attentions: [...run.attentions], groups: { ...groups } }
 }
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {

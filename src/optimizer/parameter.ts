@@ -177,7 +177,7 @@ function checkSplit(split: readonly number[], rows: number, fail: Fail): void {
   if (sum !== rows) throw fail(`has split ${show(split)}, which sums to ${sum}, expected its ${rows} rows`)
 }
 
-function isPositive(value: number): boolean {
+export function isPositive(value: number): boolean {
   return Number.isSafeInteger(value) && value > 0
 }
 

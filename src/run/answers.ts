@@ -5,8 +5,7 @@ import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import { chunksOf } from '../wire/chunks.js'
 import { encodeHeader } from '../wire/codec.js'
-import type { Update } from './place.js'
-import type { Run } from './run.js'
+import type { Run, ScaledUpdate } from './run.js'
 import type { Sender } from './sender.js'
 
 /** What a connection works with. */
@@ -66,7 +65,7 @@ export class Answers {
     }
   }
 
-  async #compute({ run, parameter, step, slot }: Gradient): Promise<Update | undefined> {
+  async #compute({ run, parameter, step, slot }: Gradient): Promise<ScaledUpdate | undefined> {
     const { stagingBlock, staging } = this.#means.device
     try {
       return await run.compute(parameter, step, { block: stagingBlock, offset: slot.offset, bytes: slot.bytes })
@@ -75,14 +74,15 @@ export class Answers {
     }
   }
 
-  async #send({ run, parameter, step }: Gradient, update: Update): Promise<void> {
+  async #send({ run, parameter, step }: Gradient, update: ScaledUpdate): Promise<void> {
     const startedAt = performance.now()
     const { device, config, metrics } = this.#means
     const { block, offset: start, bytes } = update.memory.range
     const payload = device.view(block).subarray(start, start + bytes)
-    const { scale, decay, replayed, gradient_norm, update_rms } = update
+    const { scale, decay, row_scale, replayed, gradient_norm, update_rms } = update
+    const keys = { scale, decay, row_scale, replayed, gradient_norm, update_rms }
     const sent = [...chunksOf(bytes, config.chunk_bytes)].map(async ({ offset, length }) => {
-      const first = offset === 0 ? { scale, decay, replayed, gradient_norm, update_rms } : {}
+      const first = offset === 0 ? keys : {}
       const header = encodeHeader({ type: 'update', parameter, step, offset, ...first }, length)
       const whole = await this.#sender.send({ header, payload: payload.subarray(offset, offset + length) })
       if (whole) metrics.sent_bytes_total.inc(length)

@@ -1,6 +1,6 @@
 import { createHash } from 'node:crypto'
 
-/** What one parameter adds to a step's digest: an applied one its numbers, a skipped one nothing but its place. */
+/** What an applied gradient adds to a step's digest. */
 export type DigestRecord = {
   gradient_scale: number
   gradientFingerprint: bigint
@@ -9,8 +9,11 @@ export type DigestRecord = {
   decay: number
 }
 
+/** What one parameter adds to a step's digest: a skipped one nothing but its place, unless QK-clip scales its rows (float32 bytes). */
+export type StepRecord = { applied?: DigestRecord; row_scale?: Uint8Array }
+
 const APPLIED = 1
-const RECORD_BYTES = 4 + 1 + 5 * 8
+const HAS_ROW_SCALE = 2
 
 /** The digest before the first step. */
 export const FIRST_DIGEST = createHash('sha256').update('muond digest 1').digest('hex')
@@ -19,26 +22,39 @@ export const FIRST_DIGEST = createHash('sha256').update('muond digest 1').digest
  * SHA-256 over the digest before, the step's number and one record per parameter in index order (docs/protocol.md, Digest).
  * It holds neither the run's name nor a time: equal inputs give equal digests.
  */
-export function nextDigest(previous: string, step: number, records: readonly (DigestRecord | undefined)[]): string {
+export function nextDigest(previous: string, step: number, records: Iterable<StepRecord>): string {
   const hash = createHash('sha256').update(previous, 'hex')
   const number = Buffer.alloc(8)
   number.writeBigUInt64LE(BigInt(step))
   hash.update(number)
-  records.forEach((record, index) => {
-    hash.update(encodeRecord(index, record))
-  })
+  let index = 0
+  for (const { applied, row_scale } of records) {
+    hash.update(encodePlace(index++, (applied ? APPLIED : 0) + (row_scale ? HAS_ROW_SCALE : 0)))
+    if (applied) hash.update(encodeApplied(applied))
+    if (row_scale) hash.update(encodeCount(row_scale.length / Float32Array.BYTES_PER_ELEMENT)).update(row_scale)
+  }
   return hash.digest('hex')
 }
 
-function encodeRecord(index: number, record: DigestRecord | undefined): Buffer {
-  const bytes = Buffer.alloc(record ? RECORD_BYTES : 5)
+function encodePlace(index: number, flags: number): Buffer {
+  const bytes = Buffer.alloc(5)
   bytes.writeUInt32LE(index)
-  if (!record) return bytes
-  bytes.writeUInt8(APPLIED, 4)
-  bytes.writeDoubleLE(record.gradient_scale, 5)
-  bytes.writeBigUInt64LE(record.gradientFingerprint, 13)
-  bytes.writeBigUInt64LE(record.updateFingerprint, 21)
-  bytes.writeDoubleLE(record.scale, 29)
-  bytes.writeDoubleLE(record.decay, 37)
+  bytes.writeUInt8(flags, 4)
+  return bytes
+}
+
+function encodeApplied(record: DigestRecord): Buffer {
+  const bytes = Buffer.alloc(5 * 8)
+  bytes.writeDoubleLE(record.gradient_scale, 0)
+  bytes.writeBigUInt64LE(record.gradientFingerprint, 8)
+  bytes.writeBigUInt64LE(record.updateFingerprint, 16)
+  bytes.writeDoubleLE(record.scale, 24)
+  bytes.writeDoubleLE(record.decay, 32)
+  return bytes
+}
+
+function encodeCount(count: number): Buffer {
+  const bytes = Buffer.alloc(4)
+  bytes.writeUInt32LE(count)
   return bytes
 }

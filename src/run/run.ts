@@ -3,12 +3,21 @@ import type { Grant } from '../device/admission.js'
 import type { Device, Ticket } from '../device/device.js'
 import type { HostRange } from '../device/job.js'
 import { ServiceError } from '../errors.js'
+import type { Attention } from '../optimizer/attention.js'
 import { effective } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
-import type { OpenedFrame, ReceiptFrame, StepSeconds } from '../wire/frame.js'
-import { type DigestRecord, FIRST_DIGEST, nextDigest } from './digest.js'
+import {
+  type Claims,
+  checkMaxLogits,
+  claimsByParameter,
+  clipSummary,
+  type MaxLogits,
+  rowScale,
+} from '../optimizer/qk-clip.js'
+import type { OpenedFrame, ReceiptFrame, StepFrame, StepSeconds } from '../wire/frame.js'
+import { type DigestRecord, FIRST_DIGEST, nextDigest, type StepRecord } from './digest.js'
 import { Place, type Update } from './place.js'
-import { type Groups, groupOf, Schedule, type StepValues } from './schedule.js'
+import { type Groups, groupOf, Schedule, type StepSettings } from './schedule.js'
 
 /** The connection that writes to a run, as the run sees it. */
 export type Writer = {
@@ -19,6 +28,10 @@ export type Writer = {
 }
 
 export type Receipt = ReceiptFrame
+
+/** An update with the factor of each row that QK-clip scales; undefined where none is. */
+export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined }
+
 type Seconds = { -readonly [Phase in keyof StepSeconds]: number }
 
 type PlaceRow = {
@@ -45,12 +58,16 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   /** The last finished step. */
   step = 0
   digest = FIRST_DIGEST
+  readonly attentions: readonly Attention[]
   schedule: Schedule
   writer: Writer | undefined
+  #claims: Claims
   #device: Device
   #places: Place[]
   #receipts: Receipt[] = []
   #receiptsKept: number
+  /** The places without a gradient in the last finished step. */
+  #skipped: Place[] = []
   #seconds = { ...NO_SECONDS }
   #ticket: Ticket = { cancelled: false }
   #inFlight = new Set<Promise<unknown>>()
@@ -61,6 +78,8 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     this.#device = device
     this.#receiptsKept = options.receipts_kept
     this.schedule = new Schedule(options.groups)
+    this.attentions = options.attentions
+    this.#claims = claimsByParameter(options.attentions)
     this.#places = options.parameters.map((parameter, i) => new Place(device, parameter, options.grant.units[i]))
     this.grant = options.grant
   }
@@ -119,12 +138,14 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
         step: appliedStep,
         algorithm: this.#algorithm(parameter),
       })),
+      attentions: this.attentions,
       groups: effectiveGroups(this.schedule.current.groups),
     }
   }
 
   /** Takes a `step` frame: for the step in progress its values, for the last finished one nothing that differs. */
-  setStep(step: number, values: StepValues): void {
+  setStep({ step, groups = {}, gradient_scale = 1, max_logits = {} }: StepFrame): void {
+    const values = { groups, gradient_scale, max_logits: checkMaxLogits(this.attentions, max_logits, step) }
     const next = this.step + 1
     if (step === next) return this.schedule.set(values, step)
     if (step === this.step && this.schedule.last) return this.schedule.confirm(this.schedule.last, values, step)
@@ -134,25 +155,38 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   /** Checks that a gradient of `parameter` for `step` would be applied or replayed; throws STEP_CONFLICT otherwise. */
   expect(index: number, step: number): void {
     const place = this.#place(index)
-    if (step === 0 || (step !== this.step + 1 && step !== place.appliedStep)) {
+    const replays = step === this.step && step === place.appliedStep
+    if (step === 0 || (step !== this.step + 1 && !replays)) {
       throw this.#conflict(`a gradient of '${place.parameter.name}' for step ${step}`, step, index)
     }
     if (step === this.step + 1) this.schedule.begin()
   }
 
   /** Computes and commits, or replays, one parameter's step. Undefined: the connection that sent it has lost the run. */
-  async compute(index: number, step: number, gradient: HostRange): Promise<Update | undefined> {
-    const work = this.#place(index).compute({
+  async compute(index: number, step: number, gradient: HostRange): Promise<ScaledUpdate | undefined> {
+    const place = this.#place(index)
+    const settings = this.#settings(step)
+    const work = place.compute({
       step,
       expected_step: this.step + 1,
-      settings: step === this.step && this.schedule.last ? this.schedule.last : this.schedule.current,
+      settings,
       gradient,
       ticket: this.#ticket,
       spend: (phase, seconds) => this.spend(phase, seconds),
     })
     const settled = work.catch(() => undefined).finally(() => this.#inFlight.delete(settled))
     this.#inFlight.add(settled)
-    return work
+    const update = await work
+    return update && { ...update, row_scale: this.#rowScale(place, settings.frame.max_logits) }
+  }
+
+  /** The row scales of parameters that the last finished step skipped: QK-clip does not wait for a gradient. One at a time. */
+  *skippedRowScales(): Generator<{ parameter: number; row_scale: Uint8Array }> {
+    const { max_logits } = this.#settings(this.step).frame
+    for (const place of this.#skipped) {
+      const row_scale = this.#rowScale(place, max_logits)
+      if (row_scale) yield { parameter: place.parameter.index, row_scale }
+    }
   }
 
   /** Adds to the time that the step in progress (or a replay of the last one) spends in a phase. */
@@ -217,19 +251,20 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   }
 
   #finish(step: number): Receipt {
+    const { max_logits } = this.schedule.current.frame
     const applied = this.#places.filter((place) => place.appliedStep === step)
-    const records = this.#places.map((place) => (place.appliedStep === step ? place.record : undefined))
+    this.#skipped = this.#places.filter((place) => place.appliedStep !== step)
+    this.digest = nextDigest(this.digest, step, this.#records(step, max_logits))
     this.step = step
-    this.digest = nextDigest(this.digest, step, records)
     const receipt: Receipt = {
       type: 'receipt',
       step,
       replayed: false,
       applied: applied.length,
-      skipped: this.#places.length - applied.length,
+      skipped: this.#skipped.length,
       gradient_norm: Math.sqrt(applied.reduce((sum, place) => sum + place.gradientSquare, 0)),
       groups: effectiveGroups(this.schedule.current.groups),
-      clipped_heads: {},
+      ...clipSummary(this.attentions, max_logits),
       digest: this.digest,
       durable: false,
       seconds: this.#seconds,
@@ -240,6 +275,23 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     if (this.#receipts.length > this.#receiptsKept) this.#receipts.shift()
     this.emit('receipt', receipt)
     return receipt
+  }
+
+  /** One at a time: the row scales of a large model are many bytes. */
+  *#records(step: number, max_logits: MaxLogits): Generator<StepRecord> {
+    for (const place of this.#places) {
+      const applied = place.appliedStep === step ? place.record : undefined
+      yield { applied, row_scale: this.#rowScale(place, max_logits) }
+    }
+  }
+
+  #rowScale({ parameter }: Place, max_logits: MaxLogits): Uint8Array | undefined {
+    return rowScale(parameter, this.#claims, max_logits)
+  }
+
+  /** What holds for the last finished step or the one in progress. */
+  #settings(step: number): StepSettings {
+    return step === this.step && this.schedule.last ? this.schedule.last : this.schedule.current
   }
 
   #algorithm(parameter: Parameter): string {
@@ -273,6 +325,7 @@ export type RunOptions = {
   name: string
   groups: Groups
   parameters: Parameter[]
+  attentions: readonly Attention[]
   grant: Grant
   receipts_kept: number
 }

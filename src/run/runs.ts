@@ -3,6 +3,7 @@ import type { Device } from '../device/device.js'
 import type { Demand } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithm.js'
+import { type Attention, attentionDifference, parseAttentions, rowScaleBytes } from '../optimizer/attention.js'
 import { parseGroup, stateBearing } from '../optimizer/hyperparameters.js'
 import { firstDifference, type Parameter, parseParameters, stateBytes } from '../optimizer/parameter.js'
 import type { OpenFrame } from '../wire/frame.js'
@@ -11,6 +12,9 @@ import { type Groups, groupOf } from './schedule.js'
 
 /** The run that an `open` gave, and whether it existed before. */
 export type Opened = { run: Run; resumed: boolean }
+
+/** What an `open` says of a new run, checked. */
+type Parsed = { name: string; groups: Groups; parameters: Parameter[]; attentions: readonly Attention[] }
 
 /** The table of runs: it creates, finds, hands over and deletes them, within the limits of the settings. */
 export class Runs {
@@ -89,14 +93,19 @@ export class Runs {
     const groups = parseGroups(frame.groups)
     const parameters = parseParameters(frame.parameters, groups)
     this.#checkFits(parameters)
-    const run = await this.#build(frame.run, groups, parameters)
+    const attentions = parseAttentions(frame.attentions ?? [], parameters)
+    const run = await this.#build({ name: frame.run, groups, parameters, attentions })
     this.#runs.set(run.name, run)
     await run.attach(writer)
     return run
   }
 
-  async #build(name: string, groups: Groups, parameters: Parameter[]): Promise<Run> {
-    const demands = demandsOf(parameters, groups)
+  async #build({ name, groups, parameters, attentions }: Parsed): Promise<Run> {
+    // A slow reader may leave the row scales with their update.
+    const scales = rowScaleBytes(attentions, parameters)
+    const demands = demandsOf(parameters, groups).map((demand, index) => {
+      return { ...demand, update_bytes: demand.update_bytes + (scales.get(index) ?? 0) }
+    })
     const grant = this.#device.admit(demands, `run '${name}'`)
     this.#creating += 1
     const loaded = this.#device.load(demands).finally(() => {
@@ -107,7 +116,7 @@ export class Runs {
       throw error
     })
     const { receipts_kept } = this.#config
-    return new Run(this.#device, { name, groups, parameters, grant, receipts_kept })
+    return new Run(this.#device, { name, groups, parameters, attentions, grant, receipts_kept })
   }
 
   #checkFits(parameters: readonly Parameter[]): void {
@@ -150,8 +159,6 @@ export class Runs {
 function refuseUnsupported(frame: OpenFrame): void {
   if (frame.protocol !== 1)
     throw new ServiceError('PROTOCOL_UNSUPPORTED', `protocol ${frame.protocol} is not spoken here, expected 1`)
-  if (frame.attentions?.length)
-    throw new ServiceError('PARAMETER_INVALID', 'attentions (QK-clip) are not supported yet')
   if (frame.checkpoint !== undefined) throw new ServiceError('PARAMETER_INVALID', 'checkpoints are not supported yet')
 }
 
@@ -174,6 +181,10 @@ function checkSame(run: Run, frame: OpenFrame): Groups | undefined {
   }
   if (frame.parameters) {
     const difference = firstDifference(run.parameters, parseParameters(frame.parameters, groups ?? existing))
+    if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
+  }
+  if (frame.attentions) {
+    const difference = attentionDifference(run.attentions, parseAttentions(frame.attentions, run.parameters))
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
   }
   return groups

@@ -3,11 +3,16 @@ import { isDeepStrictEqual } from 'node:util'
 import { ServiceError } from '../errors.js'
 import { type Group, updateGroup } from '../optimizer/hyperparameters.js'
 import type { Parameter } from '../optimizer/parameter.js'
+import type { MaxLogits } from '../optimizer/qk-clip.js'
 
 export type Groups = ReadonlyMap<string, Group>
 
 /** What a `step` frame says, with its defaults filled in: two that mean the same compare equal. */
-export type StepValues = { groups: Record<string, Record<string, unknown>>; gradient_scale: number }
+export type StepValues = {
+  groups: Record<string, Record<string, unknown>>
+  gradient_scale: number
+  max_logits: MaxLogits
+}
 
 /** A step's hyperparameters: `frame` is what the client sent for it, `groups` what holds. */
 export type StepSettings = { frame: StepValues; groups: Groups; gradient_scale: number }
@@ -18,7 +23,7 @@ export function groupOf(parameter: Parameter, groups: Groups): Group {
   return group
 }
 
-const NOTHING_SAID: StepValues = { groups: {}, gradient_scale: 1 }
+const NOTHING_SAID: StepValues = { groups: {}, gradient_scale: 1, max_logits: new Map() }
 
 /**
  * The hyperparameters of a run, step by step. They are sticky: what a `step` frame sets holds from that step on.

@@ -4,7 +4,7 @@ import type { RawData, WebSocket } from 'ws'
 import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { decodeClientFrame, encodeFrame, type GradientHead } from '../wire/codec.js'
-import type { ClientFrame, EndFrame, OpenFrame, StepFrame } from '../wire/frame.js'
+import type { ClientFrame, EndFrame, OpenFrame, ReceiptFrame, StepFrame } from '../wire/frame.js'
 import { Answers, type Means } from './answers.js'
 import { type GradientSink, InPlaceWebSocket } from './receiver.js'
 import { Reception } from './reception.js'
@@ -183,12 +183,9 @@ export class Stream implements Writer, GradientSink {
     })
   }
 
-  #step(run: Run, { step, groups = {}, gradient_scale = 1, max_logits }: StepFrame): undefined {
-    this.#refusedStep = step
-    const unknown = Object.keys(max_logits ?? {})[0]
-    if (unknown !== undefined)
-      throw new ServiceError('MAX_LOGITS_INVALID', `run '${run.name}' has no attention '${unknown}'`, { step })
-    run.setStep(step, { groups, gradient_scale })
+  #step(run: Run, frame: StepFrame): undefined {
+    this.#refusedStep = frame.step
+    run.setStep(frame)
     this.#refusedStep = undefined
   }
 
@@ -209,14 +206,25 @@ export class Stream implements Writer, GradientSink {
     if (this.#leaving) return
     this.#checkNotRefused(step)
     const receipt = run.end(step, skipped)
-    if (!receipt.replayed) this.#measure(receipt.seconds)
+    if (!receipt.replayed) this.#measure(receipt)
+    await this.#sendSkipped(run, receipt)
     await this.#sender.send({ header: encodeFrame(receipt) })
     if (this.#draining) this.#leave(1012, 'the service shuts down')
   }
 
-  #measure(seconds: Readonly<Record<'receive' | 'queue' | 'compute' | 'send', number>>): void {
+  /** Each waits for the one before to leave: a step may clip every parameter of a model without one gradient. */
+  async #sendSkipped(run: Run, { step, replayed }: ReceiptFrame): Promise<void> {
+    for (const { parameter, row_scale } of run.skippedRowScales()) {
+      const keys = { parameter, step, offset: 0, scale: 0, decay: 0, row_scale, replayed }
+      await this.#sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
+    }
+  }
+
+  #measure({ seconds, clipped_heads, max_logit }: ReceiptFrame): void {
     const { metrics } = this.#context
     metrics.steps_total.inc()
+    for (const count of Object.values(clipped_heads)) metrics.clipped_heads_total.inc(count)
+    if (max_logit !== undefined) metrics.max_logit.observe(max_logit)
     for (const phase of ['receive', 'queue', 'compute', 'send'] as const) {
       metrics.step_phase_seconds.observe({ phase }, seconds[phase])
     }

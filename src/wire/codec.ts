@@ -9,6 +9,7 @@ import {
   PROTOCOL,
   SERVER_FRAMES,
   type ServerFrame,
+  STEP_BYTES,
   type UpdateFrame,
 } from './frame.js'
 import { type Cursor, cursorOf, malformed, nextToken, scan, takeBytes } from './msgpack.js'
@@ -33,7 +34,7 @@ export function decodeClientFrame(bytes: Uint8Array, limits: { chunk_bytes: numb
   } else {
     const dataBytes = type === 'gradient' ? binLength(cursor, entries.get('data')) : 0
     checkLength('gradient.data', dataBytes, limits.chunk_bytes)
-    checkLength(`${type} without its data`, bytes.length - dataBytes, OTHER_KEYS_BYTES)
+    checkLength(`${type} without its data`, bytes.length - dataBytes, type === 'step' ? STEP_BYTES : OTHER_KEYS_BYTES)
   }
   // The schema of this type has held every key and value, and the compiler holds the schema to the type.
   return readMessage(bytes, schema, type) as ClientFrame

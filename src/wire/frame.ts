@@ -7,6 +7,9 @@ export const PROTOCOL = 1
 /** Bytes of everything but `data` in one frame. */
 export const OTHER_KEYS_BYTES = 64 * 1024
 
+/** Bytes of a `step`: one number of nine bytes for each query head, of which DeepSeek-V3 has 7808. */
+export const STEP_BYTES = 1024 * 1024
+
 /** Bytes of an `open`, whose lists grow with the model. */
 export const OPEN_BYTES = 16 * 1024 * 1024
 
@@ -36,6 +39,30 @@ export type ParameterDeclaration = Layout & {
   readonly update_dtype?: string
 }
 
+/** Rows of a parameter from `first_row` on, head after head (default 0). `parameter` is an index. */
+export type RowsDeclaration = { readonly parameter: number; readonly first_row?: number }
+
+/** An attention of `open`, for QK-clip. Rows of a head: `head_dim`, or with rule `mla` the other three. */
+export type AttentionDeclaration = {
+  readonly name: string
+  readonly threshold?: number
+  readonly rule?: string
+  readonly query_heads: number
+  readonly key_value_heads?: number
+  readonly head_dim?: number
+  readonly nope_dim?: number
+  readonly rope_dim?: number
+  readonly value_dim?: number
+  readonly query: RowsDeclaration
+  readonly key: RowsDeclaration
+  readonly query_bias?: RowsDeclaration
+  readonly key_bias?: RowsDeclaration
+}
+
+/** An attention as `opened` lists it, with every default filled in. */
+export type AttentionDescription = AttentionDeclaration &
+  Required<Pick<AttentionDeclaration, 'threshold' | 'rule' | 'key_value_heads'>>
+
 /** A parameter as `opened` lists it; `step` is the last step applied to it. */
 export type ParameterDescription = Layout & {
   readonly index: number
@@ -55,7 +82,7 @@ export type OpenFrame = {
   readonly mode?: Mode
   readonly groups?: readonly GroupDeclaration[]
   readonly parameters?: readonly ParameterDeclaration[]
-  readonly attentions?: readonly unknown[]
+  readonly attentions?: readonly AttentionDeclaration[]
   readonly takeover?: boolean
   readonly checkpoint?: string
   readonly client?: string
@@ -93,6 +120,7 @@ export type OpenedFrame = {
   readonly digest: string
   readonly ahead: readonly number[]
   readonly parameters: readonly ParameterDescription[]
+  readonly attentions: readonly AttentionDescription[]
   readonly groups: Readonly<Record<string, Hyperparameters>>
   readonly limits: { readonly chunk_bytes: number; readonly [limit: string]: unknown }
   readonly server: {
@@ -135,6 +163,8 @@ export type ReceiptFrame = {
   readonly gradient_norm: number
   readonly groups: Readonly<Record<string, Hyperparameters>>
   readonly clipped_heads: Readonly<Record<string, number>>
+  /** The largest of the step's max_logits. */
+  readonly max_logit?: number
   readonly digest: string
   readonly durable: boolean
   readonly seconds: StepSeconds
@@ -201,7 +231,18 @@ const parameter = map<ParameterDeclaration>(
   { gradient_dtype: string, update_dtype: string, ...layout },
 )
 
-/** Every frame a client may send, with all its keys. An integer of a shape or layout may be negative here: its value is judged with the layout. */
+const rows = map<RowsDeclaration>({ parameter: uint }, { first_row: int })
+const tensors = { query: rows, key: rows } as const
+const biases = { query_bias: rows, key_bias: rows } as const
+const dims = { head_dim: int, nope_dim: int, rope_dim: int, value_dim: int } as const
+const defaulted = { threshold: float, rule: string, key_value_heads: int } as const
+
+const attention = map<AttentionDeclaration>(
+  { name: string, query_heads: int, ...tensors },
+  { ...defaulted, ...dims, ...biases },
+)
+
+/** Every frame a client may send, with all its keys. An integer of a shape, layout or attention may be negative here: its value is judged with the layout. */
 export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
   open: map<OpenFrame>(
     { type: string, protocol: uint, run: { is: 'name', pattern: RUN_NAME } },
@@ -209,7 +250,7 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
       mode: { is: 'name', pattern: /^(create|resume|create_or_resume)$/ },
       groups: list(group),
       parameters: list(parameter),
-      attentions: list(anything),
+      attentions: list(attention),
       takeover: bool,
       checkpoint: string,
       client: string,
@@ -238,6 +279,11 @@ const description = openMap<ParameterDescription>(
   layout,
 )
 
+const attentionDescription = openMap<AttentionDescription>(
+  { name: string, query_heads: int, ...tensors, ...defaulted },
+  { ...dims, ...biases },
+)
+
 /** Every frame the service may send. */
 export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
   opened: openMap<OpenedFrame>(
@@ -250,6 +296,7 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       digest: string,
       ahead: list(uint),
       parameters: list(description),
+      attentions: list(attentionDescription),
       groups: dictionary(dictionary(anything)),
       limits: openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {}),
       server: openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {}),
@@ -282,7 +329,7 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       durable: bool,
       seconds: openMap<StepSeconds>({ receive: float, queue: float, compute: float, send: float }, {}),
     },
-    {},
+    { max_logit: float },
   ),
   checkpointed: openMap<CheckpointedFrame>(
     { type: string, checkpoint: string, step: uint, digest: string, bytes: uint },

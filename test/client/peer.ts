@@ -62,6 +62,7 @@ export function opened(step = 0, change: Partial<OpenedFrame['parameters'][numbe
     digest: `digest of ${step}`,
     ahead: [],
     parameters: [{ ...parameter, ...change }],
+    attentions: [],
     groups: {},
     limits: { chunk_bytes: 1024 },
     server: { name: 'peer', version: '0', device: 'none' },

@@ -231,7 +231,8 @@ const FRESH: Case[] = [
     'HYPERPARAMETER_INVALID',
   ],
   ['an unknown coefficient set', group('muon', { ns_coefficients: 'toString' }), 'HYPERPARAMETER_INVALID'],
-  ['attentions', open({ attentions: [{}] }), 'PARAMETER_INVALID'],
+  ['an attention without a name', [opening(['attentions', array(raw(['query_heads', 1]))])], 'FRAME_MALFORMED', 1002],
+  ['text as an attention', [opening(['attentions', array('mha')])], 'FRAME_MALFORMED', 1002],
   ['a checkpoint to go back to', healthy({ mode: 'resume', checkpoint: 'c1' }), 'PARAMETER_INVALID'],
 ]
 
@@ -272,7 +273,7 @@ const OPENED: Case[] = [
   ['a chunk beyond the limit', [whole(0, bytes(65_537))], 'FRAME_TOO_LARGE', 1009],
   [
     'a step frame beyond the limit',
-    [step({ max_logits: { a: new Array(10_000).fill(0.5) } })],
+    [step({ max_logits: { a: new Array(120_000).fill(0.5) } })],
     'FRAME_TOO_LARGE',
     1009,
   ],

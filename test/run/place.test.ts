@@ -23,7 +23,8 @@ async function startDevice() {
 function stepOf(device: Device, step: number) {
   const slot = device.staging.tryReserve(256)!
   device.view(device.stagingBlock).set(new Uint8Array(normal(1, 64).buffer), slot.offset)
-  const settings = { frame: { groups: {}, gradient_scale: 1 }, groups: GROUPS, gradient_scale: 1 }
+  const frame = { groups: {}, gradient_scale: 1, max_logits: new Map() }
+  const settings = { frame, groups: GROUPS, gradient_scale: 1 }
   const gradient = { block: device.stagingBlock, offset: slot.offset, bytes: 256 }
   return { step, expected_step: step, settings, gradient, ticket: { cancelled: false }, spend: () => {} }
 }

@@ -8,7 +8,8 @@ const groupsOf = (lr: number) =>
     ['b', parseGroup({ name: 'b', algorithm: 'adamw' })],
   ])
 const lrOf = (schedule: Schedule) => schedule.current.groups.get('a')!.hyperparameters.lr
-const say = (lr: number, gradient_scale = 1) => ({ groups: { a: { lr } }, gradient_scale })
+const NONE = new Map()
+const say = (lr: number, gradient_scale = 1) => ({ groups: { a: { lr } }, gradient_scale, max_logits: NONE })
 
 t.test('what a step frame sets holds from that step on, its gradient_scale for that step only', async (t) => {
   const schedule = new Schedule(groupsOf(1))
@@ -18,7 +19,7 @@ t.test('what a step frame sets holds from that step on, its gradient_scale for t
   t.equal(schedule.last?.gradient_scale, 0.5)
   t.equal(schedule.current.gradient_scale, 1)
   t.equal(lrOf(schedule), 2)
-  schedule.set({ groups: { b: { lr: 3 } }, gradient_scale: 1 }, 2)
+  schedule.set({ groups: { b: { lr: 3 } }, gradient_scale: 1, max_logits: NONE }, 2)
   t.equal(lrOf(schedule), 2)
 })
 
@@ -33,7 +34,7 @@ t.test('a step frame said again must be identical; one after the first gradient 
   schedule.set(say(2), 1)
   schedule.finish()
   schedule.begin()
-  schedule.set({ groups: {}, gradient_scale: 1 }, 2)
+  schedule.set({ groups: {}, gradient_scale: 1, max_logits: NONE }, 2)
   t.throws(() => schedule.set(say(5), 2), { code: 'STEP_CONFLICT' })
   t.equal(lrOf(schedule), 2)
 })
@@ -41,14 +42,26 @@ t.test('a step frame said again must be identical; one after the first gradient 
 t.test('a refused step frame changes nothing, and another one may follow', async (t) => {
   const schedule = new Schedule(groupsOf(1))
   const refused: StepValues[] = [
-    { groups: { a: { lr: 2 }, c: {} }, gradient_scale: 1 },
-    { groups: { a: { lr: 2 }, b: { lr: -1 } }, gradient_scale: 1 },
-    { groups: { a: { lr: 2 } }, gradient_scale: Infinity },
+    { groups: { a: { lr: 2 }, c: {} }, gradient_scale: 1, max_logits: NONE },
+    { groups: { a: { lr: 2 }, b: { lr: -1 } }, gradient_scale: 1, max_logits: NONE },
+    { groups: { a: { lr: 2 } }, gradient_scale: Infinity, max_logits: NONE },
   ]
   for (const values of refused) t.throws(() => schedule.set(values, 1), { code: 'HYPERPARAMETER_INVALID' })
   t.equal(lrOf(schedule), 1)
   schedule.set(say(4), 1)
   t.equal(lrOf(schedule), 4)
+})
+
+t.test('max_logits hold for one step only, and belong to what must be said again alike', async (t) => {
+  const schedule = new Schedule(groupsOf(1))
+  const values = (logits: number[]) => ({ ...say(2), max_logits: new Map([['h', logits]]) })
+  schedule.set(values([1, 200]), 1)
+  schedule.set(values([1, 200]), 1)
+  t.throws(() => schedule.set(values([1, 201]), 1), { code: 'STEP_CONFLICT' })
+  t.throws(() => schedule.set(say(2), 1), { code: 'STEP_CONFLICT' })
+  schedule.finish()
+  t.same(schedule.last?.frame.max_logits, values([1, 200]).max_logits)
+  t.same(schedule.current.frame.max_logits, new Map())
 })
 
 t.test('what was forgotten was never said', async (t) => {

@@ -47,6 +47,13 @@ const hyperparameters = fc.dictionary(
 )
 const maybe = <T>(arbitrary: fc.Arbitrary<T>) => fc.option(arbitrary, { nil: undefined })
 
+const rows = fc.record({ parameter: count, first_row: maybe(fc.integer()) })
+const attention = fc.record({
+  ...{ name, query_heads: fc.integer(), query: rows, key: rows, threshold: maybe(number), rule: maybe(name) },
+  ...{ key_value_heads: maybe(fc.integer()), head_dim: maybe(fc.integer()), nope_dim: maybe(fc.integer()) },
+  ...{ rope_dim: maybe(fc.integer()), value_dim: maybe(fc.integer()), query_bias: maybe(rows), key_bias: maybe(rows) },
+})
+
 const open = fc.record({
   type: fc.constant('open' as const),
   protocol: fc.constant(1),
@@ -73,7 +80,7 @@ const open = fc.record({
       { maxLength: 4 },
     ),
   ),
-  attentions: maybe(fc.constant([])),
+  attentions: maybe(fc.array(attention, { maxLength: 3 })),
   takeover: maybe(fc.boolean()),
   checkpoint: maybe(name),
   client: maybe(name),
@@ -260,6 +267,21 @@ const server: ServerFrame[] = [
         heads: 2,
       },
     ],
+    attentions: [
+      {
+        name: 'a',
+        threshold: 100,
+        rule: 'mla',
+        query_heads: 4,
+        key_value_heads: 4,
+        nope_dim: 8,
+        rope_dim: 4,
+        value_dim: 8,
+        query: { parameter: 0, first_row: 0 },
+        key: { parameter: 1, first_row: 96 },
+        key_bias: { parameter: 2, first_row: 0 },
+      },
+    ],
     groups: { g: { lr: 0.1, nesterov: false } },
     limits: { chunk_bytes: 4096, other: 1 },
     server: { name: 'muond', version: '0.1.0', device: 'cpu', threads: 2 },
@@ -284,7 +306,8 @@ const server: ServerFrame[] = [
     skipped: 0,
     gradient_norm: 1.5,
     groups: { g: { lr: 0.1 } },
-    clipped_heads: {},
+    clipped_heads: { a: 2 },
+    max_logit: 250.5,
     digest: 'cd',
     durable: false,
     seconds: { receive: 0.1, queue: 0, compute: 0.2, send: 0.1 },

@@ -31,6 +31,7 @@ export const EXAMPLE: { heading: string; frame: ClientFrame | ServerFrame }[] = 
       digest: FIRST_DIGEST.toString('hex'),
       ahead: [],
       parameters: [{ index: 0, name: 'w', shape: [2, 2], group: 'all', ...DTYPES, step: 0, algorithm: 'sgd' }],
+      attentions: [],
       groups: GROUPS,
       limits: { chunk_bytes: 4_194_304 },
       server: { name: 'muond', version: '0.1.0', device: 'cpu' },

@@ -1,0 +1,133 @@
+import { ServiceError } from '../errors.js'
+import { type Attention, type Claim, claimsOf, headsOf, rowsOf, type Side, sideOf } from './attention.js'
+import { show } from './hyperparameters.js'
+import type { Parameter } from './parameter.js'
+
+/** For each attention by its name, the largest softmax input of each query head in this step's batch. */
+export type MaxLogits = ReadonlyMap<string, readonly number[]>
+
+/** Of a head: its own γ, and the smallest in its group (of the heads with the same key). */
+type Factor = (own: number, group: number) => number
+
+/** `rows` consecutive rows of a head have one factor. */
+type Part = { readonly rows: number; readonly factor: Factor }
+
+const untouched: Factor = () => 1
+const own: Factor = (gamma) => gamma
+const ownRoot: Factor = (gamma) => Math.sqrt(gamma)
+const groupRoot: Factor = (_, group) => Math.sqrt(group)
+
+/**
+ * QK-clip (Kimi K2, arXiv 2507.20534, Algorithm 1): which factor scales the query and the key of a head. Their product is γ
+ * for mha and gqa, so that a head whose largest logit was S > τ is left with τ. `gqa` leaves the shared key alone, which is
+ * exact; `gqa_group_min` is what Megatron-LM does.
+ */
+const FACTORS: Readonly<Record<Exclude<Attention['rule'], 'mla'>, Readonly<Record<Side, Factor>>>> = {
+  mha: { query: ownRoot, key: groupRoot },
+  gqa: { query: own, key: untouched },
+  gqa_group_min: { query: groupRoot, key: groupRoot },
+  gqa_min_key: { query: ownRoot, key: groupRoot },
+}
+
+// A factor of 0 would leave rows that no later step can bring back.
+const LEAST_FACTOR = 2 ** -126
+
+/** Every parameter's rows that the attentions can scale, by the parameter's index. */
+export type Claims = ReadonlyMap<number, readonly Claim[]>
+
+export function claimsByParameter(attentions: readonly Attention[]): Claims {
+  const claims = new Map<number, Claim[]>()
+  for (const claim of attentions.flatMap(claimsOf)) {
+    const others = claims.get(claim.parameter)
+    if (others) others.push(claim)
+    else claims.set(claim.parameter, [claim])
+  }
+  return claims
+}
+
+/**
+ * One factor for each row of the parameter, to be multiplied into the weights after this step's update, as float32 bytes;
+ * undefined where all are 1. What is sent again is computed again.
+ */
+export function rowScale(parameter: Parameter, claims: Claims, logits: MaxLogits): Uint8Array | undefined {
+  const clipped = (claims.get(parameter.index) ?? []).filter(({ attention }) => clippedHeads(attention, logits) > 0)
+  if (clipped.length === 0) return undefined
+  const scale = new Float32Array(rowsOf(parameter)).fill(1)
+  for (const claim of clipped) fill(scale, claim, gammasOf(claim.attention, logits))
+  return scale.every((factor) => factor === 1) ? undefined : new Uint8Array(scale.buffer)
+}
+
+/** What a receipt says: for each attention whose max_logits came the heads with γ < 1, and the largest of all logits. */
+export function clipSummary(attentions: readonly Attention[], logits: MaxLogits) {
+  const told = attentions.filter(({ name }) => logits.has(name))
+  const heads = told.map((attention) => [attention.name, clippedHeads(attention, logits)] as const)
+  const largest = told.flatMap(({ name }) => logits.get(name) ?? []).reduce((a, b) => Math.max(a, b), -Infinity)
+  return { clipped_heads: Object.fromEntries(heads), ...(Number.isFinite(largest) && { max_logit: largest }) }
+}
+
+/**
+ * Takes a step frame's max_logits. What is not above the threshold, -Infinity too, clips nothing.
+ * Throws MAX_LOGITS_INVALID: an unknown attention, a wrong count, NaN, or more than a float32 holds.
+ */
+export function checkMaxLogits(
+  attentions: readonly Attention[],
+  given: Readonly<Record<string, readonly number[]>>,
+  step: number,
+): MaxLogits {
+  const logits = new Map(Object.entries(given))
+  if (logits.size === 0) return logits
+  const known = new Map(attentions.map((attention) => [attention.name, attention]))
+  for (const [name, values] of logits) {
+    const reason = whyNot(known.get(name), values)
+    if (reason)
+      throw new ServiceError('MAX_LOGITS_INVALID', `max_logits of attention ${show(name)}: ${reason}`, { step })
+  }
+  return logits
+}
+
+function whyNot(attention: Attention | undefined, values: readonly number[]): string | undefined {
+  if (attention === undefined) return 'the run has no attention of this name'
+  const { query_heads } = attention
+  if (values.length !== query_heads) return `${values.length} numbers, expected ${query_heads}, one for each query head`
+  const head = values.findIndex((value) => !(Math.fround(value) < Infinity))
+  return head < 0 ? undefined : `${values[head]} for query head ${head}, expected a float32 number or -Infinity`
+}
+
+function clippedHeads({ name, threshold }: Attention, logits: MaxLogits): number {
+  return (logits.get(name) ?? []).filter((largest) => largest > threshold).length
+}
+
+/** γ of each query head and the smallest γ of each key head's query heads. */
+type Gammas = { readonly own: readonly number[]; readonly group: readonly number[] }
+
+function gammasOf({ name, threshold, query_heads, key_value_heads }: Attention, logits: MaxLogits): Gammas {
+  const own = (logits.get(name) ?? []).map((largest) => (largest > threshold ? threshold / largest : 1))
+  const size = query_heads / key_value_heads
+  const group = Array.from({ length: key_value_heads }, (_, head) =>
+    own.slice(head * size, (head + 1) * size).reduce((least, gamma) => Math.min(least, gamma)),
+  )
+  return { own, group }
+}
+
+function fill(scale: Float32Array, claim: Claim, { own, group }: Gammas): void {
+  const { attention, first_row } = claim
+  const side = sideOf(claim)
+  const parts = partsOf(attention, side)
+  const heads = headsOf(attention, side)
+  let row = first_row
+  for (let head = 0; head < heads; head++) {
+    const least = group[Math.floor((head * group.length) / heads)]
+    for (const { rows, factor } of parts) {
+      const value = factor(side === 'query' ? own[head] : least, least)
+      scale.fill(Math.max(value, LEAST_FACTOR), row, row + rows)
+      row += rows
+    }
+  }
+}
+
+function partsOf(attention: Attention, side: Side): readonly Part[] {
+  if (attention.rule !== 'mla') return [{ rows: attention.head_dim, factor: FACTORS[attention.rule][side] }]
+  const { nope_dim, rope_dim, value_dim } = attention
+  const rest = side === 'query' ? { rows: rope_dim, factor: own } : { rows: value_dim, factor: untouched }
+  return [{ rows: nope_dim, factor: ownRoot }, rest]
+}
