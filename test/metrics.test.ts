@@ -65,6 +65,8 @@ t.test('counters and phases are counted by their labels', async (t) => {
   metrics.received_bytes_total.inc(10)
   metrics.sent_bytes_total.inc(20)
   metrics.in_place_connections_total.inc()
+  metrics.clipped_heads_total.inc(3)
+  for (const largest of [-2, 100, 250]) metrics.max_logit.observe(largest)
   metrics.refused_gradients_total.inc({ code: 'SHAPE_MISMATCH' })
   metrics.errors_total.inc({ code: 'RUN_BUSY' })
   for (const phase of PHASES) metrics.step_phase_seconds.observe({ phase }, 0.02)
@@ -74,6 +76,9 @@ t.test('counters and phases are counted by their labels', async (t) => {
     'muond_received_bytes_total 10',
     'muond_sent_bytes_total 20',
     'muond_in_place_connections_total 1',
+    'muond_clipped_heads_total 3',
+    'muond_max_logit_bucket{le="100"} 2',
+    'muond_max_logit_count 3',
     'muond_refused_gradients_total{code="SHAPE_MISMATCH"} 1',
     'muond_errors_total{code="RUN_BUSY"} 1',
     ...PHASES.map((phase) => `muond_step_phase_seconds_count{phase="${phase}"} 1`),

@@ -45,6 +45,7 @@ export type ReceivedUpdate = {
   replayed: boolean
   gradient_norm: number
   update_rms: number
+  row_scale?: Buffer
   data: Buffer
 }
 
@@ -147,9 +148,13 @@ export class RawClient {
       replayed = false,
       gradient_norm = 0,
       update_rms = 0,
+      row_scale,
     } = frame
     if (offset === 0)
-      this.updates.set(parameter, { scale, decay, replayed, gradient_norm, update_rms, data: Buffer.from(data) })
+      this.updates.set(parameter, {
+        ...{ scale, decay, replayed, gradient_norm, update_rms, data: Buffer.from(data) },
+        ...(row_scale && { row_scale: Buffer.from(row_scale) }),
+      })
     else this.updates.get(parameter)!.data = Buffer.concat([this.updates.get(parameter)!.data, data])
   }
 }

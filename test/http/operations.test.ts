@@ -114,7 +114,8 @@ t.test('a run is described, and its step and digest are those of its receipts', 
   const stepped = await get<Schemas['Run']>(`${url}/v1/runs/a`)
   t.match(stepped, { step: 1, digest: receipt.digest, state_bytes: 4 * (6 + 3 + 3 + 4) })
   t.ok(Date.now() - Date.parse(stepped.created_at) < 60_000)
-  const { ahead, groups, ...summary } = stepped
+  const { ahead, attentions, groups, ...summary } = stepped
+  t.same(attentions, [])
   t.same(await get(`${url}/v1/runs`), { runs: [summary] })
   trainer.socket.close()
 })

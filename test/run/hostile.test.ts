@@ -77,6 +77,18 @@ const u16 = (...values: number[]) => bytesOf(Uint16Array.from(values))
 const half = bytesOf(MATRIX).subarray(0, 256)
 const list32 = (count: number) => Buffer.concat([hex('dd'), uint32(count), Buffer.alloc(count)])
 
+const PAIR = {
+  parameters: [
+    { name: 'q', shape: [8, 16], group: 'muon' },
+    { name: 'k', shape: [8, 16], group: 'muon' },
+    { name: 'b', shape: [4], group: 'adamw' },
+  ],
+}
+const ATTENTION = { name: 'a', query_heads: 2, head_dim: 4, query: { parameter: 0 }, key: { parameter: 1 } }
+const attention = (what: string, keys: object): Case[] => [
+  [what, open({ ...PAIR, attentions: [{ ...ATTENTION, ...keys }] }), 'PARAMETER_INVALID'],
+]
+
 /** On a connection that has opened nothing. */
 const FRESH: Case[] = [
   ['a gradient before open', [whole(0, bytes(4))], 'FRAME_UNEXPECTED', 1002],
@@ -232,6 +244,18 @@ const FRESH: Case[] = [
   ],
   ['an unknown coefficient set', group('muon', { ns_coefficients: 'toString' }), 'HYPERPARAMETER_INVALID'],
   ['an attention without a name', [opening(['attentions', array(raw(['query_heads', 1]))])], 'FRAME_MALFORMED', 1002],
+  ...attention('query rows beyond the parameter', { query: { parameter: 0, first_row: 1 } }),
+  ...attention('a negative row', { key: { parameter: 1, first_row: -8 } }),
+  ...attention('query and key in the same rows', { key: { parameter: 0 } }),
+  ...attention('an unknown parameter', { key: { parameter: 99 } }),
+  ...attention('a billion heads of one row', { query_heads: 1e9, head_dim: 1 }),
+  ...attention('more heads than a safe integer', { query_heads: 2 ** 53 - 1, head_dim: 2 ** 53 - 1 }),
+  ...attention('no heads', { query_heads: 0 }),
+  ...attention('NaN as threshold', { threshold: Number.NaN }),
+  ...attention('an unknown rule', { rule: 'constructor' }),
+  ...attention('a bias with too few rows', { query_bias: { parameter: 2 } }),
+  ['two attentions of one name', open({ ...PAIR, attentions: [ATTENTION, ATTENTION] }), 'PARAMETER_INVALID'],
+  ['a float as heads', [opening(['attentions', array(raw(['query_heads', FLOAT_ONE]))])], 'FRAME_MALFORMED', 1002],
   ['text as an attention', [opening(['attentions', array('mha')])], 'FRAME_MALFORMED', 1002],
   ['a checkpoint to go back to', healthy({ mode: 'resume', checkpoint: 'c1' }), 'PARAMETER_INVALID'],
 ]
