@@ -50,19 +50,24 @@ export function claimsByParameter(attentions: readonly Attention[]): Claims {
  * undefined where all are 1. What is sent again is computed again.
  */
 export function rowScale(parameter: Parameter, claims: Claims, logits: MaxLogits): Uint8Array | undefined {
-  const clipped = (claims.get(parameter.index) ?? []).filter(({ attention }) => clippedHeads(attention, logits) > 0)
-  if (clipped.length === 0) return undefined
-  const scale = new Float32Array(rowsOf(parameter)).fill(1)
-  for (const claim of clipped) fill(scale, claim, gammasOf(claim.attention, logits))
-  return scale.every((factor) => factor === 1) ? undefined : new Uint8Array(scale.buffer)
+  let scale: Float32Array<ArrayBuffer> | undefined
+  for (const claim of claims.get(parameter.index) ?? []) {
+    const largest = logits.get(claim.attention.name) ?? []
+    if (clippedHeads(claim.attention, largest) === 0) continue
+    scale ??= new Float32Array(rowsOf(parameter)).fill(1)
+    fill(scale, claim, gammasOf(claim.attention, largest))
+  }
+  return scale?.some((factor) => factor !== 1) ? new Uint8Array(scale.buffer) : undefined
 }
 
 /** What a receipt says: for each attention whose max_logits came the heads with γ < 1, and the largest of all logits. */
 export function clipSummary(attentions: readonly Attention[], logits: MaxLogits) {
-  const told = attentions.filter(({ name }) => logits.has(name))
-  const heads = told.map((attention) => [attention.name, clippedHeads(attention, logits)] as const)
-  const largest = told.flatMap(({ name }) => logits.get(name) ?? []).reduce((a, b) => Math.max(a, b), -Infinity)
-  return { clipped_heads: Object.fromEntries(heads), ...(Number.isFinite(largest) && { max_logit: largest }) }
+  const clipped_heads = attentions.flatMap((attention) => {
+    const largest = logits.get(attention.name)
+    return largest ? [[attention.name, clippedHeads(attention, largest)] as const] : []
+  })
+  const max_logit = [...logits.values()].flat().reduce((most, logit) => Math.max(most, logit), -Infinity)
+  return { clipped_heads: Object.fromEntries(clipped_heads), ...(Number.isFinite(max_logit) && { max_logit }) }
 }
 
 /**
@@ -93,15 +98,16 @@ function whyNot(attention: Attention | undefined, values: readonly number[]): st
   return head < 0 ? undefined : `${values[head]} for query head ${head}, expected a float32 number or -Infinity`
 }
 
-function clippedHeads({ name, threshold }: Attention, logits: MaxLogits): number {
-  return (logits.get(name) ?? []).filter((largest) => largest > threshold).length
+function clippedHeads({ threshold }: Attention, largest: readonly number[]): number {
+  return largest.filter((logit) => logit > threshold).length
 }
 
 /** γ of each query head and the smallest γ of each key head's query heads. */
 type Gammas = { readonly own: readonly number[]; readonly group: readonly number[] }
 
-function gammasOf({ name, threshold, query_heads, key_value_heads }: Attention, logits: MaxLogits): Gammas {
-  const own = (logits.get(name) ?? []).map((largest) => (largest > threshold ? threshold / largest : 1))
+function gammasOf(attention: Attention, largest: readonly number[]): Gammas {
+  const { threshold, query_heads, key_value_heads } = attention
+  const own = largest.map((logit) => (logit > threshold ? threshold / logit : 1))
   const size = query_heads / key_value_heads
   const group = Array.from({ length: key_value_heads }, (_, head) =>
     own.slice(head * size, (head + 1) * size).reduce((least, gamma) => Math.min(least, gamma)),

@@ -216,7 +216,8 @@ export class Stream implements Writer, GradientSink {
   async #sendSkipped(run: Run, { step, replayed }: ReceiptFrame): Promise<void> {
     for (const { parameter, row_scale } of run.skippedRowScales()) {
       const keys = { parameter, step, offset: 0, scale: 0, decay: 0, row_scale, replayed }
-      await this.#sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
+      const sent = await this.#sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
+      if (!sent) return
     }
   }
 

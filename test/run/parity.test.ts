@@ -187,6 +187,12 @@ const CASES: Case[] = [
   },
   { name: 'flatten', shape: [16, 3, 5], layout: { matrices: 'flatten' }, blocks: [[16, 15]] },
   { name: 'heavy_ball', shape: [20, 30], group: { momentum_form: 'heavy_ball' }, blocks: [[20, 30]] },
+  {
+    name: 'muonclip',
+    shape: [20, 30],
+    group: { algorithm: 'muonclip', momentum_form: 'heavy_ball' },
+    blocks: [[20, 30]],
+  },
   { name: 'plain momentum', shape: [20, 30], group: { nesterov: false, momentum: 0.5 }, blocks: [[20, 30]] },
   ...Object.entries(NAMED_COEFFICIENTS).map(([name, { coefficients, ns_steps }]) => {
     const blocks: [number, number][] = [[24, 24]]

@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { bytesOf, normal, RawClient, type ReceivedUpdate, startService, told } from '../service.js'
+import { bytesOf, normal, RawClient, type ReceivedUpdate, startService, told, until } from '../service.js'
 import { MODELS, type Model } from './attention-model.js'
 
 const service = await startService()
@@ -391,6 +391,42 @@ t.test('any order, chunks and cuts give the row scales and the digest of the und
   })
   await fc.assert(property, { seed: 3, numRuns: 40 })
 })
+
+t.test(
+  'row scales that nobody reads are made one at a time, and come again after the connection is lost',
+  async (t) => {
+    const rows = 2 ** 20
+    const parameters = Array.from({ length: 16 }, (_, i) => ({ name: `p${i}`, shape: [rows, 1], group: 'g' }))
+    const attentions = Array.from({ length: 8 }, (_, i) => {
+      return {
+        name: `a${i}`,
+        query_heads: 1,
+        head_dim: rows,
+        query: { parameter: 2 * i },
+        key: { parameter: 2 * i + 1 },
+      }
+    })
+    const skipped = parameters.map((_, i) => i)
+    const client = await RawClient.connect(service.url)
+    await client.open({ run: 'large', groups: [{ name: 'g', algorithm: 'sgd' }], parameters, attentions })
+    client.socket.pause()
+    client.send({ type: 'step', step: 1, max_logits: Object.fromEntries(attentions.map(({ name }) => [name, [400]])) })
+    client.send({ type: 'end', step: 1, skipped })
+    const run = service.runs.get('large')
+    await until(() => run.step === 1)
+    client.socket.terminate()
+    await until(() => run.writer === undefined)
+    const heir = await RawClient.connect(service.url)
+    t.match(await heir.open({ run: 'large' }), { step: 1 })
+    heir.send({ type: 'end', step: 1 })
+    t.match(await heir.expect('receipt'), { step: 1, replayed: true, clipped_heads: { a0: 1, a7: 1 } })
+    const half = bytesOf(new Float32Array(rows).fill(0.5))
+    t.equal(heir.updates.size, parameters.length)
+    for (const { row_scale } of heir.updates.values()) t.ok(row_scale!.equals(half))
+    await heir.close()
+    await service.runs.delete('large')
+  },
+)
 
 t.test('row scales are counted where the run is admitted', async (t) => {
   const { client, run } = await openModel(MHA, { threshold: 8 })
