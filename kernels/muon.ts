@@ -1,30 +1,35 @@
-import type { Triple } from './coefficients.js'
 import type { Graph } from './graph.js'
 import { halfIterations, plainIterations } from './half.js'
-import type { KernelValues } from './kernel.js'
+import type { KernelValues, MuonOptions } from './kernel.js'
 import { momentum } from './momentum.js'
 import { newtonSchulz, normalize } from './newton-schulz.js'
+import { normuon } from './normuon.js'
 
-/** Muon: momentum, then the orthogonalized direction times `output_scale`. Formulas: momentum.ts, newton-schulz.ts. */
+/**
+ * Muon: momentum, then the orthogonalized direction, by NorMuon's statistic if there is one, times `output_scale`.
+ * Formulas: momentum.ts, newton-schulz.ts, normuon.ts.
+ */
 export function muon(
   graph: Graph,
   gradient: string,
-  { coefficients, tall, half }: { coefficients: readonly Triple[]; tall: boolean; half: boolean },
+  { coefficients, tall, momentum_dtype, second_momentum, half }: MuonOptions & { half: boolean },
 ): KernelValues {
-  const { buffer, direction } = momentum(graph, gradient)
+  const { buffer, direction } = momentum(graph, gradient, momentum_dtype)
   const normalized = normalize(graph, direction, 'eps')
   const orthogonalized = half
     ? halfNewtonSchulz(graph, normalized, { coefficients, tall })
     : newtonSchulz(graph, normalized, { iterations: plainIterations(coefficients), tall })
+  const even = second_momentum && normuon(graph, orthogonalized, second_momentum)
+  const data = graph.mul(even ? even.data : orthogonalized, 'output_scale')
   // A buffer that is not finite makes the direction not finite, whatever n_m is (0·∞ is NaN): one check covers both.
-  return { next: [buffer], data: graph.mul(orthogonalized, 'output_scale'), checked: direction }
+  return { next: even ? [buffer, even.next] : [buffer], data, checked: direction }
 }
 
 /** Float32 in and out, float16 between. */
 function halfNewtonSchulz(
   graph: Graph,
   x: string,
-  { coefficients, tall }: { coefficients: readonly Triple[]; tall: boolean },
+  { coefficients, tall }: Pick<MuonOptions, 'coefficients' | 'tall'>,
 ): string {
   const { iterations, output_scale } = halfIterations(coefficients)
   const o = newtonSchulz(graph, graph.cast(x, 'float16'), { iterations, tall })

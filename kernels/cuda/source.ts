@@ -1,4 +1,7 @@
 import type { Dtype } from '../dtype.js'
+import type { KernelSpec, StateIo } from '../kernel.js'
+import { elementwiseSource } from './elementwise.js'
+import { normuonSource } from './normuon.js'
 
 /** How the source names an element type. */
 const TYPE_NAMES = { float32: 'f32', float16: 'f16', bfloat16: 'bf16' } as const satisfies Record<Dtype, string>
@@ -23,14 +26,27 @@ export const CUDA_OPTIONS = (computeCapability: string) => [
 /** The kernels of this source. Every parameter of every kernel has 8 bytes: a pointer, a u64 or a double. */
 export const CUDA_KERNELS = {
   scan: (dtype: Dtype) => `scan_${TYPE_NAMES[dtype]}`,
-  momentum: (dtype: Dtype, vector: boolean) => `momentum_${TYPE_NAMES[dtype]}_${vector ? VECTOR : 1}`,
-  normalize: (dtype: Dtype, vector: boolean) => `normalize_${TYPE_NAMES[dtype]}_${vector ? VECTOR : 1}`,
+  momentum: (types: MomentumTypes, vector: boolean) => `momentum_${momentumTypes(types)}_${vector ? VECTOR : 1}`,
+  normalize: (types: MomentumTypes, vector: boolean) => `normalize_${momentumTypes(types)}_${vector ? VECTOR : 1}`,
   finish: (dtype: Dtype, vector: boolean) => `finish_${TYPE_NAMES[dtype]}_${vector ? VECTOR : 1}`,
-  adamw: (from: Dtype, to: Dtype) => `adamw_${TYPE_NAMES[from]}_${TYPE_NAMES[to]}`,
-  sgd: (from: Dtype, to: Dtype) => `sgd_${TYPE_NAMES[from]}_${TYPE_NAMES[to]}`,
+  second: (per: 'row' | 'col') => `second_${per}`,
+  even: (dtype: Dtype, vector: boolean) => `even_${TYPE_NAMES[dtype]}_${vector ? VECTOR : 1}`,
+  elementwise: (spec: KernelSpec) => {
+    const kind = spec.kind === 'adamw' && spec.amsgrad ? 'amsgrad' : spec.kind
+    return `${kind}_${TYPE_NAMES[spec.gradient_dtype]}_${TYPE_NAMES[spec.update_dtype]}`
+  },
   collect: () => 'collect',
 } as const
 
+/** The gradient's type, and that of the momentum buffer where it is not float32. */
+type MomentumTypes = { readonly gradient_dtype: Dtype; readonly momentum_dtype?: StateIo['dtype'] }
+
+function momentumTypes({ gradient_dtype, momentum_dtype = 'float32' }: MomentumTypes): string {
+  return `${TYPE_NAMES[gradient_dtype]}_${TYPE_NAMES[momentum_dtype]}`
+}
+
+const BUFFER_NAMES = [TYPE_NAMES.float32, TYPE_NAMES.bfloat16]
+const PACKS = [1, VECTOR]
 const DTYPE_NAMES = Object.values(TYPE_NAMES)
 const pairs = DTYPE_NAMES.flatMap((from) => DTYPE_NAMES.map((to) => [from, to] as const))
 
@@ -128,15 +144,15 @@ template <class T> __device__ inline void scan(const u64 *words, u64 bytes, Part
 
 struct Momentum { double gradient_scale, c_m, c_g, n_m, n_g; };
 
-// B' = c_m B + c_g G and u = n_m B' + n_g G; b is null before the first step.
+// B' = c_m B + c_g G and u = n_m B' + n_g G, of B' as it was rounded to its type; 'buffer' is null before the first step.
 __device__ inline float next_buffer(float g, float b, const Momentum &s) { return b * (float)s.c_m + g * (float)s.c_g; }
 __device__ inline float direction(float g, float b, const Momentum &s) { return b * (float)s.n_m + g * (float)s.n_g; }
 template <class T> __device__ inline float scaled(T g, const Momentum &s) { return load(g) * (float)s.gradient_scale; }
 
 // Grid: x blocks for each matrix of 'count' packs, y matrices that lie one behind the other.
-template <class T, int N> __device__ inline void momentum(const T *gradient, const f32 *buffer, f32 *next, u64 count, Momentum s, Partial *partials) {
+template <class T, class B, int N> __device__ inline void momentum(const T *gradient, const B *buffer, B *next, u64 count, Momentum s, Partial *partials) {
   typedef Pack<T, N> G;
-  typedef Pack<f32, N> F;
+  typedef Pack<B, N> F;
   Partial own = {0, 0, 0, 0};
   const u64 first = count * blockIdx.y;
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (u64)gridDim.x * blockDim.x) {
@@ -146,8 +162,8 @@ template <class T, int N> __device__ inline void momentum(const T *gradient, con
     F n;
     for (int k = 0; k < N; k++) {
       const float value = scaled(g.at[k], s);
-      n.at[k].bits = next_buffer(value, b.at[k].bits, s);
-      const double u = direction(value, n.at[k].bits, s);
+      store(n.at[k], next_buffer(value, load(b.at[k]), s));
+      const double u = direction(value, load(n.at[k]), s);
       own.squares += u * u;
       own.largest = own.largest > fabs(u) ? own.largest : fabs(u);
     }
@@ -159,9 +175,9 @@ template <class T, int N> __device__ inline void momentum(const T *gradient, con
 }
 
 // X = u / max(norm, eps) times input_scale; 'sums' are the partial sums of the matrix, 'blocks' of them each.
-template <class T, int N> __device__ inline void normalize(const T *gradient, const f32 *next, f16 *x, u64 count, Momentum s, double eps, double input_scale, const Partial *partials, u64 blocks) {
+template <class T, class B, int N> __device__ inline void normalize(const T *gradient, const B *next, f16 *x, u64 count, Momentum s, double eps, double input_scale, const Partial *partials, u64 blocks) {
   typedef Pack<T, N> G;
-  typedef Pack<f32, N> F;
+  typedef Pack<B, N> F;
   typedef Pack<f16, N> H;
   __shared__ double shared_factor;
   Partial sum = {0, 0, 0, 0};
@@ -179,7 +195,7 @@ template <class T, int N> __device__ inline void normalize(const T *gradient, co
     G g = ((const G *)gradient)[first + i];
     F n = ((const F *)next)[first + i];
     H out;
-    for (int k = 0; k < N; k++) store(out.at[k], (float)(direction(scaled(g.at[k], s), n.at[k].bits, s) * factor));
+    for (int k = 0; k < N; k++) store(out.at[k], (float)(direction(scaled(g.at[k], s), load(n.at[k]), s) * factor));
     ((H *)x)[first + i] = out;
   }
 }
@@ -194,40 +210,6 @@ template <class T, int N> __device__ inline void finish(const f16 *o, T *data, u
     for (int k = 0; k < N; k++) store(d.at[k], load(h.at[k]) * (float)factor);
     ((D *)data)[i] = d;
   }
-}
-
-struct Adamw { double gradient_scale, a_m, a_g, b_v, b_g, bias1, bias2_sqrt, eps; };
-
-// The formulas and their order of operations are those of kernels/adamw.ts.
-template <class T, class U> __device__ inline void adamw(const T *gradient, const f32 *m, const f32 *v, f32 *m_next, f32 *v_next, U *data, u64 count, Adamw s, Partial *partials) {
-  Partial own = {0, 0, 0, 0};
-  const float scaled_eps = (float)s.eps * (float)s.bias2_sqrt;
-  const float eps = scaled_eps > 1.17549435e-38f ? scaled_eps : 1.17549435e-38f;
-  const float ratio = (float)s.bias2_sqrt / (float)s.bias1;
-  for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (u64)gridDim.x * blockDim.x) {
-    const float g = load(gradient[i]) * (float)s.gradient_scale;
-    const float first = (m ? m[i].bits : 0) * (float)s.a_m + g * (float)s.a_g;
-    const float second = (v ? v[i].bits : 0) * (float)s.b_v + (g * g) * (float)s.b_g;
-    m_next[i].bits = first;
-    v_next[i].bits = second;
-    own.check += second;
-    store(data[i], first * ratio / (sqrtf(second) + eps));
-  }
-  own = reduce(own);
-  if (threadIdx.x == 0) partials[blockIdx.x] = own;
-}
-
-template <class T, class U> __device__ inline void sgd(const T *gradient, const f32 *buffer, f32 *next, U *data, u64 count, Momentum s, Partial *partials) {
-  Partial own = {0, 0, 0, 0};
-  for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (u64)gridDim.x * blockDim.x) {
-    const float g = scaled(gradient[i], s);
-    next[i].bits = next_buffer(g, buffer ? buffer[i].bits : 0, s);
-    const float u = direction(g, next[i].bits, s);
-    own.check += fabs((double)u);
-    store(data[i], u);
-  }
-  own = reduce(own);
-  if (threadIdx.x == 0) partials[blockIdx.x] = own;
 }
 
 __device__ inline Partial total(const Partial *partials, u64 count) {
@@ -252,20 +234,21 @@ extern "C" __global__ void collect(const Partial *gradient, u64 gradient_blocks,
 ${DTYPE_NAMES.map(
   (type) => `
 extern "C" __global__ void scan_${type}(const u64 *words, u64 bytes, Partial *partials) { scan<${type}>(words, bytes, partials); }
-${[1, VECTOR]
-  .map(
-    (n) => `
-extern "C" __global__ void momentum_${type}_${n}(const ${type} *gradient, const f32 *buffer, f32 *next, u64 count, Momentum s, Partial *partials) { momentum<${type}, ${n}>(gradient, buffer, next, count, s, partials); }
-extern "C" __global__ void normalize_${type}_${n}(const ${type} *gradient, const f32 *next, f16 *x, u64 count, Momentum s, double eps, double input_scale, const Partial *partials, u64 blocks) { normalize<${type}, ${n}>(gradient, next, x, count, s, eps, input_scale, partials, blocks); }
-extern "C" __global__ void finish_${type}_${n}(const f16 *o, ${type} *data, u64 count, double factor) { finish<${type}, ${n}>(o, data, count, factor); }`,
-  )
-  .join('')}`,
+${PACKS.map((n) => matrixKernels(type, n)).join('')}`,
 ).join('')}
-${pairs
-  .map(
-    ([from, to]) => `
-extern "C" __global__ void adamw_${from}_${to}(const ${from} *gradient, const f32 *m, const f32 *v, f32 *m_next, f32 *v_next, ${to} *data, u64 count, Adamw s, Partial *partials) { adamw(gradient, m, v, m_next, v_next, data, count, s, partials); }
-extern "C" __global__ void sgd_${from}_${to}(const ${from} *gradient, const f32 *buffer, f32 *next, ${to} *data, u64 count, Momentum s, Partial *partials) { sgd(gradient, buffer, next, data, count, s, partials); }`,
-  )
-  .join('')}
+${normuonSource(
+  THREADS,
+  DTYPE_NAMES.flatMap((type) => PACKS.map((pack) => ({ type, pack }))),
+)}
+${elementwiseSource(pairs)}
 `
+
+function matrixKernels(type: string, n: number): string {
+  const momentum = BUFFER_NAMES.map(
+    (buffer) => `
+extern "C" __global__ void momentum_${type}_${buffer}_${n}(const ${type} *gradient, const ${buffer} *buffer, ${buffer} *next, u64 count, Momentum s, Partial *partials) { momentum<${type}, ${buffer}, ${n}>(gradient, buffer, next, count, s, partials); }
+extern "C" __global__ void normalize_${type}_${buffer}_${n}(const ${type} *gradient, const ${buffer} *next, f16 *x, u64 count, Momentum s, double eps, double input_scale, const Partial *partials, u64 blocks) { normalize<${type}, ${buffer}, ${n}>(gradient, next, x, count, s, eps, input_scale, partials, blocks); }`,
+  )
+  return `${momentum.join('')}
+extern "C" __global__ void finish_${type}_${n}(const f16 *o, ${type} *data, u64 count, double factor) { finish<${type}, ${n}>(o, data, count, factor); }`
+}

@@ -1,5 +1,5 @@
-import { bytesPerElement, DTYPES, type Dtype } from '../../kernels/dtype.js'
-import { buildKernel, KERNEL_IO, type KernelSpec, kernelKey } from '../../kernels/kernel.js'
+import { DTYPES, type Dtype } from '../../kernels/dtype.js'
+import { buildKernel, type KernelSpec, kernelIo, kernelKey, type StateIo } from '../../kernels/kernel.js'
 import type { Task } from '../optimizer/plan.js'
 import { Cache } from './cache.js'
 import type { Scratch } from './cuda-layout.js'
@@ -42,7 +42,16 @@ const MAX_PROGRAMS = 64
 type Placed = Job & { memory: { gradient: Pointer; update: Pointer } }
 
 /** A kernel's session with one resident tensor for each scalar input and for each check that it answers. */
-type Program = { session: Session; spec: KernelSpec; scalars: (Resident & { name: string })[]; checks: Resident[] }
+type Program = {
+  session: Session
+  spec: KernelSpec
+  states: readonly StateIo[]
+  scalars: (Resident & { name: string })[]
+  checks: Resident[]
+}
+
+/** The part of a tensor that one run works on; `offset` in elements. */
+type Part = { dims: readonly number[]; offset: number; dtype: Dtype }
 
 /** One float32 of native memory: ONNX Runtime keeps its address, so it must never move. */
 type Resident = { value: Float32Array; tensor: Pointer; pointer: Pointer }
@@ -107,22 +116,18 @@ export class OnnxExecutor implements Executor {
     return finite
   }
 
-  #computeTask(job: Placed, task: Task, { session, spec, scalars, checks }: Program): boolean {
+  #computeTask(job: Placed, task: Task, { session, spec, states, scalars, checks }: Program): boolean {
     for (const scalar of scalars) scalar.value[0] = scalarValue(job, task, scalar.name)
-    const elements = task.dims.reduce((product, dim) => product * dim, 1)
     // Before anything that would have to be released if there is no memory for it.
-    const zero = job.state ? 0n : this.#space.zeros(elements * 4)
-    const tensor = (base: Pointer, dtype: Dtype): Pointer => {
-      const size = bytesPerElement(dtype)
-      const memory = { pointer: base + BigInt(task.offset * size), bytes: elements * size, gpu: this.#gpu }
-      return this.#runtime.createTensor(memory, task.dims, DTYPES[dtype].onnx)
-    }
-    const zeros = { pointer: zero, bytes: elements * 4, gpu: this.#gpu }
-    const zeroTensor = () => this.#runtime.createTensor(zeros, task.dims, FLOAT32.onnx)
-    const gradient = tensor(job.memory.gradient, spec.gradient_dtype)
-    const state = KERNEL_IO[spec.kind].state.map((_, i) => (job.state ? tensor(job.state[i], 'float32') : zeroTensor()))
-    const next = job.next.map((pointer) => tensor(pointer, 'float32'))
-    const data = tensor(job.memory.update, spec.update_dtype)
+    const zero = job.state ? 0n : this.#space.zeros(count(task.dims) * FLOAT32.bytes)
+    const { dims, offset } = task
+    const parts = states.map((io) => statePart(task, io))
+    const gradient = this.#tensor(job.memory.gradient, { dims, offset, dtype: spec.gradient_dtype })
+    const state = parts.map((part, i) =>
+      job.state ? this.#tensor(job.state[i], part) : this.#tensor(zero, { ...part, offset: 0 }),
+    )
+    const next = parts.map((part, i) => this.#tensor(job.next[i], part))
+    const data = this.#tensor(job.memory.update, { dims, offset, dtype: spec.update_dtype })
     try {
       const inputs = [gradient, ...state, ...scalars.map((scalar) => scalar.tensor)]
       this.#runtime.run(session, inputs, [...next, data, ...checks.map((check) => check.tensor)])
@@ -139,6 +144,12 @@ export class OnnxExecutor implements Executor {
     return 'gpu' in target ? target.gpu : undefined
   }
 
+  #tensor(base: Pointer, { dims, offset, dtype }: Part): Pointer {
+    const { bytes, onnx } = DTYPES[dtype]
+    const memory = { pointer: base + BigInt(offset * bytes), bytes: count(dims) * bytes, gpu: this.#gpu }
+    return this.#runtime.createTensor(memory, dims, onnx)
+  }
+
   #program(spec: KernelSpec): Program {
     return this.#programs.get(kernelKey(spec), () => this.#makeProgram(spec))
   }
@@ -152,15 +163,16 @@ export class OnnxExecutor implements Executor {
   }
 
   #makeProgram(spec: KernelSpec): Program {
-    const { state, scalars, checks } = KERNEL_IO[spec.kind]
+    const { state: states, scalars, checks } = kernelIo(spec)
     const names = {
-      inputs: ['gradient', ...state, ...scalars],
-      outputs: [...state.map((name) => `${name}_next`), 'data', ...checks],
+      inputs: ['gradient', ...states.map(({ name }) => name), ...scalars],
+      outputs: [...states.map(({ name }) => `${name}_next`), 'data', ...checks],
     }
     const session = this.#runtime.createSession(buildKernel(spec, { half: this.#half }), names, this.#space.target)
     return {
       session,
       spec,
+      states,
       scalars: scalars.map((name) => ({ name, ...this.#resident([1]) })),
       checks: checks.map(() => this.#resident([])),
     }
@@ -205,6 +217,17 @@ function slices(task: Task): Task[] {
     dims: [Math.min(SLICE_ELEMENTS, elements - i * SLICE_ELEMENTS)],
     offset: task.offset + i * SLICE_ELEMENTS,
   }))
+}
+
+/** The part of a state tensor that belongs to a task: its elements, or the numbers of its rows or columns. */
+function statePart({ dims, offset, line_offset = 0 }: Task, { dtype, per }: StateIo): Part {
+  if (per === 'element') return { dims, offset, dtype }
+  const [rows, cols] = dims
+  return { dims: per === 'row' ? [rows, 1] : [1, cols], offset: line_offset, dtype }
+}
+
+function count(dims: readonly number[]): number {
+  return dims.reduce((product, dim) => product * dim, 1)
 }
 
 function scalarValue(job: Job, task: Task, name: string): number {

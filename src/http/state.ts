@@ -1,5 +1,6 @@
 import { Readable } from 'node:stream'
 import { setImmediate as turn } from 'node:timers/promises'
+import { bytesPerElement } from '../../kernels/dtype.js'
 import type { Device } from '../device/device.js'
 import type { Run } from '../run/run.js'
 import { encodeHeader, type TensorEntry } from '../store/safetensors.js'
@@ -13,10 +14,10 @@ export async function stateNorms(device: Device, run: Run, index: number): Promi
   const held = run.stateTensors(index)
   try {
     const described: StateTensor[] = []
-    for (const { name, shape, tensor } of held) {
-      const norm = Math.sqrt(await squareSum(device.read(tensor)))
-      const elements = tensor.bytes / Float32Array.BYTES_PER_ELEMENT
-      described.push({ name, dtype: 'float32', shape: [...shape], norm, rms: norm / Math.sqrt(elements) })
+    for (const { name, dtype, shape, tensor } of held) {
+      const norm = Math.sqrt(await squareSum(device.read(tensor), READERS[dtype]))
+      const elements = tensor.bytes / bytesPerElement(dtype)
+      described.push({ name, dtype, shape: [...shape], norm, rms: norm / Math.sqrt(elements) })
     }
     return described
   } finally {
@@ -47,6 +48,14 @@ export function stateBody(device: Device, run: Run, index: number): { length: nu
   return { length, body }
 }
 
+const STORED = { float32: 'F32', bfloat16: 'BF16' } as const
+/** A bfloat16 is the upper half of a float32. */
+const READERS = {
+  float32: (piece: Uint8Array<ArrayBuffer>) => new Float32Array(piece.buffer),
+  bfloat16: (piece: Uint8Array<ArrayBuffer>) =>
+    new Float32Array(Uint32Array.from(new Uint16Array(piece.buffer), (half) => half << 16).buffer),
+} as const
+
 const STEP_BYTES = BigInt64Array.BYTES_PER_ELEMENT
 
 /** `step` comes first, so that everything is aligned to its element size. At most one piece's copy is held at a time. */
@@ -62,7 +71,12 @@ function* pieces(
 
 function entriesOf(held: Held): TensorEntry[] {
   if (held.length === 0) return []
-  const tensors = held.map(({ name, shape, tensor }) => ({ name, dtype: 'F32', shape, bytes: tensor.bytes }) as const)
+  const tensors = held.map(({ name, dtype, shape, tensor }) => ({
+    name,
+    dtype: STORED[dtype],
+    shape,
+    bytes: tensor.bytes,
+  }))
   return [{ name: 'step', dtype: 'I64', shape: [], bytes: STEP_BYTES }, ...tensors]
 }
 
@@ -71,10 +85,13 @@ function momentumForm(run: Run, group: string): Record<string, string> {
   return typeof form === 'string' ? { momentum_form: form } : {}
 }
 
-async function squareSum(pieces: Iterable<Uint8Array<ArrayBuffer>>): Promise<number> {
+async function squareSum(
+  pieces: Iterable<Uint8Array<ArrayBuffer>>,
+  read: (piece: Uint8Array<ArrayBuffer>) => Float32Array,
+): Promise<number> {
   let sum = 0
   for (const piece of pieces) {
-    for (const value of new Float32Array(piece.buffer)) sum += value * value
+    for (const value of read(piece)) sum += value * value
     await turn()
   }
   return sum

@@ -1,19 +1,23 @@
 import { planAdamw } from './adamw.js'
 import type { Group } from './hyperparameters.js'
 import { planMuon } from './muon.js'
-import type { Parameter } from './parameter.js'
+import type { Laid } from './parameter.js'
 import type { At, Plan } from './plan.js'
+import { planRmsprop } from './rmsprop.js'
 import { planSgd } from './sgd.js'
 import { HYPERPARAMETERS, type Rule } from './table.js'
 
 /** How to compute one step of `parameter` with the hyperparameters of its group. Pure: same arguments, same plan. */
-export function planStep(parameter: Parameter, group: Group, at: At): Plan {
+export function planStep(parameter: Laid, group: Group, at: At): Plan {
   switch (group.algorithm) {
     case 'muon':
     case 'muonclip':
       return planMuon(parameter, group.hyperparameters, at)
     case 'adamw':
+    case 'adam':
       return planAdamw(parameter, group.hyperparameters, at)
+    case 'rmsprop':
+      return planRmsprop(parameter, group.hyperparameters, at)
     case 'sgd':
       return planSgd(parameter, group.hyperparameters, at)
     default:

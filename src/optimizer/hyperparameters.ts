@@ -3,7 +3,7 @@ import { checkCoefficients } from '../../kernels/coefficients.js'
 import { ServiceError } from '../errors.js'
 import type { GroupDeclaration } from '../wire/frame.js'
 import { iterations, stepsOf } from './coefficients.js'
-import { type Algorithm, HYPERPARAMETERS, type Hyperparameters, type Rule, type Table, type Values } from './table.js'
+import { type Algorithm, HYPERPARAMETERS, type Hyperparameters, type Table, type Values } from './table.js'
 
 type GroupOf<A extends Algorithm> = {
   readonly name: string
@@ -12,18 +12,17 @@ type GroupOf<A extends Algorithm> = {
   /** What the client set, of which `hyperparameters` is the completion: an unset ns_steps follows ns_coefficients. */
   readonly given: Readonly<Record<string, unknown>>
 }
-export type Group = GroupOf<'muon'> | GroupOf<'muonclip'> | GroupOf<'adamw'> | GroupOf<'sgd'>
+export type Group = { [A in Algorithm]: GroupOf<A> }[Algorithm]
 
-/** Known names that this version cannot do; refusing them with the reason beats calling them unknown. */
-const UNSUPPORTED_ALGORITHMS: Readonly<Record<string, string>> = {
-  adam: 'its weight decay needs the weights, which the service does not hold; use adamw',
-}
-const UNSUPPORTED_MUON = { second_momentum: 'it needs a second state tensor', beta2: 'it belongs to second_momentum' }
-const UNSUPPORTED: Readonly<Record<Algorithm, Readonly<Record<string, string>>>> = {
-  muon: UNSUPPORTED_MUON,
-  muonclip: UNSUPPORTED_MUON,
-  adamw: {},
-  sgd: {},
+const TORCH_INTERNAL = 'it says how torch computes where it runs, not what; leave it out'
+/** Keywords of torch's optimizers that no algorithm here has. */
+const UNSUPPORTED: Readonly<Record<string, string>> = {
+  maximize: 'send gradient_scale -1 with each step instead',
+  foreach: TORCH_INTERNAL,
+  fused: TORCH_INTERNAL,
+  capturable: TORCH_INTERNAL,
+  differentiable: 'no gradient flows through an update; leave it out',
+  decoupled_weight_decay: 'adamw is Adam with it',
 }
 
 const MAX_NAME_LENGTH = 1024
@@ -35,8 +34,6 @@ const MAX_NAME_LENGTH = 1024
 export function parseGroup({ name, algorithm, ...given }: GroupDeclaration): Group {
   checkName('group', name)
   if (isAlgorithm(algorithm)) return checkSet(complete(name, algorithm, given))
-  const reason = own(UNSUPPORTED_ALGORITHMS, algorithm)
-  if (reason !== undefined) throw refusal(name, `algorithm ${show(algorithm)} is not supported yet: ${reason}`)
   throw refusal(name, `algorithm is ${show(algorithm)}, expected one of ${Object.keys(HYPERPARAMETERS).join(', ')}`)
 }
 
@@ -102,6 +99,10 @@ function complete(name: string, algorithm: Algorithm, given: Readonly<Record<str
       return { name, algorithm, given, hyperparameters: muon(name, HYPERPARAMETERS[algorithm], given) }
     case 'adamw':
       return { name, algorithm, given, hyperparameters: read(name, HYPERPARAMETERS.adamw, given) }
+    case 'adam':
+      return { name, algorithm, given, hyperparameters: read(name, HYPERPARAMETERS.adam, given) }
+    case 'rmsprop':
+      return { name, algorithm, given, hyperparameters: read(name, HYPERPARAMETERS.rmsprop, given) }
     case 'sgd':
       return { name, algorithm, given, hyperparameters: sgd(name, given) }
   }
@@ -111,8 +112,8 @@ function checkKeys(name: string, algorithm: Algorithm, keys: readonly string[]):
   const known = Object.keys(HYPERPARAMETERS[algorithm])
   const key = keys.find((candidate) => !known.includes(candidate))
   if (key === undefined) return
-  const reason = own(UNSUPPORTED[algorithm], key)
-  if (reason !== undefined) throw refusal(name, `${key} is not supported yet: ${reason}`)
+  const reason = own(UNSUPPORTED, key)
+  if (reason !== undefined) throw refusal(name, `${key} is not supported: ${reason}`)
   throw refusal(name, `${show(key)} is no hyperparameter of ${algorithm}, expected one of ${known.join(', ')}`)
 }
 
@@ -120,14 +121,9 @@ function read<T extends Table>(name: string, table: T, given: Readonly<Record<st
   const values = Object.entries(table).map(([key, rule]) => {
     if (!Object.hasOwn(given, key)) return [key, rule.default]
     if (rule.accepts(given[key])) return [key, given[key]]
-    throw refusal(name, `${key} is ${show(given[key])}, ${whyNot(rule, given[key])}`)
+    throw refusal(name, `${key} is ${show(given[key])}, expected ${rule.expected}`)
   })
   return Object.fromEntries(values)
-}
-
-function whyNot({ expected, not_yet }: Rule<unknown>, value: unknown): string {
-  const reason = not_yet && typeof value === 'string' ? own(not_yet, value) : undefined
-  return reason === undefined ? `expected ${expected}` : `which is not supported yet: ${reason}`
 }
 
 function muon(

@@ -1,18 +1,15 @@
 import { bytesPerElement, DTYPES, type Dtype, isDtype } from '../../kernels/dtype.js'
-import { KERNEL_IO } from '../../kernels/kernel.js'
 import { type ErrorCode, ServiceError } from '../errors.js'
 import type { Layout, ParameterDeclaration } from '../wire/frame.js'
+import { planStep } from './algorithm.js'
 import { checkName, type Group, show } from './hyperparameters.js'
-import type { Algorithm } from './table.js'
+import { type StateTensor, stateTensors } from './state.js'
 
 /** One matrix of a parameter: contiguous, rows x cols, `offset` in elements from the tensor's start. */
 export type Block = { readonly rows: number; readonly cols: number; readonly offset: number }
 
-/** One float32 tensor that the service keeps for a parameter, under torch's name for it. */
-export type StateTensor = { readonly name: string; readonly shape: readonly number[]; readonly bytes: number }
-
-/** A parameter that fits its group's algorithm; `blocks` is empty where the algorithm is elementwise. */
-export type Parameter = Layout & {
+/** A parameter that fits its group's algorithm, but for its state; `blocks` is empty where the algorithm is elementwise. */
+export type Laid = Layout & {
   readonly index: number
   readonly name: string
   readonly shape: readonly number[]
@@ -23,16 +20,14 @@ export type Parameter = Layout & {
   readonly gradient_bytes: number
   readonly update_bytes: number
   readonly blocks: readonly Block[]
-  readonly state: readonly StateTensor[]
 }
+export type Parameter = Laid & { readonly state: readonly StateTensor[] }
 
 /** A gradient, an update and two states of 4 bytes each stay below 2^53 bytes together. */
 const MAX_ELEMENTS = 2 ** 49
 
 /** Blocks of all parameters of one `open`: `heads` makes a billion of them out of twenty bytes. */
 export const MAX_BLOCKS = 2 ** 18
-
-const STATE_BYTES_PER_ELEMENT = bytesPerElement('float32')
 
 /**
  * Checks the parameters of an `open` against their groups and lays them out.
@@ -50,7 +45,7 @@ export function parseParameters(raw: readonly ParameterDeclaration[], groups: Re
     seen.set(given.name, index)
     const group = groups.get(given.group)
     if (group === undefined) throw fail(`is in group ${show(given.group)}, expected one of ${show([...groups.keys()])}`)
-    const parameter = parse(given, { index, algorithm: group.algorithm, blocks: MAX_BLOCKS - blocks, fail })
+    const parameter = parse(given, { index, group, blocks: MAX_BLOCKS - blocks, fail })
     blocks += parameter.blocks.length
     return parameter
   })
@@ -76,7 +71,7 @@ export function firstDifference(existing: readonly Parameter[], given: readonly 
 }
 
 type Fail = (message: string, code?: ErrorCode) => ServiceError
-type Context = { index: number; algorithm: Algorithm; blocks: number; fail: Fail }
+type Context = { index: number; group: Group; blocks: number; fail: Fail }
 
 function refusal(given: ParameterDeclaration, index: number): Fail {
   return (message, code = 'PARAMETER_INVALID') =>
@@ -84,21 +79,21 @@ function refusal(given: ParameterDeclaration, index: number): Fail {
 }
 
 function parse(given: ParameterDeclaration, context: Context): Parameter {
-  const { index, algorithm, fail } = context
+  const { index, fail } = context
   const { name, group } = given
   const shape = [...given.shape]
   const elements = count(shape, fail)
   const gradient_dtype = dtype('gradient_dtype', given.gradient_dtype, fail)
   const update_dtype = dtype('update_dtype', given.update_dtype, fail)
-  const bytes = elements * STATE_BYTES_PER_ELEMENT
-  const kernel = algorithm === 'muonclip' ? 'muon' : algorithm
-  return {
+  const laid = {
     ...{ index, name, shape, group, gradient_dtype, update_dtype, ...layoutOf(given), elements },
     gradient_bytes: elements * bytesPerElement(gradient_dtype),
     update_bytes: elements * bytesPerElement(update_dtype),
-    blocks: kernel === 'muon' ? matrices(given, context) : noMatrices(given, context),
-    state: KERNEL_IO[kernel].state.map((tensor) => ({ name: tensor, shape, bytes })),
+    blocks: ['muon', 'muonclip'].includes(context.group.algorithm) ? matrices(given, context) : noMatrices(given, context),
   }
+  // What a kernel keeps is the same in every step.
+  const { kernel } = planStep(laid, context.group, { step: 1, replay: false })
+  return { ...laid, state: stateTensors(kernel, laid) }
 }
 
 function count(shape: readonly number[], fail: Fail): number {
@@ -124,7 +119,7 @@ function layoutOf({ split, heads, matrices }: Layout): Layout {
   }
 }
 
-function noMatrices(given: ParameterDeclaration, { algorithm, fail }: Context): Block[] {
+function noMatrices(given: ParameterDeclaration, { group: { algorithm }, fail }: Context): Block[] {
   const [key] = Object.keys(layoutOf(given))
   if (key === undefined) return []
   throw fail(`has ${key}, but ${algorithm} has no matrices: leave it out`)

@@ -3,10 +3,12 @@ import type { KernelSpec } from '../../kernels/kernel.js'
 /**
  * One run of one kernel over a contiguous block of a parameter: `dims` as the graph sees it, `offset` in elements from
  * the tensor's start. `kernel` and `output_scale` override the plan's where the blocks of one parameter differ.
+ * `line_offset` is where its numbers start in a state tensor that has one for each row or column.
  */
 export type Task = {
   readonly dims: readonly number[]
   readonly offset: number
+  readonly line_offset?: number
   readonly output_scale?: number
   readonly kernel?: KernelSpec
 }

@@ -1,4 +1,4 @@
-import type { Parameter } from './parameter.js'
+import type { Laid } from './parameter.js'
 import { type At, factors, type Plan } from './plan.js'
 import type { Hyperparameters } from './table.js'
 
@@ -6,7 +6,7 @@ import type { Hyperparameters } from './table.js'
  * torch.optim.SGD with decoupled weight decay: B' = c_m·B + c_g·G, data = n_m·B' + n_g·G, scale = -lr.
  * With nesterov (lr 0.7, momentum 0.9) it is the outer optimizer of DiLoCo (arXiv 2311.08105).
  */
-export function planSgd(parameter: Parameter, hyperparameters: Hyperparameters<'sgd'>, at: At): Plan {
+export function planSgd(parameter: Laid, hyperparameters: Hyperparameters<'sgd'>, at: At): Plan {
   const { lr, weight_decay, momentum, nesterov } = hyperparameters
   const [c_m, c_g] = at.replay ? [1, 0] : [momentum, gradientShare(hyperparameters, at.step)]
   const [n_m, n_g] = nesterov ? [momentum, 1] : [1, 0]

@@ -1,13 +1,8 @@
 import { NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
 import { type Coefficients, isCoefficients, isNumber, MAX_NS_STEPS } from './coefficients.js'
 
-/** One hyperparameter. `sticky`: a `step` frame may change it from that step on. `not_yet`: values we know and refuse, with the reason. */
-export type Rule<T> = Kind<T> & {
-  readonly default: T
-  readonly description: string
-  readonly sticky: boolean
-  readonly not_yet?: Readonly<Record<string, string>>
-}
+/** One hyperparameter. `sticky`: a `step` frame may change it from that step on. */
+export type Rule<T> = Kind<T> & { readonly default: T; readonly description: string; readonly sticky: boolean }
 type Kind<T> = { readonly expected: string; readonly accepts: (value: unknown) => value is T }
 export type Table = Readonly<Record<string, Rule<unknown>>>
 export type Values<T extends Table> = { readonly [K in keyof T]: T[K]['default'] }
@@ -28,7 +23,15 @@ const FRACTIONS: Kind<readonly [number, number]> = {
   expected: 'two numbers in [0, 1)',
   accepts: (value): value is [number, number] => Array.isArray(value) && value.length === 2 && value.every(isFraction),
 }
+const NO_L2: Kind<number> = {
+  expected: '0, because torch adds this decay to the gradient, which needs the weights; adamw decays without them',
+  accepts: (value): value is number => value === 0,
+}
 const BOOLEAN: Kind<boolean> = { expected: 'true or false', accepts: (value) => typeof value === 'boolean' }
+const NOT_CENTERED: Kind<boolean> = {
+  expected: 'false, because centering is not supported',
+  accepts: (value): value is boolean => value === false,
+}
 const ITERATIONS: Kind<number> = {
   expected: `an integer from 1 to ${MAX_NS_STEPS}`,
   accepts: (value): value is number =>
@@ -58,13 +61,25 @@ function rule<T>(kind: Kind<T>, fallback: NoInfer<T>, description: string): Rule
 }
 
 /** A hyperparameter that says what the state means: fixed once the run exists. */
-function fixed<T>(sticky: Rule<T>, not_yet?: Readonly<Record<string, string>>): Rule<T> {
-  return { ...sticky, sticky: false, not_yet }
+function fixed<T>(sticky: Rule<T>): Rule<T> {
+  return { ...sticky, sticky: false }
 }
 
 const WEIGHT_DECAY = 'Decoupled weight decay λ: the weights shrink by lr·λ in every step, with the unadjusted lr.'
 
-/** Names and defaults of torch.optim.Muon, torch.optim.AdamW and torch.optim.SGD where torch has them. */
+const AMSGRAD = 'Divides by the root of the largest second average so far, kept in max_exp_avg_sq.'
+
+const ADAM = {
+  lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η.'),
+  betas: rule<readonly [number, number]>(
+    FRACTIONS,
+    [0.9, 0.999],
+    'Shares β1, β2 of the two averages that a step keeps.',
+  ),
+  eps: rule(NOT_NEGATIVE, 1e-8, 'Added to the root of the second average.'),
+}
+
+/** Names and defaults of torch.optim's Muon, AdamW, Adam, RMSprop and SGD where torch has them. */
 const TABLES = {
   muon: {
     lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η before adjust_lr_fn.'),
@@ -86,19 +101,39 @@ const TABLES = {
     momentum_form: fixed(
       rule(choice('ema', 'heavy_ball'), 'ema', 'Meaning of the buffer: μB + (1-μ)G (ema) or μB + G (heavy_ball).'),
     ),
-    momentum_dtype: fixed(rule(choice('float32'), 'float32', 'Type in which the momentum buffer is kept.'), {
-      bfloat16: 'the momentum buffer is kept in float32 only',
-    }),
+    momentum_dtype: fixed(
+      rule(
+        choice('float32', 'bfloat16'),
+        'float32',
+        'Type in which the momentum buffer is kept; bfloat16 halves it and rounds it to nearest even in every step.',
+      ),
+    ),
+    second_momentum: fixed(
+      rule(
+        choice('none', 'normuon'),
+        'none',
+        'With normuon the lines of the longer side are evened out by a running mean of their squares (arXiv 2510.05491).',
+      ),
+    ),
+    beta2: rule(FRACTION, 0.95, 'Share β2 of the second momentum that a step keeps; read with second_momentum only.'),
   },
   adamw: {
-    lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η.'),
-    betas: rule<readonly [number, number]>(
-      FRACTIONS,
-      [0.9, 0.999],
-      'Shares β1, β2 of the two averages that a step keeps.',
-    ),
-    eps: rule(NOT_NEGATIVE, 1e-8, 'Added to the root of the second average.'),
+    ...ADAM,
     weight_decay: rule(NOT_NEGATIVE, 1e-2, WEIGHT_DECAY),
+    amsgrad: fixed(rule(BOOLEAN, false, AMSGRAD)),
+  },
+  adam: {
+    ...ADAM,
+    weight_decay: rule(NO_L2, 0, 'Only 0.'),
+    amsgrad: fixed(rule(BOOLEAN, false, AMSGRAD)),
+  },
+  rmsprop: {
+    lr: rule(NOT_NEGATIVE, 1e-2, 'Learning rate η.'),
+    alpha: rule(FRACTION, 0.99, 'Share α of the average of squares that a step keeps.'),
+    eps: rule(NOT_NEGATIVE, 1e-8, 'Added to the root of the average.'),
+    weight_decay: rule(NO_L2, 0, 'Only 0.'),
+    momentum: rule(FRACTION, 0, 'Share μ of the momentum buffer that a step keeps.'),
+    centered: fixed(rule(NOT_CENTERED, false, 'Only false.')),
   },
   sgd: {
     lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η.'),

@@ -6,6 +6,7 @@ import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithm.js'
 import type { Parameter } from '../optimizer/parameter.js'
 import type { Plan } from '../optimizer/plan.js'
+import type { StateTensor } from '../optimizer/state.js'
 import type { StepSeconds } from '../wire/frame.js'
 import type { DigestRecord } from './digest.js'
 import { groupOf, type StepSettings } from './schedule.js'
@@ -56,7 +57,7 @@ export class Place {
   }
 
   /** References to the state tensors, none before the first step. The caller releases them with `Device.memory`. */
-  stateTensors(): { name: string; shape: readonly number[]; tensor: Tensor }[] {
+  stateTensors(): (StateTensor & { tensor: Tensor })[] {
     return (this.#tensors ?? []).map((tensor, i) => ({
       ...this.parameter.state[i],
       tensor: this.#device.memory.retain(tensor),

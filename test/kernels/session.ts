@@ -1,6 +1,6 @@
 import assert from 'node:assert'
 import { InferenceSession, Tensor } from 'onnxruntime-node'
-import { buildKernel, KERNEL_IO, type KernelSpec } from '../../kernels/kernel.js'
+import { buildKernel, type KernelSpec, kernelIo, type StateIo } from '../../kernels/kernel.js'
 
 export type KernelFeeds = {
   dims: readonly number[]
@@ -15,15 +15,23 @@ export type KernelRun = (feeds: KernelFeeds) => Promise<Record<string, Float32Ar
 /** A float32 kernel in ONNX Runtime's public API; its outputs by name. `half`: its products are of float16. */
 export async function loadKernel(spec: KernelSpec, { half = false } = {}): Promise<KernelRun> {
   const session = await openSession(buildKernel(spec, { half }))
-  const io = KERNEL_IO[spec.kind]
+  const io = kernelIo(spec)
   return async ({ dims, gradient, state = {}, scalars }) => {
-    const size = dims.reduce((product, dim) => product * dim, 1)
     const feeds: Record<string, Tensor> = { gradient: float32(gradient, dims) }
-    for (const name of io.state) feeds[name] = float32(state[name] ?? new Float32Array(size), dims)
+    for (const { name, per } of io.state) {
+      const own = stateDims(per, dims)
+      const size = own.reduce((product, dim) => product * dim, 1)
+      feeds[name] = float32(state[name] ?? new Float32Array(size), own)
+    }
     for (const name of io.scalars) feeds[name] = float32([scalars[name]], [1])
     const results = await session.run(feeds)
     return Object.fromEntries(Object.entries(results).map(([name, tensor]) => [name, values(tensor)]))
   }
+}
+
+function stateDims(per: StateIo['per'], dims: readonly number[]): readonly number[] {
+  if (per === 'element') return dims
+  return per === 'row' ? [dims[0]!, 1] : [1, dims[1]!]
 }
 
 /** One thread: the machine is shared and the tests are small. */

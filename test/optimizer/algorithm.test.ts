@@ -1,6 +1,6 @@
 import t from 'tap'
 import { NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
-import { buildKernel, KERNEL_IO } from '../../kernels/kernel.js'
+import { buildKernel, kernelIo } from '../../kernels/kernel.js'
 import { planStep } from '../../src/optimizer/algorithm.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
 import { adjustment } from '../../src/optimizer/muon.js'
@@ -207,9 +207,21 @@ t.test('at lr 0 the factors are zero and not minus zero, and the RMS keeps its f
 })
 
 t.test('a plan gives each scalar of its kernel but gradient_scale, and a kernel that builds', async (t) => {
-  for (const algorithm of ['muon', 'adamw', 'sgd'] as const) {
-    const { kernel, scalars } = plan(algorithm, {})
-    t.same(Object.keys(scalars).sort(), KERNEL_IO[algorithm].scalars.filter((name) => name !== 'gradient_scale').sort())
+  for (const [algorithm, options] of [
+    ['muon', {}],
+    ['muon', { second_momentum: 'normuon', momentum_dtype: 'bfloat16' }],
+    ['adamw', {}],
+    ['adam', { amsgrad: true }],
+    ['rmsprop', {}],
+    ['sgd', {}],
+  ] as const) {
+    const { kernel, scalars } = plan(algorithm, options)
+    t.same(
+      Object.keys(scalars).sort(),
+      kernelIo(kernel)
+        .scalars.filter((name) => name !== 'gradient_scale')
+        .sort(),
+    )
     t.ok(buildKernel(kernel).length > 0)
   }
 })

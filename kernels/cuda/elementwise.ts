@@ -1,0 +1,76 @@
+/**
+ * CUDA C++ of the algorithms that have no matrix products, for each pair of a gradient's and an update's type. The formulas
+ * and their order of operations are those of kernels/adamw.ts, kernels/rmsprop.ts and kernels/sgd.ts. A state pointer is
+ * null before the first step. Needs what CUDA_SOURCE defines before it.
+ */
+export function elementwiseSource(pairs: readonly (readonly [from: string, to: string])[]): string {
+  return TEMPLATES + pairs.map(([from, to]) => entryPoints(from, to)).join('')
+}
+
+const TEMPLATES = `
+#define FOR_EACH(i, count) for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (u64)gridDim.x * blockDim.x)
+__device__ inline float number(const f32 *x, u64 i) { return x ? x[i].bits : 0; }
+__device__ inline float at_least(float x, float least) { return x > least ? x : least; }
+__device__ inline void told(Partial own, Partial *partials) {
+  own = reduce(own);
+  if (threadIdx.x == 0) partials[blockIdx.x] = own;
+}
+
+struct Adamw { double gradient_scale, a_m, a_g, b_v, b_g, bias1, bias2_sqrt, eps; };
+
+// 'largest_next' is null without amsgrad.
+template <class T, class U> __device__ inline void adamw(const T *gradient, const f32 *m, const f32 *v, const f32 *largest, f32 *m_next, f32 *v_next, f32 *largest_next, U *data, u64 count, Adamw s, Partial *partials) {
+  Partial own = {0, 0, 0, 0};
+  const float eps = at_least((float)s.eps * (float)s.bias2_sqrt, 1.17549435e-38f);
+  const float ratio = (float)s.bias2_sqrt / (float)s.bias1;
+  FOR_EACH(i, count) {
+    const float g = load(gradient[i]) * (float)s.gradient_scale;
+    const float first = number(m, i) * (float)s.a_m + g * (float)s.a_g;
+    const float second = number(v, i) * (float)s.b_v + (g * g) * (float)s.b_g;
+    m_next[i].bits = first;
+    v_next[i].bits = second;
+    own.check += second;
+    const float most = largest_next ? at_least(second, number(largest, i)) : second;
+    if (largest_next) largest_next[i].bits = most;
+    store(data[i], first * ratio / (sqrtf(most) + eps));
+  }
+  told(own, partials);
+}
+
+struct Rmsprop { double gradient_scale, b_v, b_g, c_m, c_g, eps; };
+
+template <class T, class U> __device__ inline void rmsprop(const T *gradient, const f32 *v, const f32 *buffer, f32 *v_next, f32 *next, U *data, u64 count, Rmsprop s, Partial *partials) {
+  Partial own = {0, 0, 0, 0};
+  const float eps = at_least((float)s.eps, 1.17549435e-38f);
+  FOR_EACH(i, count) {
+    const float g = load(gradient[i]) * (float)s.gradient_scale;
+    const float second = number(v, i) * (float)s.b_v + (g * g) * (float)s.b_g;
+    const float step = g / (sqrtf(second) + eps);
+    const float moved = number(buffer, i) * (float)s.c_m + step * (float)s.c_g;
+    v_next[i].bits = second;
+    next[i].bits = moved;
+    own.check += second;
+    own.check += fabs((double)moved);
+    store(data[i], moved);
+  }
+  told(own, partials);
+}
+
+template <class T, class U> __device__ inline void sgd(const T *gradient, const f32 *buffer, f32 *next, U *data, u64 count, Momentum s, Partial *partials) {
+  Partial own = {0, 0, 0, 0};
+  FOR_EACH(i, count) {
+    const float g = scaled(gradient[i], s);
+    next[i].bits = next_buffer(g, number(buffer, i), s);
+    const float u = direction(g, next[i].bits, s);
+    own.check += fabs((double)u);
+    store(data[i], u);
+  }
+  told(own, partials);
+}
+`
+
+const entryPoints = (from: string, to: string) => `
+extern "C" __global__ void adamw_${from}_${to}(const ${from} *gradient, const f32 *m, const f32 *v, f32 *m_next, f32 *v_next, ${to} *data, u64 count, Adamw s, Partial *partials) { adamw(gradient, m, v, (const f32 *)0, m_next, v_next, (f32 *)0, data, count, s, partials); }
+extern "C" __global__ void amsgrad_${from}_${to}(const ${from} *gradient, const f32 *m, const f32 *v, const f32 *largest, f32 *m_next, f32 *v_next, f32 *largest_next, ${to} *data, u64 count, Adamw s, Partial *partials) { adamw(gradient, m, v, largest, m_next, v_next, largest_next, data, count, s, partials); }
+extern "C" __global__ void rmsprop_${from}_${to}(const ${from} *gradient, const f32 *v, const f32 *buffer, f32 *v_next, f32 *next, ${to} *data, u64 count, Rmsprop s, Partial *partials) { rmsprop(gradient, v, buffer, v_next, next, data, count, s, partials); }
+extern "C" __global__ void sgd_${from}_${to}(const ${from} *gradient, const f32 *buffer, f32 *next, ${to} *data, u64 count, Momentum s, Partial *partials) { sgd(gradient, buffer, next, data, count, s, partials); }`
