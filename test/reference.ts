@@ -195,3 +195,50 @@ export function sgdStep(
   const direction = nesterov ? gradient.map((value, i) => value + momentum * next[i]) : next
   return { buffer: next, data: momentum === 0 ? gradient : direction }
 }
+
+export type AmsgradState = AdamwState & { max_exp_avg_sq: Float64Array }
+
+/** Reddi, Kale, Kumar (arXiv 1904.09237) as torch has it: Adam with the largest uncorrected v so far under the root. */
+export function amsgradStep(
+  state: AmsgradState,
+  gradient: ArrayLike<number>,
+  options: { betas: readonly [number, number]; eps: number; step: number },
+): AmsgradState & { data: Float64Array } {
+  const { exp_avg, exp_avg_sq } = adamwStep(state, gradient, options)
+  const max_exp_avg_sq = exp_avg_sq.map((v, i) => Math.max(v, state.max_exp_avg_sq[i]))
+  const [unbias1, unbias2] = options.betas.map((beta) => 1 - beta ** options.step)
+  const data = exp_avg.map((m, i) => m / unbias1 / (Math.sqrt(max_exp_avg_sq[i] / unbias2) + options.eps))
+  return { exp_avg, exp_avg_sq, max_exp_avg_sq, data }
+}
+
+export type RmspropState = { square_avg: Float64Array; momentum_buffer: Float64Array }
+
+/** torch.optim.RMSprop, not centered: v <- αv + (1-α)G², B <- μB + G/(√v + eps), and B is the direction. */
+export function rmspropStep(
+  { square_avg, momentum_buffer }: RmspropState,
+  gradient: ArrayLike<number>,
+  { alpha, eps, momentum }: { alpha: number; eps: number; momentum: number },
+): RmspropState & { data: Float64Array } {
+  const squares = square_avg.map((v, i) => alpha * v + (1 - alpha) * gradient[i] ** 2)
+  const buffer = momentum_buffer.map((b, i) => momentum * b + gradient[i] / (Math.sqrt(squares[i]) + eps))
+  return { square_avg: squares, momentum_buffer: buffer, data: buffer }
+}
+
+/**
+ * NorMuon (arXiv 2510.05491) after the orthogonalization: v = mean of O² over the shorter side, V <- β2 V + (1-β2) v,
+ * O/√max(V, 1e-10), brought back to ‖O‖. `second` has one number for each line of the longer side; rows if square.
+ */
+export function normuonStep(
+  second: Float64Array,
+  o: Matrix,
+  beta2: number,
+): { second: Float64Array; data: Float64Array } {
+  const byRow = o.rows >= o.cols
+  const lineOf = (i: number) => (byRow ? Math.floor(i / o.cols) : i % o.cols)
+  const next = second.map((value) => beta2 * value)
+  for (const [i, x] of o.data.entries()) next[lineOf(i)] += ((1 - beta2) * x * x) / Math.min(o.rows, o.cols)
+  const evened = o.data.map((x, i) => x / Math.sqrt(Math.max(next[lineOf(i)], 1e-10)))
+  const norm = frobenius(evened)
+  const gain = norm === 0 ? 0 : frobenius(o.data) / norm
+  return { second: next, data: evened.map((x) => x * gain) }
+}

@@ -22,7 +22,7 @@ const UNSUPPORTED: Readonly<Record<string, string>> = {
   fused: TORCH_INTERNAL,
   capturable: TORCH_INTERNAL,
   differentiable: 'no gradient flows through an update; leave it out',
-  decoupled_weight_decay: 'adamw is Adam with it',
+  decoupled_weight_decay: 'weight decay never goes through the gradient here; adamw is Adam with it',
 }
 
 const MAX_NAME_LENGTH = 1024

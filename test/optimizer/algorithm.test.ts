@@ -154,7 +154,47 @@ t.test('the kernel of muon has a triple for each iteration and the dtypes of the
   })
   const named = plan('muon', { ns_coefficients: 'deepseek_v4' }).kernel
   t.same(named.kind === 'muon' && named.coefficients, NAMED_COEFFICIENTS.deepseek_v4.coefficients)
-  for (const kind of ['adamw', 'sgd']) t.same(plan(kind, {}, { layout }).kernel, { kind, ...layout })
+  for (const kind of ['adamw', 'rmsprop', 'sgd']) t.same(plan(kind, {}, { layout }).kernel, { kind, ...layout })
+  t.same(plan('adam', {}, { layout }).kernel, { kind: 'adamw', ...layout })
+  t.same(plan('adam', { amsgrad: true }, { layout }).kernel, { kind: 'adamw', amsgrad: true, ...layout })
+  t.match(plan('muon', { momentum_dtype: 'bfloat16' }).kernel, { momentum_dtype: 'bfloat16' })
+})
+
+t.test('the second momentum has a place for each matrix and goes by its longer side', async (t) => {
+  const normuon = { second_momentum: 'normuon', beta2: 0.75, adjust_lr_fn: 'none' }
+  const layout = { shape: [2, 11, 4], matrices: 'batch', split: [6, 4, 1] }
+  const { kernel, tasks, scalars } = plan('muon', normuon, { layout })
+  t.match(scalars, { b_v: 0.75, b_g: 0.25 })
+  t.match(kernel, { tall: true, second_momentum: 'row' })
+  t.same(
+    tasks.map(({ line_offset }) => line_offset),
+    [0, 6, 10, 14, 20, 24],
+  )
+  const own = tasks.slice(0, 3).map((task) => task.kernel ?? kernel)
+  t.match(own, [
+    { tall: true, second_momentum: 'row' },
+    { tall: false, second_momentum: 'row' },
+    { tall: false, second_momentum: 'col' },
+  ])
+  t.equal(tasks[1].kernel, tasks[4].kernel, 'one kernel for all that lie the same way')
+  t.match(plan('muon', normuon, { layout, at: REPLAY }).scalars, { b_v: 1, b_g: 0 })
+  t.notMatch(plan('muon', { beta2: 0.75 }, { layout }).tasks[0], { line_offset: 0 })
+  t.notMatch(plan('muon', { beta2: 0.75 }, { layout }).scalars, { b_v: 0.75 })
+})
+
+t.test('adam is adamw without decay', async (t) => {
+  const options = { lr: 0.5, betas: [0.8, 0.99], eps: 1e-6 }
+  for (const at of [FIRST, LATER, REPLAY]) {
+    t.same(plan('adam', options, { at }), plan('adamw', { ...options, weight_decay: 0 }, { at }))
+  }
+})
+
+t.test('rmsprop averages squares, and its buffer takes whole steps', async (t) => {
+  const given = { lr: 0.5, alpha: 0.75, eps: 1e-6, momentum: 0.25 }
+  const { scalars, ...rest } = plan('rmsprop', given, { layout: { shape: [2, 3] } })
+  t.same(scalars, { b_v: 0.75, b_g: 0.25, c_m: 0.25, c_g: 1, eps: 1e-6 })
+  t.match(rest, { tasks: [{ dims: [6], offset: 0 }], scale: -0.5, decay: 0, rms_factor: 1 })
+  t.same(plan('rmsprop', given, { at: REPLAY }).scalars, { b_v: 1, b_g: 0, c_m: 1, c_g: 0, eps: 1e-6 })
 })
 
 t.test("adamw corrects the bias with the parameter's own step", async (t) => {

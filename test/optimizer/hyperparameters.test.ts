@@ -10,6 +10,8 @@ import type { GroupDeclaration } from '../../src/wire/frame.js'
 const JORDAN = [3.4445, -4.775, 2.0315]
 const MUON = { name: 'hidden', algorithm: 'muon' }
 const ADAMW = { name: 'rest', algorithm: 'adamw' }
+const ADAM = { name: 'rest', algorithm: 'adam' }
+const RMSPROP = { name: 'rest', algorithm: 'rmsprop' }
 const SGD = { name: 'outer', algorithm: 'sgd' }
 
 function refused(t: Test, work: () => unknown, ...parts: readonly string[]) {
@@ -42,6 +44,8 @@ t.test('the defaults are those of torch', async (t) => {
     adjust_lr_fn: 'original',
     momentum_form: 'ema',
     momentum_dtype: 'float32',
+    second_momentum: 'none',
+    beta2: 0.95,
   })
   t.same(effective(parseGroup(ADAMW)), {
     algorithm: 'adamw',
@@ -49,6 +53,24 @@ t.test('the defaults are those of torch', async (t) => {
     betas: [0.9, 0.999],
     eps: 1e-8,
     weight_decay: 1e-2,
+    amsgrad: false,
+  })
+  t.same(effective(parseGroup(ADAM)), {
+    algorithm: 'adam',
+    lr: 1e-3,
+    betas: [0.9, 0.999],
+    eps: 1e-8,
+    weight_decay: 0,
+    amsgrad: false,
+  })
+  t.same(effective(parseGroup(RMSPROP)), {
+    algorithm: 'rmsprop',
+    lr: 1e-2,
+    alpha: 0.99,
+    eps: 1e-8,
+    weight_decay: 0,
+    momentum: 0,
+    centered: false,
   })
   t.same(effective(parseGroup(SGD)), {
     algorithm: 'sgd',
@@ -90,7 +112,18 @@ const GOOD: [GroupDeclaration, string, readonly unknown[]][] = [
     ['original', 'match_rms_adamw', 'spectral', 'none', 'rms:0.18', 'rms:1', 'rms:.5', 'rms:2.', 'rms:1e-3'],
   ],
   [MUON, 'momentum_form', ['ema', 'heavy_ball']],
-  [MUON, 'momentum_dtype', ['float32']],
+  [MUON, 'momentum_dtype', ['float32', 'bfloat16']],
+  [MUON, 'second_momentum', ['none', 'normuon']],
+  [MUON, 'beta2', [0, 0.95, 0.999]],
+  [ADAMW, 'amsgrad', [true, false]],
+  [ADAM, 'amsgrad', [true, false]],
+  [ADAM, 'weight_decay', [0]],
+  [ADAM, 'betas', [[0, 0]]],
+  [RMSPROP, 'alpha', [0, 0.9]],
+  [RMSPROP, 'momentum', [0, 0.9]],
+  [RMSPROP, 'eps', [0, 1]],
+  [RMSPROP, 'weight_decay', [0]],
+  [RMSPROP, 'centered', [false]],
   [ADAMW, 'lr', [0, 1]],
   [
     ADAMW,
@@ -190,6 +223,15 @@ const BAD: [GroupDeclaration, string, readonly unknown[]][] = [
     'momentum_dtype',
     ['float16', 'float64', 1, {}, Object.create(null), { toString: 1 }, ['bfloat16'], 'constructor'],
   ],
+  [MUON, 'second_momentum', ['NorMuon', '', true, 1, null, ['normuon']]],
+  [MUON, 'beta2', BAD_SHARE],
+  [ADAMW, 'amsgrad', [0, 1, 'true', null]],
+  [ADAM, 'weight_decay', [...BAD_RATE, 0.01]],
+  [RMSPROP, 'alpha', BAD_SHARE],
+  [RMSPROP, 'momentum', BAD_SHARE],
+  [RMSPROP, 'eps', BAD_RATE],
+  [RMSPROP, 'weight_decay', [...BAD_RATE, 0.01]],
+  [RMSPROP, 'centered', [true, 0, 'false', null]],
   [ADAMW, 'lr', BAD_RATE],
   [
     ADAMW,
@@ -224,24 +266,30 @@ t.test('values out of range or of another type are refused with group, key and v
   }
 })
 
-t.test('a step may change every hyperparameter to the same values and no others', async (t) => {
-  for (const [group, key, values] of GOOD.filter(([, key]) => !key.startsWith('momentum_'))) {
+const FIXED = ['momentum_form', 'momentum_dtype', 'second_momentum', 'amsgrad', 'centered']
+
+t.test('a step may change every other hyperparameter to the same values and no others', async (t) => {
+  for (const [group, key, values] of GOOD.filter(([, key]) => !FIXED.includes(key))) {
     for (const value of values) t.same(effective(updateGroup(parseGroup(group), { [key]: value }))[key], value, key)
   }
-  for (const [group, key, values] of BAD.filter(([, key]) => !key.startsWith('momentum_'))) {
+  for (const [group, key, values] of BAD.filter(([, key]) => !FIXED.includes(key))) {
     for (const value of values) refused(t, () => updateGroup(parseGroup(group), { [key]: value }), group.name, key)
   }
 })
 
 t.test('what says the meaning of the state is fixed at open', async (t) => {
-  const group = parseGroup(MUON)
-  for (const [key, value] of [
-    ['algorithm', 'muon'],
-    ['momentum_form', 'ema'],
-    ['momentum_form', 'heavy_ball'],
-    ['momentum_dtype', 'float32'],
-  ]) {
-    refused(t, () => updateGroup(group, { [key]: value }), `group 'hidden'`, key, 'fixed at open', value)
+  for (const [group, key, value] of [
+    [MUON, 'algorithm', 'muon'],
+    [MUON, 'momentum_form', 'ema'],
+    [MUON, 'momentum_form', 'heavy_ball'],
+    [MUON, 'momentum_dtype', 'float32'],
+    [MUON, 'second_momentum', 'normuon'],
+    [ADAM, 'amsgrad', true],
+    [ADAMW, 'amsgrad', false],
+    [RMSPROP, 'centered', false],
+  ] as const) {
+    const change = { [key]: value }
+    refused(t, () => updateGroup(parseGroup(group), change), `group '${group.name}'`, key, 'fixed at open', show(value))
   }
 })
 
@@ -256,11 +304,11 @@ t.test('unknown names are refused', async (t) => {
     'constructor',
     'toString',
     'x'.repeat(10000),
-    'amsgrad',
+    'rho',
   ]
   for (const key of [...names, '__proto__']) {
     const hostile = JSON.parse(JSON.stringify({ [key]: 1 }))
-    for (const group of [MUON, ADAMW, SGD]) {
+    for (const group of [MUON, ADAMW, ADAM, RMSPROP, SGD]) {
       refused(
         t,
         () => parseGroup({ ...hostile, ...group }),
@@ -274,19 +322,39 @@ t.test('unknown names are refused', async (t) => {
   refused(t, () => updateGroup(parseGroup(MUON), { name: 'other' }), `'name' is no hyperparameter of muon`)
   refused(t, () => parseGroup({ ...ADAMW, momentum: 0.9 }), `'momentum' is no hyperparameter of adamw`)
   for (const algorithm of ['Muon', '', 'lion', 'constructor', '__proto__', 'x'.repeat(10000)]) {
-    refused(t, () => parseGroup({ name: 'g', algorithm }), show(algorithm), 'expected one of muon, adamw, sgd')
+    refused(
+      t,
+      () => parseGroup({ name: 'g', algorithm }),
+      show(algorithm),
+      'expected one of muon, adamw, adam, rmsprop, sgd',
+    )
   }
 })
 
-t.test('known names that are not supported yet are refused with the reason', async (t) => {
-  const cases: [GroupDeclaration, string, string][] = [
-    [{ ...MUON, algorithm: 'muonclip', beta2: 0.95 }, 'beta2', 'second_momentum'],
-    [{ ...MUON, algorithm: 'adam' }, 'adam', 'weights'],
-    [{ ...MUON, second_momentum: 'normuon' }, 'second_momentum', 'state'],
-    [{ ...MUON, beta2: 0.95 }, 'beta2', 'second_momentum'],
-    [{ ...MUON, momentum_dtype: 'bfloat16' }, 'momentum_dtype', 'float32 only'],
+t.test('known names that are not supported are refused with the reason', async (t) => {
+  const keywords: [string, string][] = [
+    ['maximize', 'gradient_scale -1'],
+    ['foreach', 'leave it out'],
+    ['fused', 'leave it out'],
+    ['capturable', 'leave it out'],
+    ['differentiable', 'leave it out'],
+    ['decoupled_weight_decay', 'adamw'],
   ]
-  for (const [group, what, reason] of cases) refused(t, () => parseGroup(group), what, 'not supported yet', reason)
+  for (const group of [MUON, ADAMW, ADAM, RMSPROP, SGD]) {
+    for (const [key, reason] of keywords) {
+      for (const value of [true, false, null]) {
+        refused(t, () => parseGroup({ ...group, [key]: value }), `${key} is not supported`, reason)
+        refused(t, () => updateGroup(parseGroup(group), { [key]: value }), `${key} is not supported`, reason)
+      }
+    }
+  }
+})
+
+t.test('what needs the weights is refused with that reason', async (t) => {
+  for (const group of [ADAM, RMSPROP]) {
+    refused(t, () => parseGroup({ ...group, weight_decay: 0.1 }), 'weight_decay is 0.1', 'needs the weights', 'adamw')
+  }
+  refused(t, () => parseGroup({ ...RMSPROP, centered: true }), 'centered is true', 'centering is not supported')
 })
 
 t.test('a group has a name of bounded length', async (t) => {
@@ -379,6 +447,11 @@ t.test('the first difference that makes a state useless is named', async (t) => 
     [MUON, ADAMW, `algorithm is 'muon' in the run, 'adamw' given`],
     [ADAMW, heavy, `algorithm is 'adamw' in the run, 'muon' given`],
     [MUON, heavy, `momentum_form is 'ema' in the run, 'heavy_ball' given`],
+    [MUON, { ...MUON, beta2: 0.5 }, undefined],
+    [MUON, { ...MUON, momentum_dtype: 'bfloat16' }, `momentum_dtype is 'float32' in the run, 'bfloat16' given`],
+    [MUON, { ...MUON, second_momentum: 'normuon' }, `second_momentum is 'none' in the run, 'normuon' given`],
+    [ADAM, { ...ADAM, amsgrad: true }, 'amsgrad is false in the run, true given'],
+    [ADAM, ADAMW, `algorithm is 'adam' in the run, 'adamw' given`],
     [heavy, MUON, `momentum_form is 'heavy_ball' in the run, 'ema' given`],
   ]
   for (const [a, b, text] of cases) t.equal(stateBearing(parseGroup(a), parseGroup(b)), text)
@@ -411,10 +484,16 @@ t.test('applying changes twice is applying them once, and what is in force descr
 })
 
 t.test('any value of any type is either in force or refused', async (t) => {
-  const keys = fc.constantFrom(...Object.keys(ALGORITHMS.muon), ...Object.keys(ALGORITHMS.sgd), 'betas')
+  const keys = fc.constantFrom(
+    ...Object.keys(ALGORITHMS.muon),
+    ...Object.keys(ALGORITHMS.sgd),
+    ...Object.keys(ALGORITHMS.rmsprop),
+    'betas',
+    'amsgrad',
+  )
   fc.assert(
     fc.property(
-      fc.constantFrom(MUON, ADAMW, SGD),
+      fc.constantFrom(MUON, ADAMW, ADAM, RMSPROP, SGD),
       keys,
       fc.anything({ withBigInt: true, withDate: true, withMap: true }),
       (group, key, value) => {
@@ -441,8 +520,8 @@ t.test('a value in a message is one short line', async (t) => {
 })
 
 t.test('the capabilities list every hyperparameter with its default and a sentence', async (t) => {
-  t.same(Object.keys(ALGORITHMS), ['muon', 'adamw', 'sgd', 'muonclip'])
-  for (const group of [MUON, ADAMW, SGD, { ...MUON, algorithm: 'muonclip' }]) {
+  t.same(Object.keys(ALGORITHMS), ['muon', 'adamw', 'adam', 'rmsprop', 'sgd', 'muonclip'])
+  for (const group of [MUON, ADAMW, ADAM, RMSPROP, SGD, { ...MUON, algorithm: 'muonclip' }]) {
     const { algorithm, ...values } = effective(parseGroup(group))
     const table = ALGORITHMS[algorithm]
     t.same(Object.fromEntries(Object.entries(table).map(([key, row]) => [key, row.default])), values)

@@ -49,18 +49,60 @@ t.test('a parameter knows its sizes and its state', async (t) => {
     gradient_bytes: 48,
     update_bytes: 96,
     blocks: [{ rows: 6, cols: 4, offset: 0 }],
-    state: [{ name: 'momentum_buffer', shape: [6, 4], bytes: 96 }],
+    state: [{ name: 'momentum_buffer', dtype: 'float32', shape: [6, 4], bytes: 96 }],
   })
   const scalar = one({ shape: [], group: 'adamw', update_dtype: 'float16' })
   t.match(scalar, { elements: 1, gradient_bytes: 4, update_bytes: 2, blocks: [] })
   t.same(scalar.state, [
-    { name: 'exp_avg', shape: [], bytes: 4 },
-    { name: 'exp_avg_sq', shape: [], bytes: 4 },
+    { name: 'exp_avg', dtype: 'float32', shape: [], bytes: 4 },
+    { name: 'exp_avg_sq', dtype: 'float32', shape: [], bytes: 4 },
   ])
   t.equal(stateBytes(scalar), 8)
   t.equal(stateBytes(one({ group: 'sgd', shape: [3, 1, 2, 5] })), 120)
   for (const dtype of Object.keys(DTYPES))
     t.match(one({ gradient_dtype: dtype }), { gradient_dtype: dtype, update_dtype: 'float32' })
+})
+
+t.test('the hyperparameters say which state there is, in which type', async (t) => {
+  const stateOf = (algorithm: string, options: object, shape: number[] = [6, 4]) => {
+    const group = parseGroup({ name: 'g', algorithm, ...options })
+    const [parameter] = parseParameters([{ name: 'w', shape, group: 'g' }], new Map([['g', group]]))
+    return parameter.state.map(({ name, dtype, bytes }) => `${name} ${dtype} ${bytes}`)
+  }
+  t.same(stateOf('muon', { momentum_dtype: 'bfloat16' }), ['momentum_buffer bfloat16 48'])
+  t.same(stateOf('muon', { second_momentum: 'normuon' }), ['momentum_buffer float32 96', 'second_momentum float32 24'])
+  t.same(stateOf('adam', {}, [5]), ['exp_avg float32 20', 'exp_avg_sq float32 20'])
+  for (const algorithm of ['adam', 'adamw']) {
+    const expected = ['exp_avg float32 20', 'exp_avg_sq float32 20', 'max_exp_avg_sq float32 20']
+    t.same(stateOf(algorithm, { amsgrad: true }, [5]), expected)
+  }
+  t.same(stateOf('rmsprop', {}, [5]), ['square_avg float32 20', 'momentum_buffer float32 20'])
+})
+
+t.test('the second momentum has a number for each line of the longer side of each matrix', async (t) => {
+  const group = parseGroup({ name: 'g', algorithm: 'muon', second_momentum: 'normuon' })
+  const cases: [Partial<ParameterDeclaration>, number[]][] = [
+    [{ shape: [6, 4] }, [6, 1]],
+    [{ shape: [4, 6] }, [1, 6]],
+    [{ shape: [5, 5] }, [5, 1]],
+    [{ shape: [1, 7] }, [1, 7]],
+    [{ shape: [7, 1] }, [7, 1]],
+    [{ shape: [2, 3, 5], matrices: 'flatten' }, [1, 15]],
+    [{ shape: [3, 4, 6], matrices: 'batch' }, [3, 1, 6]],
+    [{ shape: [1, 4, 6], matrices: 'batch' }, [1, 6]],
+    [{ shape: [2, 3, 6, 4], matrices: 'batch' }, [6, 6, 1]],
+    [{ shape: [6, 4], heads: 3 }, [3, 1, 4]],
+    [{ shape: [12, 4], heads: 2 }, [2, 6, 1]],
+    [{ shape: [12, 4], split: [6, 6] }, [2, 6, 1]],
+    [{ shape: [12, 4], split: [9, 3] }, [13]],
+    [{ shape: [2, 12, 4], matrices: 'batch', split: [9, 3] }, [26]],
+  ]
+  for (const [declared, shape] of cases) {
+    const raw = { name: 'w', shape: [], group: 'g', ...declared }
+    const [{ state }] = parseParameters([raw], new Map([['g', group]]))
+    const bytes = 4 * shape.reduce((product, size) => product * size, 1)
+    t.same(state[1], { name: 'second_momentum', dtype: 'float32', shape, bytes }, JSON.stringify(declared))
+  }
 })
 
 t.test('the layout says which matrices a parameter has', async (t) => {
