@@ -206,10 +206,12 @@ export interface paths {
         };
         /**
          * The state tensors of one parameter
-         * @description A safetensors body: `momentum_buffer` (muon, sgd), `exp_avg` and `exp_avg_sq` (adamw), in float32 and in the
-         *     parameter's shape, and `step`, a scalar int64: how many updates were applied. Before the first step it holds no
+         * @description A safetensors body: `momentum_buffer` (muon, sgd), `exp_avg` and `exp_avg_sq` (adamw, adam), `square_avg` and
+         *     `momentum_buffer` (rmsprop), in float32 and in the parameter's shape, and `step`, a scalar int64: how many updates were applied. Before the first step it holds no
          *     tensor. The tensors belong to one moment, also while training goes on. With `momentum_form` heavy_ball the buffer
-         *     is 1 / (1 - momentum) times the ema one: the header's `__metadata__` names the algorithm and the form.
+         *     is 1 / (1 - momentum) times the ema one: the header's `__metadata__` names the algorithm and the form. With
+         *     `momentum_dtype` bfloat16 the buffer is BF16. NorMuon adds `second_momentum` (docs/algorithms.md has its shape),
+         *     `amsgrad` adds `max_exp_avg_sq`.
          */
         get: operations["getParameterState"];
         put?: never;
@@ -441,8 +443,9 @@ export interface components {
             state: components["schemas"]["StateTensor"][];
         };
         StateTensor: {
-            /** @description momentum_buffer, exp_avg or exp_avg_sq. */
+            /** @description momentum_buffer, exp_avg, square_avg and so on: torch's names. */
             name: string;
+            /** @description float32 or bfloat16. */
             dtype: string;
             shape: number[];
             /** @description Frobenius norm. */

@@ -7,13 +7,18 @@ import { createScanner } from '../../src/device/scan.js'
 import type { ParameterDeclaration } from '../../src/wire/frame.js'
 import {
   type AdamwState,
+  type AmsgradState,
   adamwStep,
+  amsgradStep,
   frobenius,
   gaussian,
   momentumStep,
+  normuonStep,
   orthogonalizeByIteration,
   orthogonalizeBySvd,
+  type RmspropState,
   relativeDistance,
+  rmspropStep,
 } from '../reference.js'
 import { CUDA, NO_GPU } from './gpu.js'
 import { bytesOf, floatsOf, startParameter } from './parameter.js'
@@ -130,7 +135,7 @@ t.test('the device alone', { skip: NO_GPU, timeout: 300_000 }, async (t) => {
   })
 
   await t.test('NaN and infinity are told and nothing else is', async (t) => {
-    for (const algorithm of ['muon', 'adamw', 'sgd']) {
+    for (const algorithm of ['muon', 'adamw', 'rmsprop', 'sgd']) {
       for (const bad of [Number.NaN, Number.POSITIVE_INFINITY]) {
         const p = start({ algorithm }, { shape: [40, 24] })
         const values = gaussian(3, 40 * 24)
@@ -145,29 +150,172 @@ t.test('the device alone', { skip: NO_GPU, timeout: 300_000 }, async (t) => {
     p.end()
   })
 
-  await t.test('a batch, heads and a split are the separate matrices, bit for bit', async (t) => {
-    const [rows, cols] = [24, 40]
-    const values = bytesOf(gaussian(11, 3 * rows * cols), 'float32')
-    const whole = new Map<string, Uint8Array>()
-    for (const [name, declared] of Object.entries({
-      batch: { shape: [3, rows, cols], matrices: 'batch' },
-      heads: { shape: [3 * rows, cols], heads: 3 },
-      split: { shape: [3 * rows, cols], split: [rows, rows, rows] },
-    } as const)) {
-      const p = start({ algorithm: 'muon' }, declared)
-      whole.set(name, (await p.compute(values, { step: 1 })).data)
+  for (const options of [{}, { second_momentum: 'normuon', momentum_dtype: 'bfloat16' }]) {
+    await t.test(
+      `a batch, heads and a split are the separate matrices, bit for bit ${JSON.stringify(options)}`,
+      async (t) => {
+        const [rows, cols] = [24, 40]
+        const values = bytesOf(gaussian(11, 3 * rows * cols), 'float32')
+        const whole = new Map<string, Uint8Array>()
+        for (const [name, declared] of Object.entries({
+          batch: { shape: [3, rows, cols], matrices: 'batch' },
+          heads: { shape: [3 * rows, cols], heads: 3 },
+          split: { shape: [3 * rows, cols], split: [rows, rows, rows] },
+        } as const)) {
+          const p = start({ algorithm: 'muon', ...options }, declared)
+          whole.set(name, (await p.compute(values, { step: 1 })).data)
+          p.end()
+        }
+        const separate: Uint8Array[] = []
+        for (let i = 0; i < 3; i++) {
+          const p = start({ algorithm: 'muon', ...options }, { shape: [rows, cols] })
+          separate.push(
+            (await p.compute(values.subarray(i * rows * cols * 4, (i + 1) * rows * cols * 4), { step: 1 })).data,
+          )
+          p.end()
+        }
+        for (const [name, data] of whole) t.equal(Buffer.compare(data, Buffer.concat(separate)), 0, name)
+      },
+    )
+  }
+
+  for (const [rows, cols] of [
+    [64, 64],
+    [96, 40],
+    [40, 96],
+    [33, 77],
+    [1, 64],
+    [64, 1],
+    [512, 1024],
+    [1024, 512],
+  ] as const) {
+    await t.test(`NorMuon ${rows}x${cols}: three steps near float64, and replayed`, async (t) => {
+      const p = start({ algorithm: 'muon', second_momentum: 'normuon' }, { shape: [rows, cols] })
+      let buffer = new Float64Array(rows * cols)
+      let second = new Float64Array(Math.max(rows, cols))
+      for (const step of [1, 2, 3]) {
+        const sent = bytesOf(gaussian(step, rows * cols), 'float32')
+        const momentum = momentumStep(buffer, floatsOf(sent, 'float32'), TORCH)
+        buffer = Float64Array.from(momentum.buffer)
+        const o = orthogonalizeByIteration({ rows, cols, data: momentum.direction }, KELLER_JORDAN)
+        const oracle = normuonStep(second, o, 0.95)
+        second = Float64Array.from(oracle.second)
+        const { result, data } = await p.compute(sent, { step })
+        t.equal(result.outcome, 'computed')
+        const distance = relativeDistance(floatsOf(data, 'float32'), oracle.data)
+        t.ok(distance < 5e-3, `step ${step}: distance ${distance}`)
+        const statistic = relativeDistance(p.read(1), second)
+        t.ok(statistic < 5e-3, `step ${step}: second momentum ${statistic}`)
+        sameScan(t, result, { gradient: sent, dtype: 'float32', update: data })
+        const again = await p.compute(sent, { step, replay: true })
+        t.equal(Buffer.compare(again.data, data), 0, 'the replay is the same bytes')
+      }
       p.end()
+    })
+  }
+
+  await t.test('NorMuon of a split with a row, a square and a tall block is each by itself', async (t) => {
+    const heights = [1, 16, 40]
+    const group = { algorithm: 'muon', second_momentum: 'normuon', adjust_lr_fn: 'none' }
+    const values = bytesOf(gaussian(17, 57 * 16), 'float32')
+    const p = start(group, { shape: [57, 16], split: heights })
+    const whole = (await p.compute(values, { step: 1 })).data
+    let first = 0
+    let line = 0
+    for (const rows of heights) {
+      const q = start(group, { shape: [rows, 16] })
+      const range = [first * 16 * 4, (first + rows) * 16 * 4] as const
+      const { data } = await q.compute(values.subarray(...range), { step: 1 })
+      t.equal(Buffer.compare(whole.subarray(...range), data), 0, `${rows} rows`)
+      const lines = Math.max(rows, 16)
+      t.same(p.read(1).subarray(line, line + lines), q.read(1))
+      first += rows
+      line += lines
+      q.end()
     }
-    const separate: Uint8Array[] = []
-    for (let i = 0; i < 3; i++) {
-      const p = start({ algorithm: 'muon' }, { shape: [rows, cols] })
-      separate.push(
-        (await p.compute(values.subarray(i * rows * cols * 4, (i + 1) * rows * cols * 4), { step: 1 })).data,
-      )
-      p.end()
-    }
-    for (const [name, data] of whole) t.equal(Buffer.compare(data, Buffer.concat(separate)), 0, name)
+    p.end()
   })
+
+  await t.test('NorMuon gives zero for zero', async (t) => {
+    const p = start({ algorithm: 'muon', second_momentum: 'normuon' }, { shape: [48, 32] })
+    for (const replay of [false, true]) {
+      const { result, data } = await p.compute(new Uint8Array(48 * 32 * 4), { step: 1, replay })
+      t.equal(result.outcome, 'computed')
+      t.ok(data.every((byte) => byte === 0))
+    }
+    p.end()
+  })
+
+  for (const [rows, cols] of [
+    [33, 77],
+    [64, 96],
+  ] as const) {
+    await t.test(`a bfloat16 buffer of ${rows}x${cols} is rounded to nearest before it is used`, async (t) => {
+      const p = start({ algorithm: 'muon', momentum_dtype: 'bfloat16' }, { shape: [rows, cols] })
+      let buffer = new Float64Array(rows * cols)
+      for (const step of [1, 2, 3]) {
+        const sent = bytesOf(gaussian(40 + step, rows * cols), 'float32')
+        const gradient = floatsOf(sent, 'float32')
+        const exact = momentumStep(buffer, gradient, TORCH).buffer
+        const { result, data } = await p.compute(sent, { step })
+        t.equal(result.outcome, 'computed')
+        const kept = p.read(0)
+        // Half a unit in the last place of eight bits, and what float32 adds to it.
+        const largest = Math.max(...exact.map(Math.abs))
+        const far = kept.filter((b, i) => Math.abs(b - exact[i]!) > Math.abs(exact[i]!) * 2 ** -8 + largest * 2 ** -22)
+        t.equal(far.length, 0, `step ${step}`)
+        buffer = Float64Array.from(kept)
+        const direction = buffer.map((b, i) => 0.95 * b + (1 - 0.95) * gradient[i]!)
+        const o = orthogonalizeByIteration({ rows, cols, data: direction }, KELLER_JORDAN)
+        t.ok(relativeDistance(floatsOf(data, 'float32'), o.data) < 2.5e-3)
+        const again = await p.compute(sent, { step, replay: true })
+        t.equal(Buffer.compare(again.data, data), 0, 'the replay is the same bytes')
+      }
+      p.end()
+    })
+  }
+
+  await t.test('a bfloat16 buffer rounds ties to even', async (t) => {
+    const p = start({ algorithm: 'muon', momentum: 0, momentum_dtype: 'bfloat16' }, { shape: [1, 3] })
+    await p.compute(bytesOf(Float64Array.of(1 + 2 ** -8, 1 + 3 * 2 ** -8, -1 - 2 ** -8), 'float32'), { step: 1 })
+    t.same([...p.read(0)], [1, 1 + 2 ** -6, -1])
+    p.end()
+  })
+
+  for (const dtype of DTYPES) {
+    await t.test(`amsgrad and rmsprop ${dtype} are float64's within 1e-6, and replayed`, async (t) => {
+      const [size, shape] = [7007, [1001, 7]]
+      const betas = [0.5, 0.6] as const
+      const p = start({ algorithm: 'adam', amsgrad: true, betas }, { shape, gradient_dtype: dtype })
+      const q = start({ algorithm: 'rmsprop', momentum: 0.9, alpha: 0.9 }, { shape, gradient_dtype: dtype })
+      let adam: AmsgradState = {
+        exp_avg: new Float64Array(size),
+        exp_avg_sq: new Float64Array(size),
+        max_exp_avg_sq: new Float64Array(size),
+      }
+      let rms: RmspropState = { square_avg: new Float64Array(size), momentum_buffer: new Float64Array(size) }
+      for (const step of [1, 2, 3]) {
+        const sent = bytesOf(
+          gaussian(50 + step, size).map((value) => (value + 2) / step),
+          dtype,
+        )
+        const gradient = floatsOf(sent, dtype)
+        const [first, second] = [await p.compute(sent, { step }), await q.compute(sent, { step })]
+        const amsgrad = amsgradStep(adam, gradient, { betas, eps: 1e-8, step })
+        const rmsprop = rmspropStep(rms, gradient, { alpha: 0.9, eps: 1e-8, momentum: 0.9 })
+        adam = amsgrad
+        rms = rmsprop
+        t.ok(relativeDistance(floatsOf(first.data, 'float32'), amsgrad.data) < 1e-6)
+        t.ok(relativeDistance(p.read(2), amsgrad.max_exp_avg_sq) < 1e-6)
+        t.ok(relativeDistance(floatsOf(second.data, 'float32'), rmsprop.data) < 1e-6)
+        t.ok(relativeDistance(q.read(0), rmsprop.square_avg) < 1e-6)
+        t.equal(Buffer.compare((await p.compute(sent, { step, replay: true })).data, first.data), 0)
+        t.equal(Buffer.compare((await q.compute(sent, { step, replay: true })).data, second.data), 0)
+      }
+      p.end()
+      q.end()
+    })
+  }
 
   await t.test('matrices of one parameter with different shapes each get their own factor', async (t) => {
     const [rows, cols] = [[40, 8], 16] as const

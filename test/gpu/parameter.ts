@@ -52,7 +52,8 @@ export function startParameter(
     for (const tensor of state ?? []) device.memory.release(tensor)
     device.dismiss(grant)
   }
-  const read = (index: number) => floatsOf(Buffer.concat([...device.read(state![index]!)]), 'float32')
+  const read = (index: number) =>
+    floatsOf(Buffer.concat([...device.read(state![index]!)]), parameter!.state[index]!.dtype)
   return { parameter: parameter as Parameter, compute, read, end }
 }
 
