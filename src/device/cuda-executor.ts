@@ -2,7 +2,7 @@
 import { fitsGemm } from '../../kernels/cuda/gemm-plan.js'
 import { CUDA_KERNELS, MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../kernels/cuda/source.js'
 import { bytesPerElement, type Dtype } from '../../kernels/dtype.js'
-import { KERNEL_IO } from '../../kernels/kernel.js'
+import { kernelIo, MOMENTUM_SCALARS } from '../../kernels/kernel.js'
 import { type Cuda, openCuda, type Stream } from './cuda.js'
 import {
   ALIGNMENT,
@@ -56,8 +56,10 @@ type Placed<G extends Group = Group> = { work: Work; group: G; partials: Pointer
 type Matrix = Placed<Group<MuonSpec>> & { index: number }
 
 const MOST_RESULTS = 64
-// Those of struct Momentum in CUDA_SOURCE; struct Adamw has adamw's.
-const MOMENTUM_SCALARS = KERNEL_IO.sgd.scalars
+// Those of struct Second in CUDA_SOURCE after the output scale; struct Momentum has MOMENTUM_SCALARS, the others kernelIo's.
+const SECOND_SCALARS = ['b_v', 'b_g']
+// What a block of second_row or second_col takes at a time.
+const LINES_PER_BLOCK = { row: THREADS / 32, col: 32 }
 
 /**
  * Computes jobs on a GPU: gradients and updates in page-locked host memory, state in device memory. The elementwise parts
@@ -77,6 +79,8 @@ export class CudaExecutor implements Executor {
   readonly #hopper: Hopper | undefined
   readonly #results: { pointer: Pointer; view: DataView }
   readonly #scratch: ScratchMemory
+  /** Partial sums of one matrix's second momentum. */
+  readonly #lineSums: Pointer
 
   constructor({ folder, gpu, cubin, hopper }: CudaLane) {
     this.#cuda = openCuda(gpu)
@@ -84,6 +88,7 @@ export class CudaExecutor implements Executor {
     this.#copyIn = this.#cuda.createStream()
     this.#copyOut = this.#cuda.createStream()
     this.#scratch = new ScratchMemory(this.#cuda)
+    this.#lineSums = this.#cuda.allocate(MAX_BLOCKS * PARTIAL_BYTES)
     this.#find = this.#cuda.load(cubin)
     this.#orthogonalizer = new Orthogonalizer(folder, gpu, this.#stream)
     this.#hopper = hopper && new Hopper(this.#cuda, this.#stream, hopper)
@@ -131,6 +136,7 @@ export class CudaExecutor implements Executor {
     this.#orthogonalizer.close()
     this.#hopper?.close()
     this.#scratch.free()
+    this.#cuda.free(this.#lineSums)
     this.#cuda.freeHost(this.#results.pointer)
     for (const stream of [this.#copyIn, this.#stream, this.#copyOut]) stream.destroy()
   }
@@ -231,26 +237,25 @@ export class CudaExecutor implements Executor {
 
   #elementwise({ work, group, partials }: Placed): void {
     const { job, gradient, update } = work
-    const { kind, gradient_dtype, update_dtype } = group.spec
-    const kernels = { adamw: CUDA_KERNELS.adamw, sgd: CUDA_KERNELS.sgd, muon: CUDA_KERNELS.sgd }
+    const { gradient_dtype, update_dtype } = group.spec
     const state = job.next.map((_, i) => job.state?.[i] ?? 0n)
     const first = { group, index: 0 }
-    this.#launch(kernels[kind](gradient_dtype, update_dtype), { x: blocksFor(group) }, [
+    this.#launch(CUDA_KERNELS.elementwise(group.spec), { x: blocksFor(group) }, [
       at(first, gradient, gradient_dtype),
       ...[...state, ...job.next].map((pointer) => pointer && at(first, pointer, 'float32')),
       ...[at(first, update, update_dtype), BigInt(group.rows * group.cols)],
-      ...[...KERNEL_IO[kind].scalars.map((name) => scalarOf(job, name)), partials],
+      ...[...kernelIo(group.spec).scalars.map((name) => scalarOf(job, name)), partials],
     ])
   }
 
   #momentum({ work, group, partials }: Placed<Group<MuonSpec>>): void {
     const { job, gradient } = work
-    const { gradient_dtype } = group.spec
+    const { gradient_dtype, momentum_dtype = 'float32' } = group.spec
     const first = { group, index: 0 }
     const buffer = job.state?.[0] ?? 0n
-    this.#launch(CUDA_KERNELS.momentum(gradient_dtype, packOf(group) > 1), { x: blocksFor(group), y: group.count }, [
-      ...[at(first, gradient, gradient_dtype), buffer && at(first, buffer, 'float32')],
-      ...[at(first, job.next[0], 'float32'), packsOf(group)],
+    this.#launch(CUDA_KERNELS.momentum(group.spec, packOf(group) > 1), { x: blocksFor(group), y: group.count }, [
+      ...[at(first, gradient, gradient_dtype), buffer && at(first, buffer, momentum_dtype)],
+      ...[at(first, job.next[0], momentum_dtype), packsOf(group)],
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), partials],
     ])
   }
@@ -291,10 +296,10 @@ export class CudaExecutor implements Executor {
   #normalize(matrix: Matrix, x: Pointer, input_scale: number): void {
     const { work, group, index, partials } = matrix
     const { job, gradient } = work
-    const { gradient_dtype } = group.spec
+    const { gradient_dtype, momentum_dtype = 'float32' } = group.spec
     const blocks = blocksFor(group)
-    this.#launch(CUDA_KERNELS.normalize(gradient_dtype, packOf(group) > 1), { x: blocks }, [
-      ...[at(matrix, gradient, gradient_dtype), at(matrix, job.next[0], 'float32'), x, packsOf(group)],
+    this.#launch(CUDA_KERNELS.normalize(group.spec, packOf(group) > 1), { x: blocks }, [
+      ...[at(matrix, gradient, gradient_dtype), at(matrix, job.next[0], momentum_dtype), x, packsOf(group)],
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), scalarOf(job, 'eps'), input_scale],
       ...[partials + BigInt(index * blocks * PARTIAL_BYTES), BigInt(blocks)],
     ])
@@ -302,9 +307,27 @@ export class CudaExecutor implements Executor {
 
   #finish(matrix: Matrix, o: Pointer, output_scale: number): void {
     const { work, group } = matrix
-    const { update_dtype } = group.spec
+    const { update_dtype, second_momentum } = group.spec
+    if (second_momentum) return this.#even(matrix, o, { output_scale, per: second_momentum })
     this.#launch(CUDA_KERNELS.finish(update_dtype, packOf(group) > 1), { x: blocksFor(group) }, [
       ...[o, at(matrix, work.update, update_dtype), packsOf(group), group.factor * output_scale],
+    ])
+  }
+
+  /** NorMuon: the second momentum of one matrix, and its update. */
+  #even(matrix: Matrix, o: Pointer, { output_scale, per }: { output_scale: number; per: 'row' | 'col' }): void {
+    const { work, group, index } = matrix
+    const { rows, cols, spec } = group
+    const { state, next } = work.job
+    const offset = BigInt((group.lines + index * Math.max(rows, cols)) * bytesPerElement('float32'))
+    const blocks = Math.min(MAX_BLOCKS, Math.ceil(Math.max(rows, cols) / LINES_PER_BLOCK[per]))
+    this.#launch(CUDA_KERNELS.second(per), { x: blocks }, [
+      ...[o, state ? state[1] + offset : 0n, next[1] + offset, BigInt(rows), BigInt(cols), output_scale],
+      ...[...SECOND_SCALARS.map((name) => scalarOf(work.job, name)), this.#lineSums],
+    ])
+    this.#launch(CUDA_KERNELS.even(spec.update_dtype, packOf(group) > 1), { x: blocksFor(group) }, [
+      ...[o, at(matrix, work.update, spec.update_dtype), packsOf(group), group.factor * output_scale],
+      ...[next[1] + offset, BigInt(cols), per === 'row' ? 1n : 0n, this.#lineSums, BigInt(blocks)],
     ])
   }
 

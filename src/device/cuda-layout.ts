@@ -15,6 +15,8 @@ export type Group<Spec extends KernelSpec = KernelSpec> = {
   readonly rows: number
   readonly cols: number
   readonly offset: number
+  /** Where the numbers of its first matrix's rows or columns start in a state tensor that has such. */
+  readonly lines: number
   readonly count: number
   readonly factor: number
 }
@@ -247,7 +249,8 @@ function groupsOf(plan: Plan): Group[] {
   for (const task of plan.tasks) {
     const factor = task.output_scale ?? plan.scalars.output_scale ?? 1
     const spec = task.kernel ?? plan.kernel
-    const group = { ...asMatrix(task), spec, offset: task.offset, count: 1, factor }
+    const lines = task.line_offset ?? 0
+    const group = { ...asMatrix(task), spec, offset: task.offset, lines, count: 1, factor }
     const last = groups.at(-1)
     if (last && follows(last, group)) last.count += 1
     else groups.push(group)
@@ -273,6 +276,7 @@ function cut(group: Group): Group[] {
   return Array.from({ length: Math.ceil(group.count / most) }, (_, i) => ({
     ...group,
     offset: group.offset + i * most * group.rows * group.cols,
+    lines: group.lines + i * most * Math.max(group.rows, group.cols),
     count: Math.min(most, group.count - i * most),
   }))
 }

@@ -80,6 +80,18 @@ t.test(
   },
 )
 
+t.test('a piece knows where the lines of its first matrix are kept', async (t) => {
+  const shape = { rows: 2048, cols: 7168 }
+  const tasks = Array.from({ length: 6 }, (_, i) => ({
+    ...{ dims: [shape.rows, shape.cols], offset: i * shape.rows * shape.cols, line_offset: i * shape.cols },
+  }))
+  const pieces = piecesOf(planOf(MUON, tasks, { output_scale: 1 }))
+  t.same(
+    pieces.map(({ groups }) => groups.map(({ lines, count }) => [lines, count])),
+    [[[0, 4]], [[4 * 7168, 2]]],
+  )
+})
+
 t.test('the pieces cover the tensor once and in order, whatever it is made of', async () => {
   const run = fc.record({
     count: fc.integer({ min: 1, max: 40 }),
@@ -122,7 +134,7 @@ t.test('a batch closes when it has enough elements', async (t) => {
 
 t.test('lists have the same shapes side by side, and no more of them than fill the chip', async (t) => {
   const matrix = (rows: number, cols: number) => ({
-    group: { spec: MUON, rows, cols, offset: 0, count: 1, factor: 1 },
+    group: { spec: MUON, rows, cols, offset: 0, lines: 0, count: 1, factor: 1 },
   })
   const shapes = listsOf([
     matrix(8, 8),
@@ -147,7 +159,7 @@ t.test('lists have the same shapes side by side, and no more of them than fill t
 })
 
 t.test('threads take four elements at once where every matrix starts and ends on four', async (t) => {
-  const group = { spec: MUON, rows: 6, cols: 6, offset: 0, count: 2, factor: 1 }
+  const group = { spec: MUON, rows: 6, cols: 6, offset: 0, lines: 0, count: 2, factor: 1 }
   t.equal(packOf(group), 4)
   t.equal(packOf({ ...group, offset: 2 }), 1)
   t.equal(packOf({ ...group, cols: 5 }), 1)
