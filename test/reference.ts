@@ -239,6 +239,6 @@ export function normuonStep(
   for (const [i, x] of o.data.entries()) next[lineOf(i)] += ((1 - beta2) * x * x) / Math.min(o.rows, o.cols)
   const evened = o.data.map((x, i) => x / Math.sqrt(Math.max(next[lineOf(i)], 1e-10)))
   const norm = frobenius(evened)
-  const gain = norm === 0 ? 0 : frobenius(o.data) / norm
+  const gain = frobenius(o.data) / Math.max(norm, Number.MIN_VALUE)
   return { second: next, data: evened.map((x) => x * gain) }
 }

@@ -204,7 +204,7 @@ t.test('an open that does not fit is refused', async (t) => {
     ['data of another size', { ...model, parameters: [{ ...wide, data: new Float32Array(1) }] }, 'SHAPE_MISMATCH'],
     [
       'an unknown algorithm',
-      { ...model, run: fresh(), groups: [{ name: 'hidden', algorithm: 'adam' }] },
+      { ...model, run: fresh(), groups: [{ name: 'hidden', algorithm: 'lion' }] },
       'HYPERPARAMETER_INVALID',
     ],
   ]
