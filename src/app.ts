@@ -23,6 +23,7 @@ import { createMetrics, type Metrics } from './metrics.js'
 import { InPlaceWebSocket } from './run/receiver.js'
 import { Runs } from './run/runs.js'
 import { Stream } from './run/stream.js'
+import { readPresets } from './store/presets.js'
 import { OPEN_BYTES, OTHER_KEYS_BYTES } from './wire/frame.js'
 
 /** The service without its process: nothing listens yet, and no environment was read. */
@@ -45,13 +46,23 @@ const MAX_PATH_PARAMETER = 1024
 // A peer that does not answer our close frame is cut off after this.
 const CLOSE_GRACE_MS = 1000
 
-/** Starts the device and builds the app on it. Throws what the device says about why it cannot start. */
+/** Starts the device and builds the app on it. Throws what the device says about why it cannot start, and ConfigError for a preset. */
 export async function buildApp({ config, logger }: { config: Config; logger?: FastifyBaseLogger }): Promise<App> {
   const contract = readContract()
+  const presets = readPresets(config.presets)
   const device = await Device.start(config)
-  const runs = new Runs(device, config)
+  const runs = new Runs(device, config, presets)
   const metrics = createMetrics()
-  const service: Service = { config, device, runs, metrics, contract, events: new Events(), streams: new Set() }
+  const service: Service = {
+    config,
+    device,
+    runs,
+    presets,
+    metrics,
+    contract,
+    events: new Events(),
+    streams: new Set(),
+  }
   const app = await createServer(service, logger)
   return { app, device, runs, metrics, drain: () => drain(app, service) }
 }

@@ -16,6 +16,7 @@ export const SETTINGS = {
   port: integer(8787, [0, 65_535], 'Port to listen on; 0 picks a free one.'),
   device: text('auto', 'Where steps are computed: auto, cpu, cuda, cuda:0 or cuda:0,1.', DEVICE),
   data: text('', 'Folder for durable state; today it is only checked to be writable, and state ends with the process.'),
+  presets: text('', 'Folder with presets of your own, as YAML or JSON files, beside those that come with muond.'),
   onnxruntime_dir: text(
     '',
     'Folder that holds libonnxruntime and its providers; empty is the one inside onnxruntime-node.',

@@ -329,6 +329,10 @@ export interface components {
                     [key: string]: components["schemas"]["Hyperparameter"];
                 };
             };
+            /** @description The recipes that a group may name as its `preset`. */
+            presets: {
+                [key: string]: components["schemas"]["Preset"];
+            };
             /** @description What gradients and updates may be. */
             dtypes: string[];
             devices: {
@@ -361,6 +365,27 @@ export interface components {
             description: string;
             /** @description Whether a `step` frame may change it, from that step on. */
             sticky: boolean;
+        };
+        Preset: {
+            description: string;
+            /** @description The publication that the values are from. */
+            source: string;
+            /** @description What a group gets that names none. */
+            algorithm: string;
+            /** @description The values for each algorithm of the recipe. */
+            hyperparameters: {
+                [key: string]: {
+                    [key: string]: components["schemas"]["PresetValue"];
+                };
+            };
+        };
+        PresetValue: {
+            /** @description The hyperparameter. */
+            value: unknown;
+            /** @description Where it is said: a section, or a file. */
+            source: string;
+            /** @description Whether the source says it outright. */
+            confirmed: boolean;
         };
         RunSummary: {
             name: string;

@@ -5,6 +5,7 @@ import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import { describe } from '../optimizer/parameter.js'
+import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
 import type { Run } from '../run/run.js'
 import type { Runs } from '../run/runs.js'
@@ -18,6 +19,7 @@ export type Services = {
   config: Config
   device: Device
   runs: Runs
+  presets: Presets
   metrics: Metrics
   events: Events
   contract: Contract
@@ -41,7 +43,7 @@ export type AnyHandler = { handle(request: FastifyRequest, reply: FastifyReply):
 export type Handlers = { readonly [Id in Exclude<keyof operations, 'getDocs'>]: Handler<operations[Id]> }
 
 /** The handlers of the control plane. They throw ServiceError; app.ts makes routes of them and problem documents of errors. */
-export function createHandlers({ config, device, runs, metrics, events, contract }: Services): Handlers {
+export function createHandlers({ config, device, runs, presets, metrics, events, contract }: Services): Handlers {
   return {
     getLivez: () => ({ status: 'ok' }),
     getReadyz: () => {
@@ -50,7 +52,7 @@ export function createHandlers({ config, device, runs, metrics, events, contract
     },
     getMetrics: async (_request, reply) =>
       reply.type(metrics.registry.contentType).send(await metrics.registry.metrics()),
-    getCapabilities: () => capabilities(config, device),
+    getCapabilities: () => capabilities({ config, device, presets }),
     getOpenapi: (_request, reply) => reply.type('application/yaml').send(contract.text),
     listRuns: () => ({ runs: runs.list().map(runSummary) }),
     getRun: ({ params }) => runBody(runs.get(params.run)),
@@ -94,7 +96,11 @@ function checkReady(device: Device, runs: Runs): void {
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and begins no step')
 }
 
-function capabilities(config: Config, device: Device): Schemas['Capabilities'] {
+function capabilities({
+  config,
+  device,
+  presets,
+}: Pick<Services, 'config' | 'device' | 'presets'>): Schemas['Capabilities'] {
   const { chunk_bytes, staging_bytes, max_runs, max_connections, max_parameters, receipts_kept } = config
   const limits = {
     chunk_bytes,
@@ -111,6 +117,7 @@ function capabilities(config: Config, device: Device): Schemas['Capabilities'] {
     algorithms: Object.fromEntries(
       Object.entries(HYPERPARAMETERS).map(([name, table]) => [name, hyperparametersOf(table)]),
     ),
+    presets: Object.fromEntries([...presets].map(([name, preset]) => [name, presetBody(preset)])),
     dtypes: Object.keys(DTYPES),
     devices: [
       {
@@ -132,6 +139,11 @@ function hyperparametersOf(rules: Rules): Record<string, Schemas['Hyperparameter
     return [name, { default: value, expected, description, sticky }] as const
   })
   return Object.fromEntries(entries)
+}
+
+function presetBody({ description, source, algorithm, recipes }: Preset): Schemas['Preset'] {
+  const hyperparameters = Object.fromEntries(Object.entries(recipes).map(([name, recipe]) => [name, { ...recipe }]))
+  return { description, source, algorithm, hyperparameters }
 }
 
 function runSummary(run: Run): Schemas['RunSummary'] {

@@ -7,6 +7,8 @@ import { type Algorithm, HYPERPARAMETERS, type Hyperparameters, type Table, type
 
 type GroupOf<A extends Algorithm> = {
   readonly name: string
+  /** The preset that it was declared with. */
+  readonly preset?: string
   readonly algorithm: A
   readonly hyperparameters: Hyperparameters<A>
   /** What the client set, of which `hyperparameters` is the completion: an unset ns_steps follows ns_coefficients. */
@@ -33,25 +35,33 @@ const MAX_NAME_LENGTH = 1024
  */
 export function parseGroup({ name, algorithm, ...given }: GroupDeclaration): Group {
   checkName('group', name)
+  if (algorithm === undefined)
+    throw refusal(name, `it has neither an algorithm nor a preset, expected ${expectedAlgorithm()}`)
   if (isAlgorithm(algorithm)) return checkSet(complete(name, algorithm, given))
-  throw refusal(name, `algorithm is ${show(algorithm)}, expected one of ${Object.keys(HYPERPARAMETERS).join(', ')}`)
+  throw refusal(name, `algorithm is ${show(algorithm)}, expected ${expectedAlgorithm()}`)
+}
+
+function expectedAlgorithm(): string {
+  return `one of ${Object.keys(HYPERPARAMETERS).join(', ')}`
 }
 
 /** The group with some hyperparameters changed, as a `step` frame asks for; the one given stays as it was. Throws HYPERPARAMETER_INVALID. */
 export function updateGroup(group: Group, changes: Readonly<Record<string, unknown>>): Group {
   const table: Table = HYPERPARAMETERS[group.algorithm]
   for (const key of Object.keys(changes)) {
-    if (key === 'algorithm' || own(table, key)?.sticky === false) {
+    if (key === 'algorithm' || key === 'preset' || own(table, key)?.sticky === false) {
       throw refusal(group.name, `${key} is fixed at open, a step cannot change it to ${show(changes[key])}`)
     }
   }
-  const next = complete(group.name, group.algorithm, { ...group.given, ...changes })
+  const { name, algorithm, given, preset } = group
+  const next: Group = { ...complete(name, algorithm, { ...given, ...changes }), preset }
   return 'ns_coefficients' in changes || 'ns_steps' in changes ? checkSet(next) : next
 }
 
-/** Every hyperparameter in force, the algorithm first: what `opened` and `receipt` say of a group. */
+/** Every hyperparameter in force, the algorithm and the preset first: what `opened` and `receipt` say of a group. */
 export function effective(group: Group): { readonly algorithm: Algorithm; readonly [hyperparameter: string]: unknown } {
-  return { algorithm: group.algorithm, ...group.hyperparameters }
+  const { algorithm, preset, hyperparameters } = group
+  return { algorithm, ...(preset === undefined ? {} : { preset }), ...hyperparameters }
 }
 
 /** The first difference between two groups that makes the state of one useless to the other; undefined where there is none. */

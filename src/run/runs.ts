@@ -3,32 +3,33 @@ import type { Device } from '../device/device.js'
 import type { Demand } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithm.js'
-import { type Attention, attentionDifference, parseAttentions, rowScaleBytes } from '../optimizer/attention.js'
-import { parseGroup, stateBearing } from '../optimizer/hyperparameters.js'
+import { attentionDifference, parseAttentions, rowScaleBytes } from '../optimizer/attention.js'
+import { stateBearing } from '../optimizer/hyperparameters.js'
 import { firstDifference, type Parameter, parseParameters, stateBytes } from '../optimizer/parameter.js'
+import type { Presets } from '../optimizer/preset.js'
 import type { OpenFrame } from '../wire/frame.js'
+import { type Declaration, declarationOf, parseGroups, refuseUnsupported } from './declaration.js'
 import { Run, type Writer } from './run.js'
 import { type Groups, groupOf } from './schedule.js'
 
 /** The run that an `open` gave, and whether it existed before. */
 export type Opened = { run: Run; resumed: boolean }
 
-/** What an `open` says of a new run, checked. */
-type Parsed = { name: string; groups: Groups; parameters: Parameter[]; attentions: readonly Attention[] }
-
 /** The table of runs: it creates, finds, hands over and deletes them, within the limits of the settings. */
 export class Runs {
   draining = false
   readonly #device: Device
   readonly #config: Config
+  readonly #presets: Presets
   #runs = new Map<string, Run>()
   /** Runs that wait for their kernels: they count as runs already. */
   #creating = 0
   #turns = new Map<string, Promise<unknown>>()
 
-  constructor(device: Device, config: Config) {
+  constructor(device: Device, config: Config, presets: Presets) {
     this.#device = device
     this.#config = config
+    this.#presets = presets
     device.onFailure = () => this.#expelAll()
   }
 
@@ -76,7 +77,7 @@ export class Runs {
         `run '${run.name}' has a connection (epoch ${run.epoch}), open it with takeover to replace that`,
       )
     }
-    const groups = checkSame(run, frame)
+    const groups = checkSame(run, frame, this.#presets)
     await run.attach(writer)
     if (groups) run.schedule.replace(groups, run.ahead.length === 0)
     return { run, resumed: true }
@@ -87,20 +88,15 @@ export class Runs {
     if (runs >= this.#config.max_runs) {
       throw new ServiceError('OVER_CAPACITY', `the service holds ${runs} runs, at most ${this.#config.max_runs}`)
     }
-    if (!frame.groups || !frame.parameters) {
-      throw new ServiceError('PARAMETER_INVALID', `run '${frame.run}' is new: open needs groups and parameters`)
-    }
-    const groups = parseGroups(frame.groups)
-    const parameters = parseParameters(frame.parameters, groups)
-    this.#checkFits(parameters)
-    const attentions = parseAttentions(frame.attentions ?? [], parameters)
-    const run = await this.#build({ name: frame.run, groups, parameters, attentions })
+    const declaration = declarationOf(frame, this.#presets)
+    this.#checkFits(declaration.parameters)
+    const run = await this.#build(frame.run, declaration)
     this.#runs.set(run.name, run)
     await run.attach(writer)
     return run
   }
 
-  async #build({ name, groups, parameters, attentions }: Parsed): Promise<Run> {
+  async #build(name: string, { groups, parameters, attentions }: Declaration): Promise<Run> {
     // A slow reader may leave the row scales with their update.
     const scales = rowScaleBytes(attentions, parameters)
     const demands = demandsOf(parameters, groups).map((demand, index) => {
@@ -156,25 +152,10 @@ export class Runs {
   }
 }
 
-function refuseUnsupported(frame: OpenFrame): void {
-  if (frame.protocol !== 1)
-    throw new ServiceError('PROTOCOL_UNSUPPORTED', `protocol ${frame.protocol} is not spoken here, expected 1`)
-  if (frame.checkpoint !== undefined) throw new ServiceError('PARAMETER_INVALID', 'checkpoints are not supported yet')
-}
-
-function parseGroups(raw: NonNullable<OpenFrame['groups']>): Groups {
-  const groups = new Map<string, ReturnType<typeof parseGroup>>()
-  for (const given of raw) {
-    if (groups.has(given.name)) throw new ServiceError('PARAMETER_INVALID', `there are two groups '${given.name}'`)
-    groups.set(given.name, parseGroup(given))
-  }
-  return groups
-}
-
 /** Compares what a resuming `open` gives with what the run has; answers the groups to replace, if any were given. */
-function checkSame(run: Run, frame: OpenFrame): Groups | undefined {
+function checkSame(run: Run, frame: OpenFrame, presets: Presets): Groups | undefined {
   const existing = run.schedule.current.groups
-  const groups = frame.groups && parseGroups(frame.groups)
+  const groups = frame.groups && parseGroups(frame.groups, presets)
   if (groups) {
     const difference = groupDifference(existing, groups)
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)

@@ -20,10 +20,11 @@ export type Mode = 'create' | 'resume' | 'create_or_resume'
 /** Values are what the client sent; the optimizer layer knows their names, types and ranges. */
 export type Hyperparameters = Readonly<Record<string, unknown>>
 
-/** A group of `open`: its hyperparameters stand inline beside these two keys. */
+/** A group of `open`: its hyperparameters stand inline beside these keys. One of `algorithm` and `preset` must be there. */
 export type GroupDeclaration = {
   readonly name: string
-  readonly algorithm: string
+  readonly algorithm?: string
+  readonly preset?: string
   readonly [hyperparameter: string]: unknown
 }
 
@@ -224,7 +225,10 @@ const openMap = <T>(required: RequiredSchemas<T>, optional: OptionalSchemas<T>):
 
 const layout: OptionalSchemas<Layout> = { split: list(int), heads: int, matrices: string }
 
-const group: MapSchema = { ...map<GroupDeclaration>({ name: string, algorithm: string }, {}), rest: hyperparameter }
+const group: MapSchema = {
+  ...map<GroupDeclaration>({ name: string }, { algorithm: string, preset: string }),
+  rest: hyperparameter,
+}
 
 const parameter = map<ParameterDeclaration>(
   { name: string, shape: list(int), group: string },

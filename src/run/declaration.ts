@@ -1,0 +1,40 @@
+import { ServiceError } from '../errors.js'
+import { type Attention, parseAttentions } from '../optimizer/attention.js'
+import { type Parameter, parseParameters } from '../optimizer/parameter.js'
+import { type Presets, parsePresetGroup } from '../optimizer/preset.js'
+import type { OpenFrame } from '../wire/frame.js'
+import type { Groups } from './schedule.js'
+
+/** What an `open` declares of a new run, checked. */
+export type Declaration = {
+  readonly groups: Groups
+  readonly parameters: Parameter[]
+  readonly attentions: readonly Attention[]
+}
+
+/** Throws for what no `open` may ask of this version. */
+export function refuseUnsupported(frame: OpenFrame): void {
+  if (frame.protocol !== 1)
+    throw new ServiceError('PROTOCOL_UNSUPPORTED', `protocol ${frame.protocol} is not spoken here, expected 1`)
+  if (frame.checkpoint !== undefined) throw new ServiceError('PARAMETER_INVALID', 'checkpoints are not supported yet')
+}
+
+/** Checks what an `open` declares of a run that does not exist yet. Throws PARAMETER_INVALID, HYPERPARAMETER_INVALID… */
+export function declarationOf(frame: OpenFrame, presets: Presets): Declaration {
+  if (!frame.groups || !frame.parameters) {
+    throw new ServiceError('PARAMETER_INVALID', `run '${frame.run}' is new: open needs groups and parameters`)
+  }
+  const groups = parseGroups(frame.groups, presets)
+  const parameters = parseParameters(frame.parameters, groups)
+  return { groups, parameters, attentions: parseAttentions(frame.attentions ?? [], parameters) }
+}
+
+/** The groups of an `open` by name. */
+export function parseGroups(raw: NonNullable<OpenFrame['groups']>, presets: Presets): Groups {
+  const groups = new Map<string, ReturnType<typeof parsePresetGroup>>()
+  for (const given of raw) {
+    if (groups.has(given.name)) throw new ServiceError('PARAMETER_INVALID', `there are two groups '${given.name}'`)
+    groups.set(given.name, parsePresetGroup(given, presets))
+  }
+  return groups
+}

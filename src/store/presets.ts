@@ -1,0 +1,57 @@
+import { readdirSync, readFileSync } from 'node:fs'
+import { join, parse as parsePath } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { parse as parseYaml } from 'yaml'
+import { ConfigError } from '../config.js'
+import { type Preset, type Presets, parsePreset } from '../optimizer/preset.js'
+
+/** A preset and the file that it is from. */
+export type PresetFile = { readonly preset: Preset; readonly file: string; readonly text: string }
+
+/** The presets that come with muond: beside package.json. */
+const SHIPPED = fileURLToPath(new URL('../../../presets/', import.meta.url))
+
+const FILE = /^[A-Za-z0-9][A-Za-z0-9._-]*\.(yaml|yml|json)$/
+
+/** The presets that come with muond and those in `folder`, if it is not empty, by name. Throws ConfigError as `readPresetFiles`. */
+export function readPresets(folder = ''): Presets {
+  return new Map(readPresetFiles(folder).map(({ preset }) => [preset.name, preset]))
+}
+
+/**
+ * As `readPresets`, with the files; a preset has the name of its file. Files that are neither YAML nor JSON are left alone.
+ * Throws ConfigError with one line that names the file and the key, also for two presets of one name.
+ */
+export function readPresetFiles(folder = ''): PresetFile[] {
+  const files = [SHIPPED, ...(folder ? [folder] : [])].flatMap(listFolder)
+  const read = files.map(readPresetFile)
+  for (const [index, { preset, file }] of read.entries()) {
+    const twin = read.findIndex((other) => other.preset.name === preset.name)
+    if (twin !== index) throw new ConfigError(`${file}: there is a preset '${preset.name}' already, ${read[twin].file}`)
+  }
+  return read
+}
+
+function listFolder(folder: string): string[] {
+  try {
+    const names = readdirSync(folder).filter((name) => FILE.test(name))
+    return names.sort().map((name) => join(folder, name))
+  } catch (error) {
+    throw new ConfigError(`presets folder '${folder}' cannot be read: ${firstLine(error)}`)
+  }
+}
+
+function readPresetFile(file: string): PresetFile {
+  try {
+    const text = readFileSync(file, 'utf8')
+    return { preset: parsePreset(parsePath(file).name, parseYaml(text)), file, text }
+  } catch (error) {
+    throw new ConfigError(`${file}: ${firstLine(error)}`)
+  }
+}
+
+/** A YAML error goes on with an excerpt of the file. */
+function firstLine(error: unknown): string {
+  const [line] = String(error).split('\n')
+  return line.replace(/^\w*Error: /, '').replace(/:$/, '')
+}
