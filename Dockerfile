@@ -7,6 +7,7 @@ COPY package.json package-lock.json .npmrc ./
 RUN npm ci
 COPY tsconfig.json openapi.yaml ./
 COPY kernels kernels
+COPY presets presets
 COPY src src
 RUN npx tsc && npm prune --omit=dev
 
@@ -22,6 +23,7 @@ ENV MUOND_HOST=0.0.0.0 MUOND_DEVICE=cpu NODE_ENV=production
 COPY --from=build /muond/package.json /muond/openapi.yaml ./
 COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
+COPY --from=build /muond/presets presets
 COPY deploy/healthcheck.js deploy/
 USER node
 EXPOSE 8787
@@ -37,6 +39,7 @@ COPY --from=provider /opt/onnxruntime /opt/onnxruntime
 COPY --from=build /muond/package.json /muond/openapi.yaml ./
 COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
+COPY --from=build /muond/presets presets
 COPY deploy/healthcheck.js deploy/
 USER 1000:1000
 EXPOSE 8787

@@ -78,6 +78,11 @@ export class ConfigError extends Error {
   override readonly name = 'ConfigError'
 }
 
+/** The message of an error without the name of its class. */
+export function errorText(error: unknown): string {
+  return String(error).replace(/^\w*Error: /, '')
+}
+
 type Source = { value: string | number; from: string }
 type Sources = Partial<Record<SettingName, Source>>
 
@@ -88,7 +93,7 @@ const manifest: { version: string } = JSON.parse(readFileSync(new URL('../../pac
 export const VERSION = manifest.version
 
 /** Reads flags and `MUOND_*` variables. Throws ConfigError with one line for an unknown flag or a bad value. */
-export function readCommand(argv: readonly string[], env: Readonly<Record<string, string | undefined>>): Command {
+export function readCommand(argv: readonly string[], env: Environment): Command {
   const flags = readFlags(argv)
   if (flags.help) return { kind: 'print', text: helpText() }
   if (flags.version) return { kind: 'print', text: VERSION }
@@ -106,7 +111,7 @@ export function configOf(settings: Partial<Record<SettingName, string | number>>
 }
 
 /** `MUOND_*` variables that name no setting: a misspelt one would otherwise be ignored silently. */
-export function unknownVariables(env: Readonly<Record<string, string | undefined>>): string[] {
+export function unknownVariables(env: Environment): string[] {
   const known = new Set(NAMES.map(variableOf))
   return Object.keys(env).filter((name) => name.startsWith('MUOND_') && !known.has(name))
 }
@@ -142,17 +147,32 @@ function variableOf(name: SettingName): string {
   return `MUOND_${name.toUpperCase()}`
 }
 
-type Flags = Readonly<Record<string, string | boolean | undefined>>
+/** The variables of a process. */
+export type Environment = Readonly<Record<string, string | undefined>>
+
+/** What the flags of a command say, by name; a list where `parseArgs` was told so, which it is not here. */
+export type Flags = Readonly<Record<string, string | boolean | readonly (string | boolean)[] | undefined>>
 
 function readFlags(argv: readonly string[]): Flags {
-  const settings = NAMES.map((name) => [flagOf(name), { type: 'string' }] as const)
+  const settings = NAMES.map((name) => [flagOf(name), 'string'] as const)
+  const { values, positionals } = readArguments(argv, {
+    ...Object.fromEntries(settings),
+    help: 'boolean',
+    version: 'boolean',
+  })
+  const [unexpected] = positionals
+  if (unexpected === undefined) return values
+  throw new ConfigError(`Unexpected argument '${unexpected}' (--help lists the flags)`)
+}
+
+/** Splits the arguments of a command into its flags and the rest; `-h` is `--help`. Throws ConfigError with one line. */
+export function readArguments(
+  argv: readonly string[],
+  flags: Readonly<Record<string, 'string' | 'boolean'>>,
+): { values: Flags; positionals: string[] } {
+  const options = Object.entries(flags).map(([name, type]) => [name, name === 'help' ? { type, short: 'h' } : { type }])
   try {
-    const { values } = parseArgs({
-      args: [...argv],
-      strict: true,
-      options: { help: { type: 'boolean', short: 'h' }, version: { type: 'boolean' }, ...Object.fromEntries(settings) },
-    })
-    return values
+    return parseArgs({ args: [...argv], strict: true, allowPositionals: true, options: Object.fromEntries(options) })
   } catch (error) {
     // parseArgs explains itself over several sentences; the first one names the flag.
     const [sentence] = String(error)
@@ -171,7 +191,7 @@ function fromFlags(flags: Flags): Sources {
   return sources
 }
 
-function fromVariables(env: Readonly<Record<string, string | undefined>>): Sources {
+function fromVariables(env: Environment): Sources {
   const sources: Sources = {}
   for (const name of NAMES) {
     const value = env[variableOf(name)]
@@ -210,6 +230,12 @@ function keysOf(value: unknown): readonly string[] {
   return Object.freeze(String(value).split(',').filter(Boolean))
 }
 
+const USAGE = [
+  'muond [serve] [--flag value]…   serves; --help and --version print and exit',
+  'muond presets [NAME]            recipes that a group may name as its preset',
+  'muond explain PARAMETERS.json   what a step of each parameter would be, and why',
+] as const
+
 function helpText(): string {
   const rows = NAMES.map((name) => {
     const { default: value, description } = SETTINGS[name]
@@ -221,8 +247,7 @@ function helpText(): string {
   const lines = all.map(({ flag, variable, value, meaning }) =>
     [flag.padEnd(flags), variable.padEnd(variables), value.padEnd(values), meaning].join('  '),
   )
-  const usage = 'muond [--flag value]… ; --help and --version print and exit'
-  return [`muond ${VERSION}: the optimizer as a service`, '', usage, '', ...lines].join('\n')
+  return [`muond ${VERSION}: the optimizer as a service`, '', ...USAGE, '', ...lines].join('\n')
 }
 
 function shown(value: string | number): string {

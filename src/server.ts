@@ -1,82 +1,29 @@
 #!/usr/bin/env node
-import { constants } from 'node:fs'
-import { access, mkdir } from 'node:fs/promises'
-import closeWithGrace from 'close-with-grace'
-import { type Logger, pino } from 'pino'
-import { type App, buildApp } from './app.js'
-import { type Config, ConfigError, readCommand, unknownVariables } from './config.js'
+import { explainCommand } from './commands/explain.js'
+import { presetsCommand } from './commands/presets.js'
+import { serveCommand } from './commands/serve.js'
+import { ConfigError, errorText } from './config.js'
 
-// What closing needs beyond the drain itself: close frames, lanes that end their work.
-const CLOSE_SECONDS = 10
+/** By name; `muond` followed by flags, or by nothing, serves. A command answers what is to be printed, if anything. */
+const COMMANDS = new Map<string, (argv: readonly string[]) => string | undefined | Promise<string | undefined>>([
+  ['serve', (argv) => serveCommand(argv, process.env)],
+  ['presets', (argv) => presetsCommand(argv, process.env)],
+  ['explain', (argv) => explainCommand(argv, process.env, process.stdout.columns)],
+])
 
 try {
-  const command = readCommand(process.argv.slice(2), process.env)
-  if (command.kind === 'print') process.stdout.write(`${command.text}\n`)
-  else await serve(command.config)
+  const text = await run(process.argv.slice(2))
+  if (text !== undefined) process.stdout.write(`${text}\n`)
 } catch (error) {
   // One line for the person who started it: a wrong setting, a missing library, a port in use.
-  process.stderr.write(`muond: ${messageOf(error)}\n`)
+  process.stderr.write(`muond: ${errorText(error)}\n`)
   // Nothing has been computed yet, but lanes that wait for work would keep the process.
   process.exit(1)
 }
 
-async function serve(config: Config): Promise<void> {
-  await checkFolder(config.data)
-  const logger = pino({ level: config.log_level })
-  const built = await buildApp({ config, logger })
-  const address = await listen(built, config, logger)
-  closeOnSignals(built, config, logger)
-  const { device } = built
-  logger.info({
-    event: 'listening',
-    address,
-    device: device.backend.name,
-    onnxruntime: device.backend.version,
-    lanes: device.lanes,
-    pid: process.pid,
-  })
-  if (device.backend.note)
-    logger.info({ event: 'device_chosen', device: device.backend.name, reason: device.backend.note })
-  if (config.data) logger.warn({ event: 'state_not_durable', data: config.data })
-  const unknown = unknownVariables(process.env)
-  if (unknown.length > 0) logger.warn({ event: 'unknown_variables', names: unknown })
-}
-
-async function listen({ app }: App, { host, port }: Config, logger: Logger): Promise<string> {
-  // fastify would announce the address in prose; ours is the first line.
-  const { level } = logger
-  logger.level = 'silent'
-  const address = await app.listen({ host, port })
-  logger.level = level
-  return address
-}
-
-function closeOnSignals({ app, drain }: App, { drain_seconds }: Config, logger: Logger): void {
-  const delay = (drain_seconds + CLOSE_SECONDS) * 1000
-  closeWithGrace({ delay, logger }, async ({ signal, err }) => {
-    if (err) {
-      // A bug: nothing may be relied on any more, so nothing is drained. The lanes still end before the process does.
-      logger.fatal({ event: 'crashed', err })
-      return app.close()
-    }
-    logger.info({ event: 'draining', signal, deadline_seconds: drain_seconds })
-    await drain()
-    logger.info({ event: 'stopped' })
-  })
-}
-
-/** Checkpoints will be kept in this folder: that it cannot be written should be known now, not at the first one. */
-async function checkFolder(folder: string): Promise<void> {
-  if (!folder) return
-  try {
-    await mkdir(folder, { recursive: true })
-    await access(folder, constants.W_OK)
-  } catch (error) {
-    throw new ConfigError(`data folder '${folder}' is not writable: ${messageOf(error)}`)
-  }
-}
-
-/** The message of an error without the name of its class. */
-function messageOf(error: unknown): string {
-  return String(error).replace(/^\w*Error: /, '')
+async function run([name = '', ...argv]: readonly string[]): Promise<string | undefined> {
+  if (name === '' || name.startsWith('-')) return serveCommand(process.argv.slice(2), process.env)
+  const command = COMMANDS.get(name)
+  if (command) return command(argv)
+  throw new ConfigError(`there is no command '${name}', expected one of ${[...COMMANDS.keys()].join(', ')}`)
 }

@@ -12,6 +12,7 @@ const LAYERS = [
   'src/run',
   'src/http',
   'src/app.ts',
+  'src/commands',
   'src/server.ts',
 ]
 /** Tables and settings that every layer may read. */
@@ -21,7 +22,7 @@ const OWNERS: Record<string, (file: string) => boolean> = {
   koffi: (file) => /^src\/device\/(onnxruntime|cuda)\.ts$/.test(file),
   msgpackr: (file) => file === 'src/wire/codec.ts',
   ws: (file) => /^src\/(app|run\/(stream|sender|receiver)|client\/\w+)\.ts$/.test(file),
-  fastify: (file) => /^src\/(app|server|http\/\w+|run\/stream)\.ts$/.test(file),
+  fastify: (file) => /^src\/(app|http\/\w+|run\/stream)\.ts$/.test(file),
   'prom-client': (file) => file === 'src/metrics.ts',
   'env-schema': (file) => file === 'src/config.ts',
 }

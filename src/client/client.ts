@@ -9,8 +9,10 @@ export type { Backoff } from './backoff.js'
 export { type ClientErrorCode, MuondError, type MuondErrorFields } from './error.js'
 export type { Bound, Gradient, Parameter } from './parameter.js'
 export { RECEIPTS_KEPT } from './receipts.js'
+export { type Described, NAME_RULES, type NameRule, type Route } from './routing.js'
 export type { EndOptions, Gradients, OpenOptions, Receipt, Run } from './run.js'
 export type { StepOptions } from './step.js'
+export { type Suggested, type Suggestion, type SuggestOptions, suggest } from './suggest.js'
 
 export type ConnectOptions = {
   /** Sent as `Authorization: Bearer`. */

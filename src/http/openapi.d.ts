@@ -461,7 +461,28 @@ export interface components {
             matrices?: string;
             /** @description How many updates were applied. */
             step: number;
+            /** @description Bytes of state it has; 0 before its first step. */
             state_bytes: number;
+            plan: components["schemas"]["Plan"];
+        };
+        /** @description What one step of the parameter is, with the hyperparameters of the step in progress. */
+        Plan: {
+            /** @description The matrices it is cut into; none where the algorithm is elementwise. */
+            blocks: {
+                count: number;
+                rows: number;
+                cols: number;
+                /** @description f: what adjust_lr_fn multiplies lr with. */
+                factor: number;
+            }[];
+            /** @description Share by which the weights shrink. */
+            decay: number;
+            /** @description Bytes of state from the first step on. */
+            state_bytes: number;
+            /** @description Floating point operations, counted as docs/algorithms.md says. */
+            flops: number;
+            /** @description In words. */
+            why: string;
         };
         Parameter: components["schemas"]["ParameterSummary"] & {
             /** @description The state tensors; none before the first step. */

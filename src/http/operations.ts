@@ -168,6 +168,8 @@ function runBody(run: Run): Schemas['Run'] {
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {
   const { parameter, algorithm, step, state_bytes } = run.place(index)
+  const plan = run.explain(index)
   const { shape, split, ...rest } = describe(parameter)
-  return { ...rest, shape: [...shape], ...(split && { split: [...split] }), algorithm, step, state_bytes }
+  const layout = { shape: [...shape], ...(split && { split: [...split] }) }
+  return { ...rest, ...layout, algorithm, step, state_bytes, plan: { ...plan, blocks: [...plan.blocks] } }
 }

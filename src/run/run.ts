@@ -4,6 +4,7 @@ import type { Device, Ticket } from '../device/device.js'
 import type { HostRange } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
+import { type Explanation, explain } from '../optimizer/explanation.js'
 import { effective } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
 import {
@@ -216,6 +217,12 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   place(index: number): PlaceRow {
     const { parameter, count, record, stateBytes } = this.#place(index)
     return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes }
+  }
+
+  /** What the step in progress is for a parameter. */
+  explain(index: number): Explanation {
+    const { parameter } = this.#place(index)
+    return explain(parameter, groupOf(parameter, this.schedule.current.groups))
   }
 
   stateTensors(index: number): ReturnType<Place['stateTensors']> {

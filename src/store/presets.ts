@@ -2,7 +2,7 @@ import { readdirSync, readFileSync } from 'node:fs'
 import { join, parse as parsePath } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parse as parseYaml } from 'yaml'
-import { ConfigError } from '../config.js'
+import { ConfigError, errorText } from '../config.js'
 import { type Preset, type Presets, parsePreset } from '../optimizer/preset.js'
 
 /** A preset and the file that it is from. */
@@ -53,5 +53,5 @@ function readPresetFile(file: string): PresetFile {
 /** A YAML error goes on with an excerpt of the file. */
 function firstLine(error: unknown): string {
   const [line] = String(error).split('\n')
-  return line.replace(/^\w*Error: /, '').replace(/:$/, '')
+  return errorText(line).replace(/:$/, '')
 }

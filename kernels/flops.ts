@@ -1,0 +1,21 @@
+import type { KernelSpec } from './kernel.js'
+
+/**
+ * Operations on each element: gradient_scale, the state, the direction, and for Muon its norm and the output scale.
+ * Multiplications, additions, divisions, roots and comparisons count one each; the finiteness check does not count.
+ */
+const PER_ELEMENT: Readonly<Record<KernelSpec['kind'], number>> = { muon: 13, adamw: 13, sgd: 7 }
+
+/**
+ * Floating point operations of one run of a kernel on a block of `dims`: the elementwise part and, for Muon, the products
+ * of Newton-Schulz as the CPU executes them, every product in full. For m the shorter side and n the longer, an iteration
+ * is XXᵀ (2m²n), A² (2m³, none where c is 0) and the product with X (2m²n).
+ */
+export function kernelFlops(kernel: KernelSpec, dims: readonly number[]): number {
+  const elements = dims.reduce((product, size) => product * size, 1)
+  const elementwise = PER_ELEMENT[kernel.kind] * elements
+  if (kernel.kind !== 'muon') return elementwise
+  const shorter = Math.min(...dims)
+  const products = kernel.coefficients.map(([, , c]) => 4 * shorter * elements + (c === 0 ? 0 : 2 * shorter ** 3))
+  return products.reduce((sum, flops) => sum + flops, elementwise)
+}

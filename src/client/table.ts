@@ -1,0 +1,35 @@
+export type Align = 'left' | 'right'
+
+/** A table: `align` and `head` have one entry per column, as each row has. The first column is shortened where `width` is too small. */
+export type Table = {
+  readonly head: readonly string[]
+  readonly align: readonly Align[]
+  readonly rows: readonly (readonly string[])[]
+}
+
+const GAP = '  '
+const SHORTEST = 12
+
+/** The lines of a table, none longer than `width` characters if its first column can give that much. */
+export function tableLines({ head, align, rows }: Table, width = Number.POSITIVE_INFINITY): string[] {
+  const all = [head, ...rows]
+  const widths = head.map((_, column) => Math.max(...all.map((row) => row[column].length)))
+  const excess = widths.reduce((sum, wide) => sum + wide, GAP.length * (head.length - 1)) - width
+  widths[0] = Math.max(Math.min(widths[0], SHORTEST), widths[0] - Math.max(0, excess))
+  return all.map((row) => line(row, widths, align))
+}
+
+function line(row: readonly string[], widths: readonly number[], align: readonly Align[]): string {
+  const cells = row.map((text, column) => {
+    const cell = column === 0 ? shorten(text, widths[0]) : text
+    return align[column] === 'left' ? cell.padEnd(widths[column]) : cell.padStart(widths[column])
+  })
+  return cells.join(GAP).trimEnd()
+}
+
+/** Both ends of a name tell more than its middle, and its end the most. */
+export function shorten(text: string, width: number): string {
+  if (text.length <= width) return text
+  const start = Math.floor((width - 1) / 3)
+  return `${text.slice(0, start)}…${text.slice(text.length - (width - 1 - start))}`
+}
