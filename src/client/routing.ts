@@ -21,18 +21,18 @@ export type NameRule = { readonly name: RegExp } & Routed
  * the head is looked for at the end of the name, because `attention.output` is none.
  */
 export const NAME_RULES: readonly NameRule[] = [
+  { name: /(^|[._])(bias|biases)$/i, route: 'adamw', why: 'bias' },
   {
     name: /(^|[._])(embed|embeds|embeddings?|embed_tokens|wte|wpe|tok_embeddings|pos_emb|cls_token|patch_embed)([._\d]|$)/i,
     route: 'adamw',
     why: 'embedding',
   },
   {
-    name: /(^|\.)(lm_head|head|heads|embed_out|output_layer|unembed|unembedding|classifier|score)\.?\d*(\.weight|\.bias)?$/i,
+    name: /(^|\.)(lm_head|head|heads|embed_out|output_layer|unembed|unembedding|classifier|score)\.?\d*(\.weight)?$/i,
     route: 'adamw',
     why: 'head',
   },
-  { name: /^(model\.|transformer\.)?(output|fc)(\.weight|\.bias)?$/i, route: 'adamw', why: 'head' },
-  { name: /(^|[._])(bias|biases)$/i, route: 'adamw', why: 'bias' },
+  { name: /^(model\.|transformer\.)?(output|fc)(\.weight)?$/i, route: 'adamw', why: 'head' },
   {
     name: /(^|[._])((\w*_)?(layer|rms|batch|group)?norms?|ln|bn)(_?(\d+|f|q|k|pre|post|final))?(\.weight)?$/i,
     route: 'adamw',
