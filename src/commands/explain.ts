@@ -1,8 +1,9 @@
+import assert from 'node:assert'
 import { readFileSync } from 'node:fs'
 import { tableLines } from '../client/table.js'
 import { ConfigError, type Environment, errorText, readArguments } from '../config.js'
 import { type Explanation, explain, layoutName, layoutReason } from '../optimizer/explanation.js'
-import { effective, type Group } from '../optimizer/hyperparameters.js'
+import { effective, type Group, show } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
 import { type Declaration, declarationOf, refuseUnsupported } from '../run/declaration.js'
 import { groupOf } from '../run/schedule.js'
@@ -48,11 +49,11 @@ export function explainCommand(argv: readonly string[], env: Environment, width?
 
 /** The file as the frame it would be on the wire: the same reader, the same errors. */
 function readOpenFrame(file: string): OpenFrame {
-  const given = parseFile(file)
-  const bytes = encodeFrame({ type: 'open', protocol: 1, run: 'explained', ...given })
-  const frame = decodeClientFrame(bytes, { chunk_bytes: OPEN_BYTES })
-  if (frame.type === 'open') return frame
-  throw new ConfigError(`${file} is a frame of type '${frame.type}', expected 'open'`)
+  const given = { type: 'open', protocol: 1, run: 'explained', ...parseFile(file) } as const
+  if (given.type !== 'open') throw new ConfigError(`${file} has type ${show(given.type)}, expected 'open'`)
+  const frame = decodeClientFrame(encodeFrame(given), { chunk_bytes: OPEN_BYTES })
+  assert(frame.type === 'open')
+  return frame
 }
 
 function parseFile(file: string): object {
