@@ -1,14 +1,19 @@
 #!/usr/bin/env node
-import { explainCommand } from './commands/explain.js'
-import { presetsCommand } from './commands/presets.js'
-import { serveCommand } from './commands/serve.js'
 import { ConfigError, errorText } from './config.js'
 
-/** By name; `muond` followed by flags, or by nothing, serves. A command answers what is to be printed, if anything. */
-const COMMANDS = new Map<string, (argv: readonly string[]) => string | undefined | Promise<string | undefined>>([
-  ['serve', (argv) => serveCommand(argv, process.env)],
-  ['presets', (argv) => presetsCommand(argv, process.env)],
-  ['explain', (argv) => explainCommand(argv, process.env, process.stdout.columns)],
+type Command = (argv: readonly string[]) => Promise<string | undefined>
+
+/**
+ * By name; `muond` followed by flags, or by nothing, serves. A command answers what is to be printed, if anything. Each is
+ * loaded when it is asked for: a list of presets needs no device.
+ */
+const COMMANDS = new Map<string, Command>([
+  ['serve', async (argv) => (await import('./commands/serve.js')).serveCommand(argv, process.env)],
+  ['presets', async (argv) => (await import('./commands/presets.js')).presetsCommand(argv, process.env)],
+  [
+    'explain',
+    async (argv) => (await import('./commands/explain.js')).explainCommand(argv, process.env, process.stdout.columns),
+  ],
 ])
 
 try {
@@ -21,9 +26,10 @@ try {
   process.exit(1)
 }
 
-async function run([name = '', ...argv]: readonly string[]): Promise<string | undefined> {
-  if (name === '' || name.startsWith('-')) return serveCommand(process.argv.slice(2), process.env)
+async function run(argv: readonly string[]): Promise<string | undefined> {
+  const isNamed = argv.length > 0 && !argv[0].startsWith('-')
+  const [name, ...rest] = isNamed ? argv : ['serve', ...argv]
   const command = COMMANDS.get(name)
-  if (command) return command(argv)
+  if (command) return command(rest)
   throw new ConfigError(`there is no command '${name}', expected one of ${[...COMMANDS.keys()].join(', ')}`)
 }

@@ -108,7 +108,8 @@ function textOf(declaration: Declaration, width?: number): string {
     ),
   )
   const { parameters, elements, state_bytes, flops } = totalsOf(rows)
-  const total = `${parameters} parameters of ${amount(elements)} elements, ${amount(state_bytes)}B of state, ${amount(flops)}FLOPs per step`
+  const counts = `${parameters} parameters, ${amount(elements)} elements`
+  const total = `in all: ${counts}, ${amount(state_bytes, 'B')} of state, ${amount(flops, 'FLOPs')} per step`
   return [...sections, total].join('\n\n')
 }
 
@@ -135,13 +136,7 @@ function cellsOf({ parameter, plan: { blocks, state_bytes, flops } }: Row): stri
     decimal(factor),
   ])
   const elements = [parameter.shape.join('x') || 'scalar', '']
-  const line = [
-    parameter.name,
-    layoutName(parameter),
-    ...(first ?? elements),
-    `${amount(state_bytes)}B`,
-    amount(flops).trim(),
-  ]
+  const line = [parameter.name, layoutName(parameter), ...(first ?? elements), amount(state_bytes, 'B'), amount(flops)]
   return [line, ...others.map((block) => ['', '', ...block, '', ''])]
 }
 
@@ -152,8 +147,8 @@ function decimal(value: number): string {
 
 const UNITS = ['', 'k', 'M', 'G', 'T', 'P', 'E'] as const
 
-/** Three significant digits and a decimal prefix: `3.54 M`, ready for a unit. */
-function amount(value: number): string {
+/** Three significant digits, a decimal prefix and the unit: `3.54 MB`. */
+function amount(value: number, unit = ''): string {
   const power = Math.min(UNITS.length - 1, Math.max(0, Math.floor(Math.log10(Math.max(1, value)) / 3)))
-  return `${decimal(value / 1000 ** power)} ${UNITS[power]}`
+  return `${decimal(value / 1000 ** power)} ${UNITS[power]}${unit}`.trim()
 }

@@ -102,6 +102,13 @@ t.test('capabilities are the settings, the tables and the device', async (t) => 
   t.same(Object.keys(capabilities.algorithms), ['muon', 'adamw', 'adam', 'rmsprop', 'sgd'])
   t.match(capabilities.algorithms.muon.momentum, { default: 0.95, sticky: true })
   t.match(capabilities.algorithms.adamw.betas, { default: [0.9, 0.999] })
+  t.same(Object.keys(capabilities.presets), ['deepseek-v4', 'kimi-k2', 'moonlight', 'nanogpt', 'torch'])
+  t.match(capabilities.presets['deepseek-v4'], {
+    description: /^DeepSeek-V4/,
+    source: /arXiv/,
+    algorithm: 'muon',
+    hyperparameters: { adamw: { eps: { value: 1e-20, source: 'section 4.2.2', confirmed: true } } },
+  })
   t.same(Object.keys(capabilities.algorithms.sgd.lr), ['default', 'expected', 'description', 'sticky'])
 })
 
@@ -138,7 +145,15 @@ t.test('parameters are listed page by page', async (t) => {
     split: [1, 1],
     step: 1,
     state_bytes: 24,
+    plan: {
+      blocks: [{ count: 2, rows: 1, cols: 3, factor: 1 }],
+      decay: 1e-3 * 0.1,
+      state_bytes: 24,
+      flops: 218,
+      why: "group 'hidden' asks for muon: its rows are 2 fused matrices",
+    },
   })
+  t.match(all.parameters[1]?.plan, { blocks: [], why: /asks for adamw: each element for itself$/ })
   t.same(await get(`${url}/v1/runs/a/parameters?offset=1&limit=1`), { parameters: [all.parameters[1]], total: 3 })
   t.same(await get(`${url}/v1/runs/a/parameters?offset=9`), { parameters: [], total: 3 })
   trainer.socket.close()

@@ -46,6 +46,29 @@ t.test('--version and --help print and exit', async (t) => {
   t.match(await result(start(['--help'])), { code: 0, out: /^muond .*--host +MUOND_HOST +127\.0\.0\.1 /s, err: '' })
 })
 
+t.test('serve is what muond does without a command; presets and explain print and exit', async (t) => {
+  t.same(await result(start(['serve', '--version'])), { code: 0, out: `${VERSION}\n`, err: '' })
+  t.match(await result(start(['presets'])), { code: 0, out: /^preset +for +description\n(.*\n){5}$/, err: '' })
+  const open = { groups: [{ name: 'g', algorithm: 'sgd' }], parameters: [{ name: 'w', shape: [2], group: 'g' }] }
+  const file = `${t.testdir({ 'open.json': JSON.stringify(open) })}/open.json`
+  const explained = {
+    code: 0,
+    out: /^group g: sgd, .*\nin all: .* 2 elements, 8 B of state, 14 FLOPs per step\n$/s,
+    err: '',
+  }
+  t.match(await result(start(['explain', file])), explained)
+  const folder = t.testdir({ 'torch.yaml': 'description: 5' })
+  const cases: [string[], RegExp][] = [
+    [['train'], /^muond: there is no command 'train', expected one of serve, presets, explain\n$/],
+    [['presets', 'nobody'], /^muond: there is no preset 'nobody', expected one of .*\n$/],
+    [['explain', 'nowhere.json'], /^muond: nowhere\.json cannot be read: ENOENT.*\n$/],
+    [['serve', ...SMALL, '--presets', folder], /^muond: .*\/torch\.yaml: description is 5, expected a text\n$/],
+  ]
+  for (const [argv, message] of cases) {
+    t.match(await result(start(argv)), { code: 1, out: '', err: message }, argv.join(' '))
+  }
+})
+
 t.test('a start that cannot succeed is one line and exit code 1', async (t) => {
   const taken = createServer().listen(0, '127.0.0.1')
   await once(taken, 'listening')
