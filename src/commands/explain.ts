@@ -2,6 +2,7 @@ import assert from 'node:assert'
 import { readFileSync } from 'node:fs'
 import { tableLines } from '../client/table.js'
 import { ConfigError, type Environment, errorText, readArguments } from '../config.js'
+import { type Attention, claimsOf } from '../optimizer/attention.js'
 import { type Explanation, explain, layoutName, layoutReason } from '../optimizer/explanation.js'
 import { effective, type Group, show } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
@@ -93,6 +94,7 @@ function jsonOf(declaration: Declaration): object {
       layout: layoutName(parameter),
       plan,
     })),
+    attentions: declaration.attentions,
     totals: totalsOf(rows),
   }
 }
@@ -110,7 +112,17 @@ function textOf(declaration: Declaration, width?: number): string {
   const { parameters, elements, state_bytes, flops } = totalsOf(rows)
   const counts = `${parameters} parameters, ${amount(elements)} elements`
   const total = `in all: ${counts}, ${amount(state_bytes, 'B')} of state, ${amount(flops, 'FLOPs')} per step`
-  return [...sections, total].join('\n\n')
+  const attentions = declaration.attentions.map((attention) => attentionLine(attention, declaration.parameters))
+  return [...sections, ...(attentions.length > 0 ? [attentions.join('\n')] : []), total].join('\n\n')
+}
+
+/** Which rows QK-clip scales in an update, where a head's largest logit is above the threshold. */
+function attentionLine(attention: Attention, parameters: readonly Parameter[]): string {
+  const { name, rule, query_heads, threshold } = attention
+  const rows = claimsOf(attention).map(({ key, parameter, first_row, rows }) => {
+    return `  ${key}: rows ${first_row} to ${first_row + rows - 1} of ${parameters[parameter].name}`
+  })
+  return [`attention ${name}: ${rule} of ${query_heads} heads, clipped at ${threshold}`, ...rows].join('\n')
 }
 
 const HEAD = ['parameter', 'layout', 'matrices', 'f', 'state', 'FLOPs']

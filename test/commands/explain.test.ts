@@ -44,6 +44,21 @@ in all: 4 parameters, 40.2 M elements, 315 MB of state, 30.1 GFLOPs per step`,
   )
 })
 
+t.test('attentions are listed with the rows that QK-clip scales', async (t) => {
+  const groups = [{ name: 'g', preset: 'kimi-k2' }]
+  const parameters = ['q_b', 'kv_b'].map((name) => ({ name, shape: [12, 4], group: 'g' }))
+  const heads = { rule: 'mla', query_heads: 2, nope_dim: 4, rope_dim: 2, value_dim: 1 }
+  const attentions = [{ name: 'h.0', ...heads, query: { parameter: 0 }, key: { parameter: 1, first_row: 2 } }]
+  const file = fileOf(t, { groups, parameters, attentions })
+  t.match(
+    explainCommand([file], {}),
+    'attention h.0: mla of 2 heads, clipped at 100\n  query: rows 0 to 11 of q_b\n  key: rows 2 to 11 of kv_b\n\nin all: ',
+  )
+  t.match(JSON.parse(explainCommand([file, '--json'], {})).attentions, [
+    { name: 'h.0', threshold: 100, key: { first_row: 2 } },
+  ])
+})
+
 t.test('names are shortened where the screen is narrow', async (t) => {
   const lines = explainCommand([fileOf(t, OPEN)], {}, 80).split('\n')
   t.ok(lines.every((line) => line.length <= 80))
@@ -89,6 +104,10 @@ t.test('it refuses what open refuses, in the same words', async (t) => {
     { ...OPEN, parameters: [{ name: 'w', shape: [4], group: 'hidden' }] },
     { ...OPEN, parameters: [{ name: 'w', shape: [4, 4], group: 'hidden', heads: 3 }] },
     { ...OPEN, parameters: [] },
+    {
+      ...OPEN,
+      attentions: [{ name: 'a', query_heads: 1, query: { parameter: 9 }, key: { parameter: 2 }, head_dim: 2 }],
+    },
     { ...OPEN, checkpoint: 'last' },
     { ...OPEN, protocol: 2 },
   ]

@@ -65,7 +65,7 @@ t.test('a resuming open is compared by its effective values, not by the name of 
     await client.close()
     return frame
   }
-  await open({ preset: 'kimi-k2' })
+  await open({ preset: 'deepseek-v4' })
   t.match(await open({ preset: 'moonlight' }), { type: 'opened', groups: { g: { preset: 'moonlight', lr: 4.2e-4 } } })
   const written = await open({ algorithm: 'muon', momentum_form: 'heavy_ball' })
   t.match(written, { type: 'opened', groups: { g: { lr: 1e-3 } } })
