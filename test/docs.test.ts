@@ -3,7 +3,9 @@ import { join, resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import t from 'tap'
 import { NAMED_COEFFICIENTS } from '../kernels/coefficients.js'
+import { explainCommand } from '../src/commands/explain.js'
 import { SETTINGS } from '../src/config.js'
+import { readPresets } from '../src/store/presets.js'
 import { startService } from './service.js'
 
 const README = readFileSync('README.md', 'utf8')
@@ -38,6 +40,22 @@ t.test('the trainer of the README runs as it stands', async (t) => {
   await t.resolves(import(pathToFileURL(file).href))
   t.equal(service.runs.get('first').step, 1)
   await service.app.close()
+})
+
+t.test('the example of muond explain prints what the README shows', async (t) => {
+  const [, open, printed] = section('explain').match(/```json\n([\s\S]*?)```[\s\S]*```text\n([\s\S]*?)\n```/) ?? []
+  const file = join(t.testdir({ 'open.json': open! }), 'open.json')
+  t.equal(explainCommand([file], {}), printed)
+})
+
+t.test('the preset of docs/algorithms.md is one, and its table has those that come with muond', async (t) => {
+  const text = readFileSync('docs/algorithms.md', 'utf8')
+  const [, example] = text.match(/```yaml\n([\s\S]*?)```/) ?? []
+  t.ok(readPresets(t.testdir({ 'may.yaml': example! })).has('may'))
+  for (const { name, recipes } of readPresets().values()) {
+    const algorithms = Object.keys(recipes).map((algorithm) => `\`${algorithm}\``)
+    t.ok(new RegExp(`^\\| \`${name}\` +\\| ${algorithms.join(', ')} +\\|`, 'm').test(text), name)
+  }
 })
 
 t.test(
