@@ -4,7 +4,7 @@ import type { KernelSpec } from './kernel.js'
  * Operations on each element: gradient_scale, the state, the direction, and for Muon its norm and the output scale.
  * Multiplications, additions, divisions, roots and comparisons count one each; the finiteness check does not count.
  */
-const PER_ELEMENT: Readonly<Record<KernelSpec['kind'], number>> = { muon: 13, adamw: 13, sgd: 7 }
+const PER_ELEMENT: Readonly<Record<KernelSpec['kind'], number>> = { muon: 13, adamw: 12, sgd: 7 }
 
 /**
  * Floating point operations of one run of a kernel on a block of `dims`: the elementwise part and, for Muon, the products

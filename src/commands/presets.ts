@@ -26,12 +26,8 @@ export function presetsFolder({ presets }: Flags, { MUOND_PRESETS }: Environment
 }
 
 function list(files: readonly PresetFile[]): string {
-  const rows = files.map(({ preset: { name, recipes, description } }) => [
-    name,
-    Object.keys(recipes).join(', '),
-    description,
-  ])
-  return tableLines({ head: ['preset', 'for', 'description'], align: ['left', 'left', 'left'], rows }).join('\n')
+  const rows = files.map(({ preset: { name, algorithm, description } }) => [name, algorithm, description])
+  return tableLines({ head: ['preset', 'algorithm', 'description'], align: ['left', 'left', 'left'], rows }).join('\n')
 }
 
 function textOf(files: readonly PresetFile[], name: string): string {

@@ -36,8 +36,8 @@ matrix: the tensor is one matrix
 
 group rest: adamw, lr 0.001, decay 0.00001 per step
 parameter                                                  layout     matrices  f   state  FLOPs
-model.embed_tokens.weight                                  elements  50304x768     309 MB  502 M
-model.layers.0.self_attn.rotary_embedding.frequency_scale  elements     scalar        8 B     13
+model.embed_tokens.weight                                  elements  50304x768     309 MB  464 M
+model.layers.0.self_attn.rotary_embedding.frequency_scale  elements     scalar        8 B     12
 elements: each element for itself
 
 in all: 4 parameters, 40.2 M elements, 315 MB of state, 30.1 GFLOPs per step`,

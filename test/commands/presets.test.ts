@@ -9,8 +9,8 @@ t.test('the list has a line for each preset, within 80 columns', async (t) => {
   const lines = presetsCommand([], {}).split('\n')
   t.equal(lines.length, 6)
   t.ok(lines.every((line) => line.length <= 80))
-  t.match(lines[0], /^preset +for +description$/)
-  t.match(lines[3], /^moonlight +muon, adamw +Moonlight 16B-A3B, Muon at AdamW's update RMS$/)
+  t.match(lines[0], /^preset +algorithm +description$/)
+  t.match(lines[3], /^moonlight +muon +Moonlight 16B-A3B, Muon at AdamW's update RMS$/)
 })
 
 t.test('a name prints its file, sources and all', async (t) => {
