@@ -40,7 +40,7 @@ model.embed_tokens.weight                                  elements  50304x768  
 model.layers.0.self_attn.rotary_embedding.frequency_scale  elements     scalar        8 B     12
 elements: each element for itself
 
-in all: 4 parameters, 40.2 M elements, 315 MB of state, 30.1 GFLOPs per step`,
+in all: 4 parameters, 40.2 M elements, 315 MB of state, 30 GFLOPs per step`,
   )
 })
 
