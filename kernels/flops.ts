@@ -4,7 +4,10 @@ import type { KernelSpec } from './kernel.js'
  * Operations on each element: gradient_scale, the state, the direction, and for Muon its norm and the output scale.
  * Multiplications, additions, divisions, roots and comparisons count one each; the finiteness check does not count.
  */
-const PER_ELEMENT: Readonly<Record<KernelSpec['kind'], number>> = { muon: 13, adamw: 12, sgd: 7 }
+const PER_ELEMENT: Readonly<Record<KernelSpec['kind'], number>> = { muon: 13, adamw: 12, rmsprop: 11, sgd: 7 }
+
+/** NorMuon squares and sums the elements and scales them, and has nine operations for each line with a statistic. */
+const NORMUON = { element: 3, line: 9 } as const
 
 /**
  * Floating point operations of one run of a kernel on a block of `dims`: the elementwise part and, for Muon, the products
@@ -14,8 +17,10 @@ const PER_ELEMENT: Readonly<Record<KernelSpec['kind'], number>> = { muon: 13, ad
 export function kernelFlops(kernel: KernelSpec, dims: readonly number[]): number {
   const elements = dims.reduce((product, size) => product * size, 1)
   const elementwise = PER_ELEMENT[kernel.kind] * elements
+  if (kernel.kind === 'adamw' && kernel.amsgrad) return elementwise + elements
   if (kernel.kind !== 'muon') return elementwise
+  const second = kernel.second_momentum ? NORMUON.element * elements + NORMUON.line * Math.max(...dims) : 0
   const shorter = Math.min(...dims)
   const products = kernel.coefficients.map(([, , c]) => 4 * shorter * elements + (c === 0 ? 0 : 2 * shorter ** 3))
-  return products.reduce((sum, flops) => sum + flops, elementwise)
+  return products.reduce((sum, flops) => sum + flops, elementwise + second)
 }

@@ -89,7 +89,9 @@ function parse(given: ParameterDeclaration, context: Context): Parameter {
     ...{ index, name, shape, group, gradient_dtype, update_dtype, ...layoutOf(given), elements },
     gradient_bytes: elements * bytesPerElement(gradient_dtype),
     update_bytes: elements * bytesPerElement(update_dtype),
-    blocks: ['muon', 'muonclip'].includes(context.group.algorithm) ? matrices(given, context) : noMatrices(given, context),
+    blocks: ['muon', 'muonclip'].includes(context.group.algorithm)
+      ? matrices(given, context)
+      : noMatrices(given, context),
   }
   // What a kernel keeps is the same in every step.
   const { kernel } = planStep(laid, context.group, { step: 1, replay: false })

@@ -31,8 +31,16 @@ t.test('Newton-Schulz counts every product of its iterations in full', async (t)
   }
 })
 
+t.test('NorMuon adds its statistic', async (t) => {
+  const plain = muon([[1.5, -0.5, 0]])
+  const normuon: KernelSpec = { ...muon([[1.5, -0.5, 0]]), second_momentum: 'row' } as KernelSpec
+  t.equal(kernelFlops(normuon, [7, 3]) - kernelFlops(plain, [7, 3]), 3 * 21 + 9 * 7)
+})
+
 t.test('elementwise kernels count each element', async (t) => {
   t.equal(kernelFlops({ kind: 'adamw', ...DTYPES }, [10]), 120)
+  t.equal(kernelFlops({ kind: 'adamw', amsgrad: true, ...DTYPES }, [10]), 130)
+  t.equal(kernelFlops({ kind: 'rmsprop', ...DTYPES }, [10]), 110)
   t.equal(kernelFlops({ kind: 'sgd', ...DTYPES }, [10]), 70)
   t.equal(kernelFlops({ kind: 'sgd', ...DTYPES }, []), 7, 'a scalar is one element')
 })
