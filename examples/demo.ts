@@ -1,13 +1,14 @@
 import { writeFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
-import { SIZE, weightsOf } from './model.js'
+import { type Lesson, perceptronLesson } from './lesson.js'
+import { SIZE } from './model.js'
 import { linePlot } from './plot.js'
 import { progressBar } from './progress.js'
 import { best, comparison, sweepTable } from './report.js'
 import { startService } from './service.js'
-import { readCorpus } from './text.js'
-import { adamw, type Lesson, last, muon, type Outcome, prepare, type Recipe, train } from './train.js'
+import { type Corpus, readCorpus } from './text.js'
+import { adamw, last, muon, type Outcome, type Recipe, train } from './train.js'
 
 const USAGE = `node dist/examples/demo.js [--steps 800] [--seed 1] [--svg demo.svg] [--sweep]
 
@@ -21,6 +22,7 @@ const SWEEP = { adamw: [0.002, 0.004, 0.006, 0.008, 0.016], muon: [0.01, 0.02, 0
 const CHOSEN = { adamw: 0.006, muon: 0.02 } as const
 
 const BATCH = 256
+const VALIDATION_POSITIONS = 4096
 const ROOT = fileURLToPath(new URL('../../', import.meta.url))
 const SERVER = fileURLToPath(new URL('../src/server.js', import.meta.url))
 const COLOURS = ['#c2571a', '#1f5fbf'] as const
@@ -39,14 +41,16 @@ if (options.help) console.log(USAGE)
 else await main()
 
 async function main(): Promise<void> {
-  const lesson = await prepare({
+  const corpus = readCorpus(ROOT)
+  const lesson = await perceptronLesson({
     size: SIZE,
     batch: BATCH,
+    validation: VALIDATION_POSITIONS,
     steps: count('steps', options.steps),
     seed: count('seed', options.seed),
-    corpus: readCorpus(ROOT),
+    corpus,
   })
-  console.log(description(lesson))
+  console.log(description(lesson, corpus))
   const service = await startService(SERVER)
   if (options.sweep) await sweep(service.url, lesson)
   else await compare(service.url, lesson)
@@ -85,11 +89,11 @@ function count(name: string, text: string): number {
   throw new RangeError(`--${name} is '${text}', expected a whole number from 1 on`)
 }
 
-function description({ size, corpus, steps, batch, seed }: Lesson): string {
-  const weights = weightsOf(size).reduce((count, { shape: [rows, columns] }) => count + rows * columns, 0)
+function description({ model, steps, seed }: Lesson, corpus: Corpus): string {
+  const weights = model.weights.reduce((count, { shape: [rows, columns] }) => count + rows * columns, 0)
   const kilobytes = (bytes: Uint8Array) => `${Math.round(bytes.length / 1000)} kB`
   return [
-    `Model: ${size.context} bytes of context, ${weights} weights. ${steps} steps of ${batch} examples, seed ${seed}.`,
+    `Model: ${SIZE.context} bytes of context, ${weights} weights. ${steps} steps of ${BATCH} examples, seed ${seed}.`,
     `Text: ${corpus.files} files of this repository, ${kilobytes(corpus.train)} to train on, ${kilobytes(corpus.validation)} held out.`,
   ].join('\n')
 }

@@ -4,7 +4,7 @@ import { join } from 'node:path'
 /** Bytes to learn from and bytes to be judged on; `files` is how many sources they come from. */
 export type Corpus = { train: Uint8Array; validation: Uint8Array; files: number }
 
-/** What one batch feeds the model: contexts [positions, context] and the byte that follows each, [positions]. */
+/** What one batch feeds a model: bytes to read and bytes to guess. */
 export type Examples = { tokens: BigInt64Array; targets: BigInt64Array }
 
 const FOLDERS = ['kernels', 'src', 'test', 'examples', 'docs'] as const
@@ -24,13 +24,25 @@ export function readCorpus(root: string): Corpus {
   }
 }
 
-/** The examples whose target bytes stand at `positions` of `bytes`; every position is at least `context`. */
+/**
+ * The contexts [positions, context] before the target bytes [positions] that stand at `positions` of `bytes`; every position is
+ * at least `context`.
+ */
 export function examplesAt(bytes: Uint8Array, positions: Int32Array, context: number): Examples {
   const tokens = new BigInt64Array(positions.length * context)
   positions.forEach((position, i) => {
     for (let k = 0; k < context; k++) tokens[i * context + k] = BigInt(bytes[position - context + k])
   })
   return { tokens, targets: BigInt64Array.from([...positions], (position) => BigInt(bytes[position])) }
+}
+
+/** The last `context` bytes before each of `positions`, and the byte that follows each of them: both [positions * context]. */
+export function windowsAt(bytes: Uint8Array, positions: Int32Array, context: number): Examples {
+  const at = (shift: number) =>
+    BigInt64Array.from({ length: positions.length * context }, (_, i) => {
+      return BigInt(bytes[positions[Math.floor(i / context)] - context + shift + (i % context)])
+    })
+  return { tokens: at(0), targets: at(1) }
 }
 
 /** `count` positions drawn evenly from those that have a whole context before them. */

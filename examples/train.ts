@@ -1,33 +1,31 @@
 import { connect, type Run } from 'muond/client'
-import { initialWeights, loadModel, type Model, type Size, type Tensors, type Weight, weightsOf } from './model.js'
-import { type Corpus, type Examples, examplesAt, fixedPositions, randomPositions, seededRandom } from './text.js'
-
-/** What every run of a comparison shares: the model, the text, the seed and the number of steps. */
-export type Course = { size: Size; steps: number; batch: number; seed: number; corpus: Corpus }
-
-/** A course with its graphs loaded and its validation examples cut: ready to be run any number of times. */
-export type Lesson = Course & { model: Model; validation: Examples }
+import type { Attention, Lesson } from './lesson.js'
+import { initialWeights, type MaxLogits, type Tensors, type Weight } from './network.js'
+import { seededRandom } from './text.js'
 
 /** The hyperparameters of one group, as the service takes them. */
-export type Group = { algorithm: 'adamw' | 'muon'; lr: number; weight_decay: number; betas?: [number, number] }
+export type Group = { algorithm: string; lr: number; [hyperparameter: string]: unknown }
 
-/** Which optimizer updates the hidden matrices and which the embedding and the head. */
-export type Recipe = { title: string; hidden: Group; rest: Group }
+/** Which optimizer updates the hidden matrices and which the embedding and the head; `threshold` turns QK-clip on. */
+export type Recipe = { title: string; hidden: Group; rest: Group; threshold?: number }
 
 /** `loss` in nats per byte after `step` steps that took `seconds`, evaluations not counted. */
 export type Evaluation = { step: number; seconds: number; loss: number }
+
+/** One step: the loss of its batch and the largest logits in it, before the update, and how many heads QK-clip scaled. */
+export type Trace = { step: number; loss: number; maxLogits: MaxLogits; clippedHeads: number }
 
 /** What a run came to; RMS is that of an update before its learning rate, averaged over the evaluated steps. */
 export type Outcome = {
   recipe: Recipe
   curve: Evaluation[]
+  trace: Trace[]
   updateRms: ByGroup
   milliseconds: { model: number; service: number }
 }
 
 type ByGroup = { hidden: number; rest: number }
 
-const VALIDATION_POSITIONS = 4096
 const EVALUATIONS = 40
 
 /** AdamW for every weight. */
@@ -41,17 +39,8 @@ export function muon(lr: number, rest: number): Recipe {
 }
 
 // Weight decay is off on both sides: over so few steps it would only be one more thing to tune.
-function adamwGroup(lr: number): Group {
+export function adamwGroup(lr: number): Group {
   return { algorithm: 'adamw', lr, betas: [0.9, 0.95], weight_decay: 0 }
-}
-
-/** Loads the model's graphs and cuts the validation examples, in whole batches because a graph's batch is fixed. */
-export async function prepare(course: Course): Promise<Lesson> {
-  const { size, batch, corpus } = course
-  const count = Math.ceil(VALIDATION_POSITIONS / batch) * batch
-  const positions = fixedPositions(corpus.validation, { count, context: size.context })
-  const validation = examplesAt(corpus.validation, positions, size.context)
-  return { ...course, model: await loadModel(size, batch), validation }
 }
 
 /**
@@ -64,10 +53,11 @@ export async function train(
   { recipe, name, onStep }: { recipe: Recipe; name: string; onStep: (step: number, loss: number) => void },
 ): Promise<Outcome> {
   const random = seededRandom(lesson.seed)
-  const weights = initialWeights(lesson.size, random)
+  const weights = initialWeights(lesson.model.weights, random)
   const client = await connect(url)
   const run = await client.open({ run: name, mode: 'create', ...declaration(lesson, recipe, weights) })
-  const training = { ...lesson, recipe, random, weights, run, spent: { model: 0, service: 0 }, curve: [], updates: [] }
+  const measured = { spent: { model: 0, service: 0 }, curve: [], trace: [], updates: [] }
+  const training = { ...lesson, ...measured, recipe, random, weights, run }
   await evaluate(training, 0)
   for (let step = 1; step <= lesson.steps; step++) {
     await takeStep(training, step)
@@ -86,23 +76,27 @@ type Training = Lesson & {
   /** Milliseconds. */
   spent: { model: number; service: number }
   curve: Evaluation[]
+  trace: Trace[]
   updates: ByGroup[]
 }
 
 // This is the whole of a trainer: a batch, its gradients, and the step through the service, which changes the weights.
 async function takeStep(training: Training, step: number): Promise<void> {
-  const { model, weights, run, spent, steps } = training
+  const { model, weights, run, spent, steps, recipe } = training
   const evaluated = Math.floor((step * EVALUATIONS) / steps) > Math.floor(((step - 1) * EVALUATIONS) / steps)
   const before = evaluated ? copyOf(weights) : undefined
-  const groups = groupsAt(training.recipe, 1 - (step - 1) / steps)
+  const groups = groupsAt(recipe, 1 - (step - 1) / steps)
+  const batch = training.batch(training.random)
 
   const started = performance.now()
-  const { gradients } = await model.gradients(weights, nextBatch(training))
+  const { loss, gradients, maxLogits } = await model.gradients(weights, batch)
   const computed = performance.now()
-  await run.step(gradients, { groups })
+  const clip = recipe.threshold === undefined ? {} : { max_logits: maxLogits }
+  const { clipped_heads } = await run.step(gradients, { groups, ...clip })
   spent.model += computed - started
   spent.service += performance.now() - computed
 
+  training.trace.push({ step, loss, maxLogits, clippedHeads: sum(Object.values(clipped_heads)) })
   if (before === undefined) return
   training.updates.push(updateRms(training, before, groups))
   await evaluate(training, step)
@@ -113,21 +107,22 @@ async function evaluate({ model, weights, validation, curve, spent }: Training, 
   curve.push({ step, seconds: (spent.model + spent.service) / 1000, loss })
 }
 
-function nextBatch({ random, corpus, batch, size }: Training): Examples {
-  const positions = randomPositions(random, corpus.train, { count: batch, context: size.context })
-  return examplesAt(corpus.train, positions, size.context)
-}
-
-/** `groups` and `parameters` of the open frame. */
-function declaration({ size }: Lesson, { hidden, rest }: Recipe, weights: Tensors) {
+/** `groups`, `parameters` and `attentions` of the open frame. */
+function declaration({ model, attentions }: Lesson, { hidden, rest, threshold }: Recipe, weights: Tensors) {
+  const index = (name: string) => model.weights.findIndex((weight) => weight.name === name)
+  const clipped = ({ name, heads, headDim, query, key }: Attention) => ({
+    ...{ name, threshold, query_heads: heads, head_dim: headDim },
+    ...{ query: { parameter: index(query) }, key: { parameter: index(key) } },
+  })
   return {
     groups: [
       { name: 'hidden', ...hidden },
       { name: 'rest', ...rest },
     ],
-    parameters: weightsOf(size).map((weight) => {
+    parameters: model.weights.map((weight) => {
       return { name: weight.name, shape: [...weight.shape], group: groupOf(weight), data: weights[weight.name] }
     }),
+    ...(threshold !== undefined && { attentions: attentions.map(clipped) }),
   }
 }
 
@@ -140,22 +135,21 @@ function groupOf({ hidden }: Weight): keyof ByGroup {
 }
 
 /** Root mean square of (W after - W before) / lr over all elements of each group: without weight decay, the update. */
-function updateRms({ size, weights }: Training, before: Tensors, groups: ReturnType<typeof groupsAt>): ByGroup {
+function updateRms({ model, weights }: Training, before: Tensors, groups: ReturnType<typeof groupsAt>): ByGroup {
   const rms = (group: keyof ByGroup) => {
-    const names = weightsOf(size)
-      .filter((weight) => groupOf(weight) === group)
-      .map(({ name }) => name)
+    const names = model.weights.filter((weight) => groupOf(weight) === group).map(({ name }) => name)
     const squares = names.map((name) => squaredDistance(weights[name], before[name]))
     return Math.sqrt(sum(squares) / sum(names.map((name) => weights[name].length))) / groups[group].lr
   }
   return { hidden: rms('hidden'), rest: rms('rest') }
 }
 
-function outcome({ recipe, curve, updates, spent, steps }: Training): Outcome {
+function outcome({ recipe, curve, trace, updates, spent, steps }: Training): Outcome {
   const mean = (group: keyof ByGroup) => sum(updates.map((update) => update[group])) / updates.length
   return {
     recipe,
     curve,
+    trace,
     updateRms: { hidden: mean('hidden'), rest: mean('rest') },
     milliseconds: { model: spent.model / steps, service: spent.service / steps },
   }

@@ -1,5 +1,6 @@
 import t from 'tap'
-import { initialWeights, loadModel, type Size, type Tensors, weightsOf } from '../../examples/model.js'
+import { loadModel, type Size, weightsOf } from '../../examples/model.js'
+import { initialWeights, type Tensors } from '../../examples/network.js'
 import { type Examples, examplesAt, fixedPositions, seededRandom } from '../../examples/text.js'
 
 const SIZE: Size = { context: 5, embedding: 3, hidden: 12 }
@@ -9,7 +10,10 @@ const TEXT = Buffer.from('One byte after another, and every one of them is a gue
 
 function weightsAndExamples(count = BATCH): { weights: Tensors; examples: Examples } {
   const positions = fixedPositions(TEXT, { count, context: SIZE.context })
-  return { weights: initialWeights(SIZE, seededRandom(7)), examples: examplesAt(TEXT, positions, SIZE.context) }
+  return {
+    weights: initialWeights(weightsOf(SIZE), seededRandom(7)),
+    examples: examplesAt(TEXT, positions, SIZE.context),
+  }
 }
 
 /** The model once more in float64 and plain loops, written to be read beside the formulas in examples/model.ts. */
@@ -94,9 +98,9 @@ t.test('a missing weight is an error', async (t) => {
 })
 
 t.test('the same seed gives the same weights, of the stated deviations', (t) => {
-  const weights = initialWeights(SIZE, seededRandom(3))
-  t.same(weights, initialWeights(SIZE, seededRandom(3)))
-  t.notSame(weights, initialWeights(SIZE, seededRandom(4)))
+  const weights = initialWeights(weightsOf(SIZE), seededRandom(3))
+  t.same(weights, initialWeights(weightsOf(SIZE), seededRandom(3)))
+  t.notSame(weights, initialWeights(weightsOf(SIZE), seededRandom(4)))
   const rms = (values: Float32Array) => Math.sqrt(values.reduce((sum, value) => sum + value ** 2, 0) / values.length)
   t.ok(Math.abs(rms(weights.embedding) - 1) < 0.1)
   t.ok(Math.abs(rms(weights.head) * 12 ** 0.5 - 1) < 0.1)

@@ -6,6 +6,7 @@ function outcome(recipe: Recipe, losses: number[]): Outcome {
   return {
     recipe,
     curve: losses.map((loss, i) => ({ step: 10 * i, seconds: 2 * i, loss })),
+    trace: [],
     updateRms: { hidden: 0.0625, rest: 0.25 },
     milliseconds: { model: 12.3, service: 4.56 },
   }

@@ -1,7 +1,8 @@
 import { fileURLToPath } from 'node:url'
 import t from 'tap'
+import { perceptronLesson } from '../../examples/lesson.js'
 import { startService } from '../../examples/service.js'
-import { adamw, last, muon, prepare, type Recipe, train } from '../../examples/train.js'
+import { adamw, last, muon, type Recipe, train } from '../../examples/train.js'
 
 const SERVER = fileURLToPath(new URL('../../src/server.js', import.meta.url))
 const TEXT = Buffer.from('The optimizer is a service, and the service is the optimizer. '.repeat(20))
@@ -9,6 +10,7 @@ const COURSE = {
   size: { context: 4, embedding: 4, hidden: 16 },
   steps: 60,
   batch: 64,
+  validation: 4096,
   seed: 5,
   corpus: { train: TEXT, validation: TEXT, files: 1 },
 }
@@ -16,7 +18,7 @@ const COURSE = {
 t.test('through the service', async (t) => {
   const service = await startService(SERVER)
   t.teardown(service.stop)
-  const lesson = await prepare(COURSE)
+  const lesson = await perceptronLesson(COURSE)
   const outcomeOf = (recipe: Recipe, name: string) => train(service.url, lesson, { recipe, name, onStep: () => {} })
 
   t.test('both recipes learn, from the same start', async (t) => {
