@@ -1,5 +1,16 @@
+import { logScale, type Scale, scale } from './scale.js'
+
 /** One line of a plot: its points in data units, in drawing order. */
-export type Series = { name: string; colour: string; points: readonly (readonly [number, number])[] }
+export type Series = {
+  /** Series of one name share one entry of the legend. */
+  name: string
+  colour: string
+  points: readonly (readonly [number, number])[]
+  /** A line (the default), one dot for each point, or both. */
+  drawn?: 'line' | 'dots' | 'both'
+  /** Width of the line in pixels, 2 unless given. */
+  width?: number
+}
 
 /** What a plot shows. `marks` are horizontal dashed lines, each with the text written at its left end. */
 export type Plot = {
@@ -8,75 +19,76 @@ export type Plot = {
   yLabel: string
   series: readonly Series[]
   marks?: readonly { y: number; text: string }[]
+  /** Axes in powers of ten; all values on them are above 0. */
+  logarithmic?: readonly ('x' | 'y')[]
+  /** Where the names of the series stand: in the upper right corner, or where that is taken, on a line below the title. */
+  legend?: 'corner' | 'line'
+  /** Pixels, 440 unless given. */
+  height?: number
 }
 
-const SIZE = { width: 720, height: 440 } as const
-const AREA = { left: 64, right: 696, top: 48, bottom: 384 } as const
-const TICKS = 6
+const WIDTH = 720
+const HEIGHT = 440
+const AREA = { left: 64, right: 696, top: 48 } as const
+const BELOW = 56
 
-type Scale = { place: (value: number) => number; ticks: readonly number[]; digits: number }
+type Area = { top: number; bottom: number; height: number }
 
-/** A line plot as one SVG document of 720 x 440 pixels, without scripts, fonts or style sheets of its own. */
+/** A line plot as one SVG document of 720 pixels' width, without scripts, fonts or style sheets of its own. */
 export function linePlot(plot: Plot): string {
-  const points = plot.series.flatMap((series) => series.points)
-  const x = scale(extent(points.map((point) => point[0])), [AREA.left, AREA.right])
-  const y = scale(extent([...points.map((point) => point[1]), ...(plot.marks ?? []).map((mark) => mark.y)]), [
-    AREA.bottom,
-    AREA.top,
-  ])
-  const parts = [
-    `<rect width="${SIZE.width}" height="${SIZE.height}" fill="white"/>`,
+  return figure([plot])
+}
+
+/** Several plots, one below the other, as one SVG document. */
+export function figure(plots: readonly Plot[]): string {
+  const heights = plots.map(({ height = HEIGHT }) => height)
+  const total = heights.reduce((sum, height) => sum + height, 0)
+  const panels = plots.map((plot, i) => {
+    const y = heights.slice(0, i).reduce((sum, height) => sum + height, 0)
+    const content = panel(plot, heights[i])
+    return y === 0 ? content : `<g transform="translate(0 ${y})">\n${content}\n</g>`
+  })
+  const head = `<svg xmlns="http://www.w3.org/2000/svg" width="${WIDTH}" height="${total}" viewBox="0 0 ${WIDTH} ${total}"`
+  return `${head} font-family="sans-serif">\n${panels.join('\n')}\n</svg>\n`
+}
+
+function panel(plot: Plot, height: number): string {
+  const { series, marks = [], logarithmic = [] } = plot
+  const inLine = plot.legend === 'line'
+  const area: Area = { top: AREA.top + (inLine ? 20 : 0), bottom: height - BELOW, height }
+  const points = series.flatMap((one) => one.points)
+  const axis = (name: 'x' | 'y') => (logarithmic.includes(name) ? logScale : scale)
+  const x = axis('x')(
+    points.map((point) => point[0]),
+    [AREA.left, AREA.right],
+  )
+  const y = axis('y')([...points.map((point) => point[1]), ...marks.map((mark) => mark.y)], [area.bottom, area.top])
+  return [
+    `<rect width="${WIDTH}" height="${height}" fill="white"/>`,
     text(plot.title, { x: AREA.left, y: 28, size: 16 }),
-    ...xAxis(x, plot.xLabel),
-    ...yAxis(y, plot.yLabel),
-    ...(plot.marks ?? []).flatMap((mark) => dashed(y.place(mark.y), mark.text)),
-    ...plot.series.map((series) => line(series, x, y)),
-    ...plot.series.flatMap(legend),
-  ]
-  const { width, height } = SIZE
-  const head = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" viewBox="0 0 ${width} ${height}"`
-  return `${head} font-family="sans-serif">\n${parts.join('\n')}\n</svg>\n`
+    ...xAxis(x, plot.xLabel, area),
+    ...yAxis(y, plot.yLabel, area),
+    ...marks.flatMap((mark) => dashed(y.place(mark.y), mark.text)),
+    ...series.flatMap((one) => drawing(one, x, y)),
+    ...legend(series, inLine),
+  ].join('\n')
 }
 
-function extent(values: readonly number[]): [number, number] {
-  const low = Math.min(...values)
-  const high = Math.max(...values)
-  return low === high ? [low - 0.5, high + 0.5] : [low, high]
-}
-
-// The range is widened to whole ticks of 1, 2 or 5 times a power of ten, which are the ones a reader can divide.
-function scale([low, high]: [number, number], [from, to]: [number, number]): Scale {
-  const step = tickStep((high - low) / TICKS)
-  const first = Math.floor(low / step + 1e-9)
-  const last = Math.ceil(high / step - 1e-9)
-  return {
-    place: (value) => from + ((value / step - first) / (last - first)) * (to - from),
-    ticks: Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step),
-    digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9)),
-  }
-}
-
-function tickStep(rough: number): number {
-  const power = 10 ** Math.floor(Math.log10(rough))
-  return power * ([1, 2, 5].find((factor) => factor * power >= rough * (1 - 1e-9)) ?? 10)
-}
-
-function xAxis({ place, ticks, digits }: Scale, label: string): string[] {
+function xAxis({ place, ticks, label: labelOf }: Scale, label: string, { bottom }: Area): string[] {
   const marks = ticks.flatMap((tick) => [
-    stroke({ x1: place(tick), y1: AREA.bottom, x2: place(tick), y2: AREA.bottom + 5 }, '#444'),
-    text(tick.toFixed(digits), { x: place(tick), y: AREA.bottom + 20, anchor: 'middle' }),
+    stroke({ x1: place(tick), y1: bottom, x2: place(tick), y2: bottom + 5 }, '#444'),
+    text(labelOf(tick), { x: place(tick), y: bottom + 20, anchor: 'middle' }),
   ])
-  const axis = stroke({ x1: AREA.left, y1: AREA.bottom, x2: AREA.right, y2: AREA.bottom }, '#444')
-  return [axis, ...marks, text(label, { x: (AREA.left + AREA.right) / 2, y: AREA.bottom + 44, anchor: 'middle' })]
+  const axis = stroke({ x1: AREA.left, y1: bottom, x2: AREA.right, y2: bottom }, '#444')
+  return [axis, ...marks, text(label, { x: (AREA.left + AREA.right) / 2, y: bottom + 44, anchor: 'middle' })]
 }
 
-function yAxis({ place, ticks, digits }: Scale, label: string): string[] {
+function yAxis({ place, ticks, label: labelOf }: Scale, label: string, { top, bottom }: Area): string[] {
   const marks = ticks.flatMap((tick) => [
     stroke({ x1: AREA.left, y1: place(tick), x2: AREA.right, y2: place(tick) }, '#e4e4e4'),
-    text(tick.toFixed(digits), { x: AREA.left - 8, y: place(tick) + 4, anchor: 'end' }),
+    text(labelOf(tick), { x: AREA.left - 8, y: place(tick) + 4, anchor: 'end' }),
   ])
-  const middle = (AREA.top + AREA.bottom) / 2
-  return [...marks, text(label, { x: 16, y: middle, anchor: 'middle', turn: -90 })]
+  return [...marks, text(label, { x: 16, y: (top + bottom) / 2, anchor: 'middle', turn: -90 })]
 }
 
 function dashed(y: number, label: string): string[] {
@@ -87,16 +99,22 @@ function dashed(y: number, label: string): string[] {
   return [line, text(label, { x: AREA.left + 6, y: y - 5, fill: '#666' })]
 }
 
-function line(series: Series, x: Scale, y: Scale): string {
-  const points = series.points.map((point) => `${fixed(x.place(point[0]))},${fixed(y.place(point[1]))}`).join(' ')
-  return `<polyline fill="none" stroke="${series.colour}" stroke-width="2" points="${points}"/>`
+function drawing({ points, colour, drawn = 'line', width = 2 }: Series, x: Scale, y: Scale): string[] {
+  const places = points.map((point): [string, string] => [fixed(x.place(point[0])), fixed(y.place(point[1]))])
+  const line = `<polyline fill="none" stroke="${colour}" stroke-width="${width}" points="${places.map((place) => place.join(',')).join(' ')}"/>`
+  const dots = places.map(([cx, cy]) => `<circle cx="${cx}" cy="${cy}" r="4" fill="${colour}" fill-opacity="0.8"/>`)
+  return { line: [line], dots, both: [line, ...dots] }[drawn]
 }
 
-function legend(series: Series, row: number): string[] {
-  const y = AREA.top + 16 + row * 20
-  const x = AREA.right - 190
-  const sample = `<rect x="${x}" y="${y - 5}" width="22" height="3" fill="${series.colour}"/>`
-  return [sample, text(series.name, { x: x + 30, y })]
+function legend(series: readonly Series[], inLine: boolean): string[] {
+  const named = series.filter(({ name }, i) => series.findIndex((other) => other.name === name) === i)
+  let right: number = AREA.left
+  return named.flatMap(({ name, colour }, row) => {
+    const place = inLine ? { x: right, y: AREA.top } : { x: AREA.right - 190, y: AREA.top + 16 + row * 20 }
+    right += 52 + 6.4 * name.length
+    const sample = `<rect x="${fixed(place.x)}" y="${place.y - 5}" width="22" height="3" fill="${colour}"/>`
+    return [sample, text(name, { x: place.x + 30, y: place.y })]
+  })
 }
 
 function stroke(ends: { x1: number; y1: number; x2: number; y2: number }, colour: string): string {
