@@ -23,8 +23,18 @@ export function sweepTable(outcomes: readonly Outcome[]): string {
   const rows = outcomes.map(({ recipe, curve }) => {
     return [recipe.title, String(recipe.hidden.lr), String(recipe.rest.lr), last(curve).loss.toFixed(4)]
   })
-  const header = ['optimizer', 'lr, hidden matrices', 'lr, the rest', 'final validation loss']
-  return [header, header.map(() => '---'), ...rows].map((cells) => `| ${cells.join(' | ')} |`).join('\n')
+  return markdown([['optimizer', 'lr, hidden matrices', 'lr, the rest', 'final validation loss'], ...rows])
+}
+
+/** A Markdown table of a header and its rows, aligned so that a terminal shows it well too. */
+export function markdown(rows: readonly (readonly string[])[]): string {
+  const widths = rows[0].map((_, column) => Math.max(3, ...rows.map((row) => row[column].length)))
+  const line = (row: readonly string[]) => `| ${row.map((cell, i) => cell.padEnd(widths[i])).join(' | ')} |`
+  return [
+    line(rows[0]),
+    `|${widths.map((width) => '-'.repeat(width + 2)).join('|')}|`,
+    ...rows.slice(1).map(line),
+  ].join('\n')
 }
 
 /** The outcome with the lowest final validation loss. */

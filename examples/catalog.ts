@@ -1,0 +1,32 @@
+import { efficiency } from './efficiency.js'
+import { overhead } from './overhead.js'
+import { figure } from './plot.js'
+import { qkClip } from './qk-clip.js'
+import type { Example, Stage } from './stage.js'
+import { updateRms } from './update-rms.js'
+
+/** An example once the types of its settings and results are settled. */
+export type Entry = {
+  /** What JSON can hold; `quick` measures something too small to show anything, in seconds. */
+  measure: (stage: Stage, quick: boolean) => Promise<unknown>
+  /** The table (Markdown) and the picture (SVG) of what `measure` returned, fresh or read back from JSON. */
+  show: (results: unknown) => { table: string; svg: string }
+}
+
+/** By name, in the order in which they run: those with a short look first. */
+export const EXAMPLES: ReadonlyMap<string, Entry> = new Map([
+  ['update-rms', entry(updateRms)],
+  ['overhead', entry(overhead)],
+  ['qk-clip', entry(qkClip)],
+  ['efficiency', entry(efficiency)],
+])
+
+function entry<Settings, Results>(example: Example<Settings, Results>): Entry {
+  return {
+    measure: (stage, quick) => example.measure(stage, quick ? example.quick : example.settings),
+    show: (results) => {
+      const known = results as Results
+      return { table: example.table(known), svg: figure(example.plots(known)) }
+    },
+  }
+}

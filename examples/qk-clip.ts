@@ -1,0 +1,197 @@
+import { transformerLesson } from './lesson.js'
+import type { Plot, Series } from './plot.js'
+import { COLOURS, RECIPES } from './recipes.js'
+import { markdown } from './report.js'
+import { type Example, type Stage, ticks, withService } from './stage.js'
+import { rounded, spread } from './statistics.js'
+import { last, type Outcome, type Recipe, type Trace, train } from './train.js'
+import type { Size } from './transformer.js'
+
+type Settings = {
+  size: Size
+  /** Sequences of a batch and of the validation. */
+  batch: number
+  validation: number
+  steps: number
+  /** Start and batches of each run; the first one's is drawn. */
+  seeds: readonly number[]
+  /** Of the hidden matrices, and of the rest of the model. */
+  lr: number
+  restLr: number
+  threshold: number
+}
+
+/** What a run came to; logits are the largest over all heads, `late` those of the last quarter of the steps. */
+type Summary = {
+  title: string
+  seed: number
+  loss: number
+  peakLogit: number
+  lateLogit: number
+  clippedSteps: number
+  lastClipped: number
+}
+
+/** What is drawn of a run: the validation loss, and for each step the largest logit of every head and how many were clipped. */
+type Drawn = { title: string; curve: [step: number, loss: number][]; logits: number[][]; clippedHeads: number[] }
+
+type Results = { settings: Settings; summaries: Summary[]; drawn: Drawn[] }
+
+/** Muon with a learning rate that is too large for its attentions, and what QK-clip makes of it (arXiv 2507.20534). */
+export const qkClip: Example<Settings, Results> = {
+  settings: {
+    size: { context: 64, width: 64, heads: 4, mlp: [256, 256] },
+    batch: 16,
+    validation: 64,
+    steps: 400,
+    seeds: [1, 2, 3],
+    lr: 0.08,
+    restLr: 0.008,
+    threshold: 100,
+  },
+  // A threshold that this size reaches within its few steps.
+  quick: {
+    size: { context: 16, width: 16, heads: 2, mlp: [16, 16] },
+    batch: 4,
+    validation: 4,
+    steps: 12,
+    seeds: [1],
+    lr: 0.3,
+    restLr: 0.008,
+    threshold: 5,
+  },
+  measure: (stage, settings) => withService(stage, ({ url }) => measure(stage, settings, url)),
+  table,
+  plots,
+}
+
+const WEIGHT_DECAY = 0.1
+const TITLES = { plain: 'Muon', decayed: `Muon, weight decay ${WEIGHT_DECAY}`, clipped: 'MuonClip' } as const
+
+// Weight decay pulls on the same weights as QK-clip does, so it is off but where it is the thing to be looked at.
+function recipesOf({ lr, restLr, threshold }: Settings): Recipe[] {
+  const { rest } = RECIPES.adamw(restLr)
+  const muon = RECIPES.muon(lr).hidden
+  const clip = RECIPES.muonclip(lr).hidden
+  return [
+    { title: TITLES.plain, hidden: { ...muon, weight_decay: 0 }, rest: { ...rest, weight_decay: 0 } },
+    { title: TITLES.decayed, hidden: { ...muon, weight_decay: WEIGHT_DECAY }, rest },
+    { title: TITLES.clipped, hidden: { ...clip, weight_decay: 0 }, rest: { ...rest, weight_decay: 0 }, threshold },
+  ]
+}
+
+async function measure(stage: Stage, settings: Settings, url: string): Promise<Results> {
+  const results: Results = { settings, summaries: [], drawn: [] }
+  const recipes = recipesOf(settings)
+  const tick = ticks(stage, 'qk-clip', settings.seeds.length * recipes.length * settings.steps)
+  for (const seed of settings.seeds) {
+    const lesson = await transformerLesson({ ...settings, seed, corpus: stage.corpus })
+    for (const [i, recipe] of recipes.entries()) {
+      const onStep = (_: number, loss: number) => tick(`${recipe.title}, seed ${seed}: loss ${loss.toFixed(3)}`)
+      const outcome = await train(url, lesson, { recipe, name: `qk-clip-${seed}-${i}`, onStep })
+      results.summaries.push(summaryOf(outcome, seed))
+      if (seed === settings.seeds[0]) results.drawn.push(drawnOf(outcome))
+    }
+  }
+  return results
+}
+
+function summaryOf({ recipe, curve, trace }: Outcome, seed: number): Summary {
+  const logits = trace.map(largest)
+  return {
+    title: recipe.title,
+    seed,
+    loss: rounded(last(curve).loss, 5),
+    peakLogit: rounded(Math.max(...logits)),
+    lateLogit: rounded(Math.max(...logits.slice(-Math.ceil(logits.length / 4)))),
+    clippedSteps: trace.filter(({ clippedHeads }) => clippedHeads > 0).length,
+    lastClipped: trace.findLast(({ clippedHeads }) => clippedHeads > 0)?.step ?? 0,
+  }
+}
+
+function drawnOf({ recipe, curve, trace }: Outcome): Drawn {
+  return {
+    title: recipe.title,
+    curve: curve.map(({ step, loss }) => [step, rounded(loss, 5)]),
+    logits: trace.map((step) => headsOf(step).map((logit) => rounded(logit))),
+    clippedHeads: trace.map(({ clippedHeads }) => clippedHeads),
+  }
+}
+
+function headsOf({ maxLogits }: Trace): number[] {
+  return Object.values(maxLogits).flat()
+}
+
+function largest(step: Trace): number {
+  return Math.max(...headsOf(step))
+}
+
+function table({ settings, summaries }: Results): string {
+  const rows = Object.values(TITLES).map((title) => {
+    const runs = summaries.filter((summary) => summary.title === title)
+    const each = (key: 'loss' | 'peakLogit' | 'lateLogit' | 'clippedSteps' | 'lastClipped', digits: number) =>
+      spread(
+        runs.map((run) => run[key]),
+        digits,
+      )
+    const logits = [each('peakLogit', 0), each('lateLogit', 0)]
+    const clipped = title === TITLES.clipped ? [each('clippedSteps', 0), each('lastClipped', 0)] : ['', '']
+    return [title, each('loss', 3), ...logits, ...clipped]
+  })
+  const { steps } = settings
+  const head = ['', 'final validation loss', 'largest logit', `of the last ${Math.ceil(steps / 4)} steps`]
+  return markdown([[...head, `steps of ${steps} with a clip`, 'the last of them'], ...rows])
+}
+
+function plots({ settings, drawn }: Results): Plot[] {
+  const colours = [COLOURS.muon, COLOURS.adamw, COLOURS.muonclip]
+  const lines = (of: (run: Drawn) => Series['points']) =>
+    drawn.map((run, i): Series => ({ name: run.title, colour: colours[i], points: of(run) }))
+  const clipped = drawn.filter(({ title }) => title === TITLES.clipped)
+  const common = { xLabel: 'step', legend: 'line', height: 300 } as const
+  const { threshold, lr } = settings
+  return [
+    {
+      ...common,
+      title: `The largest attention logit, learning rate ${lr}`,
+      yLabel: 'largest softmax input',
+      logarithmic: ['y'],
+      series: lines(({ logits }) => logits.map((heads, i) => [i + 1, Math.max(...heads)])),
+      marks: [{ y: threshold, text: `threshold ${threshold}` }],
+    },
+    {
+      ...common,
+      title: 'The loss of the same runs',
+      yLabel: 'validation loss',
+      series: lines(({ curve }) => curve.slice(1)),
+    },
+    {
+      ...common,
+      title: "MuonClip's γ = min(1, threshold / logit) of every head",
+      yLabel: 'γ',
+      series: clipped.flatMap((run) => gammas(run, threshold)),
+    },
+    {
+      ...common,
+      title: 'Heads that MuonClip scaled',
+      yLabel: 'heads',
+      series: clipped.map(({ clippedHeads }) => ({
+        name: 'clipped heads',
+        colour: COLOURS.muonclip,
+        width: 1,
+        points: clippedHeads.map((heads, i): [number, number] => [i + 1, heads]),
+      })),
+    },
+  ]
+}
+
+const HEAD_COLOURS = ['#1f5fbf', '#c2571a', '#2f9e5b', '#8a4fbf', '#d9a514', '#d13c6a', '#3aa6b9', '#8a8a8a'] as const
+
+function gammas({ logits }: Drawn, threshold: number): Series[] {
+  return logits[0].map((_, head) => ({
+    name: `head ${head}`,
+    colour: HEAD_COLOURS[head % HEAD_COLOURS.length],
+    width: 1,
+    points: logits.map((heads, i): [number, number] => [i + 1, Math.min(1, threshold / heads[head])]),
+  }))
+}

@@ -1,0 +1,162 @@
+import { connect, type Run } from 'muond/client'
+import { type Lesson, transformerLesson } from './lesson.js'
+import { initialWeights, type Tensors, type Weight } from './network.js'
+import type { Plot, Series } from './plot.js'
+import { markdown } from './report.js'
+import { type Example, type Stage, ticks, withService } from './stage.js'
+import { mean, rms, rounded } from './statistics.js'
+import { seededRandom } from './text.js'
+import type { Size } from './transformer.js'
+
+/** One model: its matrices give the shapes. */
+type Course = { size: Size; batch: number }
+
+type Settings = {
+  courses: readonly Course[]
+  steps: number
+  /** Steps before the first that counts: AdamW's averages begin with updates of RMS 1. */
+  warmup: number
+  seed: number
+  /** AdamW's, which moves the weights. */
+  lr: number
+}
+
+/** RMS of the updates of all matrices of one shape, before the learning rate; `rms` by optimizer. */
+type Row = { shape: readonly [number, number]; matrices: number; rms: Record<string, number> }
+
+type Results = { settings: Settings; rows: Row[] }
+
+const ADAMW = 'AdamW'
+const ADJUSTMENTS = ['original', 'match_rms_adamw', 'rms:0.18', 'spectral', 'none'] as const
+const OPTIMIZERS = [ADAMW, ...ADJUSTMENTS] as const
+
+/** How large Muon's updates are under each `adjust_lr_fn` beside AdamW's of the same gradients, over shapes (arXiv 2502.16982). */
+export const updateRms: Example<Settings, Results> = {
+  settings: {
+    courses: [
+      { size: { context: 64, width: 64, heads: 4, mlp: [64, 256, 1024] }, batch: 16 },
+      { size: { context: 64, width: 256, heads: 4, mlp: [1024] }, batch: 16 },
+    ],
+    steps: 60,
+    warmup: 20,
+    seed: 1,
+    lr: 0.004,
+  },
+  quick: {
+    courses: [{ size: { context: 16, width: 32, heads: 2, mlp: [32, 128] }, batch: 4 }],
+    steps: 6,
+    warmup: 2,
+    seed: 1,
+    lr: 0.004,
+  },
+  measure: (stage, settings) =>
+    withService(stage, async ({ url }) => {
+      const rows: Row[] = []
+      const tick = ticks(stage, 'update-rms', settings.courses.length * settings.steps)
+      const place = { url, corpus: stage.corpus, tick }
+      for (const course of settings.courses) rows.push(...(await measure({ ...settings, ...course }, place)))
+      return { settings, rows }
+    }),
+  table,
+  plots,
+}
+
+type Place = { url: string; corpus: Stage['corpus']; tick: (note: string) => void }
+type Shadow = { optimizer: string; weight: Weight; data: Float32Array; rms: number[] }
+
+/**
+ * Every optimizer gets the gradients of one training, and its updates with a learning rate of 1 land on zeros. AdamW's are then
+ * taken to the weights.
+ */
+async function measure(settings: Settings & Course, { url, corpus, tick }: Place): Promise<Row[]> {
+  const { size, steps, warmup, seed, lr } = settings
+  const lesson = await transformerLesson({ ...settings, validation: 1, corpus })
+  const random = seededRandom(seed)
+  const weights = initialWeights(lesson.model.weights, random)
+  const shadows = shadowsOf(lesson)
+  const client = await connect(url)
+  const run = await client.open({ run: `update-rms-${size.width}`, mode: 'create', ...declaration(shadows) })
+  for (let step = 1; step <= steps; step++) {
+    const { loss, gradients } = await lesson.model.gradients(weights, lesson.batch(random))
+    await takeStep(run, shadows, gradients)
+    if (step > warmup) for (const shadow of shadows) shadow.rms.push(rms(shadow.data))
+    for (const { optimizer, weight, data } of shadows) if (optimizer === ADAMW) add(weights[weight.name], data, lr)
+    tick(`width ${size.width}: loss ${loss.toFixed(3)}`)
+  }
+  await client.close()
+  return rowsOf(shadows)
+}
+
+/** AdamW for all of the model, Muon for its hidden matrices, once for each adjustment. */
+function shadowsOf({ model }: Lesson): Shadow[] {
+  return OPTIMIZERS.flatMap((optimizer) => {
+    const taken = model.weights.filter(({ hidden }) => hidden || optimizer === ADAMW)
+    return taken.map((weight) => {
+      return { optimizer, weight, data: new Float32Array(weight.shape[0] * weight.shape[1]), rms: [] }
+    })
+  })
+}
+
+function declaration(shadows: readonly Shadow[]) {
+  const common = { lr: 1, weight_decay: 0 }
+  return {
+    groups: [
+      { name: ADAMW, algorithm: 'adamw', betas: [0.9, 0.95], ...common },
+      ...ADJUSTMENTS.map((name) => ({ name, algorithm: 'muon', adjust_lr_fn: name, ...common })),
+    ],
+    parameters: shadows.map(({ optimizer, weight, data }) => {
+      return { name: `${optimizer}/${weight.name}`, shape: [...weight.shape], group: optimizer, data }
+    }),
+  }
+}
+
+async function takeStep(run: Run, shadows: readonly Shadow[], gradients: Tensors): Promise<void> {
+  for (const { data } of shadows) data.fill(0)
+  await run.step(shadows.map(({ weight }) => gradients[weight.name]))
+}
+
+function add(weights: Float32Array, changes: Float32Array, lr: number): void {
+  changes.forEach((change, i) => {
+    weights[i] += lr * change
+  })
+}
+
+function rowsOf(shadows: readonly Shadow[]): Row[] {
+  const hidden = shadows.filter(({ weight }) => weight.hidden)
+  const nameOf = ({ weight }: Shadow) => weight.shape.join(' x ')
+  return [...new Set(hidden.map(nameOf))].map((name) => {
+    const same = hidden.filter((shadow) => nameOf(shadow) === name)
+    const rms = OPTIMIZERS.map((optimizer) => {
+      const values = same.filter((shadow) => shadow.optimizer === optimizer).flatMap((shadow) => shadow.rms)
+      return [optimizer, rounded(mean(values))]
+    })
+    return { shape: same[0].weight.shape, matrices: same.length / OPTIMIZERS.length, rms: Object.fromEntries(rms) }
+  })
+}
+
+function table({ rows }: Results): string {
+  const cells = rows.map(({ shape, matrices, rms }) => {
+    return [shape.join(' x '), String(matrices), ...OPTIMIZERS.map((optimizer) => rms[optimizer].toFixed(3))]
+  })
+  return markdown([['shape', 'matrices', ADAMW, ...ADJUSTMENTS.map((name) => `\`${name}\``)], ...cells])
+}
+
+const COLOURS = ['#c2571a', '#8a8a8a', '#1f5fbf', '#3aa6b9', '#8a4fbf', '#d9a514'] as const
+
+function plots({ rows }: Results): Plot[] {
+  const series = OPTIMIZERS.map((optimizer, i): Series => {
+    const points = rows.map(({ shape, rms }): [number, number] => [Math.max(...shape), rms[optimizer]])
+    return { name: optimizer, colour: COLOURS[i], points, drawn: 'dots' }
+  })
+  return [
+    {
+      title: 'RMS of updates of the same gradients, before the learning rate',
+      xLabel: 'longer side of the matrix',
+      yLabel: 'update RMS',
+      series,
+      logarithmic: ['x', 'y'],
+      legend: 'line',
+      marks: [{ y: 0.2, text: '0.2' }],
+    },
+  ]
+}
