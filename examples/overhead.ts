@@ -143,10 +143,13 @@ const percent = (share: number): string => `${rounded(100 * share, share < 0.1 ?
 const milliseconds = (seconds: number): string => (1000 * seconds).toFixed(1)
 
 function plots({ rows }: Results): Plot[] {
-  const dots = (name: string, colour: string, share: (row: Row) => number): Series => {
-    const points = rows.map((row): [number, number] => [row.formula, share(row)])
-    return { name, colour, points, drawn: 'dots' }
-  }
+  const widths = [...new Set(rows.map(({ width }) => width))]
+  // A line for each width, which falls as the batch grows.
+  const lines = (name: string, colour: string, share: (row: Row) => number) =>
+    widths.map((width): Series => {
+      const points = rows.filter((row) => row.width === width).map((row): [number, number] => [row.formula, share(row)])
+      return { name, colour, points, drawn: 'both', width: 1 }
+    })
   const ends = [Math.min, Math.max].map((end) => end(...rows.map(({ formula }) => formula)))
   return [
     {
@@ -155,9 +158,9 @@ function plots({ rows }: Results): Plot[] {
       yLabel: 'share of forward and backward',
       series: [
         { name: 'ns_steps·m/B', colour: '#aaaaaa', points: ends.map((end) => [end, end]) },
-        dots('FLOPs', '#1f5fbf', ({ flops }) => flops.optimizer / flops.model),
-        dots('seconds of computing', '#c2571a', ({ seconds }) => seconds.optimizer / seconds.model),
-        dots('seconds of the whole step', '#d9a514', ({ seconds }) => seconds.step / seconds.model),
+        ...lines('FLOPs', '#1f5fbf', ({ flops }) => flops.optimizer / flops.model),
+        ...lines('seconds of computing', '#c2571a', ({ seconds }) => seconds.optimizer / seconds.model),
+        ...lines('seconds of the whole step', '#d9a514', ({ seconds }) => seconds.step / seconds.model),
       ],
       logarithmic: ['x', 'y'],
       legend: 'line',

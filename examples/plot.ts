@@ -111,7 +111,7 @@ function legend(series: readonly Series[], inLine: boolean): string[] {
   let right: number = AREA.left
   return named.flatMap(({ name, colour }, row) => {
     const place = inLine ? { x: right, y: AREA.top } : { x: AREA.right - 190, y: AREA.top + 16 + row * 20 }
-    right += 52 + 6.4 * name.length
+    right += 46 + 7.2 * name.length
     const sample = `<rect x="${fixed(place.x)}" y="${place.y - 5}" width="22" height="3" fill="${colour}"/>`
     return [sample, text(name, { x: place.x + 30, y: place.y })]
   })

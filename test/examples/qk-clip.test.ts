@@ -1,0 +1,65 @@
+import t from 'tap'
+import { qkClip } from '../../examples/qk-clip.js'
+import { cellsOf, stageWithNotes } from './stage.js'
+
+t.test('QK-clip', async (t) => {
+  const { stage, notes } = stageWithNotes()
+  const { threshold, steps } = qkClip.quick
+  const results = await qkClip.measure(stage, qkClip.quick)
+  const [plain, , clipped] = results.drawn as [Drawn, Drawn, Drawn]
+  t.test('the service clips exactly the heads above the threshold', (t) => {
+    const above = clipped.logits.map((heads) => heads.filter((logit) => logit > threshold).length)
+    t.same(clipped.clippedHeads, above)
+    t.ok(above.some((count) => count > 0))
+    t.same(
+      plain.clippedHeads,
+      above.map(() => 0),
+    )
+    t.end()
+  })
+  t.test('up to the first clip MuonClip is Muon, and then its logits stay smaller', (t) => {
+    const first = clipped.clippedHeads.findIndex((count) => count > 0)
+    for (let step = 0; step <= first; step++) {
+      for (const [head, logit] of clipped.logits[step]!.entries()) {
+        t.ok(Math.abs(logit / plain.logits[step]![head]! - 1) < 1e-2, `step ${step + 1}, head ${head}`)
+      }
+    }
+    const late = (run: Drawn) => Math.max(...run.logits.slice(-steps / 4).flat())
+    t.ok(late(clipped) < late(plain), `${late(clipped)} and ${late(plain)}`)
+    t.end()
+  })
+  t.test('every step of every run is told', (t) => {
+    t.equal(notes.length, 3 * steps)
+    t.match(notes.at(-1), /^qk-clip 36\/36 MuonClip, seed 1: loss \d\.\d{3}$/)
+    t.end()
+  })
+  t.test('the table has the seeds of each recipe together', (t) => {
+    const summary = {
+      title: 'MuonClip',
+      seed: 1,
+      loss: 2,
+      peakLogit: 110,
+      lateLogit: 100,
+      clippedSteps: 30,
+      lastClipped: 35,
+    }
+    const other = { ...summary, seed: 2, loss: 2.5, peakLogit: 130, lastClipped: 37 }
+    const summaries = [...['Muon', 'Muon, weight decay 0.1'].map((title) => ({ ...summary, title })), summary, other]
+    const [, , , cells] = cellsOf(qkClip.table({ ...results, summaries }))
+    t.same(cells, ['MuonClip', '2.250 (2.000 … 2.500)', '120 (110 … 130)', '100', '30', '36 (35 … 37)'])
+    t.end()
+  })
+  t.test('γ of a head is the threshold over its logit, and at most 1', (t) => {
+    const gammas = qkClip.plots(results)[2]!.series
+    t.equal(gammas.length, 4)
+    for (const [head, { points }] of gammas.entries()) {
+      points.forEach(([step, gamma], i) => {
+        t.equal(step, i + 1)
+        t.equal(gamma, Math.min(1, threshold / clipped.logits[i]![head]!))
+      })
+    }
+    t.end()
+  })
+})
+
+type Drawn = Awaited<ReturnType<typeof qkClip.measure>>['drawn'][number]
