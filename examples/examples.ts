@@ -34,6 +34,8 @@ else await main(positionals.length > 0 ? positionals : NAMES)
 
 async function main(names: readonly string[]): Promise<void> {
   const chosen = names.map((name) => ({ name, entry: find(name) }))
+  // What is wrong with the README must not show after minutes of measuring.
+  for (const name of names) if (options.readme !== undefined) section(options.readme, name)
   const stage: Stage = { server: SERVER, corpus: readCorpus(ROOT), bar: progressBar }
   mkdirSync(options.out, { recursive: true })
   for (const { name, entry } of chosen) await run(name, entry, stage)
@@ -48,7 +50,7 @@ async function run(name: string, entry: Entry, stage: Stage): Promise<void> {
   const [json, picture] = ['json', 'svg'].map((kind) => join(options.out, `${name}.${kind}`))
   writeFileSync(json, `${JSON.stringify({ machine, seconds, results })}\n`)
   writeFileSync(picture, svg)
-  if (options.readme !== undefined) updateSection(options.readme, name, table)
+  if (options.readme !== undefined) writeFileSync(options.readme, section(options.readme, name).join(`${table}\n`))
   console.log(`\n${name}, ${seconds} s\n\n${table}\n\n${json}, ${picture}\n`)
 }
 
@@ -58,12 +60,13 @@ function find(name: string): Entry {
   return entry
 }
 
-function updateSection(file: string, name: string, table: string): void {
+/** The text of a file before and after a section's content. */
+function section(file: string, name: string): [before: string, after: string] {
   const [open, close] = [`<!-- ${name} -->\n`, `<!-- /${name} -->`]
   const text = readFileSync(file, 'utf8')
   const [from, to] = [text.indexOf(open), text.indexOf(close)]
   if (from < 0 || to < from) throw new Error(`${file} has no section ${open.trim()} … ${close}`)
-  writeFileSync(file, `${text.slice(0, from + open.length)}${table}\n${text.slice(to)}`)
+  return [text.slice(0, from + open.length), text.slice(to)]
 }
 
 function describeMachine() {

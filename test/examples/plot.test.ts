@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { linePlot, type Plot } from '../../examples/plot.js'
+import { figure, linePlot, type Plot } from '../../examples/plot.js'
 
 const PLOT: Plot = {
   title: 'a < b & c',
@@ -68,5 +68,52 @@ t.test('every finite series lies within the axes', (t) => {
     }),
     { seed: 1 },
   )
+  t.end()
+})
+
+t.test('a figure is its plots below each other, each with its own axes', (t) => {
+  const svg = figure([
+    { ...PLOT, height: 300 },
+    { ...PLOT, legend: 'line' },
+  ])
+  t.match(svg, /height="740" viewBox="0 0 720 740"/)
+  t.equal(svg.match(/translate\(0 300\)/g)?.length, 1)
+  t.equal(coordinates(svg).length, 4)
+  t.same(coordinates(svg)[1]![1], [696, 244])
+  t.end()
+})
+
+t.test('a point is a dot where dots are asked for, and a name stands once in the legend', (t) => {
+  const [one] = PLOT.series
+  const series = [
+    { ...one!, drawn: 'dots' as const },
+    { ...one!, drawn: 'both' as const, width: 1 },
+  ]
+  const svg = linePlot({ ...PLOT, series })
+  const [line] = coordinates(svg)
+  t.equal(coordinates(svg).length, 1)
+  for (const [x, y] of line!) t.equal(svg.split(`<circle cx="${x}" cy="${y}"`).length, 3)
+  t.match(svg, 'stroke-width="1"')
+  t.equal(texts(svg).filter((text) => text === 'one').length, 1)
+  t.end()
+})
+
+t.test('a legend in a line stands below the title, over the plot', (t) => {
+  const svg = linePlot({ ...PLOT, legend: 'line' })
+  t.match(svg, /<text x="94" y="48"[^>]*>one</)
+  t.match(svg, /<text x="161.6" y="48"[^>]*>two</)
+  t.same(coordinates(svg)[0]![0], [64, 68])
+  t.end()
+})
+
+t.test('logarithmic axes have powers of ten at equal distances', (t) => {
+  const points: [number, number][] = [
+    [1, 0.1],
+    [100, 3],
+    [10000, 1000],
+  ]
+  const svg = linePlot({ ...PLOT, marks: [], logarithmic: ['x', 'y'], series: [{ name: '', colour: '', points }] })
+  t.same(texts(svg).map(Number).filter(Number.isFinite), [1, 10, 100, 1000, 10000, 0.1, 1, 10, 100, 1000, 0])
+  t.same(coordinates(svg)[0]![1], [380, 259.9])
   t.end()
 })

@@ -1,6 +1,13 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { examplesAt, fixedPositions, randomPositions, readCorpus, seededRandom } from '../../examples/text.js'
+import {
+  examplesAt,
+  fixedPositions,
+  randomPositions,
+  readCorpus,
+  seededRandom,
+  windowsAt,
+} from '../../examples/text.js'
 
 t.test('the last tenth of every file is held out, in the order of the names', (t) => {
   const root = t.testdir({
@@ -36,6 +43,13 @@ function areExamplesOf(bytes: Uint8Array, positions: Int32Array): boolean {
     return context.equals(bytes.subarray(position - 4, position)) && Number(targets[i]) === bytes[position]
   })
 }
+
+t.test('a window is read shifted by one byte: every byte has the next one to guess', (t) => {
+  const { tokens, targets } = windowsAt(Buffer.from('abcdefgh'), Int32Array.of(3, 7), 3)
+  t.equal(Buffer.from([...tokens].map(Number)).toString(), 'abcefg')
+  t.equal(Buffer.from([...targets].map(Number)).toString(), 'bcdfgh')
+  t.end()
+})
 
 t.test('fixed positions are spread over the whole text', (t) => {
   t.same([...fixedPositions(new Uint8Array(104), { count: 4, context: 4 })], [4, 29, 54, 79])
