@@ -17,11 +17,12 @@ export type Plot = {
   title: string
   xLabel: string
   yLabel: string
+  /** At least one. */
   series: readonly Series[]
   marks?: readonly { y: number; text: string }[]
   /** Axes in powers of ten; all values on them are above 0. */
   logarithmic?: readonly ('x' | 'y')[]
-  /** Where the names of the series stand: in the upper right corner, or where that is taken, on a line below the title. */
+  /** Where the names of the series stand: in the upper right corner, or where that is taken, on lines below the title. */
   legend?: 'corner' | 'line'
   /** Pixels, 440 unless given. */
   height?: number
@@ -31,6 +32,7 @@ const WIDTH = 720
 const HEIGHT = 440
 const AREA = { left: 64, right: 696, top: 48 } as const
 const BELOW = 56
+const LEGEND_LINE = 20
 
 type Area = { top: number; bottom: number; height: number }
 
@@ -54,8 +56,9 @@ export function figure(plots: readonly Plot[]): string {
 
 function panel(plot: Plot, height: number): string {
   const { series, marks = [], logarithmic = [] } = plot
-  const inLine = plot.legend === 'line'
-  const area: Area = { top: AREA.top + (inLine ? 20 : 0), bottom: height - BELOW, height }
+  const entries = plot.legend === 'line' ? lineLegend(series) : cornerLegend(series)
+  const lines = plot.legend === 'line' ? entries[entries.length - 1].y - AREA.top + LEGEND_LINE : 0
+  const area: Area = { top: AREA.top + lines, bottom: height - BELOW, height }
   const points = series.flatMap((one) => one.points)
   const axis = (name: 'x' | 'y') => (logarithmic.includes(name) ? logScale : scale)
   const x = axis('x')(
@@ -70,7 +73,7 @@ function panel(plot: Plot, height: number): string {
     ...yAxis(y, plot.yLabel, area),
     ...marks.flatMap((mark) => dashed(y.place(mark.y), mark.text)),
     ...series.flatMap((one) => drawing(one, x, y)),
-    ...legend(series, inLine),
+    ...entries.flatMap(entry),
   ].join('\n')
 }
 
@@ -106,15 +109,32 @@ function drawing({ points, colour, drawn = 'line', width = 2 }: Series, x: Scale
   return { line: [line], dots, both: [line, ...dots] }[drawn]
 }
 
-function legend(series: readonly Series[], inLine: boolean): string[] {
-  const named = series.filter(({ name }, i) => series.findIndex((other) => other.name === name) === i)
+type Entry = { name: string; colour: string; x: number; y: number }
+
+function cornerLegend(series: readonly Series[]): Entry[] {
+  return named(series).map((one, row) => ({ ...one, x: AREA.right - 190, y: AREA.top + 16 + row * LEGEND_LINE }))
+}
+
+/** From left to right; what would not fit begins another line. */
+function lineLegend(series: readonly Series[]): Entry[] {
   let right: number = AREA.left
-  return named.flatMap(({ name, colour }, row) => {
-    const place = inLine ? { x: right, y: AREA.top } : { x: AREA.right - 190, y: AREA.top + 16 + row * 20 }
-    right += 46 + 7.2 * name.length
-    const sample = `<rect x="${fixed(place.x)}" y="${place.y - 5}" width="22" height="3" fill="${colour}"/>`
-    return [sample, text(name, { x: place.x + 30, y: place.y })]
+  let y: number = AREA.top
+  return named(series).map((one) => {
+    const width = 46 + 7.2 * one.name.length
+    if (right + width > WIDTH) [right, y] = [AREA.left, y + LEGEND_LINE]
+    right += width
+    return { ...one, x: right - width, y }
   })
+}
+
+function named(series: readonly Series[]): { name: string; colour: string }[] {
+  const first = series.filter(({ name }, i) => series.findIndex((other) => other.name === name) === i)
+  return first.map(({ name, colour }) => ({ name, colour }))
+}
+
+function entry({ name, colour, x, y }: Entry): string[] {
+  const sample = `<rect x="${fixed(x)}" y="${y - 5}" width="22" height="3" fill="${colour}"/>`
+  return [sample, text(name, { x: x + 30, y })]
 }
 
 function stroke(ends: { x1: number; y1: number; x2: number; y2: number }, colour: string): string {

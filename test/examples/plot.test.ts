@@ -103,6 +103,11 @@ t.test('a legend in a line stands below the title, over the plot', (t) => {
   t.match(svg, /<text x="94" y="48"[^>]*>one</)
   t.match(svg, /<text x="161.6" y="48"[^>]*>two</)
   t.same(coordinates(svg)[0]![0], [64, 68])
+  const long = { ...PLOT.series[0]!, name: 'a name of which two are too long for one line of a legend' }
+  const two = linePlot({ ...PLOT, legend: 'line', series: [long, { ...long, name: `${long.name} too` }] })
+  t.match(two, /<text x="94" y="48"/)
+  t.match(two, /<text x="94" y="68"/)
+  t.same(coordinates(two)[0]![0], [64, 88])
   t.end()
 })
 
