@@ -7,8 +7,8 @@ import { updateRms } from './update-rms.js'
 
 /** An example once the types of its settings and results are settled. */
 export type Entry = {
-  /** What JSON can hold; `quick` measures something too small to show anything, in seconds. */
-  measure: (stage: Stage, quick: boolean) => Promise<unknown>
+  /** Returns what JSON can hold. */
+  measure: (stage: Stage, size: 'full' | 'quick') => Promise<unknown>
   /** The table (Markdown) and the picture (SVG) of what `measure` returned, fresh or read back from JSON. */
   show: (results: unknown) => { table: string; svg: string }
 }
@@ -23,7 +23,7 @@ export const EXAMPLES: ReadonlyMap<string, Entry> = new Map([
 
 function entry<Settings, Results>(example: Example<Settings, Results>): Entry {
   return {
-    measure: (stage, quick) => example.measure(stage, quick ? example.quick : example.settings),
+    measure: (stage, size) => example.measure(stage, example.sizes[size]),
     show: (results) => {
       const known = results as Results
       return { table: example.table(known), svg: figure(example.plots(known)) }

@@ -37,34 +37,36 @@ const BASELINE = 'adamw'
 
 /** Steps and seconds that each optimizer takes to the loss that AdamW ends with. */
 export const efficiency: Example<Settings, Results> = {
-  settings: {
-    size: { context: 64, width: 64, heads: 4, mlp: [256, 256] },
-    batch: 16,
-    validation: 64,
-    steps: 400,
-    sweepSeed: 1,
-    seeds: [2, 3, 4],
-    rates: {
-      sgd: [0.05, 0.1, 0.2, 0.4, 0.8],
-      adam: [0.002, 0.004, 0.008, 0.016, 0.032],
-      adamw: [0.002, 0.004, 0.008, 0.016, 0.032],
-      muon: [0.005, 0.01, 0.02, 0.04, 0.08],
-      muonclip: [0.005, 0.01, 0.02, 0.04, 0.08],
+  sizes: {
+    full: {
+      size: { context: 64, width: 64, heads: 4, mlp: [256, 256] },
+      batch: 16,
+      validation: 64,
+      steps: 400,
+      sweepSeed: 1,
+      seeds: [2, 3, 4],
+      rates: {
+        sgd: [0.05, 0.1, 0.2, 0.4, 0.8],
+        adam: [0.002, 0.004, 0.008, 0.016, 0.032],
+        adamw: [0.002, 0.004, 0.008, 0.016, 0.032],
+        muon: [0.005, 0.01, 0.02, 0.04, 0.08],
+        muonclip: [0.005, 0.01, 0.02, 0.04, 0.08],
+      },
     },
-  },
-  quick: {
-    size: { context: 16, width: 16, heads: 2, mlp: [32] },
-    batch: 4,
-    validation: 4,
-    steps: 10,
-    sweepSeed: 1,
-    seeds: [2, 3],
-    rates: {
-      sgd: [0.1, 1e-6],
-      adam: [0.008, 0.016],
-      adamw: [0.008, 0.016],
-      muon: [0.02, 0.04],
-      muonclip: [0.02, 0.04],
+    quick: {
+      size: { context: 16, width: 16, heads: 2, mlp: [32] },
+      batch: 4,
+      validation: 4,
+      steps: 10,
+      sweepSeed: 1,
+      seeds: [2, 3],
+      rates: {
+        sgd: [0.1, 1e-6],
+        adam: [0.008, 0.016],
+        adamw: [0.008, 0.016],
+        muon: [0.02, 0.04],
+        muonclip: [0.02, 0.04],
+      },
     },
   },
   measure: (stage, settings) => withService(stage, ({ url }) => measure(stage, settings, url)),

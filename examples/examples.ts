@@ -29,22 +29,27 @@ const { values: options, positionals } = parseArgs({
   },
 })
 
-if (options.help) console.log(USAGE)
-else await main(positionals.length > 0 ? positionals : NAMES)
+const SIZE = (['full', 'quick'] as const)[Number(options.quick)]
 
-async function main(names: readonly string[]): Promise<void> {
-  const chosen = names.map((name) => ({ name, entry: find(name) }))
+if (options.help) console.log(USAGE)
+else await main()
+
+async function main(): Promise<void> {
+  const unknown = positionals.find((name) => !EXAMPLES.has(name))
+  if (unknown !== undefined)
+    throw new RangeError(`there is no example '${unknown}', expected one of ${NAMES.join(', ')}`)
+  const chosen = [...EXAMPLES].filter(([name]) => positionals.length === 0 || positionals.includes(name))
   // What is wrong with the README must not show after minutes of measuring.
-  for (const name of names) if (options.readme !== undefined) section(options.readme, name)
+  for (const [name] of chosen) if (options.readme !== undefined) section(options.readme, name)
   const stage: Stage = { server: SERVER, corpus: readCorpus(ROOT), bar: progressBar }
   mkdirSync(options.out, { recursive: true })
-  for (const { name, entry } of chosen) await run(name, entry, stage)
+  for (const [name, entry] of chosen) await run(name, entry, stage)
 }
 
 async function run(name: string, entry: Entry, stage: Stage): Promise<void> {
   const machine = describeMachine()
   const started = performance.now()
-  const results = await entry.measure(stage, options.quick)
+  const results = await entry.measure(stage, SIZE)
   const seconds = Math.round((performance.now() - started) / 1000)
   const { table, svg } = entry.show(results)
   const [json, picture] = ['json', 'svg'].map((kind) => join(options.out, `${name}.${kind}`))
@@ -52,12 +57,6 @@ async function run(name: string, entry: Entry, stage: Stage): Promise<void> {
   writeFileSync(picture, svg)
   if (options.readme !== undefined) writeFileSync(options.readme, section(options.readme, name).join(`${table}\n`))
   console.log(`\n${name}, ${seconds} s\n\n${table}\n\n${json}, ${picture}\n`)
-}
-
-function find(name: string): Entry {
-  const entry = EXAMPLES.get(name)
-  if (entry === undefined) throw new RangeError(`there is no example '${name}', expected one of ${NAMES.join(', ')}`)
-  return entry
 }
 
 /** The text of a file before and after a section's content. */

@@ -35,25 +35,27 @@ const NS_STEPS = 5
 
 /** What Muon costs beside forward and backward, as width and batch grow (Keller Jordan, Muon, 2024: at most ns_steps·m/B). */
 export const overhead: Example<Settings, Results> = {
-  settings: {
-    grid: [
-      { width: 64, tokens: [256, 1024, 4096, 16384] },
-      { width: 128, tokens: [256, 1024, 4096, 16384] },
-      { width: 256, tokens: [256, 1024, 4096] },
-      { width: 512, tokens: [256, 1024, 4096] },
-    ],
-    context: 64,
-    headDim: 32,
-    steps: 7,
-  },
-  quick: {
-    grid: [
-      { width: 32, tokens: [64, 128] },
-      { width: 64, tokens: [64] },
-    ],
-    context: 32,
-    headDim: 16,
-    steps: 3,
+  sizes: {
+    full: {
+      grid: [
+        { width: 64, tokens: [256, 1024, 4096, 16384] },
+        { width: 128, tokens: [256, 1024, 4096, 16384] },
+        { width: 256, tokens: [256, 1024, 4096] },
+        { width: 512, tokens: [256, 1024, 4096] },
+      ],
+      context: 64,
+      headDim: 32,
+      steps: 7,
+    },
+    quick: {
+      grid: [
+        { width: 32, tokens: [64, 128] },
+        { width: 64, tokens: [64] },
+      ],
+      context: 32,
+      headDim: 16,
+      steps: 3,
+    },
   },
   measure: (stage, settings) =>
     // One core computes the model and one the optimizer, in turn: then seconds are work, not parallelism.

@@ -1,4 +1,4 @@
-import { logScale, type Scale, scale } from './scale.js'
+import { logScale, nameScale, type Scale, scale } from './scale.js'
 
 /** One line of a plot: its points in data units, in drawing order. */
 export type Series = {
@@ -20,6 +20,8 @@ export type Plot = {
   /** At least one. */
   series: readonly Series[]
   marks?: readonly { y: number; text: string }[]
+  /** Instead of numbers along the x axis; the points' x are indices into them. */
+  names?: readonly string[]
   /** Axes in powers of ten; all values on them are above 0. */
   logarithmic?: readonly ('x' | 'y')[]
   /** Where the names of the series stand: in the upper right corner, or where that is taken, on lines below the title. */

@@ -39,26 +39,28 @@ type Results = { settings: Settings; summaries: Summary[]; drawn: Drawn[] }
 
 /** Muon with a learning rate that is too large for its attentions, and what QK-clip makes of it (arXiv 2507.20534). */
 export const qkClip: Example<Settings, Results> = {
-  settings: {
-    size: { context: 64, width: 64, heads: 4, mlp: [256, 256] },
-    batch: 16,
-    validation: 64,
-    steps: 400,
-    seeds: [1, 2, 3],
-    lr: 0.08,
-    restLr: 0.008,
-    threshold: 100,
-  },
-  // A threshold that this size reaches within its few steps.
-  quick: {
-    size: { context: 16, width: 16, heads: 2, mlp: [16, 16] },
-    batch: 4,
-    validation: 4,
-    steps: 12,
-    seeds: [1],
-    lr: 0.3,
-    restLr: 0.008,
-    threshold: 5,
+  sizes: {
+    full: {
+      size: { context: 64, width: 64, heads: 4, mlp: [256, 256] },
+      batch: 16,
+      validation: 64,
+      steps: 400,
+      seeds: [1, 2, 3],
+      lr: 0.08,
+      restLr: 0.008,
+      threshold: 100,
+    },
+    // A threshold that this size reaches within its few steps.
+    quick: {
+      size: { context: 16, width: 16, heads: 2, mlp: [16, 16] },
+      batch: 4,
+      validation: 4,
+      steps: 12,
+      seeds: [1],
+      lr: 0.3,
+      restLr: 0.008,
+      threshold: 5,
+    },
   },
   measure: (stage, settings) => withService(stage, ({ url }) => measure(stage, settings, url)),
   table,

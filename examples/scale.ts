@@ -38,6 +38,15 @@ export function logScale(values: readonly number[], [from, to]: [number, number]
   return { place: (value) => from + (Math.log(value / ticks[0]) / span) * (to - from), ticks, label: String }
 }
 
+/** An axis of names; a value is an index into them, and stands in the middle of its share of the axis. */
+export function nameScale(names: readonly string[], [from, to]: [number, number]): Scale {
+  return {
+    place: (value) => from + ((value + 0.5) / names.length) * (to - from),
+    ticks: [...names.keys()],
+    label: (tick) => names[tick],
+  }
+}
+
 function extent(values: readonly number[]): [number, number] {
   const low = Math.min(...values)
   const high = Math.max(...values)

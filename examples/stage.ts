@@ -8,9 +8,8 @@ export type Stage = { server: string; corpus: Corpus; bar: typeof progressBar }
 
 /** A claim and how it is measured: `table` (Markdown) and `plots` follow from the results alone, which are kept as JSON. */
 export type Example<Settings, Results> = {
-  settings: Settings
-  /** The same much smaller, to see it run. */
-  quick: Settings
+  /** `quick` is too small to show anything, but shows how it runs, in seconds. */
+  sizes: Readonly<Record<'full' | 'quick', Settings>>
   measure: (stage: Stage, settings: Settings) => Promise<Results>
   table: (results: Results) => string
   plots: (results: Results) => readonly Plot[]

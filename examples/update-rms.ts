@@ -39,22 +39,24 @@ const OPTIMIZERS = [ADAMW, ...ADJUSTMENTS, MORE_ITERATIONS.name] as const
 
 /** How large Muon's updates are under each `adjust_lr_fn` beside AdamW's of the same gradients, over shapes (arXiv 2502.16982). */
 export const updateRms: Example<Settings, Results> = {
-  settings: {
-    courses: [
-      { size: { context: 64, width: 64, heads: 4, mlp: [64, 256, 1024] }, batch: 16 },
-      { size: { context: 64, width: 256, heads: 4, mlp: [1024] }, batch: 16 },
-    ],
-    steps: 60,
-    warmup: 20,
-    seed: 1,
-    lr: 0.004,
-  },
-  quick: {
-    courses: [{ size: { context: 16, width: 32, heads: 2, mlp: [32, 128] }, batch: 4 }],
-    steps: 6,
-    warmup: 2,
-    seed: 1,
-    lr: 0.004,
+  sizes: {
+    full: {
+      courses: [
+        { size: { context: 64, width: 64, heads: 4, mlp: [64, 256, 1024] }, batch: 16 },
+        { size: { context: 64, width: 256, heads: 4, mlp: [1024] }, batch: 16 },
+      ],
+      steps: 60,
+      warmup: 20,
+      seed: 1,
+      lr: 0.004,
+    },
+    quick: {
+      courses: [{ size: { context: 16, width: 32, heads: 2, mlp: [32, 128] }, batch: 4 }],
+      steps: 6,
+      warmup: 2,
+      seed: 1,
+      lr: 0.004,
+    },
   },
   measure: (stage, settings) =>
     withService(stage, async ({ url }) => {

@@ -18,7 +18,7 @@ t.test('the demo trains twice, prints the comparison and draws both curves', asy
 
 t.test('a sweep tries every learning rate', async (t) => {
   const { stdout } = await demo('--sweep', '--steps', '1')
-  t.equal(stdout.match(/^\| AdamW \|/gm)?.length, 5)
+  t.equal(stdout.match(/^\| AdamW +\|/gm)?.length, 5)
   t.equal(stdout.match(/^\| Muon \+ AdamW \|/gm)?.length, 5)
 })
 

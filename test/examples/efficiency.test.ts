@@ -4,7 +4,7 @@ import { cellsOf, stageWithNotes } from './stage.js'
 
 t.test('efficiency', async (t) => {
   const { stage, notes } = stageWithNotes()
-  const { quick } = efficiency
+  const { quick } = efficiency.sizes
   const results = await efficiency.measure(stage, quick)
   t.test('every rate is tried, and the best of each optimizer runs with every seed', (t) => {
     t.equal(results.sweep.length, 10)
@@ -46,7 +46,7 @@ t.test('steps and seconds are to the loss that AdamW ends with, seed by seed', (
     { optimizer, lr: 0.01, loss: 2 },
     { optimizer, lr: 0.02, loss: 3 },
   ])
-  const results = { settings: efficiency.quick, sweep, runs }
+  const results = { settings: efficiency.sizes.quick, sweep, runs }
   const [first, second] = efficiency.table(results).split('\n\n') as [string, string]
   t.same(cellsOf(first).slice(1), [
     ['SGD', '0.01', '4.000', '0 of 2 runs', '0 of 2 runs', '0 of 2 runs', '50'],

@@ -5,7 +5,7 @@ import { cellsOf, stageWithNotes } from './stage.js'
 
 t.test('overhead', async (t) => {
   const { stage, notes } = stageWithNotes()
-  const results = await overhead.measure(stage, overhead.quick)
+  const results = await overhead.measure(stage, overhead.sizes.quick)
   t.test('every model of the grid is measured', (t) => {
     t.same(
       results.rows.map(({ width, tokens, formula }) => [width, tokens, formula]),

@@ -4,8 +4,8 @@ import { cellsOf, stageWithNotes } from './stage.js'
 
 t.test('QK-clip', async (t) => {
   const { stage, notes } = stageWithNotes()
-  const { threshold, steps } = qkClip.quick
-  const results = await qkClip.measure(stage, qkClip.quick)
+  const { threshold, steps } = qkClip.sizes.quick
+  const results = await qkClip.measure(stage, qkClip.sizes.quick)
   const [plain, , clipped] = results.drawn as [Drawn, Drawn, Drawn]
   t.test('the service clips exactly the heads above the threshold', (t) => {
     const above = clipped.logits.map((heads) => heads.filter((logit) => logit > threshold).length)

@@ -41,10 +41,10 @@ t.test('the best of a sweep has the lowest final loss', (t) => {
 
 t.test('a sweep is a Markdown table', (t) => {
   t.same(sweepTable([BASELINE, FASTER]).split('\n'), [
-    '| optimizer | lr, hidden matrices | lr, the rest | final validation loss |',
-    '| --- | --- | --- | --- |',
-    '| AdamW | 0.004 | 0.004 | 2.0000 |',
-    '| Muon + AdamW | 0.02 | 0.004 | 1.5000 |',
+    '| optimizer    | lr, hidden matrices | lr, the rest | final validation loss |',
+    '|--------------|---------------------|--------------|-----------------------|',
+    '| AdamW        | 0.004               | 0.004        | 2.0000                |',
+    '| Muon + AdamW | 0.02                | 0.004        | 1.5000                |',
   ])
   t.end()
 })

@@ -13,7 +13,7 @@ const FACTORS: Record<string, (rows: number, cols: number) => number> = {
 
 t.test('update RMS', async (t) => {
   const { stage, notes } = stageWithNotes()
-  const results = await updateRms.measure(stage, updateRms.quick)
+  const results = await updateRms.measure(stage, updateRms.sizes.quick)
   t.test('each adjustment gives its factor times the orthogonalized matrix', (t) => {
     t.equal(results.rows.length, 3)
     for (const { shape, rms } of results.rows) {
@@ -33,7 +33,7 @@ t.test('update RMS', async (t) => {
     for (const { rms } of results.rows) t.ok(rms.AdamW! > 0.05 && rms.AdamW! < 1, `${rms.AdamW}`)
     const losses = notes.map((note) => Number(/loss (.*)/.exec(note)![1]))
     t.ok(losses.at(-1)! < losses[0]!, losses.join(' '))
-    t.equal(notes.length, updateRms.quick.steps)
+    t.equal(notes.length, updateRms.sizes.quick.steps)
     t.end()
   })
   t.test('the table has a row for each shape, the picture a dot for each figure', (t) => {
