@@ -63,10 +63,9 @@ function panel(plot: Plot, height: number): string {
   const area: Area = { top: AREA.top + lines, bottom: height - BELOW, height }
   const points = series.flatMap((one) => one.points)
   const axis = (name: 'x' | 'y') => (logarithmic.includes(name) ? logScale : scale)
-  const x = axis('x')(
-    points.map((point) => point[0]),
-    [AREA.left, AREA.right],
-  )
+  const width: [number, number] = [AREA.left, AREA.right]
+  const xs = points.map((point) => point[0])
+  const x = plot.names === undefined ? axis('x')(xs, width) : nameScale(plot.names, width)
   const y = axis('y')([...points.map((point) => point[1]), ...marks.map((mark) => mark.y)], [area.bottom, area.top])
   return [
     `<rect width="${WIDTH}" height="${height}" fill="white"/>`,

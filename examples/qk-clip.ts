@@ -171,7 +171,7 @@ function plots({ settings, drawn }: Results): Plot[] {
       ...common,
       title: "MuonClip's γ = min(1, threshold / logit) of every head",
       yLabel: 'γ',
-      series: clipped.flatMap((run) => gammas(run, threshold)),
+      series: clipped.flatMap((run) => gammas(run, settings)),
     },
     {
       ...common,
@@ -189,9 +189,9 @@ function plots({ settings, drawn }: Results): Plot[] {
 
 const HEAD_COLOURS = ['#1f5fbf', '#c2571a', '#2f9e5b', '#8a4fbf', '#d9a514', '#d13c6a', '#3aa6b9', '#8a8a8a'] as const
 
-function gammas({ logits }: Drawn, threshold: number): Series[] {
+function gammas({ logits }: Drawn, { size, threshold }: Settings): Series[] {
   return logits[0].map((_, head) => ({
-    name: `head ${head}`,
+    name: `layer ${Math.floor(head / size.heads)}, head ${head % size.heads}`,
     colour: HEAD_COLOURS[head % HEAD_COLOURS.length],
     width: 1,
     points: logits.map((heads, i): [number, number] => [i + 1, Math.min(1, threshold / heads[head])]),

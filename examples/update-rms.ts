@@ -155,16 +155,17 @@ const COLOURS = ['#c2571a', '#8a8a8a', '#1f5fbf', '#3aa6b9', '#8a4fbf', '#d9a514
 
 function plots({ rows }: Results): Plot[] {
   const series = OPTIMIZERS.map((optimizer, i): Series => {
-    const points = rows.map(({ shape, rms }): [number, number] => [Math.max(...shape), rms[optimizer]])
-    return { name: optimizer, colour: COLOURS[i], points, drawn: 'dots' }
+    const points = rows.map(({ rms }, row): [number, number] => [row, rms[optimizer]])
+    return { name: optimizer, colour: COLOURS[i], points, drawn: 'both', width: 1 }
   })
   return [
     {
       title: 'RMS of updates of the same gradients, before the learning rate',
-      xLabel: 'longer side of the matrix',
+      xLabel: 'shape of the matrix, rows x columns',
       yLabel: 'update RMS',
       series,
-      logarithmic: ['x', 'y'],
+      names: rows.map(({ shape }) => shape.join(' x ')),
+      logarithmic: ['y'],
       legend: 'line',
       marks: [{ y: 0.2, text: '0.2' }],
     },

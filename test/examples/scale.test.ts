@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { logScale, scale } from '../../examples/scale.js'
+import { logScale, nameScale, scale } from '../../examples/scale.js'
 
 t.test('a short logarithmic axis has ticks of 1, 2 and 5 times a power of ten, from one tick to another', (t) => {
   const { ticks, place, label } = logScale([0.03, 1.5, 0.4], [0, 100])
@@ -17,6 +17,13 @@ t.test('values that are ticks themselves, and a single value, stand on the axis'
   t.same(logScale([100], [0, 1]).ticks, [100, 200])
   t.same(logScale([300, 300], [0, 1]).ticks, [200, 500])
   t.equal(scale([3], [0, 100]).place(3), 50)
+  t.end()
+})
+
+t.test('names stand in the middle of equal shares', (t) => {
+  const { ticks, place, label } = nameScale(['a', 'b', 'c', 'd'], [0, 80])
+  t.same(ticks.map(place), [10, 30, 50, 70])
+  t.same(ticks.map(label), ['a', 'b', 'c', 'd'])
   t.end()
 })
 

@@ -49,7 +49,7 @@ t.test('update RMS', async (t) => {
     )
     t.equal(rows[1]![4], results.rows[1]!.rms.match_rms_adamw!.toFixed(3))
     const [plot] = updateRms.plots(results)
-    t.same(plot!.series[2]!.points[1], [128, results.rows[1]!.rms.match_rms_adamw])
+    t.same(plot!.series[2]!.points[1], [1, results.rows[1]!.rms.match_rms_adamw])
     t.end()
   })
 })
