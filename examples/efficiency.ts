@@ -20,14 +20,13 @@ type Settings = {
   rates: Readonly<Record<RecipeName, readonly number[]>>
 }
 
-/** A run of the comparison; `logit` is the largest of all heads and steps, `clippedSteps` how many steps had a clip. */
+/** A run of the comparison; `logit` is the largest of all heads and steps. */
 type Run = {
   optimizer: RecipeName
   seed: number
   lr: number
   curve: { step: number; seconds: number; loss: number }[]
   logit: number
-  clippedSteps: number
 }
 
 type Tried = { optimizer: RecipeName; lr: number; loss: number }
@@ -113,44 +112,36 @@ function figuresOf({ curve, trace }: Outcome) {
   return {
     curve: curve.map(({ step, seconds, loss }) => ({ step, seconds: rounded(seconds), loss: rounded(loss, 5) })),
     logit: rounded(Math.max(...trace.flatMap(({ maxLogits }) => Object.values(maxLogits).flat()))),
-    clippedSteps: trace.filter(({ clippedHeads }) => clippedHeads > 0).length,
   }
 }
 
 function comparison({ runs }: Results): string {
   const rows = RECIPE_NAMES.map((optimizer) => {
     const ours = runs.filter((run) => run.optimizer === optimizer)
-    const reached = ours.flatMap((run) => {
-      const baseline = runs.find(({ optimizer, seed }) => optimizer === BASELINE && seed === run.seed)
-      const goal = baseline && last(baseline.curve)
-      const at = goal && run.curve.find(({ loss }) => loss <= goal.loss)
-      return at === undefined ? [] : [{ ...at, share: at.seconds / goal!.seconds }]
-    })
-    const each = (key: 'step' | 'seconds' | 'share', digits: number) =>
-      reached.length < ours.length
-        ? `${reached.length} of ${ours.length} runs`
-        : spread(
-            reached.map((one) => one[key]),
-            digits,
-          )
-    return [
-      RECIPES[optimizer](0).title,
-      String(ours[0].lr),
-      spread(
-        ours.map(({ curve }) => last(curve).loss),
-        3,
-      ),
-      each('step', 0),
-      each('seconds', 1),
-      each('share', 2),
-      spread(
-        ours.map(({ logit }) => logit),
-        0,
-      ),
-    ]
+    const losses = ours.map(({ curve }) => last(curve).loss)
+    const logits = ours.map(({ logit }) => logit)
+    const name = [RECIPES[optimizer](0).title, String(ours[0].lr)]
+    return [...name, spread(losses, 3), ...arrivals(ours, runs), spread(logits, 0)]
   })
-  const head = ['', 'lr', 'final validation loss', "steps to AdamW's final loss", 'seconds to it', "of AdamW's seconds"]
-  return markdown([[...head, 'largest logit'], ...rows])
+  const goal = ["steps to AdamW's final loss", 'seconds to it', "of AdamW's seconds"]
+  return markdown([['', 'lr', 'final validation loss', ...goal, 'largest logit'], ...rows])
+}
+
+/** Steps, seconds and share of AdamW's seconds until each run is where AdamW's of the same seed ends, if all of them get there. */
+function arrivals(ours: readonly Run[], runs: readonly Run[]): string[] {
+  const reached = ours.flatMap(({ seed, curve }) => {
+    const [baseline] = runs.filter((run) => run.optimizer === BASELINE && run.seed === seed)
+    const goal = last(baseline.curve)
+    const at = curve.find(({ loss }) => loss <= goal.loss)
+    return at === undefined ? [] : [{ ...at, share: at.seconds / goal.seconds }]
+  })
+  if (reached.length < ours.length) return Array(3).fill(`${reached.length} of ${ours.length} runs`)
+  const each = (key: 'step' | 'seconds' | 'share', digits: number) =>
+    spread(
+      reached.map((one) => one[key]),
+      digits,
+    )
+  return [each('step', 0), each('seconds', 1), each('share', 2)]
 }
 
 function sweepTable({ settings, sweep }: Results): string {
