@@ -79,7 +79,7 @@ async function measure(stage: Stage, settings: Settings, url: string): Promise<R
   const tick = ticks(stage, 'efficiency', (tried + seeds.length * RECIPE_NAMES.length) * settings.steps)
   const prepare = (seed: number) => transformerLesson({ ...settings, seed, corpus: stage.corpus })
   const trained = async (lesson: Lesson, optimizer: RecipeName, lr: number) => {
-    const onStep = (_: number, loss: number) => tick(`${optimizer} ${lr}, seed ${lesson.seed}: loss ${loss.toFixed(3)}`)
+    const onStep = (_: number, loss: number) => tick(`loss ${loss.toFixed(3)}, ${optimizer} ${lr}, seed ${lesson.seed}`)
     const name = `efficiency-${optimizer}-${lr}-${lesson.seed}`
     return train(url, lesson, { recipe: RECIPES[optimizer](lr), name, onStep })
   }

@@ -114,7 +114,7 @@ async function secondsOf(lesson: Lesson, { url, width, tokens, tick }: Place): P
     const ended = performance.now()
     const optimizer = receipt.seconds.compute
     times.push({ model: (computed - started) / 1000, optimizer, step: (ended - computed) / 1000 })
-    tick(`width ${width}, ${tokens} tokens: ${(ended - started).toFixed(0)} ms`)
+    tick(`${(ended - started).toFixed(0)} ms, width ${width}, ${tokens} tokens`)
   }
   await client.close()
   const each = (key: keyof Seconds) => rounded(median(times.slice(1).map((time) => time[key])))

@@ -1,5 +1,5 @@
 /** Where progress goes: standard error, so that what a program prints as its result stays clean. */
-export type ProgressStream = { isTTY?: boolean; write(text: string): unknown }
+export type ProgressStream = { isTTY?: boolean; columns?: number; write(text: string): unknown }
 
 const CELLS = 30
 
@@ -12,7 +12,8 @@ export function progressBar(label: string, total: number, stream: ProgressStream
   return (done: number, note: string) => {
     const line = `${label} ${bar(done / total)} ${String(done).padStart(String(total).length)}/${total}  ${note}`
     if (stream.isTTY) {
-      stream.write(`\r${line}\x1b[K${done >= total ? '\n' : ''}`)
+      // A line that is wrapped cannot be rewritten.
+      stream.write(`\r${line.slice(0, stream.columns)}\x1b[K${done >= total ? '\n' : ''}`)
     } else if (Math.floor((done * 10) / total) > tenths) {
       tenths = Math.floor((done * 10) / total)
       stream.write(`${line}\n`)

@@ -89,7 +89,7 @@ async function measure(stage: Stage, settings: Settings, url: string): Promise<R
   for (const seed of settings.seeds) {
     const lesson = await transformerLesson({ ...settings, seed, corpus: stage.corpus })
     for (const [i, recipe] of recipes.entries()) {
-      const onStep = (_: number, loss: number) => tick(`${recipe.title}, seed ${seed}: loss ${loss.toFixed(3)}`)
+      const onStep = (_: number, loss: number) => tick(`loss ${loss.toFixed(3)}, ${recipe.title}, seed ${seed}`)
       const outcome = await train(url, lesson, { recipe, name: `qk-clip-${seed}-${i}`, onStep })
       results.summaries.push(summaryOf(outcome, seed))
       if (seed === settings.seeds[0]) results.drawn.push(drawnOf(outcome))

@@ -90,7 +90,7 @@ async function measure(settings: Settings & Course, { url, corpus, tick }: Place
     await takeStep(run, shadows, gradients)
     if (step > warmup) for (const shadow of shadows) shadow.rms.push(rms(shadow.data))
     for (const { optimizer, weight, data } of shadows) if (optimizer === ADAMW) add(weights[weight.name], data, lr)
-    tick(`width ${size.width}: loss ${loss.toFixed(3)}`)
+    tick(`loss ${loss.toFixed(3)}, width ${size.width}`)
   }
   await client.close()
   return rowsOf(shadows)

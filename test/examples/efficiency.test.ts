@@ -10,7 +10,7 @@ t.test('efficiency', async (t) => {
     t.equal(results.sweep.length, 10)
     t.equal(results.runs.length, 10)
     t.equal(notes.length, 20 * quick.steps)
-    t.match(notes.at(-1), /^efficiency 200\/200 muonclip 0\.0\d, seed 3: loss \d\.\d{3}$/)
+    t.match(notes.at(-1), /^efficiency 200\/200 loss \d\.\d{3}, muonclip 0\.0\d, seed 3$/)
     for (const { optimizer, lr } of results.runs) {
       const tried = results.sweep.filter((one) => one.optimizer === optimizer)
       t.equal(lr, tried.toSorted((a, b) => a.loss - b.loss)[0]!.lr)

@@ -22,7 +22,7 @@ t.test('overhead', async (t) => {
       )
       t.ok(seconds.step > seconds.optimizer, 'the trainer waits for more than the computing')
     }
-    t.match(notes.at(-1), /overhead 12\/12 width 64, 64 tokens: \d+ ms/)
+    t.match(notes.at(-1), /overhead 12\/12 \d+ ms, width 64, 64 tokens/)
     t.end()
   })
   t.test('operations are those of the products, and within the formula', (t) => {

@@ -20,6 +20,13 @@ t.test('a terminal shows one line that is rewritten, and ends it', (t) => {
   t.end()
 })
 
+t.test('a terminal narrower than the line shows its beginning', (t) => {
+  const texts: string[] = []
+  progressBar('run', 4, { isTTY: true, columns: 20, write: (text) => texts.push(text) })(2, 'a note')
+  t.same(texts, ['\rrun [###############\x1b[K'])
+  t.end()
+})
+
 t.test('a log gets a line for every tenth', (t) => {
   const texts = written(false, 200)
   t.same(

@@ -30,7 +30,7 @@ t.test('QK-clip', async (t) => {
   })
   t.test('every step of every run is told', (t) => {
     t.equal(notes.length, 3 * steps)
-    t.match(notes.at(-1), /^qk-clip 36\/36 MuonClip, seed 1: loss \d\.\d{3}$/)
+    t.match(notes.at(-1), /^qk-clip 36\/36 loss \d\.\d{3}, MuonClip, seed 1$/)
     t.end()
   })
   t.test('the table has the seeds of each recipe together', (t) => {

@@ -31,7 +31,7 @@ t.test('update RMS', async (t) => {
   })
   t.test('AdamW has learned from the same gradients', (t) => {
     for (const { rms } of results.rows) t.ok(rms.AdamW! > 0.05 && rms.AdamW! < 1, `${rms.AdamW}`)
-    const losses = notes.map((note) => Number(/loss (.*)/.exec(note)![1]))
+    const losses = notes.map((note) => Number(/loss (.*),/.exec(note)![1]))
     t.ok(losses.at(-1)! < losses[0]!, losses.join(' '))
     t.equal(notes.length, updateRms.sizes.quick.steps)
     t.end()
