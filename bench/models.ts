@@ -86,9 +86,3 @@ export function stateBytes({ parameters }: Model): number {
 export function muonMatrices({ parameters }: Model): (readonly [number, number])[] {
   return parameters.flatMap(({ group, shape }) => (group === 'muon' ? [[shape[0], shape[1]] as const] : []))
 }
-
-/** Floating point operations of Newton-Schulz on one matrix: X·Xᵀ and P·X take 2m²n each, A² takes 2m³, m the shorter side. */
-export function newtonSchulzFlops([rows, cols]: readonly [number, number], steps: number): number {
-  const [m, n] = rows < cols ? [rows, cols] : [cols, rows]
-  return steps * (4 * m * m * n + 2 * m ** 3)
-}

@@ -1,12 +1,12 @@
 import { expandCoefficients, NAMED_COEFFICIENTS } from '../kernels/coefficients.js'
 import { DTYPES } from '../kernels/dtype.js'
+import { newtonSchulzFlops } from '../kernels/flops.js'
 import { Graph } from '../kernels/graph.js'
 import type { KernelSpec } from '../kernels/kernel.js'
 import { Device } from '../src/device/device.js'
 import type { Job } from '../src/device/job.js'
 import { openOnnxRuntime, viewMemory } from '../src/device/onnxruntime.js'
 import type { Efficiency, Speed } from './efficiency.js'
-import { newtonSchulzFlops } from './models.js'
 import { noise } from './trainer.js'
 
 /**
@@ -14,7 +14,7 @@ import { noise } from './trainer.js'
  * threads, in alternating pairs. Started by bench.ts with the size, the threads and the pairs; answers an Efficiency.
  */
 const [size, threads, pairs] = process.argv.slice(2).map(Number)
-const NS_STEPS = 5
+const COEFFICIENTS = expandCoefficients(NAMED_COEFFICIENTS.keller_jordan.coefficients, 5)
 // About as much work as Newton-Schulz has, so that both see the same neighbours on the machine.
 const PRODUCTS = 15
 
@@ -35,7 +35,7 @@ await orthogonalize()
 multiply()
 const results: Efficiency['pairs'] = []
 for (let pair = 0; pair < pairs; pair++) {
-  const newton_schulz = await speed(newtonSchulzFlops([size, size], NS_STEPS), orthogonalize)
+  const newton_schulz = await speed(newtonSchulzFlops(COEFFICIENTS, [size, size]), orthogonalize)
   const matmul = await speed(PRODUCTS * 2 * size ** 3, () => {
     for (let i = 0; i < PRODUCTS; i++) multiply()
   })
@@ -55,10 +55,9 @@ async function speed(flops: number, work: () => unknown): Promise<Speed> {
 }
 
 async function muonJob(): Promise<() => Promise<void>> {
-  const coefficients = expandCoefficients(NAMED_COEFFICIENTS.keller_jordan.coefficients, NS_STEPS)
   const kernel: KernelSpec = {
     kind: 'muon',
-    coefficients,
+    coefficients: COEFFICIENTS,
     tall: false,
     gradient_dtype: 'float32',
     update_dtype: 'float32',

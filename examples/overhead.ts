@@ -1,5 +1,6 @@
 import { connect } from 'muond/client'
-import { newtonSchulzFlops } from '../bench/models.js'
+import { expandCoefficients, NAMED_COEFFICIENTS } from '../kernels/coefficients.js'
+import { newtonSchulzFlops } from '../kernels/flops.js'
 import { type Lesson, transformerLesson } from './lesson.js'
 import { initialWeights, type Weight } from './network.js'
 import type { Plot, Series } from './plot.js'
@@ -32,6 +33,7 @@ type Seconds = { model: number; optimizer: number; step: number }
 type Results = { settings: Settings; rows: Row[] }
 
 const NS_STEPS = 5
+const COEFFICIENTS = expandCoefficients(NAMED_COEFFICIENTS.keller_jordan.coefficients, NS_STEPS)
 
 /** What Muon costs beside forward and backward, as width and batch grow (Keller Jordan, Muon, 2024: at most ns_steps·m/B). */
 export const overhead: Example<Settings, Results> = {
@@ -83,7 +85,7 @@ async function measureOne(stage: Stage, settings: Settings, place: Place): Promi
     ...{ size, batch, steps, corpus: stage.corpus },
     ...{ validation: 1, seed: 1, threads: 1 },
   })
-  const flops = hiddenOf(lesson).map(({ shape }) => newtonSchulzFlops(shape, NS_STEPS))
+  const flops = hiddenOf(lesson).map(({ shape }) => newtonSchulzFlops(COEFFICIENTS, shape))
   return {
     ...{ width, tokens, formula: rounded((NS_STEPS * width) / tokens) },
     flops: { model: transformerFlops(size, batch), optimizer: flops.reduce((sum, each) => sum + each, 0) },

@@ -1,3 +1,4 @@
+import type { Triple } from './coefficients.js'
 import type { KernelSpec } from './kernel.js'
 
 /**
@@ -9,18 +10,22 @@ const PER_ELEMENT: Readonly<Record<KernelSpec['kind'], number>> = { muon: 13, ad
 /** NorMuon squares and sums the elements and scales them, and has nine operations for each line with a statistic. */
 const NORMUON = { element: 3, line: 9 } as const
 
-/**
- * Floating point operations of one run of a kernel on a block of `dims`: the elementwise part and, for Muon, the products
- * of Newton-Schulz as the CPU executes them, every product in full. For m the shorter side and n the longer, an iteration
- * is XXᵀ (2m²n), A² (2m³, none where c is 0) and the product with X (2m²n).
- */
+/** Floating point operations of one run of a kernel on a block of `dims`: the elementwise part and, for Muon, Newton-Schulz. */
 export function kernelFlops(kernel: KernelSpec, dims: readonly number[]): number {
   const elements = dims.reduce((product, size) => product * size, 1)
   const elementwise = PER_ELEMENT[kernel.kind] * elements
   if (kernel.kind === 'adamw' && kernel.amsgrad) return elementwise + elements
   if (kernel.kind !== 'muon') return elementwise
   const second = kernel.second_momentum ? NORMUON.element * elements + NORMUON.line * Math.max(...dims) : 0
-  const shorter = Math.min(...dims)
-  const products = kernel.coefficients.map(([, , c]) => 4 * shorter * elements + (c === 0 ? 0 : 2 * shorter ** 3))
-  return products.reduce((sum, flops) => sum + flops, elementwise + second)
+  return elementwise + second + newtonSchulzFlops(kernel.coefficients, dims)
+}
+
+/**
+ * The products of Newton-Schulz as the CPU executes them, every product in full. For m the shorter side and n the longer, an
+ * iteration is XXᵀ (2m²n), A² (2m³, none where c is 0) and the product with X (2m²n).
+ */
+export function newtonSchulzFlops(coefficients: readonly Triple[], dims: readonly number[]): number {
+  const [shorter, longer] = [Math.min(...dims), Math.max(...dims)]
+  const products = coefficients.map(([, , c]) => 4 * shorter ** 2 * longer + (c === 0 ? 0 : 2 * shorter ** 3))
+  return products.reduce((sum, flops) => sum + flops, 0)
 }

@@ -95,6 +95,7 @@ const CALLS = {
   CreateCUDAProviderOptions: [205, ['_Out_ void **'], STATUS_CALL],
   UpdateCUDAProviderOptions: [206, ['void *', 'void *', 'void *', 'size_t'], STATUS_CALL],
   ReleaseCUDAProviderOptions: [208, ['void *'], 'void'],
+  SetDeterministicCompute: [273, ['void *', 'bool'], STATUS_CALL],
   UpdateCUDAProviderOptionsWithValue: [263, ['void *', 'const char *', 'void *'], STATUS_CALL],
 } as const satisfies Record<string, readonly [number, readonly string[], string]>
 
@@ -242,6 +243,8 @@ function cudaOptions(call: Caller, out: Out, { gpu, stream }: { gpu: number; str
     call('UpdateCUDAProviderOptionsWithValue', provider, 'user_compute_stream', stream)
     call('SessionOptionsAppendExecutionProvider_CUDA_V2', options, provider)
     call('AddSessionConfigEntry', options, 'session.disable_cpu_ep_fallback', '1')
+    // Its fast reductions add in whatever order the blocks end: a replay would have other bits.
+    call('SetDeterministicCompute', options, true)
     return options
   } finally {
     call('ReleaseCUDAProviderOptions', provider)

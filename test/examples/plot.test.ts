@@ -111,6 +111,16 @@ t.test('a legend in a line stands below the title, over the plot', (t) => {
   t.end()
 })
 
+t.test('names stand along an axis in place of numbers', (t) => {
+  const points: [number, number][] = [
+    [0, 1],
+    [1, 2],
+  ]
+  const svg = linePlot({ ...PLOT, names: ['64x64', '64x256'], series: [{ ...PLOT.series[0]!, points }] })
+  for (const name of ['64x64', '64x256']) t.ok(texts(svg).includes(name), name)
+  t.end()
+})
+
 t.test('logarithmic axes have powers of ten at equal distances', (t) => {
   const points: [number, number][] = [
     [1, 0.1],

@@ -68,15 +68,13 @@ t.test('without NVRTC the kernels are those of ONNX Runtime', { skip: NO_GPU, ti
       sgd.every((value, i) => value === gradients[SHAPES.length]![i]),
       'a direction of plain SGD is the gradient',
     )
-    const first = [...client.updates.values()].map(({ data }) => data.toString('base64'))
-    for (const [index, values] of gradients.entries()) client.gradient(index, step, { values })
-    client.send({ type: 'end', step })
-    t.match(await client.expect('receipt'), { step, replayed: true })
-    t.same(
-      [...client.updates.values()].map(({ data }) => data.toString('base64')),
-      first,
-      'a replay is the same bytes',
-    )
+    const first = updatesOf(client)
+    for (let again = 0; again < 20; again++) {
+      for (const [index, values] of gradients.entries()) client.gradient(index, step, { values })
+      client.send({ type: 'end', step })
+      t.match(await client.expect('receipt'), { step, replayed: true })
+      t.same(updatesOf(client), first, 'a replay is the same bytes, whatever lane computes it')
+    }
   }
   await client.close()
   server.kill('SIGTERM')
@@ -93,6 +91,10 @@ function linkAllBut(prefix: string, folder: string): void {
       symlinkSync(join(from, name), join(folder, name))
     }
   }
+}
+
+function updatesOf({ updates }: RawClient): string[] {
+  return [...updates.values()].map(({ data }) => data.toString('base64'))
 }
 
 function floatsOf({ buffer, byteOffset, length }: Buffer): Float32Array {
