@@ -11,9 +11,10 @@ import { WORKLOADS, type Workload } from './models.js'
 /**
  * Steps of Muon on one GPU against torch.optim.Muon on the same one: `npm run bench:gpu`. Gradients and updates are
  * bfloat16, state is float32. "resident" has gradients and updates on the GPU, as torch has; "copied" has them in
- * page-locked host memory, so that both cross PCIe. `--only NAME`, `--lanes 4,6`.
+ * page-locked host memory, so that both cross PCIe. `--only NAME`, `--lanes 4,6`, `--device cuda:0,1` (torch has GPU 0 alone).
  */
 const only = option('--only')
+const deviceName = option('--device') ?? 'cuda'
 const groups = (option('--groups') ?? '8').split(',').map(Number)
 const laneCounts = (option('--lanes') ?? '1,2,3,4,6,8').split(',').map(Number)
 const STEPS = 30
@@ -61,14 +62,20 @@ for (const workload of workloads) {
 }
 const exactness = measureExactness()
 mkdirSync('bench/results', { recursive: true })
-const header = { date: new Date().toISOString(), gpu: gpu.name, cores: availableParallelism(), node: process.version }
+const header = {
+  date: new Date().toISOString(),
+  gpu: gpu.name,
+  device: deviceName,
+  cores: availableParallelism(),
+  node: process.version,
+}
 writeFileSync('bench/results/gpu.json', `${JSON.stringify({ ...header, rows, exactness }, null, 2)}\n`)
 
 async function measure({ parameters }: Workload, memory: Row['memory'], how: { lanes: number; group_jobs: number }) {
   const before = gpu.memory().free
   const onnxruntime_dir = process.env.MUOND_ONNXRUNTIME_DIR ?? ''
   const device = await Device.start({
-    ...{ device: 'cuda', onnxruntime_dir, threads: 0, ...how },
+    ...{ device: deviceName, onnxruntime_dir, threads: 0, ...how },
     ...{ staging_bytes: 1 << 20, state_bytes_limit: 0 },
   })
   const { step, free } = await prepare(device, gpu, { parameters, resident: memory === 'resident' })

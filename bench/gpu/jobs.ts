@@ -9,6 +9,9 @@ import type { ParameterDeclaration } from '../../src/wire/frame.js'
 
 const NOISE_BYTES = 2 << 20
 
+/** A job and the unit that has its memory. */
+type Placed = Job & { unit: number }
+
 type Options = { parameters: readonly ParameterDeclaration[]; resident: boolean }
 
 /** One job for each parameter with Gaussian gradients, and all of them as a step; throws where one is not computed. */
@@ -16,13 +19,14 @@ export async function prepare(device: Device, gpu: Cuda, { parameters: declared,
   const group = parseGroup({ name: 'muon', algorithm: 'muon' })
   const parameters = parseParameters(declared, new Map([['muon', group]]))
   const freed: (() => void)[] = []
-  const state = (bytes: number) => {
-    const pointer = gpu.allocate(bytes)
-    freed.push(() => gpu.free(pointer))
+  const state = (bytes: number, unit: number) => {
+    const { state: memory } = device.backend.units[unit]
+    const pointer = memory.allocate(bytes)
+    freed.push(() => memory.free(pointer))
     return pointer
   }
-  const block = (bytes: number): HostBlock => {
-    if (resident) return { pointer: state(bytes), bytes, resident }
+  const block = (bytes: number, unit: number): HostBlock => {
+    if (resident) return { pointer: state(bytes, unit), bytes, resident }
     const pointer = gpu.allocateHost(bytes)
     freed.push(() => gpu.freeHost(pointer))
     return { pointer, bytes }
@@ -35,14 +39,16 @@ export async function prepare(device: Device, gpu: Cuda, { parameters: declared,
     update_bytes: parameter.update_bytes,
     state_bytes: parameter.state[0].bytes,
   }))
-  device.admit(demands, 'the benchmark')
+  const { units } = device.admit(demands, 'the benchmark')
   await device.load(demands)
-  const jobs = parameters.map((parameter): Job => {
-    const [gradient, update] = [block(parameter.gradient_bytes), block(parameter.update_bytes)]
+  const jobs = parameters.map((parameter, index): Placed => {
+    const unit = units[index]
+    const [gradient, update] = [block(parameter.gradient_bytes, unit), block(parameter.update_bytes, unit)]
     fill(gradient)
     const whole = (memory: HostBlock) => ({ block: memory, offset: 0, bytes: memory.bytes })
-    const tensors = { state: [state(parameter.state[0].bytes)], next: [state(parameter.state[0].bytes)] }
-    return { plan: plan(parameter, 1), gradient: whole(gradient), update: whole(update), gradient_scale: 1, ...tensors }
+    const [tensor, next] = [state(parameter.state[0].bytes, unit), state(parameter.state[0].bytes, unit)]
+    const tensors = { gradient: whole(gradient), update: whole(update), state: [tensor], next: [next] }
+    return { plan: plan(parameter, 1), gradient_scale: 1, ...tensors, unit }
   })
   // What lies in fresh memory may be no number: the first step starts from zeros.
   for (const job of jobs) await run(device, { ...job, state: undefined })
@@ -57,8 +63,8 @@ export async function prepare(device: Device, gpu: Cuda, { parameters: declared,
   return { step, free }
 }
 
-async function run(device: Device, job: Job): Promise<void> {
-  const result = await device.run(() => job, { cancelled: false })
+async function run(device: Device, job: Placed): Promise<void> {
+  const result = await device.run(() => job, { cancelled: false }, job.unit)
   if (result?.outcome !== 'computed') throw new Error(`the device answered ${result?.outcome}`)
 }
 
