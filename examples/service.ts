@@ -9,6 +9,8 @@ export type Child = { pid: number; stop: () => Promise<void> }
 /** A running service: `url` is where it listens. */
 export type Service = Child & { url: string }
 
+const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
+
 export type ServiceOptions = { args?: readonly string[]; env?: NodeJS.ProcessEnv; ready_seconds?: number }
 
 /**
@@ -32,9 +34,16 @@ export async function startService(program: string, options: ServiceOptions = {}
 export function manage(child: ChildProcess): Child {
   const ended = once(child, 'exit')
   const orphaned = () => child.kill()
+  // A signal ends a process without its exit event: the child goes first, then the signal does what it would have done.
+  const signalled = (signal: NodeJS.Signals) => {
+    child.kill()
+    process.kill(process.pid, signal)
+  }
   process.once('exit', orphaned)
+  for (const signal of SIGNALS) process.once(signal, signalled)
   const stop = async () => {
     process.off('exit', orphaned)
+    for (const signal of SIGNALS) process.off(signal, signalled)
     child.kill()
     await ended
   }
