@@ -15,7 +15,7 @@ import { WORKLOADS, type Workload } from './models.js'
  */
 const only = option('--only')
 const deviceName = option('--device') ?? 'cuda'
-const groups = (option('--groups') ?? '8').split(',').map(Number)
+const groups = (option('--groups') ?? '4').split(',').map(Number)
 const laneCounts = (option('--lanes') ?? '1,2,3,4,6,8').split(',').map(Number)
 const STEPS = 30
 const WARM_UP_STEPS = 3

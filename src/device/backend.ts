@@ -70,8 +70,8 @@ const CUDA_LANE_BYTES = 256 << 20
 const CUDA_POOLED_BYTES = 4 * 2 ** 30
 // On the CPU a lane gains nothing from seeing several jobs.
 const ONE: JobGroup = { jobs: 1, bytes: 1 }
-// Small matrices fill a GPU only together; more than these gain nothing and take scratch memory.
-const CUDA_GROUP: JobGroup = { jobs: 8, bytes: 256 << 20 }
+// Small matrices fill a GPU only together; more than these gain nothing, take scratch memory and are copied later (README).
+const CUDA_GROUP: JobGroup = { jobs: 4, bytes: 256 << 20 }
 const HOPPER = '9.0'
 const CUDA_13 = 13000
 
