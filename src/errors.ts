@@ -27,7 +27,9 @@ export const ERRORS = {
   OVER_CAPACITY: { status: 507, retryable: false },
   OVERLOADED: { status: 429, close: 1013, retryable: true },
   DRAINING: { status: 503, retryable: true },
+  RESTORING: { status: 503, retryable: true },
   DEVICE_FAILED: { status: 503, retryable: true },
+  STORAGE_FAILED: { status: 507, retryable: true },
   CHECKPOINT_UNREADABLE: { status: 500, retryable: false },
   INTERNAL: { status: 500, close: 1011, retryable: false },
 } as const satisfies Record<string, { status: number; close?: number; retryable: boolean }>

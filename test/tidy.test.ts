@@ -19,7 +19,7 @@ const LAYERS = [
 const SHARED = ['src/errors.ts', 'src/config.ts', 'src/metrics.ts']
 /** Packages that only these files may know. */
 const OWNERS: Record<string, (file: string) => boolean> = {
-  koffi: (file) => /^src\/device\/(onnxruntime|cuda)\.ts$/.test(file),
+  koffi: (file) => /^src\/(device\/(onnxruntime|cuda)|store\/lock)\.ts$/.test(file),
   msgpackr: (file) => file === 'src/wire/codec.ts',
   ws: (file) => /^src\/(app|run\/(stream|sender|receiver)|client\/\w+)\.ts$/.test(file),
   fastify: (file) => /^src\/(app|http\/\w+|run\/stream)\.ts$/.test(file),

@@ -52,7 +52,9 @@ export class Admission {
   /** Grants what `what` asks for, or refuses with OVER_CAPACITY and the numbers. */
   admit(demands: readonly Demand[], what: string): Grant {
     const { units, hostBytes } = this.#capacity
-    const parts = demands.map((demand) => demand.state_bytes + (hostBytes === undefined ? demand.update_bytes : 0))
+    const parts = demands.map(({ state_bytes, held_bytes = 0, update_bytes }) => {
+      return state_bytes + held_bytes + (hostBytes === undefined ? update_bytes : 0)
+    })
     const taken = units.map((_, unit) => this.#state(unit, this.#granted))
     const grant: Grant = {
       ...placement(parts, taken),

@@ -9,6 +9,7 @@ import type { JobGroup } from './job.js'
 import type { LaneOptions } from './lane.js'
 import type { Allocator } from './memory.js'
 import { bundledLibraryFolder, type OnnxRuntime, openOnnxRuntime, type Pointer, viewMemory } from './onnxruntime.js'
+import type { StateLocation } from './state-access.js'
 
 /** What kind of device computes, and where its memory comes from. */
 export type Backend = {
@@ -36,6 +37,7 @@ export type Unit = {
   name: string
   lane: LaneOptions
   state: Allocator
+  location: StateLocation
   /** A copy of state memory. */
   read(pointer: Pointer, bytes: number): Uint8Array<ArrayBuffer>
   /** Set where lanes set memory of the unit aside. */
@@ -96,6 +98,7 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     name: 'cpu',
     lane: { kind: 'cpu', folder, threads },
     state: runtime,
+    location: { kind: 'host' },
     read: (pointer, bytes) => viewMemory(pointer, bytes).slice(),
     stateBytes: Math.floor(totalmem() * MEMORY_SHARE),
     // Small tensors cost no allocation this way. A pool must not keep an embedding.
@@ -131,6 +134,7 @@ function cuda(runtime: OnnxRuntime, folder: string, options: BackendOptions): Ba
       lane: code ? { kind: 'cuda', folder, gpu, ...code } : { kind: 'cuda_onnx', folder, gpu },
       work: code ? (code.hopper ? 'own' : 'own_but_products') : 'onnx',
       state: cuda,
+      location: { kind: 'cuda', gpu },
       read: (pointer, bytes) => {
         const copy = new Uint8Array(bytes)
         cuda.read(copy, pointer)

@@ -1,3 +1,4 @@
+import { cpus } from 'node:os'
 import { expandCoefficients, NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { ServiceError } from '../errors.js'
@@ -10,6 +11,7 @@ import { Lanes, type Ticket, told } from './lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import { type Pointer, viewMemory } from './onnxruntime.js'
 import { Staging } from './staging.js'
+import type { StateLocation } from './state-access.js'
 
 export type { Ticket } from './lanes.js'
 
@@ -86,6 +88,17 @@ export class Device {
       await device.close()
       throw error
     }
+  }
+
+  /** What computes, as far as it decides the bits of a result. */
+  get record(): { kind: string; name: string; onnxruntime: string; processor: string } {
+    const { kind, name, version } = this.backend
+    return { kind, name, onnxruntime: version, processor: kind === 'cpu' ? (cpus()[0]?.model ?? '') : '' }
+  }
+
+  /** Where each unit's state lies, for another thread. */
+  get locations(): StateLocation[] {
+    return this.backend.units.map(({ location }) => location)
   }
 
   /** Lanes of all units. */

@@ -44,6 +44,8 @@ export type Demand = {
   readonly gradient_bytes: number
   readonly update_bytes: number
   readonly state_bytes: number
+  /** Bytes of an older state that may have to stay beside it: a checkpoint is written while training goes on. */
+  readonly held_bytes?: number
 }
 
 /** What a lane computes with: everything of it runs in the lane's own thread. */

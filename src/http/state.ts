@@ -3,7 +3,7 @@ import { setImmediate as turn } from 'node:timers/promises'
 import { bytesPerElement } from '../../kernels/dtype.js'
 import type { Device } from '../device/device.js'
 import type { Run } from '../run/run.js'
-import { encodeHeader, type TensorEntry } from '../store/safetensors.js'
+import { encodeHeader, SAFETENSORS_NAMES, type TensorEntry } from '../store/safetensors.js'
 import type { components } from './openapi.js'
 
 type StateTensor = components['schemas']['StateTensor']
@@ -48,7 +48,6 @@ export function stateBody(device: Device, run: Run, index: number): { length: nu
   return { length, body }
 }
 
-const STORED = { float32: 'F32', bfloat16: 'BF16' } as const
 /** A bfloat16 is the upper half of a float32. */
 const READERS = {
   float32: (piece: Uint8Array<ArrayBuffer>) => new Float32Array(piece.buffer),
@@ -73,7 +72,7 @@ function entriesOf(held: Held): TensorEntry[] {
   if (held.length === 0) return []
   const tensors = held.map(({ name, dtype, shape, tensor }) => ({
     name,
-    dtype: STORED[dtype],
+    dtype: SAFETENSORS_NAMES[dtype],
     shape,
     bytes: tensor.bytes,
   }))

@@ -15,6 +15,14 @@ type GroupOf<A extends Algorithm> = {
   readonly given: Readonly<Record<string, unknown>>
 }
 export type Group = { [A in Algorithm]: GroupOf<A> }[Algorithm]
+/** A group as JSON brings it back. */
+type KeptGroup = {
+  readonly name: string
+  readonly algorithm: string
+  readonly preset?: string
+  readonly given: Readonly<Record<string, unknown>>
+  readonly hyperparameters: Readonly<Record<string, unknown>>
+}
 
 const TORCH_INTERNAL = 'it says how torch computes where it runs, not what; leave it out'
 /** Keywords of torch's optimizers that no algorithm here has. */
@@ -56,6 +64,11 @@ export function updateGroup(group: Group, changes: Readonly<Record<string, unkno
   const { name, algorithm, given, preset } = group
   const next: Group = { ...complete(name, algorithm, { ...given, ...changes }), preset }
   return 'ns_coefficients' in changes || 'ns_steps' in changes ? checkSet(next) : next
+}
+
+/** A group as it was kept: what was in force then is so again, whatever the defaults of this version are. Throws as `parseGroup`. */
+export function restoreGroup({ name, algorithm, preset, given, hyperparameters }: KeptGroup): Group {
+  return { ...parseGroup({ ...hyperparameters, name, algorithm }), given, ...(preset !== undefined && { preset }) }
 }
 
 /** Every hyperparameter in force, the algorithm and the preset first: what `opened` and `receipt` say of a group. */

@@ -1,8 +1,13 @@
+import type { FileHandle } from 'node:fs/promises'
+
 // The safetensors format (https://huggingface.co/docs/safetensors): the header's length as a little-endian u64, a JSON
 // header {name: {dtype, shape, data_offsets}, __metadata__: {…}}, then the tensors' bytes without holes.
 
 /** Bytes per element. */
 export const SAFETENSORS_DTYPES = { F32: 4, BF16: 2, F16: 2, I64: 8 } as const
+
+/** Of a state tensor, by its dtype. */
+export const SAFETENSORS_NAMES = { float32: 'F32', bfloat16: 'BF16' } as const
 
 export type SafetensorsDtype = keyof typeof SAFETENSORS_DTYPES
 
@@ -11,6 +16,12 @@ export type TensorEntry = { name: string; dtype: SafetensorsDtype; shape: readon
 
 /** `data` is a view into the parsed buffer: little-endian, C order, not necessarily aligned to its element. */
 export type StoredTensor = { dtype: SafetensorsDtype; shape: number[]; data: Uint8Array }
+
+/** Where a tensor's bytes lie in its file. */
+export type TensorRange = { name: string; dtype: SafetensorsDtype; shape: number[]; begin: number; end: number }
+
+/** What precedes the tensors' bytes; the ranges are in the order of the file. */
+export type Header = { metadata: Record<string, string>; ranges: TensorRange[] }
 
 export type Safetensors = { metadata: Record<string, string>; tensors: Map<string, StoredTensor> }
 
@@ -52,27 +63,44 @@ export function encodeHeader(
 
 /** Reads a whole file. Throws SafetensorsError unless every byte is accounted for by exactly one tensor. */
 export function parseSafetensors(buffer: Uint8Array): Safetensors {
-  const { header, body } = splitHeader(buffer)
-  const { [METADATA]: metadata = {}, ...rest } = header
-  const tensors = new Map<string, StoredTensor>()
-  const ranges: [number, number][] = []
-  for (const [name, entry] of Object.entries(rest)) {
-    const { dtype, shape, begin, end } = parseEntry(entry, `tensor '${name}'`)
-    ranges.push([begin, end])
-    tensors.set(name, { dtype, shape, data: body.subarray(begin, end) })
-  }
-  expectCover(ranges, body.length)
-  return { metadata: parseMetadata(metadata), tensors }
+  const end = headerEnd(buffer.subarray(0, LENGTH_BYTES), buffer.length)
+  const { metadata, ranges } = parseHeader(buffer.subarray(LENGTH_BYTES, end), { start: end, bytes: buffer.length })
+  const tensors = ranges.map(({ name, dtype, shape, begin, end }) => {
+    return [name, { dtype, shape, data: buffer.subarray(begin, end) }] as const
+  })
+  return { metadata, tensors: new Map(tensors) }
 }
 
-function splitHeader(buffer: Uint8Array): { header: Record<string, unknown>; body: Uint8Array } {
-  if (buffer.length < LENGTH_BYTES) fail(`file has ${buffer.length} bytes, expected at least ${LENGTH_BYTES}`)
-  const view = new DataView(buffer.buffer, buffer.byteOffset, buffer.byteLength)
-  const length = Number(view.getBigUint64(0, true))
-  const available = Math.min(buffer.length - LENGTH_BYTES, MAX_HEADER_BYTES)
+/** Reads the header of an open file: where each tensor lies. Throws SafetensorsError as `parseSafetensors`. */
+export async function readHeader(file: FileHandle): Promise<Header> {
+  const { size } = await file.stat()
+  const end = headerEnd(await readBytes(file, 0, LENGTH_BYTES), size)
+  return parseHeader(await readBytes(file, LENGTH_BYTES, end - LENGTH_BYTES), { start: end, bytes: size })
+}
+
+async function readBytes(file: FileHandle, at: number, length: number): Promise<Uint8Array> {
+  const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length, at)
+  return buffer.subarray(0, bytesRead)
+}
+
+/** Where the tensors' bytes begin in a file of `bytes` bytes that starts with `prefix`. */
+function headerEnd(prefix: Uint8Array, bytes: number): number {
+  if (prefix.length < LENGTH_BYTES) fail(`file has ${prefix.length} bytes, expected at least ${LENGTH_BYTES}`)
+  const length = Number(new DataView(prefix.buffer, prefix.byteOffset, prefix.byteLength).getBigUint64(0, true))
+  const available = Math.min(bytes - LENGTH_BYTES, MAX_HEADER_BYTES)
   if (length > available) fail(`header claims ${length} bytes, at most ${available} are possible`)
-  const end = LENGTH_BYTES + length
-  return { header: parseJson(buffer.subarray(LENGTH_BYTES, end)), body: buffer.subarray(end) }
+  return LENGTH_BYTES + length
+}
+
+function parseHeader(json: Uint8Array, body: { start: number; bytes: number }): Header {
+  const { [METADATA]: metadata = {}, ...rest } = parseJson(json)
+  const ranges = Object.entries(rest).map(([name, entry]) => {
+    const { dtype, shape, begin, end } = parseEntry(entry, `tensor '${name}'`)
+    return { name, dtype, shape, begin: body.start + begin, end: body.start + end }
+  })
+  ranges.sort((a, b) => a.begin - b.begin || a.end - b.end)
+  expectCover(ranges, body)
+  return { metadata: parseMetadata(metadata), ranges }
 }
 
 function parseJson(bytes: Uint8Array): Record<string, unknown> {
@@ -115,14 +143,14 @@ function expectSize(tensor: Omit<TensorEntry, 'name'>, name: string): void {
   fail(`${name} has ${tensor.bytes} bytes, ${tensor.dtype} of shape [${tensor.shape}] has ${expected}`)
 }
 
-/** The ranges, in any order, must tile the body: no hole, no overlap, nothing behind the last one. */
-function expectCover(ranges: [number, number][], length: number): void {
-  let covered = 0
-  for (const [begin, end] of ranges.sort((a, b) => a[0] - b[0] || a[1] - b[1])) {
-    if (begin !== covered) fail(`a tensor begins at byte ${begin}, expected ${covered}`)
+/** The ranges, in order, must tile the body: no hole, no overlap, nothing behind the last one. */
+function expectCover(ranges: readonly TensorRange[], { start, bytes }: { start: number; bytes: number }): void {
+  let covered = start
+  for (const { begin, end } of ranges) {
+    if (begin !== covered) fail(`a tensor begins at byte ${begin - start}, expected ${covered - start}`)
     covered = end
   }
-  if (covered !== length) fail(`tensors end at byte ${covered}, the data has ${length} bytes`)
+  if (covered !== bytes) fail(`tensors end at byte ${covered - start}, the data has ${bytes - start} bytes`)
 }
 
 function isRecord(value: unknown): value is Record<string, unknown> {

@@ -1,0 +1,67 @@
+import { Worker } from 'node:worker_threads'
+import type { ReadRequest, ThreadReply, ThreadRequest, WriteRequest } from './checkpoint-thread.js'
+import { type Manifest, UnreadableError } from './manifest.js'
+
+type Waiting = {
+  resolve: (manifest: Manifest | undefined) => void
+  reject: (error: Error) => void
+  written: (position: number) => void
+}
+
+/** The thread that writes and reads the files of checkpoints, one checkpoint after the other. */
+export class CheckpointFiles {
+  readonly #worker: Worker
+  readonly #exited: Promise<void>
+  readonly #waiting = new Map<number, Waiting>()
+  #nextId = 1
+
+  constructor() {
+    this.#worker = new Worker(new URL('./checkpoint-thread.js', import.meta.url))
+    this.#exited = new Promise((resolve) => this.#worker.once('exit', () => resolve()))
+    this.#worker.on('message', (reply: ThreadReply) => this.#receive(reply))
+  }
+
+  /**
+   * Writes a checkpoint's folder; it is whole, and stays so after a crash, when this resolves. `written` is told the position
+   * of each tensor whose memory is not needed any more. Rejects with what the file system says; the folder is then not whole.
+   */
+  async write(request: Omit<WriteRequest, 'type' | 'id'>, written: (position: number) => void): Promise<Manifest> {
+    const manifest = await this.#ask((id) => ({ ...request, type: 'write', id }), written)
+    if (manifest === undefined) throw new Error('the thread wrote no manifest')
+    return manifest
+  }
+
+  /** Fills the memory of every target. Rejects with UnreadableError where a file is not what was written. */
+  async read(request: Omit<ReadRequest, 'type' | 'id'>): Promise<void> {
+    await this.#ask(
+      (id) => ({ ...request, type: 'read', id }),
+      () => {},
+    )
+  }
+
+  /** Ends the thread after what it was asked for. */
+  close(): Promise<void> {
+    this.#post({ type: 'stop' })
+    return this.#exited
+  }
+
+  #ask(request: (id: number) => ThreadRequest, written: Waiting['written']): Promise<Manifest | undefined> {
+    const id = this.#nextId++
+    return new Promise((resolve, reject) => {
+      this.#waiting.set(id, { resolve, reject, written })
+      this.#post(request(id))
+    })
+  }
+
+  #post(request: ThreadRequest): void {
+    this.#worker.postMessage(request)
+  }
+
+  #receive(reply: ThreadReply): void {
+    const waiting = this.#waiting.get(reply.id)
+    if ('written' in reply) return waiting?.written(reply.written)
+    this.#waiting.delete(reply.id)
+    if ('done' in reply) return waiting?.resolve(reply.done)
+    waiting?.reject(reply.unreadable ? new UnreadableError(reply.error) : new Error(reply.error))
+  }
+}

@@ -1,0 +1,46 @@
+import { closeSync, ftruncateSync, openSync, readFileSync, writeSync } from 'node:fs'
+import { constants, hostname } from 'node:os'
+import { join } from 'node:path'
+import { setTimeout as delay } from 'node:timers/promises'
+import koffi from 'koffi'
+import { ConfigError } from '../config.js'
+
+/** A folder that no other process writes to while this one holds it. */
+export type FolderLock = { release(): void }
+
+const EXCLUSIVE = 2
+const WITHOUT_WAITING = 4
+const RETRY_MS = 100
+
+/**
+ * Takes a folder for this process, waiting at most `wait_seconds` for the one that has it. The kernel gives it back when the
+ * process ends, however it ends, and holds it across containers that share the folder: flock(2) of the file `lock`, which
+ * says who has it. Throws ConfigError with one line that names the holder.
+ */
+export async function lockFolder(folder: string, wait_seconds: number): Promise<FolderLock> {
+  const file = join(folder, 'lock')
+  const deadline = performance.now() + wait_seconds * 1000
+  const descriptor = openSync(file, 'a+')
+  while (!tryLock(descriptor)) {
+    if (performance.now() >= deadline) {
+      const holder = readFileSync(file, 'utf8').trim() || 'another process'
+      closeSync(descriptor)
+      throw new ConfigError(`data folder '${folder}' is in use by ${holder}: one service at a time writes to it`)
+    }
+    await delay(RETRY_MS)
+  }
+  ftruncateSync(descriptor)
+  writeSync(descriptor, `process ${process.pid} on ${hostname()} since ${new Date().toISOString()}\n`)
+  return { release: () => closeSync(descriptor) }
+}
+
+let flock: ((descriptor: number, operation: number) => number) | undefined
+
+function tryLock(descriptor: number): boolean {
+  flock ??= koffi.load(null).func('flock', 'int', ['int', 'int'])
+  if (flock(descriptor, EXCLUSIVE | WITHOUT_WAITING) === 0) return true
+  const error = koffi.errno()
+  if (error === constants.errno.EWOULDBLOCK) return false
+  /* c8 ignore next -- needs a file system without locks */
+  throw new ConfigError(`the data folder cannot be locked: flock failed with error ${error}`)
+}

@@ -1,0 +1,239 @@
+import { mkdir, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
+import { dirname, join } from 'node:path'
+import type { StateLocation } from '../device/state-access.js'
+import type { CheckpointFiles } from './checkpoint-files.js'
+import { replaceFile, syncFolder } from './durable.js'
+import {
+  type DeviceRecord,
+  FORMAT,
+  type GroupRecord,
+  type Manifest,
+  openManifest,
+  type RunRecord,
+  sealManifest,
+  UnreadableError,
+} from './manifest.js'
+import { indexText, type Placed, planFiles, type StateEntry } from './state-files.js'
+
+/** A checkpoint on the disk. `problem` says why it cannot be read. */
+export type CheckpointEntry = {
+  checkpoint: string
+  tags: readonly string[]
+  step: number
+  digest: string
+  bytes: number
+  written_at: string
+  problem?: string
+}
+
+/** What a run remembers beside its checkpoints: how often it was opened, and groups that a connection gave anew. */
+export type Identity = { run: string; epoch: number; replacement?: Replacement }
+
+/** Groups that were given when `step` was the last finished one: for the next step, and those for the steps after that. */
+export type Replacement = { step: number; groups: GroupRecord[]; later?: GroupRecord[] }
+
+/** A checkpoint to be written. */
+export type Snapshot = {
+  tags: readonly string[]
+  server: string
+  device: DeviceRecord
+  record: RunRecord
+  entries: readonly StateEntry[]
+  locations: readonly StateLocation[]
+  /** A file is at most so long, unless one tensor alone is longer. */
+  file_bytes: number
+}
+
+const MANIFEST = 'manifest.json'
+const CHECKPOINT = /^step-(\d{12})$/
+
+/**
+ * The folder of one run: `run.json`, `checkpoints/step-000000001200/` and `journal/`. A checkpoint counts once its manifest is
+ * there; the newest one and the journal behind it are where the run goes on after a restart.
+ */
+export class RunFolder {
+  readonly path: string
+  readonly #files: CheckpointFiles
+  /** Oldest first. */
+  #entries: CheckpointEntry[]
+
+  private constructor(path: string, files: CheckpointFiles, entries: CheckpointEntry[]) {
+    this.path = path
+    this.#files = files
+    this.#entries = entries
+  }
+
+  static async create(path: string, files: CheckpointFiles, run: string): Promise<RunFolder> {
+    await mkdir(join(path, 'checkpoints'), { recursive: true })
+    await mkdir(join(path, 'journal'), { recursive: true })
+    const folder = new RunFolder(path, files, [])
+    await folder.identify({ run, epoch: 0 })
+    await syncFolder(dirname(path))
+    return folder
+  }
+
+  /** Lists what is there and removes what a crash left unfinished. */
+  static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
+    const folder = join(path, 'checkpoints')
+    await mkdir(folder, { recursive: true })
+    const names = (await readdir(folder)).filter((name) => CHECKPOINT.test(name)).sort()
+    const entries: CheckpointEntry[] = []
+    for (const name of names) {
+      if ((await readdir(join(folder, name))).includes(MANIFEST))
+        entries.push(await readEntry(join(folder, name), name))
+      else await rm(join(folder, name), { recursive: true })
+    }
+    return new RunFolder(path, files, entries)
+  }
+
+  get journal(): string {
+    return join(this.path, 'journal')
+  }
+
+  get checkpoints(): readonly CheckpointEntry[] {
+    return this.#entries
+  }
+
+  get newest(): CheckpointEntry | undefined {
+    return this.#entries.at(-1)
+  }
+
+  /** By its id, or the newest with a tag. */
+  find(name: string): CheckpointEntry | undefined {
+    return (
+      this.#entries.find(({ checkpoint }) => checkpoint === name) ??
+      this.#entries.findLast(({ tags }) => tags.includes(name))
+    )
+  }
+
+  async identity(): Promise<Identity> {
+    const path = join(this.path, 'run.json')
+    try {
+      return JSON.parse(await readFile(path, 'utf8'))
+    } catch (error) {
+      throw new UnreadableError(`${path} cannot be read: ${error instanceof Error ? error.message : error}`)
+    }
+  }
+
+  identify(identity: Identity): Promise<void> {
+    return replaceFile(join(this.path, 'run.json'), `${JSON.stringify(identity, null, 2)}\n`)
+  }
+
+  /** Writes a checkpoint; `released` is told the position of each entry whose memory is not needed any more. */
+  async write(snapshot: Snapshot, released: (position: number) => void): Promise<CheckpointEntry> {
+    const { record, entries, locations, tags, server, device, file_bytes } = snapshot
+    const checkpoint = checkpointId(record.step)
+    const files = planFiles(entries, file_bytes)
+    const manifest = {
+      ...{ format: FORMAT, checkpoint, tags, written_at: new Date().toISOString(), server, device },
+      ...record,
+      momentum_form: Object.fromEntries(
+        record.groups.map(({ name, hyperparameters }) => [name, hyperparameters.momentum_form]),
+      ),
+      dtypes: Object.fromEntries(entries.map(({ name, dtype }) => [name, dtype])),
+    }
+    const texts = [
+      { name: 'state.safetensors.index.json', text: indexText(files) },
+      { name: 'param_groups.json', text: groupsText(record) },
+    ]
+    const folder = this.#folderOf(checkpoint)
+    const written = await this.#files.write({ folder, locations, files, texts, manifest }, released)
+    const entry = entryOf(written)
+    this.#entries = [...this.#entries.filter((other) => other.checkpoint !== checkpoint), entry].sort(
+      (a, b) => a.step - b.step,
+    )
+    return entry
+  }
+
+  /** Reads a checkpoint's manifest. Throws UnreadableError. */
+  async manifest({ checkpoint }: CheckpointEntry): Promise<Manifest> {
+    const path = join(this.#folderOf(checkpoint), MANIFEST)
+    return openManifest(await readFile(path, 'utf8'), path)
+  }
+
+  /** Fills memory with a checkpoint's tensors and holds every file against its hash. Throws UnreadableError. */
+  read(
+    { checkpoint, files }: Manifest,
+    targets: ReadonlyMap<string, Placed & { dtype: string; shape: readonly number[] }>,
+    locations: readonly StateLocation[],
+  ): Promise<void> {
+    return this.#files.read({ folder: this.#folderOf(checkpoint), files, targets, locations })
+  }
+
+  /** Adds a tag to a checkpoint. */
+  async tag(entry: CheckpointEntry, tag: string): Promise<CheckpointEntry> {
+    if (entry.tags.includes(tag)) return entry
+    const manifest = { ...(await this.manifest(entry)), tags: [...entry.tags, tag] }
+    await replaceFile(join(this.#folderOf(entry.checkpoint), MANIFEST), sealManifest(manifest))
+    const tagged = entryOf(manifest)
+    this.#entries = this.#entries.map((other) => (other.checkpoint === entry.checkpoint ? tagged : other))
+    return tagged
+  }
+
+  /** Removes all but the `kept` newest checkpoints and those that a tag leads to. */
+  async retain(kept: number): Promise<void> {
+    const tagged = new Set(this.#entries.flatMap(({ tags }) => tags.map((tag) => this.find(tag))))
+    const untagged = this.#entries.filter((entry) => !tagged.has(entry))
+    for (const entry of untagged.slice(0, Math.max(0, untagged.length - kept))) await this.remove(entry)
+  }
+
+  /** Removes the checkpoints of later steps, the newest first: a crash in between leaves those that are older. */
+  async removeAfter(step: number): Promise<void> {
+    for (const entry of this.#entries.filter((other) => other.step > step).reverse()) await this.remove(entry)
+  }
+
+  /** Without its manifest a checkpoint does not count any more, whatever else is left of it. */
+  async remove(entry: CheckpointEntry): Promise<void> {
+    const folder = this.#folderOf(entry.checkpoint)
+    await unlink(join(folder, MANIFEST))
+    await syncFolder(folder)
+    this.#entries = this.#entries.filter((other) => other !== entry)
+    await rm(folder, { recursive: true })
+  }
+
+  /** Removes the run from the disk: after a crash it is there whole or not at all. */
+  async destroy(): Promise<void> {
+    const doomed = join(dirname(this.path), `.deleted-${Date.now()}`)
+    await rename(this.path, doomed)
+    await syncFolder(dirname(this.path))
+    await rm(doomed, { recursive: true })
+  }
+
+  #folderOf(checkpoint: string): string {
+    return join(this.path, 'checkpoints', checkpoint)
+  }
+}
+
+function checkpointId(step: number): string {
+  return `step-${String(step).padStart(12, '0')}`
+}
+
+export function isCheckpointId(name: string): boolean {
+  return CHECKPOINT.test(name)
+}
+
+function entryOf({ checkpoint, tags, bytes, written_at, step, digest }: Manifest): CheckpointEntry {
+  return { checkpoint, tags, step, digest, bytes, written_at }
+}
+
+async function readEntry(folder: string, checkpoint: string): Promise<CheckpointEntry> {
+  const path = join(folder, MANIFEST)
+  try {
+    return entryOf(openManifest(await readFile(path, 'utf8'), path))
+  } catch (error) {
+    const problem = error instanceof Error ? error.message : String(error)
+    const step = Number(CHECKPOINT.exec(checkpoint)?.[1])
+    return { checkpoint, tags: [], step, digest: '', bytes: 0, written_at: '', problem }
+  }
+}
+
+/** Every hyperparameter under the flattened name that torch.distributed's optimizer state has, `param_groups.<parameter>.<key>`. */
+function groupsText({ parameters, groups }: RunRecord): string {
+  const byName = new Map(
+    groups.map(({ name, algorithm, hyperparameters }) => [name, { algorithm, ...hyperparameters }]),
+  )
+  const rows = parameters.flatMap(({ name, group }) =>
+    Object.entries(byName.get(group) ?? {}).map(([key, value]) => [`param_groups.${name}.${key}`, value] as const),
+  )
+  return `${JSON.stringify(Object.fromEntries(rows), null, 2)}\n`
+}
