@@ -20,9 +20,11 @@ import { Events } from './http/events.js'
 import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { createMetrics, type Metrics } from './metrics.js'
+import type { Log } from './run/keeper.js'
 import { InPlaceWebSocket } from './run/receiver.js'
 import { Runs } from './run/runs.js'
 import { Stream } from './run/stream.js'
+import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
 import { OPEN_BYTES, OTHER_KEYS_BYTES } from './wire/frame.js'
 
@@ -31,12 +33,19 @@ export type App = {
   app: FastifyInstance
   device: Device
   runs: Runs
+  /** Where runs are kept; undefined where they are not. */
+  data: DataFolder | undefined
   metrics: Metrics
+  /** When every run on the disk was restored or found to be unreadable. Streams may open runs before. */
+  restored: Promise<void>
   /** Lets the steps in flight end for at most `drain_seconds`, then closes everything. */
   drain(): Promise<void>
 }
 
-type Service = Services & { streams: Set<Stream> }
+/** Where nobody gave a logger. */
+const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
+
+type Service = Services & { streams: Set<Stream>; data: DataFolder | undefined }
 
 // The largest `open` and the largest chunk are both 16 MiB; the other keys of a frame come on top.
 const MAX_MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
@@ -50,13 +59,18 @@ const CLOSE_GRACE_MS = 1000
 export async function buildApp({ config, logger }: { config: Config; logger?: FastifyBaseLogger }): Promise<App> {
   const contract = readContract()
   const presets = readPresets(config.presets)
-  const device = await Device.start(config)
-  const runs = new Runs(device, config, presets)
+  const data = config.data ? await DataFolder.open(config.data, config.data_wait_seconds) : undefined
+  const device = await Device.start(config).catch(async (error) => {
+    await data?.close()
+    throw error
+  })
   const metrics = createMetrics()
+  const runs = new Runs({ device, config, presets, metrics, data, log: logger ?? SILENT })
   const service: Service = {
     config,
     device,
     runs,
+    data,
     presets,
     metrics,
     contract,
@@ -64,11 +78,11 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     streams: new Set(),
   }
   const app = await createServer(service, logger)
-  return { app, device, runs, metrics, drain: () => drain(app, service) }
+  return { app, device, runs, data, metrics, restored: runs.restore(), drain: () => drain(app, service) }
 }
 
 async function createServer(service: Service, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
-  const { config, device, metrics, contract } = service
+  const { config, metrics, contract } = service
   const app = fastify({
     ...(logger ? { loggerInstance: logger } : {}),
     // Requests are logged as events, by logRequest.
@@ -86,7 +100,7 @@ async function createServer(service: Service, logger: FastifyBaseLogger | undefi
   await registerWebSocket(app, service)
   app.addHook('onRequest', authenticator(config))
   app.addHook('onResponse', logRequest)
-  app.addHook('onClose', () => device.close())
+  app.addHook('onClose', () => close(service))
   answerProblems(app, metrics)
   await app.register((scope) => docs(scope, contract))
   await app.register((scope) => registerOperations(scope, service))
@@ -234,11 +248,19 @@ function openStream(
   if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()
 }
 
+/** Streams are closed already. What was begun for them ends first, as it needs what is closed after it. */
+async function close({ runs, data, device }: Service): Promise<void> {
+  await runs.close()
+  await data?.close()
+  await device.close()
+}
+
 async function drain(app: FastifyInstance, { config, runs, streams }: Service): Promise<void> {
   runs.draining = true
   const sockets = [...app.websocketServer.clients]
   for (const stream of streams) stream.drain(config.drain_seconds)
   await closed(sockets, config.drain_seconds * 1000)
+  await runs.checkpoint()
   await app.close()
 }
 

@@ -3,6 +3,7 @@ import { parseArgs } from 'node:util'
 import { envSchema } from 'env-schema'
 
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'] as const
+const DURABILITIES = ['checkpoint', 'journal'] as const
 const DEVICE = { pattern: '^(auto|cpu|cuda(:\\d+(,\\d+)*)?)$', expected: 'be auto, cpu, cuda, cuda:N or cuda:N,N' }
 const BYTES = Number.MAX_SAFE_INTEGER
 const DAY = 86_400
@@ -15,7 +16,28 @@ export const SETTINGS = {
   host: text('127.0.0.1', 'Address to listen on.', { minLength: 1 }),
   port: integer(8787, [0, 65_535], 'Port to listen on; 0 picks a free one.'),
   device: text('auto', 'Where steps are computed: auto, cpu, cuda, cuda:0 or cuda:0,1.', DEVICE),
-  data: text('', 'Folder for durable state; today it is only checked to be writable, and state ends with the process.'),
+  data: text('', 'Folder for checkpoints and journals; without one, state ends with the process.'),
+  data_wait_seconds: seconds(0, [0, DAY], 'How long a start waits for another service that has the data folder.'),
+  durability: text(
+    'checkpoint',
+    'With data: a step is safe with the next checkpoint, or, with journal, before its receipt.',
+    {
+      enum: DURABILITIES,
+      expected: `be one of ${DURABILITIES.join(', ')}`,
+    },
+  ),
+  checkpoint_steps: integer(
+    100,
+    [0, BYTES],
+    'Steps between two checkpoints; 0 takes them only when asked, and at shutdown.',
+  ),
+  checkpoints_kept: integer(3, [1, 1_000_000], 'Newest checkpoints kept of each run; those with a tag are kept too.'),
+  checkpoint_file_bytes: integer(
+    2 ** 32,
+    [1, BYTES],
+    'Most bytes of tensors in one file of a checkpoint; a larger tensor has its own.',
+  ),
+  journal_bytes: integer(2 ** 33, [2 ** 20, BYTES], 'A journal longer than this is ended by a checkpoint.'),
   presets: text('', 'Folder with presets of your own, as YAML or JSON files, beside those that come with muond.'),
   onnxruntime_dir: text(
     '',

@@ -7,6 +7,9 @@ export type Phase = (typeof PHASES)[number]
 // From a bias on a warm machine (100 us) to a whole large model behind a slow network (100 s).
 const PHASE_BUCKETS = [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100]
 
+// From a small run on a fast disk to a hundred gigabytes on a slow one.
+const CHECKPOINT_BUCKETS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+
 // QK-clip's usual threshold is 100; a model whose logits explode passes all of these.
 const LOGIT_BUCKETS = [1, 3, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 3000, 10_000]
 
@@ -51,6 +54,20 @@ export function createMetrics(registry = new Registry()) {
       buckets: LOGIT_BUCKETS,
       registers: [registry],
     }),
+    checkpoint_seconds: new Histogram({
+      name: 'muond_checkpoint_seconds',
+      help: 'Seconds from the step of a checkpoint until it was on the disk.',
+      buckets: CHECKPOINT_BUCKETS,
+      registers: [registry],
+    }),
+    checkpoint_bytes_total: counter('checkpoint_bytes_total', 'Bytes of checkpoints written.'),
+    journal_commit_seconds: new Histogram({
+      name: 'muond_journal_commit_seconds',
+      help: 'Seconds that the receipt of a step waited for the disk to have the step.',
+      buckets: PHASE_BUCKETS,
+      registers: [registry],
+    }),
+    checkpoint_failures_total: counter('checkpoint_failures_total', 'Checkpoints that could not be written.'),
     in_place_connections_total: counter(
       'in_place_connections_total',
       'Streams whose gradients the kernel writes straight into the staging arena.',

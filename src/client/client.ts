@@ -10,7 +10,7 @@ export { type ClientErrorCode, MuondError, type MuondErrorFields } from './error
 export type { Bound, Gradient, Parameter } from './parameter.js'
 export { RECEIPTS_KEPT } from './receipts.js'
 export { type Described, NAME_RULES, type NameRule, type Route } from './routing.js'
-export type { EndOptions, Gradients, OpenOptions, Receipt, Run } from './run.js'
+export type { Checkpointed, EndOptions, Gradients, OpenOptions, Receipt, Run } from './run.js'
 export type { StepOptions } from './step.js'
 export { type Suggested, type Suggestion, type SuggestOptions, suggest } from './suggest.js'
 

@@ -2,7 +2,7 @@ import type { IncomingMessage } from 'node:http'
 import { WebSocket } from 'ws'
 import { ServiceError } from '../errors.js'
 import { decodeServerFrame, encodeFrame, encodeHeader } from '../wire/codec.js'
-import type { ClientFrame, GradientFrame, ServerFrame } from '../wire/frame.js'
+import type { CheckpointedFrame, ClientFrame, GradientFrame, ServerFrame } from '../wire/frame.js'
 import { MuondError } from './error.js'
 import { closeError, frameError, refusedUpgrade } from './refusal.js'
 
@@ -35,6 +35,8 @@ export class Connection {
   readonly closed: Promise<void>
   readonly #socket: WebSocket
   readonly #unlink: () => void
+  /** Whoever waits for a `checkpointed`, in the order of their frames. It comes whenever the disk is done. */
+  readonly #checkpoints: ((frame: CheckpointedFrame) => void)[] = []
   #reason: unknown
   #wake: () => void = () => {}
 
@@ -84,6 +86,14 @@ export class Connection {
     await this.#room()
   }
 
+  /** The answer to the next `checkpoint` frame; rejects with the reason where the connection ends before. */
+  checkpointed(): Promise<CheckpointedFrame> {
+    return new Promise((resolve, reject) => {
+      this.#checkpoints.push(resolve)
+      this.closed.then(() => reject(this.#reason))
+    })
+  }
+
   /** Lets go of whoever listens. At once: what follows in the same read is for nobody any more. */
   rest(): void {
     this.onFrame = whileIdle
@@ -128,7 +138,10 @@ export class Connection {
     try {
       if (!isBinary || !Buffer.isBuffer(data))
         throw new MuondError('FRAME_MALFORMED', 'the service sent a text message')
-      this.onFrame(decodeServerFrame(data))
+      const frame = decodeServerFrame(data)
+      const waiting = frame.type === 'checkpointed' ? this.#checkpoints.shift() : undefined
+      if (frame.type === 'checkpointed' && waiting) return waiting(frame)
+      this.onFrame(frame)
     } catch (error) {
       this.fail(error instanceof ServiceError ? new MuondError(error.code, error.message, {}, { cause: error }) : error)
     }

@@ -1,4 +1,5 @@
 import {
+  type CheckpointedFrame,
   type GroupDeclaration,
   type Mode,
   type OpenedFrame,
@@ -39,6 +40,9 @@ export type EndOptions = {
 export type Gradients = readonly (Gradient | undefined)[] | Readonly<Record<string, Gradient>>
 
 export type Receipt = ReceiptFrame
+
+/** A checkpoint on the service's disk: its id, step and digest, and the bytes of its files. */
+export type Checkpointed = Omit<CheckpointedFrame, 'type'>
 
 type Flight = { step: Step; outcome: Promise<Outcome> }
 
@@ -126,6 +130,17 @@ export class Run {
     const flight = this.#growing()
     flight.step.finish(this.#complete(flight.step, skipped))
     return this.#land(flight)
+  }
+
+  /**
+   * Has the service write a checkpoint of the last finished step; the next step may be taken at once. Resolves when the checkpoint
+   * is on the service's disk.
+   * @throws MuondError STEP_CONFLICT while a step is in flight, STORAGE_FAILED, PARAMETER_INVALID (the tag), CONNECTION_LOST
+   */
+  async checkpoint(options: { tag?: string } = {}): Promise<Checkpointed> {
+    if (this.#flight !== undefined) throw conflict(this.#flight.step, 'is still in flight')
+    const { type: _, ...checkpointed } = await this.#writer.checkpoint(options.tag)
+    return checkpointed
   }
 
   #newStep(options: StepOptions): Step {

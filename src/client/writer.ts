@@ -1,4 +1,4 @@
-import type { OpenedFrame, OpenFrame, ReceiptFrame } from '../wire/frame.js'
+import type { CheckpointedFrame, OpenedFrame, OpenFrame, ReceiptFrame } from '../wire/frame.js'
 import { type Backoff, backoffSeconds, sleep } from './backoff.js'
 import { type Connection, whileIdle } from './connection.js'
 import { MuondError } from './error.js'
@@ -57,6 +57,14 @@ export class Writer {
     return this.#digest
   }
 
+  /** Asks for a checkpoint of the last finished step. Not retried: what is lost with its connection rejects. */
+  async checkpoint(tag: string | undefined): Promise<CheckpointedFrame> {
+    if (this.#connection.reason !== undefined) await this.#reopen(this.#step + 1)
+    const answer = this.#connection.checkpointed()
+    await Promise.race([answer, this.#connection.send({ type: 'checkpoint', ...(tag !== undefined && { tag }) })])
+    return answer
+  }
+
   /** Ends the connection. */
   release(reason: unknown): void {
     this.#connection.fail(reason)
@@ -85,7 +93,7 @@ export class Writer {
   }
 
   async #attempt(step: Step, updates: Updates): Promise<ReceiptFrame> {
-    if (this.#connection.reason !== undefined) await this.#reopen(step)
+    if (this.#connection.reason !== undefined) await this.#reopen(step.number)
     const connection = this.#connection
     const chunk_bytes = Math.min(this.#opened.limits.chunk_bytes, this.#host.chunk_bytes)
     const receipt = await Exchange.run({ connection, step, updates, chunk_bytes })
@@ -95,7 +103,7 @@ export class Writer {
   }
 
   /** Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again. */
-  async #reopen(step: Step): Promise<void> {
+  async #reopen(step: number): Promise<void> {
     if (isTakenOver(this.#connection.reason)) throw this.#connection.reason
     const { groups, checkpoint, ...frame } = this.#frame
     const { connection, opened } = await handshake(this.#host, { ...frame, mode: 'resume', takeover: true })
@@ -105,7 +113,7 @@ export class Writer {
   }
 
   /** The service may have finished the step whose receipt was lost; anything else is not where this client left the run. */
-  #requireSameHistory({ run, step, digest }: OpenedFrame, { number }: Step): void {
+  #requireSameHistory({ run, step, digest }: OpenedFrame, number: number): void {
     if (step === number || (step === this.#step && digest === this.#digest)) return
     const message =
       step === this.#step

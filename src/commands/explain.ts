@@ -43,7 +43,7 @@ export function explainCommand(argv: readonly string[], env: Environment, width?
   if (file === undefined || more.length > 0) throw new ConfigError('explain takes one file (--help says what is in it)')
   const presets = readPresets(presetsFolder(values, env))
   const frame = readOpenFrame(file)
-  refuseUnsupported(frame)
+  refuseUnsupported(frame, false)
   const declaration = declarationOf(frame, presets)
   return values.json ? JSON.stringify(jsonOf(declaration), null, 2) : textOf(declaration, width)
 }

@@ -1,12 +1,12 @@
-import { constants } from 'node:fs'
-import { access, mkdir } from 'node:fs/promises'
 import closeWithGrace from 'close-with-grace'
 import { type Logger, pino } from 'pino'
 import { type App, buildApp } from '../app.js'
-import { type Config, ConfigError, type Environment, errorText, readCommand, unknownVariables } from '../config.js'
+import { type Config, type Environment, readCommand, unknownVariables } from '../config.js'
 
 // What closing needs beyond the drain itself: close frames, lanes that end their work.
 const CLOSE_SECONDS = 10
+// And what the last checkpoints may take. A supervisor that is less patient loses what no checkpoint has; a journal loses nothing.
+const CHECKPOINT_SECONDS = 600
 
 /** `muond serve`, and `muond` alone: starts the service, or answers the text that `--help` and `--version` print. */
 export async function serveCommand(argv: readonly string[], env: Environment): Promise<string | undefined> {
@@ -17,7 +17,6 @@ export async function serveCommand(argv: readonly string[], env: Environment): P
 }
 
 async function serve(config: Config): Promise<void> {
-  await checkFolder(config.data)
   const logger = pino({ level: config.log_level })
   const built = await buildApp({ config, logger })
   const address = await listen(built, config, logger)
@@ -33,7 +32,8 @@ async function serve(config: Config): Promise<void> {
   })
   if (device.backend.note)
     logger.info({ event: 'device_chosen', device: device.backend.name, reason: device.backend.note })
-  if (config.data) logger.warn({ event: 'state_not_durable', data: config.data })
+  if (!config.data)
+    logger.warn({ event: 'state_not_durable', reason: 'there is no data folder: state ends with the process' })
   const unknown = unknownVariables(process.env)
   if (unknown.length > 0) logger.warn({ event: 'unknown_variables', names: unknown })
 }
@@ -47,8 +47,8 @@ async function listen({ app }: App, { host, port }: Config, logger: Logger): Pro
   return address
 }
 
-function closeOnSignals({ app, drain }: App, { drain_seconds }: Config, logger: Logger): void {
-  const delay = (drain_seconds + CLOSE_SECONDS) * 1000
+function closeOnSignals({ app, drain }: App, { drain_seconds, data }: Config, logger: Logger): void {
+  const delay = (drain_seconds + CLOSE_SECONDS + (data ? CHECKPOINT_SECONDS : 0)) * 1000
   closeWithGrace({ delay, logger }, async ({ signal, err }) => {
     if (err) {
       // A bug: nothing may be relied on any more, so nothing is drained. The lanes still end before the process does.
@@ -59,15 +59,4 @@ function closeOnSignals({ app, drain }: App, { drain_seconds }: Config, logger: 
     await drain()
     logger.info({ event: 'stopped' })
   })
-}
-
-/** Checkpoints will be kept in this folder: that it cannot be written should be known now, not at the first one. */
-async function checkFolder(folder: string): Promise<void> {
-  if (!folder) return
-  try {
-    await mkdir(folder, { recursive: true })
-    await access(folder, constants.W_OK)
-  } catch (error) {
-    throw new ConfigError(`data folder '${folder}' is not writable: ${errorText(error)}`)
-  }
 }

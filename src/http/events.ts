@@ -1,6 +1,7 @@
 import type { FastifyReply } from 'fastify'
 import { ServiceError } from '../errors.js'
-import type { Receipt, Run } from '../run/run.js'
+import type { Receipt } from '../run/history.js'
+import type { Run } from '../run/run.js'
 import type { components } from './openapi.js'
 
 /** How many event streams there may be at a time. */

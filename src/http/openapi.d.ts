@@ -30,7 +30,7 @@ export interface paths {
         };
         /**
          * Whether new steps are accepted
-         * @description 503 with DRAINING during a shutdown, with DEVICE_FAILED once the device has failed.
+         * @description 503 with RESTORING while runs on the disk are restored, with DRAINING during a shutdown, with DEVICE_FAILED once the device has failed.
          */
         get: operations["getReadyz"];
         put?: never;
@@ -141,7 +141,7 @@ export interface paths {
         put?: never;
         post?: never;
         /**
-         * Delete a run and its state
+         * Delete a run, its state and its checkpoints
          * @description Its connection, if it has one, is told RUN_NOT_FOUND.
          */
         delete: operations["deleteRun"];
@@ -265,6 +265,58 @@ export interface paths {
         put?: never;
         post?: never;
         delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/runs/{run}/checkpoints": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        /** The checkpoints of a run */
+        get: operations["listCheckpoints"];
+        put?: never;
+        /**
+         * Take a checkpoint
+         * @description Of the last finished step. While a step is in progress this waits for its end, at most 30 seconds, and then is refused with
+         *     STEP_INCOMPLETE. Answered when the checkpoint is on the disk; STORAGE_FAILED where it cannot be written. Where the last
+         *     finished step has a checkpoint already, that is the answer, with the tag added.
+         */
+        post: operations["createCheckpoint"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/runs/{run}/checkpoints/{checkpoint}": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+                /** @description Id or tag of the checkpoint. */
+                checkpoint: string;
+            };
+            cookie?: never;
+        };
+        /** One checkpoint */
+        get: operations["getCheckpoint"];
+        put?: never;
+        post?: never;
+        /**
+         * Delete a checkpoint
+         * @description The newest one is refused with REQUEST_INVALID, as the run goes on from it after a restart.
+         */
+        delete: operations["deleteCheckpoint"];
         options?: never;
         head?: never;
         patch?: never;
@@ -403,6 +455,35 @@ export interface components {
             parameters: number;
             /** @description Bytes of its state on the device. */
             state_bytes: number;
+            /** @description The last step that a crash leaves. 0 without a data folder. */
+            durable_step: number;
+            /** @description What is to be known of how the run came here; absent where there is nothing. */
+            note?: string;
+        };
+        StoredRun: {
+            name: string;
+            /**
+             * @description `waiting` to be restored, or `unreadable`.
+             * @enum {string}
+             */
+            status: "waiting" | "unreadable";
+            /** @description Why it cannot be read. */
+            detail?: string;
+        };
+        Checkpoint: {
+            /** @description Its id. */
+            checkpoint: string;
+            tags: string[];
+            /** @description The step it is of. */
+            step: number;
+            /** @description Of that step; empty where the checkpoint cannot be read. */
+            digest: string;
+            /** @description Of its files. */
+            bytes: number;
+            /** @description An RFC 3339 time; empty where the checkpoint cannot be read. */
+            written_at: string;
+            /** @description Why it cannot be read; absent where it can. */
+            problem?: string;
         };
         Run: components["schemas"]["RunSummary"] & {
             /** @description Indices of the parameters already applied for the step in progress. */
@@ -691,6 +772,8 @@ export interface operations {
                 content: {
                     "application/json": {
                         runs: components["schemas"]["RunSummary"][];
+                        /** @description Runs on the disk that are not in memory. */
+                        stored: components["schemas"]["StoredRun"][];
                     };
                 };
             };
@@ -882,6 +965,113 @@ export interface operations {
                 content: {
                     "text/event-stream": string;
                 };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    listCheckpoints: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Every checkpoint on the disk, oldest step first. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": {
+                        checkpoints: components["schemas"]["Checkpoint"][];
+                    };
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    createCheckpoint: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        requestBody?: {
+            content: {
+                "application/json": {
+                    /** @description A name for it. Tagged checkpoints are kept whatever `checkpoints_kept` says; a tag leads to the newest that has it. */
+                    tag?: string;
+                };
+            };
+        };
+        responses: {
+            /** @description The checkpoint. */
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Checkpoint"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getCheckpoint: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+                /** @description Id or tag of the checkpoint. */
+                checkpoint: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The checkpoint. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Checkpoint"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    deleteCheckpoint: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+                /** @description Id or tag of the checkpoint. */
+                checkpoint: string;
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description It is gone. */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
             };
             default: components["responses"]["Problem"];
         };

@@ -9,7 +9,9 @@ import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
 import type { Run } from '../run/run.js'
 import type { Runs } from '../run/runs.js'
+import type { CheckpointEntry } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
+import { findCheckpoint, takeCheckpoint } from './checkpoints.js'
 import type { Contract } from './docs.js'
 import { type Events, receiptBody } from './events.js'
 import type { components, operations } from './openapi.js'
@@ -31,7 +33,14 @@ type ParametersOf<O, In extends string> = O extends { parameters: { [K in In]?: 
   : never
 type AllOf<P> = [P] extends [never] ? unknown : Required<P>
 /** Every query parameter of the contract has a default that validation fills in: none is undefined here. */
-type RequestOf<O> = FastifyRequest & { params: ParametersOf<O, 'path'>; query: ParametersOf<O, 'query'> }
+type RequestOf<O> = FastifyRequest & {
+  params: ParametersOf<O, 'path'>
+  query: ParametersOf<O, 'query'>
+  body: BodyOf<O>
+}
+type BodyOf<O> = O extends { requestBody?: { content: { 'application/json': infer Body } } }
+  ? Body | undefined
+  : unknown
 type AnswerOf<O> = O extends { responses: { 200: { content: { 'application/json': infer Body } } } }
   ? Body
   : FastifyReply
@@ -54,12 +63,15 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
       reply.type(metrics.registry.contentType).send(await metrics.registry.metrics()),
     getCapabilities: () => capabilities({ config, device, presets }),
     getOpenapi: (_request, reply) => reply.type('application/yaml').send(contract.text),
-    listRuns: () => ({ runs: runs.list().map(runSummary) }),
-    getRun: ({ params }) => runBody(runs.get(params.run)),
+    listRuns: () => ({
+      runs: runs.list().map((run) => runSummary(runs, run)),
+      stored: [...runs.stored].map(storedRun),
+    }),
+    getRun: ({ params }) => runBody(runs, runs.get(params.run)),
     deleteRun: async ({ params }, reply) => {
-      const run = runs.get(params.run)
+      const run = runs.list().find(({ name }) => name === params.run)
       await runs.delete(params.run)
-      events.end(run)
+      if (run) events.end(run)
       return reply.code(204).send()
     },
     listParameters: ({ params, query }) => {
@@ -83,6 +95,16 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
       events.open(run, reply, Number(headers['last-event-id'] ?? run.step))
       return reply
     },
+    listCheckpoints: ({ params }) => ({ checkpoints: runs.keeper(params.run).folder.checkpoints.map(checkpointBody) }),
+    getCheckpoint: ({ params }) => checkpointBody(findCheckpoint(runs.keeper(params.run).folder, params)),
+    createCheckpoint: async ({ params, body }, reply) => {
+      const entry = await takeCheckpoint(runs, params.run, body?.tag)
+      return reply.code(201).send(checkpointBody(entry))
+    },
+    deleteCheckpoint: async ({ params }, reply) => {
+      await runs.keeper(params.run).remove(findCheckpoint(runs.keeper(params.run).folder, params))
+      return reply.code(204).send()
+    },
     openStream: (_request, reply) => {
       reply.header('upgrade', 'websocket').header('connection', 'upgrade')
       throw Object.assign(new Error('this is a WebSocket: the request needs `Upgrade: websocket`'), { statusCode: 426 })
@@ -93,6 +115,7 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
 function checkReady(device: Device, runs: Runs): void {
   if (device.failed)
     throw new ServiceError('DEVICE_FAILED', `the device ${device.backend.name} has failed: ${device.failed.message}`)
+  if (runs.restoring) throw new ServiceError('RESTORING', 'runs on the disk are being restored')
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and begins no step')
 }
 
@@ -146,8 +169,8 @@ function presetBody({ description, source, algorithm, recipes }: Preset): Schema
   return { description, source, algorithm, hyperparameters }
 }
 
-function runSummary(run: Run): Schemas['RunSummary'] {
-  const { name, epoch, step, digest, created_at } = run
+function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
+  const { name, epoch, step, digest, created_at, note } = run
   const parameters = run.parameters.length
   return {
     name,
@@ -158,12 +181,22 @@ function runSummary(run: Run): Schemas['RunSummary'] {
     connected: run.writer !== undefined,
     parameters,
     state_bytes: run.stateBytes,
+    durable_step: runs.durableStep(run),
+    ...(note && { note }),
   }
 }
 
-function runBody(run: Run): Schemas['Run'] {
+function storedRun([name, detail]: readonly [string, string]): Schemas['StoredRun'] {
+  return detail === '' ? { name, status: 'waiting' } : { name, status: 'unreadable', detail }
+}
+
+function checkpointBody({ tags, ...entry }: CheckpointEntry): Schemas['Checkpoint'] {
+  return { ...entry, tags: [...tags] }
+}
+
+function runBody(runs: Runs, run: Run): Schemas['Run'] {
   const { groups, ahead } = run.opened(true)
-  return { ...runSummary(run), ahead: [...ahead], attentions: [...run.attentions], groups: { ...groups } }
+  return { ...runSummary(runs, run), ahead: [...ahead], attentions: [...run.attentions], groups: { ...groups } }
 }
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {

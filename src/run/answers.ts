@@ -65,13 +65,18 @@ export class Answers {
     }
   }
 
+  /** The slot is free again once nobody reads it: neither a lane nor the journal. */
   async #compute({ run, parameter, step, slot }: Gradient): Promise<ScaledUpdate | undefined> {
     const { stagingBlock, staging } = this.#means.device
-    try {
-      return await run.compute(parameter, step, { block: stagingBlock, offset: slot.offset, bytes: slot.bytes })
-    } finally {
-      staging.release(slot)
-    }
+    const range = { block: stagingBlock, offset: slot.offset, bytes: slot.bytes }
+    const release = () => staging.release(slot)
+    const update = await run.compute(parameter, step, range).catch((error) => {
+      release()
+      throw error
+    })
+    if (update?.stored) void update.stored.then(release)
+    else release()
+    return update
   }
 
   async #send({ run, parameter, step }: Gradient, update: ScaledUpdate): Promise<void> {

@@ -12,11 +12,21 @@ export type Declaration = {
   readonly attentions: readonly Attention[]
 }
 
-/** Throws for what no `open` may ask of this version. */
-export function refuseUnsupported(frame: OpenFrame): void {
-  if (frame.protocol !== 1)
-    throw new ServiceError('PROTOCOL_UNSUPPORTED', `protocol ${frame.protocol} is not spoken here, expected 1`)
-  if (frame.checkpoint !== undefined) throw new ServiceError('PARAMETER_INVALID', 'checkpoints are not supported yet')
+/** Throws for what no `open` may ask of this service; `keeps` says whether it has checkpoints. */
+export function refuseUnsupported({ protocol, checkpoint, mode }: OpenFrame, keeps: boolean): void {
+  if (protocol !== 1)
+    throw new ServiceError('PROTOCOL_UNSUPPORTED', `protocol ${protocol} is not spoken here, expected 1`)
+  if (checkpoint === undefined) return
+  if (!keeps)
+    throw new ServiceError(
+      'PARAMETER_INVALID',
+      `checkpoint '${checkpoint}': this service keeps none, it has no data folder`,
+    )
+  if (mode !== 'resume')
+    throw new ServiceError(
+      'PARAMETER_INVALID',
+      `checkpoint '${checkpoint}' goes with mode resume, mode is ${mode ?? 'create_or_resume'}`,
+    )
 }
 
 /** Checks what an `open` declares of a run that does not exist yet. Throws PARAMETER_INVALID, HYPERPARAMETER_INVALID… */

@@ -7,8 +7,10 @@ import { planStep } from '../optimizer/algorithm.js'
 import type { Parameter } from '../optimizer/parameter.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { StateTensor } from '../optimizer/state.js'
+import { type PlaceRecord, UnreadableError } from '../store/manifest.js'
 import type { StepSeconds } from '../wire/frame.js'
 import type { DigestRecord } from './digest.js'
+import { appliedOf, appliedRecord, fingerprintText } from './record.js'
 import { groupOf, type StepSettings } from './schedule.js'
 
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
@@ -41,6 +43,8 @@ export class Place {
   appliedStep = 0
   record: DigestRecord | undefined
   gradientSquare = 0
+  /** Whether another kind of device computed the last step: its update has other bits here. */
+  #elsewhere = false
   readonly #device: Device
   /** Undefined before its first step, when its state is all zeros. */
   #tensors: Tensor[] | undefined
@@ -62,6 +66,42 @@ export class Place {
       ...this.parameter.state[i],
       tensor: this.#device.memory.retain(tensor),
     }))
+  }
+
+  /** What a checkpoint says of it beside its tensors. */
+  toRecord(): PlaceRecord {
+    const { count, appliedStep, gradientSquare, record } = this
+    const last = record && { last: appliedRecord(record) }
+    return { count, applied_step: appliedStep, gradient_square: gradientSquare, ...last }
+  }
+
+  /** Takes over what a checkpoint has of it; the tensors, undefined where all are zero, are this place's from now on. */
+  restore(kept: PlaceRecord, tensors: Tensor[] | undefined, elsewhere: boolean): void {
+    this.dispose()
+    this.#tensors = tensors
+    this.count = kept.count
+    this.appliedStep = kept.applied_step
+    this.gradientSquare = kept.gradient_square
+    this.record = kept.last && appliedOf(kept.last)
+    this.#elsewhere = elsewhere
+  }
+
+  /** Holds the last step against what it came to when it was first computed; `elsewhere` that was on another kind of device. */
+  acknowledge(first: DigestRecord, elsewhere: boolean): void {
+    const record = this.record
+    const keys = elsewhere
+      ? (['gradientFingerprint'] as const)
+      : (['gradientFingerprint', 'updateFingerprint'] as const)
+    const key = keys.find((name) => record?.[name] !== first[name])
+    if (key !== undefined) {
+      const [has, expected] = [record?.[key], first[key]].map((value) => fingerprintText(value ?? 0n))
+      const what = key === 'gradientFingerprint' ? 'gradient' : 'update'
+      throw new UnreadableError(
+        `the ${what} of parameter '${this.parameter.name}' has fingerprint ${has}, expected ${expected}`,
+      )
+    }
+    this.record = first
+    this.#elsewhere = elsewhere
   }
 
   /** Gives the state back. */
@@ -139,7 +179,7 @@ export class Place {
       throw new ServiceError('GRADIENT_NOT_FINITE', message, where)
     }
     const first = this.record?.updateFingerprint
-    if (this.appliedStep !== step || updateFingerprint === first) return
+    if (this.appliedStep !== step || this.#elsewhere || updateFingerprint === first) return
     throw new Error(
       `the replay of parameter '${name}' for step ${step} is not the first answer: ${updateFingerprint} is not ${first}`,
     )
@@ -156,6 +196,7 @@ export class Place {
     this.gradientSquare = result.gradientSquare * gradient_scale ** 2
     const { gradientFingerprint, updateFingerprint } = result
     this.record = { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay }
+    this.#elsewhere = false
   }
 }
 

@@ -1,7 +1,9 @@
+import assert from 'node:assert'
 import { EventEmitter } from 'node:events'
 import type { Grant } from '../device/admission.js'
 import type { Device, Ticket } from '../device/device.js'
 import type { HostRange } from '../device/job.js'
+import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import { type Explanation, explain } from '../optimizer/explanation.js'
@@ -15,9 +17,15 @@ import {
   type MaxLogits,
   rowScale,
 } from '../optimizer/qk-clip.js'
-import type { OpenedFrame, ReceiptFrame, StepFrame, StepSeconds } from '../wire/frame.js'
-import { type DigestRecord, FIRST_DIGEST, nextDigest, type StepRecord } from './digest.js'
+import type { StateTensor } from '../optimizer/state.js'
+import type { Journal } from '../store/journal.js'
+import type { EndHead } from '../store/journal-format.js'
+import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/manifest.js'
+import type { OpenedFrame, StepFrame, StepSeconds } from '../wire/frame.js'
+import { type DigestRecord, nextDigest, type StepRecord } from './digest.js'
+import { History, type Receipt } from './history.js'
 import { Place, type Update } from './place.js'
+import { appliedOf, appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import { type Groups, groupOf, Schedule, type StepSettings } from './schedule.js'
 
 /** The connection that writes to a run, as the run sees it. */
@@ -28,10 +36,11 @@ export type Writer = {
   expel(error: ServiceError): void
 }
 
-export type Receipt = ReceiptFrame
-
-/** An update with the factor of each row that QK-clip scales; undefined where none is. */
-export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined }
+/**
+ * An update with the factor of each row that QK-clip scales; undefined where none is. The gradient's memory may change once
+ * `stored` has resolved.
+ */
+export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined; stored: Promise<void> | undefined }
 
 type Seconds = { -readonly [Phase in keyof StepSeconds]: number }
 
@@ -52,21 +61,21 @@ const NAMES_IN_MESSAGE = 10
  */
 export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   readonly name: string
-  readonly created_at = new Date().toISOString()
+  readonly created_at: string
   /** What the device has granted it, and where. */
   readonly grant: Grant
   epoch = 0
-  /** The last finished step. */
-  step = 0
-  digest = FIRST_DIGEST
+  /** Set where every step is on the disk before it is acknowledged. */
+  journal: Journal | undefined
+  /** What a client should know of how the run came here; empty where there is nothing. */
+  note = ''
   readonly attentions: readonly Attention[]
   schedule: Schedule
   writer: Writer | undefined
   #claims: Claims
   #device: Device
   #places: Place[]
-  #receipts: Receipt[] = []
-  #receiptsKept: number
+  readonly #history: History
   /** The places without a gradient in the last finished step. */
   #skipped: Place[] = []
   #seconds = { ...NO_SECONDS }
@@ -76,13 +85,24 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   constructor(device: Device, options: RunOptions) {
     super()
     this.name = options.name
+    this.created_at = options.created_at ?? new Date().toISOString()
     this.#device = device
-    this.#receiptsKept = options.receipts_kept
+    this.#history = new History(options.receipts_kept)
     this.schedule = new Schedule(options.groups)
     this.attentions = options.attentions
     this.#claims = claimsByParameter(options.attentions)
     this.#places = options.parameters.map((parameter, i) => new Place(device, parameter, options.grant.units[i]))
     this.grant = options.grant
+  }
+
+  /** The last finished step. */
+  get step(): number {
+    return this.#history.step
+  }
+
+  /** Of the last finished step. */
+  get digest(): string {
+    return this.#history.digest
   }
 
   get parameters(): Parameter[] {
@@ -141,6 +161,7 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
       })),
       attentions: this.attentions,
       groups: effectiveGroups(this.schedule.current.groups),
+      ...(this.note && { note: this.note }),
     }
   }
 
@@ -175,10 +196,13 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
       ticket: this.#ticket,
       spend: (phase, seconds) => this.spend(phase, seconds),
     })
-    const settled = work.catch(() => undefined).finally(() => this.#inFlight.delete(settled))
-    this.#inFlight.add(settled)
-    const update = await work
-    return update && { ...update, row_scale: this.#rowScale(place, settings.frame.max_logits) }
+    const update = await this.#track(work)
+    if (update === undefined) return undefined
+    return {
+      ...update,
+      row_scale: this.#rowScale(place, settings.frame.max_logits),
+      stored: this.#store(place, step, gradient),
+    }
   }
 
   /** The row scales of parameters that the last finished step skipped: QK-clip does not wait for a gradient. One at a time. */
@@ -195,17 +219,64 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     this.#seconds[phase] += seconds
   }
 
-  /** Finishes a step whose every parameter was applied or is skipped, or answers a finished one's receipt again. */
-  end(step: number, skipped: readonly number[]): Receipt {
-    const last = this.#receipts.at(-1)
+  /**
+   * Finishes a step whose every parameter was applied or is skipped, or answers a finished one's receipt again. With a journal
+   * the step is on the disk first; where it cannot be, STORAGE_FAILED is thrown and the step is not finished.
+   */
+  async end(step: number, skipped: readonly number[]): Promise<Receipt> {
+    const { last } = this.#history
     if (last && step === this.step) return { ...last, replayed: true }
     if (step !== this.step + 1) throw this.#conflict(`end for step ${step}`, step)
     this.#checkComplete(step, new Set(skipped))
-    return this.#finish(step)
+    const receipt = this.#conclude(step)
+    if (!this.journal) return this.#finish(receipt)
+    return this.#track(this.#commit(this.journal, receipt, skipped).then(() => this.#finish(receipt)))
   }
 
   receipts(after: number): Receipt[] {
-    return this.#receipts.filter((receipt) => receipt.step > after)
+    return this.#history.receipts(after)
+  }
+
+  /**
+   * All that a checkpoint is made of, as of the last finished step; the caller releases the tensors. No parameter may be
+   * applied for the next step yet.
+   */
+  snapshot(): { record: RunRecord; tensors: Held[] } {
+    assert(this.ahead.length === 0, 'a checkpoint is taken between two steps')
+    const { last, before } = this.schedule
+    const { step, digest, previous, last: receipt } = this.#history
+    const record: RunRecord = {
+      ...{ run: this.name, created_at: this.created_at, epoch: this.epoch, step, digest, previous_digest: previous },
+      parameters: this.parameters.map((parameter) => describe(parameter)),
+      attentions: this.attentions,
+      groups: groupRecords(before),
+      ...(last && { last: settingsRecord(last) }),
+      ...(receipt && { receipt }),
+      places: this.#places.map((place) => place.toRecord()),
+    }
+    const tensors = this.#places.flatMap((place) => place.stateTensors().map((held) => ({ ...held, place })))
+    return {
+      record,
+      tensors: tensors.map(({ place, ...held }) => ({ ...held, parameter: place.parameter, count: place.count })),
+    }
+  }
+
+  /**
+   * Goes to where a checkpoint of this run is. `tensors` has those of each parameter, undefined where it has none yet; with
+   * `elsewhere` another kind of device computed the last step. Throws UnreadableError where the record does not add up.
+   */
+  restore(record: RunRecord, tensors: readonly (Tensor[] | undefined)[], elsewhere: boolean): void {
+    const last = record.last && settingsOf(record.last)
+    for (const [i, place] of this.#places.entries()) place.restore(record.places[i], tensors[i], elsewhere)
+    this.#history.restore(record)
+    this.schedule = new Schedule(groupsOf(record.groups), last)
+    this.#skipped = this.#places.filter((place) => place.appliedStep !== record.step)
+    if (!last) return
+    const digest = nextDigest(record.previous_digest, record.step, this.#records(record.step, last.frame.max_logits))
+    if (digest === record.digest) return
+    throw new UnreadableError(
+      `step ${record.step} of run '${this.name}' has digest ${digest}, expected ${record.digest}`,
+    )
   }
 
   /** How many state bytes are live. */
@@ -235,6 +306,22 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     this.#device.dismiss(this.grant)
   }
 
+  /**
+   * A step of a journal, computed again: the gradient of a parameter was applied with this before. Throws UnreadableError where it
+   * comes out otherwise, unless another kind of device had computed it.
+   */
+  acknowledge(index: number, applied: AppliedRecord, elsewhere: boolean): void {
+    this.#place(index).acknowledge(appliedOf(applied), elsewhere)
+  }
+
+  /** Ends a step of a journal, which was acknowledged with this receipt. Throws UnreadableError where its digest is another one. */
+  async endAgain({ step, skipped, digest, receipt }: EndHead): Promise<void> {
+    const computed = await this.end(step, skipped)
+    if (computed.digest !== digest)
+      throw new UnreadableError(`step ${step} has digest ${computed.digest}, expected ${digest}`)
+    this.#history.acknowledge(receipt)
+  }
+
   #checkComplete(step: number, skipped: Set<number>): void {
     for (const index of skipped) {
       if (this.#place(index).appliedStep !== step) continue
@@ -257,31 +344,61 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     )
   }
 
-  #finish(step: number): Receipt {
+  /** What the receipt of the step in progress says, now that it is complete. */
+  #conclude(step: number): Receipt {
     const { max_logits } = this.schedule.current.frame
     const applied = this.#places.filter((place) => place.appliedStep === step)
-    this.#skipped = this.#places.filter((place) => place.appliedStep !== step)
-    this.digest = nextDigest(this.digest, step, this.#records(step, max_logits))
-    this.step = step
-    const receipt: Receipt = {
+    return {
       type: 'receipt',
       step,
       replayed: false,
       applied: applied.length,
-      skipped: this.#skipped.length,
+      skipped: this.#places.length - applied.length,
       gradient_norm: Math.sqrt(applied.reduce((sum, place) => sum + place.gradientSquare, 0)),
       groups: effectiveGroups(this.schedule.current.groups),
       ...clipSummary(this.attentions, max_logits),
-      digest: this.digest,
-      durable: false,
+      digest: nextDigest(this.digest, step, this.#records(step, max_logits)),
+      durable: this.journal !== undefined,
       seconds: this.#seconds,
     }
+  }
+
+  #finish(receipt: Receipt): Receipt {
     this.#seconds = { ...NO_SECONDS }
+    this.#skipped = this.#places.filter((place) => place.appliedStep !== receipt.step)
     this.schedule.finish()
-    this.#receipts.push(receipt)
-    if (this.#receipts.length > this.#receiptsKept) this.#receipts.shift()
+    this.#history.add(receipt)
     this.emit('receipt', receipt)
     return receipt
+  }
+
+  /** Has the journal take a gradient that it lacks: it was just applied, or is sent again because the disk was full. */
+  #store(
+    { parameter: { index }, record }: Place,
+    step: number,
+    { block, offset, bytes }: HostRange,
+  ): Promise<void> | undefined {
+    const { journal } = this
+    if (journal === undefined || step !== this.step + 1 || journal.holds(index)) return undefined
+    assert(record, 'what was computed has a record')
+    const payload = this.#device.view(block).subarray(offset, offset + bytes)
+    return journal.append({ type: 'gradient', step, parameter: index, applied: appliedRecord(record) }, payload)
+  }
+
+  async #commit(journal: Journal, receipt: Receipt, skipped: readonly number[]): Promise<void> {
+    const { step, digest } = receipt
+    const applied = this.#places.filter((place) => place.appliedStep === step)
+    const settings = settingsRecord(this.schedule.current)
+    await journal.commit(
+      { type: 'end', step, digest, skipped, settings, receipt },
+      applied.map(({ parameter }) => parameter.index),
+    )
+  }
+
+  #track<T>(work: Promise<T>): Promise<T> {
+    const settled = work.catch(() => undefined).finally(() => this.#inFlight.delete(settled))
+    this.#inFlight.add(settled)
+    return work
   }
 
   /** One at a time: the row scales of a large model are many bytes. */
@@ -327,9 +444,13 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   }
 }
 
+/** A state tensor that is held for a checkpoint, and whose it is. */
+export type Held = StateTensor & { tensor: Tensor; parameter: Parameter; count: number }
+
 /** `grant` is what the device has admitted: the run gives it back. */
 export type RunOptions = {
   name: string
+  created_at?: string
   groups: Groups
   parameters: Parameter[]
   attentions: readonly Attention[]

@@ -39,9 +39,23 @@ export class Schedule {
   #begun = false
   #replacement: Groups | undefined
 
-  constructor(groups: Groups) {
+  /** `groups` hold for the step in progress unless its `step` frame says more; `last` is what held in the one before. */
+  constructor(groups: Groups, last?: StepSettings) {
     this.#before = groups
+    this.last = last
     this.current = { frame: NOTHING_SAID, groups, gradient_scale: 1 }
+  }
+
+  /** What the step in progress begins with. */
+  get before(): Groups {
+    return this.#before
+  }
+
+  /** Computes the step in progress with what it was computed with before. */
+  repeat(settings: StepSettings): void {
+    this.current = settings
+    this.#said = true
+    this.#begun = true
   }
 
   /** Takes a `step` frame for the step in progress. Said again it must be identical; nothing changes where it is refused. */

@@ -4,8 +4,9 @@ import type { RawData, WebSocket } from 'ws'
 import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { decodeClientFrame, encodeFrame, type GradientHead } from '../wire/codec.js'
-import type { ClientFrame, EndFrame, OpenFrame, ReceiptFrame, StepFrame } from '../wire/frame.js'
+import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame, StepFrame } from '../wire/frame.js'
 import { Answers, type Means } from './answers.js'
+import { checkTag } from './keeper.js'
 import { type GradientSink, InPlaceWebSocket } from './receiver.js'
 import { Reception } from './reception.js'
 import type { Run, Writer } from './run.js'
@@ -161,7 +162,7 @@ export class Stream implements Writer, GradientSink {
       case 'end':
         return this.#end(run, frame)
       case 'checkpoint':
-        throw new ServiceError('FRAME_UNEXPECTED', 'checkpoints are not supported yet')
+        return this.#checkpoint(run, frame)
     }
   }
 
@@ -189,6 +190,21 @@ export class Stream implements Writer, GradientSink {
     this.#refusedStep = undefined
   }
 
+  /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
+  async #checkpoint(run: Run, { tag }: CheckpointFrame): Promise<void> {
+    if (this.#answers.busy || run.ahead.length > 0) {
+      throw new ServiceError(
+        'FRAME_UNEXPECTED',
+        `a frame 'checkpoint' after gradients of step ${run.step + 1}, expected between two steps`,
+      )
+    }
+    const { written } = await this.#context.runs.keeper(run.name).begin(checkTag(tag))
+    written.then(
+      ({ checkpoint, step, digest, bytes }) => this.#send({ type: 'checkpointed', checkpoint, step, digest, bytes }),
+      (error) => this.#report(error),
+    )
+  }
+
   // What was streamed behind a refused `step` frame must not be applied with the values that the client wanted changed.
   #checkNotRefused(step: number): void {
     if (this.#refusedStep !== step) return
@@ -205,8 +221,9 @@ export class Stream implements Writer, GradientSink {
     await this.#answers.settled()
     if (this.#leaving) return
     this.#checkNotRefused(step)
-    const receipt = run.end(step, skipped)
-    if (!receipt.replayed) this.#measure(receipt)
+    const endedAt = performance.now()
+    const receipt = await run.end(step, skipped)
+    if (!receipt.replayed) this.#measure(receipt, (performance.now() - endedAt) / 1000)
     await this.#sendSkipped(run, receipt)
     await this.#sender.send({ header: encodeFrame(receipt) })
     if (this.#draining) this.#leave(1012, 'the service shuts down')
@@ -221,8 +238,9 @@ export class Stream implements Writer, GradientSink {
     }
   }
 
-  #measure({ seconds, clipped_heads, max_logit }: ReceiptFrame): void {
+  #measure({ seconds, clipped_heads, max_logit, durable }: ReceiptFrame, commitSeconds: number): void {
     const { metrics } = this.#context
+    if (durable) metrics.journal_commit_seconds.observe(commitSeconds)
     metrics.steps_total.inc()
     for (const count of Object.values(clipped_heads)) metrics.clipped_heads_total.inc(count)
     if (max_logit !== undefined) metrics.max_logit.observe(max_logit)

@@ -123,6 +123,8 @@ export type OpenedFrame = {
   readonly parameters: readonly ParameterDescription[]
   readonly attentions: readonly AttentionDescription[]
   readonly groups: Readonly<Record<string, Hyperparameters>>
+  /** What is to be known of how the run came here; absent where there is nothing. */
+  readonly note?: string
   readonly limits: { readonly chunk_bytes: number; readonly [limit: string]: unknown }
   readonly server: {
     readonly name: string
@@ -305,7 +307,7 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       limits: openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {}),
       server: openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {}),
     },
-    {},
+    { note: string },
   ),
   update: openMap<UpdateFrame>(
     { type: string, parameter: uint, step: uint, offset: uint },

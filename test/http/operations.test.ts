@@ -124,7 +124,7 @@ t.test('a run is described, and its step and digest are those of its receipts', 
   t.ok(Date.now() - Date.parse(stepped.created_at) < 60_000)
   const { ahead, attentions, groups, ...summary } = stepped
   t.same(attentions, [])
-  t.same(await get(`${url}/v1/runs`), { runs: [summary] })
+  t.same(await get(`${url}/v1/runs`), { runs: [summary], stored: [] })
   trainer.socket.close()
 })
 
@@ -223,7 +223,7 @@ t.test('a deleted run is gone with its state, and its connection is told', async
   t.equal(response.status, 204)
   t.match(await trainer.next('error'), { code: 'RUN_NOT_FOUND' })
   t.equal((await closed)[0], 1008)
-  t.same(await get(`${url}/v1/runs`), { runs: [] })
+  t.same(await get(`${url}/v1/runs`), { runs: [], stored: [] })
   t.equal(device.memory.bytes, 0)
 })
 

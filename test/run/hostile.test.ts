@@ -328,7 +328,7 @@ const OPENED: Case[] = [
   ['skipping what was applied', [whole(3, bytes(16)), end(1, [0, 1, 2, 3])], 'STEP_CONFLICT'],
   ['skipping what is not', [end(1, [0, 1, 2, 3, 4])], 'PARAMETER_UNKNOWN'],
   ['skipping a negative index', [raw(['type', 'end'], ['step', 1], ['skipped', array(-1)])], 'FRAME_MALFORMED', 1002],
-  ['a checkpoint', [frame({ type: 'checkpoint', tag: 'now' })], 'FRAME_UNEXPECTED', 1002],
+  ['a checkpoint where none is kept', [frame({ type: 'checkpoint', tag: 'now' })], 'PARAMETER_INVALID'],
 ]
 
 /** Bytes below the messages: what breaks RFC 6455 is refused by ws, without an error frame. */

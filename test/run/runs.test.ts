@@ -88,7 +88,7 @@ t.test('a step that lacks many parameters names ten of them and counts the rest'
   const { runs, app } = await startService({ lanes: 1 })
   const parameters = Array.from({ length: 13 }, (_, i) => ({ name: `p${i}`, shape: [1], group: 'g' }))
   const { run } = await runs.open(frame('r', { parameters }), writer())
-  t.throws(() => run.end(1, [0]), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
+  await t.rejects(run.end(1, [0]), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
   await app.close()
 })
 

@@ -1,0 +1,209 @@
+import { type Config, VERSION } from '../config.js'
+import type { Device } from '../device/device.js'
+import { ServiceError } from '../errors.js'
+import type { Metrics } from '../metrics.js'
+import { type CheckpointEntry, isCheckpointId, type RunFolder } from '../store/run-folder.js'
+import { SAFETENSORS_NAMES } from '../store/safetensors.js'
+import type { StateEntry } from '../store/state-files.js'
+import type { Held, Run } from './run.js'
+
+/** Where events are logged. */
+export type Log = Record<'info' | 'warn' | 'error', (event: { event: string; [field: string]: unknown }) => void>
+
+export type KeeperMeans = {
+  device: Device
+  metrics: Metrics
+  log: Log
+  config: Pick<Config, 'checkpoint_steps' | 'checkpoints_kept' | 'checkpoint_file_bytes' | 'journal_bytes'>
+}
+
+/**
+ * Decides when a run's checkpoints are taken, and has them written while the next steps go on: the state is immutable, so a
+ * checkpoint is a list of references. One at a time, so that at most one older state is held.
+ */
+export class Keeper {
+  readonly folder: RunFolder
+  readonly #run: Run
+  readonly #means: KeeperMeans
+  #writing: Promise<CheckpointEntry> | undefined
+  /** A checkpoint is to be taken as soon as none is being written. */
+  #due = false
+
+  constructor(run: Run, folder: RunFolder, means: KeeperMeans) {
+    this.#run = run
+    this.folder = folder
+    this.#means = means
+    run.on('receipt', () => this.#finished())
+  }
+
+  /** Whether what a checkpoint would hold is on the disk already. */
+  get upToDate(): boolean {
+    const { newest } = this.folder
+    return newest !== undefined && newest.step === this.#run.step && newest.digest === this.#run.digest
+  }
+
+  /** Takes a checkpoint as `begin` does and resolves when it is on the disk. */
+  async take(tag?: string): Promise<CheckpointEntry> {
+    return (await this.begin(tag)).written
+  }
+
+  /**
+   * Begins a checkpoint of the last finished step. Call it between two steps; it resolves when the next one may begin, which is
+   * at once unless an older checkpoint is still being written. `written` rejects with STORAGE_FAILED. Throws STEP_INCOMPLETE
+   * where a step has begun.
+   */
+  async begin(tag?: string): Promise<{ written: Promise<CheckpointEntry> }> {
+    while (this.#writing) await Promise.allSettled([this.#writing])
+    const { newest } = this.folder
+    if (newest && this.upToDate)
+      return { written: tag === undefined ? Promise.resolve(newest) : this.#tag(newest, tag) }
+    const { name, step, ahead } = this.#run
+    if (ahead.length > 0) {
+      const message = `step ${step + 1} of run '${name}' has begun, a checkpoint is taken between two steps`
+      throw new ServiceError('STEP_INCOMPLETE', message, { step: step + 1 })
+    }
+    this.#writing = this.#write(tag === undefined ? [] : [tag]).finally(() => {
+      this.#writing = undefined
+    })
+    return { written: this.#writing }
+  }
+
+  /** Removes a checkpoint. Throws PARAMETER_INVALID for the newest one, from which the run goes on after a restart. */
+  async remove(entry: CheckpointEntry): Promise<void> {
+    await this.settled()
+    if (entry.checkpoint === this.folder.newest?.checkpoint) {
+      const message = `checkpoint '${entry.checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
+      throw new ServiceError('PARAMETER_INVALID', message)
+    }
+    await this.folder.remove(entry)
+  }
+
+  /** When nothing is being written. */
+  async settled(): Promise<void> {
+    while (this.#writing) await Promise.allSettled([this.#writing])
+  }
+
+  #finished(): void {
+    const { checkpoint_steps, journal_bytes } = this.#means.config
+    const { step, journal, name } = this.#run
+    this.#due ||= checkpoint_steps > 0 && step % checkpoint_steps === 0
+    this.#due ||= journal !== undefined && journal.bytes > journal_bytes
+    if (this.#writing || !this.#due) return
+    this.take().catch((error) => {
+      this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: String(error) })
+    })
+  }
+
+  async #write(tags: readonly string[]): Promise<CheckpointEntry> {
+    const started = performance.now()
+    this.#due = false
+    const { device, metrics, log, config } = this.#means
+    const { record, tensors } = this.#run.snapshot()
+    // Before anything is awaited: what the next step appends belongs to the next segment.
+    const rotated = this.#run.journal?.rotate(record.step + 1)
+    const held = new Map(tensors.map((tensor, i) => [i, tensor]))
+    const release = (position: number) => {
+      const one = held.get(position)
+      held.delete(position)
+      if (one) device.memory.release(one.tensor)
+    }
+    try {
+      await rotated
+      const entries = entriesOf(tensors)
+      const { record: signature, locations } = device
+      const entry = await this.folder.write(
+        {
+          tags,
+          server: VERSION,
+          device: signature,
+          record,
+          entries,
+          locations,
+          file_bytes: config.checkpoint_file_bytes,
+        },
+        (position) => release(position - (entries.length - tensors.length)),
+      )
+      await this.#tidy(entry, config.checkpoints_kept)
+      const seconds = (performance.now() - started) / 1000
+      metrics.checkpoint_seconds.observe(seconds)
+      metrics.checkpoint_bytes_total.inc(entry.bytes)
+      log.info({
+        event: 'checkpoint_written',
+        run: record.run,
+        checkpoint: entry.checkpoint,
+        bytes: entry.bytes,
+        seconds,
+      })
+      return entry
+    } catch (error) {
+      metrics.checkpoint_failures_total.inc()
+      throw this.#failed(record.step, error)
+    } finally {
+      for (const position of [...held.keys()]) release(position)
+    }
+  }
+
+  // What is left over takes room and nothing else: the checkpoint is whole, and the next one tries again.
+  async #tidy({ step }: CheckpointEntry, kept: number): Promise<void> {
+    try {
+      await this.#run.journal?.drop(step)
+      await this.folder.retain(kept)
+    } catch (error) {
+      this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: String(error) })
+    }
+  }
+
+  async #tag(entry: CheckpointEntry, tag: string): Promise<CheckpointEntry> {
+    try {
+      return await this.folder.tag(entry, tag)
+    } catch (error) {
+      throw this.#failed(entry.step, error)
+    }
+  }
+
+  #failed(step: number, error: unknown): ServiceError {
+    const reason = error instanceof Error ? error.message : String(error)
+    return new ServiceError(
+      'STORAGE_FAILED',
+      `the checkpoint of run '${this.#run.name}' at step ${step} cannot be written: ${reason}`,
+      { step },
+    )
+  }
+}
+
+const COUNT_BYTES = BigInt64Array.BYTES_PER_ELEMENT
+
+/** The step counts first: 8 bytes each keep every tensor behind them aligned. Names are those of torch's flattened optimizer state. */
+function entriesOf(tensors: readonly Held[]): StateEntry[] {
+  const counts = new Map(tensors.map(({ parameter, count }) => [parameter.name, count]))
+  return [
+    ...[...counts].map(([name, count]): StateEntry => {
+      const inline = new Uint8Array(BigInt64Array.of(BigInt(count)).buffer, 0, COUNT_BYTES)
+      return { name: stateName(name, 'step'), dtype: 'I64', shape: [], inline }
+    }),
+    ...tensors.map(({ parameter, name, dtype, shape, tensor }): StateEntry => {
+      const { unit, pointer, bytes } = tensor
+      return {
+        name: stateName(parameter.name, name),
+        dtype: SAFETENSORS_NAMES[dtype],
+        shape,
+        placed: { unit, pointer, bytes },
+      }
+    }),
+  ]
+}
+
+const TAG_CHARACTERS = 128
+
+/** Refuses a tag that is empty, too long or would name another checkpoint's id. Throws PARAMETER_INVALID. */
+export function checkTag(tag: string | undefined): string | undefined {
+  if (tag === undefined || (tag.length > 0 && tag.length <= TAG_CHARACTERS && !isCheckpointId(tag))) return tag
+  throw new ServiceError(
+    'PARAMETER_INVALID',
+    `tag is ${JSON.stringify(tag)}, expected 1 to ${TAG_CHARACTERS} characters that are no checkpoint's id`,
+  )
+}
+
+export function stateName(parameter: string, tensor: string): string {
+  return `state.${parameter}.${tensor}`
+}
