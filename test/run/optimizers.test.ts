@@ -110,8 +110,8 @@ function sgdCase(options: Record<string, unknown> = {}): Case {
     let buffer: Float64Array | undefined
     return ({ gradient }) => {
       const { data, buffer: next } = sgdStep(buffer, gradient, settings)
-      // Without momentum torch keeps nothing; the service keeps the gradient, which nothing reads.
-      buffer = settings.momentum === 0 ? gradient : next
+      // Without momentum torch keeps nothing; the service keeps the zeros it began with.
+      buffer = settings.momentum === 0 ? zeros(gradient.length) : next
       return { data, state: { momentum_buffer: buffer } }
     }
   }
@@ -204,6 +204,29 @@ for (const [index, { name, shape, group, oracle }] of CASES.entries()) {
 }
 
 const floats = (data: Uint8Array) => new Float32Array(Uint8Array.from(data).buffer)
+
+t.test('sgd leaves its buffer alone while momentum is 0, so a schedule may turn it on and off', async (t) => {
+  const client = await RawClient.connect(service.url)
+  const parameters = [{ name: 'p', shape: [17], group: 'g' }]
+  await client.open({ run: 'schedule', groups: [{ name: 'g', algorithm: 'sgd', lr: 1 }], parameters })
+  let buffer: Float64Array | undefined
+  for (const [i, momentum] of [0, 0, 0.9, 0.9, 0, 0.5, 0].entries()) {
+    const [step, gradient] = [i + 1, normal(i, 17)]
+    client.send({ type: 'step', step, groups: { g: { momentum } } })
+    await client.step(step, [gradient])
+    // torch makes its buffer at the first step with momentum and touches it in no step without.
+    const expected = sgdStep(buffer, Float64Array.from(gradient), { momentum, dampening: 0, nesterov: false })
+    if (momentum > 0) buffer = expected.buffer
+    const first = client.updates.get(0)!
+    const distance = relativeDistance(floats(first.data), expected.data)
+    t.ok(distance <= 1e-6, `step ${step}, momentum ${momentum}: ${distance}`)
+    client.updates.clear()
+    client.gradient(0, step, { values: gradient })
+    await until(() => client.updates.get(0)?.data.length === first.data.length)
+    t.same(client.updates.get(0), { ...first, replayed: true })
+  }
+  await client.close()
+})
 
 /** Rounded to nearest even. */
 function bfloat16(x: number): number {
