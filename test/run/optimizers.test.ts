@@ -32,7 +32,13 @@ type Input = {
 }
 /** The float64 step: the update's data, and what the service must keep where that is not to be taken from `kept`. */
 type Oracle = (input: Input) => { data: Float64Array; state: State }
-type Case = { name: string; shape: number[]; group: Record<string, unknown>; oracle: () => Oracle }
+/** `factor` is f, 1 unless given: scale is -lr·f. */
+type Case = { name: string; shape: number[]; group: Record<string, unknown>; factor?: number; oracle: () => Oracle }
+
+const LR = 0.25
+const WEIGHT_DECAY = 0.5
+/** torch adds the decay of these to the gradient, which needs the weights. */
+const WITHOUT_DECAY = ['adam', 'rmsprop']
 
 const zeros = (count: number) => new Float64Array(count)
 const count = (shape: readonly number[]) => shape.reduce((product, size) => product * size, 1)
@@ -120,6 +126,8 @@ function sgdCase(options: Record<string, unknown> = {}): Case {
 
 const NORMUON = { second_momentum: 'normuon' }
 const BFLOAT16 = { momentum_dtype: 'bfloat16' }
+// Its own defaults are what is to be seen.
+const MUONCLIP = { name: 'muonclip', group: { algorithm: 'muonclip' }, factor: 0.2 * Math.sqrt(30) }
 const CASES: Case[] = [
   muonCase('muon', [20, 30]),
   muonCase('muon heavy_ball', [30, 20], { momentum_form: 'heavy_ball' }),
@@ -136,6 +144,7 @@ const CASES: Case[] = [
     nesterov: false,
   }),
   muonCase('muon normuon bfloat16', [20, 30], { ...NORMUON, ...BFLOAT16 }),
+  { ...muonCase('', [20, 30], { momentum_form: 'heavy_ball' }), ...MUONCLIP },
   adamCase('adamw'),
   adamCase('adamw', { amsgrad: true, betas: [0.8, 0.9] }),
   adamCase('adam'),
@@ -184,11 +193,14 @@ function numbers({ dtype, data }: StoredTensor): Float64Array {
 const stateOf = (tensors: Map<string, StoredTensor>): State =>
   Object.fromEntries([...tensors].filter(([name]) => name !== 'step').map(([name, tensor]) => [name, numbers(tensor)]))
 
-for (const [index, { name, shape, group, oracle }] of CASES.entries()) {
+for (const [index, { name, shape, factor = 1, oracle, ...given }] of CASES.entries()) {
   t.test(`${name}: 20 steps are float64's within 1e-5, and a repeated gradient gets the same bits`, async (t) => {
     const next = oracle()
+    const weight_decay = WITHOUT_DECAY.includes(String(given.group.algorithm)) ? 0 : WEIGHT_DECAY
+    const group = { lr: LR, weight_decay, ...given.group }
     const gradients = Array.from({ length: STEPS }, (_, i) => normal(100 * index + i, count(shape)))
     for await (const { step, values, first, again, tensors } of train(`case-${index}`, { shape, group }, gradients)) {
+      t.match(first, { scale: -LR * factor, decay: LR * weight_decay })
       const kept = stateOf(tensors)
       const { data, state } = next({ step, gradient: Float64Array.from(values), kept })
       const distance = relativeDistance(floats(first.data), data)
