@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto'
 import fc from 'fast-check'
 import t from 'tap'
 import { bytesOf, normal, RawClient, type ReceivedUpdate, startService, told, until } from '../service.js'
@@ -234,10 +235,19 @@ t.test('a step without any gradient clips, and only what its rule scales', async
   const { client } = await openModel(GQA, { threshold: 8 })
   client.send({ type: 'step', step: 1, max_logits: { gqa: [32, 1, 1, 1, 1, 16] } })
   client.send({ type: 'end', step: 1, skipped: [0, 1] })
-  t.match(await client.expect('receipt'), { applied: 0, skipped: 2, clipped_heads: { gqa: 2 } })
+  const { digest, ...receipt } = await client.expect('receipt')
+  t.match(receipt, { applied: 0, skipped: 2, clipped_heads: { gqa: 2 } })
   t.same([...client.updates.keys()], [0])
-  const factors = [...floats(client.updates.get(0)!.row_scale!)]
-  t.same(factors, [...new Array(4).fill(0.25), ...new Array(16).fill(1), ...new Array(4).fill(0.5)])
+  const scales = client.updates.get(0)!.row_scale!
+  t.same([...floats(scales)], [...new Array(4).fill(0.25), ...new Array(16).fill(1), ...new Array(4).fill(0.5)])
+  // docs/protocol.md, Digest: d_0, the step, then index, flags, and the row scales of what has some.
+  const [clipped, calm] = ['00000000 02 18000000', '01000000 00'].map((hex) =>
+    Buffer.from(hex.replaceAll(' ', ''), 'hex'),
+  )
+  const number = Buffer.from('0100000000000000', 'hex')
+  const first = createHash('sha256').update('muond digest 1').digest()
+  const expected = createHash('sha256').update(Buffer.concat([first, number, clipped!, scales, calm!]))
+  t.equal(digest, expected.digest('hex'))
   client.updates.clear()
   client.send({ type: 'end', step: 2, skipped: [0, 1] })
   t.match(await client.expect('receipt'), { step: 2, clipped_heads: {} })
