@@ -288,14 +288,14 @@ t.test('clipped heads and the largest logit of each step are counted', async (t)
   const client = await RawClient.connect(own.url)
   const attentions = [{ ...GQA.attention, threshold: 100 }]
   await client.open({ run: 'm', groups: [...GROUPS, REST], parameters: parametersOf(GQA), attentions })
-  for (const [i, logits] of [[150, 120, 1, 1, 1, 1], [90, 1, 1, 1, 1, 1], undefined].entries()) {
+  for (const [i, logits] of [[150, 120, 110, 1, 1, 1], [90, 1, 1, 1, 1, 1], undefined].entries()) {
     if (logits) client.send({ type: 'step', step: i + 1, max_logits: { gqa: logits } })
     await client.step(i + 1, tensors(GQA, 70))
   }
   client.send({ type: 'end', step: 3 })
   await client.expect('receipt')
   const lines = (await (await fetch(`${own.http}/metrics`)).text()).split('\n')
-  const expected = ['clipped_heads_total 2', 'max_logit_count 2', 'max_logit_sum 240', 'max_logit_bucket{le="100"} 1']
+  const expected = ['clipped_heads_total 3', 'max_logit_count 2', 'max_logit_sum 240', 'max_logit_bucket{le="100"} 1']
   for (const line of expected) t.ok(lines.includes(`muond_${line}`), line)
   await client.close()
 })
