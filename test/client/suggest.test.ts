@@ -93,6 +93,22 @@ t.test('a convolutional network: all but the first convolution are flattened for
     t.equal(matrices, group === 'muon' && shape.length > 2 ? 'flatten' : undefined)
 })
 
+t.test(
+  'a model that begins with a convolution reads its input there, if that has the channels of a picture',
+  async (t) => {
+    const cases: [channels: number, why: string][] = [
+      [1, 'first convolution'],
+      [4, 'first convolution'],
+      [5, 'convolution'],
+    ]
+    for (const [channels, why] of cases) {
+      const model = [{ name: 'w', shape: [64, channels, 3, 3] }]
+      t.same(suggest(model).reasons, [why], `${channels} channels`)
+      t.same(suggest([{ name: 'first', shape: [8, 8] }, ...model]).reasons, ['matrix', 'convolution'])
+    }
+  },
+)
+
 t.test('what has no telling name goes by its shape', async (t) => {
   const cases: [shape: number[], group: string, matrices: string | undefined, why: string][] = [
     [[], 'adamw', undefined, 'below rank 2'],
