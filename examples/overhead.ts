@@ -157,8 +157,8 @@ function plots({ rows }: Results): Plot[] {
   const ends = [Math.min, Math.max].map((end) => end(...rows.map(({ formula }) => formula)))
   return [
     {
-      title: "Muon's share of forward and backward",
-      xLabel: 'ns_steps · width / tokens of a batch',
+      title: "Muon's share of forward and backward, a line for each width m",
+      xLabel: `ns_steps · m / B, B tokens of a batch; m is ${widths.join(', ')}`,
       yLabel: 'share of forward and backward',
       series: [
         { name: 'ns_steps·m/B', colour: '#aaaaaa', points: ends.map((end) => [end, end]) },

@@ -8,6 +8,8 @@ export type Series = {
   points: readonly (readonly [number, number])[]
   /** A line (the default), one dot for each point, or both. */
   drawn?: 'line' | 'dots' | 'both'
+  /** Radius of the dots in pixels, 4 unless given. */
+  radius?: number
   /** Width of the line in pixels, 2 unless given. */
   width?: number
 }
@@ -20,6 +22,8 @@ export type Plot = {
   /** At least one. */
   series: readonly Series[]
   marks?: readonly { y: number; text: string }[]
+  /** What the x axis shows at least, whatever the points are. */
+  span?: readonly [number, number]
   /** Instead of numbers along the x axis; the points' x are indices into them. */
   names?: readonly string[]
   /** Axes in powers of ten; all values on them are above 0. */
@@ -64,7 +68,7 @@ function panel(plot: Plot, height: number): string {
   const points = series.flatMap((one) => one.points)
   const axis = (name: 'x' | 'y') => (logarithmic.includes(name) ? logScale : scale)
   const width: [number, number] = [AREA.left, AREA.right]
-  const xs = points.map((point) => point[0])
+  const xs = [...points.map((point) => point[0]), ...(plot.span ?? [])]
   const x = plot.names === undefined ? axis('x')(xs, width) : nameScale(plot.names, width)
   const y = axis('y')([...points.map((point) => point[1]), ...marks.map((mark) => mark.y)], [area.bottom, area.top])
   return [
@@ -72,8 +76,9 @@ function panel(plot: Plot, height: number): string {
     text(plot.title, { x: AREA.left, y: 28, size: 16 }),
     ...xAxis(x, plot.xLabel, area),
     ...yAxis(y, plot.yLabel, area),
-    ...marks.flatMap((mark) => dashed(y.place(mark.y), mark.text)),
+    ...marks.map((mark) => dashed(y.place(mark.y))),
     ...series.flatMap((one) => drawing(one, x, y)),
+    ...marks.map((mark) => text(mark.text, { x: AREA.left + 6, y: y.place(mark.y) - 5, fill: '#666', halo: true })),
     ...entries.flatMap(entry),
   ].join('\n')
 }
@@ -95,18 +100,16 @@ function yAxis({ place, ticks, label: labelOf }: Scale, label: string, { top, bo
   return [...marks, text(label, { x: 16, y: (top + bottom) / 2, anchor: 'middle', turn: -90 })]
 }
 
-function dashed(y: number, label: string): string[] {
-  const line = stroke({ x1: AREA.left, y1: y, x2: AREA.right, y2: y }, '#888').replace(
-    '/>',
-    ' stroke-dasharray="5 4"/>',
-  )
-  return [line, text(label, { x: AREA.left + 6, y: y - 5, fill: '#666' })]
+function dashed(y: number): string {
+  return stroke({ x1: AREA.left, y1: y, x2: AREA.right, y2: y }, '#888').replace('/>', ' stroke-dasharray="5 4"/>')
 }
 
-function drawing({ points, colour, drawn = 'line', width = 2 }: Series, x: Scale, y: Scale): string[] {
+function drawing({ points, colour, drawn = 'line', width = 2, radius = 4 }: Series, x: Scale, y: Scale): string[] {
   const places = points.map((point): [string, string] => [fixed(x.place(point[0])), fixed(y.place(point[1]))])
   const line = `<polyline fill="none" stroke="${colour}" stroke-width="${width}" points="${places.map((place) => place.join(',')).join(' ')}"/>`
-  const dots = places.map(([cx, cy]) => `<circle cx="${cx}" cy="${cy}" r="4" fill="${colour}" fill-opacity="0.8"/>`)
+  const dots = places.map(
+    ([cx, cy]) => `<circle cx="${cx}" cy="${cy}" r="${radius}" fill="${colour}" fill-opacity="0.8"/>`,
+  )
   return { line: [line], dots, both: [line, ...dots] }[drawn]
 }
 
@@ -143,12 +146,14 @@ function stroke(ends: { x1: number; y1: number; x2: number; y2: number }, colour
   return `<line ${places.join(' ')} stroke="${colour}"/>`
 }
 
-type TextPlace = { x: number; y: number; size?: number; anchor?: string; turn?: number; fill?: string }
+/** `halo`: a white rim, for text that lines may cross. */
+type TextPlace = { x: number; y: number; size?: number; anchor?: string; turn?: number; fill?: string; halo?: boolean }
 
-function text(content: string, { x, y, size = 12, anchor = 'start', turn, fill = '#222' }: TextPlace): string {
+function text(content: string, { x, y, size = 12, anchor = 'start', turn, fill = '#222', halo }: TextPlace): string {
   const rotation = turn === undefined ? '' : ` transform="rotate(${turn} ${fixed(x)} ${fixed(y)})"`
+  const rim = halo ? ' stroke="white" stroke-width="4" paint-order="stroke"' : ''
   const place = `x="${fixed(x)}" y="${fixed(y)}" font-size="${size}" text-anchor="${anchor}" fill="${fill}"`
-  return `<text ${place}${rotation}>${escaped(content)}</text>`
+  return `<text ${place}${rim}${rotation}>${escaped(content)}</text>`
 }
 
 function escaped(content: string): string {

@@ -151,11 +151,13 @@ function plots({ settings, drawn }: Results): Plot[] {
     drawn.map((run, i): Series => ({ name: run.title, colour: colours[i], points: of(run) }))
   const clipped = drawn.filter(({ title }) => title === TITLES.clipped)
   const common = { xLabel: 'step', legend: 'line', height: 300 } as const
-  const { threshold, lr } = settings
+  const { threshold, lr, seeds } = settings
+  const seed = `seed ${seeds[0]}`
+  const heads = settings.size.heads * settings.size.mlp.length
   return [
     {
       ...common,
-      title: `The largest attention logit, learning rate ${lr}`,
+      title: `The largest attention logit of all heads: learning rate ${lr}, ${seed}`,
       yLabel: 'largest softmax input',
       logarithmic: ['y'],
       series: lines(({ logits }) => logits.map((heads, i) => [i + 1, Math.max(...heads)])),
@@ -169,13 +171,15 @@ function plots({ settings, drawn }: Results): Plot[] {
     },
     {
       ...common,
-      title: "MuonClip's γ = min(1, threshold / logit) of every head",
+      title: 'γ = threshold / logit of the heads that MuonClip scaled, one dot for each',
       yLabel: 'γ',
       series: clipped.flatMap((run) => gammas(run, settings)),
+      marks: [{ y: 1, text: 'γ = 1: left alone' }],
+      span: [1, settings.steps],
     },
     {
       ...common,
-      title: 'Heads that MuonClip scaled',
+      title: `How many of the ${heads} heads MuonClip scaled`,
       yLabel: 'heads',
       series: clipped.map(({ clippedHeads }) => ({
         name: 'clipped heads',
@@ -189,11 +193,15 @@ function plots({ settings, drawn }: Results): Plot[] {
 
 const HEAD_COLOURS = ['#1f5fbf', '#c2571a', '#2f9e5b', '#8a4fbf', '#d9a514', '#d13c6a', '#3aa6b9', '#8a8a8a'] as const
 
+/** Of the steps in which a head was clipped. */
 function gammas({ logits }: Drawn, { size, threshold }: Settings): Series[] {
   return logits[0].map((_, head) => ({
     name: `layer ${Math.floor(head / size.heads)}, head ${head % size.heads}`,
     colour: HEAD_COLOURS[head % HEAD_COLOURS.length],
-    width: 1,
-    points: logits.map((heads, i): [number, number] => [i + 1, Math.min(1, threshold / heads[head])]),
+    drawn: 'dots',
+    radius: 2,
+    points: logits.flatMap((heads, i): [number, number][] =>
+      heads[head] > threshold ? [[i + 1, threshold / heads[head]]] : [],
+    ),
   }))
 }

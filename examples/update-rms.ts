@@ -161,7 +161,7 @@ function plots({ rows }: Results): Plot[] {
   return [
     {
       title: 'RMS of updates of the same gradients, before the learning rate',
-      xLabel: 'shape of the matrix, rows x columns',
+      xLabel: 'shape of the matrix, rows x columns; dashed: what match_rms_adamw aims at',
       yLabel: 'update RMS',
       series,
       names: rows.map(({ shape }) => shape.join(' x ')),

@@ -3,7 +3,7 @@ import type { Graph } from './graph.js'
 import type { KernelValues } from './kernel.js'
 import { momentum } from './momentum.js'
 
-/** SGD with torch's momentum: the direction itself is the update. Without momentum c = (0, 1) and n = (1, 0). */
+/** SGD with torch's momentum: the direction itself is the update. Without momentum c = (1, 0) and n = (0, 1). */
 export function sgd(graph: Graph, gradient: string, updateDtype: Dtype): KernelValues {
   const { buffer, direction } = momentum(graph, gradient)
   // The update has the gradient's own scale, so a narrower type can overflow where float32 does not: check what is sent.

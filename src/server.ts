@@ -18,12 +18,24 @@ const COMMANDS = new Map<string, Command>([
 
 try {
   const text = await run(process.argv.slice(2))
-  if (text !== undefined) process.stdout.write(`${text}\n`)
+  if (text !== undefined) print(text)
 } catch (error) {
-  // One line for the person who started it: a wrong setting, a missing library, a port in use.
+  fail(error)
+}
+
+/** One line for the person who started it: a wrong setting, a missing library, a port in use. */
+function fail(error: unknown): void {
   process.stderr.write(`muond: ${errorText(error)}\n`)
   // Nothing has been computed yet, but lanes that wait for work would keep the process.
   process.exit(1)
+}
+
+/** Whoever reads the text may stop early, as `head` does: nobody misses the rest. */
+function print(text: string): void {
+  process.stdout.once('error', (error: NodeJS.ErrnoException) => {
+    if (error.code !== 'EPIPE') fail(error)
+  })
+  process.stdout.write(`${text}\n`)
 }
 
 async function run(argv: readonly string[]): Promise<string | undefined> {

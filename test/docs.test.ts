@@ -5,6 +5,7 @@ import t from 'tap'
 import { NAMED_COEFFICIENTS } from '../kernels/coefficients.js'
 import { explainCommand } from '../src/commands/explain.js'
 import { SETTINGS } from '../src/config.js'
+import { HYPERPARAMETERS, type Table } from '../src/optimizer/table.js'
 import { readPresets } from '../src/store/presets.js'
 import { startService } from './service.js'
 
@@ -56,6 +57,44 @@ t.test('the preset of docs/algorithms.md is one, and its table has those that co
     const algorithms = Object.keys(recipes).map((algorithm) => `\`${algorithm}\``)
     t.ok(new RegExp(`^\\| \`${name}\` +\\| ${algorithms.join(', ')} +\\|`, 'm').test(text), name)
   }
+})
+
+t.test(
+  'docs/algorithms.md lists every hyperparameter with its default, and marks those that no step changes',
+  async (t) => {
+    const text = readFileSync('docs/algorithms.md', 'utf8')
+    for (const algorithm of ['muon', 'adamw', 'rmsprop', 'sgd'] as const) {
+      const [, body] = text.split(`\n## ${algorithm}\n`)
+      const [, ...rows] = body!
+        .split('\n## ')[0]!
+        .match(/\n\| hyperparameter [\s\S]*?\n\n/)![0]
+        .trim()
+        .split('\n')
+        .slice(1)
+      const written = rows.map((row) => row.split('|').map((text) => text.trim()))
+      const table: Table = HYPERPARAMETERS[algorithm]
+      t.same(
+        written.map(([, key]) => key),
+        Object.keys(table).map((key) => `\`${key}\``),
+        algorithm,
+      )
+      for (const [i, [key, { default: value, sticky }]] of Object.entries(table).entries()) {
+        const [, , fallback, range] = written[i]!
+        const [shown] = fallback!.replaceAll('`', '').split(', or ')
+        t.same(typeof value === 'string' ? shown : JSON.parse(shown!), value, `${algorithm} ${key}`)
+        t.equal(range!.includes('_fixed_'), !sticky, `${algorithm} ${key}`)
+      }
+    }
+  },
+)
+
+t.test('docs/protocol.md names the hyperparameters that a resuming open must give alike', async (t) => {
+  const [, named] = readFileSync('docs/protocol.md', 'utf8').match(/marks _fixed_: ([^)]*)\)/) ?? []
+  const fixed = Object.values(HYPERPARAMETERS).flatMap((table: Table) =>
+    // There is one value of `centered` only.
+    Object.keys(table).filter((key) => !table[key]!.sticky && key !== 'centered'),
+  )
+  t.same(new Set([...named!.matchAll(/`(\w+)`/g)].map(([, key]) => key)), new Set(fixed))
 })
 
 t.test(

@@ -21,18 +21,24 @@ export type NameRule = { readonly name: RegExp } & Routed
  * the head is looked for at the end of the name, because `attention.output` is none.
  */
 export const NAME_RULES: readonly NameRule[] = [
-  { name: /(^|[._])(bias|biases)$/i, route: 'adamw', why: 'bias' },
+  { name: /(^|[._])(bias|biases|bias_table|relative_attention_bias\.weight)$/i, route: 'adamw', why: 'bias' },
   {
-    name: /(^|[._])(embed|embeds|embeddings?|embed_tokens|wte|wpe|tok_embeddings|pos_emb|cls_token|patch_embed)([._\d]|$)/i,
+    name: /(^|[._])(emb|embd|embed|embeds|embeddings?|embed_tokens|wte|wpe|tok_embeddings|cls_token|patch_embed)([._\d]|$)/i,
     route: 'adamw',
     why: 'embedding',
   },
+  { name: /^(model\.)?shared(\.weight)?$/i, route: 'adamw', why: 'embedding' },
   {
-    name: /(^|\.)(lm_head|head|heads|embed_out|output_layer|unembed|unembedding|classifier|score)\.?\d*(\.weight)?$/i,
+    name: /(^|\.)(lm_head|head|heads|embed_out|output_layer|unembed|unembedding|classifier|score|logits|qa_outputs)\.?\d*(\.weight)?$/i,
     route: 'adamw',
     why: 'head',
   },
-  { name: /^(model\.|transformer\.)?(output|fc)(\.weight)?$/i, route: 'adamw', why: 'head' },
+  { name: /(^|\.)(classifier\.out_proj|(lm_head|predictions)\.decoder)(\.weight)?$/i, route: 'adamw', why: 'head' },
+  {
+    name: /^(model\.|transformer\.)?(output|fc|proj_out|output_projection)(\.weight)?$/i,
+    route: 'adamw',
+    why: 'head',
+  },
   {
     name: /(^|[._])((\w*_)?(layer|rms|batch|group)?norms?|ln|bn)(_?(\d+|f|q|k|pre|post|final))?(\.weight)?$/i,
     route: 'adamw',

@@ -110,7 +110,7 @@ function textOf(declaration: Declaration, width?: number): string {
     ),
   )
   const { parameters, elements, state_bytes, flops } = totalsOf(rows)
-  const counts = `${parameters} parameters, ${amount(elements)} elements`
+  const counts = `${parameters} parameter${parameters === 1 ? '' : 's'}, ${amount(elements)} elements`
   const total = `in all: ${counts}, ${amount(state_bytes, 'B')} of state, ${amount(flops, 'FLOPs')} per step`
   const attentions = declaration.attentions.map((attention) => attentionLine(attention, declaration.parameters))
   return [...sections, ...(attentions.length > 0 ? [attentions.join('\n')] : []), total].join('\n\n')

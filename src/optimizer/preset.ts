@@ -38,7 +38,13 @@ export function parsePresetGroup({ preset: asked, ...given }: GroupDeclaration, 
       `group ${show(given.name)}: preset ${show(asked)} has no values for ${show(algorithm)}, only for ${known}`,
     )
   }
-  return { ...parseGroup({ ...valuesOf(preset.recipes[algorithm]), ...given, algorithm }), preset: asked }
+  return { ...parseGroup({ ...besideThese(preset.recipes[algorithm], given), ...given, algorithm }), preset: asked }
+}
+
+/** A preset's values for a group that gives some itself: its ns_steps are those of its own ns_coefficients. */
+function besideThese(recipe: Recipe, given: object): Readonly<Record<string, unknown>> {
+  const { ns_steps, ...values } = valuesOf(recipe)
+  return ns_steps === undefined || 'ns_coefficients' in given ? values : { ...values, ns_steps }
 }
 
 /** The bare values of a recipe. */

@@ -1,5 +1,5 @@
 import { readdirSync, readFileSync } from 'node:fs'
-import { join, parse as parsePath } from 'node:path'
+import { basename, join, parse as parsePath } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parse as parseYaml } from 'yaml'
 import { ConfigError, errorText } from '../config.js'
@@ -11,7 +11,10 @@ export type PresetFile = { readonly preset: Preset; readonly file: string; reado
 /** The presets that come with muond: beside package.json. */
 const SHIPPED = fileURLToPath(new URL('../../../presets/', import.meta.url))
 
-const FILE = /^[A-Za-z0-9][A-Za-z0-9._-]*\.(yaml|yml|json)$/
+/** Hidden files are an editor's or a file system's. */
+const LOOKS_LIKE_ONE = /^[^.].*\.(yaml|yml|json)$/i
+const FILE = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.(yaml|yml|json)$/
+const NAMES = "1 to 128 letters, digits, '.', '_' and '-', a letter or digit first, then .yaml, .yml or .json"
 
 /** The presets that come with muond and those in `folder`, if it is not empty, by name. Throws ConfigError as `readPresetFiles`. */
 export function readPresets(folder = ''): Presets {
@@ -20,10 +23,13 @@ export function readPresets(folder = ''): Presets {
 
 /**
  * As `readPresets`, with the files; a preset has the name of its file. Files that are neither YAML nor JSON are left alone.
- * Throws ConfigError with one line that names the file and the key, also for two presets of one name.
+ * Throws ConfigError with one line that names the file and the key, also for two presets of one name and for a file's bad name.
  */
 export function readPresetFiles(folder = ''): PresetFile[] {
   const files = [SHIPPED, ...(folder ? [folder] : [])].flatMap(listFolder)
+  for (const file of files) {
+    if (!FILE.test(basename(file))) throw new ConfigError(`${file}: expected a name of ${NAMES}`)
+  }
   const read = files.map(readPresetFile)
   for (const [index, { preset, file }] of read.entries()) {
     const twin = read.findIndex((other) => other.preset.name === preset.name)
@@ -34,7 +40,7 @@ export function readPresetFiles(folder = ''): PresetFile[] {
 
 function listFolder(folder: string): string[] {
   try {
-    const names = readdirSync(folder).filter((name) => FILE.test(name))
+    const names = readdirSync(folder).filter((name) => LOOKS_LIKE_ONE.test(name))
     return names.sort().map((name) => join(folder, name))
   } catch (error) {
     throw new ConfigError(`presets folder '${folder}' cannot be read: ${firstLine(error)}`)

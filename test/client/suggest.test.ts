@@ -93,6 +93,22 @@ t.test('a convolutional network: all but the first convolution are flattened for
     t.equal(matrices, group === 'muon' && shape.length > 2 ? 'flatten' : undefined)
 })
 
+t.test(
+  'a model that begins with a convolution reads its input there, if that has the channels of a picture',
+  async (t) => {
+    const cases: [channels: number, why: string][] = [
+      [1, 'first convolution'],
+      [4, 'first convolution'],
+      [5, 'convolution'],
+    ]
+    for (const [channels, why] of cases) {
+      const model = [{ name: 'w', shape: [64, channels, 3, 3] }]
+      t.same(suggest(model).reasons, [why], `${channels} channels`)
+      t.same(suggest([{ name: 'first', shape: [8, 8] }, ...model]).reasons, ['matrix', 'convolution'])
+    }
+  },
+)
+
 t.test('what has no telling name goes by its shape', async (t) => {
   const cases: [shape: number[], group: string, matrices: string | undefined, why: string][] = [
     [[], 'adamw', undefined, 'below rank 2'],
@@ -128,6 +144,24 @@ t.test('names are told apart by whole words', async (t) => {
     ['self_attn.q_layernorm.weight', 'norm'],
     ['normalizer.weight', 'matrix'],
     ['unbiased.weight', 'matrix'],
+    ['tok_emb.weight', 'embedding'],
+    ['token_embd.weight', 'embedding'],
+    ['encoder.embed_positions.weight', 'embedding'],
+    ['shared.weight', 'embedding'],
+    ['mlp.shared.weight', 'matrix'],
+    ['layer.0.SelfAttention.relative_attention_bias.weight', 'bias'],
+    ['layers.0.blocks.0.attn.relative_position_bias_table', 'bias'],
+    ['classifier.out_proj.weight', 'head'],
+    ['classifier.dense.weight', 'matrix'],
+    ['self_attn.out_proj.weight', 'matrix'],
+    ['lm_head.decoder.weight', 'head'],
+    ['cls.predictions.decoder.weight', 'head'],
+    ['lm_head.dense.weight', 'matrix'],
+    ['qa_outputs.weight', 'head'],
+    ['proj_out.weight', 'head'],
+    ['transformer_blocks.0.proj_out.weight', 'matrix'],
+    ['output_projection.weight', 'head'],
+    ['logits.weight', 'head'],
   ]
   for (const [name, why] of cases) t.same(suggest([{ name, shape: [8, 8] }]).reasons, [why], name)
 })

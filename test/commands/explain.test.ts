@@ -173,6 +173,7 @@ t.test('presets of a folder can be named', async (t) => {
   const title = 'group g: sgd from preset mine, lr 0.7, decay 0 per step'
   t.match(explainCommand([file, '--presets', presets], { MUOND_PRESETS: '/nowhere' }), title)
   t.match(explainCommand([file], { MUOND_PRESETS: presets }), title)
+  t.match(explainCommand([file, '--presets', presets], {}), 'in all: 1 parameter, 9 elements, ')
   t.throws(() => explainCommand([file], {}), { message: /preset is 'mine', expected one of deepseek-v4, / })
 })
 

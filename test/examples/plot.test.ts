@@ -86,7 +86,7 @@ t.test('a figure is its plots below each other, each with its own axes', (t) => 
 t.test('a point is a dot where dots are asked for, and a name stands once in the legend', (t) => {
   const [one] = PLOT.series
   const series = [
-    { ...one!, drawn: 'dots' as const },
+    { ...one!, drawn: 'dots' as const, radius: 2 },
     { ...one!, drawn: 'both' as const, width: 1 },
   ]
   const svg = linePlot({ ...PLOT, series })
@@ -94,7 +94,21 @@ t.test('a point is a dot where dots are asked for, and a name stands once in the
   t.equal(coordinates(svg).length, 1)
   for (const [x, y] of line!) t.equal(svg.split(`<circle cx="${x}" cy="${y}"`).length, 3)
   t.match(svg, 'stroke-width="1"')
+  for (const radius of [2, 4]) t.equal(svg.match(new RegExp(` r="${radius}"`, 'g'))?.length, line!.length)
   t.equal(texts(svg).filter((text) => text === 'one').length, 1)
+  t.end()
+})
+
+t.test('an axis spans what it is asked to, and a mark is written over the lines', (t) => {
+  const svg = linePlot({ ...PLOT, span: [0, 200] })
+  t.same(coordinates(svg)[0]!.at(-1), [380, 300])
+  t.ok(svg.indexOf('the mark') > svg.lastIndexOf('<polyline'))
+  t.match(svg, /paint-order="stroke">the mark</)
+  t.equal(
+    coordinates(linePlot({ ...PLOT, series: [{ ...PLOT.series[0]!, points: [], drawn: 'dots' }], span: [0, 9] }))
+      .length,
+    0,
+  )
   t.end()
 })
 

@@ -1,4 +1,5 @@
 import t from 'tap'
+import { figure } from '../../examples/plot.js'
 import { qkClip } from '../../examples/qk-clip.js'
 import { cellsOf, stageWithNotes } from './stage.js'
 
@@ -49,18 +50,26 @@ t.test('QK-clip', async (t) => {
     t.same(cells, ['MuonClip', '2.250 (2.000 … 2.500)', '120 (110 … 130)', '100', '30', '36 (35 … 37)'])
     t.end()
   })
-  t.test('γ of a head is the threshold over its logit, and at most 1', (t) => {
-    const gammas = qkClip.plots(results)[2]!.series
+  t.test('γ of a clipped head is the threshold over its logit, and others have no dot', (t) => {
+    const { series, span } = qkClip.plots(results)[2]!
+    t.same(span, [1, steps])
     t.same(
-      gammas.map(({ name }) => name),
+      series.map(({ name }) => name),
       ['layer 0, head 0', 'layer 0, head 1', 'layer 1, head 0', 'layer 1, head 1'],
     )
-    for (const [head, { points }] of gammas.entries()) {
-      points.forEach(([step, gamma], i) => {
-        t.equal(step, i + 1)
-        t.equal(gamma, Math.min(1, threshold / clipped.logits[i]![head]!))
-      })
+    for (const [head, { points }] of series.entries()) {
+      const expected = clipped.logits.map((heads, i) => [i + 1, Math.min(1, threshold / heads[head]!)])
+      t.same(
+        points,
+        expected.filter(([, gamma]) => gamma! < 1),
+      )
     }
+    t.end()
+  })
+  t.test('a run that nothing was clipped of has its picture too', (t) => {
+    const calm = { ...clipped, logits: clipped.logits.map((heads) => heads.map(() => 1)) }
+    const plots = qkClip.plots({ ...results, drawn: [plain, plain, calm] })
+    t.notMatch(figure(plots), /NaN|Infinity/)
     t.end()
   })
 })

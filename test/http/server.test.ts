@@ -1,6 +1,6 @@
 import { type ChildProcessByStdio, spawn } from 'node:child_process'
 import { once } from 'node:events'
-import { readFile } from 'node:fs/promises'
+import { open as openFile, readFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
 import { createInterface, type Interface } from 'node:readline'
 import type { Readable } from 'node:stream'
@@ -67,6 +67,23 @@ t.test('serve is what muond does without a command; presets and explain print an
   for (const [argv, message] of cases) {
     t.match(await result(start(argv)), { code: 1, out: '', err: message }, argv.join(' '))
   }
+})
+
+t.test('a reader that has seen enough of a text, as head has, is no error', async (t) => {
+  const parameters = Array.from({ length: 3000 }, (_, i) => ({ name: `w${i}`, shape: [2], group: 'g' }))
+  const open = { groups: [{ name: 'g', algorithm: 'sgd' }], parameters }
+  const child = start(['explain', `${t.testdir({ 'open.json': JSON.stringify(open) })}/open.json`])
+  child.stdout.destroy()
+  const [errors, exit] = await Promise.all([child.stderr.toArray(), once(child, 'exit')])
+  t.same([Buffer.concat(errors).toString(), exit], ['', [0, null]])
+})
+
+t.test('a text that cannot be written is one line and exit code 1', async (t) => {
+  const full = await openFile('/dev/full', 'w')
+  const child = spawn(process.execPath, [SERVER, 'presets'], { stdio: ['ignore', full.fd, 'pipe'] })
+  const [errors, exit] = await Promise.all([child.stderr!.toArray(), once(child, 'exit')])
+  t.same([Buffer.concat(errors).toString(), exit], ['muond: ENOSPC: no space left on device, write\n', [1, null]])
+  await full.close()
 })
 
 t.test('a start that cannot succeed is one line and exit code 1', async (t) => {

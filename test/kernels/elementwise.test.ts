@@ -143,6 +143,7 @@ for (const options of SGD_OPTIONS) {
   t.test(`sgd ${JSON.stringify(options)} is torch's direction and replays bit for bit`, async (t) => {
     const { momentum, dampening, nesterov } = options
     const direction = nesterov ? { n_m: momentum, n_g: 1 } : { n_m: 1, n_g: 0 }
+    const without = { c_m: 1, c_g: 0, n_m: 0, n_g: 1 }
     let state: Record<string, ArrayLike<number>> = {}
     let exact: Float64Array | undefined
     for (let step = 1; step <= 5; step++) {
@@ -151,8 +152,9 @@ for (const options of SGD_OPTIONS) {
       const first = {
         gradient_scale: 1,
         c_m: momentum,
-        c_g: step === 1 || momentum === 0 ? 1 : 1 - dampening,
+        c_g: step === 1 ? 1 : 1 - dampening,
         ...direction,
+        ...(momentum === 0 && without),
       }
       const answer = await sgd({ dims: [SIZE], gradient, state, scalars: first })
       state = { momentum_buffer: answer.momentum_buffer_next }

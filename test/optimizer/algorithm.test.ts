@@ -217,9 +217,10 @@ t.test("adamw corrects the bias with the parameter's own step", async (t) => {
 
 t.test('sgd dampens from the second step on, and only where there is momentum', async (t) => {
   const cases: [Record<string, unknown>, At, number[], number[]][] = [
-    [{}, FIRST, [0, 1], [1, 0]],
-    [{}, LATER, [0, 1], [1, 0]],
-    [{ dampening: 0.5 }, LATER, [0, 1], [1, 0]],
+    [{}, FIRST, [1, 0], [0, 1]],
+    [{}, LATER, [1, 0], [0, 1]],
+    [{}, REPLAY, [1, 0], [0, 1]],
+    [{ dampening: 0.5 }, LATER, [1, 0], [0, 1]],
     [{ momentum: 0.75 }, LATER, [0.75, 1], [1, 0]],
     [{ momentum: 0.75, dampening: 0.5 }, FIRST, [0.75, 1], [1, 0]],
     [{ momentum: 0.75, dampening: 0.5 }, { step: 2, replay: false }, [0.75, 0.5], [1, 0]],

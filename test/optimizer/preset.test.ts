@@ -59,6 +59,16 @@ t.test('what is given beside the preset wins, the algorithm too', async (t) => {
   t.same(adamw, { algorithm: 'adamw', preset: 'mine', lr: 2, ...rest })
 })
 
+t.test('coefficients beside a preset bring their own number of iterations, as they do without', async (t) => {
+  const steps = (keys: object) => effective(group({ preset: 'mine', ...keys })).ns_steps
+  t.equal(steps({}), 7)
+  t.equal(steps({ ns_coefficients: 'deepseek_v4' }), 10, 'not the first seven of ten')
+  t.equal(steps({ ns_coefficients: 'keller_jordan' }), 5)
+  t.equal(steps({ ns_coefficients: 'deepseek_v4', ns_steps: 8 }), 8)
+  t.equal(steps({ ns_steps: 8 }), 8)
+  t.equal(effective(updateGroup(group({ preset: 'mine' }), { lr: 3 })).ns_steps, 7)
+})
+
 t.test('a step changes values and keeps the preset, which itself cannot change', async (t) => {
   const before = group({ preset: 'mine' })
   const after = effective(updateGroup(before, { lr: 3 }))

@@ -76,7 +76,7 @@ function simple(attention: AttentionDeclaration & Simple, shapes: Model['shapes'
 }
 
 /** DeepSeek-V2 (arXiv 2405.04434, section 2.1): q = [nope, rotated rope] per head, k = [nope, one rotated key for all heads]. */
-function latent(): Model {
+function latent(name: string, { biased }: { biased: boolean }): Model {
   const [heads, nope_dim, rope_dim, value_dim] = [3, 4, 2, 5]
   const [query, key] = [
     { parameter: 0, first_row: 0 },
@@ -85,22 +85,25 @@ function latent(): Model {
   const [queryLatent, keyLatent] = [inputs(500, 7), inputs(600, 6)]
   const sharedKey = inputs(700, rope_dim).map(rotate)
   const queryRows = nope_dim + rope_dim
-  const logits = ([q, kv]: Values) =>
+  const logits = ([q, kv, queryBias, keyBias]: Values) =>
     Array.from({ length: heads }, (_, head) => {
       const queries = queryLatent
-        .map(project({ weights: q! }, head * queryRows, queryRows))
+        .map(project({ weights: q!, bias: queryBias }, head * queryRows, queryRows))
         .map((row, token) => [...row.slice(0, nope_dim), ...rotate(row.slice(nope_dim), token)])
       const keys = keyLatent
-        .map(project({ weights: kv! }, head * (nope_dim + value_dim), nope_dim))
+        .map(project({ weights: kv!, bias: keyBias }, head * (nope_dim + value_dim), nope_dim))
         .map((row, token) => [...row, ...sharedKey[token]!])
       return pairs(queries, keys, queryRows ** -0.5)
     })
-  const shapes = [
-    [heads * queryRows, 7],
-    [heads * (nope_dim + value_dim), 6],
+  const [queryHeight, keyHeight] = [heads * queryRows, heads * (nope_dim + value_dim)]
+  const weights = [
+    [queryHeight, 7],
+    [keyHeight, 6],
   ]
-  const attention = { name: 'mla', rule: 'mla', query_heads: heads, nope_dim, rope_dim, value_dim, query, key }
-  return { attention, shapes, logits }
+  const attention = { name, rule: 'mla', query_heads: heads, nope_dim, rope_dim, value_dim, query, key }
+  if (!biased) return { attention, shapes: weights, logits }
+  const biases = { query_bias: { parameter: 2, first_row: 0 }, key_bias: { parameter: 3, first_row: 0 } }
+  return { attention: { ...attention, ...biases }, shapes: [...weights, [queryHeight], [keyHeight]], logits }
 }
 
 const at = (parameter: number, first_row = 0): Placed => ({ parameter, first_row })
@@ -124,5 +127,10 @@ export const MODELS: readonly Model[] = [
   simple({ name: 'one key for all', ...HEADS, key_value_heads: 1, ...SEPARATE }, [SHAPES[0]!, [4, WIDTH]]),
   simple({ name: 'gqa_group_min', rule: 'gqa_group_min', ...HEADS, ...SEPARATE }, SHAPES),
   simple({ name: 'gqa_min_key', rule: 'gqa_min_key', ...HEADS, ...SEPARATE }, SHAPES),
-  latent(),
+  simple({ name: 'gqa, with biases', ...HEADS, ...SEPARATE, query_bias: at(2), key_bias: at(3) }, [
+    ...SHAPES,
+    ...SHAPES.map(([rows]) => [rows!]),
+  ]),
+  latent('mla', { biased: false }),
+  latent('mla, with biases', { biased: true }),
 ]

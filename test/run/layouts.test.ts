@@ -49,6 +49,7 @@ const LAYOUTS: Record<string, Layout> = {
 }
 const OPTIONS: Record<string, object> = {
   muon: {},
+  muonclip: { algorithm: 'muonclip' },
   normuon: { second_momentum: 'normuon' },
   'normuon in bfloat16': { second_momentum: 'normuon', momentum_dtype: 'bfloat16' },
 }
@@ -94,3 +95,22 @@ for (const [algorithm, options] of Object.entries(OPTIONS)) {
     })
   }
 }
+
+const floats = (bytes: Uint8Array) => new Float32Array(Uint8Array.from(bytes).buffer)
+
+t.test('blocks whose factors differ are the separate matrices times these, each product rounded once', async (t) => {
+  const client = await RawClient.connect(service.url)
+  const groups = [{ name: 'g', algorithm: 'muonclip', lr: 0.5 }]
+  const heights = [1, 12, 25]
+  const separate = heights.map((rows, i) => ({ name: `block ${i}`, shape: [rows, 12], group: 'g' }))
+  const parameters = [{ name: 'whole', shape: [38, 12], group: 'g', split: heights }, ...separate]
+  await client.open({ run: 'factors', groups, parameters })
+  const whole = normal(1, 38 * 12)
+  const parts = [whole.slice(0, 12), whole.slice(12, 13 * 12), whole.slice(13 * 12)]
+  await client.step(1, [whole, ...parts])
+  const [together, ...apart] = parameters.map((_, index) => client.updates.get(index)!)
+  t.equal(together!.scale, -0.5)
+  const expected = apart.flatMap(({ scale, data }) => [...floats(data)].map((x) => Math.fround(scale / -0.5) * x))
+  t.same(floats(together!.data), Float32Array.from(expected))
+  await client.close()
+})

@@ -32,7 +32,13 @@ type Input = {
 }
 /** The float64 step: the update's data, and what the service must keep where that is not to be taken from `kept`. */
 type Oracle = (input: Input) => { data: Float64Array; state: State }
-type Case = { name: string; shape: number[]; group: Record<string, unknown>; oracle: () => Oracle }
+/** `factor` is f, 1 unless given: scale is -lr·f. */
+type Case = { name: string; shape: number[]; group: Record<string, unknown>; factor?: number; oracle: () => Oracle }
+
+const LR = 0.25
+const WEIGHT_DECAY = 0.5
+/** torch adds the decay of these to the gradient, which needs the weights. */
+const WITHOUT_DECAY = ['adam', 'rmsprop']
 
 const zeros = (count: number) => new Float64Array(count)
 const count = (shape: readonly number[]) => shape.reduce((product, size) => product * size, 1)
@@ -110,8 +116,8 @@ function sgdCase(options: Record<string, unknown> = {}): Case {
     let buffer: Float64Array | undefined
     return ({ gradient }) => {
       const { data, buffer: next } = sgdStep(buffer, gradient, settings)
-      // Without momentum torch keeps nothing; the service keeps the gradient, which nothing reads.
-      buffer = settings.momentum === 0 ? gradient : next
+      // Without momentum torch keeps nothing; the service keeps the zeros it began with.
+      buffer = settings.momentum === 0 ? zeros(gradient.length) : next
       return { data, state: { momentum_buffer: buffer } }
     }
   }
@@ -120,6 +126,8 @@ function sgdCase(options: Record<string, unknown> = {}): Case {
 
 const NORMUON = { second_momentum: 'normuon' }
 const BFLOAT16 = { momentum_dtype: 'bfloat16' }
+// Its own defaults are what is to be seen.
+const MUONCLIP = { name: 'muonclip', group: { algorithm: 'muonclip' }, factor: 0.2 * Math.sqrt(30) }
 const CASES: Case[] = [
   muonCase('muon', [20, 30]),
   muonCase('muon heavy_ball', [30, 20], { momentum_form: 'heavy_ball' }),
@@ -136,6 +144,7 @@ const CASES: Case[] = [
     nesterov: false,
   }),
   muonCase('muon normuon bfloat16', [20, 30], { ...NORMUON, ...BFLOAT16 }),
+  { ...muonCase('', [20, 30], { momentum_form: 'heavy_ball' }), ...MUONCLIP },
   adamCase('adamw'),
   adamCase('adamw', { amsgrad: true, betas: [0.8, 0.9] }),
   adamCase('adam'),
@@ -184,11 +193,14 @@ function numbers({ dtype, data }: StoredTensor): Float64Array {
 const stateOf = (tensors: Map<string, StoredTensor>): State =>
   Object.fromEntries([...tensors].filter(([name]) => name !== 'step').map(([name, tensor]) => [name, numbers(tensor)]))
 
-for (const [index, { name, shape, group, oracle }] of CASES.entries()) {
+for (const [index, { name, shape, factor = 1, oracle, ...given }] of CASES.entries()) {
   t.test(`${name}: 20 steps are float64's within 1e-5, and a repeated gradient gets the same bits`, async (t) => {
     const next = oracle()
+    const weight_decay = WITHOUT_DECAY.includes(String(given.group.algorithm)) ? 0 : WEIGHT_DECAY
+    const group = { lr: LR, weight_decay, ...given.group }
     const gradients = Array.from({ length: STEPS }, (_, i) => normal(100 * index + i, count(shape)))
     for await (const { step, values, first, again, tensors } of train(`case-${index}`, { shape, group }, gradients)) {
+      t.match(first, { scale: -LR * factor, decay: LR * weight_decay })
       const kept = stateOf(tensors)
       const { data, state } = next({ step, gradient: Float64Array.from(values), kept })
       const distance = relativeDistance(floats(first.data), data)
@@ -204,6 +216,29 @@ for (const [index, { name, shape, group, oracle }] of CASES.entries()) {
 }
 
 const floats = (data: Uint8Array) => new Float32Array(Uint8Array.from(data).buffer)
+
+t.test('sgd leaves its buffer alone while momentum is 0, so a schedule may turn it on and off', async (t) => {
+  const client = await RawClient.connect(service.url)
+  const parameters = [{ name: 'p', shape: [17], group: 'g' }]
+  await client.open({ run: 'schedule', groups: [{ name: 'g', algorithm: 'sgd', lr: 1 }], parameters })
+  let buffer: Float64Array | undefined
+  for (const [i, momentum] of [0, 0, 0.9, 0.9, 0, 0.5, 0].entries()) {
+    const [step, gradient] = [i + 1, normal(i, 17)]
+    client.send({ type: 'step', step, groups: { g: { momentum } } })
+    await client.step(step, [gradient])
+    // torch makes its buffer at the first step with momentum and touches it in no step without.
+    const expected = sgdStep(buffer, Float64Array.from(gradient), { momentum, dampening: 0, nesterov: false })
+    if (momentum > 0) buffer = expected.buffer
+    const first = client.updates.get(0)!
+    const distance = relativeDistance(floats(first.data), expected.data)
+    t.ok(distance <= 1e-6, `step ${step}, momentum ${momentum}: ${distance}`)
+    client.updates.clear()
+    client.gradient(0, step, { values: gradient })
+    await until(() => client.updates.get(0)?.data.length === first.data.length)
+    t.same(client.updates.get(0), { ...first, replayed: true })
+  }
+  await client.close()
+})
 
 /** Rounded to nearest even. */
 function bfloat16(x: number): number {

@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto'
 import fc from 'fast-check'
 import t from 'tap'
 import { bytesOf, normal, RawClient, type ReceivedUpdate, startService, told, until } from '../service.js'
@@ -218,7 +219,7 @@ t.test('a skipped parameter gets its row scales without data, with the receipt a
   t.same(await client.expect('receipt'), { ...receipt, replayed: true })
   t.same([...client.updates], [[1, { ...scaled, replayed: true, row_scale: Buffer.from(factors) }]])
 
-  client.send({ type: 'step', step: 3, max_logits })
+  client.send({ type: 'step', step: 3, max_logits: { mha: [1, 1, 1, 1, 1, 128] } })
   client.gradient(1, 3, { values: key! })
   await client.close()
   const heir = await RawClient.connect(service.url)
@@ -226,17 +227,27 @@ t.test('a skipped parameter gets its row scales without data, with the receipt a
   await heir.open({ run, takeover: true })
   heir.send({ type: 'end', step: 2 })
   t.equal((await heir.expect('receipt')).digest, receipt.digest)
-  t.same([...heir.updates.keys()], [1], 'a replay is of its own step, whatever is ahead of it')
+  const again = [[1, { ...scaled, replayed: true, row_scale: Buffer.from(factors) }]]
+  t.same([...heir.updates], again, 'a replay is of its own step, whatever is ahead of it')
 })
 
 t.test('a step without any gradient clips, and only what its rule scales', async (t) => {
   const { client } = await openModel(GQA, { threshold: 8 })
   client.send({ type: 'step', step: 1, max_logits: { gqa: [32, 1, 1, 1, 1, 16] } })
   client.send({ type: 'end', step: 1, skipped: [0, 1] })
-  t.match(await client.expect('receipt'), { applied: 0, skipped: 2, clipped_heads: { gqa: 2 } })
+  const { digest, ...receipt } = await client.expect('receipt')
+  t.match(receipt, { applied: 0, skipped: 2, clipped_heads: { gqa: 2 } })
   t.same([...client.updates.keys()], [0])
-  const factors = [...floats(client.updates.get(0)!.row_scale!)]
-  t.same(factors, [...new Array(4).fill(0.25), ...new Array(16).fill(1), ...new Array(4).fill(0.5)])
+  const scales = client.updates.get(0)!.row_scale!
+  t.same([...floats(scales)], [...new Array(4).fill(0.25), ...new Array(16).fill(1), ...new Array(4).fill(0.5)])
+  // docs/protocol.md, Digest: d_0, the step, then index, flags, and the row scales of what has some.
+  const [clipped, calm] = ['00000000 02 18000000', '01000000 00'].map((hex) =>
+    Buffer.from(hex.replaceAll(' ', ''), 'hex'),
+  )
+  const number = Buffer.from('0100000000000000', 'hex')
+  const first = createHash('sha256').update('muond digest 1').digest()
+  const expected = createHash('sha256').update(Buffer.concat([first, number, clipped!, scales, calm!]))
+  t.equal(digest, expected.digest('hex'))
   client.updates.clear()
   client.send({ type: 'end', step: 2, skipped: [0, 1] })
   t.match(await client.expect('receipt'), { step: 2, clipped_heads: {} })
@@ -277,14 +288,14 @@ t.test('clipped heads and the largest logit of each step are counted', async (t)
   const client = await RawClient.connect(own.url)
   const attentions = [{ ...GQA.attention, threshold: 100 }]
   await client.open({ run: 'm', groups: [...GROUPS, REST], parameters: parametersOf(GQA), attentions })
-  for (const [i, logits] of [[150, 120, 1, 1, 1, 1], [90, 1, 1, 1, 1, 1], undefined].entries()) {
+  for (const [i, logits] of [[150, 120, 110, 1, 1, 1], [90, 1, 1, 1, 1, 1], undefined].entries()) {
     if (logits) client.send({ type: 'step', step: i + 1, max_logits: { gqa: logits } })
     await client.step(i + 1, tensors(GQA, 70))
   }
   client.send({ type: 'end', step: 3 })
   await client.expect('receipt')
   const lines = (await (await fetch(`${own.http}/metrics`)).text()).split('\n')
-  const expected = ['clipped_heads_total 2', 'max_logit_count 2', 'max_logit_sum 240', 'max_logit_bucket{le="100"} 1']
+  const expected = ['clipped_heads_total 3', 'max_logit_count 2', 'max_logit_sum 240', 'max_logit_bucket{le="100"} 1']
   for (const line of expected) t.ok(lines.includes(`muond_${line}`), line)
   await client.close()
 })

@@ -64,6 +64,15 @@ t.test('what cannot be read is one line with the file and the key', async (t) =>
   )
 })
 
+t.test('a file whose name no group could give is refused, not left out', async (t) => {
+  for (const name of ['my recipe.yaml', '-x.yml', 'é.json', 'UPPER.YAML', `${'x'.repeat(129)}.yaml`]) {
+    const { message } = thrown(() => readPresets(t.testdir({ [name]: MINE })))
+    const expected =
+      ": expected a name of 1 to 128 letters, digits, '.', '_' and '-', a letter or digit first, then .yaml, .yml or .json"
+    t.ok(message.endsWith(`/${name}${expected}`), message)
+  }
+})
+
 t.test('a name that is taken is refused, whether muond or the folder has it', async (t) => {
   const shipped = t.testdir({ 'torch.yaml': MINE })
   t.match(
