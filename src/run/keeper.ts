@@ -25,7 +25,7 @@ export class Keeper {
   readonly folder: RunFolder
   readonly #run: Run
   readonly #means: KeeperMeans
-  #writing: Promise<CheckpointEntry> | undefined
+  #writing: Promise<unknown> | undefined
   /** A checkpoint is to be taken as soon as none is being written. */
   #due = false
 
@@ -56,26 +56,30 @@ export class Keeper {
     while (this.#writing) await Promise.allSettled([this.#writing])
     const { newest } = this.folder
     if (newest && this.upToDate)
-      return { written: tag === undefined ? Promise.resolve(newest) : this.#tag(newest, tag) }
-    const { name, step, ahead } = this.#run
-    if (ahead.length > 0) {
+      return { written: tag === undefined ? Promise.resolve(newest) : this.#occupy(this.#tag(newest, tag)) }
+    const { name, step, begun } = this.#run
+    if (begun) {
       const message = `step ${step + 1} of run '${name}' has begun, a checkpoint is taken between two steps`
       throw new ServiceError('STEP_INCOMPLETE', message, { step: step + 1 })
     }
-    this.#writing = this.#write(tag === undefined ? [] : [tag]).finally(() => {
-      this.#writing = undefined
-    })
-    return { written: this.#writing }
+    return { written: this.#occupy(this.#write(tag === undefined ? [] : [tag])) }
+  }
+
+  /** Does something that no checkpoint may be taken beside. */
+  async alone(work: () => Promise<void>): Promise<void> {
+    while (this.#writing) await Promise.allSettled([this.#writing])
+    await this.#occupy(work())
   }
 
   /** Removes a checkpoint. Throws PARAMETER_INVALID for the newest one, from which the run goes on after a restart. */
-  async remove(entry: CheckpointEntry): Promise<void> {
-    await this.settled()
-    if (entry.checkpoint === this.folder.newest?.checkpoint) {
-      const message = `checkpoint '${entry.checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
-      throw new ServiceError('PARAMETER_INVALID', message)
-    }
-    await this.folder.remove(entry)
+  remove(entry: CheckpointEntry): Promise<void> {
+    return this.alone(async () => {
+      if (entry.checkpoint === this.folder.newest?.checkpoint) {
+        const message = `checkpoint '${entry.checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
+        throw new ServiceError('PARAMETER_INVALID', message)
+      }
+      await this.folder.remove(entry)
+    })
   }
 
   /** When nothing is being written. */
@@ -85,13 +89,29 @@ export class Keeper {
 
   #finished(): void {
     const { checkpoint_steps, journal_bytes } = this.#means.config
-    const { step, journal, name } = this.#run
+    const { step, journal } = this.#run
     this.#due ||= checkpoint_steps > 0 && step % checkpoint_steps === 0
     this.#due ||= journal !== undefined && journal.bytes > journal_bytes
-    if (this.#writing || !this.#due) return
+    this.#takeDue()
+  }
+
+  #takeDue(): void {
+    const { name, step, begun } = this.#run
+    if (this.#writing || !this.#due || begun) return
+    this.#due = false
     this.take().catch((error) => {
       this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: String(error) })
     })
+  }
+
+  /** Nothing else begins until `work` has ended. */
+  #occupy<T>(work: Promise<T>): Promise<T> {
+    const done = work.finally(() => {
+      this.#writing = undefined
+      this.#takeDue()
+    })
+    this.#writing = done
+    return done
   }
 
   async #write(tags: readonly string[]): Promise<CheckpointEntry> {
