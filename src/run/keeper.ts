@@ -1,3 +1,4 @@
+import { once } from 'node:events'
 import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
@@ -17,6 +18,10 @@ export type KeeperMeans = {
   config: Pick<Config, 'checkpoint_steps' | 'checkpoints_kept' | 'checkpoint_file_bytes' | 'journal_bytes'>
 }
 
+/** How many requests may wait for the step in progress to end, and how long. */
+export const MOST_WAITING = 8
+const BOUNDARY_MS = 30_000
+
 /**
  * Decides when a run's checkpoints are taken, and has them written while the next steps go on: the state is immutable, so a
  * checkpoint is a list of references. One at a time, so that at most one older state is held.
@@ -26,6 +31,8 @@ export class Keeper {
   readonly #run: Run
   readonly #means: KeeperMeans
   #writing: Promise<CheckpointEntry> | undefined
+  /** Requests that wait for the end of a step. */
+  #waiting = 0
   /** A checkpoint is to be taken as soon as none is being written. */
   #due = false
 
@@ -45,6 +52,22 @@ export class Keeper {
   /** Takes a checkpoint as `begin` does and resolves when it is on the disk. */
   async take(tag?: string): Promise<CheckpointEntry> {
     return (await this.begin(tag)).written
+  }
+
+  /**
+   * Takes a checkpoint as `take` does, for somebody who does not know when steps end: of one that has begun the end is waited for.
+   * Throws STEP_INCOMPLETE where it does not come within BOUNDARY_MS, and OVERLOADED where MOST_WAITING wait already.
+   */
+  async takeBetween(tag?: string): Promise<CheckpointEntry> {
+    const signal = AbortSignal.timeout(BOUNDARY_MS)
+    for (;;) {
+      try {
+        return await this.take(tag)
+      } catch (error) {
+        if (!(error instanceof ServiceError) || error.code !== 'STEP_INCOMPLETE' || signal.aborted) throw error
+        await this.#receipt(signal)
+      }
+    }
   }
 
   /**
@@ -81,6 +104,23 @@ export class Keeper {
   /** When nothing is being written. */
   async settled(): Promise<void> {
     while (this.#writing) await Promise.allSettled([this.#writing])
+  }
+
+  /** When the step in progress has ended, or the signal says that this takes too long. */
+  async #receipt(signal: AbortSignal): Promise<void> {
+    if (this.#waiting >= MOST_WAITING) {
+      throw new ServiceError(
+        'OVERLOADED',
+        `${this.#waiting} requests wait for a checkpoint, at most ${MOST_WAITING} may`,
+        {
+          retry_after_seconds: 1,
+        },
+      )
+    }
+    this.#waiting += 1
+    const ended = once(this.#run, 'receipt', { signal })
+    await Promise.allSettled([ended])
+    this.#waiting -= 1
   }
 
   #finished(): void {

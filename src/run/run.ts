@@ -84,6 +84,8 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
 
   constructor(device: Device, options: RunOptions) {
     super()
+    // Event streams and requests for checkpoints listen, and both are bounded where they begin.
+    this.setMaxListeners(0)
     this.name = options.name
     this.created_at = options.created_at ?? new Date().toISOString()
     this.#device = device

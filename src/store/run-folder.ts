@@ -45,7 +45,8 @@ export type Snapshot = {
 }
 
 const MANIFEST = 'manifest.json'
-const CHECKPOINT = /^step-(\d{12})$/
+/** Of a step; one of the same step after its state was imported has a number behind it. */
+const CHECKPOINT = /^step-(\d{12})(?:\.(\d+))?$/
 
 /**
  * The folder of one run: `run.json`, `checkpoints/step-000000001200/` and `journal/`. A checkpoint counts once its manifest is
@@ -76,7 +77,7 @@ export class RunFolder {
   static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
     const folder = join(path, 'checkpoints')
     await mkdir(folder, { recursive: true })
-    const names = (await readdir(folder)).filter((name) => CHECKPOINT.test(name)).sort()
+    const names = (await readdir(folder)).filter((name) => CHECKPOINT.test(name)).sort(byAge)
     const entries: CheckpointEntry[] = []
     for (const name of names) {
       if ((await readdir(join(folder, name))).includes(MANIFEST))
@@ -122,7 +123,7 @@ export class RunFolder {
   /** Writes a checkpoint; `released` is told the position of each entry whose memory is not needed any more. */
   async write(snapshot: Snapshot, released: (position: number) => void): Promise<CheckpointEntry> {
     const { record, entries, locations, tags, server, device, file_bytes } = snapshot
-    const checkpoint = checkpointId(record.step)
+    const checkpoint = this.#freshId(record.step)
     const files = planFiles(entries, file_bytes)
     const manifest = {
       ...{ format: FORMAT, checkpoint, tags, written_at: new Date().toISOString(), server, device },
@@ -139,9 +140,7 @@ export class RunFolder {
     const folder = this.#folderOf(checkpoint)
     const written = await this.#files.write({ folder, locations, files, texts, manifest }, released)
     const entry = entryOf(written)
-    this.#entries = [...this.#entries.filter((other) => other.checkpoint !== checkpoint), entry].sort(
-      (a, b) => a.step - b.step,
-    )
+    this.#entries = [...this.#entries, entry]
     return entry
   }
 
@@ -199,13 +198,27 @@ export class RunFolder {
     await rm(doomed, { recursive: true })
   }
 
+  /** A checkpoint is never written over another one: a crash in between would leave neither. */
+  #freshId(step: number): string {
+    const id = `step-${String(step).padStart(12, '0')}`
+    const taken = this.#entries.filter((entry) => entry.step === step).map(({ checkpoint }) => numbersOf(checkpoint)[1])
+    return taken.length === 0 ? id : `${id}.${Math.max(...taken) + 1}`
+  }
+
   #folderOf(checkpoint: string): string {
     return join(this.path, 'checkpoints', checkpoint)
   }
 }
 
-function checkpointId(step: number): string {
-  return `step-${String(step).padStart(12, '0')}`
+/** The step of a checkpoint's id, and the number behind it, 0 for none. */
+function numbersOf(checkpoint: string): [step: number, number: number] {
+  const [, step, number = 0] = CHECKPOINT.exec(checkpoint) ?? []
+  return [Number(step), Number(number)]
+}
+
+function byAge(one: string, other: string): number {
+  const [a, b] = [numbersOf(one), numbersOf(other)]
+  return a[0] - b[0] || a[1] - b[1]
 }
 
 export function isCheckpointId(name: string): boolean {
@@ -222,7 +235,7 @@ async function readEntry(folder: string, checkpoint: string): Promise<Checkpoint
     return entryOf(openManifest(await readFile(path, 'utf8'), path))
   } catch (error) {
     const problem = error instanceof Error ? error.message : String(error)
-    const step = Number(CHECKPOINT.exec(checkpoint)?.[1])
+    const [step] = numbersOf(checkpoint)
     return { checkpoint, tags: [], step, digest: '', bytes: 0, written_at: '', problem }
   }
 }
