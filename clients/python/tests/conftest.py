@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("muond")
 def shared() -> Iterator[Service]:
     """One service for all tests that leave nothing behind but runs under names of their own."""
     build()
-    service = Service()
+    service = Service("--max-runs", "4096")
     yield service
     service.stop()
 

@@ -12,7 +12,8 @@ from muond import MuondError
 from muond.connection import Connection, Listener
 from muond.transport.address import endpoint
 from muond.wire.frame import Frame
-from peer import ERROR, OPENED, Peer, Talk
+from muond.wire.msgpack import encode_head
+from peer import ERROR, OPENED, UPDATE, Peer, Talk
 
 DONE = MuondError("CLIENT_CLOSED", "done")
 
@@ -116,6 +117,17 @@ def test_between_steps_any_other_frame_is_unexpected() -> None:
         connection._thread.join(10)
         assert code(connection.reason) == "FRAME_UNEXPECTED"
         assert "opened outside a step" in str(connection.reason)
+
+
+def test_between_steps_there_is_no_memory_for_an_update() -> None:
+    def script(talk: Talk) -> None:
+        talk.say_in_fragments(encode_head(UPDATE, 4), b"1234")
+        talk.until_closed()
+
+    with Peer(script) as peer:
+        connection = Connection(endpoint(peer.url))
+        connection._thread.join(10)
+        assert "update outside a step" in str(connection.reason)
 
 
 def test_a_close_in_order_says_so_to_the_service() -> None:

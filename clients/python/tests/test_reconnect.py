@@ -17,6 +17,8 @@ import pytest
 import muond
 from muond import MuondError, Parameter
 from muond.steps.updates import Update
+from muond.steps.writer import _Answer
+from muond.wire.msgpack import encode_head
 from peer import ERROR, OPENED, RECEIPT, UPDATE, Peer, Talk
 from service import Proxy, Service
 from trainer import GROUPS, QUICK, Trainer
@@ -216,6 +218,8 @@ def test_a_second_ctrl_c_does_not_wait(shared: Service, name: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             trainer.train(run, 1)
         assert run.in_flight
+        with pytest.raises(MuondError, match="step 1 has ended"):
+            run.gradient(0, trainer.gradients(1)["up"])
 
 
 def test_ctrl_c_ends_the_attempts_at_a_step_that_fails(start: Callable[..., Service], name: str) -> None:
@@ -472,6 +476,33 @@ def test_a_receipt_right_before_the_end_of_the_connection_counts() -> None:
 
     for _ in range(20):
         assert step_against(script, retries=0) == (None, [-1.0, -1.0], 1)
+
+
+def test_rows_alone_that_come_again_are_scaled_once() -> None:
+    def script(talk: Talk) -> None:
+        talk.opened()
+        talk.hear()
+        talk.hear()
+        talk.say(**{**UPDATE, "scale": 0, "row_scale": np.full(2, 0.5, np.float32).tobytes()})
+        if talk.number == 0:
+            return talk.socket.close(1001)
+        talk.say_in_fragments(encode_head(RECEIPT, 1), b"1")
+        return talk.until_closed()
+
+    weights = np.ones(2, np.float32)
+    with Peer(script) as peer:
+        parameter = Parameter("w", "all", weights)
+        with muond.open_run(peer.url, run="r", parameters=[parameter], backoff=QUICK) as run:
+            run.step([np.ones(2, np.float32)])
+    assert (weights.tolist(), peer.connections) == ([0.5, 0.5], 2)
+
+
+def test_an_answer_is_taken_once() -> None:
+    answer = _Answer("opened")
+    answer.frame(OPENED)
+    with pytest.raises(MuondError, match="broken"):
+        answer.frame(ERROR)
+    assert answer.wait("open") == OPENED
 
 
 def test_an_update_that_was_cut_off_begins_again() -> None:

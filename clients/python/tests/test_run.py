@@ -398,10 +398,38 @@ def test_opening_again_forgets_what_was_in_flight(shared: Service, name: str) ->
     ones = np.ones(2, np.float32)
     with sgd(shared.url, name, *arrays) as run:
         run.gradient(0, ones)
+        # Its update has come and is not applied.
+        run._events.put(run._events.get(timeout=30))
         run.reopen()
         assert not run.in_flight
         assert run.step([ones, ones]).step == 1
     assert [array.tolist() for array in arrays] == [[-0.5, -0.5]] * 2
+
+
+def test_bytes_that_are_still_on_their_way_are_waited_for(shared: Service, name: str) -> None:
+    weights, gradient = np.zeros(2, np.float32), np.zeros(2, np.float32)
+
+    def ready() -> None:
+        gradient[:] = 2
+
+    with sgd(shared.url, name, weights) as run:
+        run.gradient_bytes(0, gradient.view(np.uint8).data, ready)
+        run.end()
+    assert weights.tolist() == [-1, -1]
+
+
+def test_what_goes_wrong_on_their_way_is_raised_and_the_step_can_be_taken_again(shared: Service, name: str) -> None:
+    weights, ones = np.zeros(2, np.float32), np.ones(2, np.float32)
+
+    def broken() -> None:
+        raise OSError("the GPU has fallen off the bus")
+
+    with sgd(shared.url, name, weights) as run:
+        run.gradient_bytes(0, ones.view(np.uint8).data, broken)
+        with pytest.raises(OSError, match="fallen off the bus"):
+            run.end()
+        assert run.step([ones]).step == 1
+    assert weights.tolist() == [-0.5, -0.5]
 
 
 def bound(shape: tuple[int, ...], dtype: str = "float32") -> Bound:

@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'muond' has no attribute '{name}'")
     try:
         from . import torch
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError as error:  # pragma: no cover - in a process without torch, which is not measured
         if error.name != "torch":
             raise
         raise ImportError(f"muond.{name} needs PyTorch, which is not installed: pip install 'muond[torch]'") from error

@@ -71,6 +71,11 @@ def test_what_has_no_form_is_refused_with_its_path(value: Any, error: type[Excep
         encode(value)
 
 
+def test_data_longer_than_a_bin_can_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="4294967296 items or bytes, at most 4294967295"):
+        encode_head({}, 2**32)
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [

@@ -32,9 +32,11 @@ class Memory:
                 return free.pop()
         return self._allocate(size)
 
-    def give(self, buffer: Bytes) -> None:
-        with self._lock:
-            self._free[len(buffer)].append(buffer)
+    def give(self, buffer: Bytes | None) -> None:
+        """Takes a buffer back; None, of an update without data, is no buffer."""
+        if buffer is not None:
+            with self._lock:
+                self._free[len(buffer)].append(buffer)
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Updates:
     def forget(self) -> None:
         """The connection is gone: what it began to send begins again on the next."""
         for update, _ in self._incoming.values():
-            self._give_back(update)
+            self._memory.give(update.data)
         self._incoming.clear()
 
     def destination(self, frame: Frame, length: int) -> memoryview:
@@ -143,15 +145,11 @@ class Updates:
     def _finish(self, index: int) -> int:
         update, _ = self._incoming.pop(index)
         if index in self._delivered:
-            self._give_back(update)
+            self._memory.give(update.data)
         else:
             self._delivered.add(index)
             self._deliver(update)
         return index
-
-    def _give_back(self, update: Update) -> None:
-        if update.data is not None:
-            self._memory.give(update.data)
 
 
 def _rows(frame: Frame, bound: Bound) -> npt.NDArray[np.float32]:

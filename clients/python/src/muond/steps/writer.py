@@ -76,6 +76,8 @@ class Writer:
             try:
                 settle(self._retrying(attempt, updates))
             except BaseException as error:  # noqa: BLE001 - the thread goes on; the trainer gets the error
+                self._connection.fail(error)
+                updates.forget()
                 settle(Failed(error))
 
         self._jobs.put(job)

@@ -69,9 +69,9 @@ def _connect(endpoint: Endpoint) -> ByteSocket:
         raise _lost(endpoint, error) from error
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):
+    if hasattr(socket, "TCP_KEEPIDLE"):  # pragma: no branch - Linux has it
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
-    if endpoint.is_loopback and hasattr(socket, "TCP_CONGESTION"):
+    if endpoint.is_loopback and hasattr(socket, "TCP_CONGESTION"):  # pragma: no branch - Linux has it
         # bbr paces even on loopback, where cubic is two to three times faster; a kernel without it keeps its own.
         with contextlib.suppress(OSError):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")

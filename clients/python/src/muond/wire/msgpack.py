@@ -47,7 +47,7 @@ def _encode(out: bytearray, value: Any, path: str) -> None:
     if isinstance(value, str):
         text = value.encode()
         out += _counted(len(text), 0xA0, 32, (0xD9, 0xDA, 0xDB)) + text
-    elif isinstance(value, bool) or type(value).__name__ == "bool":  # numpy's bool is neither int nor bool
+    elif isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):  # numpy's is neither bool nor int
         out.append(0xC3 if value else 0xC2)
     elif isinstance(value, Integral):
         out += _integer(int(value), path)
