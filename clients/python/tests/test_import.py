@@ -40,7 +40,7 @@ def test_another_import_error_is_not_mistaken_for_a_missing_torch() -> None:
     script = """
 import sys, types
 sys.modules["torch"] = types.ModuleType("torch")
-sys.modules["typing_extensions"] = None
+sys.modules["muond.torch.slots"] = None
 import muond
 try:
     from muond import Muon

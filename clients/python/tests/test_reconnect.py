@@ -218,8 +218,37 @@ def test_a_second_ctrl_c_does_not_wait(shared: Service, name: str) -> None:
         with pytest.raises(KeyboardInterrupt):
             trainer.train(run, 1)
         assert run.in_flight
-        with pytest.raises(MuondError, match="step 1 has ended"):
-            run.gradient(0, trainer.gradients(1)["up"])
+        for act in (lambda: run.gradient(0, trainer.gradients(1)["up"]), lambda: trainer.train(run, 1)):
+            with pytest.raises(MuondError, match="step 1 was interrupted while its updates were applied"):
+                act()
+        run.reopen()
+        assert trainer.train(run, 1)
+
+
+def test_an_error_while_the_last_updates_are_applied_leaves_a_run_that_can_be_opened_again(
+    shared: Service, name: str
+) -> None:
+    def broken(_: Sequence[Update]) -> None:
+        raise MemoryError
+
+    trainer = Trainer()
+    with trainer.open(shared.url, name) as run:
+        gradients = trainer.gradients(1)
+        for key in gradients:
+            run.gradient(key, gradients[key])
+        assert run._flight is not None
+        run._flight.finish([])
+        done = threading.Event()
+        # The thread that takes steps comes to this when the receipt is there.
+        run._writer._jobs.put(done.set)
+        assert done.wait(30)
+        apply, run._apply = run._apply, broken
+        with pytest.raises(MemoryError):
+            run._land()
+        assert run.in_flight
+        run._apply = apply
+        run.reopen()
+        assert not run.in_flight
 
 
 def test_ctrl_c_ends_the_attempts_at_a_step_that_fails(start: Callable[..., Service], name: str) -> None:

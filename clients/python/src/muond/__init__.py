@@ -44,7 +44,8 @@ def __getattr__(name: str) -> Any:
     try:
         from . import torch
     except ModuleNotFoundError as error:  # pragma: no cover - in a process without torch, which is not measured
-        if error.name != "torch":
+        # The second one comes with torch.
+        if error.name not in ("torch", "typing_extensions"):
             raise
         raise ImportError(f"muond.{name} needs PyTorch, which is not installed: pip install 'muond[torch]'") from error
     return getattr(torch, name)

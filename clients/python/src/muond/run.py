@@ -31,6 +31,11 @@ Key = int | str
 """A parameter by index, or by name."""
 
 
+_PARTED = (
+    "was interrupted while its updates were applied: weights and state have parted. "
+    "Go back to weights and state of one step (reopen, load_state_dict or rollback)"
+)
+
 Apply = Callable[[Sequence[Update]], None]
 """Applies some updates; the memory of their data is used again as soon as it returns."""
 
@@ -306,7 +311,7 @@ class Run:
         if self.closed:
             raise MuondError("CLIENT_CLOSED", f"run '{self.name}' was closed")
         if self._flight is not None:
-            raise _conflict(self._flight, "is still in flight")
+            raise _conflict(self._flight, _PARTED if self._flight.skipped is not None else "is still in flight")
 
     def _start(self, step: Step) -> None:
         self._flight = step
@@ -317,7 +322,7 @@ class Run:
             self.begin()
         assert self._flight is not None
         if self._flight.skipped is not None:
-            raise _conflict(self._flight, "has ended")
+            raise _conflict(self._flight, _PARTED)
         return self._flight
 
     def _land(self) -> Receipt:
@@ -343,7 +348,12 @@ class Run:
                     event = self._events.get_nowait()
                 except Empty:
                     break
-            self._apply_updates(updates)
+            try:
+                self._apply_updates(updates)
+            except BaseException:
+                if not isinstance(event, Update):
+                    self._events.put(event)
+                raise
             if not isinstance(event, Update):
                 return event
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch.nn.functional as F
-
 import torch
-from service import ROOT
+import torch.nn.functional as F
 from torch import nn
+
+from service import ROOT
 
 
 class Attention(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 import torch
+
 from muond.rest import Rest
 from muond.torch.hyperparameters import DEFAULTS, FIXED, changes, hyperparameters, on_the_wire
 from muond.torch.settings import Options, Settings

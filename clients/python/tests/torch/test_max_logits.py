@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from models import Attention, batches, gpt
+from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import torch
 from muond.torch import MaxLogits, MuonClip, Optimizer, suggest
 from service import Service
-from torch import nn
 
 
 def tensors(heads: int = 4, key_heads: int = 4, queries: int = 7, keys: int = 7) -> tuple[torch.Tensor, ...]:

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from models import distance, examples, loss_of, matrices, net, train
+from torch import nn
 
 import muond
-import torch
 from muond import MuondError
 from muond.torch import AdamW, Muon, MuonClip, Optimizer
 from oracle import Muon as Oracle
 from service import Service
-from torch import nn
 
 EXACT: Any = {"gradient_dtype": "float32", "update_dtype": "float32"}
 

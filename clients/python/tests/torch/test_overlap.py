@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from models import loss_of, net, train
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import torch
 from muond import MuondError
 from muond.torch import AdamW, Muon
 from service import Proxy, Service
-from torch import nn
 
 
 def adamw(model: nn.Module, service: Service, name: str, **options: Any) -> AdamW:
@@ -73,6 +73,18 @@ def test_accumulation_sends_the_gradients_of_the_last_pass(shared: Service, name
         accumulate(theirs, optimizer)
         assert optimizer.run.digest == digest
     assert same(ours, theirs)
+
+
+def test_an_accumulation_that_was_given_up_is_not_counted(shared: Service, name: str) -> None:
+    model = net()
+    with adamw(model, shared, name, accumulation_steps=2) as optimizer:
+        loss_of(model, 1).backward()  # type: ignore[no-untyped-call]
+        optimizer.zero_grad()
+        loss_of(model, 2).backward()  # type: ignore[no-untyped-call]
+        assert optimizer._run is None
+        loss_of(model, 3).backward()  # type: ignore[no-untyped-call]
+        assert optimizer.run.has_gradient(3)
+        assert optimizer.step().step == 1
 
 
 def test_another_gradient_after_the_one_that_was_sent_is_an_error(shared: Service, name: str) -> None:

@@ -6,10 +6,10 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 from models import Gpt, batches, distance, gpt, matrices, net, train
 
 import muond.torch
-import torch
 from muond.torch import AdamW, Muon, Optimizer, suggest
 from service import Service
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from models import distance, matrices, net, train
 
-import torch
 from muond import MuondError
 from muond.rest import Rest, Tensor
 from muond.torch import AdamW, Muon, Optimizer, suggest

@@ -7,13 +7,13 @@ import subprocess
 from typing import Any
 
 import pytest
-from models import gpt, net, train
-
 import torch
+from models import gpt, net, train
+from torch import nn
+
 from muond.torch import Optimizer, suggest
 from muond.torch.routing import NameRule, route_all
 from service import ROOT, Service, build
-from torch import nn
 
 PARAMETERS: list[tuple[str, tuple[int, ...]]] = [
     ("model.embed_tokens.weight", (1000, 64)),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from typing_extensions import Unpack
-
 import torch
+from typing_extensions import Unpack
 
 from .optimizer import Optimizer, Params
 from .settings import Options, settings

@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
-
-import torch
 
 # Query rows at a time: the logits of a block are all that is ever in memory.
 _BLOCK_ROWS = 512

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
-from typing_extensions import Unpack
-
 import torch
+from typing_extensions import Unpack
 
 from ..connection import Connection
 from ..error import ErrorFields, MuondError
@@ -25,7 +24,7 @@ from .hyperparameters import changes
 from .kept import Kept
 from .opening import new_run_name, open_slots
 from .progress import Progress
-from .restoring import bring_to, go_back
+from .restoring import bring_to, go_back, is_at
 from .settings import Options, Settings, settings
 from .slots import Slot, group_names, make_slots
 from .staging import Staging
@@ -284,9 +283,12 @@ class Optimizer(torch.optim.Optimizer):
     def _give_up_half_step(self) -> None:
         """Ends a step whose backward pass failed with some gradients sent: those parameters take it, the others do not."""
         run, streaming = self._run, self._streaming
-        if run is None or streaming is None or not run.in_flight or run.closed:
+        if streaming is None:
             return
+        # What was counted of an accumulation goes with its gradients.
         streaming.reset()
+        if run is None or run.closed or not run.in_flight:
+            return
         skipped = [slot.index for slot in self._slots if not run.has_gradient(slot.index)]
         self.receipt = run.end(skipped=skipped)
         warnings.warn(
@@ -343,7 +345,8 @@ class Optimizer(torch.optim.Optimizer):
             self._run_name = token["run"]
         # The settings' mode is for a run without a history; the service may know the run of a state_dict or not.
         run = self._open("create_or_resume")
-        bring_to(run, token, state, self._slots, self.param_groups)
+        if not is_at(run, token.get("step"), token.get("digest")):  # pragma: no cover - see bring_to
+            bring_to(run, token, state, self._slots, self.param_groups)
         self._run = run
         if self._progress is not None:
             self._progress.start(run.step_count)

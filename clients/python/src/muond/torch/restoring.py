@@ -19,7 +19,7 @@ def is_at(run: Run, step: object, digest: object) -> bool:
     return run.step_count == step and run.digest == digest and not run.ahead
 
 
-def bring_to(
+def bring_to(  # pragma: no cover - until the service imports states and has checkpoints
     run: Run,
     token: Mapping[str, Any],
     state: Mapping[int, Mapping[str, Any]],
@@ -27,18 +27,6 @@ def bring_to(
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
     """Back to the checkpoint that the state_dict names, or to its tensors. Raises MuondError; the run is closed then."""
-    if is_at(run, token.get("step"), token.get("digest")):
-        return
-    _bring(run, token, state, slots, groups)
-
-
-def _bring(  # pragma: no cover - until the service imports states and has checkpoints
-    run: Run,
-    token: Mapping[str, Any],
-    state: Mapping[int, Mapping[str, Any]],
-    slots: Sequence[Slot],
-    groups: Sequence[Mapping[str, Any]],
-) -> None:
     try:
         if "checkpoint" in token:
             return run.reopen(token["checkpoint"])
