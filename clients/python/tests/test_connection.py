@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
+import socket
+import struct
 import threading
 from collections.abc import Callable
 
@@ -12,7 +16,7 @@ from muond import MuondError
 from muond.connection import Connection, Listener
 from muond.transport.address import endpoint
 from muond.wire.frame import Frame
-from muond.wire.msgpack import encode_head
+from muond.wire.msgpack import encode, encode_head
 from peer import ERROR, OPENED, UPDATE, Peer, Talk
 
 DONE = MuondError("CLIENT_CLOSED", "done")
@@ -145,6 +149,22 @@ def test_a_close_in_order_says_so_to_the_service() -> None:
     assert closed == [1000]
 
 
+def test_what_comes_after_the_end_has_a_reason_is_for_nobody() -> None:
+    def script(talk: Talk) -> None:
+        assert talk.hear() == {"type": "end"}
+        talk.say(**OPENED)
+        talk.say_in_fragments(encode_head(UPDATE, 4), b"1234")
+
+    with Peer(script) as peer:
+        connection = Connection(endpoint(peer.url))
+        heard = Heard()
+        connection.listen(heard)
+        connection._because(DONE)
+        connection._sender.message(encode({"type": "end"}))
+        assert heard.over.wait(10)
+        assert (heard.frames, heard.reason) == ([], DONE)
+
+
 def test_a_failed_connection_is_gone_at_once_and_receives_nothing_any_more() -> None:
     with Peer(lambda talk: talk.until_closed()) as peer:
         connection = Connection(endpoint(peer.url))
@@ -171,6 +191,32 @@ def test_a_send_into_a_broken_connection_raises_the_reason_that_the_service_gave
         with pytest.raises(MuondError) as caught:
             send_for_ever()
         assert caught.value.code == "FRAME_UNEXPECTED"
+
+
+def test_a_reset_is_a_lost_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            accepted, _ = listener.accept()
+            request = accepted.recv(1 << 16)
+            key = request.split(b"Sec-WebSocket-Key: ")[1].split(b"\r\n")[0]
+            accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+            accepted.sendall(b"HTTP/1.1 101 Yes\r\nSec-WebSocket-Accept: " + accept + b"\r\n\r\n")
+            accepted.recv(1)
+            # Closing without lingering, and with bytes unread, resets the connection.
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            accepted.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        connection = Connection(endpoint(f"ws://127.0.0.1:{listener.getsockname()[1]}"))
+        heard = Heard()
+        connection.listen(heard)
+        connection.send({"type": "end"})
+        assert heard.over.wait(10)
+        thread.join()
+    assert "the connection was lost: " in str(heard.reason)
+    assert code(heard.reason) == "CONNECTION_LOST"
 
 
 def test_pings_are_answered() -> None:
