@@ -1,4 +1,5 @@
-import type { Config } from '../config.js'
+import assert from 'node:assert'
+import { type Config, errorText } from '../config.js'
 import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
 import type { DataFolder } from '../store/data-folder.js'
@@ -56,8 +57,8 @@ export class Archive {
       const keeper = await this.#adopt(run, folder, { run: run.name, epoch: 0 })
       await keeper.take()
     } catch (error) {
+      // What is left of the folder is no run: it is written over, or removed at the next start.
       await this.#forget(run)
-      await folder.destroy().catch((again) => this.#warn('run_left_behind', run.name, again))
       throw error instanceof ServiceError ? error : this.#failed(run.name, error)
     }
   }
@@ -90,8 +91,8 @@ export class Archive {
       this.#stored.delete(name)
       return run
     } catch (error) {
-      const known = unreadable(name, error)
-      this.#stored.set(name, known instanceof Error ? known.message : String(known))
+      const known = error instanceof UnreadableError ? unreadable(name, error) : error
+      this.#stored.set(name, errorText(known))
       throw known
     }
   }
@@ -104,7 +105,7 @@ export class Archive {
       const manifest = await folder.manifest(entry)
       return await this.#read(run, folder, manifest)
     } catch (error) {
-      throw unreadable(run.name, error)
+      throw error instanceof UnreadableError ? unreadable(run.name, error) : error
     }
   }
 
@@ -122,10 +123,14 @@ export class Archive {
     await run.journal?.close()
     run.journal = undefined
     const step = kept?.manifest.step ?? run.step
-    await clearJournal(folder.journal)
-    await folder.removeAfter(step)
-    if (kept) this.#take(run, kept)
-    await this.#openJournal(run, folder)
+    try {
+      await clearJournal(folder.journal)
+      await folder.removeAfter(step)
+      if (kept) this.#take(run, kept)
+      await this.#openJournal(run, folder)
+    } catch (error) {
+      throw this.#failed(run.name, error)
+    }
   }
 
   /** Takes a checkpoint of every run that has come further than its last one and is between two steps. */
@@ -173,8 +178,8 @@ export class Archive {
 
   #shelf(name: string): Shelf {
     const shelf = this.#shelves.get(name)
-    if (shelf) return shelf
-    throw new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'`)
+    assert(shelf, 'a run in memory has its folder')
+    return shelf
   }
 
   /** A folder without a checkpoint: its `open` was never answered, unless there are steps. */
@@ -273,11 +278,12 @@ export class Archive {
   }
 
   #failed(name: string, error: unknown): ServiceError {
-    return new ServiceError('STORAGE_FAILED', `the folder of run '${name}' cannot be written: ${text(error)}`)
+    if (error instanceof UnreadableError) return unreadable(name, error)
+    return new ServiceError('STORAGE_FAILED', `the folder of run '${name}' cannot be written: ${errorText(error)}`)
   }
 
   #warn(event: string, run: string, error: unknown): void {
-    this.#means.log.warn({ event, run, reason: text(error) })
+    this.#means.log.warn({ event, run, reason: errorText(error) })
   }
 }
 
@@ -297,11 +303,6 @@ function replaceGroups(run: Run, { replacement }: Identity): void {
   if (later && (step === run.step || step + 1 === run.step)) run.schedule.replace(groupsOf(later), step < run.step)
 }
 
-function unreadable(name: string, error: unknown): unknown {
-  if (!(error instanceof UnreadableError)) return error
+function unreadable(name: string, error: UnreadableError): ServiceError {
   return new ServiceError('CHECKPOINT_UNREADABLE', `run '${name}' cannot be restored: ${error.message}`)
-}
-
-function text(error: unknown): string {
-  return error instanceof Error ? error.message : String(error)
 }

@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import { type Config, VERSION } from '../config.js'
+import { type Config, errorText, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
@@ -98,7 +98,14 @@ export class Keeper {
       const message = `checkpoint '${entry.checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
       throw new ServiceError('PARAMETER_INVALID', message)
     }
-    await this.folder.remove(entry)
+    try {
+      await this.folder.remove(entry)
+    } catch (error) {
+      throw new ServiceError(
+        'STORAGE_FAILED',
+        `checkpoint '${entry.checkpoint}' cannot be removed: ${errorText(error)}`,
+      )
+    }
   }
 
   /** When nothing is being written. */
@@ -130,7 +137,7 @@ export class Keeper {
     this.#due ||= journal !== undefined && journal.bytes > journal_bytes
     if (this.#writing || !this.#due) return
     this.take().catch((error) => {
-      this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: String(error) })
+      this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: errorText(error) })
     })
   }
 
@@ -189,7 +196,7 @@ export class Keeper {
       await this.#run.journal?.drop(step)
       await this.folder.retain(kept)
     } catch (error) {
-      this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: String(error) })
+      this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: errorText(error) })
     }
   }
 
@@ -202,10 +209,9 @@ export class Keeper {
   }
 
   #failed(step: number, error: unknown): ServiceError {
-    const reason = error instanceof Error ? error.message : String(error)
     return new ServiceError(
       'STORAGE_FAILED',
-      `the checkpoint of run '${this.#run.name}' at step ${step} cannot be written: ${reason}`,
+      `the checkpoint of run '${this.#run.name}' at step ${step} cannot be written: ${errorText(error)}`,
       { step },
     )
   }

@@ -1,4 +1,6 @@
+import assert from 'node:assert'
 import { type FileHandle, open } from 'node:fs/promises'
+import { errorText } from '../config.js'
 import type { Device } from '../device/device.js'
 import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
@@ -99,7 +101,7 @@ async function applyAgain(run: Run, device: Device, { gradient, files, elsewhere
       )
     }
     const slot = await device.staging.reserve(bytes, new AbortController().signal)
-    if (slot === undefined) return
+    assert(slot, 'nothing aborts this')
     try {
       const range = { block: device.stagingBlock, offset: slot.offset, bytes }
       const file = files.get(path) ?? open(path, 'r')
@@ -126,7 +128,8 @@ async function named(label: string, work: () => Promise<void>): Promise<void> {
   try {
     await work()
   } catch (error) {
+    /* c8 ignore next -- needs a device that runs out of memory in the middle of this */
     if (error instanceof ServiceError && error.code === 'OVER_CAPACITY') throw error
-    throw new UnreadableError(`${label}: ${error instanceof Error ? error.message : error}`)
+    throw new UnreadableError(`${label}: ${errorText(error)}`)
   }
 }

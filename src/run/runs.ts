@@ -114,8 +114,11 @@ export class Runs {
       this.#runs.delete(name)
       run?.writer?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
       await run?.settled()
-      await this.#archive?.remove(name, run)
-      run?.dispose()
+      try {
+        await this.#archive?.remove(name, run)
+      } finally {
+        run?.dispose()
+      }
     })
   }
 

@@ -1,5 +1,6 @@
 import { mkdir, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
+import { errorText } from '../config.js'
 import type { StateLocation } from '../device/state-access.js'
 import type { CheckpointFiles } from './checkpoint-files.js'
 import { replaceFile, syncFolder } from './durable.js'
@@ -112,7 +113,7 @@ export class RunFolder {
     try {
       return JSON.parse(await readFile(path, 'utf8'))
     } catch (error) {
-      throw new UnreadableError(`${path} cannot be read: ${error instanceof Error ? error.message : error}`)
+      throw new UnreadableError(`${path} cannot be read: ${errorText(error)}`)
     }
   }
 
@@ -234,7 +235,7 @@ async function readEntry(folder: string, checkpoint: string): Promise<Checkpoint
   try {
     return entryOf(openManifest(await readFile(path, 'utf8'), path))
   } catch (error) {
-    const problem = error instanceof Error ? error.message : String(error)
+    const problem = errorText(error)
     const [step] = numbersOf(checkpoint)
     return { checkpoint, tags: [], step, digest: '', bytes: 0, written_at: '', problem }
   }
@@ -242,11 +243,11 @@ async function readEntry(folder: string, checkpoint: string): Promise<Checkpoint
 
 /** Every hyperparameter under the flattened name that torch.distributed's optimizer state has, `param_groups.<parameter>.<key>`. */
 function groupsText({ parameters, groups }: RunRecord): string {
-  const byName = new Map(
+  const byName = Object.fromEntries(
     groups.map(({ name, algorithm, hyperparameters }) => [name, { algorithm, ...hyperparameters }]),
   )
   const rows = parameters.flatMap(({ name, group }) =>
-    Object.entries(byName.get(group) ?? {}).map(([key, value]) => [`param_groups.${name}.${key}`, value] as const),
+    Object.entries(byName[group]).map(([key, value]) => [`param_groups.${name}.${key}`, value] as const),
   )
   return `${JSON.stringify(Object.fromEntries(rows), null, 2)}\n`
 }
