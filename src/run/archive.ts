@@ -10,7 +10,7 @@ import type { CheckpointEntry, Identity, RunFolder } from '../store/run-folder.j
 import type { Declaration } from './declaration.js'
 import { Keeper, type KeeperMeans } from './keeper.js'
 import { groupRecords, groupsOf } from './record.js'
-import { differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
+import { checkDigest, differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
 import type { Run } from './run.js'
 import type { Groups } from './schedule.js'
 
@@ -59,7 +59,7 @@ export class Archive {
     } catch (error) {
       // What is left of the folder is no run: it is written over, or removed at the next start.
       await this.#forget(run)
-      throw error instanceof ServiceError ? error : this.#failed(run.name, error)
+      throw this.#failed(run.name, error)
     }
   }
 
@@ -224,8 +224,11 @@ export class Archive {
     }
   }
 
-  async #read({ parameters, grant: { units } }: Run, folder: RunFolder, manifest: Manifest): Promise<Kept> {
-    const tensors = await readTensors(this.#means.device, { folder, manifest }, { parameters, units })
+  /** Nothing is changed by it: what it gives has been held against every hash there is. */
+  async #read(run: Run, folder: RunFolder, manifest: Manifest): Promise<Kept> {
+    const { parameters, grant } = run
+    checkDigest(manifest, run)
+    const tensors = await readTensors(this.#means.device, { folder, manifest }, { parameters, units: grant.units })
     return { manifest, tensors, taken: false }
   }
 
@@ -278,7 +281,7 @@ export class Archive {
   }
 
   #failed(name: string, error: unknown): ServiceError {
-    if (error instanceof UnreadableError) return unreadable(name, error)
+    if (error instanceof ServiceError) return error
     return new ServiceError('STORAGE_FAILED', `the folder of run '${name}' cannot be written: ${errorText(error)}`)
   }
 
@@ -291,8 +294,11 @@ function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): Che
   const entry = folder.find(checkpoint)
   if (entry?.problem) throw new UnreadableError(entry.problem)
   if (entry) return entry
-  const known = folder.checkpoints.map((other) => other.checkpoint).join(', ')
-  throw new ServiceError('NOT_FOUND', `run '${run}' has no checkpoint '${checkpoint}', there are ${known || 'none'}`)
+  const known = folder.checkpoints.map((other) => other.checkpoint)
+  throw new ServiceError(
+    'NOT_FOUND',
+    `run '${run}' has no checkpoint '${checkpoint}'; its ${known.length}: ${known.join(', ')}`,
+  )
 }
 
 /** What no step has been computed with yet of the groups that a connection gave. */

@@ -154,40 +154,32 @@ export class Keeper {
       held.delete(position)
       if (one) device.memory.release(one.tensor)
     }
-    try {
-      await rotated
-      const entries = entriesOf(tensors)
-      const { record: signature, locations } = device
-      const entry = await this.folder.write(
-        {
-          tags,
-          server: VERSION,
-          device: signature,
-          record,
-          entries,
-          locations,
-          file_bytes: config.checkpoint_file_bytes,
-        },
-        (position) => release(position - (entries.length - tensors.length)),
-      )
-      await this.#tidy(entry, config.checkpoints_kept)
-      const seconds = (performance.now() - started) / 1000
-      metrics.checkpoint_seconds.observe(seconds)
-      metrics.checkpoint_bytes_total.inc(entry.bytes)
-      log.info({
-        event: 'checkpoint_written',
-        run: record.run,
-        checkpoint: entry.checkpoint,
-        bytes: entry.bytes,
-        seconds,
-      })
-      return entry
-    } catch (error) {
-      metrics.checkpoint_failures_total.inc()
-      throw this.#failed(record.step, error)
-    } finally {
+    const releaseAll = () => {
       for (const position of [...held.keys()]) release(position)
     }
+    const entries = entriesOf(tensors)
+    const written = (position: number) => release(position - (entries.length - tensors.length))
+    const { record: signature, locations } = device
+    const file_bytes = config.checkpoint_file_bytes
+    const entry = await (rotated ?? Promise.resolve())
+      .then(() =>
+        this.folder.write(
+          { tags, server: VERSION, device: signature, record, entries, locations, file_bytes },
+          written,
+        ),
+      )
+      .catch((error) => {
+        metrics.checkpoint_failures_total.inc()
+        throw this.#failed(record.step, error)
+      })
+      .finally(releaseAll)
+    await this.#tidy(entry, config.checkpoints_kept)
+    const seconds = (performance.now() - started) / 1000
+    metrics.checkpoint_seconds.observe(seconds)
+    metrics.checkpoint_bytes_total.inc(entry.bytes)
+    const { checkpoint, bytes } = entry
+    log.info({ event: 'checkpoint_written', run: record.run, checkpoint, bytes, seconds })
+    return entry
   }
 
   // What is left over takes room and nothing else: the checkpoint is whole, and the next one tries again.

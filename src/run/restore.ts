@@ -4,15 +4,17 @@ import { errorText } from '../config.js'
 import type { Device } from '../device/device.js'
 import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
-import { parseAttentions } from '../optimizer/attention.js'
+import { type Attention, parseAttentions } from '../optimizer/attention.js'
 import { type Parameter, parseParameters } from '../optimizer/parameter.js'
+import { claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
 import type { StoredGradient, StoredStep } from '../store/journal-reader.js'
 import { type DeviceRecord, type Manifest, type RunRecord, UnreadableError } from '../store/manifest.js'
 import type { RunFolder } from '../store/run-folder.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
 import type { Declaration } from './declaration.js'
+import { nextDigest } from './digest.js'
 import { stateName } from './keeper.js'
-import { groupsOf, settingsOf } from './record.js'
+import { appliedOf, groupsOf, settingsOf } from './record.js'
 import type { Run } from './run.js'
 
 /** What a checkpoint's run was declared with. */
@@ -20,6 +22,26 @@ export function keptDeclaration(record: RunRecord): Declaration {
   const groups = groupsOf(record.groups)
   const parameters = parseParameters(record.parameters, groups)
   return { groups, parameters, attentions: parseAttentions(record.attentions, parameters) }
+}
+
+/** Holds a checkpoint's digest against what its last step was applied with. Throws UnreadableError with both. */
+export function checkDigest(
+  { run, step, digest, previous_digest, last, places }: RunRecord,
+  { parameters, attentions }: { parameters: readonly Parameter[]; attentions: readonly Attention[] },
+): void {
+  if (last === undefined) return
+  const { max_logits } = settingsOf(last).frame
+  const claims = claimsByParameter(attentions)
+  const records = parameters.map((parameter, i) => {
+    const { applied_step, last: applied } = places[i]
+    return {
+      applied: applied && applied_step === step ? appliedOf(applied) : undefined,
+      row_scale: rowScale(parameter, claims, max_logits),
+    }
+  })
+  const actual = nextDigest(previous_digest, step, records)
+  if (actual !== digest)
+    throw new UnreadableError(`step ${step} of run '${run}' has digest ${actual}, expected ${digest}`)
 }
 
 /** Whether what one device computed has other bits on another, and why, in words for a person. */

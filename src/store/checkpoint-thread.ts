@@ -194,13 +194,10 @@ async function rangesOf(path: string, { record, targets, left }: Wanted): Promis
 
 async function headerOf(path: string): Promise<Header> {
   const handle = await openToRead(path)
-  try {
-    return await readHeader(handle)
-  } catch (error) {
+  const header = readHeader(handle).catch((error) => {
     throw new UnreadableError(`${path}: ${errorText(error)}`)
-  } finally {
-    await handle.close()
-  }
+  })
+  return header.finally(() => handle.close())
 }
 
 /** Takes what a piece of a file has of each tensor to its memory. Pieces come in order: ranges that are done with are dropped. */

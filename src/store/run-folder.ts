@@ -213,7 +213,7 @@ export class RunFolder {
 
 /** The step of a checkpoint's id, and the number behind it, 0 for none. */
 function numbersOf(checkpoint: string): [step: number, number: number] {
-  const [, step, number = 0] = CHECKPOINT.exec(checkpoint) ?? []
+  const [step, number = 0] = checkpoint.slice('step-'.length).split('.')
   return [Number(step), Number(number)]
 }
 

@@ -96,6 +96,8 @@ t.test('a checkpoint that is not what was written is refused with its file; the 
       t.match(await next.expect('error'), { code: 'RUN_EXISTS' })
       if (!name.startsWith('a run.json')) {
         // An older checkpoint is still a way on, if one asks for it.
+        next.send({ type: 'open', protocol: 1, run: 'r', mode: 'resume', checkpoint: id(5) })
+        t.match(await next.expect('error'), { code: 'CHECKPOINT_UNREADABLE', message })
         t.match(await next.open({ run: 'r', mode: 'resume', checkpoint: id(0) }), { step: 0, resumed: true })
         t.same(known([await trainStep(next, 1)]), known(reference.slice(0, 1)))
       }

@@ -146,8 +146,12 @@ t.test('groups that a connection replaced hold after a restart, though no step h
   await fifth.close()
   const sixth = await RawClient.connect(last.url)
   t.match(await sixth.open({ run: 'r', mode: 'resume' }), { step: 3, groups: { sgd: { lr: 0.25 } } })
+  await trainStep(sixth, 4)
   await sixth.close()
-  await last.app.close()
+  const seventh = await restart(last, data, { durability: 'journal' })
+  await seventh.restored
+  t.match(seventh.runs.get('r').opened(true), { step: 4, groups: { sgd: { lr: 0.25 } } })
+  await seventh.app.close()
 })
 
 t.test('a run goes back to a checkpoint; what came after it is dropped', async (t) => {
@@ -191,7 +195,7 @@ t.test('a checkpoint to go back to that is not there or cannot be had changes no
   }
   await refused(
     { checkpoint: 'best' },
-    { code: 'NOT_FOUND', message: `run 'r' has no checkpoint 'best', there are ${id(0)}, ${id(5)}` },
+    { code: 'NOT_FOUND', message: `run 'r' has no checkpoint 'best'; its 2: ${id(0)}, ${id(5)}` },
   )
   await refused({ checkpoint: id(5), takeover: false }, { code: 'RUN_BUSY' })
   await refused(
@@ -213,6 +217,9 @@ t.test('a checkpoint to go back to that is not there or cannot be had changes no
       message: /state-00001-of-0000\d\.safetensors has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$/,
     },
   )
+  flip(stateFile(data), 300)
+  reseal(data, { previous_digest: '00'.repeat(32) })
+  await refused({ checkpoint: id(5) }, { code: 'CHECKPOINT_UNREADABLE', message: /step 5 of run 'r' has digest/ })
   t.equal(service.device.memory.bytes, memory)
   t.match(await trainStep(client, 7), { digest: reference[6]!.digest })
   await other.close()
