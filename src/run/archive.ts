@@ -48,17 +48,19 @@ export class Archive {
     return this.#shelf(name).keeper
   }
 
-  /** Gives a new run its folder, and a first checkpoint: from here on it is never lost without a word. */
+  /** Gives a new run its folder, and a first checkpoint: from here on it is never lost without a word. Notes that it was opened. */
   async create(run: Run): Promise<void> {
     const folder = await this.#means.data.create(run.name).catch((error) => {
       throw this.#failed(run.name, error)
     })
     try {
-      const keeper = await this.#adopt(run, folder, { run: run.name, epoch: 0 })
+      const keeper = this.#adopt(run, folder, { run: run.name, epoch: 0 })
+      await this.#openJournal(run, folder)
       await keeper.take()
+      await this.opened(run)
     } catch (error) {
-      // What is left of the folder is no run: it is written over, or removed at the next start.
       await this.#forget(run)
+      await folder.destroy().catch((again) => this.#warn('run_left_behind', run.name, again))
       throw this.#failed(run.name, error)
     }
   }
@@ -91,7 +93,7 @@ export class Archive {
       this.#stored.delete(name)
       return run
     } catch (error) {
-      const known = error instanceof UnreadableError ? unreadable(name, error) : error
+      const known = unreadable(name, error)
       this.#stored.set(name, errorText(known))
       throw known
     }
@@ -105,7 +107,7 @@ export class Archive {
       const manifest = await folder.manifest(entry)
       return await this.#read(run, folder, manifest)
     } catch (error) {
-      throw error instanceof UnreadableError ? unreadable(run.name, error) : error
+      throw unreadable(run.name, error)
     }
   }
 
@@ -116,21 +118,24 @@ export class Archive {
   }
 
   /** Puts a run where `kept` is, or leaves it where it is, and drops what came after that from the disk. */
-  async goBack(run: Run, kept?: Kept): Promise<void> {
+  goBack(run: Run, kept?: Kept): Promise<void> {
     const { keeper } = this.#shelf(run.name)
     const { folder } = keeper
-    await keeper.settled()
-    await run.journal?.close()
-    run.journal = undefined
-    const step = kept?.manifest.step ?? run.step
-    try {
-      await clearJournal(folder.journal)
-      await folder.removeAfter(step)
-      if (kept) this.#take(run, kept)
-      await this.#openJournal(run, folder)
-    } catch (error) {
-      throw this.#failed(run.name, error)
-    }
+    return keeper
+      .alone(async () => {
+        await run.journal?.close()
+        run.journal = undefined
+        const step = kept?.manifest.step ?? run.step
+        // Groups that were given later are of a history that is dropped.
+        await this.#identify(run, { replacement: undefined })
+        await clearJournal(folder.journal)
+        await folder.removeAfter(step)
+        if (kept) this.#take(run, kept)
+        await this.#openJournal(run, folder)
+      })
+      .catch((error) => {
+        throw this.#failed(run.name, error)
+      })
   }
 
   /** Takes a checkpoint of every run that has come further than its last one and is between two steps. */
@@ -201,8 +206,9 @@ export class Archive {
       this.#take(run, await this.#read(run, folder, manifest))
       const steps = withJournal ? await this.#replay(run, { folder, manifest }) : 0
       run.epoch = identity.epoch
-      replaceGroups(run, identity)
-      const keeper = await this.#adopt(run, folder, identity)
+      const keeper = this.#adopt(run, folder, withJournal ? replaceGroups(run, identity) : identity)
+      // Without, the journal has steps that are dropped only once nothing is refused any more.
+      if (withJournal) await this.#openJournal(run, folder)
       if (steps > 0 && !run.journal) await this.#leaveJournal(keeper)
       const seconds = (performance.now() - started) / 1000
       const { step, digest, note } = run
@@ -255,8 +261,7 @@ export class Archive {
     return steps.length
   }
 
-  async #adopt(run: Run, folder: RunFolder, identity: Identity): Promise<Keeper> {
-    await this.#openJournal(run, folder)
+  #adopt(run: Run, folder: RunFolder, identity: Identity): Keeper {
     const keeper = new Keeper(run, folder, this.#means)
     this.#shelves.set(run.name, { keeper, identity })
     return keeper
@@ -301,14 +306,25 @@ function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): Che
   )
 }
 
-/** What no step has been computed with yet of the groups that a connection gave. */
-function replaceGroups(run: Run, { replacement }: Identity): void {
-  if (replacement === undefined) return
+/**
+ * Replaces what no step has been computed with yet of the groups that a connection gave. Those that were given at another step are
+ * in the checkpoint, or of steps that are lost: they are answered no more.
+ */
+function replaceGroups(run: Run, { replacement, ...rest }: Identity): Identity {
+  if (replacement === undefined) return rest
   const { step, groups, later } = replacement
   if (step === run.step) run.schedule.replace(groupsOf(groups), true)
   if (later && (step === run.step || step + 1 === run.step)) run.schedule.replace(groupsOf(later), step < run.step)
+  return step === run.step || step + 1 === run.step ? { ...rest, replacement } : rest
 }
 
-function unreadable(name: string, error: UnreadableError): ServiceError {
-  return new ServiceError('CHECKPOINT_UNREADABLE', `run '${name}' cannot be restored: ${error.message}`)
+function unreadable(name: string, error: unknown): unknown {
+  const message = `run '${name}' cannot be restored: ${errorText(error)}`
+  if (error instanceof UnreadableError) return new ServiceError('CHECKPOINT_UNREADABLE', message)
+  return isFromSystem(error) ? new ServiceError('STORAGE_FAILED', message) : error
+}
+
+/** Whether the file system has refused something, as opposed to a file that is not what it should be. */
+function isFromSystem(error: unknown): boolean {
+  return error instanceof Error && 'syscall' in error
 }

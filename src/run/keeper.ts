@@ -30,7 +30,7 @@ export class Keeper {
   readonly folder: RunFolder
   readonly #run: Run
   readonly #means: KeeperMeans
-  #writing: Promise<CheckpointEntry> | undefined
+  #writing: Promise<unknown> | undefined
   /** Requests that wait for the end of a step. */
   #waiting = 0
   /** A checkpoint is to be taken as soon as none is being written. */
@@ -76,36 +76,37 @@ export class Keeper {
    * where a step has begun.
    */
   async begin(tag?: string): Promise<{ written: Promise<CheckpointEntry> }> {
-    while (this.#writing) await Promise.allSettled([this.#writing])
+    // Looked at again here, not in a function that is awaited: of several that wait only one finds it free.
+    while (this.#writing) await this.settled()
     const { newest } = this.folder
     if (newest && this.upToDate)
-      return { written: tag === undefined ? Promise.resolve(newest) : this.#tag(newest, tag) }
-    const { name, step, ahead } = this.#run
-    if (ahead.length > 0) {
+      return { written: tag === undefined ? Promise.resolve(newest) : this.#occupy(this.#tag(newest, tag)) }
+    const { name, step, begun } = this.#run
+    if (begun) {
       const message = `step ${step + 1} of run '${name}' has begun, a checkpoint is taken between two steps`
       throw new ServiceError('STEP_INCOMPLETE', message, { step: step + 1 })
     }
-    this.#writing = this.#write(tag === undefined ? [] : [tag]).finally(() => {
-      this.#writing = undefined
-    })
-    return { written: this.#writing }
+    return { written: this.#occupy(this.#write(tag === undefined ? [] : [tag])) }
+  }
+
+  /** Does something that no checkpoint may be taken beside. */
+  async alone(work: () => Promise<void>): Promise<void> {
+    while (this.#writing) await this.settled()
+    await this.#occupy(work())
   }
 
   /** Removes a checkpoint. Throws PARAMETER_INVALID for the newest one, from which the run goes on after a restart. */
-  async remove(entry: CheckpointEntry): Promise<void> {
-    await this.settled()
-    if (entry.checkpoint === this.folder.newest?.checkpoint) {
-      const message = `checkpoint '${entry.checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
-      throw new ServiceError('PARAMETER_INVALID', message)
-    }
-    try {
-      await this.folder.remove(entry)
-    } catch (error) {
-      throw new ServiceError(
-        'STORAGE_FAILED',
-        `checkpoint '${entry.checkpoint}' cannot be removed: ${errorText(error)}`,
-      )
-    }
+  remove(entry: CheckpointEntry): Promise<void> {
+    return this.alone(async () => {
+      const { checkpoint } = entry
+      if (checkpoint === this.folder.newest?.checkpoint) {
+        const message = `checkpoint '${checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
+        throw new ServiceError('PARAMETER_INVALID', message)
+      }
+      await this.folder.remove(entry).catch((error) => {
+        throw new ServiceError('STORAGE_FAILED', `checkpoint '${checkpoint}' cannot be removed: ${errorText(error)}`)
+      })
+    })
   }
 
   /** When nothing is being written. */
@@ -132,13 +133,29 @@ export class Keeper {
 
   #finished(): void {
     const { checkpoint_steps, journal_bytes } = this.#means.config
-    const { step, journal, name } = this.#run
+    const { step, journal } = this.#run
     this.#due ||= checkpoint_steps > 0 && step % checkpoint_steps === 0
     this.#due ||= journal !== undefined && journal.bytes > journal_bytes
-    if (this.#writing || !this.#due) return
+    this.#takeDue()
+  }
+
+  #takeDue(): void {
+    const { name, step, begun } = this.#run
+    if (this.#writing || !this.#due || begun) return
+    this.#due = false
     this.take().catch((error) => {
       this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: errorText(error) })
     })
+  }
+
+  /** Nothing else begins until `work` has ended. */
+  #occupy<T>(work: Promise<T>): Promise<T> {
+    const done = work.finally(() => {
+      this.#writing = undefined
+      this.#takeDue()
+    })
+    this.#writing = done
+    return done
   }
 
   async #write(tags: readonly string[]): Promise<CheckpointEntry> {

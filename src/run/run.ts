@@ -80,6 +80,8 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   #skipped: Place[] = []
   #seconds = { ...NO_SECONDS }
   #ticket: Ticket = { cancelled: false }
+  /** Whether the step in progress is on its way to the disk. */
+  #committing = false
   #inFlight = new Set<Promise<unknown>>()
 
   constructor(device: Device, options: RunOptions) {
@@ -119,6 +121,11 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   /** The indices that are applied for the step in progress already. */
   get ahead(): number[] {
     return this.#places.flatMap((place, index) => (place.appliedStep === this.step + 1 ? [index] : []))
+  }
+
+  /** Whether the step in progress is more than announced: it may have nothing but its end. */
+  get begun(): boolean {
+    return this.#committing || this.ahead.length > 0
   }
 
   /**
@@ -385,10 +392,15 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     const { step, digest } = receipt
     const applied = this.#places.filter((place) => place.appliedStep === step)
     const settings = settingsRecord(this.schedule.current)
-    await journal.commit(
-      { type: 'end', step, digest, skipped, settings, receipt },
-      applied.map(({ parameter }) => parameter.index),
-    )
+    this.#committing = true
+    await journal
+      .commit(
+        { type: 'end', step, digest, skipped, settings, receipt },
+        applied.map(({ parameter }) => parameter.index),
+      )
+      .finally(() => {
+        this.#committing = false
+      })
   }
 
   #track<T>(work: Promise<T>): Promise<T> {

@@ -1,5 +1,5 @@
 import { createHash, type Hash } from 'node:crypto'
-import { type FileHandle, mkdir, open } from 'node:fs/promises'
+import { type FileHandle, mkdir, open, rm } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { parentPort } from 'node:worker_threads'
 import { errorText } from '../config.js'
@@ -76,9 +76,26 @@ function accessTo(location: StateLocation): StateAccess {
   return access
 }
 
-async function write({ id, folder, locations, files, texts, manifest }: WriteRequest): Promise<Manifest> {
+async function write(request: WriteRequest): Promise<Manifest> {
+  const { folder } = request
   await mkdir(folder, { recursive: true })
-  await syncFolder(dirname(folder))
+  try {
+    await syncFolder(dirname(folder))
+    return await fill(request)
+  } catch (error) {
+    // On a full disk the next one needs the room. What cannot be removed either goes at the next start.
+    await Promise.allSettled([discard(folder)])
+    throw error
+  }
+}
+
+/** The manifest goes first: without it a checkpoint does not count, whatever a crash leaves of it. */
+async function discard(folder: string): Promise<void> {
+  await rm(join(folder, 'manifest.json'), { force: true })
+  await rm(folder, { recursive: true })
+}
+
+async function fill({ id, folder, locations, files, texts, manifest }: WriteRequest): Promise<Manifest> {
   const records: FileRecord[] = []
   let position = 0
   for (const { name, header, entries } of files) {

@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import { mkdir, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { errorText } from '../config.js'
@@ -193,7 +194,7 @@ export class RunFolder {
 
   /** Removes the run from the disk: after a crash it is there whole or not at all. */
   async destroy(): Promise<void> {
-    const doomed = join(dirname(this.path), `.deleted-${Date.now()}`)
+    const doomed = join(dirname(this.path), `.deleted-${randomUUID()}`)
     await rename(this.path, doomed)
     await syncFolder(dirname(this.path))
     await rm(doomed, { recursive: true })
