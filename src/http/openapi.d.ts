@@ -314,7 +314,7 @@ export interface paths {
         post?: never;
         /**
          * Delete a checkpoint
-         * @description The newest one is refused with REQUEST_INVALID, as the run goes on from it after a restart.
+         * @description The newest one is refused with PARAMETER_INVALID, as the run goes on from it after a restart.
          */
         delete: operations["deleteCheckpoint"];
         options?: never;

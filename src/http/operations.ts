@@ -7,11 +7,12 @@ import type { Metrics } from '../metrics.js'
 import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
+import { checkTag } from '../run/keeper.js'
 import type { Run } from '../run/run.js'
 import type { Runs } from '../run/runs.js'
 import type { CheckpointEntry } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
-import { findCheckpoint, takeCheckpoint } from './checkpoints.js'
+import { findCheckpoint } from './checkpoints.js'
 import type { Contract } from './docs.js'
 import { type Events, receiptBody } from './events.js'
 import type { components, operations } from './openapi.js'
@@ -98,7 +99,7 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
     listCheckpoints: ({ params }) => ({ checkpoints: runs.keeper(params.run).folder.checkpoints.map(checkpointBody) }),
     getCheckpoint: ({ params }) => checkpointBody(findCheckpoint(runs.keeper(params.run).folder, params)),
     createCheckpoint: async ({ params, body }, reply) => {
-      const entry = await takeCheckpoint(runs, params.run, body?.tag)
+      const entry = await runs.keeper(params.run).takeBetween(checkTag(body?.tag))
       return reply.code(201).send(checkpointBody(entry))
     },
     deleteCheckpoint: async ({ params }, reply) => {

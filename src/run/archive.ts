@@ -1,4 +1,5 @@
-import type { Config } from '../config.js'
+import assert from 'node:assert'
+import { type Config, errorText } from '../config.js'
 import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
 import type { DataFolder } from '../store/data-folder.js'
@@ -9,7 +10,7 @@ import type { CheckpointEntry, Identity, RunFolder } from '../store/run-folder.j
 import type { Declaration } from './declaration.js'
 import { Keeper, type KeeperMeans } from './keeper.js'
 import { groupRecords, groupsOf } from './record.js'
-import { differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
+import { checkDigest, differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
 import type { Run } from './run.js'
 import type { Groups } from './schedule.js'
 
@@ -60,7 +61,7 @@ export class Archive {
     } catch (error) {
       await this.#forget(run)
       await folder.destroy().catch((again) => this.#warn('run_left_behind', run.name, again))
-      throw error instanceof ServiceError ? error : this.#failed(run.name, error)
+      throw this.#failed(run.name, error)
     }
   }
 
@@ -93,7 +94,7 @@ export class Archive {
       return run
     } catch (error) {
       const known = unreadable(name, error)
-      this.#stored.set(name, known instanceof Error ? known.message : String(known))
+      this.#stored.set(name, errorText(known))
       throw known
     }
   }
@@ -120,17 +121,21 @@ export class Archive {
   goBack(run: Run, kept?: Kept): Promise<void> {
     const { keeper } = this.#shelf(run.name)
     const { folder } = keeper
-    return keeper.alone(async () => {
-      await run.journal?.close()
-      run.journal = undefined
-      const step = kept?.manifest.step ?? run.step
-      // Groups that were given later are of a history that is dropped.
-      await this.#identify(run, { replacement: undefined })
-      await clearJournal(folder.journal)
-      await folder.removeAfter(step)
-      if (kept) this.#take(run, kept)
-      await this.#openJournal(run, folder)
-    })
+    return keeper
+      .alone(async () => {
+        await run.journal?.close()
+        run.journal = undefined
+        const step = kept?.manifest.step ?? run.step
+        // Groups that were given later are of a history that is dropped.
+        await this.#identify(run, { replacement: undefined })
+        await clearJournal(folder.journal)
+        await folder.removeAfter(step)
+        if (kept) this.#take(run, kept)
+        await this.#openJournal(run, folder)
+      })
+      .catch((error) => {
+        throw this.#failed(run.name, error)
+      })
   }
 
   /** Takes a checkpoint of every run that has come further than its last one and is between two steps. */
@@ -178,8 +183,8 @@ export class Archive {
 
   #shelf(name: string): Shelf {
     const shelf = this.#shelves.get(name)
-    if (shelf) return shelf
-    throw new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'`)
+    assert(shelf, 'a run in memory has its folder')
+    return shelf
   }
 
   /** A folder without a checkpoint: its `open` was never answered, unless there are steps. */
@@ -225,8 +230,11 @@ export class Archive {
     }
   }
 
-  async #read({ parameters, grant: { units } }: Run, folder: RunFolder, manifest: Manifest): Promise<Kept> {
-    const tensors = await readTensors(this.#means.device, { folder, manifest }, { parameters, units })
+  /** Nothing is changed by it: what it gives has been held against every hash there is. */
+  async #read(run: Run, folder: RunFolder, manifest: Manifest): Promise<Kept> {
+    const { parameters, grant } = run
+    checkDigest(manifest, run)
+    const tensors = await readTensors(this.#means.device, { folder, manifest }, { parameters, units: grant.units })
     return { manifest, tensors, taken: false }
   }
 
@@ -278,11 +286,12 @@ export class Archive {
   }
 
   #failed(name: string, error: unknown): ServiceError {
-    return new ServiceError('STORAGE_FAILED', `the folder of run '${name}' cannot be written: ${text(error)}`)
+    if (error instanceof ServiceError) return error
+    return new ServiceError('STORAGE_FAILED', `the folder of run '${name}' cannot be written: ${errorText(error)}`)
   }
 
   #warn(event: string, run: string, error: unknown): void {
-    this.#means.log.warn({ event, run, reason: text(error) })
+    this.#means.log.warn({ event, run, reason: errorText(error) })
   }
 }
 
@@ -290,8 +299,11 @@ function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): Che
   const entry = folder.find(checkpoint)
   if (entry?.problem) throw new UnreadableError(entry.problem)
   if (entry) return entry
-  const known = folder.checkpoints.map((other) => other.checkpoint).join(', ')
-  throw new ServiceError('NOT_FOUND', `run '${run}' has no checkpoint '${checkpoint}', there are ${known || 'none'}`)
+  const known = folder.checkpoints.map((other) => other.checkpoint)
+  throw new ServiceError(
+    'NOT_FOUND',
+    `run '${run}' has no checkpoint '${checkpoint}'; its ${known.length}: ${known.join(', ')}`,
+  )
 }
 
 /**
@@ -307,7 +319,7 @@ function replaceGroups(run: Run, { replacement, ...rest }: Identity): Identity {
 }
 
 function unreadable(name: string, error: unknown): unknown {
-  const message = `run '${name}' cannot be restored: ${text(error)}`
+  const message = `run '${name}' cannot be restored: ${errorText(error)}`
   if (error instanceof UnreadableError) return new ServiceError('CHECKPOINT_UNREADABLE', message)
   return isFromSystem(error) ? new ServiceError('STORAGE_FAILED', message) : error
 }
@@ -315,8 +327,4 @@ function unreadable(name: string, error: unknown): unknown {
 /** Whether the file system has refused something, as opposed to a file that is not what it should be. */
 function isFromSystem(error: unknown): boolean {
   return error instanceof Error && 'syscall' in error
-}
-
-function text(error: unknown): string {
-  return error instanceof Error ? error.message : String(error)
 }

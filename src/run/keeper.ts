@@ -1,4 +1,5 @@
-import { type Config, VERSION } from '../config.js'
+import { once } from 'node:events'
+import { type Config, errorText, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
@@ -17,6 +18,10 @@ export type KeeperMeans = {
   config: Pick<Config, 'checkpoint_steps' | 'checkpoints_kept' | 'checkpoint_file_bytes' | 'journal_bytes'>
 }
 
+/** How many requests may wait for the step in progress to end, and how long. */
+export const MOST_WAITING = 8
+const BOUNDARY_MS = 30_000
+
 /**
  * Decides when a run's checkpoints are taken, and has them written while the next steps go on: the state is immutable, so a
  * checkpoint is a list of references. One at a time, so that at most one older state is held.
@@ -26,6 +31,8 @@ export class Keeper {
   readonly #run: Run
   readonly #means: KeeperMeans
   #writing: Promise<unknown> | undefined
+  /** Requests that wait for the end of a step. */
+  #waiting = 0
   /** A checkpoint is to be taken as soon as none is being written. */
   #due = false
 
@@ -48,12 +55,29 @@ export class Keeper {
   }
 
   /**
+   * Takes a checkpoint as `take` does, for somebody who does not know when steps end: of one that has begun the end is waited for.
+   * Throws STEP_INCOMPLETE where it does not come within BOUNDARY_MS, and OVERLOADED where MOST_WAITING wait already.
+   */
+  async takeBetween(tag?: string): Promise<CheckpointEntry> {
+    const signal = AbortSignal.timeout(BOUNDARY_MS)
+    for (;;) {
+      try {
+        return await this.take(tag)
+      } catch (error) {
+        if (!(error instanceof ServiceError) || error.code !== 'STEP_INCOMPLETE' || signal.aborted) throw error
+        await this.#receipt(signal)
+      }
+    }
+  }
+
+  /**
    * Begins a checkpoint of the last finished step. Call it between two steps; it resolves when the next one may begin, which is
    * at once unless an older checkpoint is still being written. `written` rejects with STORAGE_FAILED. Throws STEP_INCOMPLETE
    * where a step has begun.
    */
   async begin(tag?: string): Promise<{ written: Promise<CheckpointEntry> }> {
-    while (this.#writing) await Promise.allSettled([this.#writing])
+    // Looked at again here, not in a function that is awaited: of several that wait only one finds it free.
+    while (this.#writing) await this.settled()
     const { newest } = this.folder
     if (newest && this.upToDate)
       return { written: tag === undefined ? Promise.resolve(newest) : this.#occupy(this.#tag(newest, tag)) }
@@ -67,24 +91,44 @@ export class Keeper {
 
   /** Does something that no checkpoint may be taken beside. */
   async alone(work: () => Promise<void>): Promise<void> {
-    while (this.#writing) await Promise.allSettled([this.#writing])
+    while (this.#writing) await this.settled()
     await this.#occupy(work())
   }
 
   /** Removes a checkpoint. Throws PARAMETER_INVALID for the newest one, from which the run goes on after a restart. */
   remove(entry: CheckpointEntry): Promise<void> {
     return this.alone(async () => {
-      if (entry.checkpoint === this.folder.newest?.checkpoint) {
-        const message = `checkpoint '${entry.checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
+      const { checkpoint } = entry
+      if (checkpoint === this.folder.newest?.checkpoint) {
+        const message = `checkpoint '${checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
         throw new ServiceError('PARAMETER_INVALID', message)
       }
-      await this.folder.remove(entry)
+      await this.folder.remove(entry).catch((error) => {
+        throw new ServiceError('STORAGE_FAILED', `checkpoint '${checkpoint}' cannot be removed: ${errorText(error)}`)
+      })
     })
   }
 
   /** When nothing is being written. */
   async settled(): Promise<void> {
     while (this.#writing) await Promise.allSettled([this.#writing])
+  }
+
+  /** When the step in progress has ended, or the signal says that this takes too long. */
+  async #receipt(signal: AbortSignal): Promise<void> {
+    if (this.#waiting >= MOST_WAITING) {
+      throw new ServiceError(
+        'OVERLOADED',
+        `${this.#waiting} requests wait for a checkpoint, at most ${MOST_WAITING} may`,
+        {
+          retry_after_seconds: 1,
+        },
+      )
+    }
+    this.#waiting += 1
+    const ended = once(this.#run, 'receipt', { signal })
+    await Promise.allSettled([ended])
+    this.#waiting -= 1
   }
 
   #finished(): void {
@@ -100,7 +144,7 @@ export class Keeper {
     if (this.#writing || !this.#due || begun) return
     this.#due = false
     this.take().catch((error) => {
-      this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: String(error) })
+      this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: errorText(error) })
     })
   }
 
@@ -127,40 +171,32 @@ export class Keeper {
       held.delete(position)
       if (one) device.memory.release(one.tensor)
     }
-    try {
-      await rotated
-      const entries = entriesOf(tensors)
-      const { record: signature, locations } = device
-      const entry = await this.folder.write(
-        {
-          tags,
-          server: VERSION,
-          device: signature,
-          record,
-          entries,
-          locations,
-          file_bytes: config.checkpoint_file_bytes,
-        },
-        (position) => release(position - (entries.length - tensors.length)),
-      )
-      await this.#tidy(entry, config.checkpoints_kept)
-      const seconds = (performance.now() - started) / 1000
-      metrics.checkpoint_seconds.observe(seconds)
-      metrics.checkpoint_bytes_total.inc(entry.bytes)
-      log.info({
-        event: 'checkpoint_written',
-        run: record.run,
-        checkpoint: entry.checkpoint,
-        bytes: entry.bytes,
-        seconds,
-      })
-      return entry
-    } catch (error) {
-      metrics.checkpoint_failures_total.inc()
-      throw this.#failed(record.step, error)
-    } finally {
+    const releaseAll = () => {
       for (const position of [...held.keys()]) release(position)
     }
+    const entries = entriesOf(tensors)
+    const written = (position: number) => release(position - (entries.length - tensors.length))
+    const { record: signature, locations } = device
+    const file_bytes = config.checkpoint_file_bytes
+    const entry = await (rotated ?? Promise.resolve())
+      .then(() =>
+        this.folder.write(
+          { tags, server: VERSION, device: signature, record, entries, locations, file_bytes },
+          written,
+        ),
+      )
+      .catch((error) => {
+        metrics.checkpoint_failures_total.inc()
+        throw this.#failed(record.step, error)
+      })
+      .finally(releaseAll)
+    await this.#tidy(entry, config.checkpoints_kept)
+    const seconds = (performance.now() - started) / 1000
+    metrics.checkpoint_seconds.observe(seconds)
+    metrics.checkpoint_bytes_total.inc(entry.bytes)
+    const { checkpoint, bytes } = entry
+    log.info({ event: 'checkpoint_written', run: record.run, checkpoint, bytes, seconds })
+    return entry
   }
 
   // What is left over takes room and nothing else: the checkpoint is whole, and the next one tries again.
@@ -169,7 +205,7 @@ export class Keeper {
       await this.#run.journal?.drop(step)
       await this.folder.retain(kept)
     } catch (error) {
-      this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: String(error) })
+      this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: errorText(error) })
     }
   }
 
@@ -182,10 +218,9 @@ export class Keeper {
   }
 
   #failed(step: number, error: unknown): ServiceError {
-    const reason = error instanceof Error ? error.message : String(error)
     return new ServiceError(
       'STORAGE_FAILED',
-      `the checkpoint of run '${this.#run.name}' at step ${step} cannot be written: ${reason}`,
+      `the checkpoint of run '${this.#run.name}' at step ${step} cannot be written: ${errorText(error)}`,
       { step },
     )
   }

@@ -54,6 +54,6 @@ function tryLock(descriptor: number): boolean {
   if (flock(descriptor, EXCLUSIVE | WITHOUT_WAITING) === 0) return true
   const error = koffi.errno()
   if (error === constants.errno.EWOULDBLOCK) return false
-  /* c8 ignore next -- needs a file system without locks */
+  /* c8 ignore next 2 -- needs a file system without locks */
   throw new ConfigError(`the data folder cannot be locked: flock failed with error ${error}`)
 }
