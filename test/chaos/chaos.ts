@@ -71,9 +71,11 @@ async function main(): Promise<void> {
   const rows = found.map(({ row }) => row)
   const failures = found.flatMap(({ failures }) => failures)
   console.log(`\n${markdown(rows)}\n\nseed ${seed}, ${seconds} s`)
+  const sum = (key: 'count' | 'lost') => rows.reduce((total, row) => total + row[key], 0)
   const out = flags.out ?? (flags.quick || flags.only !== undefined ? undefined : RESULTS)
   if (out) write(out, { machine, seed, seconds, rows, failures })
   conclude(failures, folder)
+  console.log(`${sum('count') - sum('lost')} passed, ${sum('lost')} failed`)
 }
 
 function whole(text: string): number {
