@@ -50,9 +50,9 @@ class MaxLogits:
         """{attention: the largest logit of each query head} since the last step, as a ``step`` frame takes it."""
         return {name: largest.tolist() for name, largest in self._largest.items()}
 
-    def reset(self) -> None:
-        """A step was taken. The optimizer calls it."""
-        self._steps += 1
+    def reset(self, steps: int) -> None:
+        """So many steps were taken, and what is measured from now on is of the next one. The optimizer calls it."""
+        self._steps = steps
         self._largest.clear()
 
     def all_reduce(self, group: Any = None) -> None:
