@@ -23,6 +23,7 @@ from .grouping import complete_group, resolve_groups
 from .hyperparameters import changes
 from .kept import Shelf
 from .opening import new_run_name, open_slots
+from .preset import with_preset
 from .progress import Progress
 from .restoring import go_back, import_into, is_at, open_at, require_place
 from .settings import Options, Settings, settings
@@ -37,8 +38,8 @@ Params = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[
 class Optimizer(torch.optim.Optimizer):
     """Any algorithm of the service, one for each group; all groups are one run.
 
-    ``params``: ``model.named_parameters()`` with ``groups=`` (maps of ``parameters``: names or patterns, ``algorithm``,
-    ``name`` and hyperparameters, or ``muond.torch.suggest(model)``), or param_groups of torch with an ``algorithm`` each.
+    ``params``: ``model.named_parameters()`` with ``groups=`` (maps of ``parameters``: names or patterns, ``algorithm`` or
+    ``preset``, ``name`` and hyperparameters, or ``muond.torch.suggest(model)``), or param_groups of torch with those keys.
     The other keywords are those of ``muond.torch.settings.Settings``.
 
     The run is opened with the first step (or by ``open()``), so that parameters can be moved and groups added before it.
@@ -61,6 +62,7 @@ class Optimizer(torch.optim.Optimizer):
         self._streaming: Streaming | None = None
         self._opening = threading.RLock()
         self._shelf = Shelf(given.keep_last)
+        self._known_presets: Mapping[str, Any] | None = None
         self._begun_with: dict[str, dict[str, Any]] = {}
         self._progress = Progress(self._run_name) if given.progress else None
         self.receipt: Receipt | None = None
@@ -153,7 +155,16 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"run '{self._run_name}' is open, and its parameters are fixed: list them all at first (frozen ones may be among them)"
             )
+        if param_group.get("preset") is not None:
+            param_group = with_preset(param_group, self._presets())
         super().add_param_group(complete_group(param_group, self.defaults))
+
+    def _presets(self) -> Mapping[str, Any]:
+        if self._known_presets is None:
+            # Not tried again, like the first connection: a wrong address should be heard of at once.
+            with Rest(self._address) as rest:
+                self._known_presets = rest.capabilities()["presets"]
+        return self._known_presets
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._give_up_half_step()
