@@ -167,6 +167,19 @@ def test_ranks_take_the_maximum_of_all(tmp_path: Any) -> None:
         dist.destroy_process_group()
 
 
+def test_a_reading_is_of_its_moment() -> None:
+    q, k, _ = tensors()
+    max_logits = MaxLogits()
+    assert max_logits.reading() is None
+    max_logits.record("a", q, k)
+    reading = max_logits.reading()
+    before = max_logits.values()
+    max_logits.record("a", 2 * q, k)
+    max_logits.reset(1)
+    assert reading is not None
+    assert reading() == before
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_qk_clip_holds_the_logits_of_a_gpt(shared: Service, name: str, overlap: bool) -> None:
     model = gpt(layers=1)

@@ -49,8 +49,9 @@ class Exchange(Listener):
         is delivered afterwards and ``fields.refused`` names them all.
         """
         self._connection.listen(self)
-        if self._step.frame is not None:
-            self._connection.send(self._step.frame)
+        frame = self._step.frame()
+        if frame is not None:
+            self._connection.send(frame)
         sent = 0
         while gradients := self._next(sent):
             self._send_gradients(gradients)

@@ -237,7 +237,7 @@ class Optimizer(torch.optim.Optimizer):
         run.begin(
             groups=self._begun_with or None,
             gradient_scale=-1.0 if True in maximize else None,
-            max_logits=(max_logits.values() or None) if max_logits is not None else None,
+            max_logits=None if max_logits is None else max_logits.reading(),
             skip_refused=True,
         )
 
