@@ -275,7 +275,7 @@ def _step_time(checks: Checks, device: torch.device, url: str) -> None:
             overlap=overlap,
             steps=5,
             tokens=(4, 513),
-            muon={"lr": 1e-3},
+            algorithm="muon",
         )
         checks.note(
             name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from muond.torch import Optimizer, suggest
@@ -17,6 +16,7 @@ from gpt import Gpt, gpt
 class StepTime:
     """Seconds of the median step; ``backward`` and ``step`` are parts of ``whole``. ``all`` has every step's ``whole``."""
 
+    algorithm: str
     overlap: bool
     parameters: int
     whole: float
@@ -26,21 +26,17 @@ class StepTime:
 
 
 def step_times(
-    device: torch.device,
-    url: str,
-    run: str,
-    *,
-    overlap: bool,
-    steps: int,
-    tokens: tuple[int, int],
-    muon: dict[str, Any],
+    device: torch.device, url: str, run: str, *, algorithm: str, overlap: bool, steps: int, tokens: tuple[int, int]
 ) -> StepTime:
-    """GPT-2 with 124 million parameters in float32, forward in bfloat16; the first step, which allocates, does not count."""
+    """GPT-2 with 124 million parameters in float32, forward in bfloat16; the first step, which allocates, does not count.
+
+    ``algorithm``: ``muon`` (for the matrices, AdamW for the rest) or ``adamw`` (for all). ``tokens``: batch and length.
+    """
     torch.manual_seed(0)
     model: Gpt = gpt(device)
     batch = torch.randint(50257, tokens, generator=torch.Generator().manual_seed(1)).to(device)
     times: list[tuple[float, float, float]] = []
-    groups = suggest(model, muon=muon, adamw={"lr": 1e-4}, quiet=True)
+    groups = suggest(model, muon={"algorithm": algorithm, "lr": 1e-4}, adamw={"lr": 1e-4}, quiet=True)
     with Optimizer(model.named_parameters(), groups, url=url, run=run, overlap=overlap) as optimizer:
         for _ in range(steps + 1):
             optimizer.zero_grad()
@@ -53,10 +49,10 @@ def step_times(
             optimizer.step()
             ended = _now(device)
             times.append((ended - began, backward - forward, ended - backward))
-        optimizer.close(delete=True)
+        optimizer.close(delete=True)  # its state is as large as the model, twice
     whole, back, step = (statistics.median(column) for column in zip(*times[1:], strict=True))
     count = sum(parameter.numel() for parameter in model.parameters())
-    return StepTime(overlap, count, whole, back, step, tuple(time[0] for time in times[1:]))
+    return StepTime(algorithm, overlap, count, whole, back, step, tuple(time[0] for time in times[1:]))
 
 
 def _now(device: torch.device) -> float:
