@@ -15,8 +15,7 @@ from torch import nn
 from muond import MuondError
 from muond.rest import Rest
 from muond.torch import MaxLogits, MuonClip
-from service import Service
-from test_durability import damage
+from service import Service, damage
 
 
 @pytest.mark.parametrize("overlap", [False, True])
