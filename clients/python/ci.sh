@@ -16,8 +16,8 @@ failed=0
 check() {
   if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 }
-check "$venv/bin/ruff" check .
-check "$venv/bin/ruff" format --check .
+check "$venv/bin/ruff" check . ../../bench/python
+check "$venv/bin/ruff" format --check . ../../bench/python
 check "$venv/bin/mypy"
 
 log=$(mktemp)

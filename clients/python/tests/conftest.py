@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -36,6 +37,12 @@ def start() -> Iterator[Callable[..., Service]]:
     yield begin
     for service in services:
         service.stop()
+
+
+@pytest.fixture
+def durable(start: Callable[..., Service], tmp_path: Path) -> Callable[..., Service]:
+    """Starts a service that keeps its runs in the test's own folder."""
+    return lambda *flags: start("--data", str(tmp_path), *flags)
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -126,10 +127,17 @@ class Peer:
 
 
 class Web:
-    """A web server that answers every request alike, and keeps what it was asked."""
+    """A web server that answers every request alike, after those of `before`, and keeps what it was asked."""
 
-    def __init__(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        before: Sequence[tuple[int, bytes, dict[str, str]]] = (),
+    ) -> None:
         self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
+        answers = itertools.chain(before, itertools.repeat((status, body, headers or {})))
         web = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -138,11 +146,13 @@ class Web:
             def do_GET(self) -> None:
                 length = int(self.headers.get("content-length", 0))
                 web.requests.append((self.command, self.path, dict(self.headers), self.rfile.read(length)))
+                status, body, headers = next(answers)
                 self.send_response(status)
-                for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                for key, value in {"Content-Length": str(len(body)), **headers}.items():
                     self.send_header(key, value)
                 self.end_headers()
                 self.wfile.write(body)
+                self.close_connection = "Content-Length" in headers
 
             do_PUT = do_DELETE = do_GET  # noqa: N815
 

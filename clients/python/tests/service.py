@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import subprocess
 import threading
@@ -28,6 +29,7 @@ class Service:
     """`node dist/src/server.js` on the CPU with one lane. Its log is read, so that it never waits for a full pipe."""
 
     def __init__(self, *flags: str, port: int = 0) -> None:
+        self._flags = flags
         fixed = ("--device", "cpu", "--lanes", "1", "--threads", "1", "--port", str(port))
         self.process = subprocess.Popen(["node", str(SERVER), *fixed, *flags], stdout=subprocess.PIPE, text=True)
         self.events: list[dict[str, object]] = []
@@ -51,6 +53,14 @@ class Service:
         """As a machine that loses power: no draining, no close frames."""
         self.process.kill()
         self._ended()
+
+    def restart(self) -> None:
+        """The same service on the same port, with whatever it has on the disk."""
+        self.__init__(*self._flags, port=self.port)  # type: ignore[misc]
+
+    def kill_and_restart(self) -> None:
+        self.kill()
+        self.restart()
 
     def stop(self) -> None:
         self.process.terminate()
@@ -78,11 +88,28 @@ class Service:
             self._changed.notify_all()
 
 
-class Proxy:
-    """Cuts its n-th connection dead after `budgets[n]` bytes, counted over both directions; those beyond the list live on."""
+def limit_file_size(service: Service, size: int) -> None:
+    """What a full disk is to the service: no file of it grows beyond so many bytes; -1 is as many as it likes."""
+    resource.prlimit(service.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
-    def __init__(self, port: int, budgets: Sequence[int] = ()) -> None:
+
+def damage(data: Path, run: str, checkpoint: str) -> None:
+    """Turns one bit of the tensors of a checkpoint."""
+    [file] = (data / "runs" / run / "checkpoints" / checkpoint).glob("*.safetensors")
+    body = bytearray(file.read_bytes())
+    body[-1] ^= 1
+    file.write_bytes(body)
+
+
+class Proxy:
+    """Cuts its n-th connection dead after `budgets[n]` bytes, counted over both directions; those beyond the list live on.
+
+    `spent` is called when a budget is used up, before the connection is cut.
+    """
+
+    def __init__(self, port: int, budgets: Sequence[int] = (), spent: Callable[[], None] = lambda: None) -> None:
         self._target = port
+        self._spent = spent
         self._budgets = budgets
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -122,11 +149,14 @@ class Proxy:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 with lock:
-                    count = max(0, min(len(data), left[0]))
+                    before = left[0]
+                    count = max(0, min(len(data), before))
                     left[0] -= len(data)
                     self.relayed += count
                 target.sendall(data[:count])
                 if left[0] <= 0:
+                    if before > 0:
+                        self._spent()
                     break
         _destroy((source, target))
 

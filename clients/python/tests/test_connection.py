@@ -186,7 +186,7 @@ def test_a_send_into_a_broken_connection_raises_the_reason_that_the_service_gave
 
         def send_for_ever() -> None:
             while True:
-                connection.send_data({"type": "gradient"}, large)
+                connection.send_data([({"type": "gradient"}, large)])
 
         with pytest.raises(MuondError) as caught:
             send_for_ever()

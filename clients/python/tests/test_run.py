@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -202,6 +203,42 @@ def test_qk_clip_brings_the_logits_back_to_the_threshold(shared: Service, name: 
     assert receipt.clipped_heads == {"h": 2}
     assert receipt.max_logit == pytest.approx(before.max())
     np.testing.assert_allclose(largest(), [2, 2], rtol=1e-5)
+
+
+def test_logits_that_are_still_on_their_way_are_waited_for_by_the_thread_that_sends(shared: Service, name: str) -> None:
+    weights = np.eye(4, dtype=np.float32)
+    attention = {"name": "h", "threshold": 2, "query_heads": 1, "head_dim": 2, "query": {"parameter": 0}}
+    attention["key"] = {"parameter": 0, "first_row": 2}
+    arrived = threading.Event()
+    threads = []
+
+    def logits() -> dict[str, list[float]]:
+        assert arrived.wait(60)
+        threads.append(threading.current_thread())
+        return {"h": [8.0]}
+
+    with muond.open_run(
+        shared.url, run=name, groups=SGD, parameters=[Parameter("qk", "all", weights)], attentions=[attention]
+    ) as run:
+        run.begin(max_logits=logits)
+        run.gradient(0, np.zeros((4, 4), np.float32))
+        arrived.set()
+        assert run.end().clipped_heads == {"h": 1}
+    assert threading.current_thread() not in threads
+    np.testing.assert_allclose(weights, np.eye(4) / 2, rtol=1e-6)
+
+
+def test_logits_that_cannot_be_had_end_the_step(shared: Service, name: str) -> None:
+    def logits() -> dict[str, list[float]]:
+        raise RuntimeError("the GPU is gone")
+
+    weights, ones = np.zeros(4, np.float32), np.ones(4, np.float32)
+    with sgd(shared.url, name, weights) as run:
+        run.begin(max_logits=logits)
+        run.gradient(0, ones)
+        with pytest.raises(RuntimeError, match="the GPU is gone"):
+            run.end()
+        assert run.step([ones]).step == 1
 
 
 def test_a_gradient_that_is_not_finite_is_refused_and_the_step_can_be_taken_again(shared: Service, name: str) -> None:

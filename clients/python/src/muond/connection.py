@@ -6,13 +6,13 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .error import MuondError
 from .transport.address import Endpoint
 from .transport.receiver import Closed, Receiver
-from .transport.sender import Sender
+from .transport.sender import Message, Sender
 from .transport.upgrade import dial
 from .wire.frame import Frame, frame_error
 from .wire.msgpack import encode, encode_head
@@ -86,11 +86,11 @@ class Connection:
 
     def send(self, frame: Mapping[str, Any]) -> None:
         """Sends a frame; raises the reason once the connection is over."""
-        self._send(encode(frame), None)
+        self._send([(encode(frame), memoryview(b""))])
 
-    def send_data(self, frame: Mapping[str, Any], data: memoryview) -> None:
-        """As ``send``, for a frame whose last key is ``data``: bytes that are sent from where they lie."""
-        self._send(encode_head(frame, len(data)), data)
+    def send_data(self, frames: Sequence[tuple[Mapping[str, Any], memoryview]]) -> None:
+        """As ``send``, for frames whose last key is ``data``: bytes sent from where they lie, many frames in few system calls."""
+        self._send([(encode_head(frame, len(data)), data) for frame, data in frames])
 
     def fail(self, reason: BaseException) -> None:
         """Ends the connection at once, for this reason unless it already has one, and waits until nothing is received any more.
@@ -115,11 +115,11 @@ class Connection:
         """A forked child has the same socket and none of the threads: what it said or shut would end its parent's connection."""
         return os.getpid() != self._process
 
-    def _send(self, head: bytes, payload: memoryview | None) -> None:
+    def _send(self, messages: Sequence[Message]) -> None:
         if self._reason is not None:
             raise self._reason
         try:
-            self._sender.message(head, payload)
+            self._sender.messages(messages)
         except OSError as error:
             # The receiving thread may be about to read why: an error frame, then the close.
             self._thread.join(_CLOSE_SECONDS)

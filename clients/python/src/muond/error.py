@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Whether the same request may succeed later, for what the client itself finds. An error frame says it for itself.
-_RETRYABLE = {"CONNECTION_LOST", "RUN_BUSY", "OVERLOADED", "DRAINING", "DEVICE_FAILED"}
+_RETRYABLE = {
+    *("CONNECTION_LOST", "RUN_BUSY", "OVERLOADED", "DRAINING", "RESTORING", "DEVICE_FAILED", "STORAGE_FAILED"),
+}
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,19 @@ import http.client
 import json
 import ssl
 import struct
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 
 from .error import MuondError
+from .steps.attempts import Attempts
+from .steps.backoff import Backoff
 from .transport.address import Endpoint
 from .transport.upgrade import problem_error
 from .wire.safetensors import HEADER_BYTES, read_header, write_header
@@ -23,6 +26,8 @@ from .wire.safetensors import HEADER_BYTES, read_header, write_header
 # A state of gigabytes is read and written by the service before it answers.
 TIMEOUT_SECONDS = 600.0
 _SMALL_BYTES = 1 << 26
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,16 @@ class Tensor:
 
 
 class Rest:
-    """One HTTP connection, kept between requests; use it in a ``with``. Every method raises MuondError."""
+    """One HTTP connection, kept between requests; use it in a ``with``. Every method raises MuondError.
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    A request that failed is made again as long as that is worth it, ``retries`` times: a service that restarts answers
+    RESTORING until it has the run.
+    """
+
+    def __init__(self, endpoint: Endpoint, retries: int = 0, backoff: Backoff | None = None) -> None:
         self._endpoint = endpoint
+        self._retries = retries
+        self._backoff = backoff or Backoff()
         self._headers = {
             **endpoint.headers,
             **({"Authorization": f"Bearer {endpoint.token}"} if endpoint.token else {}),
@@ -70,23 +81,12 @@ class Rest:
 
     def delete(self, run: str) -> None:
         """Deletes a run and its state."""
-        self._request("DELETE", f"/v1/runs/{quote(run, safe='')}").read()
+        self._again(lambda: self._request("DELETE", f"/v1/runs/{quote(run, safe='')}").read())
 
     def parameter_state(self, run: str, index: int) -> tuple[list[Tensor], dict[str, str]]:
         """The state tensors of one parameter, and what the service says of their form."""
         path = f"/v1/runs/{quote(run, safe='')}/parameters/{index}/state"
-        response = self._request("GET", path)
-        try:
-            (length,) = struct.unpack("<Q", _exactly(response, 8).data)
-            if length > HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")  # noqa: TRY301
-            described, metadata = read_header(_exactly(response, length).tobytes())
-            tensors = [Tensor(d.name, d.dtype, d.shape, _exactly(response, d.end - d.begin)) for d in described]
-        except (ValueError, OSError, http.client.HTTPException) as error:
-            self._connection.close()
-            raise MuondError("FRAME_MALFORMED", f"GET {path} sent what is no safetensors body: {error}") from error
-        response.read()
-        return tensors, metadata
+        return self._again(lambda: self._safetensors(path))
 
     def import_state(self, run: str, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
         """Replaces the whole state of a run."""
@@ -98,14 +98,48 @@ class Rest:
                 yield tensor.data.data
 
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(len(head) + length)}
-        self._request("PUT", f"/v1/runs/{quote(run, safe='')}/state", body(), headers).read()
+        path = f"/v1/runs/{quote(run, safe='')}/state"
+        self._again(lambda: self._request("PUT", path, body(), headers).read())
 
     def _json(self, method: str, path: str) -> dict[str, Any]:
-        body = self._request(method, path).read(_SMALL_BYTES)
-        answer = json.loads(body)
+        body = self._again(lambda: _whole(self._request(method, path)))
+        try:
+            answer = json.loads(body)
+        except ValueError as error:
+            raise MuondError("FRAME_MALFORMED", f"{method} {path} sent what is no JSON: {error}") from error
         if not isinstance(answer, dict):
             raise MuondError("FRAME_MALFORMED", f"{method} {path} answered with a {type(answer).__name__}")
         return answer
+
+    def _safetensors(self, path: str) -> tuple[list[Tensor], dict[str, str]]:
+        response = self._request("GET", path)
+        try:
+            (length,) = struct.unpack("<Q", _exactly(response, 8).data)
+            if length > HEADER_BYTES:
+                raise ValueError(f"a header of {length} bytes")  # noqa: TRY301
+            described, metadata = read_header(_exactly(response, length).tobytes())
+            tensors = [Tensor(d.name, d.dtype, d.shape, _exactly(response, d.end - d.begin)) for d in described]
+        except ValueError as error:
+            raise MuondError("FRAME_MALFORMED", f"GET {path} sent what is no safetensors body: {error}") from error
+        response.read()
+        return tensors, metadata
+
+    def _again(self, request: Callable[[], T]) -> T:
+        attempts = Attempts(self._retries, self._backoff)
+        while True:
+            try:
+                return request()
+            except (OSError, http.client.HTTPException) as error:
+                failure = MuondError("CONNECTION_LOST", f"an answer of {self._endpoint.authority} was cut off: {error}")
+                failure.__cause__ = error
+            except MuondError as error:
+                failure = error
+            # What is left of an answer must not be taken for the beginning of the next.
+            self._connection.close()
+            wait = attempts.wait_after(failure)
+            if wait is None:
+                raise failure
+            time.sleep(wait)
 
     def _request(
         self,
@@ -118,7 +152,6 @@ class Rest:
             self._connection.request(method, path, body, {**self._headers, **(headers or {})})
             response = self._connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
             raise MuondError(
                 "CONNECTION_LOST", f"{method} {path} at {self._endpoint.authority} failed: {error}"
             ) from error
@@ -128,12 +161,21 @@ class Rest:
         return response
 
 
+def _whole(response: http.client.HTTPResponse) -> bytes:
+    body = response.read(_SMALL_BYTES)
+    if response.length:
+        raise ConnectionError(f"the body ends {response.length} bytes early, or has more than {_SMALL_BYTES}")
+    return body
+
+
 def _exactly(response: http.client.HTTPResponse, count: int) -> npt.NDArray[np.uint8]:
     data = np.empty(count, np.uint8)
     view = data.data
     while len(view) > 0:
         received = response.readinto(view)
         if received == 0:
-            raise ValueError(f"the body ends {len(view)} bytes early")
+            missing = f"the body ends {len(view)} bytes early"
+            # Less than the answer's own length came: it was cut off, which is not the service's word.
+            raise ConnectionError(missing) if response.length else ValueError(missing)
         view = view[received:]
     return data

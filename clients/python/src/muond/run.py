@@ -21,7 +21,7 @@ from .steps.exchange import Taken
 from .steps.gradient import bytes_of
 from .steps.interrupt import interrupt_later
 from .steps.parameter import Bound, bind, check_bytes
-from .steps.step import Gradient, Step
+from .steps.step import Gradient, MaxLogits, Step
 from .steps.updates import Bytes, Memory, Update, Updates
 from .steps.writer import RETRIES, Failed, Host, Writer
 from .transport.address import Endpoint, endpoint
@@ -177,7 +177,7 @@ class Run:
         skipped: Iterable[Key] = (),
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         gradient_scale: float | None = None,
-        max_logits: Mapping[str, Sequence[float]] | None = None,
+        max_logits: MaxLogits | None = None,
         skip_refused: bool = False,
     ) -> Receipt:
         """Takes one step: sends every gradient and applies every update.
@@ -206,11 +206,12 @@ class Run:
         *,
         groups: Mapping[str, Mapping[str, Any]] | None = None,
         gradient_scale: float | None = None,
-        max_logits: Mapping[str, Sequence[float]] | None = None,
+        max_logits: MaxLogits | Callable[[], MaxLogits] | None = None,
         skip_refused: bool = False,
     ) -> None:
         """Begins a step whose gradients come one by one; only needed to give it options.
 
+        ``max_logits`` may be a function that returns them once they are there; another thread calls it.
         ``skip_refused``: the step is ended without the gradients that the service refuses, and its receipt names them.
         Raises MuondError STEP_CONFLICT if one has begun.
         """
@@ -295,13 +296,13 @@ class Run:
         self,
         groups: Mapping[str, Mapping[str, Any]] | None,
         gradient_scale: float | None,
-        max_logits: Mapping[str, Sequence[float]] | None,
+        max_logits: MaxLogits | Callable[[], MaxLogits] | None,
         *,
         skip_refused: bool,
     ) -> Step:
         self._require_idle()
-        options = {"groups": groups, "gradient_scale": gradient_scale, "max_logits": max_logits}
-        return Step(self.step_count + 1, options, skip_refused=skip_refused)
+        options = {"groups": groups, "gradient_scale": gradient_scale}
+        return Step(self.step_count + 1, options, max_logits, skip_refused=skip_refused)
 
     def _require_idle(self) -> None:
         if os.getpid() != self._process:  # pragma: no cover - in a forked child, which is not measured

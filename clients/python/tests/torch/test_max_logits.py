@@ -107,7 +107,7 @@ def test_the_maximum_is_over_all_passes_until_the_step_and_not_over_validation()
     with torch.no_grad():
         max_logits.record("a", q * 100, k)
     assert max_logits.values()["a"] == pytest.approx(expected(2 * q, k), rel=1e-5)
-    max_logits.reset()
+    max_logits.reset(1)
     assert max_logits.values() == {}
 
 
@@ -115,10 +115,10 @@ def test_it_may_measure_every_few_steps_only() -> None:
     q, k, _ = tensors()
     max_logits = MaxLogits(every=3)
     measured = []
-    for _ in range(7):
+    for step in range(1, 8):
         max_logits.record("a", q, k)
         measured.append("a" in max_logits.values())
-        max_logits.reset()
+        max_logits.reset(step)
     assert measured == [True, False, False, True, False, False, True]
     with pytest.raises(ValueError, match="every is 0"):
         MaxLogits(every=0)
@@ -136,7 +136,7 @@ def test_modules_are_watched_as_they_are() -> None:
     # Outside of the module, and after one that failed inside, nothing is recorded.
     with pytest.raises(RuntimeError):
         attention(torch.randn(2, 5, 7))
-    max_logits.reset()
+    max_logits.reset(1)
     F.scaled_dot_product_attention(q, k, v)
     assert max_logits.values() == {}
     attended.sum().backward()  # type: ignore[no-untyped-call]
@@ -165,6 +165,19 @@ def test_ranks_take_the_maximum_of_all(tmp_path: Any) -> None:
         assert max_logits.values()["a"] == pytest.approx(expected(q, k), rel=1e-5)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_reading_is_of_its_moment() -> None:
+    q, k, _ = tensors()
+    max_logits = MaxLogits()
+    assert max_logits.reading() is None
+    max_logits.record("a", q, k)
+    reading = max_logits.reading()
+    before = max_logits.values()
+    max_logits.record("a", 2 * q, k)
+    max_logits.reset(1)
+    assert reading is not None
+    assert reading() == before
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -330,8 +330,8 @@ def test_qk_clip_takes_attentions_by_parameter_or_name(shared: Service, name: st
     attentions = [{"name": "a", "query_heads": 2, "head_dim": 2, "threshold": 4, "query": query, "key": ("key", 4)}]
 
     class Logits(muond.MaxLogits):
-        def values(self) -> dict[str, list[float]]:
-            return {"a": [16.0, 1.0]}
+        def reading(self) -> Callable[[], dict[str, list[float]]]:
+            return lambda: {"a": [16.0, 1.0]}
 
     with MuonClip(
         [("query", query), ("key", key)],
@@ -364,8 +364,8 @@ def test_rows_of_experts_side_by_side_can_be_clipped(shared: Service, name: str)
     ]
 
     class Logits(muond.MaxLogits):
-        def values(self) -> dict[str, list[float]]:
-            return {"a": [4.0]}
+        def reading(self) -> Callable[[], dict[str, list[float]]]:
+            return lambda: {"a": [4.0]}
 
     groups = [{"parameters": ["w"], "algorithm": "sgd", "name": "g"}]
     with (

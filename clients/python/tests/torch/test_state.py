@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import distance, matrices, net, train
+from models import distance, matrices, net, saved_and_loaded, train
 
 from muond import MuondError
 from muond.rest import Rest, Tensor
@@ -29,15 +28,6 @@ EXACT: Any = {"gradient_dtype": "float32", "update_dtype": "float32"}
 
 def adamw(model: torch.nn.Module, service: Service, name: str | None, **options: Any) -> AdamW:
     return AdamW(model.named_parameters(), lr=1e-2, url=service.url, run=name, **{**EXACT, **options})
-
-
-def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
-    """As a trainer keeps it: torch.save, and torch.load that trusts nobody."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded: dict[str, Any] = torch.load(file, weights_only=True)
-    return loaded
 
 
 def test_before_the_first_step_there_is_no_state(shared: Service, name: str) -> None:
@@ -276,6 +266,8 @@ def test_a_rest_service_that_is_gone_or_says_nonsense(start: Callable[..., Servi
         Rest(endpoint(web.url)) as rest,
         pytest.raises(MuondError, match="answered with a list"),
     ):
+        rest.capabilities()
+    with Web(200, b"{") as web, Rest(endpoint(web.url)) as rest, pytest.raises(MuondError, match="is no JSON"):
         rest.capabilities()
     with (
         Web(500, b"oops") as web,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from typing import Any
 
@@ -11,30 +12,17 @@ import torch
 from models import gpt, net, train
 from torch import nn
 
+from muond import MuondError
 from muond.torch import Optimizer, suggest
-from muond.torch.routing import NameRule, route_all
+from muond.torch.routing import NAME_RULES, NameRule, route_all
 from service import ROOT, Service, build
 
 PARAMETERS: list[tuple[str, tuple[int, ...]]] = [
-    ("model.embed_tokens.weight", (1000, 64)),
-    ("transformer.wte.weight", (1000, 64)),
-    ("wpe", (128, 64)),
     ("patch_embed.proj.weight", (64, 3, 16, 16)),
-    ("h.0.attn.qkv.weight", (192, 64)),
+    ("wpe", (128, 64)),
     ("h.0.attn.qkv.bias", (192,)),
-    ("h.0.attention.output.weight", (64, 64)),
-    ("output.weight", (1000, 64)),
-    ("model.fc.weight", (10, 64)),
-    ("block.fc.weight", (256, 64)),
-    ("lm_head.weight", (1000, 64)),
-    ("heads.3.weight", (10, 64)),
-    ("classifier.bias", (10,)),
-    ("score.weight", (2, 64)),
-    ("ln_f.weight", (64,)),
-    ("layers.0.input_layernorm.weight", (64,)),
-    ("q_norm.weight", (64, 2)),
     ("bn1.weight", (64,)),
-    ("normal.weight", (64, 64)),
+    ("q_norm.weight", (64, 2)),
     ("conv1.weight", (64, 64, 3, 3)),
     ("layer.conv_wide.weight", (64, 64, 31)),
     ("downsample.0.weight", (64, 32, 1, 1)),
@@ -46,20 +34,42 @@ PARAMETERS: list[tuple[str, tuple[int, ...]]] = [
     ("gain", (1, 1, 64)),
     ("LM_HEAD.WEIGHT", (1000, 64)),
 ]
+# Names that the Node client's own tests ask about, those of published models among them.
+NAMES = sorted(
+    {
+        name
+        for path in ("suggest.test.ts", "models.ts")
+        for name in re.findall(r"'([\w.$]+)'", (ROOT / "test" / "client" / path).read_text())
+    }
+)
+
+
+def node(script: str) -> Any:
+    """What a script of the Node client's prints as JSON."""
+    build()
+    folder = (ROOT / "dist" / "src" / "client").as_uri()
+    command = ["node", "--input-type=module", "-e", script.replace("CLIENT", folder)]
+    answer = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return json.loads(answer)
 
 
 def node_says(parameters: list[tuple[str, tuple[int, ...]]]) -> list[tuple[str, str | None, str]]:
-    build()
-    client = (ROOT / "dist" / "src" / "client" / "client.js").as_uri()
     described = json.dumps([{"name": name, "shape": shape} for name, shape in parameters])
-    script = f"""
-        const {{ suggest }} = await import({json.dumps(client)})
+    rows = node(f"""
+        const {{ suggest }} = await import('CLIENT/client.js')
         const {{ parameters, reasons }} = suggest({described})
         console.log(JSON.stringify(parameters.map(({{ group, matrices }}, i) => [group, matrices ?? null, reasons[i]])))
-    """
-    command = ["node", "--input-type=module", "-e", script]
-    answer = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return [tuple(row) for row in json.loads(answer)]
+    """)
+    return [tuple(row) for row in rows]
+
+
+def test_the_rules_are_those_of_the_node_client_letter_by_letter() -> None:
+    theirs = node("""
+        const { NAME_RULES } = await import('CLIENT/routing.js')
+        const row = ({ name, route, why, matrices = null }) => [name.source, name.flags, route, why, matrices]
+        console.log(JSON.stringify(NAME_RULES.map(row)))
+    """)
+    assert [[rule.name, "i", rule.route, rule.why, rule.matrices] for rule in NAME_RULES] == theirs
 
 
 @pytest.mark.parametrize(
@@ -68,20 +78,35 @@ def node_says(parameters: list[tuple[str, tuple[int, ...]]]) -> list[tuple[str, 
         PARAMETERS,
         [("stem.weight", (64, 3, 7, 7)), *PARAMETERS],
         [("features.0.weight", (8, 5, 3, 3)), ("x", (9, 3, 3, 3))],
+        [(name, (8, 8)) for name in NAMES],
+        [(name, (8, 8, 64)) for name in NAMES],
     ],
-    ids=["all", "first-convolution", "not-from-channels"],
+    ids=["shapes", "first-convolution", "not-from-channels", "names", "names-of-more"],
 )
 def test_names_and_shapes_go_where_the_node_client_sends_them(parameters: list[tuple[str, tuple[int, ...]]]) -> None:
     ours = [(routed.route, routed.matrices, routed.why) for routed in route_all(parameters)]
     assert ours == node_says(parameters)
 
 
+def test_the_names_are_there() -> None:
+    # Read from files of the Node client, whose form may change.
+    assert len(NAMES) > 60
+    assert {"tok_emb.weight", "shared.weight", "classifier.out_proj.weight", "proj_out.weight"} <= set(NAMES)
+
+
 def test_rules_of_the_callers_own_come_first() -> None:
-    rules = [NameRule("router", "adamw", "router"), NameRule("bias|conv", "muon", "mine")]
-    routed = route_all([("h.router.weight", (8, 64)), ("conv", (4, 4, 3, 3)), ("w", (4, 4))], rules)
+    rules = [
+        NameRule("router", "adamw", "router"),
+        NameRule("bias|conv", "muon", "mine"),
+        NameRule("stack", "muon", "a stack", "flatten"),
+    ]
+    stacks: list[tuple[str, tuple[int, ...]]] = [("stack", (4, 64, 64)), ("stack", (4, 64))]
+    routed = route_all([("h.router.weight", (8, 64)), ("conv", (4, 4, 3, 3)), *stacks, ("w", (4, 4))], rules)
     assert [(r.route, r.why, r.matrices) for r in routed] == [
         ("adamw", "router", None),
         ("muon", "mine", "flatten"),
+        ("muon", "a stack", "flatten"),
+        ("muon", "a stack", None),
         ("muon", "matrix", None),
     ]
 
@@ -150,3 +175,47 @@ def test_what_is_suggested_trains(shared: Service, name: str) -> None:
         parameters = {p["name"]: p for p in optimizer.run.opened["parameters"]}
     assert losses[-1] < losses[0]
     assert parameters["conv.weight"]["matrices"] == "flatten"
+
+
+def test_a_preset_brings_algorithms_and_values_for_both(shared: Service, name: str) -> None:
+    model = net()
+    groups = suggest(model, preset="kimi-k2", muon={"lr": 0.02}, adamw={"betas": (0.8, 0.9)}, quiet=True)
+    with Optimizer(model.named_parameters(), groups, url=shared.url, run=name) as optimizer:
+        # Schedulers find the recipe's rate where they look for it.
+        assert [group["lr"] for group in optimizer.param_groups] == [0.02, 2e-4]
+        train(model, optimizer, 2)
+        held = optimizer.run.groups
+        saved = optimizer.state_dict()
+    wanted = {"preset": "kimi-k2", "algorithm": "muonclip", "lr": 0.02, "adjust_lr_fn": "match_rms_adamw"}
+    assert {key: held["muon"][key] for key in wanted} == wanted
+    wanted = {"preset": "kimi-k2", "algorithm": "adamw", "lr": 2e-4, "weight_decay": 0.1, "betas": [0.8, 0.9]}
+    assert {key: held["adamw"][key] for key in wanted} == wanted
+    with Optimizer(model.named_parameters(), groups, url=shared.url, run=name) as optimizer:
+        optimizer.load_state_dict(saved)
+        optimizer.param_groups[1]["lr"] = 1e-4
+        train(model, optimizer, 1)
+        assert optimizer.run.groups["adamw"]["lr"] == 1e-4
+
+
+def test_what_a_preset_leaves_open_and_what_is_given_beside_it(shared: Service, name: str) -> None:
+    weight = nn.Parameter(torch.ones(4, 4))
+    coefficients = ((3.0, -4.0, 2.0), (2.0, -1.5, 0.5))
+    groups = [{"parameters": "w", "preset": "deepseek-v4", "ns_coefficients": coefficients, "name": "own"}]
+    with Optimizer([("w", weight)], groups, url=shared.url, run=name) as optimizer:
+        weight.grad = torch.ones(4, 4)
+        optimizer.step()
+        # As many steps as the given coefficients have, not those of the preset's own.
+        assert optimizer.run.groups["own"]["ns_steps"] == 2
+    for preset, words in (
+        ({"preset": "kimi"}, "has the preset 'kimi', the service has deepseek-v4, kimi-k2, moonlight, nanogpt, torch"),
+        ({"preset": "kimi-k2", "algorithm": "sgd"}, "'kimi-k2' has no values for 'sgd', only for muonclip, adamw"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Optimizer([("w", weight)], [{"parameters": "w", **preset}], url=shared.url)
+
+
+def test_a_preset_without_a_service_is_heard_of_at_once(start: Any) -> None:
+    service = start()
+    service.kill()
+    with pytest.raises(MuondError, match="GET /v1/capabilities at"):
+        Optimizer([("w", nn.Parameter(torch.ones(4, 4)))], [{"parameters": "w", "preset": "torch"}], url=service.url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from socket import socketpair
 
 import numpy as np
 import pytest
@@ -45,18 +46,42 @@ def read(stream: bytes) -> list[tuple[int, bytes]]:
 
 
 @given(
-    st.binary(max_size=300),
-    st.none() | st.integers(0, 3000) | st.integers(65_000, 70_000),
+    st.lists(
+        st.tuples(st.binary(max_size=300), st.integers(0, 3000) | st.integers(65_000, 70_000)), min_size=1, max_size=4
+    ),
     st.booleans(),
-    st.sampled_from([1, 3, 10, 100, 1 << 30]),
+    st.sampled_from([0, 1, 3, 10, 100, 66_000, 1 << 30]),
 )
-def test_a_message_is_one_frame_of_head_and_payload(head: bytes, length: int | None, masked: bool, first: int) -> None:
-    payload = None if length is None else np.random.default_rng(1).bytes(length)
+def test_a_message_is_one_frame_of_head_and_payload(lengths: list[tuple[bytes, int]], masked: bool, first: int) -> None:
+    messages = [(head, np.random.default_rng(1).bytes(length)) for head, length in lengths]
     socket = Socket(first)
     sender = Sender(socket, masked=masked)  # type: ignore[arg-type]
     for _ in range(2):
-        sender.message(head, None if payload is None else memoryview(payload))
-    assert read(bytes(socket.sent)) == [(2, head + (payload or b""))] * 2
+        sender.messages([(head, memoryview(payload)) for head, payload in messages])
+    assert read(bytes(socket.sent)) == [(2, head + payload) for head, payload in messages] * 2
+
+
+def test_messages_that_need_no_mask_are_one_system_call() -> None:
+    class Counting(Socket):
+        calls = 0
+
+        def sendmsg(self, parts: list[bytes | memoryview]) -> int:
+            self.calls += 1
+            return super().sendmsg(parts)
+
+    socket = Counting()
+    Sender(socket, masked=False).messages([(b"head", memoryview(b"payload"))] * 5)  # type: ignore[arg-type]
+    assert socket.calls == 1
+
+
+def test_more_messages_than_one_system_call_takes_arrive_all() -> None:
+    near, far = socketpair()
+    messages = [(b"%d" % index, memoryview(b"payload")) for index in range(1500)]
+    with near, far, far.makefile("rb") as arriving:
+        Sender(near, masked=False).messages(messages)
+        near.close()
+        stream = arriving.read()
+    assert read(stream) == [(2, head + bytes(payload)) for head, payload in messages]
 
 
 def test_a_mask_is_new_for_every_message_and_none_where_nobody_is_on_the_way() -> None:
@@ -71,7 +96,7 @@ def test_a_mask_is_new_for_every_message_and_none_where_nobody_is_on_the_way() -
 
 def test_masking_leaves_the_payload_as_it_was() -> None:
     payload = np.arange(1000, dtype=np.float32)
-    Sender(Socket(), masked=True).message(b"abc", payload.view(np.uint8).data)  # type: ignore[arg-type]
+    Sender(Socket(), masked=True).messages([(b"abc", payload.view(np.uint8).data)])  # type: ignore[arg-type]
     assert np.array_equal(payload, np.arange(1000, dtype=np.float32))
 
 
@@ -92,7 +117,7 @@ class Gate(Socket):
 def test_a_ping_during_a_message_is_answered_behind_it_and_never_waited_for() -> None:
     socket = Gate()
     sender = Sender(socket, masked=False)  # type: ignore[arg-type]
-    thread = threading.Thread(target=sender.message, args=(b"head", memoryview(b"payload")))
+    thread = threading.Thread(target=sender.messages, args=([(b"head", memoryview(b"payload"))],))
     thread.start()
     assert socket.waits.wait(10)
     sender.pong(b"one")
@@ -109,6 +134,9 @@ def test_a_ping_during_a_message_is_answered_behind_it_and_never_waited_for() ->
 def test_a_close_on_a_socket_that_is_gone_says_so() -> None:
     class Gone(Socket):
         def sendall(self, data: bytes | memoryview) -> None:
+            raise BrokenPipeError
+
+        def sendmsg(self, parts: list[bytes | memoryview]) -> int:
             raise BrokenPipeError
 
     sender = Sender(Gone(), masked=False)  # type: ignore[arg-type]

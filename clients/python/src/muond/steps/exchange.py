@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ..connection import Connection, Listener
 from ..error import MuondError
 from ..wire.frame import Frame, frame_error
 from .step import Gradient, Step
 from .updates import Updates
+
+# What is sent at once: fewer system calls cost less, but nothing else can be said meanwhile.
+_BATCH_BYTES = 16 << 20
+_BATCH_FRAMES = 128
 
 
 @dataclass(frozen=True)
@@ -44,31 +49,46 @@ class Exchange(Listener):
         is delivered afterwards and ``fields.refused`` names them all.
         """
         self._connection.listen(self)
-        if self._step.frame is not None:
-            self._connection.send(self._step.frame)
+        frame = self._step.frame()
+        if frame is not None:
+            self._connection.send(frame)
         sent = 0
-        while (gradient := self._next(sent)) is not None:
-            self._send_gradient(gradient)
-            sent += 1
+        while gradients := self._next(sent):
+            self._send_gradients(gradients)
+            sent += len(gradients)
         receipt = self._end()
         self._connection.listen()
         return Taken(receipt, tuple(frame_error(frame) for frame in self._refused))
 
-    def _next(self, sent: int) -> Gradient | None:
-        """The next gradient, as soon as the trainer has it; None after the last."""
+    def _next(self, sent: int) -> list[Gradient]:
+        """The next gradients, as soon as the trainer has one; none after the last."""
         step = self._step
         self._wait(lambda: len(step.gradients) > sent or step.skipped is not None)
-        return step.gradients[sent] if len(step.gradients) > sent else None
+        batch: list[Gradient] = []
+        size = 0
+        for gradient in step.gradients[sent : sent + _BATCH_FRAMES]:
+            size += len(gradient.data)
+            # What has to be waited for does not keep back what need not.
+            if batch and (size > _BATCH_BYTES or gradient.ready is not None):
+                break
+            batch.append(gradient)
+        return batch
 
-    def _send_gradient(self, gradient: Gradient) -> None:
-        if gradient.ready is not None:
-            gradient.ready()
+    def _send_gradients(self, gradients: Sequence[Gradient]) -> None:
+        for gradient in gradients:
+            if gradient.ready is not None:
+                gradient.ready()
         with self._changed:
-            self._unanswered.add(gradient.parameter)
-        data = gradient.data
-        for offset in range(0, len(data), self._chunk_bytes):
-            header = {"type": "gradient", "parameter": gradient.parameter, "step": self._step.number, "offset": offset}
-            self._connection.send_data(header, data[offset : offset + self._chunk_bytes])
+            self._unanswered.update(gradient.parameter for gradient in gradients)
+        frames = (frame for gradient in gradients for frame in self._chunks(gradient))
+        at_once = min(max(1, _BATCH_BYTES // self._chunk_bytes), _BATCH_FRAMES)
+        while batch := list(islice(frames, at_once)):
+            self._connection.send_data(batch)
+
+    def _chunks(self, gradient: Gradient) -> Iterator[tuple[Frame, memoryview]]:
+        header = {"type": "gradient", "parameter": gradient.parameter, "step": self._step.number}
+        for offset in range(0, len(gradient.data), self._chunk_bytes):
+            yield {**header, "offset": offset}, gradient.data[offset : offset + self._chunk_bytes]
 
     def _end(self) -> Frame:
         while True:
@@ -138,7 +158,9 @@ class Exchange(Listener):
             return
         with self._changed:
             self._unanswered.discard(parameter)
-            self._changed.notify_all()
+            # Nobody waits for one answer more, but who has been refused one; waking costs more than the rest of this.
+            if self._refused:
+                self._changed.notify_all()
 
     def _take_receipt(self, receipt: Frame) -> None:
         refused = {frame["parameter"] for frame in self._refused}

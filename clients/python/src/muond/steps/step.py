@@ -19,13 +19,24 @@ class Gradient:
     ready: Callable[[], None] | None = None
 
 
+MaxLogits = Mapping[str, Sequence[float]]
+"""{attention: the largest softmax input of each query head}."""
+
+
 class Step:
     """It grows in the trainer's thread while another thread sends it; ``changed`` is notified of every growth."""
 
-    def __init__(self, number: int, options: Mapping[str, Any], *, skip_refused: bool = False) -> None:
+    def __init__(
+        self,
+        number: int,
+        options: Mapping[str, Any],
+        max_logits: MaxLogits | Callable[[], MaxLogits] | None = None,
+        *,
+        skip_refused: bool = False,
+    ) -> None:
         self.number = number
-        said = {key: value for key, value in options.items() if value is not None}
-        self.frame: Frame | None = {"type": "step", "step": number, **said} if said else None
+        self._options = {key: value for key, value in options.items() if value is not None}
+        self._max_logits = max_logits
         self.skip_refused = skip_refused
         """Whether the step is ended without the gradients that the service refuses; else it is not ended."""
         self.changed = threading.Condition()
@@ -33,6 +44,12 @@ class Step:
         self.skipped: Sequence[int] | None = None
         """Parameters without a gradient; set once all gradients are there."""
         self._parameters: set[int] = set()
+
+    def frame(self) -> Frame | None:
+        """What is said before the gradients, if anything. The sending thread asks: logits may still be on their way from a GPU."""
+        max_logits = self._max_logits() if callable(self._max_logits) else self._max_logits
+        said = {**self._options, **({} if max_logits is None else {"max_logits": max_logits})}
+        return {"type": "step", "step": self.number, **said} if said else None
 
     def has(self, parameter: int) -> bool:
         return parameter in self._parameters

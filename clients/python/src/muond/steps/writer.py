@@ -12,6 +12,7 @@ from ..connection import Connection, Listener
 from ..error import ErrorFields, MuondError
 from ..transport.address import Endpoint
 from ..wire.frame import Frame, frame_error
+from .attempts import Attempts
 from .backoff import Backoff
 from .exchange import Exchange, Taken
 from .step import Step
@@ -83,22 +84,30 @@ class Writer:
         self._jobs.put(job)
 
     def checkpoint(self, tag: str | None) -> Frame:
-        """Has the service keep the state of this step; returns its `checkpointed`. Not while a step is in flight."""
-        if self._connection.reason is not None:
-            self._reopen(None)
-        answer = _ask(self._connection, {"type": "checkpoint", **({} if tag is None else {"tag": tag})}, "checkpointed")
-        if answer["step"] != self.step:
-            raise MuondError(
-                "FRAME_UNEXPECTED", f"the service kept step {answer['step']}, this client is at {self.step}"
+        """Has the service keep the state of this step; returns its `checkpointed`. Not while a step is in flight.
+
+        Asked again it is the same checkpoint, so it is tried again as a step is.
+        """
+
+        def attempt() -> Frame:
+            if self._connection.reason is not None:
+                self._reopen(None)
+            answer = _ask(
+                self._connection, {"type": "checkpoint", **({} if tag is None else {"tag": tag})}, "checkpointed"
             )
-        return answer
+            if answer["step"] != self.step:
+                raise MuondError(
+                    "FRAME_UNEXPECTED", f"the service kept step {answer['step']}, this client is at {self.step}"
+                )
+            return answer
+
+        return self._outlast(attempt)
 
     def reopen(self, checkpoint: str | None = None) -> None:
-        """Opens the run again wherever it is now, or at a checkpoint. Not while a step is in flight."""
-        reason = MuondError("CLIENT_CLOSED", "the run is opened again")
-        self._connection.close(reason)
+        """Opens the run again wherever it is now, or at a checkpoint. Not while a step is in flight. Tried again as a step is."""
+        self._connection.close(MuondError("CLIENT_CLOSED", "the run is opened again"))
         frame: Frame = {**self._resuming(), **({} if checkpoint is None else {"checkpoint": checkpoint})}
-        self._connection, self.opened = _handshake(self._host.endpoint, frame)
+        self._connection, self.opened = self._outlast(lambda: _handshake(self._host.endpoint, frame, self.step))
         self.step, self.digest = self.opened["step"], self.opened["digest"]
 
     def release(self) -> None:
@@ -119,19 +128,28 @@ class Writer:
         while (job := self._jobs.get()) is not None:
             job()
 
-    def _retrying(self, attempt: Callable[[], T], updates: Updates) -> T | Failed:
-        failures = 0
+    def _outlast(self, attempt: Callable[[], T]) -> T:
+        """In the caller's thread; raises what was not worth another attempt."""
+        self._patient = True
+        outcome = self._retrying(attempt)
+        if isinstance(outcome, Failed):
+            raise outcome.error
+        return outcome
+
+    def _retrying(self, attempt: Callable[[], T], updates: Updates | None = None) -> T | Failed:
+        attempts = Attempts(self._host.retries, self._host.backoff)
         while True:
-            before = updates.delivered
+            before = 0 if updates is None else updates.delivered
             try:
                 return attempt()
             except MuondError as error:
                 self._connection.fail(error)
-                updates.forget()
-                failures = 1 if updates.delivered > before else failures + 1
-                if not error.retryable or failures > self._host.retries or not self._patient:
+                if updates is not None:
+                    updates.forget()
+                progress = updates is not None and updates.delivered > before
+                wait = attempts.wait_after(error, progress=progress) if self._patient else None
+                if wait is None:
                     return Failed(error)
-                wait = self._host.backoff.seconds(failures - 1, error.fields.retry_after_seconds or 0.0)
             if self._stop.wait(wait):
                 return Failed(MuondError("CLIENT_CLOSED", "the run was closed"))
 

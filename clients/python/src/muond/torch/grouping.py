@@ -14,7 +14,17 @@ from .slots import LAYOUT_KEYS
 # Keys of a group beside its hyperparameters. torch's `foreach` and `fused` say how torch computes, not what.
 _OTHER_KEYS = frozenset(
     {
-        *("params", "param_names", "name", "algorithm", "gradient_dtype", "update_dtype", "layouts", *LAYOUT_KEYS),
+        *(
+            "params",
+            "param_names",
+            "name",
+            "algorithm",
+            "preset",
+            "gradient_dtype",
+            "update_dtype",
+            "layouts",
+            *LAYOUT_KEYS,
+        ),
         *("maximize", "foreach", "fused", "capturable", "differentiable", "initial_lr"),
     }
 )

@@ -50,9 +50,16 @@ class MaxLogits:
         """{attention: the largest logit of each query head} since the last step, as a ``step`` frame takes it."""
         return {name: largest.tolist() for name, largest in self._largest.items()}
 
-    def reset(self) -> None:
-        """A step was taken. The optimizer calls it."""
-        self._steps += 1
+    def reading(self) -> Callable[[], dict[str, list[float]]] | None:
+        """``values`` of now without waiting for a GPU, which what it returns does; None if nothing was measured."""
+        if not self._largest:
+            return None
+        host = {name: _on_its_way(largest) for name, largest in self._largest.items()}
+        return lambda: {name: take().tolist() for name, take in host.items()}
+
+    def reset(self, steps: int) -> None:
+        """So many steps were taken, and what is measured from now on is of the next one. The optimizer calls it."""
+        self._steps = steps
         self._largest.clear()
 
     def all_reduce(self, group: Any = None) -> None:
@@ -161,6 +168,28 @@ class _Watching(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self._max_logits._record_call(self._name, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _on_its_way(largest: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A copy in host memory, and what waits for it."""
+    if largest.is_cuda:  # pragma: no cover - needs a GPU
+        return _from_gpu(largest)
+    copied = largest.clone()
+    return lambda: copied
+
+
+def _from_gpu(largest: torch.Tensor) -> Callable[[], torch.Tensor]:  # pragma: no cover - needs a GPU
+    # `to` would wait; into page-locked memory the copy is one more piece of work for the stream.
+    pinned = torch.empty(largest.shape, dtype=largest.dtype, pin_memory=True)
+    pinned.copy_(largest, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(largest.device))
+
+    def arrived() -> torch.Tensor:
+        event.synchronize()
+        return pinned
+
+    return arrived
 
 
 def _largest_logits(query: torch.Tensor, key: torch.Tensor, scale: float | None, adjust: Adjust) -> torch.Tensor:

@@ -21,10 +21,11 @@ from ..steps.interrupt import interrupt_later
 from ..transport.address import endpoint
 from .grouping import complete_group, resolve_groups
 from .hyperparameters import changes
-from .kept import Kept
+from .kept import Shelf
 from .opening import new_run_name, open_slots
+from .preset import with_preset
 from .progress import Progress
-from .restoring import bring_to, go_back, is_at
+from .restoring import go_back, import_into, is_at, open_at, require_place
 from .settings import Options, Settings, settings
 from .slots import Slot, group_names, make_slots
 from .staging import Staging
@@ -37,8 +38,8 @@ Params = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[
 class Optimizer(torch.optim.Optimizer):
     """Any algorithm of the service, one for each group; all groups are one run.
 
-    ``params``: ``model.named_parameters()`` with ``groups=`` (maps of ``parameters``: names or patterns, ``algorithm``,
-    ``name`` and hyperparameters, or ``muond.torch.suggest(model)``), or param_groups of torch with an ``algorithm`` each.
+    ``params``: ``model.named_parameters()`` with ``groups=`` (maps of ``parameters``: names or patterns, ``algorithm`` or
+    ``preset``, ``name`` and hyperparameters, or ``muond.torch.suggest(model)``), or param_groups of torch with those keys.
     The other keywords are those of ``muond.torch.settings.Settings``.
 
     The run is opened with the first step (or by ``open()``), so that parameters can be moved and groups added before it.
@@ -60,7 +61,8 @@ class Optimizer(torch.optim.Optimizer):
         self._staging = Staging()
         self._streaming: Streaming | None = None
         self._opening = threading.RLock()
-        self._kept: list[Kept] = []
+        self._shelf = Shelf(given.keep_last)
+        self._known_presets: Mapping[str, Any] | None = None
         self._begun_with: dict[str, dict[str, Any]] = {}
         self._progress = Progress(self._run_name) if given.progress else None
         self.receipt: Receipt | None = None
@@ -117,8 +119,11 @@ class Optimizer(torch.optim.Optimizer):
         if self._run is not None:
             self._run.close()
         if delete and was_open:
-            with Rest(self._address) as rest:
+            with self._rest() as rest:
                 rest.delete(self._run_name)
+
+    def _rest(self) -> Rest:
+        return Rest(self._address, self._settings.retries, self._settings.backoff)
 
     def _open(self, mode: str, checkpoint: str | None = None) -> Run:
         self._slots = make_slots(self.param_groups, self._settings)
@@ -150,7 +155,16 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"run '{self._run_name}' is open, and its parameters are fixed: list them all at first (frozen ones may be among them)"
             )
+        if param_group.get("preset") is not None:
+            param_group = with_preset(param_group, self._presets())
         super().add_param_group(complete_group(param_group, self.defaults))
+
+    def _presets(self) -> Mapping[str, Any]:
+        if self._known_presets is None:
+            # Not tried again, like the first connection: a wrong address should be heard of at once.
+            with Rest(self._address) as rest:
+                self._known_presets = rest.capabilities()["presets"]
+        return self._known_presets
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._give_up_half_step()
@@ -200,8 +214,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _took(self, receipt: Receipt) -> Receipt:
         self.receipt = receipt
-        if self._settings.max_logits is not None:
-            self._settings.max_logits.reset()
+        self._measure_after(receipt.step)
         if self._progress is not None:
             self._progress.show(receipt)
         if self._settings.callback is not None:
@@ -224,7 +237,7 @@ class Optimizer(torch.optim.Optimizer):
         run.begin(
             groups=self._begun_with or None,
             gradient_scale=-1.0 if True in maximize else None,
-            max_logits=(max_logits.values() or None) if max_logits is not None else None,
+            max_logits=None if max_logits is None else max_logits.reading(),
             skip_refused=True,
         )
 
@@ -304,22 +317,33 @@ class Optimizer(torch.optim.Optimizer):
 
         With ``state="checkpoint"`` the service keeps the state, and the dictionary the checkpoint's id. Raises MuondError.
         """
-        answer: dict[str, Any] = super().state_dict()
+        # The first of the post-hooks, so that all the others see what is saved.
+        handle = self.register_state_dict_post_hook(Optimizer._complete, prepend=True)  # type: ignore[arg-type]
+        try:
+            answer: dict[str, Any] = super().state_dict()
+        finally:
+            handle.remove()
+        return answer
+
+    def _complete(self, answer: dict[str, Any]) -> None:
         run = self._run
         if run is None:
-            return answer
+            return
         if run.in_flight:
             raise RuntimeError(
                 f"step {run.step_count + 1} of run '{run.name}' is under way: take it before its state is saved"
             )
         token: dict[str, Any] = {"version": 1, "run": run.name, "step": run.step_count, "digest": run.digest}
-        if self._settings.state == "checkpoint":  # pragma: no cover - until the service has checkpoints
-            token["checkpoint"] = self.checkpoint().id
+        if self._settings.state == "checkpoint":
+            # Its tag keeps it for as long as the dictionary may be loaded.
+            token["checkpoint"] = run.checkpoint(f"state_dict.{run.step_count}").id
         else:
-            with Rest(self._address) as rest:
+            with self._rest() as rest:
+                require_place(run, rest.run(run.name))
                 answer["state"] = read_state(rest, run.name, self._slots)
+                # Neither a restart of the service nor another trainer may come between the tensors.
+                require_place(run, rest.run(run.name))
         answer[TOKEN] = token
-        return answer
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes to the step of a state_dict, from this package or from the torch optimizer of the same name.
@@ -327,15 +351,34 @@ class Optimizer(torch.optim.Optimizer):
         If the run is where the dictionary left it, nothing is sent. Else the service goes back to the dictionary's checkpoint, or
         takes its tensors. Raises MuondError; ValueError if the groups differ.
         """
+        loaded: dict[str, Any] = {}
+
+        def take_state(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(given)
+            return {"state": {}, "param_groups": self._merged(given["param_groups"])}
+
+        def restore(_: Any) -> None:
+            token = loaded.get(TOKEN)
+            if token is not None or loaded["state"]:
+                self._restore(token or {}, loaded["state"])
+
+        # Behind the hooks that may change the dictionary, and before those that look at what was loaded.
+        handles = [
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _merged(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """torch's own state_dict says nothing of the keys that only this package has."""
         ours = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        saved = state_dict["param_groups"]
         if len(saved) != len(ours):
             raise ValueError(f"the state_dict has {len(saved)} param_groups, this optimizer has {len(ours)}")
-        groups = [{**own, **group} for own, group in zip(ours, saved, strict=True)]
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        token = state_dict.get(TOKEN)
-        if token is not None or state_dict["state"]:
-            self._restore(token or {}, state_dict["state"])
+        return [{**own, **group} for own, group in zip(ours, saved, strict=True)]
 
     def _restore(self, token: Mapping[str, Any], state: Mapping[int, Mapping[str, Any]]) -> None:
         if self._run is not None:
@@ -343,35 +386,46 @@ class Optimizer(torch.optim.Optimizer):
             self._run = None
         if self._settings.run is None and "run" in token:
             self._run_name = token["run"]
-        # The settings' mode is for a run without a history; the service may know the run of a state_dict or not.
-        run = self._open("create_or_resume")
-        if not is_at(run, token.get("step"), token.get("digest")):  # pragma: no cover - see bring_to
-            bring_to(run, token, state, self._slots, self.param_groups)
-        self._run = run
+        if "checkpoint" in token:
+            self._run = open_at(self._open, token)
+        else:
+            # The settings' mode is for a run without a history; the service may know the run of a state_dict or not.
+            run = self._open("create_or_resume")
+            if not is_at(run, token.get("step"), token.get("digest")):
+                import_into(run, self._rest(), token, state, self._slots, self.param_groups)
+            self._run = run
+        self._measure_after(self._run.step_count)
         if self._progress is not None:
-            self._progress.start(run.step_count)
+            self._progress.start(self._run.step_count)
 
     # Checkpoints
 
-    def checkpoint(self, tag: str | None = None) -> Checkpoint:  # pragma: no cover - until the service has checkpoints
+    def checkpoint(self, tag: str | None = None) -> Checkpoint:
         """Has the service keep its state of this step; with ``keep="cpu"`` the weights are kept here. Raises MuondError."""
-        checkpoint = self.open().checkpoint(tag)
-        if self._settings.keep == "cpu":
-            self._kept = [*self._kept, Kept(checkpoint, self._slots, self.param_groups)][-self._settings.keep_last :]
+        run = self.open()
+        checkpoint = run.checkpoint(tag) if tag is not None or self._settings.keep is None else None
+        if self._settings.keep is not None:
+            checkpoint = self._shelf.keep(run, self._slots, self.param_groups)
+        assert checkpoint is not None
         return checkpoint
 
-    def rollback(self) -> int:  # pragma: no cover - until the service has checkpoints
+    def rollback(self) -> int:
         """Goes back to the last step for which the service has the state and this process the weights (``keep="cpu"``).
 
-        Weights and param_groups are those of that step afterwards; schedulers and data are the caller's. Returns the step.
-        Raises MuondError.
+        Weights and param_groups are those of that step afterwards, and no parameter has a gradient; schedulers, buffers of the
+        model and data are the caller's. Returns the step. Raises MuondError.
         """
         run = self.open()
-        kept = go_back(run, self._kept)
+        kept = go_back(run, self._shelf)
         if self._streaming is not None:
             self._streaming.reset()
         kept.restore(self._slots, self.param_groups)
+        self._measure_after(run.step_count)
         return run.step_count
+
+    def _measure_after(self, step: int) -> None:
+        if self._settings.max_logits is not None:
+            self._settings.max_logits.reset(step)
 
     # What an optimizer with a connection cannot do
 

@@ -27,23 +27,27 @@ class NameRule:
     """A regular expression, looked for anywhere in the name, upper and lower case alike."""
     route: Route
     why: str
+    matrices: Literal["flatten", "batch"] | None = None
+    """How Muon takes more than two dimensions; without it the shape decides that."""
 
 
 # Words are whole parts of a name between dots or underscores; a head is looked for at the end of the name, because
-# `attention.output` is none.
+# `attention.output` is none. The same expressions, letter by letter, as in src/client/routing.ts.
 NAME_RULES: Sequence[NameRule] = (
-    NameRule(r"(^|[._])(bias|biases)$", "adamw", "bias"),
+    NameRule(r"(^|[._])(bias|biases|bias_table|relative_attention_bias\.weight)$", "adamw", "bias"),
     NameRule(
-        r"(^|[._])(embed|embeds|embeddings?|embed_tokens|wte|wpe|tok_embeddings|pos_emb|cls_token|patch_embed)([._\d]|$)",
+        r"(^|[._])(emb|embd|embed|embeds|embeddings?|embed_tokens|wte|wpe|tok_embeddings|cls_token|patch_embed)([._\d]|$)",
         "adamw",
         "embedding",
     ),
+    NameRule(r"^(model\.)?shared(\.weight)?$", "adamw", "embedding"),
     NameRule(
-        r"(^|\.)(lm_head|head|heads|embed_out|output_layer|unembed|unembedding|classifier|score)\.?\d*(\.weight)?$",
+        r"(^|\.)(lm_head|head|heads|embed_out|output_layer|unembed|unembedding|classifier|score|logits|qa_outputs)\.?\d*(\.weight)?$",
         "adamw",
         "head",
     ),
-    NameRule(r"^(model\.|transformer\.)?(output|fc)(\.weight)?$", "adamw", "head"),
+    NameRule(r"(^|\.)(classifier\.out_proj|(lm_head|predictions)\.decoder)(\.weight)?$", "adamw", "head"),
+    NameRule(r"^(model\.|transformer\.)?(output|fc|proj_out|output_projection)(\.weight)?$", "adamw", "head"),
     NameRule(
         r"(^|[._])((\w*_)?(layer|rms|batch|group)?norms?|ln|bn)(_?(\d+|f|q|k|pre|post|final))?(\.weight)?$",
         "adamw",
@@ -75,8 +79,8 @@ def _route(parameter: tuple[str, Shape], rules: Sequence[NameRule], *, is_first:
     name, shape = parameter
     for rule in rules:
         if re.search(rule.name, name, re.IGNORECASE | re.ASCII):
-            layout = _layout(name, shape)[1] if rule.route == "muon" and len(shape) > 2 else None
-            return Routed(rule.route, rule.why, layout)
+            needs_layout = rule.route == "muon" and len(shape) > 2
+            return Routed(rule.route, rule.why, (rule.matrices or _layout(name, shape)[1]) if needs_layout else None)
     if is_first and _is_convolution(name, shape) and shape[1] <= _MOST_CHANNELS:
         return Routed("adamw", "first convolution")
     if sum(size > 1 for size in shape) < 2:

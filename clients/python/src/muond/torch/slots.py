@@ -57,7 +57,12 @@ def group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
 def group_declarations(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The groups as ``open`` takes them."""
     return [
-        {"name": name, "algorithm": group["algorithm"], **hyperparameters(group)}
+        {
+            "name": name,
+            "algorithm": group["algorithm"],
+            **({"preset": group["preset"]} if group.get("preset") is not None else {}),
+            **hyperparameters(group),
+        }
         for name, group in zip(group_names(groups), groups, strict=True)
     ]
 

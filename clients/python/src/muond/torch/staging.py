@@ -43,7 +43,9 @@ class Staging:
     def _copy_from_gpu(self, buffer: torch.Tensor, gradient: torch.Tensor) -> Ready:  # pragma: no cover - needs a GPU
         """Copies on a stream of its own, behind what computes the gradient: neither backward nor its stream waits."""
         device = gradient.device
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[device]
         converted = gradient.to(buffer.dtype, memory_format=torch.contiguous_format)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):

@@ -46,6 +46,7 @@ def suggest(
     model: nn.Module,
     *,
     rules: Sequence[NameRule] = (),
+    preset: str | None = None,
     muon: Mapping[str, Any] | None = None,
     adamw: Mapping[str, Any] | None = None,
     layouts: Mapping[str, Mapping[str, Any]] | None = None,
@@ -53,8 +54,9 @@ def suggest(
 ) -> Suggestion:
     """Embeddings, heads, norms, biases and anything below rank 2 to AdamW, everything else to Muon; prints why.
 
-    A parameter tied to an embedding is one. ``rules`` are looked at first. ``muon`` and ``adamw`` are keys of their groups, such as
-    ``{"lr": 0.02}`` or ``{"algorithm": "muonclip"}``. ``layouts``: {name: {``split``, ``heads`` or ``matrices``}}; a parameter
+    A parameter tied to an embedding is one. ``rules`` are looked at first. ``preset`` is a published recipe for both groups.
+    ``muon`` and ``adamw`` are keys of their groups, such as ``{"lr": 0.02}`` or ``{"algorithm": "muonclip"}``; they win over
+    the preset's. ``layouts``: {name: {``split``, ``heads`` or ``matrices``}}; a parameter
     that has one goes to Muon. It decides by names, shapes and modules, so look at the table.
     """
     named = list(model.named_parameters())
@@ -74,9 +76,10 @@ def suggest(
             routed[name] = known[parameter]
     fused = _fused(model, routed)
     layout_of = {**{name: {"matrices": r.matrices} for name, r in routed.items() if r.matrices}, **fused, **given}
+    first = {"algorithm": "muon"} if preset is None else {"preset": preset}
     groups = (
-        _group("muon", {"algorithm": "muon", **(muon or {})}, named, routed, layout_of),
-        _group("adamw", {"algorithm": "adamw", **(adamw or {})}, named, routed, {}),
+        _group("muon", {**first, **(muon or {})}, named, routed, layout_of),
+        _group("adamw", {**first, "algorithm": "adamw", **(adamw or {})}, named, routed, {}),
     )
     suggestion = Suggestion(
         tuple(group for group in groups if group["params"]),

@@ -18,6 +18,7 @@ _SCRATCH_BYTES = 1 << 16
 _DIRECT_BYTES = _SCRATCH_BYTES // 2
 # `opened` lists every parameter, and an update may have 4 MiB of row scales beside its data.
 MESSAGE_BYTES = 64 << 20
+_U16, _U64 = struct.Struct(">H"), struct.Struct(">Q")
 # The service sends the keys before the data as one fragment. A message in many small ones is collected whole instead.
 _FRAGMENTS_LOOKED_AT = 4
 
@@ -83,24 +84,37 @@ class Receiver:
                 return message.finish()
 
     def _frame_header(self) -> tuple[bool, int, int]:
-        first, second = self._bytes(2)
+        at = self._ready(2)
+        first, second = self._scratch[at], self._scratch[at + 1]
         fin, opcode, length = bool(first & 0x80), first & 0x0F, second & 0x7F
         if first & 0x70 or second & 0x80:
             raise malformed("the service sent a masked frame, or one with reserved bits")
         if opcode >= CLOSE and (not fin or length > 125 or opcode > PONG):
             raise malformed(f"the service sent a control frame {opcode:#x} in pieces, too long or of an unknown kind")
         if length == 126:
-            length = struct.unpack(">H", self._bytes(2))[0]
+            length = _U16.unpack_from(self._scratch, self._ready(2))[0]
         elif length == 127:
-            length = struct.unpack(">Q", self._bytes(8))[0]
+            length = _U64.unpack_from(self._scratch, self._ready(8))[0]
         if length > MESSAGE_BYTES:
             raise MuondError("FRAME_TOO_LARGE", f"the service sent a frame of {length} bytes, at most {MESSAGE_BYTES}")
         return fin, opcode, length
 
+    def _ready(self, count: int) -> int:
+        """Takes a few bytes; where they begin in the scratch memory."""
+        if self._start + count > len(self._scratch):
+            have = self._end - self._start
+            self._scratch[:have] = self._scratch[self._start : self._end]
+            self._start, self._end = 0, have
+        while self._end - self._start < count:
+            if self._start == self._end:
+                self._start = self._end = 0
+            self._end += self._receive(self._view[self._end :])
+        self._start += count
+        return self._start - count
+
     def _bytes(self, count: int) -> bytes:
-        out = bytearray(count)
-        self.read_into(memoryview(out))
-        return bytes(out)
+        at = self._ready(count)
+        return bytes(self._view[at : at + count])
 
     def destination(self, frame: Frame, length: int) -> memoryview | None:
         return self._destination(frame, length)

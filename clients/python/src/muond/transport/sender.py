@@ -1,4 +1,4 @@
-"""Messages onto the socket: one frame each, header and payload in one system call, the payload from where it lies."""
+"""Messages onto the socket: one frame each, many of them in one system call, their payloads from where they lie."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import struct
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,16 @@ BINARY, CLOSE, PING, PONG = 0x2, 0x8, 0x9, 0xA
 _NO_MASK = bytes(4)
 # A service that asks more pings than it takes answers gets the newest ones answered.
 _PONGS_KEPT = 64
+# Linux and macOS take so many parts in one system call (IOV_MAX); two for each message.
+_PARTS = 1024
+
+
+Message = tuple[bytes, memoryview]
+"""The first bytes of a message, and the rest of it, which is sent from where it lies."""
 
 
 class Sender:
-    """The sending half of a WebSocket. ``message`` may be called from one thread while another one answers pings."""
+    """The sending half of a WebSocket. ``messages`` may be called from one thread while another one answers pings."""
 
     def __init__(self, socket: ByteSocket, *, masked: bool) -> None:
         self._socket = socket
@@ -30,10 +37,18 @@ class Sender:
         self._pongs: deque[bytes] = deque(maxlen=_PONGS_KEPT)
         self._scratch: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
 
-    def message(self, head: bytes, payload: memoryview | None = None) -> None:
-        """Sends one binary message of ``head`` and ``payload``. Blocks while the service does not read; raises OSError."""
+    def message(self, head: bytes) -> None:
+        """Sends one binary message. Blocks while the service does not read; raises OSError."""
+        self.messages([(head, memoryview(b""))])
+
+    def messages(self, messages: Sequence[Message]) -> None:
+        """Sends binary messages of a head and a payload each, unmasked ones in few system calls. Blocks and raises as ``message``."""
         with self._lock:
-            self._frame(BINARY, head, payload)
+            if self._masked:
+                for head, payload in messages:
+                    self._masked_frame(head, payload)
+            else:
+                self._gather(messages)
             while self._pongs:
                 self._frame(PONG, self._pongs.popleft())
 
@@ -59,25 +74,31 @@ class Sender:
             self._lock.release()
         return True
 
-    def _frame(self, opcode: int, head: bytes, payload: memoryview | None = None) -> None:
-        length = len(head) + (0 if payload is None else len(payload))
+    def _frame(self, opcode: int, data: bytes) -> None:
         key = os.urandom(4) if self._masked else _NO_MASK
-        if self._masked:
-            turn = len(head) & 3
-            head = _mask_small(head, key)
-            payload = None if payload is None else self._mask(payload, key[turn:] + key[:turn])
-        self._send(_header(opcode, length, key) + head, payload)
+        self._socket.sendall(_header(opcode, len(data), key) + _mask_small(data, key))
 
-    def _send(self, head: bytes, payload: memoryview | None) -> None:
-        if payload is None:
-            return self._socket.sendall(head)
-        sent = self._socket.sendmsg([head, payload])
-        if sent < len(head):
-            self._socket.sendall(head[sent:])
-            sent = len(head)
-        if sent < len(head) + len(payload):
-            self._socket.sendall(payload[sent - len(head) :])
-        return None
+    def _masked_frame(self, head: bytes, payload: memoryview) -> None:
+        key = os.urandom(4)
+        turn = len(head) & 3
+        header = _header(BINARY, len(head) + len(payload), key) + _mask_small(head, key)
+        self._send([header, self._mask(payload, key[turn:] + key[:turn])])
+
+    def _gather(self, messages: Sequence[Message]) -> None:
+        parts: list[bytes | memoryview] = []
+        for head, payload in messages:
+            parts.append(_header(BINARY, len(head) + len(payload), _NO_MASK) + head)
+            if len(payload) > 0:
+                parts.append(payload)
+        for first in range(0, len(parts), _PARTS):
+            self._send(parts[first : first + _PARTS])
+
+    def _send(self, parts: list[bytes | memoryview]) -> None:
+        sent = self._socket.sendmsg(parts)
+        for part in parts:
+            if sent < len(part):
+                self._socket.sendall(memoryview(part)[sent:])
+            sent = max(0, sent - len(part))
 
     def _mask(self, data: memoryview, key: bytes) -> memoryview:
         """The masked bytes, in memory that the next call uses again."""

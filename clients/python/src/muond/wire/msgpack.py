@@ -123,34 +123,49 @@ def decode_head(buffer: bytes | bytearray | memoryview) -> tuple[dict[str, Any],
 
 
 class _Reader:
+    __slots__ = ("end", "position", "view")
+
     def __init__(self, buffer: bytes | bytearray | memoryview) -> None:
         self.view = memoryview(buffer)
         self.position = 0
+        self.end = len(self.view)
 
     def take(self, count: int) -> memoryview:
-        end = self.position + count
-        if end > len(self.view):
+        begin = self.position
+        end = begin + count
+        if end > self.end:
             raise Incomplete
-        taken = self.view[self.position : end]
         self.position = end
-        return taken
+        return self.view[begin:end]
 
-    def unpack(self, form: str) -> Any:
-        return struct.unpack(f">{form}", self.take(struct.calcsize(f">{form}")))[0]
+    def byte(self) -> int:
+        position = self.position
+        if position >= self.end:
+            raise Incomplete
+        self.position = position + 1
+        return self.view[position]
+
+    def number(self, form: struct.Struct) -> Any:
+        begin = self.position
+        end = begin + form.size
+        if end > self.end:
+            raise Incomplete
+        self.position = end
+        return form.unpack_from(self.view, begin)[0]
 
     def map_length(self) -> int:
-        code = self.unpack("B")
+        code = self.byte()
         if code & 0xF0 == 0x80:
-            return int(code & 0x0F)
+            return code & 0x0F
         if code in (0xDE, 0xDF):
-            return int(self.unpack("H" if code == 0xDE else "I"))
+            return int(self.number(_U16 if code == 0xDE else _U32))
         raise Malformed(f"a message is one map, this one begins with byte {code:#04x}")
 
     def bin_length(self) -> int:
-        code = self.unpack("B")
+        code = self.byte()
         if code not in _BIN:
             raise Malformed(f"data begins with byte {code:#04x}, expected a bin")
-        return int(self.unpack(_BIN[code]))
+        return int(self.number(_BIN[code]))
 
     def key(self, taken: Mapping[str, Any]) -> str:
         key = self.value(1)
@@ -163,7 +178,7 @@ class _Reader:
     def value(self, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise Malformed(f"nested deeper than {MAX_DEPTH}")
-        code = self.unpack("B")
+        code = self.byte()
         if code <= 0x7F:
             return code
         if code <= 0x8F:
@@ -180,12 +195,12 @@ class _Reader:
         if code in (0xC2, 0xC3):
             return code == 0xC3
         if code in _NUMBERS:
-            return self.unpack(_NUMBERS[code])
+            return self.number(_NUMBERS[code])
         if code in _BIN:
-            return bytes(self.take(self.unpack(_BIN[code])))
+            return bytes(self.take(self.number(_BIN[code])))
         if code in _COUNTED:
             form, read = _COUNTED[code]
-            count = self.unpack(form)
+            count = self.number(form)
             return self.string(count) if read == "string" else getattr(self, read)(count, depth)
         raise Malformed(f"byte {code:#04x}: nil and extensions are not part of the protocol")
 
@@ -209,23 +224,27 @@ class _Reader:
 
     def plausible(self, count: int) -> None:
         # Every item has a byte at least, so a count beyond the bytes left ends here and not after as many turns.
-        if count > len(self.view) - self.position:
+        if count > self.end - self.position:
             raise Incomplete
 
 
-_BIN = {0xC4: "B", 0xC5: "H", 0xC6: "I"}
+_U8, _U16, _U32 = (struct.Struct(f">{form}") for form in "BHI")
+_BIN = {0xC4: _U8, 0xC5: _U16, 0xC6: _U32}
 _NUMBERS = {
-    0xCA: "f",
-    0xCB: "d",
-    **dict(zip(range(0xCC, 0xD0), "BHIQ", strict=True)),
-    **dict(zip(range(0xD0, 0xD4), "bhiq", strict=True)),
+    code: struct.Struct(f">{form}")
+    for code, form in {
+        0xCA: "f",
+        0xCB: "d",
+        **dict(zip(range(0xCC, 0xD0), "BHIQ", strict=True)),
+        **dict(zip(range(0xD0, 0xD4), "bhiq", strict=True)),
+    }.items()
 }
-_COUNTED: dict[int, tuple[str, str]] = {
-    0xD9: ("B", "string"),
-    0xDA: ("H", "string"),
-    0xDB: ("I", "string"),
-    0xDC: ("H", "list"),
-    0xDD: ("I", "list"),
-    0xDE: ("H", "map"),
-    0xDF: ("I", "map"),
+_COUNTED: dict[int, tuple[struct.Struct, str]] = {
+    0xD9: (_U8, "string"),
+    0xDA: (_U16, "string"),
+    0xDB: (_U32, "string"),
+    0xDC: (_U16, "list"),
+    0xDD: (_U32, "list"),
+    0xDE: (_U16, "map"),
+    0xDF: (_U32, "map"),
 }
