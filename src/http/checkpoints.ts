@@ -1,10 +1,11 @@
 import { once } from 'node:events'
 import { ServiceError } from '../errors.js'
 import { checkTag } from '../run/keeper.js'
+import type { Run } from '../run/run.js'
 import type { Runs } from '../run/runs.js'
 import type { CheckpointEntry, RunFolder } from '../store/run-folder.js'
 
-/** How long a checkpoint waits for the step in progress to end. */
+/** How long the end of the step in progress is waited for. */
 const BOUNDARY_MS = 30_000
 
 /** The checkpoint with an id or a tag. Throws NOT_FOUND. */
@@ -17,15 +18,20 @@ export function findCheckpoint(
   throw new ServiceError('NOT_FOUND', `run '${run}' has no checkpoint '${checkpoint}'`)
 }
 
-/** Takes a checkpoint between two steps: of a step in progress the end is waited for. Throws as `Keeper.begin` and `written` do. */
+/** Takes a checkpoint between two steps. Throws as `Keeper.begin` and `written` do. */
 export async function takeCheckpoint(runs: Runs, name: string, tag?: string): Promise<CheckpointEntry> {
   const run = runs.get(name)
   const keeper = runs.keeper(name)
   checkTag(tag)
-  const signal = AbortSignal.timeout(BOUNDARY_MS)
+  return betweenSteps(runs, run, () => keeper.take(tag))
+}
+
+/** Does what throws STEP_INCOMPLETE while a step is in progress: its end is waited for, but not for ever. */
+export async function betweenSteps<T>(runs: Runs, run: Run, work: () => Promise<T>): Promise<T> {
+  const signal = AbortSignal.any([AbortSignal.timeout(BOUNDARY_MS), runs.closing])
   for (;;) {
     try {
-      return await keeper.take(tag)
+      return await work()
     } catch (error) {
       const begun = error instanceof ServiceError && error.code === 'STEP_INCOMPLETE'
       if (!begun || signal.aborted) throw error

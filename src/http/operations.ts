@@ -1,3 +1,4 @@
+import { Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { DTYPES } from '../../kernels/dtype.js'
 import { type Config, VERSION } from '../config.js'
@@ -14,8 +15,9 @@ import { PROTOCOL } from '../wire/frame.js'
 import { findCheckpoint, takeCheckpoint } from './checkpoints.js'
 import type { Contract } from './docs.js'
 import { type Events, receiptBody } from './events.js'
+import { importState } from './import.js'
 import type { components, operations } from './openapi.js'
-import { stateBody, stateNorms } from './state.js'
+import { runStateBody, stateBody, stateNorms } from './state.js'
 
 export type Services = {
   config: Config
@@ -84,6 +86,15 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
       const run = runs.get(params.run)
       const summary = parameterSummary(run, params.index)
       return { ...summary, state: await stateNorms(device, run, params.index) }
+    },
+    getState: async ({ params }, reply) => {
+      const { length, body } = await runStateBody(device, runs, runs.get(params.run))
+      return reply.type('application/octet-stream').header('content-length', length).send(body)
+    },
+    putState: ({ params, query, headers, body, log }) => {
+      if (!(body instanceof Readable))
+        throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a safetensors one')
+      return importState({ runs, device, config }, runs.get(params.run), { query, headers, body, log })
     },
     getParameterState: ({ params }, reply) => {
       const { length, body } = stateBody(device, runs.get(params.run), params.index)

@@ -5,6 +5,7 @@ import type { Metrics } from '../metrics.js'
 import { type CheckpointEntry, isCheckpointId, type RunFolder } from '../store/run-folder.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
 import type { StateEntry } from '../store/state-files.js'
+import type { Pending } from './incoming.js'
 import type { Held, Run } from './run.js'
 
 /** Where events are logged. */
@@ -57,15 +58,17 @@ export class Keeper {
     const { newest } = this.folder
     if (newest && this.upToDate)
       return { written: tag === undefined ? Promise.resolve(newest) : this.#tag(newest, tag) }
-    const { name, step, ahead } = this.#run
-    if (ahead.length > 0) {
-      const message = `step ${step + 1} of run '${name}' has begun, a checkpoint is taken between two steps`
-      throw new ServiceError('STEP_INCOMPLETE', message, { step: step + 1 })
-    }
-    this.#writing = this.#write(tag === undefined ? [] : [tag]).finally(() => {
-      this.#writing = undefined
-    })
-    return { written: this.#writing }
+    this.#run.checkBetween('a checkpoint is taken between two steps')
+    return { written: this.#begin(tag === undefined ? [] : [tag]) }
+  }
+
+  /**
+   * Has the run go on from an import once that is on the disk, so that a crash leaves either all of it or nothing. Call it while
+   * the run is held between two steps. Rejects with STORAGE_FAILED, and nothing was imported.
+   */
+  async import(pending: Pending): Promise<CheckpointEntry> {
+    while (this.#writing) await Promise.allSettled([this.#writing])
+    return this.#begin([], pending)
   }
 
   /** Removes a checkpoint. Throws PARAMETER_INVALID for the newest one, from which the run goes on after a restart. */
@@ -94,11 +97,19 @@ export class Keeper {
     })
   }
 
-  async #write(tags: readonly string[]): Promise<CheckpointEntry> {
+  #begin(tags: readonly string[], pending?: Pending): Promise<CheckpointEntry> {
+    const writing = this.#write(tags, pending).finally(() => {
+      this.#writing = undefined
+    })
+    this.#writing = writing
+    return writing
+  }
+
+  async #write(tags: readonly string[], pending: Pending | undefined): Promise<CheckpointEntry> {
     const started = performance.now()
     this.#due = false
     const { device, metrics, log, config } = this.#means
-    const { record, tensors } = this.#run.snapshot()
+    const { record, tensors } = this.#run.snapshot(pending)
     // Before anything is awaited: what the next step appends belongs to the next segment.
     const rotated = this.#run.journal?.rotate(record.step + 1)
     const held = new Map(tensors.map((tensor, i) => [i, tensor]))
@@ -123,6 +134,7 @@ export class Keeper {
         },
         (position) => release(position - (entries.length - tensors.length)),
       )
+      if (pending) this.#run.takeOver(pending)
       await this.#tidy(entry, config.checkpoints_kept)
       const seconds = (performance.now() - started) / 1000
       metrics.checkpoint_seconds.observe(seconds)

@@ -45,7 +45,8 @@ export type Snapshot = {
 }
 
 const MANIFEST = 'manifest.json'
-const CHECKPOINT = /^step-(\d{12})$/
+/** State that was imported after a step has a checkpoint of its own, `step-000000001200.1`: the step's is not written over. */
+const CHECKPOINT = /^step-(\d{12})(?:\.(\d{1,9}))?$/
 
 /**
  * The folder of one run: `run.json`, `checkpoints/step-000000001200/` and `journal/`. A checkpoint counts once its manifest is
@@ -76,7 +77,7 @@ export class RunFolder {
   static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
     const folder = join(path, 'checkpoints')
     await mkdir(folder, { recursive: true })
-    const names = (await readdir(folder)).filter((name) => CHECKPOINT.test(name)).sort()
+    const names = (await readdir(folder)).filter((name) => CHECKPOINT.test(name)).sort(byStep)
     const entries: CheckpointEntry[] = []
     for (const name of names) {
       if ((await readdir(join(folder, name))).includes(MANIFEST))
@@ -122,7 +123,7 @@ export class RunFolder {
   /** Writes a checkpoint; `released` is told the position of each entry whose memory is not needed any more. */
   async write(snapshot: Snapshot, released: (position: number) => void): Promise<CheckpointEntry> {
     const { record, entries, locations, tags, server, device, file_bytes } = snapshot
-    const checkpoint = checkpointId(record.step)
+    const checkpoint = this.#idOf(record)
     const files = planFiles(entries, file_bytes)
     const manifest = {
       ...{ format: FORMAT, checkpoint, tags, written_at: new Date().toISOString(), server, device },
@@ -139,8 +140,8 @@ export class RunFolder {
     const folder = this.#folderOf(checkpoint)
     const written = await this.#files.write({ folder, locations, files, texts, manifest }, released)
     const entry = entryOf(written)
-    this.#entries = [...this.#entries.filter((other) => other.checkpoint !== checkpoint), entry].sort(
-      (a, b) => a.step - b.step,
+    this.#entries = [...this.#entries.filter((other) => other.checkpoint !== checkpoint), entry].sort((a, b) =>
+      byStep(a.checkpoint, b.checkpoint),
     )
     return entry
   }
@@ -177,9 +178,12 @@ export class RunFolder {
     for (const entry of untagged.slice(0, Math.max(0, untagged.length - kept))) await this.remove(entry)
   }
 
-  /** Removes the checkpoints of later steps, the newest first: a crash in between leaves those that are older. */
-  async removeAfter(step: number): Promise<void> {
-    for (const entry of this.#entries.filter((other) => other.step > step).reverse()) await this.remove(entry)
+  /** Removes the checkpoints that came after one, the newest first: a crash in between leaves those that are older. */
+  async removeAfter({ step, digest }: Pick<CheckpointEntry, 'step' | 'digest'>): Promise<void> {
+    const at = this.#entries.findLastIndex(
+      (entry) => entry.step < step || (entry.step === step && entry.digest === digest),
+    )
+    for (const entry of this.#entries.slice(at + 1).reverse()) await this.remove(entry)
   }
 
   /** Without its manifest a checkpoint does not count any more, whatever else is left of it. */
@@ -199,13 +203,26 @@ export class RunFolder {
     await rm(doomed, { recursive: true })
   }
 
+  #idOf({ step, imported }: RunRecord): string {
+    const id = `step-${String(step).padStart(12, '0')}`
+    const taken = this.#entries.filter((entry) => entry.step === step).map(({ checkpoint }) => numberOf(checkpoint))
+    return imported ? `${id}.${Math.max(0, ...taken) + 1}` : id
+  }
+
   #folderOf(checkpoint: string): string {
     return join(this.path, 'checkpoints', checkpoint)
   }
 }
 
-function checkpointId(step: number): string {
-  return `step-${String(step).padStart(12, '0')}`
+/** Of the imports after one step: 0 is the step itself. */
+function numberOf(checkpoint: string): number {
+  return Number(CHECKPOINT.exec(checkpoint)?.[2] ?? 0)
+}
+
+/** Oldest first. */
+function byStep(a: string, b: string): number {
+  const steps = [a, b].map((name) => Number(CHECKPOINT.exec(name)?.[1]))
+  return steps[0] - steps[1] || numberOf(a) - numberOf(b)
 }
 
 export function isCheckpointId(name: string): boolean {
