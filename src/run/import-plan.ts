@@ -4,7 +4,7 @@ import type { Parameter } from '../optimizer/parameter.js'
 import type { StateTensor } from '../optimizer/state.js'
 import { type Conversion, GIVEN_DTYPES } from '../store/elements.js'
 import { type Header, SAFETENSORS_NAMES, type TensorRange } from '../store/safetensors.js'
-import { stateName } from './keeper.js'
+import { stateName } from '../store/state-source.js'
 import type { Run } from './run.js'
 import { groupOf } from './schedule.js'
 

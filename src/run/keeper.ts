@@ -5,6 +5,7 @@ import type { Metrics } from '../metrics.js'
 import { type CheckpointEntry, isCheckpointId, type RunFolder } from '../store/run-folder.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
 import type { StateEntry } from '../store/state-files.js'
+import { stateName } from '../store/state-source.js'
 import type { Pending } from './incoming.js'
 import type { Held, Run } from './run.js'
 
@@ -214,8 +215,4 @@ export function checkTag(tag: string | undefined): string | undefined {
     'PARAMETER_INVALID',
     `tag is ${JSON.stringify(tag)}, expected 1 to ${TAG_CHARACTERS} characters that are no checkpoint's id`,
   )
-}
-
-export function stateName(parameter: string, tensor: string): string {
-  return `state.${parameter}.${tensor}`
 }

@@ -1,8 +1,8 @@
 import type { Device } from '../device/device.js'
 import { describe } from '../optimizer/parameter.js'
-import { FORMAT, type RunRecord } from '../store/manifest.js'
+import type { RunRecord } from '../store/manifest.js'
 import { encodeHeader, SAFETENSORS_NAMES, type TensorEntry } from '../store/safetensors.js'
-import { stateName } from './keeper.js'
+import { stateMetadata, stateName } from '../store/state-source.js'
 import type { Held, Run } from './run.js'
 
 /** A run's whole state as one safetensors file: its length, and its bytes, of which one piece's copy is held at a time. */
@@ -18,7 +18,7 @@ export function stateFile(device: Device, run: Run): StateFile {
   run.checkBetween('its state is read between two steps')
   const { record, tensors } = run.snapshot()
   const entries = entriesOf(record, tensors)
-  const header = encodeHeader(entries, metadataOf(record))
+  const header = encodeHeader(entries, stateMetadata(record))
   let held = tensors
   const release = () => {
     for (const { tensor } of held) device.memory.release(tensor)
@@ -38,23 +38,6 @@ function entriesOf({ parameters }: RunRecord, tensors: readonly Held[]): TensorE
       return { name: stateName(parameter.name, name), dtype: SAFETENSORS_NAMES[dtype], shape, bytes }
     }),
   ]
-}
-
-/** What the tensors mean: `momentum_form` is that of every parameter whose algorithm has one. */
-function metadataOf({ run, step, digest, groups, parameters }: RunRecord): Record<string, string> {
-  const byName = new Map(groups.map((group) => [group.name, group.hyperparameters.momentum_form]))
-  const forms = parameters.map(({ name, group }) => [name, byName.get(group)] as const)
-  const inForce = groups.map(
-    ({ name, algorithm, hyperparameters }) => [name, { algorithm, ...hyperparameters }] as const,
-  )
-  return {
-    format: 'pt',
-    muond: String(FORMAT),
-    ...{ run, step: String(step), digest },
-    momentum_form: JSON.stringify(Object.fromEntries(forms.filter(([, form]) => form !== undefined))),
-    groups: JSON.stringify(Object.fromEntries(inForce)),
-    parameters: JSON.stringify(parameters),
-  }
 }
 
 function* pieces(

@@ -44,7 +44,7 @@ export type Snapshot = {
   file_bytes: number
 }
 
-const MANIFEST = 'manifest.json'
+export const MANIFEST = 'manifest.json'
 /** State that was imported after a step has a checkpoint of its own, `step-000000001200.1`: the step's is not written over. */
 const CHECKPOINT = /^step-(\d{12})(?:\.(\d{1,9}))?$/
 
@@ -77,7 +77,7 @@ export class RunFolder {
   static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
     const folder = join(path, 'checkpoints')
     await mkdir(folder, { recursive: true })
-    const names = (await readdir(folder)).filter((name) => CHECKPOINT.test(name)).sort(byStep)
+    const names = checkpointNames(await readdir(folder))
     const entries: CheckpointEntry[] = []
     for (const name of names) {
       if ((await readdir(join(folder, name))).includes(MANIFEST))
@@ -212,6 +212,11 @@ export class RunFolder {
   #folderOf(checkpoint: string): string {
     return join(this.path, 'checkpoints', checkpoint)
   }
+}
+
+/** Those of a folder's names that are of checkpoints, oldest first. */
+export function checkpointNames(names: readonly string[]): string[] {
+  return names.filter((name) => CHECKPOINT.test(name)).sort(byStep)
 }
 
 /** Of the imports after one step: 0 is the step itself. */

@@ -17,45 +17,48 @@ export type StreamReader = {
  * off or goes on behind its last tensor.
  */
 export async function readStream(body: AsyncIterable<Uint8Array>, reader: StreamReader): Promise<void> {
-  const { headerBytes, bytes = Number.MAX_SAFE_INTEGER } = reader
-  const head = new Gathered()
-  let tensors: Tensors | undefined
-  for await (const piece of body) {
-    if (tensors) {
-      tensors.take(piece)
-      continue
-    }
-    head.take(piece)
-    const end = head.bytes < LENGTH_BYTES ? undefined : headerEnd(head.start(LENGTH_BYTES), bytes, headerBytes)
-    if (end === undefined || head.bytes < end) continue
-    const whole = head.start(head.bytes)
-    const header = parseHeader(whole.subarray(LENGTH_BYTES, end), { start: end, bytes: reader.bytes })
-    tensors = new Tensors(header.ranges, reader.opened(header), end)
-    tensors.take(whole.subarray(end))
+  const pieces = body[Symbol.asyncIterator]()
+  try {
+    const { header, start, rest } = await readHead(pieces, reader)
+    const tensors = new Tensors({ header, start, sinkOf: reader.opened(header) })
+    tensors.take(rest)
+    for (let next = await pieces.next(); !next.done; next = await pieces.next()) tensors.take(next.value)
+    tensors.end()
+  } finally {
+    await pieces.return?.()
   }
-  if (tensors) return tensors.end()
-  throw new SafetensorsError(`the body ends after ${head.bytes} bytes, within its header`)
 }
 
-/** Pieces that are wanted as one. */
-class Gathered {
-  bytes = 0
-  #pieces: Uint8Array[] = []
-
-  take(piece: Uint8Array): void {
-    this.#pieces.push(piece)
-    this.bytes += piece.length
+/** Reads the header of a body: where the tensors begin, and what has come of them with it. Throws SafetensorsError. */
+export async function readHead(
+  pieces: AsyncIterator<Uint8Array>,
+  { headerBytes, bytes }: Pick<StreamReader, 'headerBytes' | 'bytes'>,
+): Promise<{ header: Header; start: number; rest: Uint8Array }> {
+  const prefix = await atLeast(pieces, new Uint8Array(0), LENGTH_BYTES)
+  const start = headerEnd(prefix.subarray(0, LENGTH_BYTES), bytes ?? Number.MAX_SAFE_INTEGER, headerBytes)
+  const head = await atLeast(pieces, prefix, start)
+  return {
+    header: parseHeader(head.subarray(LENGTH_BYTES, start), { start, bytes }),
+    start,
+    rest: head.subarray(start),
   }
+}
 
-  start(bytes: number): Uint8Array {
-    const first = this.#pieces[0]
-    if (first.length < bytes) this.#pieces = [Buffer.concat(this.#pieces)]
-    return this.#pieces[0].subarray(0, bytes)
+/** What has come so far, and as many pieces more as make it so many bytes. */
+async function atLeast(pieces: AsyncIterator<Uint8Array>, soFar: Uint8Array, bytes: number): Promise<Uint8Array> {
+  const gathered = [soFar]
+  let has = soFar.length
+  while (has < bytes) {
+    const { done, value } = await pieces.next()
+    if (done) throw new SafetensorsError(`the body ends after ${has} bytes, within its header`)
+    gathered.push(value)
+    has += value.length
   }
+  return Buffer.concat(gathered)
 }
 
 /** Shares the bytes behind a header out to the tensors, which lie there in order and without holes. */
-class Tensors {
+export class Tensors {
   readonly #ranges: readonly TensorRange[]
   readonly #sinkOf: (range: TensorRange) => TensorSink
   readonly #last: number
@@ -63,11 +66,11 @@ class Tensors {
   #sink: TensorSink | undefined
   #at: number
 
-  constructor(ranges: readonly TensorRange[], sinkOf: (range: TensorRange) => TensorSink, start: number) {
-    this.#ranges = ranges
-    this.#sinkOf = sinkOf
-    this.#at = start
-    this.#last = ranges.at(-1)?.end ?? start
+  constructor(of: { header: Header; start: number; sinkOf: (range: TensorRange) => TensorSink }) {
+    this.#ranges = of.header.ranges
+    this.#sinkOf = of.sinkOf
+    this.#at = of.start
+    this.#last = this.#ranges.at(-1)?.end ?? of.start
   }
 
   take(piece: Uint8Array): void {

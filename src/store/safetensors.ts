@@ -4,7 +4,7 @@ import type { FileHandle } from 'node:fs/promises'
 // header {name: {dtype, shape, data_offsets}, __metadata__: {…}}, then the tensors' bytes without holes.
 
 /** Bytes per element. */
-export const SAFETENSORS_DTYPES = { F32: 4, BF16: 2, F16: 2, I64: 8 } as const
+export const SAFETENSORS_DTYPES = { F32: 4, BF16: 2, F16: 2, I64: 8, I32: 4 } as const
 
 /** Of a state tensor, by its dtype. */
 export const SAFETENSORS_NAMES = { float32: 'F32', bfloat16: 'BF16' } as const

@@ -65,7 +65,7 @@ t.test('a run goes on from another run’s exported state, bit for bit, with eve
   const digest = service.runs.get('a').digest
   t.match(metadata, { format: 'pt', run: 'a', step: '5', digest })
   t.same(JSON.parse(metadata.momentum_form!), { m: 'ema', qk: 'heavy_ball', experts: 'ema' })
-  t.match(JSON.parse(metadata.groups!), { muon: { algorithm: 'muon', lr: 0.02 / 5, momentum: 0.95 } })
+  t.match(JSON.parse(metadata.groups!)[0], { name: 'muon', algorithm: 'muon', hyperparameters: { lr: 0.02 / 5 } })
   t.match(JSON.parse(metadata.parameters!), MODEL.parameters)
   t.equal(tensors.size, 7 + 12, 'a count for each parameter, and its tensors')
 
