@@ -2,6 +2,7 @@ import { ConfigError } from '../config.js'
 import type { Group } from '../optimizer/hyperparameters.js'
 import type { Parameter } from '../optimizer/parameter.js'
 import type { StateTensor } from '../optimizer/state.js'
+import { groupOf } from '../run/schedule.js'
 import { elementsOf, type FileTensor, givenDtype, readTensor } from '../store/foreign/file-tensor.js'
 import type { Origin } from '../store/foreign/foreign-file.js'
 import { encodeHeader, SAFETENSORS_DTYPES, type TensorEntry } from '../store/safetensors.js'
@@ -53,7 +54,7 @@ function partsOf({ parameter, state }: Match, options: BodyOptions, notes: strin
   const kept = parameter.state.map(({ name }) => name)
   const unknown = [...tensors.keys()].find((name) => !kept.includes(name))
   if (unknown !== undefined) {
-    const { algorithm } = groupOf(parameter, options)
+    const { algorithm } = groupOf(parameter, options.groups)
     throw new ConfigError(
       `the file has '${unknown}' of parameter '${parameter.name}', ${algorithm} keeps ${kept.join(', ')}`,
     )
@@ -62,14 +63,8 @@ function partsOf({ parameter, state }: Match, options: BodyOptions, notes: strin
     const tensor = tensors.get(expected.name)
     if (tensor) return given(parameter, { expected, tensor, origin: options.origin })
     notes.push(`parameter '${parameter.name}' has no ${expected.name} in the file: it is zero`)
-    return zeros(parameter, expected, groupOf(parameter, options))
+    return zeros(parameter, expected, groupOf(parameter, options.groups))
   })
-}
-
-function groupOf(parameter: Parameter, { groups }: BodyOptions): Group {
-  const group = groups.get(parameter.group)
-  if (group === undefined) throw new Error(`parameter '${parameter.name}' is in no group`)
-  return group
 }
 
 function given(

@@ -3,6 +3,7 @@ import { ConfigError, type Environment, errorText, type Flags, readArguments } f
 import type { components } from '../http/openapi.js'
 import { type Group, parseGroup } from '../optimizer/hyperparameters.js'
 import { type Parameter, parseParameters } from '../optimizer/parameter.js'
+import { groupOf } from '../run/schedule.js'
 import { ForeignError } from '../store/foreign/file-tensor.js'
 import { type ForeignFile, ORIGINS, type Origin, openForeign } from '../store/foreign/foreign-file.js'
 import { UnreadableError } from '../store/manifest.js'
@@ -141,11 +142,7 @@ function formOf(
   if (given !== undefined && given !== 'ema' && given !== 'heavy_ball')
     throw new ConfigError(`--momentum-form is '${given}', expected ema or heavy_ball`)
   const form = given ?? FORMS[origin]
-  const hasForm = ({ group }: Parameter) => {
-    const { hyperparameters = {} } = declared.groups.get(group) ?? {}
-    return 'momentum_form' in hyperparameters
-  }
-  const needed = parameters.find(hasForm)
+  const needed = parameters.find((parameter) => 'momentum_form' in groupOf(parameter, declared.groups).hyperparameters)
   if (form !== 'stated' || file.momentum_form !== undefined || needed === undefined) return form
   throw new ConfigError(
     `the file does not say what the momentum of '${needed.name}' is: give --momentum-form ema or heavy_ball`,
@@ -158,7 +155,7 @@ function statedForms({ momentum_form }: ForeignFile, matches: ReturnType<typeof 
   if (!momentum_form.startsWith('{')) return { momentum_form }
   const forms: Record<string, unknown> = JSON.parse(momentum_form)
   const mapped = matches.flatMap(({ parameter, state }) => {
-    const form = forms[state.name ?? state.key]
+    const form = forms[state.key]
     return form === undefined ? [] : [[parameter.name, form] as const]
   })
   return { momentum_form: JSON.stringify(Object.fromEntries(mapped)) }
@@ -176,13 +173,13 @@ async function declarationOf(service: Service, run: string): Promise<Declared> {
   ])
   const groups = new Map(parsed)
   const rows: Schemas['ParameterSummary'][] = []
-  for (let total = 1; rows.length < total; ) {
+  for (let more = true; more; ) {
     const page = await getJson<{ parameters: Schemas['ParameterSummary'][]; total: number }>(
       service,
       `${path}/parameters?offset=${rows.length}&limit=${PAGE}`,
     )
     rows.push(...page.parameters)
-    total = page.parameters.length > 0 ? page.total : 0
+    more = page.parameters.length > 0 && rows.length < page.total
   }
   const declarations = rows.map(({ name, shape, group, split, heads, matrices }) => {
     return { name, shape, group, split, heads, matrices }

@@ -30,7 +30,7 @@ function matchNames(
   }
   const taken = new Map<Parameter, ForeignState>()
   return states.map((state) => {
-    const name = names.get(state.name ?? '') ?? names.get(state.key) ?? state.name
+    const name = names.get(labelOf(state)) ?? names.get(state.key) ?? state.name
     if (name === undefined)
       throw new ConfigError(`parameter ${state.key} of the file has no name there: give a map with --names, or --order`)
     // optax joins the keys of a tree with slashes.
@@ -38,13 +38,14 @@ function matchNames(
     if (parameter === undefined)
       throw new ConfigError(`the file has state of '${name}', the run has no parameter of that name`)
     const other = taken.get(parameter)
-    if (other)
-      throw new ConfigError(
-        `'${other.name ?? other.key}' and '${state.name ?? state.key}' of the file are both for '${name}'`,
-      )
+    if (other) throw new ConfigError(`'${labelOf(other)}' and '${labelOf(state)}' of the file are both for '${name}'`)
     taken.set(parameter, state)
     return { parameter, state }
   })
+}
+
+function labelOf({ name, key }: ForeignState): string {
+  return name ?? key
 }
 
 /**

@@ -13,12 +13,16 @@ export async function openRun(service: Service, run: string): Promise<StateSourc
   const { header, start, rest } = await readHead(pieces, { headerBytes: HEADER_BYTES, bytes })
   const tensors = header.ranges.map(({ begin, end, ...range }): SourceTensor => ({ ...range, bytes: end - begin }))
   const read = async function* () {
-    const index = new Map(header.ranges.map((range, i) => [range, i]))
+    let begun = 0
     let ready: { tensor: number; piece: Uint8Array }[] = []
     const parts = new Tensors({
       header,
       start,
-      sinkOf: (range) => (piece) => void ready.push({ tensor: index.get(range) ?? 0, piece }),
+      sinkOf: () => {
+        const tensor = begun
+        begun += 1
+        return (piece) => void ready.push({ tensor, piece })
+      },
     })
     parts.take(rest)
     for (;;) {

@@ -36,17 +36,21 @@ export async function putStream<T>(
   path: string,
   { bytes, pieces }: { bytes: number; pieces: AsyncIterable<Uint8Array> },
 ): Promise<T> {
-  const headers = { 'content-type': 'application/octet-stream', 'content-length': bytes }
+  const headers = {
+    ...{ 'content-type': 'application/octet-stream', 'content-length': bytes },
+    // A service that may keep the connection reads on behind a refusal. If it closed it, bytes on their way would cost the answer.
+    connection: 'keep-alive',
+  }
   const { outgoing, response, end } = await answered(service, path, { method: 'PUT', headers })
   const gone = new AbortController()
   const over = () => gone.abort()
   outgoing.once('response', over).once('close', over)
-  for await (const piece of pieces) {
-    if (gone.signal.aborted) break
-    if (!outgoing.write(piece)) await once(outgoing, 'drain', { signal: gone.signal }).catch(() => undefined)
-  }
-  if (!gone.signal.aborted) end()
   try {
+    for await (const piece of pieces) {
+      if (gone.signal.aborted) break
+      if (!outgoing.write(piece)) await once(outgoing, 'drain', { signal: gone.signal }).catch(() => undefined)
+    }
+    if (!gone.signal.aborted) end()
     return JSON.parse(await textOf(await response))
   } finally {
     outgoing.destroy()
@@ -60,7 +64,7 @@ async function answered({ url, token }: Service, path: string, options: RequestO
   const outgoing = request(target, { ...options, headers, agent: false })
   const response = new Promise<IncomingMessage>((resolve, reject) => {
     outgoing.once('response', resolve)
-    outgoing.once('error', (error) => reject(new ConfigError(`${url} cannot be reached: ${reason(error)}`)))
+    outgoing.on('error', (error) => reject(new ConfigError(`${url} cannot be reached: ${reason(error)}`)))
   }).then(refused(url))
   response.catch(() => {})
   return { outgoing, response, end: () => void outgoing.end() }
@@ -91,5 +95,6 @@ async function textOf(response: IncomingMessage): Promise<string> {
 
 /** node tells of all the addresses that it has tried in an error of several errors. */
 function reason(error: Error): string {
+  /* c8 ignore next -- whether a name has several addresses depends on the machine */
   return error instanceof AggregateError ? errorText(error.errors[0]) : errorText(error)
 }

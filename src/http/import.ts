@@ -52,7 +52,8 @@ async function* moving(body: Readable, seconds: number): AsyncGenerator<Uint8Arr
   const stalled = new ServiceError('OVERLOADED', `no byte of the body came for ${seconds} seconds`)
   const timer = setTimeout(() => body.destroy(stalled), seconds * 1000)
   try {
-    for await (const piece of body) {
+    // An early end must leave the connection: the refusal is sent on it.
+    for await (const piece of body.iterator({ destroyOnReturn: false })) {
       timer.refresh()
       yield piece
     }

@@ -1,7 +1,6 @@
 import assert from 'node:assert'
 import { createHash } from 'node:crypto'
 import type { Device } from '../device/device.js'
-import type { Parameter } from '../optimizer/parameter.js'
 import { stateBytes } from '../optimizer/parameter.js'
 import { bytesOf, Elements, firstRefused } from '../store/elements.js'
 import { SAFETENSORS_DTYPES } from '../store/safetensors.js'
@@ -41,6 +40,7 @@ export async function receiveState(
       opened: (header) => {
         const plan = planImport(run, header, options)
         incoming = reserve(device, run, plan)
+        allocate(device, run, { incoming, plan })
         const { places } = incoming
         return ({ name }) => sinkOf(device, places, { name, target: plan.targets.get(name) })
       },
@@ -64,23 +64,23 @@ function checkBytes(run: Run, bytes: number | undefined, headerBytes: number): v
   )
 }
 
-/** Memory for all that is to come. Throws OVER_CAPACITY. */
-function reserve(device: Device, run: Run, { given, targets }: ImportPlan): Incoming {
+/** The grant for all that is to come. Throws OVER_CAPACITY. */
+function reserve(device: Device, run: Run, { given }: ImportPlan): Incoming {
   const { units, bytes } = run.grant
   const needed = bytes.map(() => 0)
   for (const index of given) needed[units[index]] += stateBytes(run.parameter(index))
   const grant = device.reserve(needed, `the state imported into run '${run.name}'`)
-  const incoming = new Incoming(device, { grant, parameters: run.parameters.length })
-  const tensorsOf = ({ index, state }: Parameter) =>
-    state.map((tensor) => device.memory.allocate(tensor.bytes, units[index]))
-  try {
-    for (const { parameter } of targets.values())
-      incoming.places[parameter.index] ??= { count: 0, hashes: [], tensors: [] }
-    for (const index of given) incoming.places[index]?.tensors.push(...tensorsOf(run.parameter(index)))
-    return incoming
-  } catch (error) {
-    incoming.dispose()
-    throw error
+  return new Incoming(device, { grant, parameters: run.parameters.length })
+}
+
+function allocate(device: Device, run: Run, { incoming, plan }: { incoming: Incoming; plan: ImportPlan }): void {
+  const { units } = run.grant
+  const { places } = incoming
+  const { given, targets } = plan
+  for (const { parameter } of targets.values()) places[parameter.index] ??= { count: 0, hashes: [], tensors: [] }
+  for (const index of given) {
+    for (const { bytes } of run.parameter(index).state)
+      places[index]?.tensors.push(device.memory.allocate(bytes, units[index]))
   }
 }
 

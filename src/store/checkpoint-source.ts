@@ -1,6 +1,7 @@
 import { createHash } from 'node:crypto'
 import { type FileHandle, open, readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
+import { errorText } from '../config.js'
 import { type FileRecord, type Manifest, openManifest, UnreadableError } from './manifest.js'
 import { checkpointNames, MANIFEST } from './run-folder.js'
 import { type Header, readHeader } from './safetensors.js'
@@ -87,7 +88,7 @@ async function openShard(path: string, record: FileRecord): Promise<Shard> {
     return { path, record, file, header: await readHeader(file) }
   } catch (error) {
     await file.close()
-    throw new UnreadableError(`${path}: ${error instanceof Error ? error.message : error}`)
+    throw new UnreadableError(`${path}: ${errorText(error)}`)
   }
 }
 
@@ -95,22 +96,17 @@ async function* readShards(shards: readonly Shard[]): AsyncGenerator<{ tensor: n
   let tensor = 0
   for (const { path, record, file, header } of shards) {
     const hash = createHash('sha256')
-    const [first] = header.ranges
-    let at = 0
-    for await (const piece of readRange(file, 0, first?.begin ?? record.bytes)) {
-      hash.update(piece)
-      at += piece.length
+    for (const { begin } of header.ranges.slice(0, 1)) {
+      for await (const piece of readRange(file, 0, begin)) hash.update(piece)
     }
     for (const { begin, end } of header.ranges) {
       for await (const piece of readRange(file, begin, end)) {
         hash.update(piece)
-        at += piece.length
         yield { tensor, piece }
       }
       tensor += 1
     }
     const actual = hash.digest('hex')
-    if (at !== record.bytes) throw new UnreadableError(`${path} has ${at} bytes, expected ${record.bytes}`)
     if (actual !== record.sha256) throw new UnreadableError(`${path} has SHA-256 ${actual}, expected ${record.sha256}`)
   }
 }

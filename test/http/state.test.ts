@@ -220,6 +220,13 @@ t.test('what a body lacks stays as it is with partial, and is refused without', 
     body: { code: 'STATE_INVALID', detail: `the body has no state of 'e' of run 'r'; with partial they keep theirs` },
   })
   t.equal(service.runs.get('r').stateBytes, 0)
+  const many = await RawClient.connect(service.url)
+  const parameters = Array.from({ length: 12 }, (_, i) => ({ name: `p${i}`, shape: [1], group: 'g' }))
+  await many.open({ run: 'many', groups: [{ name: 'g', algorithm: 'sgd' }], parameters })
+  t.match(await imported(service, 'many', encodeHeader([])), {
+    body: { detail: /'p8', 'p9' and 2 more of run 'many'/ },
+  })
+  await many.close()
   const part = await imported(service, 'r', bodyOf(whole.slice(0, 2)), '?partial=true')
   t.match(part, { status: 200, body: { parameters: 1 } })
   t.equal(service.runs.get('r').stateBytes, 15 * 4)

@@ -42,6 +42,11 @@ export function elementsOf({ shape }: Pick<FileTensor, 'shape'>): number {
   return shape.reduce((product, size) => product * size, 1)
 }
 
+/** How many bytes the elements of a tensor have. Throws ForeignError for a type that is not known. */
+export function bytesOf(tensor: FileTensor, what: string): number {
+  return sizeOf(tensor, what) * elementsOf(tensor)
+}
+
 /** The one number of a tensor, such as torch's `step`. Throws ForeignError. */
 export async function readNumber(tensor: FileTensor, what: string): Promise<number> {
   if (elementsOf(tensor) !== 1) throw new ForeignError(`${what} has shape [${tensor.shape}], expected one number`)
@@ -64,7 +69,7 @@ export async function readNumber(tensor: FileTensor, what: string): Promise<numb
 /** A tensor's bytes in C order. Throws ForeignError where the file ends before. */
 export async function* readTensor(tensor: FileTensor, what: string): AsyncGenerator<Uint8Array> {
   const size = sizeOf(tensor, what)
-  const bytes = size * elementsOf(tensor)
+  const bytes = bytesOf(tensor, what)
   if (!isOrdered(tensor)) return yield await gathered(tensor, { size, bytes, what })
   let read = 0
   for await (const piece of readRange(tensor.file, tensor.at, tensor.at + bytes)) {
@@ -94,6 +99,7 @@ async function gathered(
   { size, bytes, what }: { size: number; bytes: number; what: string },
 ): Promise<Uint8Array> {
   const span = size * (1 + shape.reduce((sum, extent, i) => sum + (extent - 1) * strides[i], 0))
+  /* c8 ignore next 4 -- needs a file of more than 4 GiB */
   if (Math.max(span, bytes) > MOST_GATHERED_BYTES)
     throw new ForeignError(
       `${what} does not lie in order and has ${bytes} bytes, at most ${MOST_GATHERED_BYTES} are put in order`,

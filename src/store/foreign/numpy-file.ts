@@ -1,6 +1,7 @@
 import type { FileHandle } from 'node:fs/promises'
-import { readZip, ZipError } from '../torch/zip-reader.js'
-import { type FileTensor, ForeignError } from './file-tensor.js'
+import { errorText } from '../../config.js'
+import { readZip } from '../torch/zip-reader.js'
+import { bytesOf, type FileTensor, ForeignError } from './file-tensor.js'
 
 const MAGIC = '\x93NUMPY'
 const MOST_HEADER_BYTES = 65_536
@@ -21,8 +22,7 @@ export async function readNumpyFile(file: FileHandle, path: string): Promise<Map
     }
     return arrays
   } catch (error) {
-    if (error instanceof ZipError || error instanceof ForeignError) throw new ForeignError(`${path}: ${error.message}`)
-    throw error
+    throw new ForeignError(`${path}: ${errorText(error)}`)
   }
 }
 
@@ -43,7 +43,13 @@ async function readArray(
   const dtype = DTYPES[descr]
   if (dtype === undefined)
     throw new ForeignError(`entry '${name}' is ${descr}, expected one of ${Object.keys(DTYPES).join(', ')}`)
-  return { file, dtype, at: at + start + length, shape, strides: columns ? columnStrides(shape) : rowStrides(shape) }
+  const tensor = {
+    ...{ file, dtype, at: at + start + length, shape },
+    strides: columns ? columnStrides(shape) : rowStrides(shape),
+  }
+  const [has, expected] = [bytes - start - length, bytesOf(tensor, `entry '${name}'`)]
+  if (has !== expected) throw new ForeignError(`entry '${name}' has ${has} bytes of numbers, expected ${expected}`)
+  return tensor
 }
 
 function parseHeader(text: string, name: string): { descr: string; columns: boolean; shape: number[] } {

@@ -1,5 +1,6 @@
 import type { FileHandle } from 'node:fs/promises'
-import { readHeader, SafetensorsError } from '../safetensors.js'
+import { errorText } from '../../config.js'
+import { readHeader } from '../safetensors.js'
 import { type FileTensor, ForeignError } from './file-tensor.js'
 
 const DTYPES = { F32: 'float32', BF16: 'bfloat16', F16: 'float16', I64: 'int64', I32: 'int32' } as const
@@ -16,7 +17,6 @@ export async function readSafetensorsFile(file: FileHandle, path: string): Promi
     })
     return { tensors: new Map(tensors), metadata }
   } catch (error) {
-    if (error instanceof SafetensorsError) throw new ForeignError(`${path}: ${error.message}`)
-    throw error
+    throw new ForeignError(`${path}: ${errorText(error)}`)
   }
 }

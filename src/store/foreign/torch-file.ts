@@ -1,7 +1,8 @@
 import type { FileHandle } from 'node:fs/promises'
-import { isKind, PickleError, type PickleValue, shown, type TensorValue } from '../torch/pickle-value.js'
+import { errorText } from '../../config.js'
+import { isKind, type PickleValue, shown, type TensorValue } from '../torch/pickle-value.js'
 import { unpickle } from '../torch/unpickle.js'
-import { readZip, type ZipEntry, ZipError } from '../torch/zip-reader.js'
+import { readZip, type ZipEntry } from '../torch/zip-reader.js'
 import { type FileTensor, ForeignError, type ForeignState, readNumber } from './file-tensor.js'
 
 const MOST_PICKLE_BYTES = 2 ** 28
@@ -31,9 +32,7 @@ export async function readTorchFile(file: FileHandle, path: string, key?: string
     const found = lookUp(unpickle(buffer), key)
     return await Promise.all(statesOf(found, places))
   } catch (error) {
-    if (error instanceof PickleError || error instanceof ZipError || error instanceof ForeignError)
-      throw new ForeignError(`${path}: ${error.message}`)
-    throw error
+    throw new ForeignError(`${path}: ${errorText(error)}`)
   }
 }
 
@@ -59,15 +58,15 @@ async function checkByteOrder({ file, root, entries }: Places): Promise<void> {
   if (buffer.toString() !== 'little') throw new ForeignError(`its byte order is '${buffer}', expected 'little'`)
 }
 
-function lookUp(value: PickleValue, key: string | undefined): Dict {
+function lookUp(value: PickleValue, key: string | undefined): { state: Dict; groups: PickleValue[] } {
   let found = value
   for (const word of key?.split('.') ?? []) {
     const next = found instanceof Map ? found.get(word) : undefined
     if (next === undefined) throw new ForeignError(`it has no '${key}', ${keysOf(found)}`)
     found = next
   }
-  if (found instanceof Map && found.get('state') instanceof Map && Array.isArray(found.get('param_groups')))
-    return found
+  const [state, groups] = found instanceof Map ? [found.get('state'), found.get('param_groups')] : []
+  if (state instanceof Map && Array.isArray(groups)) return { state, groups }
   throw new ForeignError(
     `it is no optimizer's state dict with state and param_groups, ${keysOf(found)} (--key leads to one)`,
   )
@@ -78,10 +77,7 @@ function keysOf(value: PickleValue): string {
   return `there are ${[...value.keys()].slice(0, 10).map(shown).join(', ') || 'no keys'}`
 }
 
-function statesOf(dict: Dict, places: Places): Promise<ForeignState>[] {
-  const state = dict.get('state')
-  const groups = dict.get('param_groups')
-  if (!(state instanceof Map) || !Array.isArray(groups)) throw new ForeignError('it has no state')
+function statesOf({ state, groups }: ReturnType<typeof lookUp>, places: Places): Promise<ForeignState>[] {
   const seen = new Set<PickleValue>()
   return groups.flatMap((group) => {
     const params = group instanceof Map ? group.get('params') : undefined

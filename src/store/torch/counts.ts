@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import type { SourceTensor, StateSource } from '../state-source.js'
 
 /** The counts of a state's parameters, which come first, and the bytes of all else. */
@@ -12,8 +13,7 @@ export async function readCounts({ tensors, read }: StateSource): Promise<{
     let bytes = Buffer.alloc(0)
     while (bytes.length < BigInt64Array.BYTES_PER_ELEMENT) {
       const { done, value } = await pieces.next()
-      if (done || tensors[value.tensor].name !== name)
-        throw new Error(`count '${name}' is not before the other tensors`)
+      assert(!done && tensors[value.tensor].name === name, `count '${name}' comes before the other tensors`)
       bytes = Buffer.concat([bytes, value.piece])
     }
     counts.set(name, Number(bytes.readBigInt64LE()))

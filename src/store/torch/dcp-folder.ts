@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
 import { bytesOf } from '../elements.js'
@@ -5,7 +6,7 @@ import { type OutputFile, writeFiles, writeWhole } from '../output.js'
 import type { SafetensorsDtype } from '../safetensors.js'
 import { type SourceTensor, type StateSource, stateName } from '../state-source.js'
 import { readCounts } from './counts.js'
-import { emaElements } from './optimizer-file.js'
+import { countOf, emaElements } from './optimizer-file.js'
 import { groupEntries } from './optimizers.js'
 import { call, dict, float, global, int, list, object, type Picklable, pickle, tuple } from './pickle.js'
 import { sizes, TorchFile, tensorNode } from './tensor.js'
@@ -38,16 +39,16 @@ export async function writeDcp(path: string, source: StateSource): Promise<strin
 
 async function writeState(data: OutputFile, source: StateSource): Promise<Item[]> {
   const { counts, rest } = await readCounts(source)
-  const { groups, parameters } = source.description
   const items: Item[] = []
-  for (const { name } of parameters) {
-    const bytes = bytesOf(Float32Array.of(counts.get(stateName(name, 'step')) ?? 0))
+  for (const parameter of source.description.parameters) {
+    const { name } = parameter
+    const bytes = bytesOf(Float32Array.of(countOf(parameter, counts)))
     const tensor = { name: stateName(name, 'step'), dtype: 'F32', shape: [], bytes: bytes.length } as const
     const next = await beginItem(data, { path: ['state', name, 'step'], tensor })
     await next.write(bytes)
     items.push(await next.end())
   }
-  const groupOf = new Map(parameters.map(({ name, group }) => [name, groups.find((other) => other.name === group)]))
+  const groupOf = groupsOf(source)
   let open:
     | { tensor: SourceTensor; next: Awaited<ReturnType<typeof beginItem>>; take: (piece: Uint8Array) => Uint8Array }
     | undefined
@@ -55,15 +56,12 @@ async function writeState(data: OutputFile, source: StateSource): Promise<Item[]
     if (open?.tensor !== tensor) {
       if (open) items.push(await open.next.end())
       const path = pathOf(tensor.name)
-      const group = groupOf.get(path[1])
-      if (group === undefined) throw new Error(`tensor '${tensor.name}' is of no parameter`)
-      const elements = emaElements(tensor, group)
+      const elements = emaElements(tensor, groupOf(path[1]))
       open = { tensor, next: await beginItem(data, { path, tensor }), take: (bytes) => bytesOf(elements.take(bytes)) }
     }
     await open.next.write(open.take(piece))
   }
-  if (open) items.push(await open.next.end())
-  return items
+  return open ? [...items, await open.next.end()] : items
 }
 
 /** A parameter's name may have dots, a tensor's has none. */
@@ -72,11 +70,22 @@ function pathOf(name: string): [string, string, string] {
   return ['state', name.slice('state.'.length, dot), name.slice(dot + 1)]
 }
 
-async function writeGroups(data: OutputFile, { description: { groups, parameters } }: StateSource): Promise<Item[]> {
+/** Finds the group of a parameter by the parameter's name. */
+function groupsOf({ description: { groups, parameters } }: StateSource): (parameter: string) => Group {
+  const byName = new Map(groups.map((group) => [group.name, group]))
+  const byParameter = new Map(parameters.map(({ name, group }) => [name, byName.get(group)]))
+  return (name) => {
+    const group = byParameter.get(name)
+    assert(group, `parameter '${name}' is in a group`)
+    return group
+  }
+}
+
+async function writeGroups(data: OutputFile, source: StateSource): Promise<Item[]> {
   const items: Item[] = []
-  for (const { name, group: groupName } of parameters) {
-    const group = groups.find((other) => other.name === groupName)
-    for (const [key, value] of group ? valuesOf(group) : []) {
+  const groupOf = groupsOf(source)
+  for (const { name } of source.description.parameters) {
+    for (const [key, value] of valuesOf(groupOf(name))) {
       const at = data.bytes
       const file = await TorchFile.begin((bytes) => data.write(bytes), value)
       await file.end()
@@ -98,8 +107,8 @@ function valuesOf(group: Group): Map<string, Picklable> {
 function valueNode(value: unknown): Picklable {
   if (typeof value === 'number') return float(value)
   if (typeof value === 'boolean' || typeof value === 'string') return value
-  if (Array.isArray(value)) return tuple(...value.map(valueNode))
-  throw new Error(`a hyperparameter is ${value}`)
+  assert(Array.isArray(value), `a hyperparameter is ${value}`)
+  return tuple(...value.map(valueNode))
 }
 
 async function beginItem(data: OutputFile, { path, tensor }: { path: readonly string[]; tensor: SourceTensor }) {

@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { extname } from 'node:path'
 import type { ParameterDeclaration } from '../../wire/frame.js'
 import { bytesOf, Elements } from '../elements.js'
@@ -110,8 +111,10 @@ function stateDict({ rows }: Plan, counts: ReadonlyMap<string, number>): Picklab
   ])
 }
 
-function countOf({ name }: ParameterDeclaration, counts: ReadonlyMap<string, number>): number {
-  return counts.get(stateName(name, 'step')) ?? 0
+export function countOf({ name }: ParameterDeclaration, counts: ReadonlyMap<string, number>): number {
+  const count = counts.get(stateName(name, 'step'))
+  assert(count !== undefined, `the state says how often '${name}' was applied`)
+  return count
 }
 
 /** torch keeps its step as a float32. */
@@ -151,7 +154,7 @@ async function writeTensors(
 
 /** torch.optim.Muon keeps an exponential average: a heavy ball is 1 / (1 - momentum) times as much. */
 export function emaElements({ name, dtype }: SourceTensor, { hyperparameters }: Group): Elements {
-  if (dtype !== 'F32' && dtype !== 'BF16') throw new Error(`tensor '${name}' is ${dtype}, expected F32 or BF16`)
+  assert(dtype === 'F32' || dtype === 'BF16', `tensor '${name}' is ${dtype}`)
   const { momentum_form, momentum } = hyperparameters
   const ball = momentum_form === 'heavy_ball' && name.endsWith('.momentum_buffer')
   return new Elements({ from: dtype, to: dtype, ...(ball && { multiply: 1 - Number(momentum) }) })

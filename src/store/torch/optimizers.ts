@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { NAMED_COEFFICIENTS } from '../../../kernels/coefficients.js'
 import type { ParameterDeclaration } from '../../wire/frame.js'
 import type { StateDescription } from '../state-source.js'
@@ -28,7 +29,7 @@ const CLASSES: Readonly<Record<string, TorchClass>> = {
 
 export function classOf({ algorithm }: Group): TorchClass {
   const name = CLASSES[algorithm]
-  if (name === undefined) throw new Error(`algorithm ${algorithm} has no class of torch.optim`)
+  assert(name, `algorithm ${algorithm} has a class of torch.optim`)
   return name
 }
 
@@ -106,9 +107,8 @@ function muonObstacle(of: Values, where: string): string | undefined {
 /** One triple, which a name may stand for; nothing where there are several. */
 function coefficients({ ns_coefficients }: Values): number[] {
   const [, named] = Object.entries(NAMED_COEFFICIENTS).find(([name]) => name === ns_coefficients) ?? []
-  const given: readonly unknown[] = named?.coefficients ?? (Array.isArray(ns_coefficients) ? ns_coefficients : [])
-  const numbers = given.length === 1 && Array.isArray(given[0]) ? given[0] : given
-  return numbers.every((value) => typeof value === 'number') ? [...numbers] : []
+  const numbers: unknown[] = [named?.coefficients ?? ns_coefficients].flat(2)
+  return numbers.filter((value) => typeof value === 'number')
 }
 
 /** The state tensors that torch keeps of a parameter of this group, and whether it keeps its step. */

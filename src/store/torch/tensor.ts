@@ -49,10 +49,6 @@ export class TorchFile {
     return file
   }
 
-  get bytes(): number {
-    return this.#zip.bytes
-  }
-
   /** Begins the bytes of the tensor with a key. */
   storage(key: string, bytes: number): ReturnType<ZipWriter['begin']> {
     return this.#zip.begin(`${ROOT}/data/${key}`, bytes)
