@@ -1,8 +1,8 @@
 import { fork } from 'node:child_process'
 import { once } from 'node:events'
-import { readFileSync } from 'node:fs'
+import { readFileSync, writeFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
-import { type Child, manage, startService as startProcess } from '../examples/service.js'
+import { type Child, type LogEntry, manage, startService as startProcess } from '../examples/service.js'
 
 /** Bytes of memory that a process has resident: now, and at most since it started. */
 export type Memory = { now: number; peak: number }
@@ -13,9 +13,12 @@ const PROGRAM = fileURLToPath(new URL('../src/server.js', import.meta.url))
 const TICKS_PER_SECOND = 100
 
 /** Starts the service as in real use: its own process, a free port, the CPU device, the defaults unless `flags` say otherwise. */
-export async function startService(flags: readonly string[] = []): Promise<Child & { url: URL }> {
+export async function startService(
+  flags: readonly string[] = [],
+  log?: (entry: LogEntry) => void,
+): Promise<Child & { url: URL }> {
   const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith('MUOND_')))
-  const service = await startProcess(PROGRAM, { args: ['--device', 'cpu', ...flags], env })
+  const service = await startProcess(PROGRAM, { args: ['--device', 'cpu', ...flags], env, log })
   return { ...service, url: new URL('/v1/stream', service.url.replace('http', 'ws')) }
 }
 
@@ -43,6 +46,11 @@ export function cpuSeconds(pid: number): number {
   // The command's name in brackets may hold blanks; utime and stime are the 14th and 15th field.
   const fields = stat.slice(stat.lastIndexOf(')') + 2).split(' ')
   return (Number(fields[11]) + Number(fields[12])) / TICKS_PER_SECOND
+}
+
+/** Has the peak of a process count from now on. Source: proc(5), clear_refs. */
+export function resetPeak(pid: number): void {
+  writeFileSync(`/proc/${pid}/clear_refs`, '5')
 }
 
 export function memory(pid: number): Memory {

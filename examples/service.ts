@@ -11,7 +11,14 @@ export type Service = Child & { url: string }
 
 const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP'] as const
 
-export type ServiceOptions = { args?: readonly string[]; env?: NodeJS.ProcessEnv; ready_seconds?: number }
+export type LogEntry = { event?: string; address?: string; [field: string]: unknown }
+export type ServiceOptions = {
+  args?: readonly string[]
+  env?: NodeJS.ProcessEnv
+  ready_seconds?: number
+  /** Is told everything that the service logs. */
+  log?: (entry: LogEntry) => void
+}
 
 /**
  * Starts the service `program` as a process of its own, as in real use, on a free port.
@@ -19,14 +26,14 @@ export type ServiceOptions = { args?: readonly string[]; env?: NodeJS.ProcessEnv
  * standard error.
  */
 export async function startService(program: string, options: ServiceOptions = {}): Promise<Service> {
-  const { args = [], env = process.env, ready_seconds = 60 } = options
+  const { args = [], env = process.env, ready_seconds = 60, log } = options
   const child = spawn(process.execPath, [program, '--port', '0', ...args], {
     env,
     stdio: ['ignore', 'pipe', 'inherit'],
   })
   const managed = manage(child)
   const late = setTimeout(() => child.kill(), ready_seconds * 1000)
-  const url = await addressIn(child.stdout).finally(() => clearTimeout(late))
+  const url = await addressIn(child.stdout, log).finally(() => clearTimeout(late))
   if (url === undefined) throw new Error(`the service ended before it was ready, or was not within ${ready_seconds} s`)
   return { ...managed, url }
 }
@@ -50,13 +57,15 @@ export function manage(child: ChildProcess): Child {
   return { pid: Number(child.pid), stop }
 }
 
-/** The address in the first log line that has one. Lines after it are read and dropped, so that the pipe never fills. */
-async function addressIn(log: Readable): Promise<string | undefined> {
-  for await (const line of createInterface({ input: log })) {
-    const { address } = JSON.parse(line)
-    if (typeof address !== 'string') continue
-    log.resume()
-    return address
-  }
-  return undefined
+/** The address in the first log line that has one. Lines after it are read too, so that the pipe never fills. */
+function addressIn(log: Readable, tell: (entry: LogEntry) => void = () => {}): Promise<string | undefined> {
+  const lines = createInterface({ input: log })
+  return new Promise((resolve) => {
+    lines.on('line', (line) => {
+      const entry: LogEntry = JSON.parse(line)
+      tell(entry)
+      if (entry.address !== undefined) resolve(entry.address)
+    })
+    lines.once('close', () => resolve(undefined))
+  })
 }

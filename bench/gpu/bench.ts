@@ -1,7 +1,7 @@
 import { spawnSync } from 'node:child_process'
 import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism, tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import { monitorEventLoopDelay } from 'node:perf_hooks'
 import { openCuda } from '../../src/device/cuda.js'
 import { Device } from '../../src/device/device.js'
@@ -11,10 +11,12 @@ import { WORKLOADS, type Workload } from './models.js'
 /**
  * Steps of Muon on one GPU against torch.optim.Muon on the same one: `npm run bench:gpu`. Gradients and updates are
  * bfloat16, state is float32. "resident" has gradients and updates on the GPU, as torch has; "copied" has them in
- * page-locked host memory, so that both cross PCIe. `--only NAME`, `--lanes 4,6`, `--device cuda:0,1` (torch has GPU 0 alone).
+ * page-locked host memory, so that both cross PCIe. `--only NAME`, `--lanes 4,6`, `--device cuda:0,1` (torch has GPU 0 alone),
+ * `--out FILE` for the results.
  */
 const only = option('--only')
 const deviceName = option('--device') ?? 'cuda'
+const out = option('--out') ?? 'bench/results/gpu.json'
 const groups = (option('--groups') ?? '4').split(',').map(Number)
 const laneCounts = (option('--lanes') ?? '1,2,3,4,6,8').split(',').map(Number)
 const STEPS = 30
@@ -61,7 +63,7 @@ for (const workload of workloads) {
   }
 }
 const exactness = measureExactness()
-mkdirSync('bench/results', { recursive: true })
+mkdirSync(dirname(out), { recursive: true })
 const header = {
   date: new Date().toISOString(),
   gpu: gpu.name,
@@ -69,7 +71,7 @@ const header = {
   cores: availableParallelism(),
   node: process.version,
 }
-writeFileSync('bench/results/gpu.json', `${JSON.stringify({ ...header, rows, exactness }, null, 2)}\n`)
+writeFileSync(out, `${JSON.stringify({ ...header, rows, exactness }, null, 2)}\n`)
 
 async function measure({ parameters }: Workload, memory: Row['memory'], how: { lanes: number; group_jobs: number }) {
   const before = gpu.memory().free

@@ -3,6 +3,7 @@ import type { ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame } from '../wire
 import type { Connection } from './connection.js'
 import { MuondError } from './error.js'
 import { frameError } from './refusal.js'
+import { unheard } from './settings.js'
 import type { Step } from './step.js'
 import type { Updates } from './updates.js'
 
@@ -93,6 +94,11 @@ export class Exchange {
     if (receipt.step !== step.number || missing !== undefined) {
       const what = missing === undefined ? `it is ${step.number}` : `'${updates.nameOf(missing[0])}' has no update yet`
       throw new MuondError('FRAME_UNEXPECTED', `the service sent the receipt of step ${receipt.step}: ${what}`)
+    }
+    const lacks = step.frame && unheard(step.frame, receipt)
+    if (lacks !== undefined) {
+      const message = `the receipt of step ${step.number} ${lacks}: the step frame was lost on the way, go back to a checkpoint`
+      throw new MuondError('STEP_CONFLICT', message, { step: step.number })
     }
     this.#parts.connection.rest()
     this.#settle.resolve(receipt)

@@ -1,5 +1,5 @@
 import { existsSync } from 'node:fs'
-import { availableParallelism, totalmem } from 'node:os'
+import { availableParallelism, cpus, totalmem } from 'node:os'
 import { join } from 'node:path'
 import { GEMM_OPTIONS, GEMM_SOURCE } from '../../kernels/cuda/gemm.js'
 import { CUDA_OPTIONS, CUDA_SOURCE } from '../../kernels/cuda/source.js'
@@ -18,6 +18,8 @@ export type Backend = {
   name: string
   /** The version of ONNX Runtime. */
   version: string
+  /** The processor's model where that decides the last bits and `name` does not tell it. */
+  processor: string
   /** Why `auto` did not take a GPU, or a GPU does without kernels of our own; empty where nothing was left aside. */
   note: string
   /** Lanes of each unit, and what each is given at a time. */
@@ -109,6 +111,7 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     kind: 'cpu',
     name: 'cpu',
     version,
+    processor: [...new Set(cpus().map(({ model }) => model))].join(', '),
     note: options.note,
     lanes,
     group: ONE,
@@ -150,7 +153,7 @@ function cuda(runtime: OnnxRuntime, folder: string, options: BackendOptions): Ba
   const name = units.map((unit) => unit.name).join(', ')
   const { version, close } = runtime
   const hostBytes = Math.floor(totalmem() * MEMORY_SHARE)
-  return { kind: 'cuda', name, version, note, lanes, group, host, hostBytes, units, close }
+  return { kind: 'cuda', name, version, processor: '', note, lanes, group, host, hostBytes, units, close }
 }
 /* c8 ignore stop */
 

@@ -1,4 +1,3 @@
-import { cpus } from 'node:os'
 import { expandCoefficients, NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { ServiceError } from '../errors.js'
@@ -94,8 +93,8 @@ export class Device {
 
   /** What computes, as far as it decides the bits of a result. */
   get record(): { kind: string; name: string; onnxruntime: string; processor: string } {
-    const { kind, name, version } = this.backend
-    return { kind, name, onnxruntime: version, processor: kind === 'cpu' ? (cpus()[0]?.model ?? '') : '' }
+    const { kind, name, version, processor } = this.backend
+    return { kind, name, onnxruntime: version, processor }
   }
 
   /** Where each unit's state lies, for another thread. */

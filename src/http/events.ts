@@ -34,7 +34,6 @@ export class Events {
     }
     const reader: Reader = { run, end: () => raw.end() }
     this.#readers.add(reader)
-    run.setMaxListeners(MAX_EVENT_STREAMS + run.listenerCount('receipt'))
     for (const receipt of run.receipts(after)) send(receipt)
     run.on('receipt', send)
     raw.once('close', () => {

@@ -8,11 +8,12 @@ import type { Metrics } from '../metrics.js'
 import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
+import { checkTag } from '../run/keeper.js'
 import type { Run } from '../run/run.js'
 import type { Runs } from '../run/runs.js'
 import type { CheckpointEntry } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
-import { findCheckpoint, takeCheckpoint } from './checkpoints.js'
+import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './docs.js'
 import { type Events, receiptBody } from './events.js'
 import { importState } from './import.js'
@@ -109,7 +110,9 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
     listCheckpoints: ({ params }) => ({ checkpoints: runs.keeper(params.run).folder.checkpoints.map(checkpointBody) }),
     getCheckpoint: ({ params }) => checkpointBody(findCheckpoint(runs.keeper(params.run).folder, params)),
     createCheckpoint: async ({ params, body }, reply) => {
-      const entry = await takeCheckpoint(runs, params.run, body?.tag)
+      const keeper = runs.keeper(params.run)
+      const tag = checkTag(body?.tag)
+      const entry = await betweenSteps(runs, runs.get(params.run), () => keeper.take(tag))
       return reply.code(201).send(checkpointBody(entry))
     },
     deleteCheckpoint: async ({ params }, reply) => {

@@ -1,4 +1,5 @@
-import type { Config } from '../config.js'
+import assert from 'node:assert'
+import { type Config, errorText } from '../config.js'
 import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
 import type { DataFolder } from '../store/data-folder.js'
@@ -10,7 +11,7 @@ import type { Declaration } from './declaration.js'
 import { importNote } from './incoming.js'
 import { Keeper, type KeeperMeans } from './keeper.js'
 import { groupRecords, groupsOf } from './record.js'
-import { differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
+import { checkDigest, differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
 import type { Run } from './run.js'
 import type { Groups } from './schedule.js'
 
@@ -48,18 +49,20 @@ export class Archive {
     return this.#shelf(name).keeper
   }
 
-  /** Gives a new run its folder, and a first checkpoint: from here on it is never lost without a word. */
+  /** Gives a new run its folder, and a first checkpoint: from here on it is never lost without a word. Notes that it was opened. */
   async create(run: Run): Promise<void> {
     const folder = await this.#means.data.create(run.name).catch((error) => {
       throw this.#failed(run.name, error)
     })
     try {
-      const keeper = await this.#adopt(run, folder, { run: run.name, epoch: 0 })
+      const keeper = this.#adopt(run, folder, { run: run.name, epoch: 0 })
+      await this.#openJournal(run, folder)
       await keeper.take()
+      await this.opened(run)
     } catch (error) {
       await this.#forget(run)
       await folder.destroy().catch((again) => this.#warn('run_left_behind', run.name, again))
-      throw error instanceof ServiceError ? error : this.#failed(run.name, error)
+      throw this.#failed(run.name, error)
     }
   }
 
@@ -92,7 +95,7 @@ export class Archive {
       return run
     } catch (error) {
       const known = unreadable(name, error)
-      this.#stored.set(name, known instanceof Error ? known.message : String(known))
+      this.#stored.set(name, errorText(known))
       throw known
     }
   }
@@ -116,16 +119,23 @@ export class Archive {
   }
 
   /** Puts a run where `kept` is, or leaves it where it is, and drops what came after that from the disk. */
-  async goBack(run: Run, kept?: Kept): Promise<void> {
+  goBack(run: Run, kept?: Kept): Promise<void> {
     const { keeper } = this.#shelf(run.name)
     const { folder } = keeper
-    await keeper.settled()
-    await run.journal?.close()
-    run.journal = undefined
-    await clearJournal(folder.journal)
-    await folder.removeAfter(kept?.manifest ?? run)
-    if (kept) this.#take(run, kept)
-    await this.#openJournal(run, folder)
+    return keeper
+      .alone(async () => {
+        await run.journal?.close()
+        run.journal = undefined
+        // Groups that were given later are of a history that is dropped.
+        await this.#identify(run, { replacement: undefined })
+        await clearJournal(folder.journal)
+        await folder.removeAfter(kept?.manifest ?? run)
+        if (kept) this.#take(run, kept)
+        await this.#openJournal(run, folder)
+      })
+      .catch((error) => {
+        throw this.#failed(run.name, error)
+      })
   }
 
   /** Takes a checkpoint of every run that has come further than its last one and is between two steps. */
@@ -173,8 +183,8 @@ export class Archive {
 
   #shelf(name: string): Shelf {
     const shelf = this.#shelves.get(name)
-    if (shelf) return shelf
-    throw new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'`)
+    assert(shelf, 'a run in memory has its folder')
+    return shelf
   }
 
   /** A folder without a checkpoint: its `open` was never answered, unless there are steps. */
@@ -196,8 +206,9 @@ export class Archive {
       const { elsewhere } = this.#take(run, await this.#read(run, folder, manifest))
       const steps = withJournal ? await this.#replay(run, { folder, manifest, elsewhere }) : 0
       run.epoch = identity.epoch
-      replaceGroups(run, identity)
-      const keeper = await this.#adopt(run, folder, identity)
+      const keeper = this.#adopt(run, folder, withJournal ? replaceGroups(run, identity) : identity)
+      // Without, the journal has steps that are dropped only once nothing is refused any more.
+      if (withJournal) await this.#openJournal(run, folder)
       if (steps > 0 && !run.journal) await this.#leaveJournal(keeper)
       const seconds = (performance.now() - started) / 1000
       const { step, digest, note } = run
@@ -219,8 +230,11 @@ export class Archive {
     }
   }
 
-  async #read({ parameters, grant: { units } }: Run, folder: RunFolder, manifest: Manifest): Promise<Kept> {
-    const tensors = await readTensors(this.#means.device, { folder, manifest }, { parameters, units })
+  /** Nothing is changed by it: what it gives has been held against every hash there is. */
+  async #read(run: Run, folder: RunFolder, manifest: Manifest): Promise<Kept> {
+    const { parameters, grant } = run
+    checkDigest(manifest, run)
+    const tensors = await readTensors(this.#means.device, { folder, manifest }, { parameters, units: grant.units })
     return { manifest, tensors, taken: false }
   }
 
@@ -255,8 +269,7 @@ export class Archive {
     return steps.length
   }
 
-  async #adopt(run: Run, folder: RunFolder, identity: Identity): Promise<Keeper> {
-    await this.#openJournal(run, folder)
+  #adopt(run: Run, folder: RunFolder, identity: Identity): Keeper {
     const keeper = new Keeper(run, folder, this.#means)
     this.#shelves.set(run.name, { keeper, identity })
     return keeper
@@ -281,11 +294,12 @@ export class Archive {
   }
 
   #failed(name: string, error: unknown): ServiceError {
-    return new ServiceError('STORAGE_FAILED', `the folder of run '${name}' cannot be written: ${text(error)}`)
+    if (error instanceof ServiceError) return error
+    return new ServiceError('STORAGE_FAILED', `the folder of run '${name}' cannot be written: ${errorText(error)}`)
   }
 
   #warn(event: string, run: string, error: unknown): void {
-    this.#means.log.warn({ event, run, reason: text(error) })
+    this.#means.log.warn({ event, run, reason: errorText(error) })
   }
 }
 
@@ -293,23 +307,32 @@ function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): Che
   const entry = folder.find(checkpoint)
   if (entry?.problem) throw new UnreadableError(entry.problem)
   if (entry) return entry
-  const known = folder.checkpoints.map((other) => other.checkpoint).join(', ')
-  throw new ServiceError('NOT_FOUND', `run '${run}' has no checkpoint '${checkpoint}', there are ${known || 'none'}`)
+  const known = folder.checkpoints.map((other) => other.checkpoint)
+  throw new ServiceError(
+    'NOT_FOUND',
+    `run '${run}' has no checkpoint '${checkpoint}'; its ${known.length}: ${known.join(', ')}`,
+  )
 }
 
-/** What no step has been computed with yet of the groups that a connection gave. */
-function replaceGroups(run: Run, { replacement }: Identity): void {
-  if (replacement === undefined) return
+/**
+ * Replaces what no step has been computed with yet of the groups that a connection gave. Those that were given at another step are
+ * in the checkpoint, or of steps that are lost: they are answered no more.
+ */
+function replaceGroups(run: Run, { replacement, ...rest }: Identity): Identity {
+  if (replacement === undefined) return rest
   const { step, groups, later } = replacement
   if (step === run.step) run.schedule.replace(groupsOf(groups), true)
   if (later && (step === run.step || step + 1 === run.step)) run.schedule.replace(groupsOf(later), step < run.step)
+  return step === run.step || step + 1 === run.step ? { ...rest, replacement } : rest
 }
 
 function unreadable(name: string, error: unknown): unknown {
-  if (!(error instanceof UnreadableError)) return error
-  return new ServiceError('CHECKPOINT_UNREADABLE', `run '${name}' cannot be restored: ${error.message}`)
+  const message = `run '${name}' cannot be restored: ${errorText(error)}`
+  if (error instanceof UnreadableError) return new ServiceError('CHECKPOINT_UNREADABLE', message)
+  return isFromSystem(error) ? new ServiceError('STORAGE_FAILED', message) : error
 }
 
-function text(error: unknown): string {
-  return error instanceof Error ? error.message : String(error)
+/** Whether the file system has refused something, as opposed to a file that is not what it should be. */
+function isFromSystem(error: unknown): boolean {
+  return error instanceof Error && 'syscall' in error
 }

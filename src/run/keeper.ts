@@ -1,4 +1,4 @@
-import { type Config, VERSION } from '../config.js'
+import { type Config, errorText, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
@@ -27,7 +27,7 @@ export class Keeper {
   readonly folder: RunFolder
   readonly #run: Run
   readonly #means: KeeperMeans
-  #writing: Promise<CheckpointEntry> | undefined
+  #writing: Promise<unknown> | undefined
   /** A checkpoint is to be taken as soon as none is being written. */
   #due = false
 
@@ -55,12 +55,13 @@ export class Keeper {
    * where a step has begun.
    */
   async begin(tag?: string): Promise<{ written: Promise<CheckpointEntry> }> {
-    while (this.#writing) await Promise.allSettled([this.#writing])
+    // Looked at again here, not in a function that is awaited: of several that wait only one finds it free.
+    while (this.#writing) await this.settled()
     const { newest } = this.folder
     if (newest && this.upToDate)
-      return { written: tag === undefined ? Promise.resolve(newest) : this.#tag(newest, tag) }
+      return { written: tag === undefined ? Promise.resolve(newest) : this.#occupy(this.#tag(newest, tag)) }
     this.#run.checkBetween('a checkpoint is taken between two steps')
-    return { written: this.#begin(tag === undefined ? [] : [tag]) }
+    return { written: this.#occupy(this.#write(tag === undefined ? [] : [tag])) }
   }
 
   /**
@@ -68,18 +69,28 @@ export class Keeper {
    * the run is held between two steps. Rejects with STORAGE_FAILED, and nothing was imported.
    */
   async import(pending: Pending): Promise<CheckpointEntry> {
-    while (this.#writing) await Promise.allSettled([this.#writing])
-    return this.#begin([], pending)
+    while (this.#writing) await this.settled()
+    return this.#occupy(this.#write([], pending))
+  }
+
+  /** Does something that no checkpoint may be taken beside. */
+  async alone(work: () => Promise<void>): Promise<void> {
+    while (this.#writing) await this.settled()
+    await this.#occupy(work())
   }
 
   /** Removes a checkpoint. Throws PARAMETER_INVALID for the newest one, from which the run goes on after a restart. */
-  async remove(entry: CheckpointEntry): Promise<void> {
-    await this.settled()
-    if (entry.checkpoint === this.folder.newest?.checkpoint) {
-      const message = `checkpoint '${entry.checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
-      throw new ServiceError('PARAMETER_INVALID', message)
-    }
-    await this.folder.remove(entry)
+  remove(entry: CheckpointEntry): Promise<void> {
+    return this.alone(async () => {
+      const { checkpoint } = entry
+      if (checkpoint === this.folder.newest?.checkpoint) {
+        const message = `checkpoint '${checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
+        throw new ServiceError('PARAMETER_INVALID', message)
+      }
+      await this.folder.remove(entry).catch((error) => {
+        throw new ServiceError('STORAGE_FAILED', `checkpoint '${checkpoint}' cannot be removed: ${errorText(error)}`)
+      })
+    })
   }
 
   /** When nothing is being written. */
@@ -89,24 +100,32 @@ export class Keeper {
 
   #finished(): void {
     const { checkpoint_steps, journal_bytes } = this.#means.config
-    const { step, journal, name } = this.#run
+    const { step, journal } = this.#run
     this.#due ||= checkpoint_steps > 0 && step % checkpoint_steps === 0
     this.#due ||= journal !== undefined && journal.bytes > journal_bytes
-    if (this.#writing || !this.#due) return
+    this.#takeDue()
+  }
+
+  #takeDue(): void {
+    const { name, step, begun } = this.#run
+    if (this.#writing || !this.#due || begun) return
+    this.#due = false
     this.take().catch((error) => {
-      this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: String(error) })
+      this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: errorText(error) })
     })
   }
 
-  #begin(tags: readonly string[], pending?: Pending): Promise<CheckpointEntry> {
-    const writing = this.#write(tags, pending).finally(() => {
+  /** Nothing else begins until `work` has ended. */
+  #occupy<T>(work: Promise<T>): Promise<T> {
+    const done = work.finally(() => {
       this.#writing = undefined
+      this.#takeDue()
     })
-    this.#writing = writing
-    return writing
+    this.#writing = done
+    return done
   }
 
-  async #write(tags: readonly string[], pending: Pending | undefined): Promise<CheckpointEntry> {
+  async #write(tags: readonly string[], pending?: Pending): Promise<CheckpointEntry> {
     const started = performance.now()
     this.#due = false
     const { device, metrics, log, config } = this.#means
@@ -119,41 +138,33 @@ export class Keeper {
       held.delete(position)
       if (one) device.memory.release(one.tensor)
     }
-    try {
-      await rotated
-      const entries = entriesOf(tensors)
-      const { record: signature, locations } = device
-      const entry = await this.folder.write(
-        {
-          tags,
-          server: VERSION,
-          device: signature,
-          record,
-          entries,
-          locations,
-          file_bytes: config.checkpoint_file_bytes,
-        },
-        (position) => release(position - (entries.length - tensors.length)),
-      )
-      if (pending) this.#run.takeOver(pending)
-      await this.#tidy(entry, config.checkpoints_kept)
-      const seconds = (performance.now() - started) / 1000
-      metrics.checkpoint_seconds.observe(seconds)
-      metrics.checkpoint_bytes_total.inc(entry.bytes)
-      log.info({
-        event: 'checkpoint_written',
-        run: record.run,
-        checkpoint: entry.checkpoint,
-        bytes: entry.bytes,
-        seconds,
-      })
-      return entry
-    } catch (error) {
-      metrics.checkpoint_failures_total.inc()
-      throw this.#failed(record.step, error)
-    } finally {
+    const releaseAll = () => {
       for (const position of [...held.keys()]) release(position)
     }
+    const entries = entriesOf(tensors)
+    const written = (position: number) => release(position - (entries.length - tensors.length))
+    const { record: signature, locations } = device
+    const file_bytes = config.checkpoint_file_bytes
+    const entry = await (rotated ?? Promise.resolve())
+      .then(() =>
+        this.folder.write(
+          { tags, server: VERSION, device: signature, record, entries, locations, file_bytes },
+          written,
+        ),
+      )
+      .catch((error) => {
+        metrics.checkpoint_failures_total.inc()
+        throw this.#failed(record.step, error)
+      })
+      .finally(releaseAll)
+    if (pending) this.#run.takeOver(pending)
+    await this.#tidy(entry, config.checkpoints_kept)
+    const seconds = (performance.now() - started) / 1000
+    metrics.checkpoint_seconds.observe(seconds)
+    metrics.checkpoint_bytes_total.inc(entry.bytes)
+    const { checkpoint, bytes } = entry
+    log.info({ event: 'checkpoint_written', run: record.run, checkpoint, bytes, seconds })
+    return entry
   }
 
   // What is left over takes room and nothing else: the checkpoint is whole, and the next one tries again.
@@ -162,7 +173,7 @@ export class Keeper {
       await this.#run.journal?.drop(step)
       await this.folder.retain(kept)
     } catch (error) {
-      this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: String(error) })
+      this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: errorText(error) })
     }
   }
 
@@ -175,10 +186,9 @@ export class Keeper {
   }
 
   #failed(step: number, error: unknown): ServiceError {
-    const reason = error instanceof Error ? error.message : String(error)
     return new ServiceError(
       'STORAGE_FAILED',
-      `the checkpoint of run '${this.#run.name}' at step ${step} cannot be written: ${reason}`,
+      `the checkpoint of run '${this.#run.name}' at step ${step} cannot be written: ${errorText(error)}`,
       { step },
     )
   }

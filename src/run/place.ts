@@ -104,12 +104,13 @@ export class Place {
   /** Holds the last step against what it came to when it was first computed; `elsewhere` that was on another kind of device. */
   acknowledge(first: DigestRecord, elsewhere: boolean): void {
     const record = this.record
+    assert(record, 'the step was computed again')
     const keys = elsewhere
       ? (['gradientFingerprint'] as const)
       : (['gradientFingerprint', 'updateFingerprint'] as const)
-    const key = keys.find((name) => record?.[name] !== first[name])
+    const key = keys.find((name) => record[name] !== first[name])
     if (key !== undefined) {
-      const [has, expected] = [record?.[key], first[key]].map((value) => fingerprintText(value ?? 0n))
+      const [has, expected] = [record[key], first[key]].map(fingerprintText)
       const what = key === 'gradientFingerprint' ? 'gradient' : 'update'
       throw new UnreadableError(
         `the ${what} of parameter '${this.parameter.name}' has fingerprint ${has}, expected ${expected}`,

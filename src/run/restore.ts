@@ -1,16 +1,26 @@
+import assert from 'node:assert'
 import { type FileHandle, open } from 'node:fs/promises'
+import { errorText } from '../config.js'
 import type { Device } from '../device/device.js'
 import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
-import { parseAttentions } from '../optimizer/attention.js'
+import { type Attention, parseAttentions } from '../optimizer/attention.js'
 import { type Parameter, parseParameters } from '../optimizer/parameter.js'
+import { claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
 import type { StoredGradient, StoredStep } from '../store/journal-reader.js'
-import { type DeviceRecord, type Manifest, type RunRecord, UnreadableError } from '../store/manifest.js'
+import {
+  type DeviceRecord,
+  type Manifest,
+  type RunRecord,
+  type SettingsRecord,
+  UnreadableError,
+} from '../store/manifest.js'
 import type { RunFolder } from '../store/run-folder.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
 import { stateName } from '../store/state-source.js'
 import type { Declaration } from './declaration.js'
-import { groupsOf, settingsOf } from './record.js'
+import { FIRST_DIGEST, importDigest, nextDigest } from './digest.js'
+import { appliedOf, groupsOf, settingsOf } from './record.js'
 import type { Run } from './run.js'
 
 /** What a checkpoint's run was declared with. */
@@ -18,6 +28,39 @@ export function keptDeclaration(record: RunRecord): Declaration {
   const groups = groupsOf(record.groups)
   const parameters = parseParameters(record.parameters, groups)
   return { groups, parameters, attentions: parseAttentions(record.attentions, parameters) }
+}
+
+type Declared = { parameters: readonly Parameter[]; attentions: readonly Attention[] }
+
+/** Holds a checkpoint's digest against what its last step was applied with, or what was imported after that. Throws UnreadableError with both. */
+export function checkDigest(record: RunRecord, declared: Declared): void {
+  const { run, step, digest, last, places, imported } = record
+  const of = (what: string, actual: string, expected: string) => {
+    if (actual !== expected)
+      throw new UnreadableError(`${what} of run '${run}' has digest ${actual}, expected ${expected}`)
+  }
+  const own = last ? stepDigest(record, last, declared) : FIRST_DIGEST
+  of(`step ${step}`, own, imported?.step_digest ?? digest)
+  if (!imported) return
+  const whole = places.map(({ count }, i) => ({ count, hashes: imported.hashes[i] }))
+  of(`the state imported after step ${step}`, importDigest(own, whole), digest)
+}
+
+function stepDigest(
+  { step, previous_digest, places }: RunRecord,
+  last: SettingsRecord,
+  { parameters, attentions }: Declared,
+): string {
+  const { max_logits } = settingsOf(last).frame
+  const claims = claimsByParameter(attentions)
+  const records = parameters.map((parameter, i) => {
+    const { applied_step, last: applied } = places[i]
+    return {
+      applied: applied && applied_step === step ? appliedOf(applied) : undefined,
+      row_scale: rowScale(parameter, claims, max_logits),
+    }
+  })
+  return nextDigest(previous_digest, step, records)
 }
 
 /** Whether what one device computed has other bits on another, and why, in words for a person. */
@@ -99,7 +142,7 @@ async function applyAgain(run: Run, device: Device, { gradient, files, elsewhere
       )
     }
     const slot = await device.staging.reserve(bytes, new AbortController().signal)
-    if (slot === undefined) return
+    assert(slot, 'nothing aborts this')
     try {
       const range = { block: device.stagingBlock, offset: slot.offset, bytes }
       const file = files.get(path) ?? open(path, 'r')
@@ -126,7 +169,8 @@ async function named(label: string, work: () => Promise<void>): Promise<void> {
   try {
     await work()
   } catch (error) {
+    /* c8 ignore next -- needs a device that runs out of memory in the middle of this */
     if (error instanceof ServiceError && error.code === 'OVER_CAPACITY') throw error
-    throw new UnreadableError(`${label}: ${error instanceof Error ? error.message : error}`)
+    throw new UnreadableError(`${label}: ${errorText(error)}`)
   }
 }

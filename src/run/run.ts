@@ -22,7 +22,8 @@ import type { Journal } from '../store/journal.js'
 import type { EndHead } from '../store/journal-format.js'
 import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/manifest.js'
 import type { OpenedFrame, StepFrame, StepSeconds } from '../wire/frame.js'
-import { type DigestRecord, FIRST_DIGEST, importDigest, nextDigest, type StepRecord } from './digest.js'
+import { Boundary } from './boundary.js'
+import { type DigestRecord, nextDigest, type StepRecord } from './digest.js'
 import { History, type Receipt } from './history.js'
 import { importNote, type Pending } from './incoming.js'
 import { Place, type Update } from './place.js'
@@ -81,12 +82,17 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   #skipped: Place[] = []
   #seconds = { ...NO_SECONDS }
   #ticket: Ticket = { cancelled: false }
+  /** Whether the step in progress is on its way to the disk. */
+  #committing = false
   #inFlight = new Set<Promise<unknown>>()
+  readonly boundary = new Boundary(this)
   /** Set while nothing may move the state: what would waits for it. */
   #hold: Promise<void> | undefined
 
   constructor(device: Device, options: RunOptions) {
     super()
+    // Event streams and requests for checkpoints listen, and both are bounded where they begin.
+    this.setMaxListeners(0)
     this.name = options.name
     this.created_at = options.created_at ?? new Date().toISOString()
     this.#device = device
@@ -125,6 +131,11 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   /** The indices that are applied for the step in progress already. */
   get ahead(): number[] {
     return this.#places.flatMap((place, index) => (place.appliedStep === this.step + 1 ? [index] : []))
+  }
+
+  /** Whether the step in progress is more than announced: it may have nothing but its end. */
+  get begun(): boolean {
+    return this.#committing || this.ahead.length > 0
   }
 
   /**
@@ -250,7 +261,7 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   /** Throws STEP_INCOMPLETE where a parameter was applied for the next step already. */
   checkBetween(what: string): void {
     const step = this.step + 1
-    if (this.ahead.length === 0) return
+    if (!this.begun) return
     throw new ServiceError('STEP_INCOMPLETE', `step ${step} of run '${this.name}' has begun, ${what}`, { step })
   }
 
@@ -315,7 +326,7 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
 
   /**
    * Goes to where a checkpoint of this run is. `tensors` has those of each parameter, undefined where it has none yet; with
-   * `elsewhere` another kind of device computed the last step. Throws UnreadableError where the record does not add up.
+   * `elsewhere` another kind of device computed the last step.
    */
   restore(record: RunRecord, tensors: readonly (Tensor[] | undefined)[], elsewhere: boolean): void {
     const last = record.last && settingsOf(record.last)
@@ -323,19 +334,6 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     this.#history.restore(record)
     this.schedule = new Schedule(groupsOf(record.groups), last)
     this.#skipped = this.#places.filter((place) => place.appliedStep !== record.step)
-    this.#checkDigest(record, last)
-  }
-
-  #checkDigest({ step, digest, previous_digest, imported, places }: RunRecord, last: StepSettings | undefined): void {
-    const of = (what: string, actual: string, expected: string) => {
-      if (actual === expected) return
-      throw new UnreadableError(`${what} of run '${this.name}' has digest ${actual}, expected ${expected}`)
-    }
-    const own = last ? nextDigest(previous_digest, step, this.#records(step, last.frame.max_logits)) : FIRST_DIGEST
-    of(`step ${step}`, own, imported?.step_digest ?? digest)
-    if (!imported) return
-    const whole = places.map(({ count }, i) => ({ count, hashes: imported.hashes[i] }))
-    of(`the state imported after step ${step}`, importDigest(own, whole), digest)
   }
 
   /** How many state bytes are live. */
@@ -455,10 +453,15 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     const { step, digest } = receipt
     const applied = this.#places.filter((place) => place.appliedStep === step)
     const settings = settingsRecord(this.schedule.current)
-    await journal.commit(
-      { type: 'end', step, digest, skipped, settings, receipt },
-      applied.map(({ parameter }) => parameter.index),
-    )
+    this.#committing = true
+    await journal
+      .commit(
+        { type: 'end', step, digest, skipped, settings, receipt },
+        applied.map(({ parameter }) => parameter.index),
+      )
+      .finally(() => {
+        this.#committing = false
+      })
   }
 
   #track<T>(work: Promise<T>): Promise<T> {

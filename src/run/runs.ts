@@ -118,8 +118,11 @@ export class Runs {
       this.#runs.delete(name)
       run?.writer?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
       await run?.settled()
-      await this.#archive?.remove(name, run)
-      run?.dispose()
+      try {
+        await this.#archive?.remove(name, run)
+      } finally {
+        run?.dispose()
+      }
     })
   }
 
@@ -219,6 +222,8 @@ export class Runs {
     const { run: name, mode, checkpoint } = frame
     refuseUnsupported(frame, this.#archive !== undefined)
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and opens no run')
+    // The runs are not gone: a service that is started again has those that are on the disk.
+    if (this.#device.failed) throw this.#deviceFailure()
     if (checkpoint !== undefined) return { run: await this.#goBack(frame, checkpoint, writer), resumed: true }
     const exists = this.#runs.has(name) || this.stored.has(name)
     if (exists && mode === 'create') throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
@@ -304,7 +309,6 @@ export class Runs {
     const run = await this.build(frame.run, declarationOf(frame, this.#presets))
     try {
       await this.#archive?.create(run)
-      await this.#archive?.opened(run)
     } catch (error) {
       run.dispose()
       throw error
@@ -341,13 +345,14 @@ export class Runs {
   }
 
   #expelAll(): void {
-    const error = new ServiceError(
-      'DEVICE_FAILED',
-      `the device ${this.#device.backend.name} has failed: ${this.#device.failed?.message}`,
-      { close: 1011 },
-    )
+    const error = this.#deviceFailure({ close: 1011 })
     for (const run of this.#runs.values()) run.writer?.expel(error)
     this.#runs.clear()
+  }
+
+  #deviceFailure(fields: { close?: number } = {}): ServiceError {
+    const { backend, failed } = this.#device
+    return new ServiceError('DEVICE_FAILED', `the device ${backend.name} has failed: ${failed?.message}`, fields)
   }
 }
 

@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { Worker } from 'node:worker_threads'
 import type { ReadRequest, ThreadReply, ThreadRequest, WriteRequest } from './checkpoint-thread.js'
 import { type Manifest, UnreadableError } from './manifest.js'
@@ -27,7 +28,7 @@ export class CheckpointFiles {
    */
   async write(request: Omit<WriteRequest, 'type' | 'id'>, written: (position: number) => void): Promise<Manifest> {
     const manifest = await this.#ask((id) => ({ ...request, type: 'write', id }), written)
-    if (manifest === undefined) throw new Error('the thread wrote no manifest')
+    assert(manifest, 'what was written has a manifest')
     return manifest
   }
 

@@ -1,7 +1,8 @@
 import { createHash, type Hash } from 'node:crypto'
-import { type FileHandle, mkdir, open } from 'node:fs/promises'
+import { type FileHandle, mkdir, open, rm } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { parentPort } from 'node:worker_threads'
+import { errorText } from '../config.js'
 import { openStateAccess, type StateAccess, type StateLocation } from '../device/state-access.js'
 import { replaceFile, syncFolder } from './durable.js'
 import { type FileRecord, type Manifest, sealManifest, UnreadableError } from './manifest.js'
@@ -60,8 +61,7 @@ async function handle(request: ThreadRequest): Promise<void> {
   try {
     reply({ id, done: request.type === 'write' ? await write(request) : await read(request) })
   } catch (error) {
-    const message = error instanceof Error ? error.message : String(error)
-    reply({ id, error: message, unreadable: error instanceof UnreadableError })
+    reply({ id, error: errorText(error), unreadable: error instanceof UnreadableError })
   }
 }
 
@@ -76,9 +76,26 @@ function accessTo(location: StateLocation): StateAccess {
   return access
 }
 
-async function write({ id, folder, locations, files, texts, manifest }: WriteRequest): Promise<Manifest> {
+async function write(request: WriteRequest): Promise<Manifest> {
+  const { folder } = request
   await mkdir(folder, { recursive: true })
-  await syncFolder(dirname(folder))
+  try {
+    await syncFolder(dirname(folder))
+    return await fill(request)
+  } catch (error) {
+    // On a full disk the next one needs the room. What cannot be removed either goes at the next start.
+    await Promise.allSettled([discard(folder)])
+    throw error
+  }
+}
+
+/** The manifest goes first: without it a checkpoint does not count, whatever a crash leaves of it. */
+async function discard(folder: string): Promise<void> {
+  await rm(join(folder, 'manifest.json'), { force: true })
+  await rm(folder, { recursive: true })
+}
+
+async function fill({ id, folder, locations, files, texts, manifest }: WriteRequest): Promise<Manifest> {
   const records: FileRecord[] = []
   let position = 0
   for (const { name, header, entries } of files) {
@@ -194,13 +211,10 @@ async function rangesOf(path: string, { record, targets, left }: Wanted): Promis
 
 async function headerOf(path: string): Promise<Header> {
   const handle = await openToRead(path)
-  try {
-    return await readHeader(handle)
-  } catch (error) {
-    throw new UnreadableError(`${path}: ${error instanceof Error ? error.message : error}`)
-  } finally {
-    await handle.close()
-  }
+  const header = readHeader(handle).catch((error) => {
+    throw new UnreadableError(`${path}: ${errorText(error)}`)
+  })
+  return header.finally(() => handle.close())
 }
 
 /** Takes what a piece of a file has of each tensor to its memory. Pieces come in order: ranges that are done with are dropped. */
@@ -256,6 +270,6 @@ async function openToRead(path: string): Promise<FileHandle> {
   try {
     return await open(path, 'r')
   } catch (error) {
-    throw new UnreadableError(`${path} cannot be opened: ${error instanceof Error ? error.message : error}`)
+    throw new UnreadableError(`${path} cannot be opened: ${errorText(error)}`)
   }
 }

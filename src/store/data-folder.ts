@@ -2,6 +2,7 @@ import { access, constants, mkdir, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { ConfigError, errorText } from '../config.js'
 import { CheckpointFiles } from './checkpoint-files.js'
+import { syncFolder } from './durable.js'
 import { type FolderLock, lockFolder } from './lock.js'
 import { RunFolder } from './run-folder.js'
 
@@ -24,6 +25,7 @@ export class DataFolder {
       throw new ConfigError(`data folder '${path}' is not writable: ${errorText(error)}`)
     }
     const lock = await lockFolder(path, wait_seconds)
+    await syncFolder(path)
     const names = (await readdir(runs)).sort()
     // What is left of runs that were being deleted.
     for (const name of names.filter((name) => name.startsWith('.'))) await rm(join(runs, name), { recursive: true })

@@ -1,4 +1,4 @@
-import { type FileHandle, open, truncate } from 'node:fs/promises'
+import { type FileHandle, open } from 'node:fs/promises'
 import { listSegments, type Segment } from './journal.js'
 import {
   type EndHead,
@@ -45,9 +45,15 @@ export async function readJournal(folder: string, step: number): Promise<{ steps
   return { steps: later, tail }
 }
 
-/** Removes what lies behind the last finished step. */
+/** Removes what lies behind the last finished step. It does not come back with a power cut: steps will follow in another file. */
 export async function cutTail({ path, at }: Tail): Promise<void> {
-  await truncate(path, at)
+  const file = await open(path, 'r+')
+  try {
+    await file.truncate(at)
+    await file.datasync()
+  } finally {
+    await file.close()
+  }
 }
 
 async function readSegment({ path, bytes }: Segment): Promise<{ steps: StoredStep[]; tail?: Tail }> {

@@ -3,7 +3,7 @@ import { constants, hostname } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import koffi from 'koffi'
-import { ConfigError } from '../config.js'
+import { ConfigError, errorText } from '../config.js'
 
 /** A folder that no other process writes to while this one holds it. */
 export type FolderLock = { release(): void }
@@ -18,19 +18,32 @@ const RETRY_MS = 100
  * says who has it. Throws ConfigError with one line that names the holder.
  */
 export async function lockFolder(folder: string, wait_seconds: number): Promise<FolderLock> {
+  try {
+    return await take(folder, wait_seconds)
+  } catch (error) {
+    if (error instanceof ConfigError) throw error
+    throw new ConfigError(`data folder '${folder}' is not writable: ${errorText(error)}`)
+  }
+}
+
+async function take(folder: string, wait_seconds: number): Promise<FolderLock> {
   const file = join(folder, 'lock')
   const deadline = performance.now() + wait_seconds * 1000
   const descriptor = openSync(file, 'a+')
-  while (!tryLock(descriptor)) {
-    if (performance.now() >= deadline) {
-      const holder = readFileSync(file, 'utf8').trim() || 'another process'
-      closeSync(descriptor)
-      throw new ConfigError(`data folder '${folder}' is in use by ${holder}: one service at a time writes to it`)
+  try {
+    while (!tryLock(descriptor)) {
+      if (performance.now() >= deadline) {
+        const holder = readFileSync(file, 'utf8').trim() || 'another process'
+        throw new ConfigError(`data folder '${folder}' is in use by ${holder}: one service at a time writes to it`)
+      }
+      await delay(RETRY_MS)
     }
-    await delay(RETRY_MS)
+    ftruncateSync(descriptor)
+    writeSync(descriptor, `process ${process.pid} on ${hostname()} since ${new Date().toISOString()}\n`)
+  } catch (error) {
+    closeSync(descriptor)
+    throw error
   }
-  ftruncateSync(descriptor)
-  writeSync(descriptor, `process ${process.pid} on ${hostname()} since ${new Date().toISOString()}\n`)
   return { release: () => closeSync(descriptor) }
 }
 
@@ -41,6 +54,6 @@ function tryLock(descriptor: number): boolean {
   if (flock(descriptor, EXCLUSIVE | WITHOUT_WAITING) === 0) return true
   const error = koffi.errno()
   if (error === constants.errno.EWOULDBLOCK) return false
-  /* c8 ignore next -- needs a file system without locks */
+  /* c8 ignore next 2 -- needs a file system without locks */
   throw new ConfigError(`the data folder cannot be locked: flock failed with error ${error}`)
 }

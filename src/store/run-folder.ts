@@ -1,5 +1,7 @@
+import { randomUUID } from 'node:crypto'
 import { mkdir, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
+import { errorText } from '../config.js'
 import type { StateLocation } from '../device/state-access.js'
 import type { CheckpointFiles } from './checkpoint-files.js'
 import { replaceFile, syncFolder } from './durable.js'
@@ -45,7 +47,7 @@ export type Snapshot = {
 }
 
 export const MANIFEST = 'manifest.json'
-/** State that was imported after a step has a checkpoint of its own, `step-000000001200.1`: the step's is not written over. */
+/** Of a step; one of the same step after its state was imported has a number behind it. */
 const CHECKPOINT = /^step-(\d{12})(?:\.(\d{1,9}))?$/
 
 /**
@@ -112,7 +114,7 @@ export class RunFolder {
     try {
       return JSON.parse(await readFile(path, 'utf8'))
     } catch (error) {
-      throw new UnreadableError(`${path} cannot be read: ${error instanceof Error ? error.message : error}`)
+      throw new UnreadableError(`${path} cannot be read: ${errorText(error)}`)
     }
   }
 
@@ -123,7 +125,7 @@ export class RunFolder {
   /** Writes a checkpoint; `released` is told the position of each entry whose memory is not needed any more. */
   async write(snapshot: Snapshot, released: (position: number) => void): Promise<CheckpointEntry> {
     const { record, entries, locations, tags, server, device, file_bytes } = snapshot
-    const checkpoint = this.#idOf(record)
+    const checkpoint = this.#freshId(record.step)
     const files = planFiles(entries, file_bytes)
     const manifest = {
       ...{ format: FORMAT, checkpoint, tags, written_at: new Date().toISOString(), server, device },
@@ -140,9 +142,7 @@ export class RunFolder {
     const folder = this.#folderOf(checkpoint)
     const written = await this.#files.write({ folder, locations, files, texts, manifest }, released)
     const entry = entryOf(written)
-    this.#entries = [...this.#entries.filter((other) => other.checkpoint !== checkpoint), entry].sort((a, b) =>
-      byStep(a.checkpoint, b.checkpoint),
-    )
+    this.#entries = [...this.#entries, entry]
     return entry
   }
 
@@ -197,16 +197,17 @@ export class RunFolder {
 
   /** Removes the run from the disk: after a crash it is there whole or not at all. */
   async destroy(): Promise<void> {
-    const doomed = join(dirname(this.path), `.deleted-${Date.now()}`)
+    const doomed = join(dirname(this.path), `.deleted-${randomUUID()}`)
     await rename(this.path, doomed)
     await syncFolder(dirname(this.path))
     await rm(doomed, { recursive: true })
   }
 
-  #idOf({ step, imported }: RunRecord): string {
+  /** A checkpoint is never written over another one: a crash in between would leave neither. */
+  #freshId(step: number): string {
     const id = `step-${String(step).padStart(12, '0')}`
-    const taken = this.#entries.filter((entry) => entry.step === step).map(({ checkpoint }) => numberOf(checkpoint))
-    return imported ? `${id}.${Math.max(0, ...taken) + 1}` : id
+    const taken = this.#entries.filter((entry) => entry.step === step).map(({ checkpoint }) => numbersOf(checkpoint)[1])
+    return taken.length === 0 ? id : `${id}.${Math.max(...taken) + 1}`
   }
 
   #folderOf(checkpoint: string): string {
@@ -216,18 +217,18 @@ export class RunFolder {
 
 /** Those of a folder's names that are of checkpoints, oldest first. */
 export function checkpointNames(names: readonly string[]): string[] {
-  return names.filter((name) => CHECKPOINT.test(name)).sort(byStep)
+  return names.filter((name) => CHECKPOINT.test(name)).sort(byAge)
 }
 
-/** Of the imports after one step: 0 is the step itself. */
-function numberOf(checkpoint: string): number {
-  return Number(CHECKPOINT.exec(checkpoint)?.[2] ?? 0)
+/** The step of a checkpoint's id, and the number behind it, 0 for none. */
+function numbersOf(checkpoint: string): [step: number, number: number] {
+  const [step, number = 0] = checkpoint.slice('step-'.length).split('.')
+  return [Number(step), Number(number)]
 }
 
-/** Oldest first. */
-function byStep(a: string, b: string): number {
-  const steps = [a, b].map((name) => Number(CHECKPOINT.exec(name)?.[1]))
-  return steps[0] - steps[1] || numberOf(a) - numberOf(b)
+function byAge(one: string, other: string): number {
+  const [a, b] = [numbersOf(one), numbersOf(other)]
+  return a[0] - b[0] || a[1] - b[1]
 }
 
 export function isCheckpointId(name: string): boolean {
@@ -243,19 +244,19 @@ async function readEntry(folder: string, checkpoint: string): Promise<Checkpoint
   try {
     return entryOf(openManifest(await readFile(path, 'utf8'), path))
   } catch (error) {
-    const problem = error instanceof Error ? error.message : String(error)
-    const step = Number(CHECKPOINT.exec(checkpoint)?.[1])
+    const problem = errorText(error)
+    const [step] = numbersOf(checkpoint)
     return { checkpoint, tags: [], step, digest: '', bytes: 0, written_at: '', problem }
   }
 }
 
 /** Every hyperparameter under the flattened name that torch.distributed's optimizer state has, `param_groups.<parameter>.<key>`. */
 function groupsText({ parameters, groups }: RunRecord): string {
-  const byName = new Map(
+  const byName = Object.fromEntries(
     groups.map(({ name, algorithm, hyperparameters }) => [name, { algorithm, ...hyperparameters }]),
   )
   const rows = parameters.flatMap(({ name, group }) =>
-    Object.entries(byName.get(group) ?? {}).map(([key, value]) => [`param_groups.${name}.${key}`, value] as const),
+    Object.entries(byName[group]).map(([key, value]) => [`param_groups.${name}.${key}`, value] as const),
   )
   return `${JSON.stringify(Object.fromEntries(rows), null, 2)}\n`
 }

@@ -1,7 +1,7 @@
 import t from 'tap'
 import type { WebSocket } from 'ws'
 import { type ConnectOptions, connect } from '../../src/client/client.js'
-import type { ClientFrame, ErrorFrame, ServerFrame, UpdateFrame } from '../../src/wire/frame.js'
+import type { ClientFrame, ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame } from '../../src/wire/frame.js'
 import { opened, type Peer, receipt, type Script, say, startPeer, startWeb } from './peer.js'
 import { QUICK } from './service.js'
 
@@ -44,6 +44,32 @@ class Signal {
     this.send = resolve
   })
 }
+
+t.test(
+  'a receipt without the settings that the step had is an error: its step frame was lost on the way',
+  async (t) => {
+    const said = { groups: { all: { lr: 0.5 } }, gradient_scale: 2, max_logits: { a: [1, 2] } }
+    const table: [title: string, answer: Partial<ReceiptFrame>, message: RegExp | undefined][] = [
+      [
+        'another value',
+        { groups: { all: { lr: 0.1 } } },
+        /has lr 0\.1 in group 'all', said was 0\.5: the step frame was lost/,
+      ],
+      ['no value', {}, /has lr undefined in group 'all', said was 0\.5/],
+      ['no logits', { groups: said.groups, clipped_heads: { b: 1 } }, /has no max_logits of attention 'a'/],
+      ['all of it', { groups: { all: { lr: 0.5, momentum: 0 } }, clipped_heads: { a: 0 } }, undefined],
+    ]
+    for (const [title, answer, message] of table) {
+      const peer = await startPeer(answering((socket) => say(socket, UPDATE, { ...receipt(1), ...answer })))
+      t.teardown(peer.close)
+      const { run } = await openAt(peer, QUICK)
+      const step = run.step(GRADIENTS, said)
+      if (message === undefined) await t.resolves(step, title)
+      else await t.rejects(step, { code: 'STEP_CONFLICT', message, fields: { step: 1 }, retryable: false }, title)
+      t.equal(peer.connections(), 1, title)
+    }
+  },
+)
 
 t.test('what no service says ends the step with the reason, and is not retried', async (t) => {
   const table: [title: string, answer: (socket: WebSocket) => unknown, code: string, message: RegExp][] = [

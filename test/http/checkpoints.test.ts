@@ -2,6 +2,7 @@ import { readdirSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import t from 'tap'
 import type { components } from '../../src/http/openapi.js'
+import { MOST_WAITING } from '../../src/run/boundary.js'
 import { GRADIENTS, openRun, startService } from './service.js'
 
 type Checkpoint = components['schemas']['Checkpoint']
@@ -92,8 +93,13 @@ t.test('a checkpoint waits for the end of a step that has begun', async (t) => {
   const taken = call<Checkpoint>(`${url}/v1/runs/a/checkpoints`, 'POST')
   const run = runs.get('a')
   while (run.listenerCount('receipt') < 2) await new Promise(setImmediate)
+  const listeners = MOST_WAITING - 1
+  const others = Array.from({ length: listeners }, () => call<Checkpoint>(`${url}/v1/runs/a/checkpoints`, 'POST'))
+  while (run.listenerCount('receipt') < 1 + MOST_WAITING) await new Promise(setImmediate)
+  t.match(await call(`${url}/v1/runs/a/checkpoints`, 'POST'), { status: 429, body: { code: 'OVERLOADED' } })
   await trainer.step(2, GRADIENTS)
   t.match(await taken, { status: 201, body: { step: 2 } })
+  for (const other of others) t.match(await other, { status: 201, body: { step: 2 } })
   trainer.socket.close()
 })
 
@@ -105,9 +111,9 @@ t.test('the stream takes checkpoints between two steps, and the next step does n
   trainer.sendStep(2, GRADIENTS)
   t.match(await trainer.next('checkpointed'), { checkpoint: id(1), step: 1, digest: first.digest })
   // Two in a row: the second waits until the first is on the disk.
-  await trainer.step(3, GRADIENTS)
+  trainer.sendStep(3, GRADIENTS)
   trainer.send({ type: 'checkpoint' })
-  await trainer.step(4, GRADIENTS)
+  trainer.sendStep(4, GRADIENTS)
   trainer.send({ type: 'checkpoint' })
   t.match(await trainer.next('checkpointed'), { step: 3 })
   t.match(await trainer.next('checkpointed'), { step: 4 })

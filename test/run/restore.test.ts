@@ -1,19 +1,8 @@
-import {
-  existsSync,
-  mkdirSync,
-  mkdtempSync,
-  readdirSync,
-  readFileSync,
-  rmSync,
-  truncateSync,
-  writeFileSync,
-} from 'node:fs'
-import { tmpdir } from 'node:os'
+import { mkdirSync, readdirSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
-import fc from 'fast-check'
-import t, { type Test } from 'tap'
-import { type Manifest, openManifest, sealManifest } from '../../src/store/manifest.js'
-import { RawClient, type Service, startService } from '../service.js'
+import t from 'tap'
+import { RawClient, type Service, startService, until } from '../service.js'
+import { checkpoints, flip, id, manifestOf, reseal, runFolder, start, stateFile } from './data-folder.js'
 import { gradientsOf, known, MODEL, type Trace, traceOf, train, trainStep, undisturbed } from './trainer.js'
 
 const LAST = 12
@@ -26,16 +15,6 @@ t.before(async () => {
   await service.app.close()
 })
 
-const start = (data: string, settings: Parameters<typeof startService>[0] = {}) =>
-  startService({
-    data,
-    checkpoint_steps: 5,
-    checkpoint_file_bytes: 2000,
-    staging_bytes: 2 ** 20,
-    lanes: 1,
-    ...settings,
-  })
-
 /** The service as after a crash: nothing is drained, nothing is taken to the disk. */
 async function restart(
   service: Service,
@@ -45,11 +24,6 @@ async function restart(
   await service.app.close()
   return start(data, settings)
 }
-
-const runFolder = (data: string, run = 'r') => join(data, 'runs', run)
-const checkpoints = (data: string) => readdirSync(join(runFolder(data), 'checkpoints')).sort()
-const id = (step: number) => `step-${String(step).padStart(12, '0')}`
-const manifestOf = (data: string, step: number) => join(runFolder(data), 'checkpoints', id(step), 'manifest.json')
 
 for (const durability of DURABILITIES) {
   t.test(`${durability}: a run that was interrupted goes on with the bits of one that was not`, async (t) => {
@@ -106,8 +80,9 @@ t.test('a step that has begun at a shutdown is not in the checkpoint, and is sen
   const service = await start(data, { durability: 'journal', drain_seconds: 0 })
   const { client } = await train(service, { last: 2 })
   const [first] = gradientsOf(3)
+  client.updates.clear()
   client.gradient(0, 3, { values: first! })
-  while (!client.updates.get(0)?.data) await new Promise(setImmediate)
+  await until(() => service.runs.get('r').ahead.length === 1)
   await service.drain()
   const again = await start(data, { durability: 'journal' })
   const after = await train(again, { last: 4, open: { mode: 'resume' } })
@@ -155,7 +130,7 @@ t.test('groups that a connection replaced hold after a restart, though no step h
   })
   // From the step after the one that has begun.
   third.gradient(0, 3, { values: gradientsOf(3)[0]! })
-  while (!third.updates.get(0)?.data) await new Promise(setImmediate)
+  await until(() => again.runs.get('r').ahead.length === 1)
   await third.close()
   const fourth = await RawClient.connect(again.url)
   const later = groups.map((group) => (group.name === 'sgd' ? { ...group, lr: 0.25 } : group))
@@ -171,8 +146,12 @@ t.test('groups that a connection replaced hold after a restart, though no step h
   await fifth.close()
   const sixth = await RawClient.connect(last.url)
   t.match(await sixth.open({ run: 'r', mode: 'resume' }), { step: 3, groups: { sgd: { lr: 0.25 } } })
+  await trainStep(sixth, 4)
   await sixth.close()
-  await last.app.close()
+  const seventh = await restart(last, data, { durability: 'journal' })
+  await seventh.restored
+  t.match(seventh.runs.get('r').opened(true), { step: 4, groups: { sgd: { lr: 0.25 } } })
+  await seventh.app.close()
 })
 
 t.test('a run goes back to a checkpoint; what came after it is dropped', async (t) => {
@@ -216,7 +195,7 @@ t.test('a checkpoint to go back to that is not there or cannot be had changes no
   }
   await refused(
     { checkpoint: 'best' },
-    { code: 'NOT_FOUND', message: `run 'r' has no checkpoint 'best', there are ${id(0)}, ${id(5)}` },
+    { code: 'NOT_FOUND', message: `run 'r' has no checkpoint 'best'; its 2: ${id(0)}, ${id(5)}` },
   )
   await refused({ checkpoint: id(5), takeover: false }, { code: 'RUN_BUSY' })
   await refused(
@@ -238,122 +217,14 @@ t.test('a checkpoint to go back to that is not there or cannot be had changes no
       message: /state-00001-of-0000\d\.safetensors has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$/,
     },
   )
+  flip(stateFile(data), 300)
+  reseal(data, { previous_digest: '00'.repeat(32) })
+  await refused({ checkpoint: id(5) }, { code: 'CHECKPOINT_UNREADABLE', message: /step 5 of run 'r' has digest/ })
   t.equal(service.device.memory.bytes, memory)
   t.match(await trainStep(client, 7), { digest: reference[6]!.digest })
   await other.close()
   await client.close()
   await service.app.close()
-})
-
-/** What is broken in the newest checkpoint, and what the client and REST are told. */
-const BREAKAGES: [string, (data: string) => void, RegExp][] = [
-  [
-    'a flipped bit in a tensor',
-    (data) => flip(stateFile(data), -1),
-    /has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$/,
-  ],
-  ...['param_groups.json', 'state.safetensors.index.json'].map((name): [string, (data: string) => void, RegExp] => [
-    `a flipped bit in ${name}`,
-    (data) => flip(join(runFolder(data), 'checkpoints', id(5), name), 20),
-    new RegExp(`/${id(5)}/${name} has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$`),
-  ]),
-  ['a flipped bit in a header', (data) => flip(stateFile(data), 9), /has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$/],
-  ['a header that is too long', (data) => flip(stateFile(data), 4), /has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$/],
-  ['a file that is cut off', (data) => truncateSync(stateFile(data), 300), /has 300 bytes, expected \d+$/],
-  ['a file that is gone', (data) => rmSync(stateFile(data)), /cannot be opened: ENOENT/],
-  [
-    'a flipped bit in the manifest',
-    (data) => flip(manifestOf(data, 5), 30),
-    /manifest\.json has SHA-256 [0-9a-f]{64}, expected/,
-  ],
-  [
-    'a manifest that is cut off',
-    (data) => truncateSync(manifestOf(data, 5), 500),
-    /manifest\.json does not end with its SHA-256/,
-  ],
-  [
-    'a run.json that is none',
-    (data) => writeFileSync(join(runFolder(data), 'run.json'), '{'),
-    /run\.json cannot be read/,
-  ],
-  [
-    'a digest that does not follow',
-    (data) => reseal(data, { previous_digest: '00'.repeat(32) }),
-    /step 5 of run 'r' has digest [0-9a-f]{64}, expected [0-9a-f]{64}$/,
-  ],
-  [
-    'a tensor that is lacking',
-    (data) => reseal(data, (manifest) => ({ files: manifest.files.slice(1) })),
-    /has no tensor 'state\.m\.momentum_buffer'$/,
-  ],
-  [
-    'a tensor of another shape',
-    (data) =>
-      reseal(data, ({ parameters }) => ({
-        parameters: [{ ...parameters[0]!, shape: [16, 24] }, ...parameters.slice(1)],
-      })),
-    /tensor 'state\.m\.momentum_buffer' is F32 \[24,16\], expected F32 \[16,24\]$/,
-  ],
-]
-
-function stateFile(data: string): string {
-  const folder = join(runFolder(data), 'checkpoints', id(5))
-  return join(folder, readdirSync(folder).find((name) => name.startsWith('state-00001-of'))!)
-}
-
-function flip(path: string, at: number): void {
-  const bytes = readFileSync(path)
-  bytes[at < 0 ? bytes.length + at : at]! ^= 1
-  writeFileSync(path, bytes)
-}
-
-/** Another manifest, with a hash of its own that is right. */
-function reseal(data: string, change: Partial<Manifest> | ((manifest: Manifest) => Partial<Manifest>)): void {
-  const path = manifestOf(data, 5)
-  const { sha256: _, ...manifest } = openManifest(readFileSync(path, 'utf8'), path) as Manifest & { sha256: string }
-  writeFileSync(path, sealManifest({ ...manifest, ...(typeof change === 'function' ? change(manifest) : change) }))
-}
-
-t.test('a checkpoint that is not what was written is refused with its file; the run never starts cold', async (t) => {
-  const data = mkdtempSync(join(tmpdir(), 'muond-'))
-  t.teardown(() => rmSync(data, { recursive: true }))
-  const service = await start(data)
-  const { client } = await train(service, { last: 6 })
-  await client.close()
-  await service.app.close()
-  for (const [name, breakIt, message] of BREAKAGES) {
-    await t.test(name, async (t) => {
-      const copy = `${t.testdir({})}/data`
-      copyFolder(data, copy)
-      breakIt(copy)
-      const again = await start(copy)
-      await again.restored
-      t.equal(again.device.memory.bytes, 0)
-      t.equal(again.device.admittedBytes, 0)
-      const listed = (await (await fetch(`${again.http}/v1/runs`)).json()) as {
-        runs: []
-        stored: { name: string; detail: string }[]
-      }
-      t.match(listed, { runs: [], stored: [{ name: 'r', status: 'unreadable', detail: message }] })
-      t.match(await (await fetch(`${again.http}/v1/runs/r`)).json(), { code: 'CHECKPOINT_UNREADABLE', detail: message })
-      const next = await RawClient.connect(again.url)
-      for (const mode of ['resume', 'create_or_resume'] as const) {
-        next.send({ type: 'open', protocol: 1, run: 'r', mode, ...MODEL })
-        t.match(await next.expect('error'), { code: 'CHECKPOINT_UNREADABLE', status: 500, message })
-      }
-      next.send({ type: 'open', protocol: 1, run: 'r', mode: 'create', ...MODEL })
-      t.match(await next.expect('error'), { code: 'RUN_EXISTS' })
-      if (!name.startsWith('a run.json')) {
-        // An older checkpoint is still a way on, if one asks for it.
-        t.match(await next.open({ run: 'r', mode: 'resume', checkpoint: id(0) }), { step: 0, resumed: true })
-        t.same(known([await trainStep(next, 1)]), known(reference.slice(0, 1)))
-      }
-      await next.close()
-      t.equal((await fetch(`${again.http}/v1/runs/r`, { method: 'DELETE' })).status, 204)
-      t.notOk(existsSync(runFolder(copy)))
-      await again.app.close()
-    })
-  }
 })
 
 t.test('a run on the disk that nobody has restored is deleted as well', async (t) => {
@@ -398,51 +269,6 @@ t.test('a journal without its checkpoint is an error', async (t) => {
   t.match(again.runs.stored.get('r'), /has a journal and no checkpoint that it goes on from$/)
   await again.app.close()
 })
-
-t.test(
-  'a journal is computed again from its gradients: damage is told with the record, a torn tail is cut',
-  async (t) => {
-    const data = mkdtempSync(join(tmpdir(), 'muond-'))
-    t.teardown(() => rmSync(data, { recursive: true }))
-    const copies = t.testdir({})
-    let copied = 0
-    const settings = { durability: 'journal', checkpoint_steps: 0 } as const
-    const service = await start(data, settings)
-    await (await train(service, { last: 4 })).client.close()
-    await service.app.close()
-    const name = '000000000001.journal'
-    const path = (folder: string) => join(runFolder(folder), 'journal', name)
-    const bytes = readFileSync(path(data))
-    const resume = async (t: Test, damaged: Uint8Array) => {
-      const copy = join(copies, String(copied++))
-      copyFolder(data, copy)
-      writeFileSync(path(copy), damaged)
-      const again = await start(copy, settings)
-      await again.restored
-      const problem = again.runs.stored.get('r')
-      const client = problem === undefined ? await RawClient.connect(again.url) : undefined
-      const opened = await client?.open({ run: 'r', mode: 'resume' })
-      const digest = opened && opened.step > 0 ? reference[opened.step - 1]!.digest : opened?.digest
-      t.equal(opened?.digest, digest, 'what is restored is a step of the undisturbed run')
-      await client?.close()
-      await again.app.close()
-      return { problem, step: opened?.step }
-    }
-    t.same(await resume(t, bytes), { problem: undefined, step: 4 })
-    t.same(await resume(t, bytes.subarray(0, -1)), { problem: undefined, step: 3 })
-    t.same(await resume(t, Buffer.concat([bytes, Buffer.from('torn')])), { problem: undefined, step: 4 })
-    await fc.assert(
-      fc.asyncProperty(fc.nat(bytes.length - 1), fc.integer({ min: 1, max: 255 }), async (at, change) => {
-        const damaged = Buffer.from(bytes)
-        damaged[at]! ^= change
-        const { problem, step } = await resume(t, damaged)
-        if (step !== undefined) t.equal(step, 3, 'only the end of the last step can be taken for a tail')
-        else t.match(problem, new RegExp(`${name}: record \\d+ at byte \\d+`))
-      }),
-      { numRuns: 25, seed: 11 },
-    )
-  },
-)
 
 t.test('a service that keeps no journal any more takes the steps of one into a checkpoint', async (t) => {
   const data = t.testdir({})
@@ -528,11 +354,3 @@ t.test('a service that is closed while it restores ends', async (t) => {
   await again.app.close()
   t.ok(again.runs.list().length < 3)
 })
-
-function copyFolder(from: string, to: string): void {
-  mkdirSync(to, { recursive: true })
-  for (const entry of readdirSync(from, { withFileTypes: true })) {
-    if (entry.isDirectory()) copyFolder(join(from, entry.name), join(to, entry.name))
-    else writeFileSync(join(to, entry.name), readFileSync(join(from, entry.name)))
-  }
-}

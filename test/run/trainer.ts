@@ -8,7 +8,7 @@ export const MODEL = {
     { name: 'muon', algorithm: 'muon', lr: 0.02 },
     { name: 'muonclip', algorithm: 'muonclip', lr: 3e-4 },
     { name: 'normuon', algorithm: 'muon', second_momentum: 'normuon', momentum_dtype: 'bfloat16' },
-    { name: 'adamw', algorithm: 'adamw' },
+    { name: 'adamw', preset: 'torch', algorithm: 'adamw' },
     { name: 'amsgrad', algorithm: 'adam', amsgrad: true },
     { name: 'rmsprop', algorithm: 'rmsprop', momentum: 0.9 },
     { name: 'sgd', algorithm: 'sgd', momentum: 0.9, nesterov: true },

@@ -34,6 +34,14 @@ t.test('a folder that is locked is refused, and the holder is named', async (t) 
   next.release()
 })
 
+t.test('a lock that cannot be written is told with its folder', async (t) => {
+  const folder = t.testdir({ lock: {} })
+  await t.rejects(lockFolder(folder, 0), {
+    name: 'ConfigError',
+    message: new RegExp(`^data folder '${folder}' is not writable: EISDIR`),
+  })
+})
+
 t.test('a holder that has not said yet who it is is another process', async (t) => {
   const folder = t.testdir({})
   const lock = await lockFolder(folder, 0)

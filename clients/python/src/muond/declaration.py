@@ -1,0 +1,45 @@
+"""A parameter as a trainer declares it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .steps.apply import Weights
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as the trainer declares it: what ``open`` sends, and the array that its updates are applied to, in place."""
+
+    name: str
+    group: str
+    data: Weights | None = None
+    """float64, float32, float16, or bfloat16 as uint16 bits. None with an ``apply`` of your own; then ``shape`` must be there."""
+    shape: Sequence[int] | None = None
+    """As torch stores it, rows first; default: that of ``data``."""
+    gradient_dtype: str = "float32"
+    update_dtype: str = "float32"
+    split: Sequence[int] | None = None
+    """Rows of each block that is its own matrix (fused QKV)."""
+    heads: int | None = None
+    matrices: str | None = None
+    """``flatten`` or ``batch``, for more than two dimensions with Muon."""
+
+    def declaration(self) -> dict[str, Any]:
+        """What goes into the open frame."""
+        shape = self.shape if self.shape is not None else (None if self.data is None else self.data.shape)
+        if shape is None:
+            raise ValueError(f"parameter '{self.name}' has neither data nor a shape")
+        if self.data is not None and tuple(shape) != self.data.shape:
+            raise ValueError(f"parameter '{self.name}' has shape {list(shape)}, its data has {list(self.data.shape)}")
+        optional = {"split": self.split, "heads": self.heads, "matrices": self.matrices}
+        return {
+            "name": self.name,
+            "shape": [int(size) for size in shape],
+            "group": self.group,
+            "gradient_dtype": self.gradient_dtype,
+            "update_dtype": self.update_dtype,
+            **{key: value for key, value in optional.items() if value is not None},
+        }

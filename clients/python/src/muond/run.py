@@ -1,0 +1,428 @@
+"""A run of the service, in numpy: open it, take steps, read receipts."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any
+
+import numpy.typing as npt
+
+from .declaration import Parameter
+from .error import ErrorFields, MuondError
+from .receipt import Checkpoint, Receipt
+from .steps.apply import Weights, apply_update
+from .steps.backoff import Backoff
+from .steps.exchange import Taken
+from .steps.gradient import bytes_of
+from .steps.interrupt import interrupt_later
+from .steps.parameter import Bound, bind, check_bytes
+from .steps.step import Gradient, Step
+from .steps.updates import Bytes, Memory, Update, Updates
+from .steps.writer import RETRIES, Failed, Host, Writer
+from .transport.address import Endpoint, endpoint
+from .wire.frame import PROTOCOL, Frame
+
+Key = int | str
+"""A parameter by index, or by name."""
+
+
+_PARTED = (
+    "was interrupted while its updates were applied: weights and state have parted. "
+    "Go back to weights and state of one step (reopen, load_state_dict or rollback)"
+)
+
+Apply = Callable[[Sequence[Update]], None]
+"""Applies some updates; the memory of their data is used again as soon as it returns."""
+
+
+def open_run(
+    url: str | None = None,
+    *,
+    run: str,
+    parameters: Sequence[Parameter],
+    groups: Sequence[Mapping[str, Any]] | None = None,
+    mode: str = "create_or_resume",
+    attentions: Sequence[Mapping[str, Any]] | None = None,
+    takeover: bool = False,
+    checkpoint: str | None = None,
+    client: str | None = None,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    ssl_context: ssl.SSLContext | None = None,
+    retries: int = RETRIES,
+    backoff: Backoff | None = None,
+    chunk_bytes: int = 1 << 24,
+    apply: Apply | None = None,
+    allocate: Callable[[int], Bytes] | None = None,
+) -> Run:
+    """Opens a run, on a connection of its own; its updates are applied to each parameter's ``data``, in place.
+
+    ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
+    ``groups``: maps of ``name``, ``algorithm`` or ``preset``, and hyperparameters. ``checkpoint``: with ``resume``, go back to it.
+    ``retries``: consecutive failed attempts at one step that brought nothing new, before it raises; 0 for none.
+    ``apply``: what to do with updates instead. ``allocate``: memory for updates, by bytes.
+
+    Raises MuondError RUN_EXISTS, RUN_NOT_FOUND, RUN_BUSY (see ``takeover``), RUN_MISMATCH, PARAMETER_INVALID…, UNAUTHORIZED,
+    CONNECTION_LOST; a first connection is not retried.
+    """
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}, at least 1")
+    address = endpoint(url, token=token, headers=headers, ssl_context=ssl_context)
+    given: Frame = {
+        "groups": None if groups is None else [dict(group) for group in groups],
+        "parameters": [parameter.declaration() for parameter in parameters],
+        "attentions": None if attentions is None else [dict(attention) for attention in attentions],
+        "takeover": takeover or None,
+        "checkpoint": checkpoint,
+        "client": client,
+    }
+    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": mode}
+    frame.update({key: value for key, value in given.items() if value is not None})
+    writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes), frame)
+    memory = Memory() if allocate is None else Memory(allocate)
+    try:
+        return Run(writer, parameters, address, apply, memory)
+    except BaseException:
+        writer.close()
+        raise
+
+
+class Run:
+    """One run of the service, and the one place that changes the trainer's weights. One step at a time.
+
+    A lost connection is replaced and the step sent again from the beginning, so gradients must not change before the call that
+    ends their step returns. Updates are applied by that call, in the caller's thread.
+    """
+
+    def __init__(
+        self, writer: Writer, parameters: Sequence[Parameter], address: Endpoint, apply: Apply | None, memory: Memory
+    ) -> None:
+        """Use ``open_run``."""
+        self.address = address
+        self.parameters = bind(writer.opened["parameters"])
+        if len(self.parameters) != len(parameters):
+            raise MuondError(
+                "RUN_MISMATCH", f"the run has {len(self.parameters)} parameters, {len(parameters)} were declared"
+            )
+        self._writer = writer
+        self._by_key: dict[Key, Bound] = {parameter.name: parameter for parameter in self.parameters}
+        self._by_key.update({parameter.index: parameter for parameter in self.parameters})
+        self._memory = memory
+        # Nothing here refers to the run itself: one that nobody holds any more is closed at once.
+        self._apply = apply or _apply_to([parameter.data for parameter in parameters])
+        self._events: SimpleQueue[Update | Taken | Failed] = SimpleQueue()
+        self._updates = Updates(self.parameters, writer.step + 1, memory, self._events.put)
+        self._flight: Step | None = None
+        self._groups: Mapping[str, Mapping[str, Any]] = writer.opened["groups"]
+        self._process = os.getpid()
+        # A run that nobody holds any more, or that is open when the process ends, is closed in order.
+        self._finalizer = weakref.finalize(self, _close_in, os.getpid(), writer)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def name(self) -> str:
+        return str(self.opened["run"])
+
+    @property
+    def opened(self) -> Frame:
+        """The service's answer to the newest ``open``: epoch, groups, limits, device and more."""
+        return self._writer.opened
+
+    @property
+    def step_count(self) -> int:
+        """The last finished step, 0 at first."""
+        return self._writer.step
+
+    @property
+    def digest(self) -> str:
+        """Of the last finished step: equal digests are equal histories, bit for bit."""
+        return self._writer.digest
+
+    @property
+    def groups(self) -> Mapping[str, Mapping[str, Any]]:
+        """{group: every hyperparameter in force}, of the last receipt or of ``opened``."""
+        return self._groups
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self._flight is not None
+
+    @property
+    def ahead(self) -> Sequence[int]:
+        """Parameters that the service had applied for the next step when the run was opened, until that step is over."""
+        ahead: Sequence[int] = self.opened["ahead"] if self.step_count == self.opened["step"] else ()
+        return ahead
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    def step(
+        self,
+        gradients: Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLike | None],
+        *,
+        skipped: Iterable[Key] = (),
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
+        gradient_scale: float | None = None,
+        max_logits: Mapping[str, Sequence[float]] | None = None,
+        skip_refused: bool = False,
+    ) -> Receipt:
+        """Takes one step: sends every gradient and applies every update.
+
+        ``gradients`` by name, or in the order of the parameters (None: no gradient). ``skipped``: those without one.
+        ``groups``: {group: {hyperparameter: value}}, from this step on. ``gradient_scale`` is multiplied into every gradient of
+        this step. ``max_logits``: {attention: the largest softmax input of each query head}. ``skip_refused``: see ``begin``.
+
+        Raises MuondError; ``fields.refused`` names the parameters whose gradients were refused, the other updates are applied.
+        A step that raised can be taken again: with the same options, and the same gradients for every parameter that is not
+        refused, since their updates may be applied on either side. Nothing is applied a second time.
+        """
+        pairs = gradients.items() if isinstance(gradients, Mapping) else enumerate(gradients)
+        given = [self._gradient(key, array) for key, array in pairs if array is not None]
+        skip = self._indices(skipped)
+        step = self._new_step(groups, gradient_scale, max_logits, skip_refused=skip_refused)
+        for gradient in given:
+            self._add(step, gradient)
+        self._check_complete(step, skip)
+        step.finish(skip)
+        self._start(step)
+        return self._land()
+
+    def begin(
+        self,
+        *,
+        groups: Mapping[str, Mapping[str, Any]] | None = None,
+        gradient_scale: float | None = None,
+        max_logits: Mapping[str, Sequence[float]] | None = None,
+        skip_refused: bool = False,
+    ) -> None:
+        """Begins a step whose gradients come one by one; only needed to give it options.
+
+        ``skip_refused``: the step is ended without the gradients that the service refuses, and its receipt names them.
+        Raises MuondError STEP_CONFLICT if one has begun.
+        """
+        self._start(self._new_step(groups, gradient_scale, max_logits, skip_refused=skip_refused))
+
+    def gradient(self, key: Key, gradient: npt.ArrayLike) -> None:
+        """Sends one gradient while the backward pass goes on, and begins the step if it has not begun.
+
+        What the service or the network has to say comes with ``end``. Raises MuondError PARAMETER_UNKNOWN, SHAPE_MISMATCH,
+        STEP_CONFLICT.
+        """
+        self._add(self._growing(), self._gradient(key, gradient))
+
+    def gradient_bytes(self, index: int, data: memoryview, ready: Callable[[], None] | None = None) -> None:
+        """As ``gradient``, for bytes in the parameter's ``gradient_dtype``.
+
+        ``ready`` returns once they are there; another thread calls it.
+        """
+        check_bytes(self._find(index), len(data))
+        self._add(self._growing(), Gradient(index, data, ready))
+
+    def has_gradient(self, index: int) -> bool:
+        """Whether the step in flight has a gradient of this parameter already."""
+        return self._flight is not None and self._flight.has(index)
+
+    def end(self, *, skipped: Iterable[Key] = ()) -> Receipt:
+        """Ends the step that ``gradient`` began; returns and raises as ``step`` does."""
+        step = self._growing()
+        skip = self._indices(skipped)
+        self._check_complete(step, skip)
+        step.finish(skip)
+        return self._land()
+
+    def settle(self) -> list[str]:
+        """Ends a step that an earlier trainer left in the middle, whose gradients nobody has any more.
+
+        The service has applied them to the momentum of some parameters; their updates are lost, all other parameters are
+        skipped. Returns the names of those parameters. For an exact state go back to a checkpoint instead.
+        """
+        ahead = set(self.ahead)
+        if not ahead or self.in_flight:
+            return []
+        step = self._new_step(None, None, None, skip_refused=False)
+        step.finish([parameter.index for parameter in self.parameters if parameter.index not in ahead])
+        self._start(step)
+        self._land()
+        return [self.parameters[index].name for index in sorted(ahead)]
+
+    def checkpoint(self, tag: str | None = None) -> Checkpoint:
+        """Has the service keep the state of the last finished step. Not while a step is in flight."""
+        self._require_idle()
+        answer = self._writer.checkpoint(tag)
+        return Checkpoint(answer["checkpoint"], answer["step"], answer["digest"], answer["bytes"])
+
+    def reopen(self, checkpoint: str | None = None) -> None:
+        """Opens the run again wherever the service has it now, or goes back to a checkpoint; the weights are the caller's.
+
+        Whatever was in flight is forgotten. ``step_count`` and ``digest`` are the service's afterwards.
+        """
+        self._abandon()
+        self._writer.reopen(checkpoint)
+        self._groups = self.opened["groups"]
+        self._updates.next(self.step_count + 1)
+
+    def hurry(self) -> None:
+        """The step in flight is not tried again after a failure: someone waits who wants to leave."""
+        self._writer.hurry()
+
+    def release(self) -> None:
+        """Gives the connection up between two steps; ``reopen`` takes the run up again."""
+        self._require_idle()
+        self._writer.release()
+
+    def close(self) -> None:
+        """Closes the connection; the run stays in the service. A step in flight fails with CLIENT_CLOSED."""
+        self._finalizer()
+        self._flight = None
+
+    # Steps
+
+    def _new_step(
+        self,
+        groups: Mapping[str, Mapping[str, Any]] | None,
+        gradient_scale: float | None,
+        max_logits: Mapping[str, Sequence[float]] | None,
+        *,
+        skip_refused: bool,
+    ) -> Step:
+        self._require_idle()
+        options = {"groups": groups, "gradient_scale": gradient_scale, "max_logits": max_logits}
+        return Step(self.step_count + 1, options, skip_refused=skip_refused)
+
+    def _require_idle(self) -> None:
+        if os.getpid() != self._process:  # pragma: no cover - in a forked child, which is not measured
+            raise MuondError(
+                "CLIENT_CLOSED", f"run '{self.name}' was opened by process {self._process}, this is {os.getpid()}"
+            )
+        if self.closed:
+            raise MuondError("CLIENT_CLOSED", f"run '{self.name}' was closed")
+        if self._flight is not None:
+            raise _conflict(self._flight, _PARTED if self._flight.skipped is not None else "is still in flight")
+
+    def _start(self, step: Step) -> None:
+        self._flight = step
+        self._writer.take(step, self._updates, self._events.put)
+
+    def _growing(self) -> Step:
+        if self._flight is None:
+            self.begin()
+        assert self._flight is not None
+        if self._flight.skipped is not None:
+            raise _conflict(self._flight, _PARTED)
+        return self._flight
+
+    def _land(self) -> Receipt:
+        """Applies updates until the step is over. Ctrl-C does not part weights from state: the step is finished first."""
+        with interrupt_later(self.hurry):
+            return self._finish(self._apply_until_settled())
+
+    def _finish(self, outcome: Taken | Failed) -> Receipt:
+        self._flight = None
+        if isinstance(outcome, Failed):
+            raise outcome.error
+        self._updates.next(self.step_count + 1)
+        self._groups = outcome.receipt["groups"]
+        return Receipt.of(outcome.receipt, outcome.refused)
+
+    def _apply_until_settled(self) -> Taken | Failed:
+        while True:
+            event = self._events.get()
+            updates: list[Update] = []
+            while isinstance(event, Update):
+                updates.append(event)
+                try:
+                    event = self._events.get_nowait()
+                except Empty:
+                    break
+            try:
+                self._apply_updates(updates)
+            except BaseException:
+                if not isinstance(event, Update):
+                    self._events.put(event)
+                raise
+            if not isinstance(event, Update):
+                return event
+
+    def _apply_updates(self, updates: Sequence[Update]) -> None:
+        if not updates:
+            return
+        self._apply(updates)
+        for update in updates:
+            self._memory.give(update.data)
+
+    def _abandon(self) -> None:
+        """Lets go of a step in flight: its connection ends, and what it still brings is not applied."""
+        if self._flight is None:
+            return
+        self._writer.release()
+        while isinstance(event := self._events.get(), Update):
+            self._memory.give(event.data)
+        self._flight = None
+
+    # What the trainer says
+
+    def _find(self, key: Key) -> Bound:
+        found = self._by_key.get(key)
+        if found is None:
+            raise MuondError("PARAMETER_UNKNOWN", f"run '{self.name}' has no parameter {key!r}")
+        return found
+
+    def _indices(self, keys: Iterable[Key]) -> list[int]:
+        return sorted({self._find(key).index for key in keys})
+
+    def _gradient(self, key: Key, gradient: npt.ArrayLike) -> Gradient:
+        parameter = self._find(key)
+        return Gradient(parameter.index, bytes_of(gradient, parameter))
+
+    def _add(self, step: Step, gradient: Gradient) -> None:
+        if step.has(gradient.parameter):
+            raise _conflict(step, f"has a gradient of '{self.parameters[gradient.parameter].name}' already")
+        step.add(gradient)
+
+    def _check_complete(self, step: Step, skipped: Sequence[int]) -> None:
+        """Every parameter must be accounted for, once."""
+        skip = set(skipped)
+        both = [f"'{p.name}'" for p in self.parameters if step.has(p.index) and p.index in skip]
+        if both:
+            raise _conflict(step, f"has both a gradient and a place in skipped for {', '.join(both)}")
+        missing = [f"'{p.name}'" for p in self.parameters if not step.has(p.index) and p.index not in skip]
+        if missing:
+            message = f"step {step.number} has neither a gradient nor a place in skipped for {', '.join(missing)}"
+            raise MuondError("STEP_INCOMPLETE", message, ErrorFields(step=step.number))
+
+
+def _apply_to(arrays: Sequence[Weights | None]) -> Apply:
+    def apply(updates: Sequence[Update]) -> None:
+        for update in updates:
+            weights = arrays[update.parameter.index]
+            if weights is None:
+                raise ValueError(
+                    f"parameter '{update.parameter.name}' was opened without data, and the run without apply="
+                )
+            apply_update(weights, update)
+
+    return apply
+
+
+def _conflict(step: Step, what: str) -> MuondError:
+    return MuondError("STEP_CONFLICT", f"step {step.number} {what}", ErrorFields(step=step.number))
+
+
+def _close_in(process: int, writer: Writer) -> None:
+    # In a forked child the connection is the parent's.
+    if os.getpid() == process:  # pragma: no branch - a forked child is not measured
+        writer.close()

@@ -1,0 +1,72 @@
+"""The one formula of a trainer, on numpy arrays: W <- row_scale ⊙ ((1 - decay) · W + scale · data)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..wire.bfloat16 import from_bfloat16, to_bfloat16
+from .updates import Bytes, Update
+
+# Elements at a time: what lies between the operations stays in the second-level cache.
+_BLOCK = 1 << 15
+
+Weights = npt.NDArray[Any]
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """bfloat16 as its bits, uint16, or as the dtype of that name which ml_dtypes (JAX) brings."""
+    return dtype == np.uint16 or dtype.name == "bfloat16"
+
+
+def apply_update(weights: Weights, update: Update) -> None:
+    """Applies an update in place: float64, float32, float16, or bfloat16 (see ``is_bfloat16``), of any strides.
+
+    Each element is computed in float64 for float64 weights, else in float32, and rounded once to the weights' own type.
+    """
+    if not weights.flags.c_contiguous:
+        copy = np.ascontiguousarray(weights)
+        apply_update(copy, update)
+        weights[...] = copy
+        return
+    flat = weights.reshape(-1)
+    wide = np.float64 if weights.dtype == np.float64 else np.float32
+    for first in range(0, len(flat), _BLOCK):
+        block = slice(first, min(first + _BLOCK, len(flat)))
+        values = _read(flat[block], wide)
+        values *= wide(1 - update.decay)
+        if update.data is not None:
+            data = widen(update.data, update.parameter.update_dtype, block)
+            values += np.multiply(data, update.scale, dtype=wide)
+        if update.row_scale is not None:
+            values *= _factors(update.row_scale, len(flat), block)
+        _write(flat[block], values)
+
+
+def widen(data: Bytes, dtype: str, block: slice = slice(None)) -> npt.NDArray[np.float32]:
+    """Elements of a tensor's bytes as float32."""
+    if dtype == "float32":
+        return data.view(np.float32)[block]
+    if dtype == "bfloat16":
+        return from_bfloat16(data.view(np.uint16)[block])
+    return data.view(np.float16)[block].astype(np.float32)
+
+
+def _read(block: Weights, wide: type[np.floating[Any]]) -> npt.NDArray[Any]:
+    if is_bfloat16(block.dtype):
+        return from_bfloat16(block.view(np.uint16))
+    return block.astype(wide)
+
+
+def _write(block: Weights, values: npt.NDArray[Any]) -> None:
+    if is_bfloat16(block.dtype):
+        block.view(np.uint16)[...] = to_bfloat16(values)
+    else:
+        block[...] = values
+
+
+def _factors(row_scale: npt.NDArray[np.float32], size: int, block: slice) -> npt.NDArray[np.float32]:
+    rows = np.arange(block.start, block.stop) // (size // len(row_scale))
+    return np.take(row_scale, rows)

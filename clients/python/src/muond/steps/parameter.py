@@ -1,0 +1,64 @@
+"""A parameter in use: what the trainer declared and the service confirmed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..error import ErrorFields, MuondError
+
+BYTES_PER_ELEMENT: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """``shape`` and ``size`` in elements; the dtype of each direction is settled."""
+
+    index: int
+    name: str
+    shape: tuple[int, ...]
+    gradient_dtype: str
+    update_dtype: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.size * BYTES_PER_ELEMENT[self.gradient_dtype]
+
+    @property
+    def update_bytes(self) -> int:
+        return self.size * BYTES_PER_ELEMENT[self.update_dtype]
+
+
+def bind(descriptions: Sequence[Mapping[str, Any]]) -> list[Bound]:
+    """What ``opened`` says of the parameters. Raises MuondError DTYPE_UNSUPPORTED."""
+    return [
+        Bound(
+            index=description["index"],
+            name=description["name"],
+            shape=tuple(description["shape"]),
+            gradient_dtype=_dtype(description["gradient_dtype"]),
+            update_dtype=_dtype(description["update_dtype"]),
+        )
+        for description in descriptions
+    ]
+
+
+def _dtype(name: str) -> str:
+    if name in BYTES_PER_ELEMENT:
+        return name
+    raise MuondError("DTYPE_UNSUPPORTED", f"the service speaks of dtype '{name}', which this client does not know")
+
+
+def check_bytes(parameter: Bound, count: int) -> None:
+    """Raises MuondError SHAPE_MISMATCH unless a gradient of ``count`` bytes is one of this parameter."""
+    if count == parameter.gradient_bytes:
+        return
+    expected = f"{parameter.gradient_dtype} of shape {list(parameter.shape)} has {parameter.gradient_bytes}"
+    message = f"the gradient of '{parameter.name}' has {count} bytes, {expected}"
+    raise MuondError("SHAPE_MISMATCH", message, ErrorFields(parameter=parameter.index))

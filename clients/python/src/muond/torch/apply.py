@@ -1,0 +1,50 @@
+"""Updates onto the model: W <- row_scale ⊙ ((1 - decay) · W + scale · data), a list of parameters at a time."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from ..steps.updates import Update
+from .settings import WIRE_DTYPES
+from .slots import Slot
+
+
+@torch.no_grad()
+def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
+    """Applies updates in place, with the operations and roundings of torch's own optimizers. Their memory is free afterwards."""
+    alike: defaultdict[tuple[float, float, torch.device, torch.dtype, str], list[Update]] = defaultdict(list)
+    for update in updates:
+        if update.data is not None:
+            tensor = slots[update.parameter.index].tensor
+            alike[update.scale, update.decay, tensor.device, tensor.dtype, update.parameter.update_dtype].append(update)
+    for (scale, decay, device, _, _), those in alike.items():
+        tensors = [slots[update.parameter.index].tensor for update in those]
+        data = [
+            _data(update, tensor).to(device, non_blocking=True) for update, tensor in zip(those, tensors, strict=True)
+        ]
+        if decay != 0:
+            torch._foreach_mul_(tensors, 1 - decay)
+        torch._foreach_add_(tensors, data, alpha=scale)
+        if device.type == "cuda":  # pragma: no cover - needs a GPU
+            # The page-locked memory is used again once this returns.
+            torch.cuda.current_stream(device).synchronize()
+    for update in updates:
+        if update.row_scale is not None:
+            _scale_rows(slots[update.parameter.index].tensor, torch.tensor(update.row_scale))
+
+
+def _data(update: Update, tensor: torch.Tensor) -> torch.Tensor:
+    assert update.data is not None
+    return torch.from_numpy(update.data).view(WIRE_DTYPES[update.parameter.update_dtype]).view(tensor.shape)
+
+
+def _scale_rows(tensor: torch.Tensor, factors: torch.Tensor) -> None:
+    """Rows are the first dimension, or with matrices side by side all but the last."""
+    dimensions = next(n for n in range(tensor.ndim + 1) if math.prod(tensor.shape[:n]) == len(factors))
+    shape = [*tensor.shape[:dimensions], *[1] * (tensor.ndim - dimensions)]
+    # The factors stay float32 beside bfloat16 weights: only the product is rounded.
+    tensor.mul_(factors.to(tensor.device).view(shape))

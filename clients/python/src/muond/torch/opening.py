@@ -1,0 +1,77 @@
+"""Opening the run of an optimizer."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..error import MuondError
+from ..run import Run, open_run
+from ..steps.updates import Update
+from ..transport.address import Endpoint
+from .apply import apply_updates
+from .settings import Settings
+from .slots import Slot, attention_declarations, group_declarations
+from .staging import allocator
+
+_ADVICE = {
+    "RUN_EXISTS": "give it another name, load a state_dict of it, or go on with mode='resume'",
+    "RUN_MISMATCH": "was this run made by another model? Give this one another name",
+    "RUN_BUSY": "another trainer is connected; takeover=True takes the run from it",
+}
+
+
+def open_slots(
+    run: str,
+    slots: list[Slot],
+    groups: Sequence[Mapping[str, Any]],
+    address: Endpoint,
+    given: Settings,
+    *,
+    mode: str,
+    checkpoint: str | None = None,
+) -> Run:
+    """Opens a run whose updates are applied to the slots' tensors. Raises MuondError, with what a trainer can do about it."""
+
+    def apply(updates: Sequence[Update]) -> None:
+        apply_updates(slots, updates)
+
+    try:
+        return open_run(
+            address.url,
+            run=run,
+            mode=mode,
+            groups=group_declarations(groups),
+            parameters=[slot.declaration for slot in slots],
+            attentions=attention_declarations(given.attentions, slots) or None,
+            takeover=given.takeover,
+            checkpoint=checkpoint,
+            client=f"muond.torch, torch {torch.__version__}",
+            token=address.token,
+            headers=given.headers,
+            ssl_context=given.ssl_context,
+            retries=given.retries,
+            backoff=given.backoff,
+            chunk_bytes=given.chunk_bytes,
+            apply=apply,
+            allocate=allocator(slots),
+        )
+    except MuondError as error:
+        advice = _ADVICE.get(error.code)
+        if advice is None:
+            raise
+        message = f"{error.message} ({advice})"
+        raise MuondError(error.code, message, error.fields, status=error.status, retryable=error.retryable) from error
+
+
+def new_run_name() -> str:
+    """The script's name, the time and six random digits: a name that no run has."""
+    script = Path(sys.argv[0]).stem if sys.argv else ""
+    plain = "".join(character if character.isascii() and character.isalnum() else "-" for character in script)
+    return f"{plain.strip('-')[:60] or 'python'}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"

@@ -1,0 +1,131 @@
+"""What every optimizer of this package takes beside its hyperparameters."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from typing_extensions import TypedDict
+
+from ..receipt import Receipt
+from ..steps.backoff import Backoff
+from ..steps.writer import RETRIES
+
+if TYPE_CHECKING:
+    from .max_logits import MaxLogits
+
+Mode = Literal["create", "resume", "create_or_resume"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+WIRE_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of every optimizer; ``Settings`` says what they mean."""
+
+    url: str | None
+    run: str | None
+    mode: Mode
+    token: str | None
+    headers: Mapping[str, str] | None
+    ssl_context: ssl.SSLContext | None
+    takeover: bool
+    checkpoint: str | None
+    retries: int
+    backoff: Backoff | None
+    chunk_bytes: int
+    gradient_dtype: Dtype | torch.dtype | None
+    update_dtype: Dtype | torch.dtype | None
+    layouts: Mapping[str, Mapping[str, Any]]
+    attentions: Sequence[Mapping[str, Any]]
+    max_logits: MaxLogits | None
+    overlap: bool
+    accumulation_steps: int
+    nonfinite: Literal["raise", "skip"]
+    state: Literal["tensors", "checkpoint"]
+    keep: Literal["cpu"] | None
+    keep_last: int
+    callback: Callable[[Receipt], object] | None
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    url: str | None = None
+    """``ws://host:port``; default: the environment's MUOND_URL, then ws://127.0.0.1:8787."""
+    run: str | None = None
+    """Name of the run; default: a new one."""
+    mode: Mode = "create"
+    """``create`` refuses a run that exists, unless a state_dict is loaded; ``resume`` goes on with the state that the service has."""
+    token: str | None = None
+    headers: Mapping[str, str] | None = None
+    ssl_context: ssl.SSLContext | None = None
+    takeover: bool = False
+    checkpoint: str | None = None
+    retries: int = RETRIES
+    backoff: Backoff | None = None
+    chunk_bytes: int = 1 << 24
+    gradient_dtype: Dtype | torch.dtype | None = None
+    """How gradients travel, unless their group says otherwise; default: see ``wire_dtype``."""
+    update_dtype: Dtype | torch.dtype | None = None
+    layouts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """{name or pattern: {``split``, ``heads`` or ``matrices``}}: what matrices a parameter consists of."""
+    attentions: Sequence[Mapping[str, Any]] = ()
+    """For QK-clip; ``parameter`` is a name or the parameter itself."""
+    max_logits: MaxLogits | None = None
+    overlap: bool = False
+    """Send each gradient as soon as the backward pass has it."""
+    accumulation_steps: int = 1
+    """With ``overlap``: backward passes before ``step()``; the gradients of the last one are sent."""
+    nonfinite: Literal["raise", "skip"] = "raise"
+    """A gradient with NaN or Inf: its parameter is left out of the step; ``raise`` then raises as well."""
+    state: Literal["tensors", "checkpoint"] = "tensors"
+    """What ``state_dict()`` holds: the state itself, or the id of a checkpoint that the service keeps."""
+    keep: Literal["cpu"] | None = None
+    """Keep the weights of each checkpoint in host memory, for ``rollback()``."""
+    keep_last: int = 1
+    callback: Callable[[Receipt], object] | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, ("create", "resume", "create_or_resume"))
+        _one_of("nonfinite", self.nonfinite, ("raise", "skip"))
+        _one_of("state", self.state, ("tensors", "checkpoint"))
+        _one_of("keep", self.keep, (None, "cpu"))
+        for name in ("accumulation_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, at least 1")
+
+
+def settings(options: Mapping[str, Any]) -> Settings:
+    """Raises TypeError for an option that there is not."""
+    known = {entry.name for entry in fields(Settings)}
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"unexpected keyword argument '{name}', expected a hyperparameter or one of {', '.join(sorted(known))}"
+            )
+    return Settings(**options)
+
+
+def wire_dtype(name: str, asked: Dtype | torch.dtype | None, parameter: torch.Tensor) -> str:
+    """The dtype of the gradients or updates of a parameter, by its name on the wire.
+
+    bfloat16 unless asked otherwise, but float16 for float16 parameters and float32 for float64 ones. ``name`` is for the error.
+    """
+    if asked is None:
+        return {torch.float16: "float16", torch.float64: "float32"}.get(parameter.dtype, "bfloat16")
+    text = str(asked).removeprefix("torch.")
+    _one_of(name, text, tuple(WIRE_DTYPES))
+    return text
+
+
+def _one_of(name: str, value: object, values: Sequence[object]) -> None:
+    if value not in values:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(repr(known) for known in values)}")

@@ -1,0 +1,169 @@
+"""The parameters of an optimizer as a run has them: one slot each, in the order of the param_groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from ..declaration import Parameter
+from .hyperparameters import hyperparameters
+from .settings import Settings, wire_dtype
+
+LAYOUT_KEYS = ("split", "heads", "matrices")
+_MATRICES = ("muon", "muonclip")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter of the model and what the run knows it as. ``shape`` is that of the time when the run was opened."""
+
+    index: int
+    name: str
+    tensor: torch.Tensor
+    shape: tuple[int, ...]
+    declaration: Parameter
+
+
+def make_slots(groups: Sequence[Mapping[str, Any]], settings: Settings) -> list[Slot]:
+    """Raises ValueError and TypeError for what no run can have; both name the parameter."""
+    slots: list[Slot] = []
+    used: set[str] = set()
+    for group, group_name in zip(groups, group_names(groups), strict=True):
+        names = group.get("param_names") or [f"param.{len(slots) + i}" for i in range(len(group["params"]))]
+        for name, tensor in zip(names, group["params"], strict=True):
+            layout = _layout(name, group, settings, used)
+            declaration = _declare(name, tensor, group, group_name, layout, settings)
+            slots.append(Slot(len(slots), name, tensor, tuple(tensor.shape), declaration))
+    _check_names(slots, settings, used)
+    return slots
+
+
+def group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each group on the wire: its own, or its algorithm's, with a number where that is taken."""
+    names: list[str] = []
+    for group in groups:
+        name = base = str(group.get("name") or group["algorithm"])
+        number = 2
+        while name in names:
+            name, number = f"{base}.{number}", number + 1
+        names.append(name)
+    return names
+
+
+def group_declarations(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The groups as ``open`` takes them."""
+    return [
+        {"name": name, "algorithm": group["algorithm"], **hyperparameters(group)}
+        for name, group in zip(group_names(groups), groups, strict=True)
+    ]
+
+
+def attention_declarations(attentions: Sequence[Mapping[str, Any]], slots: Sequence[Slot]) -> list[dict[str, Any]]:
+    """Attentions with each parameter by its index: it may be given as a name, as the tensor, or as (either, first_row)."""
+    rows = ("query", "key", "query_bias", "key_bias")
+    return [
+        {
+            key: _rows(value, f"{attention.get('name')}.{key}", slots) if key in rows else value
+            for key, value in attention.items()
+        }
+        for attention in attentions
+    ]
+
+
+def _rows(value: Any, where: str, slots: Sequence[Slot]) -> dict[str, int]:
+    if isinstance(value, tuple):
+        parameter, first_row = value
+    elif isinstance(value, Mapping):
+        parameter, first_row = value["parameter"], value.get("first_row", 0)
+    else:
+        parameter, first_row = value, 0
+    for slot in slots:
+        if slot.tensor is parameter or (isinstance(parameter, str) and slot.name == parameter):
+            return {"parameter": slot.index, "first_row": int(first_row)}
+    what = repr(parameter) if isinstance(parameter, str) else f"a {type(parameter).__name__}"
+    raise ValueError(f"attention {where} names {what}, which is no parameter of this optimizer")
+
+
+def _layout(name: str, group: Mapping[str, Any], settings: Settings, used: set[str]) -> dict[str, Any]:
+    layout = {key: group[key] for key in LAYOUT_KEYS if group.get(key) is not None}
+    for pattern, keys in {**settings.layouts, **group.get("layouts", {})}.items():
+        if name == pattern or fnmatchcase(name, pattern):
+            used.add(pattern)
+            layout.update(keys)
+    for key in layout:
+        if key not in LAYOUT_KEYS:
+            raise ValueError(f"the layout of '{name}' has the key '{key}', expected {', '.join(LAYOUT_KEYS)}")
+    return layout
+
+
+def _declare(
+    name: str,
+    tensor: torch.Tensor,
+    group: Mapping[str, Any],
+    group_name: str,
+    layout: Mapping[str, Any],
+    settings: Settings,
+) -> Parameter:
+    algorithm = group["algorithm"]
+    _check_tensor(name, tensor)
+    if algorithm in _MATRICES:
+        _check_matrix(name, tensor, algorithm, layout)
+    gradient, update = (group.get(key) or getattr(settings, key) for key in ("gradient_dtype", "update_dtype"))
+    split = layout.get("split")
+    return Parameter(
+        name=name,
+        group=group_name,
+        shape=tuple(tensor.shape),
+        gradient_dtype=wire_dtype("gradient_dtype", gradient, tensor),
+        update_dtype=wire_dtype("update_dtype", update, tensor),
+        split=None if split is None else [int(rows) for rows in split],
+        heads=layout.get("heads"),
+        matrices=layout.get("matrices"),
+    )
+
+
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+    refusals: Sequence[tuple[Callable[[], bool], str]] = (
+        # Looked for by name: torch.distributed.tensor takes a second to import, and nobody has a DTensor without it.
+        (
+            lambda: type(tensor).__name__ == "DTensor",
+            "is a DTensor: muond takes whole tensors, on one rank (broadcast the weights)",
+        ),
+        (lambda: tensor.is_complex(), f"is {tensor.dtype}: muond has no complex parameters"),
+        (lambda: not tensor.is_floating_point(), f"is {tensor.dtype}, expected a floating point dtype"),
+        (lambda: tensor.layout != torch.strided, f"is {tensor.layout}, expected a dense tensor"),
+        (lambda: tensor.is_meta, "is on the meta device: it has no values yet"),
+        (lambda: tensor.numel() == 0, f"has shape {list(tensor.shape)}: no elements"),
+    )
+    for holds, why in refusals:
+        if holds():
+            raise ValueError(f"parameter '{name}' {why}")
+
+
+def _check_matrix(name: str, tensor: torch.Tensor, algorithm: str, layout: Mapping[str, Any]) -> None:
+    shape = list(tensor.shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"parameter '{name}' has shape {shape}, {algorithm} is for matrices: give it to AdamW (see muond.torch.suggest)"
+        )
+    if len(shape) > 2 and "matrices" not in layout:
+        raise ValueError(
+            f"parameter '{name}' has shape {shape}: say which matrices these are, layouts={{'{name}': {{'matrices': 'flatten'}}}} "
+            "for a convolution, 'batch' for matrices side by side (experts)"
+        )
+
+
+def _check_names(slots: Sequence[Slot], settings: Settings, used: set[str]) -> None:
+    names = [slot.name for slot in slots]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two parameters have the name '{name}'")
+    for pattern in settings.layouts:
+        if pattern not in used:
+            raise ValueError(
+                f"layouts has '{pattern}', which is the name of no parameter: is it model.named_parameters() that was given?"
+            )

@@ -1,0 +1,1 @@
+"""One WebSocket (RFC 6455) on a plain socket: addresses, TLS, the upgrade, messages."""

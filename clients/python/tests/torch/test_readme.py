@@ -1,0 +1,36 @@
+"""The package's README: its code runs, its tables and printed lines are what there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from muond.torch.settings import Settings
+from service import Service
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_its_code_runs_from_top_to_bottom(
+    shared: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MUOND_URL", shared.url)
+    names: dict[str, object] = {"__name__": "readme"}
+    assert len(BLOCKS) == 4
+    for block in BLOCKS:
+        exec(block, names)
+    printed = capsys.readouterr().out
+    [table] = re.findall(r"```text\n(.*?)…\n```", README, re.DOTALL)
+    assert table in printed
+    assert "{'h.0': 0}" in printed
+
+
+def test_it_lists_every_option() -> None:
+    section = README.split("## Options")[1].split("\n## ")[0]
+    listed = re.findall(
+        r"`(\w+)`", " ".join(row.split("|")[1] for row in re.findall(r"^\| `.*", section, re.MULTILINE))
+    )
+    assert sorted(listed) == sorted(Settings.__dataclass_fields__)

@@ -1,0 +1,285 @@
+"""state_dict: complete in itself, torch's own names, and a trainer that goes on where it was saved."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import distance, matrices, net, train
+
+from muond import MuondError
+from muond.rest import Rest, Tensor
+from muond.torch import AdamW, Muon, Optimizer, suggest
+from muond.torch.settings import Settings
+from muond.torch.slots import make_slots
+from muond.torch.state import read_state, write_state
+from muond.transport.address import endpoint
+from muond.wire.safetensors import read_header
+from peer import Web
+from service import Service
+
+EXACT: Any = {"gradient_dtype": "float32", "update_dtype": "float32"}
+
+
+def adamw(model: torch.nn.Module, service: Service, name: str | None, **options: Any) -> AdamW:
+    return AdamW(model.named_parameters(), lr=1e-2, url=service.url, run=name, **{**EXACT, **options})
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    """As a trainer keeps it: torch.save, and torch.load that trusts nobody."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def test_before_the_first_step_there_is_no_state(shared: Service, name: str) -> None:
+    with adamw(net(), shared, name) as optimizer:
+        empty = optimizer.state_dict()
+        assert (empty["state"], "muond" in empty) == ({}, False)
+        optimizer.load_state_dict(empty)
+        optimizer.open()
+        opened = optimizer.state_dict()
+        assert (opened["state"], opened["muond"]["step"]) == ({}, 0)
+
+
+def test_a_state_dict_has_torchs_names_shapes_and_values(shared: Service, name: str) -> None:
+    ours, theirs = net(), net()
+    reference = torch.optim.AdamW(theirs.named_parameters(), lr=1e-2)
+    train(theirs, reference, 7)
+    with adamw(ours, shared, name) as optimizer:
+        train(ours, optimizer, 7)
+        state = saved_and_loaded(optimizer.state_dict())
+        assert state["muond"] == {"version": 1, "run": name, "step": 7, "digest": optimizer.run.digest}
+    expected = reference.state_dict()
+    assert state["param_groups"][0]["param_names"] == expected["param_groups"][0]["param_names"]
+    assert state["param_groups"][0]["params"] == expected["param_groups"][0]["params"]
+    for index, entries in expected["state"].items():
+        assert set(state["state"][index]) == set(entries)
+        for key, value in entries.items():
+            assert state["state"][index][key].dtype == value.dtype
+            torch.testing.assert_close(state["state"][index][key], value, rtol=1e-4, atol=1e-7)
+
+
+def test_a_trainer_that_crashed_goes_on_from_its_checkpoint(shared: Service, name: str) -> None:
+    alone = net()
+    with adamw(alone, shared, f"{name}-alone") as optimizer:
+        train(alone, optimizer, 8)
+        digest = optimizer.run.digest
+    crashed = net()
+    optimizer = adamw(crashed, shared, name)
+    train(crashed, optimizer, 5)
+    kept = saved_and_loaded({"model": crashed.state_dict(), "optimizer": optimizer.state_dict()})
+    optimizer.close()
+    for run in (name, None):
+        restarted = net()
+        restarted.load_state_dict(kept["model"])
+        with adamw(restarted, shared, run) as optimizer:
+            optimizer.load_state_dict(kept["optimizer"])
+            assert (optimizer.run_name, optimizer.step_count) == (name, 5)
+            if run is None:
+                train(restarted, optimizer, 3, 6)
+                assert optimizer.run.digest == digest
+    assert distance(restarted, alone) == 0
+
+
+def test_a_running_optimizer_can_load_what_it_saved(shared: Service, name: str) -> None:
+    model = net()
+    with adamw(model, shared, name, progress=True) as optimizer:
+        train(model, optimizer, 2)
+        optimizer.param_groups[0]["lr"] = 0.25
+        state = optimizer.state_dict()
+        optimizer.param_groups[0]["lr"] = 0.5
+        optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["lr"] == 0.25
+        train(model, optimizer, 1, 3)
+        assert optimizer.receipt is not None
+        assert (optimizer.receipt.step, optimizer.receipt.groups["adamw"]["lr"]) == (3, 0.25)
+
+
+def test_schedulers_load_beside_it(shared: Service, name: str) -> None:
+    alone, model = net(), net()
+    reference = torch.optim.AdamW(alone.named_parameters(), lr=1e-2)
+    schedule: Any = torch.optim.lr_scheduler.StepLR(reference, 2)
+    for step in range(1, 9):
+        train(alone, reference, 1, step)
+        schedule.step()
+    with adamw(model, shared, name) as optimizer:
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        for step in range(1, 6):
+            train(model, optimizer, 1, step)
+            schedule.step()
+        kept = saved_and_loaded({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
+    with adamw(model, shared, name) as optimizer:
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        optimizer.load_state_dict(kept["optimizer"])
+        schedule.load_state_dict(kept["schedule"])
+        for step in range(6, 9):
+            train(model, optimizer, 1, step)
+            schedule.step()
+    assert distance(model, alone) < 1e-5
+
+
+def test_other_groups_are_refused(shared: Service, name: str) -> None:
+    model = net()
+    with adamw(model, shared, name) as optimizer:
+        state = optimizer.state_dict()
+        with pytest.raises(ValueError, match="has 2 param_groups, this optimizer has 1"):
+            optimizer.load_state_dict({**state, "param_groups": state["param_groups"] * 2})
+        fewer = [{**state["param_groups"][0], "params": [0]}]
+        with pytest.raises(ValueError, match="size"):
+            optimizer.load_state_dict({**state, "param_groups": fewer})
+
+
+def test_several_groups_keep_their_own_rates(shared: Service, name: str) -> None:
+    model = net()
+    groups = suggest(model, muon={"lr": 0.02}, quiet=True)
+    with Optimizer(model.named_parameters(), groups, url=shared.url, run=name) as optimizer:
+        train(model, optimizer, 2)
+        state = optimizer.state_dict()
+    assert [group["lr"] for group in state["param_groups"]] == [0.02, 1e-3]
+    assert [sorted(entries) for entries in state["state"].values()] == [["momentum_buffer", "step"]] * 2 + [
+        ["exp_avg", "exp_avg_sq", "step"]
+    ] * 2
+    with Optimizer(model.named_parameters(), suggest(model, quiet=True), url=shared.url, run=name) as optimizer:
+        optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["lr"] == 0.02
+
+
+# What goes over REST
+
+
+def test_a_state_is_written_as_safetensors_under_the_names_of_the_parameters(name: str) -> None:
+    model = net()
+    state = {
+        0: {"momentum_buffer": torch.ones(24, 12), "step": torch.tensor(3.0)},
+        1: {"exp_avg": torch.zeros(24, dtype=torch.bfloat16), "step": 3},
+    }
+    with Web(204, b"") as web:
+        groups = [
+            {
+                "params": [],
+                "algorithm": "sgd",
+                "lr": 0.5,
+                "momentum": 0.0,
+                "dampening": 0.0,
+                "nesterov": False,
+                "weight_decay": 0.0,
+            }
+        ]
+        slots = make_slots(
+            [
+                {
+                    **groups[0],
+                    "params": [p for _, p in model.named_parameters()],
+                    "param_names": [n for n, _ in model.named_parameters()],
+                }
+            ],
+            Settings(),
+        )
+        with Rest(endpoint(web.url, token="k")) as rest:
+            write_state(rest, name, slots, state, groups)
+    [(method, path, headers, body)] = web.requests
+    assert (method, path, headers["Authorization"]) == ("PUT", f"/v1/runs/{name}/state", "Bearer k")
+    (length,) = struct.unpack("<Q", body[:8])
+    tensors, metadata = read_header(body[8 : 8 + length])
+    assert [(t.name, t.dtype, t.shape) for t in tensors] == [
+        ("state.0.weight.momentum_buffer", "F32", (24, 12)),
+        ("state.0.weight.step", "I64", ()),
+        ("state.0.bias.exp_avg", "BF16", (24,)),
+        ("state.0.bias.step", "I64", ()),
+    ]
+    assert np.frombuffer(body[8 + length :], "<f4", 288).tolist() == [1.0] * 288
+    assert body[8 + length + 1152 :][:8] == struct.pack("<q", 3)
+    assert json.loads(metadata["param_groups"])[0] == {
+        "name": "sgd",
+        **{k: v for k, v in groups[0].items() if k != "params"},
+    }
+
+
+def test_what_has_no_form_in_safetensors_is_refused(shared: Service, name: str) -> None:
+    with adamw(net(), shared, name) as optimizer:
+        run = optimizer.open()
+        with (
+            Rest(run.address) as rest,
+            pytest.raises(MuondError, match=r"state\.0\.weight\.x of the state_dict has dtype torch.complex64"),
+        ):
+            write_state(
+                rest, name, optimizer._slots, {0: {"x": torch.zeros(1, dtype=torch.complex64)}}, optimizer.param_groups
+            )
+
+
+def body_of(header: dict[str, Any], data: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        (b"", "FRAME_MALFORMED", "the body ends 8 bytes early"),
+        (struct.pack("<Q", 1 << 40), "FRAME_MALFORMED", "a header of 1099511627776 bytes"),
+        (struct.pack("<Q", 5) + b"{", "FRAME_MALFORMED", "the body ends 4 bytes early"),
+        (struct.pack("<Q", 2) + b"{]", "FRAME_MALFORMED", "no safetensors body"),
+        (
+            body_of({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"12"),
+            "FRAME_MALFORMED",
+            "2 bytes early",
+        ),
+        (
+            body_of({"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}, b"1"),
+            "DTYPE_UNSUPPORTED",
+            "'x' has dtype U8",
+        ),
+    ],
+)
+def test_what_is_no_state_is_refused(shared: Service, name: str, body: bytes, code: str, words: str) -> None:
+    with adamw(net(), shared, name) as optimizer:
+        optimizer.open()
+        slots = optimizer._slots
+    with Web(200, body) as web, Rest(endpoint(web.url)) as rest, pytest.raises(MuondError, match=words) as caught:
+        read_state(rest, name, slots[:1])
+    assert caught.value.code == code
+
+
+def test_rest_reads_what_the_service_knows(shared: Service, name: str) -> None:
+    model = net()
+    with Muon(matrices(model), url=shared.url, run=name) as optimizer:
+        train(model, optimizer, 2)
+        with Rest(optimizer.run.address) as rest:
+            assert rest.run(name)["step"] == 2
+            assert "muon" in rest.capabilities()["algorithms"]
+            tensors, metadata = rest.parameter_state(name, 0)
+            assert sorted(tensor.name for tensor in tensors) == ["momentum_buffer", "step"]
+            assert metadata["momentum_form"] == "ema"
+            with pytest.raises(MuondError, match="was refused") as caught:
+                rest.parameter_state(name, 9)
+            assert caught.value.code == "PARAMETER_UNKNOWN"
+
+
+def test_a_rest_service_that_is_gone_or_says_nonsense(start: Callable[..., Service]) -> None:
+    service = start()
+    address = endpoint(service.url)
+    service.kill()
+    with Rest(address) as rest, pytest.raises(MuondError, match=r"GET /v1/capabilities at 127\.0\.0\.1:") as caught:
+        rest.capabilities()
+    assert caught.value.code == "CONNECTION_LOST"
+    with (
+        Web(200, b"[]") as web,
+        Rest(endpoint(web.url)) as rest,
+        pytest.raises(MuondError, match="answered with a list"),
+    ):
+        rest.capabilities()
+    with (
+        Web(500, b"oops") as web,
+        Rest(endpoint(web.url)) as rest,
+        pytest.raises(MuondError, match="with HTTP status 500"),
+    ):
+        rest.import_state("r", [Tensor("x", "U8", (1,), np.zeros(1, np.uint8))], {})

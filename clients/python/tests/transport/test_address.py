@@ -1,0 +1,59 @@
+"""What an address may be."""
+
+from __future__ import annotations
+
+import pytest
+
+from muond.transport.address import Endpoint, endpoint
+
+
+@pytest.mark.parametrize(
+    ("text", "url", "loopback"),
+    [
+        ("ws://127.0.0.1:8787", "ws://127.0.0.1:8787/v1/stream", True),
+        ("http://localhost:80/", "ws://localhost:80/v1/stream", True),
+        ("wss://muond.example", "wss://muond.example:443/v1/stream", False),
+        ("https://muond.example/proxy/stream?key=1", "wss://muond.example:443/proxy/stream?key=1", False),
+        ("ws://[::1]:9", "ws://[::1]:9/v1/stream", True),
+        ("ws://10.0.0.1", "ws://10.0.0.1:80/v1/stream", False),
+    ],
+)
+def test_an_address_is_completed(text: str, url: str, loopback: bool) -> None:
+    found = endpoint(text)
+    assert (found.url, found.is_loopback) == (url, loopback)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("127.0.0.1:8787", "has the scheme"),
+        ("ftp://host", "has the scheme 'ftp'"),
+        ("ws://", "names no host"),
+        ("ws://me:secret@host", "a user or a password"),
+    ],
+)
+def test_a_wrong_address_is_refused_without_its_secret(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        endpoint(text)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_header_cannot_bring_another_one() -> None:
+    with pytest.raises(ValueError, match="'token' has a line break"):
+        endpoint("ws://host", token="a\r\nHost: b")
+    with pytest.raises(ValueError, match="line break"):
+        endpoint("ws://host", headers={"a\n": "b"})
+
+
+def test_address_and_key_come_from_the_environment_where_none_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MUOND_URL", raising=False)
+    assert endpoint().url == "ws://127.0.0.1:8787/v1/stream"
+    monkeypatch.setenv("MUOND_URL", "wss://muond.example")
+    monkeypatch.setenv("MUOND_TOKEN", "abc")
+    found = endpoint()
+    assert (found.host, found.token) == ("muond.example", "abc")
+    assert endpoint("ws://other", token="mine") == Endpoint("other", 80, "/v1/stream", False, "mine")
+
+
+def test_a_key_is_not_printed() -> None:
+    assert "abc" not in repr(endpoint("ws://host", token="abc", headers={"Cookie": "abc"}))

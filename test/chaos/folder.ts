@@ -1,0 +1,43 @@
+import { existsSync, readdirSync } from 'node:fs'
+import { join } from 'node:path'
+import { listSegments } from '../../src/store/journal.js'
+import { readJournal } from '../../src/store/journal-reader.js'
+
+/** What an interrupted service left in a run's folder: where the kill fell. */
+export type Remains = {
+  /** A checkpoint's folder without its manifest. */
+  checkpointUnfinished: boolean
+  /** A manifest that was not renamed yet. */
+  manifestUnnamed: boolean
+  /** A journal with bytes behind its last finished step. */
+  journalTail: boolean
+  /** Gradients or an end that are not whole. */
+  recordTorn: boolean
+}
+
+export const runFolder = (data: string, run: string) => join(data, 'runs', run)
+
+export const checkpointId = (step: number) => `step-${String(step).padStart(12, '0')}`
+
+/** Looks at a run's folder while no service has it. */
+export async function inspect(folder: string): Promise<Remains> {
+  const checkpoints = join(folder, 'checkpoints')
+  const contents = existsSync(checkpoints)
+    ? readdirSync(checkpoints).map((name) => readdirSync(join(checkpoints, name)))
+    : []
+  const unfinished = contents.filter((names) => !names.includes('manifest.json'))
+  const journal = join(folder, 'journal')
+  const tail = existsSync(journal) && (await listSegments(journal)).length > 0 ? await tailOf(journal) : undefined
+  return {
+    checkpointUnfinished: unfinished.some((names) => !names.includes('manifest.json.new')),
+    manifestUnnamed: unfinished.some((names) => names.includes('manifest.json.new')),
+    journalTail: tail !== undefined,
+    recordTorn: tail?.damaged !== undefined,
+  }
+}
+
+async function tailOf(journal: string) {
+  // The first step that is still there: what came before it is in a checkpoint.
+  const [{ first }] = await listSegments(journal)
+  return (await readJournal(journal, first - 1)).tail
+}

@@ -1,0 +1,159 @@
+import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import fc from 'fast-check'
+import t, { type Test } from 'tap'
+import { openOnnxRuntime, viewMemory } from '../../src/device/onnxruntime.js'
+import { CheckpointFiles } from '../../src/store/checkpoint-files.js'
+import { type RunRecord, UnreadableError } from '../../src/store/manifest.js'
+import { RunFolder, type Snapshot } from '../../src/store/run-folder.js'
+import { parseSafetensors } from '../../src/store/safetensors.js'
+import { bytesOf, indexText, planFiles, type StateEntry } from '../../src/store/state-files.js'
+
+const runtime = openOnnxRuntime()
+const files = new CheckpointFiles()
+t.teardown(() => files.close())
+
+const RECORD: RunRecord = {
+  ...{ run: 'r', created_at: '2026-01-01T00:00:00.000Z', epoch: 1, step: 0, digest: 'a', previous_digest: 'b' },
+  parameters: [{ name: 'w', shape: [2], group: 'g' }],
+  attentions: [],
+  groups: [{ name: 'g', algorithm: 'sgd', given: {}, hyperparameters: { lr: 0.5 } }],
+  places: [],
+}
+const inline = (name: string, bytes: number): StateEntry => ({
+  name,
+  dtype: 'F32',
+  shape: [bytes / 4],
+  inline: new Uint8Array(bytes),
+})
+const snapshot = (step: number, more: Partial<Snapshot> = {}): Snapshot => ({
+  ...{ tags: [], server: '0', device: { kind: 'cpu', name: 'cpu', onnxruntime: '1', processor: '' } },
+  record: { ...RECORD, step, digest: `digest ${step}` },
+  ...{ entries: [inline('a', 8)], locations: [{ kind: 'host' }], file_bytes: 1000 },
+  ...more,
+})
+const nothing = () => {}
+const start = (t: Test) => RunFolder.create(join(t.testdir({}), 'r'), files, 'r')
+const ids = ({ checkpoints }: RunFolder) => checkpoints.map(({ checkpoint }) => checkpoint)
+
+t.test('tensors are shared out to files in their order, none of them too long unless one tensor is', async (t) => {
+  fc.assert(
+    fc.property(fc.array(fc.integer({ min: 1, max: 50 })), fc.integer({ min: 4, max: 300 }), (sizes, most) => {
+      const entries = sizes.map((size, i) => inline(`t${i}`, 4 * size))
+      const planned = planFiles(entries, most)
+      t.same(
+        planned.flatMap(({ entries }) => entries),
+        entries,
+      )
+      for (const [i, { name, entries, header }] of planned.entries()) {
+        t.equal(name, `state-0000${i + 1}-of-0000${planned.length}.safetensors`.replace(/0000(\d\d)/g, '000$1'))
+        const bytes = entries.reduce((sum, entry) => sum + bytesOf(entry), 0)
+        t.ok(bytes <= most || entries.length === 1)
+        const { tensors } = parseSafetensors(Buffer.concat([header, new Uint8Array(bytes)]))
+        t.same(
+          [...tensors.keys()],
+          entries.map(({ name }) => name),
+        )
+      }
+      const index = JSON.parse(indexText(planned))
+      t.same(Object.keys(index.weight_map).sort(), entries.map(({ name }) => name).sort())
+      t.equal(index.metadata.total_size, 4 * sizes.reduce((sum, size) => sum + size, 0))
+    }),
+    { numRuns: 100, seed: 2 },
+  )
+})
+
+t.test('tensors larger than what is read at a time come back, each where it belongs', async (t) => {
+  const folder = await start(t)
+  const sizes = [9 << 20, 4 << 20, 12, 5 << 20]
+  const sources = sizes.map((bytes) => ({ unit: 0, pointer: runtime.allocate(bytes), bytes }))
+  for (const [i, { pointer, bytes }] of sources.entries()) {
+    viewMemory(pointer, bytes).forEach((_, at, view) => {
+      view[at] = (at * 7 + at / 4096 + i) & 255
+    })
+  }
+  const entries = sources.map(
+    (placed, i): StateEntry => ({ name: `t${i}`, dtype: 'F32', shape: [placed.bytes / 4], placed }),
+  )
+  const written: number[] = []
+  const entry = await folder.write(
+    snapshot(1, { entries: [inline('step', 4), ...entries], file_bytes: 14 << 20 }),
+    (position) => written.push(position),
+  )
+  t.same(written, [0, 1, 2, 3, 4])
+  const targets = sources.map(({ bytes }) => ({ unit: 0, pointer: runtime.allocate(bytes), bytes }))
+  const wanted = targets.map((target, i) => [`t${i}`, { ...target, dtype: 'F32', shape: [target.bytes / 4] }] as const)
+  await folder.read(await folder.manifest(entry), new Map(wanted), [{ kind: 'host' }])
+  for (const [i, { pointer, bytes }] of targets.entries()) {
+    t.equal(Buffer.compare(viewMemory(pointer, bytes), viewMemory(sources[i]!.pointer, bytes)), 0)
+  }
+  for (const { pointer } of [...sources, ...targets]) runtime.free(pointer)
+})
+
+t.test('a long file is handed to the disk piece by piece', async (t) => {
+  const folder = await start(t)
+  const entry = await folder.write(snapshot(1, { entries: [inline('a', 70 << 20)] }), nothing)
+  t.ok(entry.bytes > 70 << 20)
+  await folder.read(await folder.manifest(entry), new Map(), [])
+})
+
+t.test('checkpoints are found by id and tag, and kept by count and tag', async (t) => {
+  const folder = await start(t)
+  for (const step of [1, 2, 3, 4, 5]) await folder.write(snapshot(step, { tags: step === 2 ? ['best'] : [] }), nothing)
+  t.match(folder.find('best'), { step: 2 })
+  t.match(folder.find('step-000000000003'), { step: 3 })
+  t.equal(folder.find('worst'), undefined)
+  await folder.retain(2)
+  t.same(
+    ids(folder),
+    [2, 4, 5].map((step) => `step-${String(step).padStart(12, '0')}`),
+  )
+  await folder.tag(folder.find('step-000000000004')!, 'best')
+  await folder.retain(1)
+  t.same(ids(folder), ['step-000000000004', 'step-000000000005'], 'the tag leads to another one')
+  t.same((await RunFolder.open(folder.path, files)).checkpoints, folder.checkpoints)
+})
+
+t.test('a checkpoint of the same step is another one', async (t) => {
+  const folder = await start(t)
+  for (let i = 0; i < 12; i++) await folder.write(snapshot(3), nothing)
+  await folder.remove(folder.find('step-000000000003.1')!)
+  await folder.write(snapshot(3), nothing)
+  t.equal(folder.newest?.checkpoint, 'step-000000000003.12')
+  const again = await RunFolder.open(folder.path, files)
+  t.same(ids(again), ids(folder))
+  t.equal(again.newest?.checkpoint, 'step-000000000003.12')
+  await again.removeAfter({ step: 2, digest: '' })
+  t.same(again.checkpoints, [])
+})
+
+t.test('what is in the way of a checkpoint is told, and the folder goes on', async (t) => {
+  const folder = await start(t)
+  writeFileSync(join(folder.path, 'checkpoints', 'step-000000000001'), '')
+  await t.rejects(folder.write(snapshot(1), nothing), { message: /^EEXIST/ })
+  await folder.write(snapshot(2), nothing)
+  t.same(ids(folder), ['step-000000000002'])
+  const { checkpoint } = folder.newest!
+  rmSync(join(folder.path, 'checkpoints', checkpoint, 'manifest.json'))
+  await t.rejects(folder.tag(folder.newest!, 'x'), { code: 'ENOENT' })
+  await t.rejects(folder.remove(folder.newest!), { code: 'ENOENT' })
+})
+
+t.test('a folder without a run.json is no run', async (t) => {
+  const folder = await start(t)
+  t.same(await folder.identity(), { run: 'r', epoch: 0 })
+  await folder.identify({ run: 'r', epoch: 3 })
+  t.same(await folder.identity(), { run: 'r', epoch: 3 })
+  rmSync(join(folder.path, 'run.json'))
+  await t.rejects(folder.identity(), UnreadableError)
+  mkdirSync(join(folder.path, '..', 'other'))
+  await folder.destroy()
+  t.same(readdirSync(join(folder.path, '..')), ['other'])
+})
+
+t.test('param_groups.json has every hyperparameter of every parameter', async (t) => {
+  const folder = await start(t)
+  const { checkpoint } = await folder.write(snapshot(1), nothing)
+  const text = readFileSync(join(folder.path, 'checkpoints', checkpoint, 'param_groups.json'), 'utf8')
+  t.same(JSON.parse(text), { 'param_groups.w.algorithm': 'sgd', 'param_groups.w.lr': 0.5 })
+})
