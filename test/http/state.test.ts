@@ -610,7 +610,7 @@ t.test('an import waits for the end of a step, and the step after it waits for t
   const body = await exported(service, 'r')
   const run = service.runs.get('r')
   client.gradient(0, 4, { values: normal(1, 24 * 16) })
-  while (!client.updates.get(0)?.data) await new Promise(setImmediate)
+  while (run.ahead.length === 0) await new Promise(setImmediate)
   const importing = imported(service, 'r', body)
   const reading = exported(service, 'r')
   while (run.listenerCount('receipt') < 2) await new Promise(setImmediate)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Files that muond writes against the libraries that read them, and the other way round. Needs a build (npm run build) and
-# Python 3.10 or later with pip. The virtual environment .venv is made where it is absent and shared with other tests in Python.
+# Python 3.10 or later. The environment is that of clients/python/ci.sh: made once, used again.
 # The last line is `N passed, N failed`.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -11,8 +11,9 @@ fail() {
   exit 1
 }
 
-python=.venv/bin/python
-[ -x "$python" ] || python3 -m venv .venv || fail 'there is no virtual environment'
+venv=${MUOND_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/muond/python}
+python=$venv/bin/python
+[ -x "$python" ] || python3 -m venv "$venv" || fail 'there is no virtual environment'
 "$python" -c 'import numpy, pytest, safetensors, torch' 2>/dev/null ||
   "$python" -m pip install --quiet numpy pytest safetensors torch || fail 'the packages cannot be installed'
 [ -f dist/test/interchange/steps.js ] || npm run build || fail 'there is no build'

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import subprocess
+import urllib.request
 from dataclasses import dataclass
 
 import pytest
@@ -50,6 +51,13 @@ class Service:
                 steps[int(step)].decay[parameter] = factors["decay"]
         return steps
 
+    def checkpoint(self, run: str) -> pathlib.Path:
+        """Takes one; its folder."""
+        request = urllib.request.Request(f"{self.url}/v1/runs/{run}/checkpoints", method="POST")
+        with urllib.request.urlopen(request) as response:
+            taken = json.load(response)["checkpoint"]
+        return self.folder / "data" / "runs" / run / "checkpoints" / taken
+
     def muond(self, *arguments: str) -> str:
         """What a command prints; raises CalledProcessError with its stderr where it fails."""
         command = ["node", SERVER, *arguments, "--url", self.url]
@@ -66,6 +74,7 @@ class Service:
 def service(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interchange")
     command = ["node", SERVER, "--port", "0", "--device", "cpu", "--lanes", "1", "--staging-bytes", "8388608"]
+    command += ["--data", folder / "data"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         listening = json.loads(process.stdout.readline())

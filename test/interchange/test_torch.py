@@ -229,7 +229,10 @@ def test_an_optimizer_goes_on_from_the_folder_through_torch_s_own_state_dicts(se
 
     spec = {
         "groups": [{"name": "all", "algorithm": "adamw", "lr": 0.01}],
-        "parameters": [{"name": "weight", "shape": [5, 4], "group": "all"}, {"name": "bias", "shape": [5], "group": "all"}],
+        "parameters": [
+            {"name": "weight", "shape": [5, 4], "group": "all"},
+            {"name": "bias", "shape": [5], "group": "all"},
+        ],
     }
     service.steps("fsdp", spec, 1, 2)
     out = service.path("dcp")

@@ -260,7 +260,7 @@ t.test('a connection that takes the run over while an import waits for it has th
   const service = await startService({ staging_bytes: 2 ** 20, lanes: 1 })
   const { client } = await train(service, { last: 5 })
   client.gradient(0, 6, { values: gradientsOf(6)[0]! })
-  while (!client.updates.get(0)?.data) await new Promise(setImmediate)
+  while (service.runs.get('r').ahead.length === 0) await new Promise(setImmediate)
   const importing = imported(service, body)
   const run = service.runs.get('r')
   while (run.listenerCount('receipt') === 0) await new Promise(setImmediate)
