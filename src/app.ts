@@ -158,6 +158,7 @@ async function closeConnections({ server, websocketServer }: FastifyInstance, ev
 async function registerOperations(scope: FastifyInstance, service: Service): Promise<void> {
   const handlers: Readonly<Record<string, AnyHandler>> = createHandlers(service)
   scope.addHook('onRoute', refuseUnknownQuery)
+  takeStreams(scope)
   await scope.register(glue, {
     specification: withoutResponses(service.contract.document),
     operationResolver: (id, method, path) => ({ method, url: urlOf(path), ...routeOf(id, handlers[id], service) }),
@@ -175,7 +176,7 @@ type Route = Pick<RouteOptions, 'handler' | 'config' | 'onRequest' | 'wsHandler'
 
 function routeOf(id: string, handler: AnyHandler | undefined, service: Service): Route {
   assert(handler, `operation ${id} has no handler`)
-  const config = { access: accessOf(id, service.contract) }
+  const config = { access: accessOf(id, service.contract), streamed: id === 'putState' }
   if (id !== 'openStream') return { handler, config, exposeHeadRoute: !STREAMED.has(id) }
   const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, service)
   const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, service)
@@ -183,7 +184,15 @@ function routeOf(id: string, handler: AnyHandler | undefined, service: Service):
 }
 
 /** Operations whose answer is not made at once: a HEAD would make it only to throw it away. */
-const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState'])
+const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])
+
+/** State comes as a stream of any length: its handler reads it, and holds it against what the run can have. */
+function takeStreams(scope: FastifyInstance): void {
+  scope.addContentTypeParser('application/octet-stream', (request, payload, done) => {
+    if (request.routeOptions.config.streamed) return done(null, payload)
+    done(Object.assign(new Error('Unsupported Media Type'), { statusCode: 415 }))
+  })
+}
 
 type ListedOperation = { path: string; method: string; id: string | undefined; open: boolean }
 

@@ -256,6 +256,8 @@ const USAGE = [
   'muond [serve] [--flag value]…   serves; --help and --version print and exit',
   'muond presets [NAME]            recipes that a group may name as its preset',
   'muond explain PARAMETERS.json   what a step of each parameter would be, and why',
+  'muond export RUN --to FORMAT    the state of a run as a file for torch or as safetensors',
+  'muond import RUN FILE --from X  a run goes on from the state of another optimizer',
 ] as const
 
 function helpText(): string {

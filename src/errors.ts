@@ -20,6 +20,7 @@ export const ERRORS = {
   SHAPE_MISMATCH: { status: 422, retryable: false },
   DTYPE_UNSUPPORTED: { status: 422, retryable: false },
   HYPERPARAMETER_INVALID: { status: 422, retryable: false },
+  STATE_INVALID: { status: 422, retryable: false },
   GRADIENT_NOT_FINITE: { status: 422, retryable: false },
   MAX_LOGITS_INVALID: { status: 422, retryable: false },
   STEP_CONFLICT: { status: 409, retryable: false },

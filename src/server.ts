@@ -11,6 +11,16 @@ const COMMANDS = new Map<string, Command>([
   ['serve', async (argv) => (await import('./commands/serve.js')).serveCommand(argv, process.env)],
   ['presets', async (argv) => (await import('./commands/presets.js')).presetsCommand(argv, process.env)],
   [
+    'export',
+    async (argv) =>
+      (await import('./commands/export.js')).exportCommand(argv, process.env, { terminal: process.stderr }),
+  ],
+  [
+    'import',
+    async (argv) =>
+      (await import('./commands/import.js')).importCommand(argv, process.env, { terminal: process.stderr }),
+  ],
+  [
     'explain',
     async (argv) => (await import('./commands/explain.js')).explainCommand(argv, process.env, process.stdout.columns),
   ],

@@ -1,6 +1,6 @@
 import { bytesPerElement, type Dtype } from '../../kernels/dtype.js'
+import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../wire/half.js'
 import { MuondError } from './error.js'
-import { bfloat16ToNumber, float16Values, numberToBfloat16 } from './half.js'
 
 /** A parameter's values: float32, or bfloat16 as its raw bits. */
 export type Weights = Float32Array | Uint16Array

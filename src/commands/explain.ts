@@ -11,6 +11,7 @@ import { groupOf } from '../run/schedule.js'
 import { readPresets } from '../store/presets.js'
 import { decodeClientFrame, encodeFrame } from '../wire/codec.js'
 import { OPEN_BYTES, type OpenFrame } from '../wire/frame.js'
+import { amount, decimal } from './amount.js'
 import { presetsFolder } from './presets.js'
 
 const HELP = `muond explain PARAMETERS.json [--json] [--presets DIR]
@@ -150,17 +151,4 @@ function cellsOf({ parameter, plan: { blocks, state_bytes, flops } }: Row): stri
   const elements = [parameter.shape.join('x') || 'scalar', '']
   const line = [parameter.name, layoutName(parameter), ...(first ?? elements), amount(state_bytes, 'B'), amount(flops)]
   return [line, ...others.map((block) => ['', '', ...block, '', ''])]
-}
-
-/** Three significant digits, without an exponent where it is short enough. */
-function decimal(value: number): string {
-  return String(Number(value.toPrecision(3)))
-}
-
-const UNITS = ['', 'k', 'M', 'G', 'T', 'P', 'E'] as const
-
-/** Three significant digits, a decimal prefix and the unit: `3.54 MB`. */
-function amount(value: number, unit = ''): string {
-  const power = Math.min(UNITS.length - 1, Math.max(0, Math.floor(Math.log10(Math.max(1, value)) / 3)))
-  return `${decimal(value / 1000 ** power)} ${UNITS[power]}${unit}`.trim()
 }

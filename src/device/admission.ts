@@ -66,6 +66,17 @@ export class Admission {
     return grant
   }
 
+  /** Grants state memory beside that of the runs, so many bytes of each unit, or refuses with OVER_CAPACITY and the numbers. */
+  reserve(bytes: readonly number[], what: string): Grant {
+    const grant: Grant = {
+      ...{ units: [], bytes, hostBytes: 0 },
+      largest: this.#capacity.units.map(({ work }) => largestOf([], work)),
+    }
+    this.#check(grant, what)
+    this.#granted.add(grant)
+    return grant
+  }
+
   dismiss(grant: Grant): void {
     this.#granted.delete(grant)
   }

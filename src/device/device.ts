@@ -10,7 +10,7 @@ import { Lanes, type Ticket, told } from './lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import { type Pointer, viewMemory } from './onnxruntime.js'
 import { Staging } from './staging.js'
-import type { StateLocation } from './state-access.js'
+import { openStateAccess, type StateAccess, type StateLocation } from './state-access.js'
 
 export type { Ticket } from './lanes.js'
 
@@ -59,6 +59,8 @@ export class Device {
   readonly #updatesBlock: HostBlock
   readonly #admission: Admission
   #lanes: Lanes[]
+  /** The event loop's way to write each unit's state, once it has been needed. */
+  #accesses: StateAccess[] = []
   #views = new Map<bigint, Uint8Array<ArrayBuffer>>()
 
   private constructor(backend: Backend, options: DeviceOptions) {
@@ -119,6 +121,11 @@ export class Device {
     return this.#admission.admit(demands, what)
   }
 
+  /** Grants state memory beside that of the runs, so many bytes of each unit, as `admit` does. */
+  reserve(bytes: readonly number[], what: string): Grant {
+    return this.#admission.reserve(bytes, what)
+  }
+
   dismiss(grant: Grant): void {
     this.#admission.dismiss(grant)
     this.memory.trim()
@@ -167,6 +174,12 @@ export class Device {
       yield read(pointer + BigInt(offset), Math.min(READ_BYTES, bytes - offset))
   }
 
+  /** Writes into a state tensor that nobody else knows yet. */
+  write({ unit, pointer }: Tensor, offset: number, source: Uint8Array): void {
+    this.#accesses[unit] ??= openStateAccess(this.backend.units[unit].location)
+    this.#accesses[unit].write(pointer + BigInt(offset), source)
+  }
+
   /** Makes every lane ready for what was admitted, so that no step waits for it. */
   async load(demands: readonly Demand[]): Promise<void> {
     const needs = needsOf(demands)
@@ -184,6 +197,7 @@ export class Device {
   /** Ends the lanes after the jobs that they have; jobs that none has are dropped. */
   async close(): Promise<void> {
     await Promise.all(this.#lanes.map((lanes) => lanes.close()))
+    for (const access of Object.values(this.#accesses)) access.close()
     this.backend.close()
   }
 

@@ -1,4 +1,6 @@
 import { ServiceError } from '../errors.js'
+import type { Run } from '../run/run.js'
+import type { Runs } from '../run/runs.js'
 import type { CheckpointEntry, RunFolder } from '../store/run-folder.js'
 
 /** The checkpoint with an id or a tag. Throws NOT_FOUND. */
@@ -9,4 +11,9 @@ export function findCheckpoint(
   const entry = folder.find(checkpoint)
   if (entry) return entry
   throw new ServiceError('NOT_FOUND', `run '${run}' has no checkpoint '${checkpoint}'`)
+}
+
+/** Does what throws STEP_INCOMPLETE while a step is in progress once that has ended; see Boundary. */
+export function betweenSteps<T>(runs: Runs, run: Run, work: () => Promise<T>): Promise<T> {
+  return run.boundary.reach(work, runs.closing)
 }

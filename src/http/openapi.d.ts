@@ -222,6 +222,43 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/runs/{run}/state": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        /**
+         * The whole state of a run
+         * @description A safetensors body with the state after the last finished step; a step in progress is waited for, at most 30 seconds, and
+         *     then the request is refused with STEP_INCOMPLETE. `state.<parameter>.step` is an int64 scalar for every parameter, how
+         *     many updates were applied; where it is not 0 the parameter's tensors follow, `state.<parameter>.momentum_buffer` and so
+         *     on, as in a checkpoint. `__metadata__` has the run, its step and digest, `momentum_form` (a JSON map from parameters to `ema`
+         *     or `heavy_ball`), and as JSON the `groups` with every hyperparameter in force and the `parameters`. All of it is of one
+         *     moment, however slowly it is read.
+         */
+        get: operations["getState"];
+        /**
+         * Import the state of a run
+         * @description The run exists and goes on from the state of the body, whoever made it: names and shapes as `GET` gives them, values in
+         *     F32, BF16 or F16, counts as I64 or F32 scalars. All of it is taken or nothing: a name that the run does not have, one that is
+         *     lacking, a NaN, an infinity or a negative average of squares is STATE_INVALID; SHAPE_MISMATCH and DTYPE_UNSUPPORTED say what
+         *     they say. It happens between two steps: one in progress is waited for, at most 30 seconds, and then it is STEP_INCOMPLETE. The
+         *     last finished step cannot be replayed any more. With a data folder the answer comes when a checkpoint with the new state is
+         *     on the disk. One import into a run at a time: a second one is RUN_BUSY.
+         */
+        put: operations["putState"];
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/runs/{run}/receipts": {
         parameters: {
             query?: never;
@@ -494,6 +531,16 @@ export interface components {
             groups: {
                 [key: string]: components["schemas"]["Hyperparameters"];
             };
+        };
+        Imported: {
+            /** @description The last finished step, which the state follows. */
+            step: number;
+            /** @description Of the run with this state (docs/protocol.md, Digest). */
+            digest: string;
+            /** @description How many parameters the body had state of. */
+            parameters: number;
+            /** @description Id of the checkpoint with this state; absent without a data folder. */
+            checkpoint?: string;
         };
         Hyperparameters: {
             [key: string]: unknown;
@@ -908,6 +955,69 @@ export interface operations {
                 };
                 content: {
                     "application/octet-stream": string;
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getState: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description A safetensors body. */
+            200: {
+                headers: {
+                    /** @description Bytes of the body. */
+                    "Content-Length"?: number;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/octet-stream": string;
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    putState: {
+        parameters: {
+            query?: {
+                /** @description Whether a parameter that the body has nothing of keeps the state that it has. Otherwise the body is refused. */
+                partial?: boolean;
+                /**
+                 * @description What the momentum buffers of Muon in the body are. Where the run keeps the other form they are multiplied by 1 - μ (to
+                 *     `ema`) or by 1 / (1 - μ), with the group's momentum μ in force, in float64, rounded once. `stated`: what
+                 *     `__metadata__.momentum_form` says, and where it says nothing, what the run keeps.
+                 */
+                momentum_form?: "stated" | "ema" | "heavy_ball";
+            };
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/octet-stream": unknown;
+            };
+        };
+        responses: {
+            /** @description The run has this state. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Imported"];
                 };
             };
             default: components["responses"]["Problem"];

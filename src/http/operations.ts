@@ -1,3 +1,4 @@
+import { Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { DTYPES } from '../../kernels/dtype.js'
 import { type Config, VERSION } from '../config.js'
@@ -12,11 +13,12 @@ import type { Run } from '../run/run.js'
 import type { Runs } from '../run/runs.js'
 import type { CheckpointEntry } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
-import { findCheckpoint } from './checkpoints.js'
+import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './docs.js'
 import { type Events, receiptBody } from './events.js'
+import { importState } from './import.js'
 import type { components, operations } from './openapi.js'
-import { stateBody, stateNorms } from './state.js'
+import { runStateBody, stateBody, stateNorms } from './state.js'
 
 export type Services = {
   config: Config
@@ -86,6 +88,15 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
       const summary = parameterSummary(run, params.index)
       return { ...summary, state: await stateNorms(device, run, params.index) }
     },
+    getState: async ({ params }, reply) => {
+      const { length, body } = await runStateBody(device, runs, runs.get(params.run))
+      return reply.type('application/octet-stream').header('content-length', length).send(body)
+    },
+    putState: ({ params, query, headers, body, log }) => {
+      if (!(body instanceof Readable))
+        throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a safetensors one')
+      return importState({ runs, device, config }, runs.get(params.run), { query, headers, body, log })
+    },
     getParameterState: ({ params }, reply) => {
       const { length, body } = stateBody(device, runs.get(params.run), params.index)
       return reply.type('application/octet-stream').header('content-length', length).send(body)
@@ -99,7 +110,9 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
     listCheckpoints: ({ params }) => ({ checkpoints: runs.keeper(params.run).folder.checkpoints.map(checkpointBody) }),
     getCheckpoint: ({ params }) => checkpointBody(findCheckpoint(runs.keeper(params.run).folder, params)),
     createCheckpoint: async ({ params, body }, reply) => {
-      const entry = await runs.keeper(params.run).takeBetween(checkTag(body?.tag))
+      const keeper = runs.keeper(params.run)
+      const tag = checkTag(body?.tag)
+      const entry = await betweenSteps(runs, runs.get(params.run), () => keeper.take(tag))
       return reply.code(201).send(checkpointBody(entry))
     },
     deleteCheckpoint: async ({ params }, reply) => {

@@ -3,7 +3,10 @@ import { setImmediate as turn } from 'node:timers/promises'
 import { bytesPerElement } from '../../kernels/dtype.js'
 import type { Device } from '../device/device.js'
 import type { Run } from '../run/run.js'
+import type { Runs } from '../run/runs.js'
+import { stateFile } from '../run/state-file.js'
 import { encodeHeader, SAFETENSORS_NAMES, type TensorEntry } from '../store/safetensors.js'
+import { betweenSteps } from './checkpoints.js'
 import type { components } from './openapi.js'
 
 type StateTensor = components['schemas']['StateTensor']
@@ -46,6 +49,14 @@ export function stateBody(device: Device, run: Run, index: number): { length: nu
   // Not in the generator: a reader that leaves before the first piece never starts it.
   body.once('close', () => release(device, held))
   return { length, body }
+}
+
+/** A safetensors body with the whole state of a run after its last finished step, and its length in bytes. */
+export async function runStateBody(device: Device, runs: Runs, run: Run): Promise<{ length: number; body: Readable }> {
+  const { bytes, pieces, release } = await betweenSteps(runs, run, async () => stateFile(device, run))
+  const body = Readable.from(pieces, { objectMode: false })
+  body.once('close', release)
+  return { length: bytes, body }
 }
 
 /** A bfloat16 is the upper half of a float32. */

@@ -8,6 +8,7 @@ import { cutTail, readJournal } from '../store/journal-reader.js'
 import { type Manifest, UnreadableError } from '../store/manifest.js'
 import type { CheckpointEntry, Identity, RunFolder } from '../store/run-folder.js'
 import type { Declaration } from './declaration.js'
+import { importNote } from './incoming.js'
 import { Keeper, type KeeperMeans } from './keeper.js'
 import { groupRecords, groupsOf } from './record.js'
 import { checkDigest, differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
@@ -125,11 +126,10 @@ export class Archive {
       .alone(async () => {
         await run.journal?.close()
         run.journal = undefined
-        const step = kept?.manifest.step ?? run.step
         // Groups that were given later are of a history that is dropped.
         await this.#identify(run, { replacement: undefined })
         await clearJournal(folder.journal)
-        await folder.removeAfter(step)
+        await folder.removeAfter(kept?.manifest ?? run)
         if (kept) this.#take(run, kept)
         await this.#openJournal(run, folder)
       })
@@ -203,8 +203,8 @@ export class Archive {
     const identity = await folder.identity()
     const run = await this.#means.build(manifest.run, keptDeclaration(manifest), manifest.created_at)
     try {
-      this.#take(run, await this.#read(run, folder, manifest))
-      const steps = withJournal ? await this.#replay(run, { folder, manifest }) : 0
+      const { elsewhere } = this.#take(run, await this.#read(run, folder, manifest))
+      const steps = withJournal ? await this.#replay(run, { folder, manifest, elsewhere }) : 0
       run.epoch = identity.epoch
       const keeper = this.#adopt(run, folder, withJournal ? replaceGroups(run, identity) : identity)
       // Without, the journal has steps that are dropped only once nothing is refused any more.
@@ -238,16 +238,24 @@ export class Archive {
     return { manifest, tensors, taken: false }
   }
 
-  #take(run: Run, kept: Kept): void {
+  /** `elsewhere`: another kind of device had computed it. */
+  #take(run: Run, kept: Kept): { elsewhere: boolean } {
     const { manifest, tensors } = kept
     kept.taken = true
     const difference = differenceOf(manifest.device, this.#means.device.record)
-    run.note = difference === undefined ? '' : `restored from ${manifest.checkpoint}: ${difference}`
-    run.restore(manifest, tensors, difference !== undefined)
+    const elsewhere = difference !== undefined
+    run.restore(manifest, tensors, elsewhere)
+    const imported = manifest.imported ? [importNote(manifest.step)] : []
+    const restored = elsewhere ? [`restored from ${manifest.checkpoint}: ${difference}`] : []
+    run.note = [...imported, ...restored].join('; ')
+    return { elsewhere }
   }
 
   /** Computes the steps behind a checkpoint again; returns how many there are. */
-  async #replay(run: Run, { folder, manifest }: { folder: RunFolder; manifest: Manifest }): Promise<number> {
+  async #replay(
+    run: Run,
+    { folder, manifest, elsewhere }: { folder: RunFolder; manifest: Manifest; elsewhere: boolean },
+  ): Promise<number> {
     const { log, device } = this.#means
     const { steps, tail } = await readJournal(folder.journal, manifest.step)
     if (tail) {
@@ -257,7 +265,7 @@ export class Archive {
       else log.info({ ...event, reason: 'the step was not finished' })
       await cutTail(tail)
     }
-    await replay(run, device, { steps, elsewhere: run.note !== '' })
+    await replay(run, device, { steps, elsewhere })
     return steps.length
   }
 

@@ -24,14 +24,28 @@ export const FIRST_DIGEST = createHash('sha256').update('muond digest 1').digest
  */
 export function nextDigest(previous: string, step: number, records: Iterable<StepRecord>): string {
   const hash = createHash('sha256').update(previous, 'hex')
-  const number = Buffer.alloc(8)
-  number.writeBigUInt64LE(BigInt(step))
-  hash.update(number)
+  hash.update(encodeLong(step))
   let index = 0
   for (const { applied, row_scale } of records) {
     hash.update(encodePlace(index++, (applied ? APPLIED : 0) + (row_scale ? HAS_ROW_SCALE : 0)))
     if (applied) hash.update(encodeApplied(applied))
     if (row_scale) hash.update(encodeCount(row_scale.length / Float32Array.BYTES_PER_ELEMENT)).update(row_scale)
+  }
+  return hash.digest('hex')
+}
+
+/** What an import gives one parameter: SHA-256 of each state tensor's bytes as they are kept, in the kernel's order, and its count. */
+export type ImportedPlace = { hashes: readonly string[]; count: number }
+
+/**
+ * SHA-256 over the digest of the last finished step and the whole state that the run has from now on (docs/protocol.md, Digest). To
+ * import something else before the next step, or the same again, is to import that.
+ */
+export function importDigest(stepDigest: string, places: Iterable<ImportedPlace>): string {
+  const hash = createHash('sha256').update('muond import').update(stepDigest, 'hex')
+  for (const { hashes, count } of places) {
+    for (const tensor of hashes) hash.update(tensor, 'hex')
+    hash.update(encodeLong(count))
   }
   return hash.digest('hex')
 }
@@ -50,6 +64,12 @@ function encodeApplied(record: DigestRecord): Buffer {
   bytes.writeBigUInt64LE(record.updateFingerprint, 16)
   bytes.writeDoubleLE(record.scale, 24)
   bytes.writeDoubleLE(record.decay, 32)
+  return bytes
+}
+
+function encodeLong(value: number): Buffer {
+  const bytes = Buffer.alloc(8)
+  bytes.writeBigUInt64LE(BigInt(value))
   return bytes
 }
 

@@ -1,4 +1,4 @@
-import type { RunRecord } from '../store/manifest.js'
+import type { ImportRecord, RunRecord } from '../store/manifest.js'
 import type { ReceiptFrame } from '../wire/frame.js'
 import { FIRST_DIGEST } from './digest.js'
 
@@ -8,9 +8,12 @@ export type Receipt = ReceiptFrame
 export class History {
   /** The last finished step. */
   step = 0
+  /** Of the state that the last finished step, or an import after it, has left. */
   digest = FIRST_DIGEST
   /** The digest before the last finished step. */
   previous = FIRST_DIGEST
+  /** Set where the state was imported after the last finished step. */
+  imported: ImportRecord | undefined
   #receipts: Receipt[] = []
   readonly #kept: number
 
@@ -24,6 +27,11 @@ export class History {
     return this.#receipts.at(-1)
   }
 
+  /** Of the last finished step itself. */
+  get stepDigest(): string {
+    return this.imported?.step_digest ?? this.digest
+  }
+
   receipts(after: number): Receipt[] {
     return this.#receipts.filter((receipt) => receipt.step > after)
   }
@@ -31,9 +39,16 @@ export class History {
   add(receipt: Receipt): void {
     this.previous = this.digest
     this.digest = receipt.digest
+    this.imported = undefined
     this.step = receipt.step
     this.#receipts.push(receipt)
     if (this.#receipts.length > this.#kept) this.#receipts.shift()
+  }
+
+  /** The state is another one from now on. */
+  replace(digest: string, imported: ImportRecord): void {
+    this.digest = digest
+    this.imported = imported
   }
 
   /** The last finished step was acknowledged with this receipt before. */
@@ -42,10 +57,11 @@ export class History {
   }
 
   /** Goes to where a checkpoint is; of what came after it nothing is left. */
-  restore({ step, digest, previous_digest, receipt }: RunRecord): void {
+  restore({ step, digest, previous_digest, receipt, imported }: RunRecord): void {
     this.step = step
     this.digest = digest
     this.previous = previous_digest
+    this.imported = imported
     this.#receipts = [...this.#receipts.filter((known) => known.step < step), ...(receipt ? [receipt] : [])]
   }
 }

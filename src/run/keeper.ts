@@ -1,4 +1,3 @@
-import { once } from 'node:events'
 import { type Config, errorText, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
@@ -6,6 +5,8 @@ import type { Metrics } from '../metrics.js'
 import { type CheckpointEntry, isCheckpointId, type RunFolder } from '../store/run-folder.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
 import type { StateEntry } from '../store/state-files.js'
+import { stateName } from '../store/state-source.js'
+import type { Pending } from './incoming.js'
 import type { Held, Run } from './run.js'
 
 /** Where events are logged. */
@@ -18,10 +19,6 @@ export type KeeperMeans = {
   config: Pick<Config, 'checkpoint_steps' | 'checkpoints_kept' | 'checkpoint_file_bytes' | 'journal_bytes'>
 }
 
-/** How many requests may wait for the step in progress to end, and how long. */
-export const MOST_WAITING = 8
-const BOUNDARY_MS = 30_000
-
 /**
  * Decides when a run's checkpoints are taken, and has them written while the next steps go on: the state is immutable, so a
  * checkpoint is a list of references. One at a time, so that at most one older state is held.
@@ -31,8 +28,6 @@ export class Keeper {
   readonly #run: Run
   readonly #means: KeeperMeans
   #writing: Promise<unknown> | undefined
-  /** Requests that wait for the end of a step. */
-  #waiting = 0
   /** A checkpoint is to be taken as soon as none is being written. */
   #due = false
 
@@ -55,22 +50,6 @@ export class Keeper {
   }
 
   /**
-   * Takes a checkpoint as `take` does, for somebody who does not know when steps end: of one that has begun the end is waited for.
-   * Throws STEP_INCOMPLETE where it does not come within BOUNDARY_MS, and OVERLOADED where MOST_WAITING wait already.
-   */
-  async takeBetween(tag?: string): Promise<CheckpointEntry> {
-    const signal = AbortSignal.timeout(BOUNDARY_MS)
-    for (;;) {
-      try {
-        return await this.take(tag)
-      } catch (error) {
-        if (!(error instanceof ServiceError) || error.code !== 'STEP_INCOMPLETE' || signal.aborted) throw error
-        await this.#receipt(signal)
-      }
-    }
-  }
-
-  /**
    * Begins a checkpoint of the last finished step. Call it between two steps; it resolves when the next one may begin, which is
    * at once unless an older checkpoint is still being written. `written` rejects with STORAGE_FAILED. Throws STEP_INCOMPLETE
    * where a step has begun.
@@ -81,12 +60,17 @@ export class Keeper {
     const { newest } = this.folder
     if (newest && this.upToDate)
       return { written: tag === undefined ? Promise.resolve(newest) : this.#occupy(this.#tag(newest, tag)) }
-    const { name, step, begun } = this.#run
-    if (begun) {
-      const message = `step ${step + 1} of run '${name}' has begun, a checkpoint is taken between two steps`
-      throw new ServiceError('STEP_INCOMPLETE', message, { step: step + 1 })
-    }
+    this.#run.checkBetween('a checkpoint is taken between two steps')
     return { written: this.#occupy(this.#write(tag === undefined ? [] : [tag])) }
+  }
+
+  /**
+   * Has the run go on from an import once that is on the disk, so that a crash leaves either all of it or nothing. Call it while
+   * the run is held between two steps. Rejects with STORAGE_FAILED, and nothing was imported.
+   */
+  async import(pending: Pending): Promise<CheckpointEntry> {
+    while (this.#writing) await this.settled()
+    return this.#occupy(this.#write([], pending))
   }
 
   /** Does something that no checkpoint may be taken beside. */
@@ -112,23 +96,6 @@ export class Keeper {
   /** When nothing is being written. */
   async settled(): Promise<void> {
     while (this.#writing) await Promise.allSettled([this.#writing])
-  }
-
-  /** When the step in progress has ended, or the signal says that this takes too long. */
-  async #receipt(signal: AbortSignal): Promise<void> {
-    if (this.#waiting >= MOST_WAITING) {
-      throw new ServiceError(
-        'OVERLOADED',
-        `${this.#waiting} requests wait for a checkpoint, at most ${MOST_WAITING} may`,
-        {
-          retry_after_seconds: 1,
-        },
-      )
-    }
-    this.#waiting += 1
-    const ended = once(this.#run, 'receipt', { signal })
-    await Promise.allSettled([ended])
-    this.#waiting -= 1
   }
 
   #finished(): void {
@@ -158,11 +125,11 @@ export class Keeper {
     return done
   }
 
-  async #write(tags: readonly string[]): Promise<CheckpointEntry> {
+  async #write(tags: readonly string[], pending?: Pending): Promise<CheckpointEntry> {
     const started = performance.now()
     this.#due = false
     const { device, metrics, log, config } = this.#means
-    const { record, tensors } = this.#run.snapshot()
+    const { record, tensors } = this.#run.snapshot(pending)
     // Before anything is awaited: what the next step appends belongs to the next segment.
     const rotated = this.#run.journal?.rotate(record.step + 1)
     const held = new Map(tensors.map((tensor, i) => [i, tensor]))
@@ -190,6 +157,7 @@ export class Keeper {
         throw this.#failed(record.step, error)
       })
       .finally(releaseAll)
+    if (pending) this.#run.takeOver(pending)
     await this.#tidy(entry, config.checkpoints_kept)
     const seconds = (performance.now() - started) / 1000
     metrics.checkpoint_seconds.observe(seconds)
@@ -257,8 +225,4 @@ export function checkTag(tag: string | undefined): string | undefined {
     'PARAMETER_INVALID',
     `tag is ${JSON.stringify(tag)}, expected 1 to ${TAG_CHARACTERS} characters that are no checkpoint's id`,
   )
-}
-
-export function stateName(parameter: string, tensor: string): string {
-  return `state.${parameter}.${tensor}`
 }

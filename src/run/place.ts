@@ -33,7 +33,7 @@ export type PlaceStep = {
   spend: (phase: keyof StepSeconds, seconds: number) => void
 }
 
-/** One parameter's place in a run: its state, and what it was last applied with. Only `compute` changes it. */
+/** One parameter's place in a run: its state, and what it was last applied with. */
 export class Place {
   readonly parameter: Parameter
   readonly unit: number
@@ -54,6 +54,11 @@ export class Place {
     this.#device = device
     this.unit = unit
     this.parameter = parameter
+  }
+
+  /** Its state; undefined before its first step, when all of it is zero. */
+  get tensors(): readonly Tensor[] | undefined {
+    return this.#tensors
   }
 
   get stateBytes(): number {
@@ -84,6 +89,16 @@ export class Place {
     this.gradientSquare = kept.gradient_square
     this.record = kept.last && appliedOf(kept.last)
     this.#elsewhere = elsewhere
+  }
+
+  /**
+   * Takes over state that no step of this run has made; the tensors are this place's from now on, undefined where all are zero.
+   * What the last step came to stays known, but cannot be computed again.
+   */
+  takeOver(tensors: Tensor[] | undefined, count: number): void {
+    this.dispose()
+    this.#tensors = tensors
+    this.count = count
   }
 
   /** Holds the last step against what it came to when it was first computed; `elsewhere` that was on another kind of device. */

@@ -8,12 +8,18 @@ import { type Attention, parseAttentions } from '../optimizer/attention.js'
 import { type Parameter, parseParameters } from '../optimizer/parameter.js'
 import { claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
 import type { StoredGradient, StoredStep } from '../store/journal-reader.js'
-import { type DeviceRecord, type Manifest, type RunRecord, UnreadableError } from '../store/manifest.js'
+import {
+  type DeviceRecord,
+  type Manifest,
+  type RunRecord,
+  type SettingsRecord,
+  UnreadableError,
+} from '../store/manifest.js'
 import type { RunFolder } from '../store/run-folder.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
+import { stateName } from '../store/state-source.js'
 import type { Declaration } from './declaration.js'
-import { nextDigest } from './digest.js'
-import { stateName } from './keeper.js'
+import { FIRST_DIGEST, importDigest, nextDigest } from './digest.js'
 import { appliedOf, groupsOf, settingsOf } from './record.js'
 import type { Run } from './run.js'
 
@@ -24,12 +30,27 @@ export function keptDeclaration(record: RunRecord): Declaration {
   return { groups, parameters, attentions: parseAttentions(record.attentions, parameters) }
 }
 
-/** Holds a checkpoint's digest against what its last step was applied with. Throws UnreadableError with both. */
-export function checkDigest(
-  { run, step, digest, previous_digest, last, places }: RunRecord,
-  { parameters, attentions }: { parameters: readonly Parameter[]; attentions: readonly Attention[] },
-): void {
-  if (last === undefined) return
+type Declared = { parameters: readonly Parameter[]; attentions: readonly Attention[] }
+
+/** Holds a checkpoint's digest against what its last step was applied with, or what was imported after that. Throws UnreadableError with both. */
+export function checkDigest(record: RunRecord, declared: Declared): void {
+  const { run, step, digest, last, places, imported } = record
+  const of = (what: string, actual: string, expected: string) => {
+    if (actual !== expected)
+      throw new UnreadableError(`${what} of run '${run}' has digest ${actual}, expected ${expected}`)
+  }
+  const own = last ? stepDigest(record, last, declared) : FIRST_DIGEST
+  of(`step ${step}`, own, imported?.step_digest ?? digest)
+  if (!imported) return
+  const whole = places.map(({ count }, i) => ({ count, hashes: imported.hashes[i] }))
+  of(`the state imported after step ${step}`, importDigest(own, whole), digest)
+}
+
+function stepDigest(
+  { step, previous_digest, places }: RunRecord,
+  last: SettingsRecord,
+  { parameters, attentions }: Declared,
+): string {
   const { max_logits } = settingsOf(last).frame
   const claims = claimsByParameter(attentions)
   const records = parameters.map((parameter, i) => {
@@ -39,9 +60,7 @@ export function checkDigest(
       row_scale: rowScale(parameter, claims, max_logits),
     }
   })
-  const actual = nextDigest(previous_digest, step, records)
-  if (actual !== digest)
-    throw new UnreadableError(`step ${step} of run '${run}' has digest ${actual}, expected ${digest}`)
+  return nextDigest(previous_digest, step, records)
 }
 
 /** Whether what one device computed has other bits on another, and why, in words for a person. */

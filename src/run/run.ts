@@ -22,8 +22,10 @@ import type { Journal } from '../store/journal.js'
 import type { EndHead } from '../store/journal-format.js'
 import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/manifest.js'
 import type { OpenedFrame, StepFrame, StepSeconds } from '../wire/frame.js'
+import { Boundary } from './boundary.js'
 import { type DigestRecord, nextDigest, type StepRecord } from './digest.js'
 import { History, type Receipt } from './history.js'
+import { importNote, type Pending } from './incoming.js'
 import { Place, type Update } from './place.js'
 import { appliedOf, appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import { type Groups, groupOf, Schedule, type StepSettings } from './schedule.js'
@@ -83,6 +85,9 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   /** Whether the step in progress is on its way to the disk. */
   #committing = false
   #inFlight = new Set<Promise<unknown>>()
+  readonly boundary = new Boundary(this)
+  /** Set while nothing may move the state: what would waits for it. */
+  #hold: Promise<void> | undefined
 
   constructor(device: Device, options: RunOptions) {
     super()
@@ -104,9 +109,14 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return this.#history.step
   }
 
-  /** Of the last finished step. */
+  /** Of the state that the last finished step, or an import after it, has left. */
   get digest(): string {
     return this.#history.digest
+  }
+
+  /** Of the last finished step itself. */
+  get stepDigest(): string {
+    return this.#history.stepDigest
   }
 
   get parameters(): Parameter[] {
@@ -180,29 +190,30 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     const next = this.step + 1
     if (step === next) return this.schedule.set(values, step)
     if (step === this.step && this.schedule.last) return this.schedule.confirm(this.schedule.last, values, step)
-    throw this.#conflict(`a step frame for step ${step}`, step)
+    throw this.#conflict(`a step frame for step ${step}`, { step })
   }
 
   /** Checks that a gradient of `parameter` for `step` would be applied or replayed; throws STEP_CONFLICT otherwise. */
   expect(index: number, step: number): void {
-    const place = this.#place(index)
-    const replays = step === this.step && step === place.appliedStep
-    if (step === 0 || (step !== this.step + 1 && !replays)) {
-      throw this.#conflict(`a gradient of '${place.parameter.name}' for step ${step}`, step, index)
-    }
+    this.#checkExpected(index, step)
     if (step === this.step + 1) this.schedule.begin()
   }
 
   /** Computes and commits, or replays, one parameter's step. Undefined: the connection that sent it has lost the run. */
   async compute(index: number, step: number, gradient: HostRange): Promise<ScaledUpdate | undefined> {
     const place = this.#place(index)
+    const ticket = this.#ticket
+    if (this.#hold) await this.#hold
+    if (ticket.cancelled) return undefined
+    // An import may have come between its first chunk and its last.
+    this.#checkExpected(index, step)
     const settings = this.#settings(step)
     const work = place.compute({
       step,
       expected_step: this.step + 1,
       settings,
       gradient,
-      ticket: this.#ticket,
+      ticket,
       spend: (phase, seconds) => this.spend(phase, seconds),
     })
     const update = await this.#track(work)
@@ -233,9 +244,10 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
    * the step is on the disk first; where it cannot be, STORAGE_FAILED is thrown and the step is not finished.
    */
   async end(step: number, skipped: readonly number[]): Promise<Receipt> {
+    if (this.#hold) await this.#hold
     const { last } = this.#history
     if (last && step === this.step) return { ...last, replayed: true }
-    if (step !== this.step + 1) throw this.#conflict(`end for step ${step}`, step)
+    if (step !== this.step + 1) throw this.#conflict(`end for step ${step}`, { step })
     this.#checkComplete(step, new Set(skipped))
     const receipt = this.#conclude(step)
     if (!this.journal) return this.#finish(receipt)
@@ -246,14 +258,43 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return this.#history.receipts(after)
   }
 
+  /** Throws STEP_INCOMPLETE where a parameter was applied for the next step already. */
+  checkBetween(what: string): void {
+    const step = this.step + 1
+    if (!this.begun) return
+    throw new ServiceError('STEP_INCOMPLETE', `step ${step} of run '${this.name}' has begun, ${what}`, { step })
+  }
+
+  /** Does `work` between two steps: until it is done no gradient is computed and no step ends. Throws STEP_INCOMPLETE. */
+  async between<T>(what: string, work: () => Promise<T>): Promise<T> {
+    assert(this.#hold === undefined, 'one thing at a time is done between two steps')
+    let release = () => {}
+    this.#hold = new Promise((resolve) => {
+      release = resolve
+    })
+    try {
+      await this.settled()
+      this.checkBetween(what)
+      return await work()
+    } finally {
+      this.#hold = undefined
+      release()
+    }
+  }
+
   /**
-   * All that a checkpoint is made of, as of the last finished step; the caller releases the tensors. No parameter may be
-   * applied for the next step yet.
+   * All that a checkpoint is made of, as of the last finished step, or with an import after it; the caller releases the tensors.
+   * No parameter may be applied for the next step yet.
    */
-  snapshot(): { record: RunRecord; tensors: Held[] } {
+  snapshot(pending?: Pending): { record: RunRecord; tensors: Held[] } {
     assert(this.ahead.length === 0, 'a checkpoint is taken between two steps')
     const { last, before } = this.schedule
-    const { step, digest, previous, last: receipt } = this.#history
+    const { step, previous, last: receipt } = this.#history
+    const { digest, imported } = pending ?? this.#history
+    const states = this.#places.map((place, i) => {
+      const { count, tensors } = pending?.incoming.places[i] ?? place
+      return { place, count, tensors }
+    })
     const record: RunRecord = {
       ...{ run: this.name, created_at: this.created_at, epoch: this.epoch, step, digest, previous_digest: previous },
       parameters: this.parameters.map((parameter) => describe(parameter)),
@@ -261,13 +302,26 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
       groups: groupRecords(before),
       ...(last && { last: settingsRecord(last) }),
       ...(receipt && { receipt }),
-      places: this.#places.map((place) => place.toRecord()),
+      places: states.map(({ place, count }) => ({ ...place.toRecord(), count })),
+      ...(imported && { imported }),
     }
-    const tensors = this.#places.flatMap((place) => place.stateTensors().map((held) => ({ ...held, place })))
-    return {
-      record,
-      tensors: tensors.map(({ place, ...held }) => ({ ...held, parameter: place.parameter, count: place.count })),
+    const tensors = states.flatMap(({ place: { parameter }, count, tensors = [] }) =>
+      tensors.map((tensor, i) => {
+        return { ...parameter.state[i], tensor: this.#device.memory.retain(tensor), parameter, count }
+      }),
+    )
+    return { record, tensors }
+  }
+
+  /** Goes on from state that was imported. Between two steps. */
+  takeOver({ incoming, digest, imported }: Pending): void {
+    for (const [i, place] of this.#places.entries()) {
+      const given = incoming.places[i]
+      if (given) place.takeOver(given.tensors.length > 0 ? given.tensors : undefined, given.count)
     }
+    incoming.taken()
+    this.#history.replace(digest, imported)
+    this.note = importNote(this.step)
   }
 
   /**
@@ -325,13 +379,20 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     this.#history.acknowledge(receipt)
   }
 
+  #checkExpected(index: number, step: number): void {
+    const place = this.#place(index)
+    const replays = step === this.step && step === place.appliedStep
+    if (step > 0 && (step === this.step + 1 || (replays && !this.#history.imported))) return
+    const since = replays ? ', and its state was imported since' : ''
+    throw this.#conflict(`a gradient of '${place.parameter.name}' for step ${step}`, { step, index, since })
+  }
+
   #checkComplete(step: number, skipped: Set<number>): void {
     for (const index of skipped) {
       if (this.#place(index).appliedStep !== step) continue
       throw this.#conflict(
         `parameter '${this.#place(index).parameter.name}' was applied, skipping it in step ${step}`,
-        step,
-        index,
+        { step, index },
       )
     }
     const missing = this.#places.filter(
@@ -442,12 +503,12 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return place
   }
 
-  #conflict(what: string, step: number, parameter?: number): ServiceError {
+  #conflict(what: string, { step, index, since = '' }: { step: number; index?: number; since?: string }): ServiceError {
     const expected_step = this.step + 1
     return new ServiceError(
       'STEP_CONFLICT',
-      `${what}: run '${this.name}' has finished step ${this.step}, expected is step ${expected_step}`,
-      { step, expected_step, ...(parameter === undefined ? {} : { parameter }) },
+      `${what}: run '${this.name}' has finished step ${this.step}${since}, expected is step ${expected_step}`,
+      { step, expected_step, ...(index === undefined ? {} : { parameter: index }) },
     )
   }
 }

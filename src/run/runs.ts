@@ -9,9 +9,11 @@ import { stateBearing } from '../optimizer/hyperparameters.js'
 import { firstDifference, type Parameter, parseParameters, stateBytes } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import type { DataFolder } from '../store/data-folder.js'
+import type { CheckpointEntry } from '../store/run-folder.js'
 import type { OpenFrame } from '../wire/frame.js'
 import { Archive, type Kept } from './archive.js'
 import { type Declaration, declarationOf, parseGroups, refuseUnsupported } from './declaration.js'
+import { type Incoming, pendingImport } from './incoming.js'
 import type { Keeper, Log } from './keeper.js'
 import { Run, type Writer } from './run.js'
 import { type Groups, groupOf } from './schedule.js'
@@ -42,6 +44,8 @@ export class Runs {
   /** Runs that wait for their kernels: they count as runs already. */
   #creating = 0
   #turns = new Map<string, Promise<unknown>>()
+  readonly #imports = new Map<Run, Promise<unknown>>()
+  readonly #closing = new AbortController()
 
   constructor(means: RunsMeans) {
     const { device, config, presets, data, log } = means
@@ -151,6 +155,45 @@ export class Runs {
     return new Run(this.#device, { name, created_at, groups, parameters, attentions, grant, receipts_kept })
   }
 
+  /**
+   * Does the `work` of an import into a run, one at a time. Throws DRAINING, and RUN_BUSY where another one is under way. A
+   * shutdown waits for it.
+   */
+  async import<T>(run: Run, work: () => Promise<T>): Promise<T> {
+    if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and imports nothing')
+    if (this.#imports.has(run))
+      throw new ServiceError('RUN_BUSY', `state is being imported into run '${run.name}' already`)
+    const importing = work()
+    this.#imports.set(run, importing)
+    try {
+      return await importing
+    } finally {
+      this.#imports.delete(run)
+    }
+  }
+
+  /**
+   * Has a run go on from state that was received for it, once that is on the disk where there is one; answers its checkpoint.
+   * Throws STEP_INCOMPLETE where a step has begun, STORAGE_FAILED, and RUN_NOT_FOUND where the run is gone.
+   */
+  takeOver(run: Run, incoming: Incoming): Promise<CheckpointEntry | undefined> {
+    return this.#inTurn(run.name, async () => {
+      if (this.#runs.get(run.name) !== run)
+        throw new ServiceError('RUN_NOT_FOUND', `run '${run.name}' was deleted while its state was received`)
+      return run.between('state is imported between two steps', async () => {
+        const pending = await pendingImport(this.#device, run, incoming)
+        if (this.#archive) return this.#archive.keeper(run.name).import(pending)
+        run.takeOver(pending)
+        return undefined
+      })
+    })
+  }
+
+  /** Aborted when the service shuts down. */
+  get closing(): AbortSignal {
+    return this.#closing.signal
+  }
+
   /** Has what is not on the disk yet taken there, for a shutdown. */
   async checkpoint(): Promise<void> {
     await this.#archive?.checkpointAll()
@@ -159,7 +202,9 @@ export class Runs {
   /** When everything that was begun is on the disk. No run has a connection any more. */
   async close(): Promise<void> {
     this.draining = true
+    this.#closing.abort()
     await this.#restoring
+    await Promise.allSettled(this.#imports.values())
     for (const run of this.list()) await run.settled()
     await this.#archive?.close(this.list())
   }

@@ -35,12 +35,18 @@ export type SettingsRecord = {
   }
 }
 
+/**
+ * State that was imported after the last finished step: that step's digest, and SHA-256 of every state tensor by parameter, which
+ * the run's digest follows from.
+ */
+export type ImportRecord = { step_digest: string; hashes: readonly (readonly string[])[] }
+
 /** A run between two steps, but for its tensors. */
 export type RunRecord = {
   run: string
   created_at: string
   epoch: number
-  /** The last finished step, and the digests of it and of the one before. */
+  /** The last finished step, and the digests of the state that it or an import left and of what came before it. */
   step: number
   digest: string
   previous_digest: string
@@ -52,6 +58,7 @@ export type RunRecord = {
   last?: SettingsRecord
   receipt?: ReceiptFrame
   places: PlaceRecord[]
+  imported?: ImportRecord
 }
 
 /** What computed: two services with the same one give the same bits. */

@@ -46,9 +46,9 @@ export type Snapshot = {
   file_bytes: number
 }
 
-const MANIFEST = 'manifest.json'
+export const MANIFEST = 'manifest.json'
 /** Of a step; one of the same step after its state was imported has a number behind it. */
-const CHECKPOINT = /^step-(\d{12})(?:\.(\d+))?$/
+const CHECKPOINT = /^step-(\d{12})(?:\.(\d{1,9}))?$/
 
 /**
  * The folder of one run: `run.json`, `checkpoints/step-000000001200/` and `journal/`. A checkpoint counts once its manifest is
@@ -79,7 +79,7 @@ export class RunFolder {
   static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
     const folder = join(path, 'checkpoints')
     await mkdir(folder, { recursive: true })
-    const names = (await readdir(folder)).filter((name) => CHECKPOINT.test(name)).sort(byAge)
+    const names = checkpointNames(await readdir(folder))
     const entries: CheckpointEntry[] = []
     for (const name of names) {
       if ((await readdir(join(folder, name))).includes(MANIFEST))
@@ -178,9 +178,12 @@ export class RunFolder {
     for (const entry of untagged.slice(0, Math.max(0, untagged.length - kept))) await this.remove(entry)
   }
 
-  /** Removes the checkpoints of later steps, the newest first: a crash in between leaves those that are older. */
-  async removeAfter(step: number): Promise<void> {
-    for (const entry of this.#entries.filter((other) => other.step > step).reverse()) await this.remove(entry)
+  /** Removes the checkpoints that came after one, the newest first: a crash in between leaves those that are older. */
+  async removeAfter({ step, digest }: Pick<CheckpointEntry, 'step' | 'digest'>): Promise<void> {
+    const at = this.#entries.findLastIndex(
+      (entry) => entry.step < step || (entry.step === step && entry.digest === digest),
+    )
+    for (const entry of this.#entries.slice(at + 1).reverse()) await this.remove(entry)
   }
 
   /** Without its manifest a checkpoint does not count any more, whatever else is left of it. */
@@ -210,6 +213,11 @@ export class RunFolder {
   #folderOf(checkpoint: string): string {
     return join(this.path, 'checkpoints', checkpoint)
   }
+}
+
+/** Those of a folder's names that are of checkpoints, oldest first. */
+export function checkpointNames(names: readonly string[]): string[] {
+  return names.filter((name) => CHECKPOINT.test(name)).sort(byAge)
 }
 
 /** The step of a checkpoint's id, and the number behind it, 0 for none. */

@@ -4,7 +4,7 @@ import type { FileHandle } from 'node:fs/promises'
 // header {name: {dtype, shape, data_offsets}, __metadata__: {…}}, then the tensors' bytes without holes.
 
 /** Bytes per element. */
-export const SAFETENSORS_DTYPES = { F32: 4, BF16: 2, F16: 2, I64: 8 } as const
+export const SAFETENSORS_DTYPES = { F32: 4, BF16: 2, F16: 2, I64: 8, I32: 4 } as const
 
 /** Of a state tensor, by its dtype. */
 export const SAFETENSORS_NAMES = { float32: 'F32', bfloat16: 'BF16' } as const
@@ -30,7 +30,8 @@ export class SafetensorsError extends Error {
   override readonly name = 'SafetensorsError'
 }
 
-const LENGTH_BYTES = 8
+/** What the header's length takes. */
+export const LENGTH_BYTES = 8
 // The limit of the reference implementation: a corrupt length is refused before anything is read by it.
 const MAX_HEADER_BYTES = 100_000_000
 const METADATA = '__metadata__'
@@ -83,16 +84,17 @@ async function readBytes(file: FileHandle, at: number, length: number): Promise<
   return buffer.subarray(0, bytesRead)
 }
 
-/** Where the tensors' bytes begin in a file of `bytes` bytes that starts with `prefix`. */
-function headerEnd(prefix: Uint8Array, bytes: number): number {
+/** Where the tensors' bytes begin in a file of `bytes` bytes that starts with `prefix`; its header has at most `most` bytes. */
+export function headerEnd(prefix: Uint8Array, bytes: number, most = MAX_HEADER_BYTES): number {
   if (prefix.length < LENGTH_BYTES) fail(`file has ${prefix.length} bytes, expected at least ${LENGTH_BYTES}`)
   const length = Number(new DataView(prefix.buffer, prefix.byteOffset, prefix.byteLength).getBigUint64(0, true))
-  const available = Math.min(bytes - LENGTH_BYTES, MAX_HEADER_BYTES)
+  const available = Math.min(bytes - LENGTH_BYTES, most)
   if (length > available) fail(`header claims ${length} bytes, at most ${available} are possible`)
   return LENGTH_BYTES + length
 }
 
-function parseHeader(json: Uint8Array, body: { start: number; bytes: number }): Header {
+/** Reads the JSON of a header; the tensors' bytes begin at `start`. Where it is known, the file has `bytes` bytes. */
+export function parseHeader(json: Uint8Array, body: { start: number; bytes?: number }): Header {
   const { [METADATA]: metadata = {}, ...rest } = parseJson(json)
   const ranges = Object.entries(rest).map(([name, entry]) => {
     const { dtype, shape, begin, end } = parseEntry(entry, `tensor '${name}'`)
@@ -144,13 +146,14 @@ function expectSize(tensor: Omit<TensorEntry, 'name'>, name: string): void {
 }
 
 /** The ranges, in order, must tile the body: no hole, no overlap, nothing behind the last one. */
-function expectCover(ranges: readonly TensorRange[], { start, bytes }: { start: number; bytes: number }): void {
+function expectCover(ranges: readonly TensorRange[], { start, bytes }: { start: number; bytes?: number }): void {
   let covered = start
   for (const { begin, end } of ranges) {
     if (begin !== covered) fail(`a tensor begins at byte ${begin - start}, expected ${covered - start}`)
     covered = end
   }
-  if (covered !== bytes) fail(`tensors end at byte ${covered - start}, the data has ${bytes - start} bytes`)
+  if (bytes !== undefined && covered !== bytes)
+    fail(`tensors end at byte ${covered - start}, the data has ${bytes - start} bytes`)
 }
 
 function isRecord(value: unknown): value is Record<string, unknown> {

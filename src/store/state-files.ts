@@ -19,8 +19,21 @@ export type StateFile = { name: string; header: Uint8Array; entries: readonly St
  * has at most `most` bytes of tensors, unless one alone has more.
  */
 export function planFiles(entries: readonly StateEntry[], most: number): StateFile[] {
-  const shares: StateEntry[][] = []
-  let room = 0
+  const shares = shareOut(entries, bytesOf, most)
+  return shares.map((share, i) => ({
+    name: shardName('state', i, shares.length),
+    header: encodeHeader(
+      share.map((entry) => ({ ...entry, bytes: bytesOf(entry) })),
+      { format: 'pt' },
+    ),
+    entries: share,
+  }))
+}
+
+/** Lists in the order given, of at most `most` bytes each, unless one entry alone has more. */
+export function shareOut<T>(entries: readonly T[], bytesOf: (entry: T) => number, most: number): T[][] {
+  const shares: T[][] = []
+  let room = most
   for (const entry of entries) {
     const bytes = bytesOf(entry)
     if (bytes > room || shares.length === 0) {
@@ -30,21 +43,26 @@ export function planFiles(entries: readonly StateEntry[], most: number): StateFi
     shares.at(-1)?.push(entry)
     room -= bytes
   }
+  return shares
+}
+
+/** The file name of a part, as Hugging Face's libraries have it. */
+export function shardName(stem: string, part: number, parts: number): string {
   const number = (value: number) => String(value).padStart(5, '0')
-  return shares.map((share, i) => ({
-    name: `state-${number(i + 1)}-of-${number(shares.length)}.safetensors`,
-    header: encodeHeader(
-      share.map((entry) => ({ ...entry, bytes: bytesOf(entry) })),
-      { format: 'pt' },
-    ),
-    entries: share,
-  }))
+  return `${stem}-${number(part + 1)}-of-${number(parts)}.safetensors`
 }
 
 /** The index that Hugging Face's readers take: which file has which tensor. */
 export function indexText(files: readonly StateFile[]): string {
-  const names = files.flatMap(({ name, entries }) => entries.map((entry) => [entry.name, name] as const))
-  const total_size = files.flatMap(({ entries }) => entries).reduce((sum, entry) => sum + bytesOf(entry), 0)
+  const all = files.flatMap(({ name: file, entries }) =>
+    entries.map((entry) => ({ file, name: entry.name, bytes: bytesOf(entry) })),
+  )
+  return indexOf(all)
+}
+
+export function indexOf(tensors: readonly { name: string; file: string; bytes: number }[]): string {
+  const names = tensors.map(({ name, file }) => [name, file] as const)
+  const total_size = tensors.reduce((sum, { bytes }) => sum + bytes, 0)
   return `${JSON.stringify({ metadata: { total_size }, weight_map: Object.fromEntries(names) }, null, 2)}\n`
 }
 

@@ -49,7 +49,7 @@ export type TrainerOptions = {
 
 const RETRIES = 200
 const BACKOFF: ConnectOptions['backoff'] = { first_seconds: 0.02, most_seconds: 0.2 }
-const ATTEMPTS = 100
+const MOST_REFUSALS = 100
 const PAUSE_MS = 50
 
 /** A training client as one would write it: it keeps its weights of every step, and goes on when the service does. */
@@ -117,16 +117,16 @@ export class Trainer {
     if (remedy === 'back') await this.#goBack()
   }
 
-  /** Opens the run until that succeeds, and puts the weights where it is. */
+  /** Opens the run until that succeeds or the signal ends it, and puts the weights where it is. */
   async #open(options: Partial<OpenOptions>): Promise<void> {
     const { run, signal } = this.#options
-    for (let attempt = 1; ; attempt++) {
+    for (;;) {
       try {
         const client = await this.#connected()
         this.#run = await client.open({ ...declaration(run, this.#weights), ...options })
         break
       } catch (error) {
-        if (!(error instanceof MuondError) || attempt === ATTEMPTS || !(await this.#opensAgain(error))) throw error
+        if (!(error instanceof MuondError) || !(await this.#opensAgain(error))) throw error
         // Whether an earlier `open` succeeded without our hearing of it is not known.
         options = { ...options, takeover: true }
         await delay(PAUSE_MS, undefined, { signal })
@@ -139,6 +139,7 @@ export class Trainer {
   async #opensAgain(error: MuondError): Promise<boolean> {
     if (error.code === 'CONNECTION_LOST') return true
     this.refusals.push({ code: error.code, message: error.message, step: 0 })
+    if (this.refusals.length > MOST_REFUSALS) return false
     return (await this.#options.decide?.(error, this)) === 'again'
   }
 

@@ -2,7 +2,7 @@ import fc from 'fast-check'
 import t from 'tap'
 import type { Dtype } from '../../kernels/dtype.js'
 import { applyUpdate, type Update, type Weights } from '../../src/client/apply.js'
-import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../../src/client/half.js'
+import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../../src/wire/half.js'
 
 /** The formula, one element at a time, from the bytes. */
 function expected(weights: Weights, update: Update): number[] {

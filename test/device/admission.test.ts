@@ -107,3 +107,16 @@ t.test(
     )
   },
 )
+
+t.test('memory beside the runs is reserved on each unit by itself, and given back', async (t) => {
+  const units = ['cuda:0', 'cuda:1'].map((name) => ({ name, bytes: 2 ** 20, work: 'own' as const }))
+  const admission = new Admission({ ...GPU, units })
+  const grant = admission.reserve([1000, 2000], 'state')
+  t.same([grant.bytes, grant.hostBytes, admission.bytes], [[1000, 2000], 0, 3000])
+  t.throws(() => admission.reserve([0, 2 ** 20], 'more state'), {
+    code: 'OVER_CAPACITY',
+    message: /^more state needs \d+ bytes of memory on cuda:1, \d+ are left$/,
+  })
+  admission.dismiss(grant)
+  t.equal(admission.bytes, 0)
+})

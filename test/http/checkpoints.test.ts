@@ -2,7 +2,7 @@ import { readdirSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import t from 'tap'
 import type { components } from '../../src/http/openapi.js'
-import { MOST_WAITING } from '../../src/run/keeper.js'
+import { MOST_WAITING } from '../../src/run/boundary.js'
 import { GRADIENTS, openRun, startService } from './service.js'
 
 type Checkpoint = components['schemas']['Checkpoint']

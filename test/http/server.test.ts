@@ -59,7 +59,7 @@ t.test('serve is what muond does without a command; presets and explain print an
   t.match(await result(start(['explain', file])), explained)
   const folder = t.testdir({ 'torch.yaml': 'description: 5' })
   const cases: [string[], RegExp][] = [
-    [['train'], /^muond: there is no command 'train', expected one of serve, presets, explain\n$/],
+    [['train'], /^muond: there is no command 'train', expected one of serve, presets, export, import, explain\n$/],
     [['presets', 'nobody'], /^muond: there is no preset 'nobody', expected one of .*\n$/],
     [['explain', 'nowhere.json'], /^muond: nowhere\.json cannot be read: ENOENT.*\n$/],
     [['serve', ...SMALL, '--presets', folder], /^muond: .*\/torch\.yaml: description is 5, expected a text\n$/],

@@ -44,18 +44,18 @@ export function gradientsOf(step: number): (Float32Array | undefined)[] {
   return COUNTS.map((count, i) => (i === 5 && step % 3 === 0 ? undefined : normal(step * 100 + i, count)))
 }
 
-/** One step: settings of its own, gradients in an order of its own, and what came of it. */
-export async function trainStep(client: RawClient, step: number): Promise<Trace> {
+/** One step: settings of its own, gradients in an order of its own, and what came of it. `as`: those of another step. */
+export async function trainStep(client: RawClient, step: number, as = step): Promise<Trace> {
   client.updates.clear()
-  const max_logits = { a: [step % 4 === 0 ? -Infinity : 5 + 3 * step, 8] }
+  const max_logits = { a: [as % 4 === 0 ? -Infinity : 5 + 3 * as, 8] }
   client.send({
     type: 'step',
     step,
-    groups: { muon: { lr: 0.02 / step } },
-    gradient_scale: 1 / (1 + (step % 2)),
+    groups: { muon: { lr: 0.02 / as } },
+    gradient_scale: 1 / (1 + (as % 2)),
     max_logits,
   })
-  const gradients = gradientsOf(step)
+  const gradients = gradientsOf(as)
   const skipped = [...gradients.keys()].filter((i) => gradients[i] === undefined)
   for (const [i, values] of gradients.entries()) if (values) client.gradient(i, step, { values })
   client.send({ type: 'end', step, skipped })

@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../../src/client/half.js'
+import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../../src/wire/half.js'
 
 t.test('a float16 pattern has the value IEEE 754 gives it', (t) => {
   const table: [pattern: number, value: number][] = [

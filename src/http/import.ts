@@ -1,0 +1,72 @@
+import type { IncomingHttpHeaders } from 'node:http'
+import type { Readable } from 'node:stream'
+import { ServiceError } from '../errors.js'
+import { BodyTooLargeError, receiveState } from '../run/import.js'
+import type { Incoming } from '../run/incoming.js'
+import type { Log } from '../run/keeper.js'
+import type { Run } from '../run/run.js'
+import { SafetensorsError } from '../store/safetensors.js'
+import { betweenSteps } from './checkpoints.js'
+import type { components, operations } from './openapi.js'
+import type { Services } from './operations.js'
+
+type Query = Required<NonNullable<operations['putState']['parameters']['query']>>
+type Request = { query: Query; headers: IncomingHttpHeaders; body: Readable; log: Log }
+
+/** Imports a safetensors body into a run, all of it or nothing. Throws ServiceError. */
+export async function importState(
+  { runs, device, config }: Pick<Services, 'runs' | 'device' | 'config'>,
+  run: Run,
+  { query: { partial, momentum_form }, headers, body, log }: Request,
+): Promise<components['schemas']['Imported']> {
+  const started = performance.now()
+  const length = headers['content-length']
+  const options = {
+    partial,
+    ...(momentum_form === 'stated' ? {} : { momentum_form }),
+    ...(length === undefined ? {} : { bytes: Number(length) }),
+    body: moving(body, config.send_timeout_seconds),
+  }
+  return runs.import(run, async () => {
+    const incoming = await receiveState(device, run, options).catch((error) => {
+      throw refusal(error)
+    })
+    try {
+      const entry = await betweenSteps(runs, run, () => runs.takeOver(run, incoming))
+      const { step, digest } = run
+      const seconds = (performance.now() - started) / 1000
+      log.info({ event: 'state_imported', run: run.name, step, digest, seconds })
+      return { step, digest, ...counts(incoming), ...(entry && { checkpoint: entry.checkpoint }) }
+    } finally {
+      incoming.dispose()
+    }
+  })
+}
+
+function counts({ places }: Incoming): { parameters: number } {
+  return { parameters: places.filter((place) => place !== undefined).length }
+}
+
+/** A body; it ends with OVERLOADED where nothing of it comes for so long, as memory waits for it. */
+async function* moving(body: Readable, seconds: number): AsyncGenerator<Uint8Array> {
+  const stalled = new ServiceError('OVERLOADED', `no byte of the body came for ${seconds} seconds`)
+  const timer = setTimeout(() => body.destroy(stalled), seconds * 1000)
+  try {
+    // An early end must leave the connection: the refusal is sent on it.
+    for await (const piece of body.iterator({ destroyOnReturn: false })) {
+      timer.refresh()
+      yield piece
+    }
+  } finally {
+    clearTimeout(timer)
+  }
+}
+
+/** What is wrong with the body is the sender's to know. */
+function refusal(error: unknown): unknown {
+  if (error instanceof SafetensorsError) return new ServiceError('REQUEST_INVALID', error.message)
+  if (error instanceof BodyTooLargeError) return Object.assign(error, { statusCode: 413 })
+  if (error instanceof Error && 'code' in error && error.code === 'ECONNRESET')
+    return new ServiceError('REQUEST_INVALID', 'the connection was lost before the end of the body')
+  return error
+}

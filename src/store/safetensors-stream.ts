@@ -1,0 +1,99 @@
+import { type Header, headerEnd, LENGTH_BYTES, parseHeader, SafetensorsError, type TensorRange } from './safetensors.js'
+
+/** Takes the bytes of one tensor, piece by piece; the last piece ends it. A piece may cut an element. */
+export type TensorSink = (piece: Uint8Array) => void
+
+export type StreamReader = {
+  /** Most bytes of the header. */
+  headerBytes: number
+  /** Bytes of the whole body, where its sender has said. */
+  bytes?: number
+  /** Is told what will come before any of it does, and answers who takes the bytes of a tensor. */
+  opened(header: Header): (range: TensorRange) => TensorSink
+}
+
+/**
+ * Reads a safetensors body as it comes; nothing of it is kept but the header. Throws SafetensorsError where it is not one, is cut
+ * off or goes on behind its last tensor.
+ */
+export async function readStream(body: AsyncIterable<Uint8Array>, reader: StreamReader): Promise<void> {
+  const pieces = body[Symbol.asyncIterator]()
+  try {
+    const { header, start, rest } = await readHead(pieces, reader)
+    const tensors = new Tensors({ header, start, sinkOf: reader.opened(header) })
+    tensors.take(rest)
+    for (let next = await pieces.next(); !next.done; next = await pieces.next()) tensors.take(next.value)
+    tensors.end()
+  } finally {
+    await pieces.return?.()
+  }
+}
+
+/** Reads the header of a body: where the tensors begin, and what has come of them with it. Throws SafetensorsError. */
+export async function readHead(
+  pieces: AsyncIterator<Uint8Array>,
+  { headerBytes, bytes }: Pick<StreamReader, 'headerBytes' | 'bytes'>,
+): Promise<{ header: Header; start: number; rest: Uint8Array }> {
+  const prefix = await atLeast(pieces, new Uint8Array(0), LENGTH_BYTES)
+  const start = headerEnd(prefix.subarray(0, LENGTH_BYTES), bytes ?? Number.MAX_SAFE_INTEGER, headerBytes)
+  const head = await atLeast(pieces, prefix, start)
+  return {
+    header: parseHeader(head.subarray(LENGTH_BYTES, start), { start, bytes }),
+    start,
+    rest: head.subarray(start),
+  }
+}
+
+/** What has come so far, and as many pieces more as make it so many bytes. */
+async function atLeast(pieces: AsyncIterator<Uint8Array>, soFar: Uint8Array, bytes: number): Promise<Uint8Array> {
+  const gathered = [soFar]
+  let has = soFar.length
+  while (has < bytes) {
+    const { done, value } = await pieces.next()
+    if (done) throw new SafetensorsError(`the body ends after ${has} bytes, within its header`)
+    gathered.push(value)
+    has += value.length
+  }
+  return Buffer.concat(gathered)
+}
+
+/** Shares the bytes behind a header out to the tensors, which lie there in order and without holes. */
+export class Tensors {
+  readonly #ranges: readonly TensorRange[]
+  readonly #sinkOf: (range: TensorRange) => TensorSink
+  readonly #last: number
+  #next = 0
+  #sink: TensorSink | undefined
+  #at: number
+
+  constructor(of: { header: Header; start: number; sinkOf: (range: TensorRange) => TensorSink }) {
+    this.#ranges = of.header.ranges
+    this.#sinkOf = of.sinkOf
+    this.#at = of.start
+    this.#last = this.#ranges.at(-1)?.end ?? of.start
+  }
+
+  take(piece: Uint8Array): void {
+    let rest = piece
+    while (rest.length > 0) {
+      const range = this.#ranges[this.#next]
+      if (range === undefined) {
+        const bytes = this.#at + rest.length
+        throw new SafetensorsError(`the body has ${bytes} bytes or more, its last tensor ends at ${this.#last}`)
+      }
+      this.#sink ??= this.#sinkOf(range)
+      const part = rest.subarray(0, range.end - this.#at)
+      this.#sink(part)
+      this.#at += part.length
+      rest = rest.subarray(part.length)
+      if (this.#at < range.end) continue
+      this.#sink = undefined
+      this.#next += 1
+    }
+  }
+
+  end(): void {
+    if (this.#at === this.#last) return
+    throw new SafetensorsError(`the body ends after ${this.#at} bytes, its last tensor ends at ${this.#last}`)
+  }
+}
