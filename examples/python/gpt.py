@@ -29,8 +29,10 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(size.width, size.width, bias=False) for _ in range(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
-        attended = F.scaled_dot_product_attention(*heads, is_causal=True)
+        q, k, v = (
+            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         projected: torch.Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return projected
 

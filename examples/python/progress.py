@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """Gives the function to call with the number of steps done and a note."""
     try:
-        from tqdm.auto import tqdm
+        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
     except ModuleNotFoundError:
         yield _lines(label, total)
         return

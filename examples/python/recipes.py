@@ -39,7 +39,7 @@ NAMES = ("local-adamw", "local-muon", "muond-muon", "muond-muonclip")
 
 def make_optimizers(model: Gpt, wanted: Wanted, max_logits: MaxLogits) -> Sequence[torch.optim.Optimizer]:
     """Muon takes the hidden matrices and AdamW the rest: torch needs two optimizers for that, the service one run."""
-    adamw = {"lr": wanted.rates.adamw, "betas": BETAS}
+    adamw: dict[str, Any] = {"lr": wanted.rates.adamw, "betas": BETAS}
     if wanted.name == "local-adamw":
         return [torch.optim.AdamW(model.parameters(), **adamw)]
     if wanted.name == "local-muon":
@@ -49,7 +49,7 @@ def make_optimizers(model: Gpt, wanted: Wanted, max_logits: MaxLogits) -> Sequen
         groups = suggest(model, muon={"lr": wanted.rates.muon}, adamw=adamw, quiet=True)
         return [Optimizer(model.named_parameters(), groups, **wanted.options)]
     groups = suggest(model, muon={"algorithm": "muonclip", "lr": wanted.rates.muonclip}, adamw=adamw, quiet=True)
-    clip = {"attentions": model.attentions(wanted.threshold), "max_logits": max_logits}
+    clip: dict[str, Any] = {"attentions": model.attentions(wanted.threshold), "max_logits": max_logits}
     return [Optimizer(model.named_parameters(), groups, **clip, **wanted.options)]
 
 

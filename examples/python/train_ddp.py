@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from figure import BLUE, GREEN, ORANGE, Line, Panel, save_figure
@@ -49,7 +50,7 @@ def main() -> None:
     arguments = parse_arguments()
     with serving(arguments.url) as url, tempfile.TemporaryDirectory() as folder:
         spawned = (arguments, url, folder)
-        torch.multiprocessing.spawn(rank_main, spawned, nprocs=arguments.ranks)
+        spawn(rank_main, spawned, nprocs=arguments.ranks)
         ranks = [Trained(**json.loads((Path(folder) / f"{rank}.json").read_text())) for rank in range(arguments.ranks)]
         accumulated = train_alone("one process, accumulating", arguments, url, arguments.ranks)
         whole = train_alone("one process, whole batch", arguments, url, 1)
@@ -95,7 +96,10 @@ def rank_main(rank: int, arguments: argparse.Namespace, url: str, folder: str) -
 
 def broadcast(model: Gpt) -> None:
     """Gives every rank the weights of rank 0, all parameters under way at a time."""
-    for work in [dist.broadcast(parameter.detach(), 0, async_op=True) for parameter in model.parameters()]:
+    works = [dist.broadcast(parameter.detach(), 0, async_op=True) for parameter in model.parameters()]
+    for work in works:
+        # A rank outside the group has none.
+        assert work is not None
         work.wait()
 
 

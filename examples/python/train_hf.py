@@ -81,8 +81,8 @@ class Progress(TrainerCallback):
         self._show = show
         self._latest: dict[str, float] = {}
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        self._latest.update({key: logs[key] for key in ("loss", "eval_loss") if key in logs})
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._latest.update({key: given["logs"][key] for key in ("loss", "eval_loss") if key in given["logs"]})
         self._show(state.global_step, ", ".join(f"{key} {value:.3f}" for key, value in self._latest.items()))
 
 
