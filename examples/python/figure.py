@@ -47,7 +47,7 @@ def save_figure(path: Path, panels: Sequence[Panel], x_label: str = "step") -> b
     figure, axes = plt.subplots(
         len(panels),
         sharex=True,
-        figsize=(9, 0.6 + 3.6 * sum(shares)),
+        figsize=(11, 0.6 + 3.6 * sum(shares)),
         height_ratios=shares,
         layout="constrained",
         squeeze=False,
@@ -65,7 +65,8 @@ def save_figure(path: Path, panels: Sequence[Panel], x_label: str = "step") -> b
         axis.set_title(panel.title, loc="left", fontsize=11)
         axis.set_ylabel(panel.y_label)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=9)
+        # Beside the panel: inside, it would sooner or later lie on a curve.
+        axis.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes[-1, 0].set_xlabel(x_label)
     axes[-1, 0].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)

@@ -174,10 +174,10 @@ def report(trained: Sequence[Trained]) -> str:
 def panels(ranks: Trained, accumulated: Trained, whole: Trained) -> list[Panel]:
     losses = [
         Line(one.name, colour, list(enumerate(one.losses, 1)), dashed)
-        for one, colour, dashed in ((ranks, ORANGE, False), (accumulated, BLUE, True), (whole, GREEN, True))
+        for one, colour, dashed in ((ranks, ORANGE, False), (whole, GREEN, True))
     ]
     apart = [
-        Line(f"{one.name}, from the ranks", colour, [(step, max(abs(a - b) / b, 1e-9)) for step, (a, b) in pairs])
+        Line(f"{one.name},\nfrom the ranks", colour, [(step, max(abs(a - b) / b, 1e-9)) for step, (a, b) in pairs])
         for one, colour in ((accumulated, BLUE), (whole, GREEN))
         for pairs in [list(enumerate(zip(one.losses, ranks.losses, strict=True), 1))]
     ]

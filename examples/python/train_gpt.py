@@ -172,7 +172,7 @@ def panels(outcomes: Sequence[Outcome], threshold: float) -> list[Panel]:
             Panel(
                 title,
                 "difference of the loss, %",
-                [Line("|muond-muon - local-muon| / local-muon", BLUE, points)],
+                [Line("|muond-muon - local-muon|\n/ local-muon", BLUE, points)],
                 True,
                 (1.0, "1 %"),
                 0.55,
@@ -198,7 +198,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--heads", type=int, default=4, help="of each attention (4)")
     add("--context", type=int, default=64, help="bytes read at a time (64)")
     add("--batch", type=int, default=16, help="windows of a step (16)")
-    add("--steps", type=int, default=300, help="(300)")
+    add("--steps", type=int, default=250, help="(250)")
     add("--seed", type=int, default=1, help="of the weights and the batches (1)")
     add("--muon-lr", type=float, default=0.02, help="of Muon's matrices (0.02)")
     add("--muonclip-lr", type=float, default=0.01, help="of MuonClip's matrices, whose updates have AdamW's RMS (0.01)")
