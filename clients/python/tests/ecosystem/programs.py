@@ -10,7 +10,7 @@ from pathlib import Path
 from service import ROOT
 
 FOLDER = ROOT / "examples" / "python"
-# The package of this checkout, whatever is installed; and no bar, whose lines nobody reads here.
+# The package of this checkout, whatever is installed.
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "clients" / "python" / "src"), "HF_HUB_OFFLINE": "1"}
 
 
