@@ -9,16 +9,19 @@ cd "$(dirname "$0")"
 venv=${MUOND_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/muond/python}
 if [ ! -x "$venv/bin/python" ]; then python3 -m venv "$venv" || { echo '0 passed, 1 failed'; exit 1; }; fi
 # Again each time: it costs a second when nothing is missing, and the editable install must be that of this checkout.
-"$venv/bin/python" -m pip install --quiet --editable '.[torch,progress,dev]' || { echo '0 passed, 1 failed'; exit 1; }
+"$venv/bin/python" -m pip install --quiet --editable '.[torch,progress,dev,test]' || { echo '0 passed, 1 failed'; exit 1; }
 
 passed=0
 failed=0
 check() {
   if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); fi
 }
-check "$venv/bin/ruff" check . ../../bench/python
-check "$venv/bin/ruff" format --check . ../../bench/python
+examples=../../examples/python
+check "$venv/bin/ruff" check . "$examples" ../../bench/python
+check "$venv/bin/ruff" format --check . "$examples" ../../bench/python
 check "$venv/bin/mypy"
+# Not all that these call has types.
+check "$venv/bin/mypy" --allow-untyped-calls --no-warn-unused-ignores "$examples"
 
 log=$(mktemp)
 "$venv/bin/python" -m pytest --cov --cov-report=term-missing:skip-covered "$@" 2>&1 | tee "$log"

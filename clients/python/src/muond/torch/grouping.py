@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .hyperparameters import DEFAULTS
+from .names import plain_name
 from .slots import LAYOUT_KEYS
 
 # Keys of a group beside its hyperparameters. torch's `foreach` and `fused` say how torch computes, not what.
@@ -45,7 +46,7 @@ def resolve_groups(params: Iterable[Any], groups: Sequence[Mapping[str, Any]] | 
             raise TypeError(
                 f"with groups= the parameters are model.named_parameters(), this one is a {type(entry).__name__}"
             )
-        named[entry[0]] = entry[1]
+        named[plain_name(entry[0])] = entry[1]
     resolved = [_resolve(group, named) for group in groups]
     _check_cover(named, resolved)
     return resolved
@@ -112,4 +113,4 @@ def _without_duplicates(params: Any) -> Any:
                 f"a parameter{f' ({name})' if name else ''} is there twice: tied weights are one parameter"
             )
         seen.add(id(tensor))
-    return listed
+    return [(plain_name(entry[0]), entry[1]) if isinstance(entry, tuple) else entry for entry in listed]

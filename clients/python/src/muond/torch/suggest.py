@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .names import plain_name
 from .routing import NameRule, Routed, route_all
 
 # What a module is says more than what it is called.
@@ -59,13 +60,18 @@ def suggest(
     the preset's. ``layouts``: {name: {``split``, ``heads`` or ``matrices``}}; a parameter
     that has one goes to Muon. It decides by names, shapes and modules, so look at the table.
     """
-    named = list(model.named_parameters())
+    named = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
     given = dict(layouts or {})
     for name in given:
         if name not in dict(named):
             raise ValueError(f"layouts has '{name}', which is the name of no parameter")
     routed = dict(
-        zip((name for name, _ in named), route_all([(n, tuple(p.shape)) for n, p in named], rules), strict=True)
+        zip(
+            (name for name, _ in named),
+            # The rules know the names of a model, not those of what is around it.
+            route_all([(n.removeprefix(_wrapper(model)), tuple(p.shape)) for n, p in named], rules),
+            strict=True,
+        )
     )
     known = _by_module(model)
     for name, parameter in named:
@@ -91,6 +97,12 @@ def suggest(
     return suggestion
 
 
+def _wrapper(model: nn.Module) -> str:
+    """What a wrapper for data parallel training puts before every name."""
+    inner = getattr(model, "_orig_mod", model)
+    return "module." if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else ""
+
+
 def _by_module(model: nn.Module) -> dict[nn.Parameter, Routed]:
     """Tied weights are found by every module that has them, and one embedding among those decides."""
     known: dict[nn.Parameter, Routed] = {}
@@ -105,7 +117,7 @@ def _fused(model: nn.Module, routed: Mapping[str, Routed]) -> dict[str, dict[str
     """The one fused matrix whose parts are known: ``in_proj_weight`` of torch's MultiheadAttention is query, key and value."""
     fused: dict[str, dict[str, Any]] = {}
     for prefix, module in model.named_modules():
-        name = f"{prefix}.in_proj_weight".lstrip(".")
+        name = plain_name(f"{prefix}.in_proj_weight".lstrip("."))
         if isinstance(module, nn.MultiheadAttention) and name in routed and routed[name].route == "muon":
             fused[name] = {"split": [module.embed_dim] * 3}
     return fused
