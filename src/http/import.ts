@@ -32,11 +32,11 @@ export async function importState(
       throw refusal(error)
     })
     try {
-      const entry = await betweenSteps(runs, run, () => runs.takeOver(run, incoming))
-      const { step, digest } = run
+      const taken = await betweenSteps(runs, run, () => runs.takeOver(run, incoming))
+      const { step, digest } = taken
       const seconds = (performance.now() - started) / 1000
       log.info({ event: 'state_imported', run: run.name, step, digest, seconds })
-      return { step, digest, ...counts(incoming), ...(entry && { checkpoint: entry.checkpoint }) }
+      return { ...taken, ...counts(incoming) }
     } finally {
       incoming.dispose()
     }

@@ -87,7 +87,7 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   #inFlight = new Set<Promise<unknown>>()
   readonly boundary = new Boundary(this)
   /** Set while nothing may move the state: what would waits for it. */
-  #hold: Promise<void> | undefined
+  #hold: Promise<unknown> | undefined
 
   constructor(device: Device, options: RunOptions) {
     super()
@@ -268,17 +268,15 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   /** Does `work` between two steps: until it is done no gradient is computed and no step ends. Throws STEP_INCOMPLETE. */
   async between<T>(what: string, work: () => Promise<T>): Promise<T> {
     assert(this.#hold === undefined, 'one thing at a time is done between two steps')
-    let release = () => {}
-    this.#hold = new Promise((resolve) => {
-      release = resolve
-    })
-    try {
-      await this.settled()
+    const working = this.settled().then(() => {
       this.checkBetween(what)
-      return await work()
+      return work()
+    })
+    this.#hold = Promise.allSettled([working])
+    try {
+      return await working
     } finally {
       this.#hold = undefined
-      release()
     }
   }
 

@@ -9,7 +9,6 @@ import { stateBearing } from '../optimizer/hyperparameters.js'
 import { firstDifference, type Parameter, parseParameters, stateBytes } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import type { DataFolder } from '../store/data-folder.js'
-import type { CheckpointEntry } from '../store/run-folder.js'
 import type { OpenFrame } from '../wire/frame.js'
 import { Archive, type Kept } from './archive.js'
 import { type Declaration, declarationOf, parseGroups, refuseUnsupported } from './declaration.js'
@@ -30,6 +29,9 @@ export type RunsMeans = {
   log: Log
   data: DataFolder | undefined
 }
+
+/** After which step a run goes on from imported state, with which digest, and the checkpoint that has it. */
+export type Imported = { step: number; digest: string; checkpoint?: string }
 
 /** The table of runs: it creates, finds, restores, hands over and deletes them, within the limits of the settings. */
 export class Runs {
@@ -173,18 +175,23 @@ export class Runs {
   }
 
   /**
-   * Has a run go on from state that was received for it, once that is on the disk where there is one; answers its checkpoint.
+   * Has a run go on from state that was received for it, once that is on the disk where there is one; answers where it goes on.
    * Throws STEP_INCOMPLETE where a step has begun, STORAGE_FAILED, and RUN_NOT_FOUND where the run is gone.
    */
-  takeOver(run: Run, incoming: Incoming): Promise<CheckpointEntry | undefined> {
+  takeOver(run: Run, incoming: Incoming): Promise<Imported> {
     return this.#inTurn(run.name, async () => {
       if (this.#runs.get(run.name) !== run)
         throw new ServiceError('RUN_NOT_FOUND', `run '${run.name}' was deleted while its state was received`)
       return run.between('state is imported between two steps', async () => {
         const pending = await pendingImport(this.#device, run, incoming)
-        if (this.#archive) return this.#archive.keeper(run.name).import(pending)
-        run.takeOver(pending)
-        return undefined
+        const { step } = run
+        const { digest } = pending
+        if (!this.#archive) {
+          run.takeOver(pending)
+          return { step, digest }
+        }
+        const { checkpoint } = await this.#archive.keeper(run.name).import(pending)
+        return { step, digest, checkpoint }
       })
     })
   }

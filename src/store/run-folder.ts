@@ -125,7 +125,7 @@ export class RunFolder {
   /** Writes a checkpoint; `released` is told the position of each entry whose memory is not needed any more. */
   async write(snapshot: Snapshot, released: (position: number) => void): Promise<CheckpointEntry> {
     const { record, entries, locations, tags, server, device, file_bytes } = snapshot
-    const checkpoint = this.#freshId(record.step)
+    const checkpoint = this.#freshId(record)
     const files = planFiles(entries, file_bytes)
     const manifest = {
       ...{ format: FORMAT, checkpoint, tags, written_at: new Date().toISOString(), server, device },
@@ -204,10 +204,10 @@ export class RunFolder {
   }
 
   /** A checkpoint is never written over another one: a crash in between would leave neither. */
-  #freshId(step: number): string {
+  #freshId({ step, imported }: RunRecord): string {
     const id = `step-${String(step).padStart(12, '0')}`
     const taken = this.#entries.filter((entry) => entry.step === step).map(({ checkpoint }) => numbersOf(checkpoint)[1])
-    return taken.length === 0 ? id : `${id}.${Math.max(...taken) + 1}`
+    return taken.length === 0 && !imported ? id : `${id}.${Math.max(0, ...taken) + 1}`
   }
 
   #folderOf(checkpoint: string): string {

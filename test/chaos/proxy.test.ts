@@ -111,6 +111,12 @@ t.test('a connection is cut by itself or with all others; another one can be mad
   const third = await open(t, proxy)
   third.send(end(1))
   t.ok((await answer(third)).equals(end(1)))
+  proxy.meddle = async ({ link, frame, direction }) => {
+    await link.write(direction, frame.bytes)
+    return []
+  }
+  third.send(end(2))
+  t.ok((await answer(third)).equals(end(2)))
 })
 
 t.test('a connection on which nothing moves any more is cut where it was asked for', async (t) => {

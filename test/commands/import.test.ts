@@ -264,19 +264,30 @@ async function writeNumpy(
   path: string,
   arrays: Record<
     string,
-    { descr: string; shape: readonly number[]; data: Uint8Array; columns?: boolean; version?: number }
+    {
+      descr: string
+      shape: readonly number[]
+      data: Uint8Array
+      columns?: boolean
+      version?: number
+      header?: string
+      headerBytes?: number
+    }
   >,
 ): Promise<string> {
   const parts: Uint8Array[] = []
   const zip = new ZipWriter(async (bytes) => void parts.push(bytes.slice()))
-  for (const [name, { descr, shape, data, columns = false, version = 1 }] of Object.entries(arrays)) {
+  for (const [name, { descr, shape, data, columns = false, version = 1, header, headerBytes }] of Object.entries(
+    arrays,
+  )) {
     const sizes = shape.length === 1 ? `${shape[0]},` : shape.join(', ')
-    const text = `{'descr': '${descr}', 'fortran_order': ${columns ? 'True' : 'False'}, 'shape': (${sizes}), }\n`
+    const text =
+      header ?? `{'descr': '${descr}', 'fortran_order': ${columns ? 'True' : 'False'}, 'shape': (${sizes}), }\n`
     const head = Buffer.alloc(version === 1 ? 10 : 12)
     head.write('\x93NUMPY', 'latin1')
     head[6] = version
-    if (version === 1) head.writeUInt16LE(text.length, 8)
-    else head.writeUInt32LE(text.length, 8)
+    if (version === 1) head.writeUInt16LE(headerBytes ?? text.length, 8)
+    else head.writeUInt32LE(headerBytes ?? text.length, 8)
     const bytes = Buffer.concat([head, Buffer.from(text), data])
     await zip.add(`${name}.npy`, bytes.length, [bytes])
   }
@@ -335,7 +346,7 @@ t.test('optax has one count, mu for Muon, and mu and nu for Adam', async (t) => 
     [{ 'trace/e': arrays['mu/e'] }, /tensor 'trace\/e' has no name of the form mu\/<path>/],
     [{ 'mu/e': { ...arrays['mu/e'], version: 9 } }, /is no array of numpy/],
     [
-      { count: { ...arrays.count, shape: [2], data: new Uint8Array(8) } },
+      { count: { ...arrays.count, shape: [2], data: new Uint8Array(16) } },
       /'count' has shape \[2\], expected one number/,
     ],
     [
@@ -351,6 +362,8 @@ t.test('optax has one count, mu for Muon, and mu and nu for Adam', async (t) => 
       /'momentum_buffer' of parameter 'h\.0' is float64, expected one of float32/,
     ],
     [{ "mu/'": { ...arrays['mu/e'], descr: "x', 'y" } }, /entry 'mu\/'\.npy' is x, expected/],
+    [{ 'mu/e': { ...arrays['mu/e'], header: '{}' } }, /entry 'mu\/e\.npy' has the header "\{\}"/],
+    [{ 'mu/e': { ...arrays['mu/e'], headerBytes: 60_000 } }, /entry 'mu\/e\.npy' has a header of 60000 bytes/],
   ]
   for (const [content, message] of refusals) {
     const path = await writeNumpy(join(folder, 'refused.npz'), content)

@@ -1,8 +1,9 @@
+import { PassThrough } from 'node:stream'
 import { exportCommand } from '../../src/commands/export.js'
 import { importCommand } from '../../src/commands/import.js'
 import { RawClient, type Service, startService } from '../service.js'
 
-export const SILENT = { terminal: { write: () => {} } }
+export const SILENT = { terminal: new PassThrough() }
 const SMALL = { staging_bytes: 2 ** 20, lanes: 1 }
 
 export const start = (settings: Parameters<typeof startService>[0] = {}) => startService({ ...SMALL, ...settings })

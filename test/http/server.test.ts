@@ -46,7 +46,7 @@ t.test('--version and --help print and exit', async (t) => {
   t.match(await result(start(['--help'])), { code: 0, out: /^muond .*--host +MUOND_HOST +127\.0\.0\.1 /s, err: '' })
 })
 
-t.test('serve is what muond does without a command; presets and explain print and exit', async (t) => {
+t.test('serve is what muond does without a command; the other commands print and exit', async (t) => {
   t.same(await result(start(['serve', '--version'])), { code: 0, out: `${VERSION}\n`, err: '' })
   t.match(await result(start(['presets'])), { code: 0, out: /^preset +algorithm +description\n(.*\n){5}$/, err: '' })
   const open = { groups: [{ name: 'g', algorithm: 'sgd' }], parameters: [{ name: 'w', shape: [2], group: 'g' }] }
@@ -62,6 +62,8 @@ t.test('serve is what muond does without a command; presets and explain print an
     [['train'], /^muond: there is no command 'train', expected one of serve, presets, export, import, explain\n$/],
     [['presets', 'nobody'], /^muond: there is no preset 'nobody', expected one of .*\n$/],
     [['explain', 'nowhere.json'], /^muond: nowhere\.json cannot be read: ENOENT.*\n$/],
+    [['export', 'r', '--to', 'msgpack'], /^muond: --to is 'msgpack', expected one of .*\n$/],
+    [['import', 'r', 'f', '--from', 'memory'], /^muond: --from is 'memory', expected one of .*\n$/],
     [['serve', ...SMALL, '--presets', folder], /^muond: .*\/torch\.yaml: description is 5, expected a text\n$/],
   ]
   for (const [argv, message] of cases) {

@@ -1,26 +1,15 @@
-import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { once } from 'node:events'
+import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { request } from 'node:http'
 import { join } from 'node:path'
 import t from 'tap'
 import { type Manifest, openManifest, sealManifest } from '../../src/store/manifest.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
-import { RawClient, type Service, startService } from '../service.js'
+import { RawClient, type Service, startService, until } from '../service.js'
+import { checkpoints, id, start } from './data-folder.js'
 import { gradientsOf, known, type Trace, train, trainStep } from './trainer.js'
 
 const DURABILITIES = ['checkpoint', 'journal'] as const
-type Settings = NonNullable<Parameters<typeof startService>[0]>
-
-const start = (data: string, settings: Settings = {}) =>
-  startService({
-    data,
-    checkpoint_steps: 5,
-    checkpoint_file_bytes: 2000,
-    staging_bytes: 2 ** 20,
-    lanes: 1,
-    ...settings,
-  })
-const checkpoints = (data: string) => readdirSync(join(data, 'runs', 'r', 'checkpoints')).sort()
-const id = (step: number) => `step-${String(step).padStart(12, '0')}`
 
 async function exported({ http }: Service, run: string): Promise<Buffer> {
   return Buffer.from(await (await fetch(`${http}/v1/runs/${run}/state`)).arrayBuffer())
@@ -274,5 +263,82 @@ t.test('a connection that takes the run over while an import waits for it has th
   await third.expect('receipt')
   t.match(await importing, { status: 200, body: { step: 6 } })
   await third.close()
+  await service.app.close()
+})
+
+/** An import that waits, once all of it was received, until `release` is called: something else has the run's folder. */
+async function heldImport(service: Service) {
+  const keeper = service.runs.keeper('r')
+  let release = () => {}
+  const held = keeper.alone(
+    () =>
+      new Promise((resolve) => {
+        release = resolve
+      }),
+  )
+  const arrived = new Promise<void>((resolve) => {
+    const own = keeper.import.bind(keeper)
+    keeper.import = (pending) => {
+      const importing = own(pending)
+      resolve()
+      return importing
+    }
+  })
+  const answer = imported(service, body)
+  await arrived
+  return { answer, release: () => release(), held }
+}
+
+/** Once the service has got all that a client has sent. */
+async function allReceived(client: RawClient): Promise<void> {
+  client.socket.ping()
+  await once(client.socket, 'pong')
+}
+
+t.test('a gradient and an end that come while state is imported wait for it', async (t) => {
+  const service = await start(t.testdir({}), { checkpoint_steps: 0 })
+  const { client } = await train(service, { last: 5 })
+  const { answer, release, held } = await heldImport(service)
+  for (const [i, values] of gradientsOf(6).entries()) if (values) client.gradient(i, 6, { values })
+  await allReceived(client)
+  t.same(service.runs.get('r').ahead, [])
+  release()
+  await held
+  t.match(await answer, { status: 200, body: { step: 5, digest } })
+  client.send({ type: 'end', step: 6, skipped: [5] })
+  t.match(await client.expect('receipt'), { step: 6 })
+  await client.close()
+  await service.app.close()
+})
+
+t.test('an end alone that comes while state is imported waits for it', async (t) => {
+  const service = await start(t.testdir({}), { checkpoint_steps: 0 })
+  const { client } = await train(service, { last: 5 })
+  const { answer, release, held } = await heldImport(service)
+  client.send({ type: 'end', step: 6, skipped: [0, 1, 2, 3, 4, 5, 6] })
+  await allReceived(client)
+  t.equal(service.runs.get('r').step, 5)
+  release()
+  await held
+  t.match(await answer, { status: 200, body: { step: 5, digest } })
+  t.match(await client.expect('receipt'), { step: 6 })
+  await client.close()
+  await service.app.close()
+})
+
+t.test('a gradient whose connection is gone when an import has ended is not computed', async (t) => {
+  const service = await start(t.testdir({}), { checkpoint_steps: 0 })
+  const { client } = await train(service, { last: 5 })
+  const { answer, release, held } = await heldImport(service)
+  client.gradient(0, 6, { values: gradientsOf(6)[0]! })
+  await allReceived(client)
+  await client.close()
+  await until(() => service.runs.get('r').writer === undefined)
+  release()
+  await held
+  t.match(await answer, { status: 200, body: { step: 5, digest } })
+  const next = await RawClient.connect(service.url)
+  t.match(await next.open({ run: 'r', mode: 'resume' }), { step: 5, digest, ahead: [] })
+  await next.close()
   await service.app.close()
 })

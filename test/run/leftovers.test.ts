@@ -5,6 +5,8 @@ import t from 'tap'
 import { buildApp } from '../../src/app.js'
 import { configOf } from '../../src/config.js'
 import type { Job } from '../../src/device/job.js'
+import { parseParameters } from '../../src/optimizer/parameter.js'
+import { parseGroups } from '../../src/run/declaration.js'
 import { RawClient, until } from '../service.js'
 import { checkpoints, id, runFolder, start as startIn } from './data-folder.js'
 import { MODEL, train, trainStep } from './trainer.js'
@@ -92,6 +94,18 @@ t.test('a checkpoint that cannot be written leaves none of its files behind', as
   await t.rejects(service.runs.keeper('r').take(), { code: 'STORAGE_FAILED', message: /EISDIR/ })
   t.same(checkpoints(data), [id(0)])
   t.match(await service.runs.keeper('r').take(), { checkpoint: id(1) })
+  await client.close()
+  await service.app.close()
+})
+
+t.test('a checkpoint is removed after the one that is being written', async (t) => {
+  const data = t.testdir({})
+  const service = await start(data)
+  const { client } = await train(service, { last: 1 })
+  const keeper = service.runs.keeper('r')
+  const [taken] = await Promise.all([keeper.take(), keeper.remove(keeper.folder.newest!)])
+  t.match(taken, { step: 1 })
+  t.same(checkpoints(data), [id(1)])
   await client.close()
   await service.app.close()
 })
@@ -184,5 +198,11 @@ t.test('a run whose device has failed is not told to be gone', async (t) => {
   next.send({ type: 'open', protocol: 1, run: 'r', mode: 'resume', takeover: true })
   t.match(await next.expect('error'), { code: 'DEVICE_FAILED', retryable: true })
   await next.close()
+  // One that was admitted just before.
+  const admitted = device.admittedBytes
+  const groups = parseGroups([{ name: 'g', algorithm: 'sgd' }], new Map())
+  const declaration = { groups, parameters: parseParameters([{ name: 'w', shape: [2], group: 'g' }], groups) }
+  await t.rejects(service.runs.build('late', { ...declaration, attentions: [] }, ''), { code: 'DEVICE_FAILED' })
+  t.equal(device.admittedBytes, admitted)
   await service.app.close()
 })

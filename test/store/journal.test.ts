@@ -164,8 +164,10 @@ t.test('one damaged byte is an error that names the record, or a tail; it is nev
 t.test('the search for a step behind a damaged record crosses the pieces that it reads', async (t) => {
   const folder = t.testdir({})
   const journal = await open(folder)
-  // The second gradient's bytes look like the begin of a record.
-  void journal.append(gradient(1, 0), payload(1, 0, 2 ** 22 - 300))
+  // Both gradients have bytes that look like the begin of a record.
+  const first = payload(1, 0, 2 ** 22 - 300)
+  first.set(Buffer.from('MJ1\nMJ1\n'), 1000)
+  void journal.append(gradient(1, 0), first)
   void journal.append(gradient(1, 1), Buffer.from('MJ1\nMJ1\n'.repeat(60)))
   await journal.commit(end(1), [0, 1])
   await write(journal, 2, [2 ** 22 + 11])

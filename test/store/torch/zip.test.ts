@@ -102,6 +102,13 @@ const CONTENTS = [
   { name: 'second', bytes: Buffer.from('defg') },
 ]
 
+function fullEnd(): Buffer {
+  const end = Buffer.alloc(22, 0xff)
+  end.writeUInt32LE(0x06054b50, 0)
+  end.writeUInt16LE(0, 20)
+  return end
+}
+
 t.test('an archive that is none, is cut off or lies is refused with what is wrong', async (t) => {
   const bytes = await zipOf(CONTENTS)
   const end = bytes.lastIndexOf('PK\x05\x06')
@@ -115,6 +122,8 @@ t.test('an archive that is none, is cut off or lies is refused with what is wron
     ['nothing', Buffer.alloc(0), /no ZIP archive, or is cut off/],
     ['text', Buffer.from('hello '.repeat(100)), /no ZIP archive, or is cut off/],
     ['no end', bytes.subarray(0, end), /no ZIP archive, or is cut off/],
+    // The numbers of its end are full, and there is no room for a 64-bit end before it.
+    ['an end alone that says there is a larger one', fullEnd(), /directory is said to have 4294967295 bytes/],
     ['half an end', bytes.subarray(0, -5), /no ZIP archive, or is cut off/],
     [
       'a directory behind the file',
