@@ -35,6 +35,6 @@ try:
             rows.append((tensor, dtype, shape, value))
 except (OSError, ValueError) as error:
     sys.exit(f"{folder}: {error}")
-widths = [max(map(len, column)) for column in zip(*rows)]
+widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 print(f"run {manifest['run']}, step {manifest['step']}, digest {manifest['digest']}", *lines, sep="\n")

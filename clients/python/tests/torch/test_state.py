@@ -181,13 +181,16 @@ def test_a_state_is_written_as_safetensors_under_the_names_of_the_parameters(nam
     (length,) = struct.unpack("<Q", body[:8])
     tensors, metadata = read_header(body[8 : 8 + length])
     assert [(t.name, t.dtype, t.shape) for t in tensors] == [
-        ("state.0.weight.momentum_buffer", "F32", (24, 12)),
         ("state.0.weight.step", "I64", ()),
-        ("state.0.bias.exp_avg", "BF16", (24,)),
+        ("state.0.weight.momentum_buffer", "F32", (24, 12)),
         ("state.0.bias.step", "I64", ()),
+        ("state.0.bias.exp_avg", "BF16", (24,)),
+        ("state.2.weight.step", "I64", ()),
+        ("state.2.bias.step", "I64", ()),
     ]
-    assert np.frombuffer(body[8 + length :], "<f4", 288).tolist() == [1.0] * 288
-    assert body[8 + length + 1152 :][:8] == struct.pack("<q", 3)
+    assert body[8 + length :][:8] == struct.pack("<q", 3)
+    assert np.frombuffer(body[8 + length + 8 :], "<f4", 288).tolist() == [1.0] * 288
+    assert body[-16:] == bytes(16)
     assert json.loads(metadata["param_groups"])[0] == {
         "name": "sgd",
         **{k: v for k, v in groups[0].items() if k != "params"},

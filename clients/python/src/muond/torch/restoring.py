@@ -57,8 +57,9 @@ def import_into(
     try:
         run.release()
         with rest:
-            write_state(rest, run.name, slots, state, groups)
-        return run.reopen()  # pragma: no cover - until the service takes states
+            # Without a token it is of torch's own optimizer.
+            write_state(rest, run.name, slots, state, groups, None if token else "ema")
+        return run.reopen()
     except MuondError as error:
         run.close()
         message = (

@@ -36,15 +36,29 @@ def write_state(
     slots: Sequence[Slot],
     state: Mapping[int, Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
+    momentum_form: str | None = None,
 ) -> None:
-    """Replaces the state of a run by that of a state_dict, this package's or torch's. Raises MuondError."""
+    """Replaces the whole state of a run by that of a state_dict, this package's or torch's. Raises MuondError.
+
+    A parameter without entries has no state afterwards. Without ``momentum_form`` momentum buffers have the form of the run.
+    """
     tensors = [
-        _from_torch(f"state.{slots[index].name}.{name}", value)
-        for index, entries in sorted(state.items())
-        for name, value in entries.items()
+        _from_torch(f"state.{slot.name}.{name}", value)
+        for slot in slots
+        for name, value in _entries(slot, state.get(slot.index, {})).items()
     ]
     metadata = {"format": "muond", "param_groups": json.dumps(group_declarations(groups))}
+    if momentum_form is not None:
+        metadata["momentum_form"] = momentum_form
     rest.import_state(run, tensors, metadata)
+
+
+def _entries(slot: Slot, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """With what torch leaves out: SGD's buffer before it has one, and the count of an optimizer that does not need it."""
+    if not entries:
+        return {"step": 0}
+    given = {name: torch.zeros(slot.shape) if value is None else value for name, value in entries.items()}
+    return {"step": 1, **given}
 
 
 def _to_torch(tensor: Tensor) -> torch.Tensor:
