@@ -7,6 +7,7 @@ import { explainCommand } from '../src/commands/explain.js'
 import { SETTINGS } from '../src/config.js'
 import { HYPERPARAMETERS, type Table } from '../src/optimizer/table.js'
 import { readPresets } from '../src/store/presets.js'
+import { markdown } from './chaos/table.js'
 import { startService } from './service.js'
 
 const README = readFileSync('README.md', 'utf8')
@@ -47,6 +48,12 @@ t.test('the example of muond explain prints what the README shows', async (t) =>
   const [, open, printed] = section('explain').match(/```json\n([\s\S]*?)```[\s\S]*```text\n([\s\S]*?)\n```/) ?? []
   const file = join(t.testdir({ 'open.json': open! }), 'open.json')
   t.equal(explainCommand([file], {}), printed)
+})
+
+t.test('the README shows the faults that were tried last', async (t) => {
+  const { rows, seed } = JSON.parse(readFileSync('bench/results/chaos.json', 'utf8'))
+  t.equal(section('chaos'), `${markdown(rows)}\n\nSeed ${seed}.\n`)
+  t.ok(rows.every(({ lost }: { lost: number }) => lost === 0))
 })
 
 t.test('the preset of docs/algorithms.md is one, and its table has those that come with muond', async (t) => {

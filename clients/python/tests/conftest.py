@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from service import Proxy, Service, build
 # The same examples in every run; how long one takes says something about the machine only.
 hypothesis.settings.register_profile("muond", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("muond")
+# A shell has its background jobs ignore Ctrl-C, and the tests of it would wait for ever there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
