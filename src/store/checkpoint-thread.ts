@@ -1,6 +1,8 @@
 import { createHash, type Hash } from 'node:crypto'
+import { readlinkSync } from 'node:fs'
 import { type FileHandle, mkdir, open, rm } from 'node:fs/promises'
-import { dirname, join } from 'node:path'
+import { setPriority } from 'node:os'
+import { basename, dirname, join } from 'node:path'
 import { parentPort } from 'node:worker_threads'
 import { errorText } from '../config.js'
 import { openStateAccess, type StateAccess, type StateLocation } from '../device/state-access.js'
@@ -43,6 +45,10 @@ export type ThreadReply =
 const PIECE_BYTES = 4 << 20
 // What the system has not written yet when it is told to; a single sync at the end would stall every other one.
 const SYNC_BYTES = 64 << 20
+
+// The steps that go on meanwhile have the processor first. Only Linux has a priority for each thread.
+const NICE = 10
+if (process.platform === 'linux') setPriority(Number(basename(readlinkSync('/proc/thread-self'))), NICE)
 
 const accesses = new Map<string, StateAccess>()
 let turn: Promise<void> = Promise.resolve()

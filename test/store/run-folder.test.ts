@@ -1,4 +1,4 @@
-import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import t, { type Test } from 'tap'
@@ -96,6 +96,20 @@ t.test('a long file is handed to the disk piece by piece', async (t) => {
   t.ok(entry.bytes > 70 << 20)
   await folder.read(await folder.manifest(entry), new Map(), [])
 })
+
+t.test(
+  'the thread that hashes leaves the processor to the steps',
+  { skip: !existsSync('/proc/self/task') },
+  async (t) => {
+    const folder = await start(t)
+    await folder.write(snapshot(1), nothing)
+    const tasks = readdirSync('/proc/self/task').map((task) => readFileSync(`/proc/self/task/${task}/stat`, 'utf8'))
+    // The 17th number behind the name, which may hold anything.
+    const nices = tasks.map((stat) => Number(stat.slice(stat.lastIndexOf(')') + 2).split(' ')[16]))
+    const own = Math.min(...nices)
+    t.equal(nices.filter((nice) => nice === 10 && nice > own).length, 1)
+  },
+)
 
 t.test('checkpoints are found by id and tag, and kept by count and tag', async (t) => {
   const folder = await start(t)
