@@ -9,6 +9,8 @@ export type StateAccess = {
   /** The bytes at an address; good until the next call of `read`. */
   read(pointer: Pointer, bytes: number): Uint8Array
   write(pointer: Pointer, source: Uint8Array): void
+  /** The memory at an address itself, where the host can have it. */
+  view?(pointer: Pointer, bytes: number): Uint8Array
   close(): void
 }
 
@@ -19,6 +21,7 @@ export function openStateAccess(location: StateLocation): StateAccess {
   return {
     read: viewMemory,
     write: (pointer, source) => viewMemory(pointer, source.length).set(source),
+    view: viewMemory,
     close: () => {},
   }
 }

@@ -186,7 +186,7 @@ async function read({ folder, locations, files, targets }: ReadRequest): Promise
   for (const record of files) {
     const path = join(folder, record.name)
     const ranges = record.name.endsWith('.safetensors') ? await rangesOf(path, { record, targets, left }) : []
-    await readThrough(path, record, (at, piece) => place(ranges, locations, { at, piece }))
+    await readThrough(path, record, destinationOf(ranges, locations))
   }
   const [missing] = left
   if (missing !== undefined) throw new UnreadableError(`${folder} has no tensor '${missing}'`)
@@ -210,7 +210,7 @@ async function rangesOf(path: string, { record, targets, left }: Wanted): Promis
       return [{ begin, end, target }]
     })
   } catch (error) {
-    await readThrough(path, record, () => {})
+    await readThrough(path, record, destinationOf([], []))
     throw error
   }
 }
@@ -221,6 +221,37 @@ async function headerOf(path: string): Promise<Header> {
     throw new UnreadableError(`${path}: ${errorText(error)}`)
   })
   return header.finally(() => handle.close())
+}
+
+/** Where the bytes of a file are read into, in their order. */
+type Destination = {
+  /** Memory for those from `at` on; or how many at most, where they come into a buffer. */
+  room(at: number): Uint8Array | number
+  /** Takes a buffer's bytes to where they belong. */
+  place(at: number, piece: Uint8Array): void
+}
+
+/** A tensor at least so large is read straight into its memory: the first touch of a page costs as much as its hash. */
+const STRAIGHT_BYTES = 1 << 20
+
+function destinationOf(ranges: readonly Range[], locations: readonly StateLocation[]): Destination {
+  const straight: (Range & { view: NonNullable<StateAccess['view']> })[] = []
+  const copied: Range[] = []
+  for (const range of ranges) {
+    const { view } = accessTo(locations[range.target.unit])
+    if (view && range.end - range.begin >= STRAIGHT_BYTES) straight.push({ ...range, view })
+    else copied.push(range)
+  }
+  return {
+    room: (at) => {
+      while (straight.length > 0 && straight[0].end <= at) straight.shift()
+      if (straight.length === 0) return PIECE_BYTES
+      const { begin, end, target, view } = straight[0]
+      if (at < begin) return Math.min(PIECE_BYTES, begin - at)
+      return view(target.pointer + BigInt(at - begin), Math.min(PIECE_BYTES, end - at))
+    },
+    place: (at, piece) => place(copied, locations, { at, piece }),
+  }
 }
 
 /** Takes what a piece of a file has of each tensor to its memory. Pieces come in order: ranges that are done with are dropped. */
@@ -240,27 +271,28 @@ function place(
   }
 }
 
-/** Reads a file piece by piece, the next one while one is hashed and placed. Throws UnreadableError where it is not what was written. */
-async function readThrough(
-  path: string,
-  { bytes, sha256 }: FileRecord,
-  place: (at: number, piece: Uint8Array) => void,
-): Promise<void> {
+/** Reads a file piece by piece, the next one while one is hashed. Throws UnreadableError where it is not what was written. */
+async function readThrough(path: string, { bytes, sha256 }: FileRecord, { room, place }: Destination): Promise<void> {
   const handle = await openToRead(path)
   const hash = createHash('sha256')
   const buffers = [Buffer.allocUnsafeSlow(PIECE_BYTES), Buffer.allocUnsafeSlow(PIECE_BYTES)]
-  const ask = (at: number, index: number) => handle.read(buffers[index % 2], 0, PIECE_BYTES, at)
+  const ask = async (at: number, index: number) => {
+    const found = room(at)
+    const own = typeof found !== 'number'
+    const memory = own ? found : buffers[index % 2].subarray(0, found)
+    const { bytesRead } = await handle.read(memory, 0, memory.length, at)
+    return { own, piece: memory.subarray(0, bytesRead) }
+  }
   let at = 0
   let next = ask(0, 0)
   try {
     for (let index = 0; ; index++) {
-      const { bytesRead } = await next
-      if (bytesRead === 0) break
-      const piece = buffers[index % 2].subarray(0, bytesRead)
-      next = ask(at + bytesRead, index + 1)
+      const { own, piece } = await next
+      if (piece.length === 0) break
+      next = ask(at + piece.length, index + 1)
       hash.update(piece)
-      place(at, piece)
-      at += bytesRead
+      if (!own) place(at, piece)
+      at += piece.length
     }
     if (at !== bytes) throw new UnreadableError(`${path} has ${at} bytes, expected ${bytes}`)
     const actual = hash.digest('hex')

@@ -8,6 +8,7 @@ import { type RunRecord, UnreadableError } from '../../src/store/manifest.js'
 import { RunFolder, type Snapshot } from '../../src/store/run-folder.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
 import { bytesOf, indexText, planFiles, type StateEntry } from '../../src/store/state-files.js'
+import { seeded } from '../reference.js'
 
 const runtime = openOnnxRuntime()
 const files = new CheckpointFiles()
@@ -88,6 +89,43 @@ t.test('tensors larger than what is read at a time come back, each where it belo
     t.equal(Buffer.compare(viewMemory(pointer, bytes), viewMemory(sources[i]!.pointer, bytes)), 0)
   }
   for (const { pointer } of [...sources, ...targets]) runtime.free(pointer)
+})
+
+t.test('tensors of every size come back, whichever are wanted', async (t) => {
+  const size = fc.oneof(fc.nat(40), fc.integer({ min: (1 << 18) - 9, max: (1 << 18) + 9 }), fc.nat(1_300_000))
+  const tensor = fc.record({ elements: size, wanted: fc.boolean() })
+  await fc.assert(
+    fc.asyncProperty(
+      fc.array(tensor, { minLength: 1, maxLength: 6 }),
+      fc.integer({ min: 1 }),
+      async (tensors, seed) => {
+        const folder = await RunFolder.create(join(t.testdir({}), 'r'), files, 'r')
+        const random = seeded(seed)
+        const contents = tensors.map(({ elements }) => Float32Array.from({ length: elements }, random))
+        const entries = contents.map((content, i): StateEntry => {
+          const bytes = new Uint8Array(content.buffer)
+          return { name: `t${i}`, dtype: 'F32', shape: [content.length], inline: bytes }
+        })
+        const entry = await folder.write(snapshot(1, { entries, file_bytes: 7 << 20 }), nothing)
+        const chosen = tensors.flatMap(({ wanted, elements }, i) => (wanted && elements > 0 ? [i] : []))
+        const placed = chosen.map((i) => {
+          const bytes = contents[i]!.byteLength
+          return { unit: 0, pointer: runtime.allocate(bytes), bytes }
+        })
+        const targets = placed.map((at, k) => {
+          return [`t${chosen[k]}`, { ...at, dtype: 'F32', shape: [at.bytes / 4] }] as const
+        })
+        await folder.read(await folder.manifest(entry), new Map(targets), [{ kind: 'host' }])
+        for (const [k, { pointer, bytes }] of placed.entries()) {
+          const expected = new Uint8Array(contents[chosen[k]!]!.buffer)
+          t.equal(Buffer.compare(viewMemory(pointer, bytes), expected), 0)
+          runtime.free(pointer)
+        }
+      },
+    ),
+    // Small tensors in a row that are longer than a piece.
+    { numRuns: 30, seed: 5, examples: [[Array(6).fill({ elements: (1 << 18) - 5, wanted: true }), 1]] },
+  )
 })
 
 t.test('a long file is handed to the disk piece by piece', async (t) => {
