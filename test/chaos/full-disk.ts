@@ -72,14 +72,14 @@ function fillAndKill(site: Site, the: Case, disk: Disk): Promise<Outcome> {
   return trainOn(site, the, { disk, decide })
 }
 
-/** Trains on a disk that is full after a random step. Without a journal, checkpoints are asked for from there on. */
+/** Trains on a disk that is full after a random step; the first refusal is the trainer's to hear, not the client's to retry. Without a journal, checkpoints are asked for from there on. */
 function trainOn(site: Site, the: Case, { disk, decide }: { disk: Disk; decide: Decide }): Promise<Outcome> {
   const step = 1 + Math.floor(the.random() * (LAST - 2))
   const onReceipt = async (finished: number, trainer: Trainer) => {
     if (finished === step && trainer.refusals.length === 0) disk.fill(Math.floor(the.random() * ROOM_BYTES))
     if (finished >= step && site.durability === 'checkpoint') await takeCheckpoint(trainer, decide)
   }
-  return site.train('run', the.signal, { retries: 1, decide, onReceipt })
+  return site.train('run', the.signal, { retries: 0, decide, onReceipt })
 }
 
 /** No run can be opened; then there is room. */
@@ -89,5 +89,5 @@ function fillBefore(site: Site, the: Case, disk: Disk): Promise<Outcome> {
     if (error.code === 'STORAGE_FAILED') disk.clear()
     return askAgain(error)
   }
-  return site.train('run', the.signal, { retries: 1, decide })
+  return site.train('run', the.signal, { retries: 0, decide })
 }
