@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything that must hold of the Python client: lint, types, tests against the service of this checkout with full coverage.
-# Needs Python 3.10 or later, and `npm ci` in the root. The environment is made once and used again: MUOND_VENV, or a folder
+# Needs Python 3.10 or later, and `npm ci` in the root. The environment is made once and used again: PYTHON_VENV, or a folder
 # beside the user's other caches (it is not in the checkout: torch brings thousands of files that other linters would read).
 # The last line is `N passed, N failed`.
 set -uo pipefail
 cd "$(dirname "$0")"
 
-venv=${MUOND_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/muond/python}
+venv=${PYTHON_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/muond/python}
 if [ ! -x "$venv/bin/python" ]; then python3 -m venv "$venv" || { echo '0 passed, 1 failed'; exit 1; }; fi
 # Again each time: it costs a second when nothing is missing, and the editable install must be that of this checkout.
 "$venv/bin/python" -m pip install --quiet --editable '.[torch,progress,dev,test]' || { echo '0 passed, 1 failed'; exit 1; }

@@ -11,7 +11,7 @@ fail() {
   exit 1
 }
 
-venv=${MUOND_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/muond/python}
+venv=${PYTHON_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/muond/python}
 python=$venv/bin/python
 [ -x "$python" ] || python3 -m venv "$venv" || fail 'there is no virtual environment'
 "$python" -c 'import numpy, pytest, safetensors, torch' 2>/dev/null ||
