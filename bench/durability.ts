@@ -45,7 +45,7 @@ try {
   await rm(data, { recursive: true })
 }
 
-/** Steps in turns without and with a checkpoint being written beside them. */
+/** Steps before, beside and after a checkpoint that is written: a machine that becomes slower or faster meanwhile does not count. */
 async function measureCheckpoints(folder: string) {
   const service = await startService(['--data', folder, '--checkpoint-steps', '0'])
   const trainer = await startTrainer(service.url, model)
@@ -57,7 +57,9 @@ async function measureCheckpoints(folder: string) {
     const before = memory(service.pid).peak
     resetPeak(service.pid)
     const beside = await besideCheckpoint(service.url, trainer)
-    rounds.push({ without: median(without), ...beside, extra_bytes: memory(service.pid).peak - before })
+    const extra_bytes = memory(service.pid).peak - before
+    without.push(...(await secondsOf(trainer, STEPS)))
+    rounds.push({ without: median(without), ...beside, extra_bytes })
     const { steps, ratio, write_seconds } = { ...beside, ratio: beside.step_seconds / median(without) }
     console.log(
       `checkpoint written in ${write_seconds.toFixed(1)} s beside ${steps} steps, each ${ratio.toFixed(2)} of one without`,
