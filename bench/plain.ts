@@ -1,6 +1,6 @@
 import { InferenceSession, Tensor } from 'onnxruntime-node'
-import { NAMED_COEFFICIENTS } from '../kernels/coefficients.js'
-import { Graph } from '../kernels/graph.js'
+import { Graph } from '../kernels/graph/graph.js'
+import { NAMED_COEFFICIENTS } from '../kernels/orthogonalize/coefficients.js'
 import { noise } from './trainer.js'
 
 /**

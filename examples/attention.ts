@@ -1,4 +1,4 @@
-import type { Graph } from '../kernels/graph.js'
+import type { Graph } from '../kernels/graph/graph.js'
 
 /** The four maps of an attention, by the names of their weights, each [width, width]; rows of query and key are head-major. */
 export type Maps = { query: string; key: string; value: string; output: string }

@@ -1,4 +1,4 @@
-import { Graph } from '../kernels/graph.js'
+import { Graph } from '../kernels/graph/graph.js'
 import {
   BYTES,
   crossEntropy,

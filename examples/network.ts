@@ -1,6 +1,6 @@
 import assert from 'node:assert'
 import { InferenceSession, Tensor } from 'onnxruntime-node'
-import type { Graph } from '../kernels/graph.js'
+import type { Graph } from '../kernels/graph/graph.js'
 import type { Examples } from './text.js'
 
 /** One weight as torch stores it, out x in. `hidden` says whether it maps hidden features: those are Muon's. */

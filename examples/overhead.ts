@@ -1,6 +1,6 @@
 import { connect } from 'muond/client'
-import { expandCoefficients, NAMED_COEFFICIENTS } from '../kernels/coefficients.js'
 import { newtonSchulzFlops } from '../kernels/flops.js'
+import { expandCoefficients, NAMED_COEFFICIENTS } from '../kernels/orthogonalize/coefficients.js'
 import { type Lesson, transformerLesson } from './lesson.js'
 import { initialWeights, type Weight } from './network.js'
 import type { Plot, Series } from './plot.js'

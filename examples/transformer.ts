@@ -1,4 +1,4 @@
-import { Graph } from '../kernels/graph.js'
+import { Graph } from '../kernels/graph/graph.js'
 import { type Attention, attention, attentionGradient, type Heads, heads, type Maps } from './attention.js'
 import {
   BYTES,

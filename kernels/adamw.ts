@@ -1,6 +1,6 @@
-import type { Graph } from './graph.js'
+import type { Graph } from './graph/graph.js'
 import type { KernelValues } from './kernel.js'
-import { SMALLEST_NORMAL } from './newton-schulz.js'
+import { SMALLEST_NORMAL } from './orthogonalize/newton-schulz.js'
 
 /**
  * AdamW (arXiv 1711.05101) without its decoupled decay, which is the client's part:

@@ -1,5 +1,5 @@
-import type { Triple } from './coefficients.js'
 import type { KernelSpec } from './kernel.js'
+import type { Triple } from './orthogonalize/coefficients.js'
 
 /**
  * Operations on each element: gradient_scale, the state, the direction, and for Muon its norm and the output scale.

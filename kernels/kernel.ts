@@ -1,8 +1,8 @@
 import { adamw } from './adamw.js'
-import type { Triple } from './coefficients.js'
 import type { Dtype } from './dtype.js'
-import { type Dim, Graph } from './graph.js'
+import { type Dim, Graph } from './graph/graph.js'
 import { muon } from './muon.js'
+import type { Triple } from './orthogonalize/coefficients.js'
 import { rmsprop } from './rmsprop.js'
 import { sgd } from './sgd.js'
 

@@ -1,4 +1,4 @@
-import type { Graph } from './graph.js'
+import type { Graph } from './graph/graph.js'
 
 /**
  * Adds B' = c_m·B + c_g·G and u = n_m·B' + n_g·G for the inputs `momentum_buffer`, `c_m`, `c_g`, `n_m`, `n_g`.

@@ -1,9 +1,9 @@
-import type { Graph } from './graph.js'
-import { halfIterations, plainIterations } from './half.js'
+import type { Graph } from './graph/graph.js'
 import type { KernelValues, MuonOptions } from './kernel.js'
 import { momentum } from './momentum.js'
-import { newtonSchulz, normalize } from './newton-schulz.js'
 import { normuon } from './normuon.js'
+import { halfIterations, plainIterations } from './orthogonalize/exact-scalars.js'
+import { newtonSchulz, normalize } from './orthogonalize/newton-schulz.js'
 
 /**
  * Muon: momentum, then the orthogonalized direction, by NorMuon's statistic if there is one, times `output_scale`.

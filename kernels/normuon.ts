@@ -1,5 +1,5 @@
-import type { Graph } from './graph.js'
-import { SMALLEST_NORMAL } from './newton-schulz.js'
+import type { Graph } from './graph/graph.js'
+import { SMALLEST_NORMAL } from './orthogonalize/newton-schulz.js'
 
 /** The floor of the second momentum under the root, as in the paper's code. */
 export const SECOND_MOMENTUM_FLOOR = 1e-10

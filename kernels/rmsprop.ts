@@ -1,6 +1,6 @@
-import type { Graph } from './graph.js'
+import type { Graph } from './graph/graph.js'
 import type { KernelValues } from './kernel.js'
-import { SMALLEST_NORMAL } from './newton-schulz.js'
+import { SMALLEST_NORMAL } from './orthogonalize/newton-schulz.js'
 
 /**
  * torch.optim.RMSprop without centering: v' = b_v·v + b_g·G², B' = c_m·B + c_g·G/(√v' + eps), data = B'.

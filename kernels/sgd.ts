@@ -1,5 +1,5 @@
 import type { Dtype } from './dtype.js'
-import type { Graph } from './graph.js'
+import type { Graph } from './graph/graph.js'
 import type { KernelValues } from './kernel.js'
 import { momentum } from './momentum.js'
 

@@ -1,6 +1,6 @@
 // Float64 oracles, written to be read beside the papers: slow, plain, and sharing nothing with kernels/ but the
 // coefficients' type.
-import type { Triple } from '../kernels/coefficients.js'
+import type { Triple } from '../kernels/orthogonalize/coefficients.js'
 
 /** Row-major. */
 export type Matrix = { rows: number; cols: number; data: Float64Array }

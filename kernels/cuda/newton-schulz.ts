@@ -1,6 +1,6 @@
-import type { Triple } from '../coefficients.js'
-import { FIRST_SEGMENT } from '../gram-newton-schulz.js'
-import { formFor } from '../orthogonalize.js'
+import type { Triple } from '../orthogonalize/coefficients.js'
+import { FIRST_SEGMENT } from '../orthogonalize/gram-newton-schulz.js'
+import { formFor } from '../orthogonalize/orthogonalize.js'
 import { applyProblem, type GemmMatrix, type GemmProblem, gramProblem, productProblem } from './gemm-plan.js'
 
 /**

@@ -1,17 +1,17 @@
-import { BACKOFF, type Backoff } from './backoff.js'
 import { Connection, type Endpoint } from './connection.js'
 import { MuondError } from './error.js'
 import { type OpenOptions, openRun, type Run } from './run.js'
+import { BACKOFF, type Backoff } from './steps/backoff.js'
 
 export type { AttentionDeclaration } from '../wire/frame.js'
-export type { Weights } from './apply.js'
-export type { Backoff } from './backoff.js'
 export { type ClientErrorCode, MuondError, type MuondErrorFields } from './error.js'
-export type { Bound, Gradient, Parameter } from './parameter.js'
 export { RECEIPTS_KEPT } from './receipts.js'
 export { type Described, NAME_RULES, type NameRule, type Route } from './routing.js'
 export type { Checkpointed, EndOptions, Gradients, OpenOptions, Receipt, Run } from './run.js'
-export type { StepOptions } from './step.js'
+export type { Weights } from './steps/apply.js'
+export type { Backoff } from './steps/backoff.js'
+export type { Bound, Gradient, Parameter } from './steps/parameter.js'
+export type { StepOptions } from './steps/step.js'
 export { type Suggested, type Suggestion, type SuggestOptions, suggest } from './suggest.js'
 
 export type ConnectOptions = {

@@ -8,11 +8,11 @@ import {
   type ReceiptFrame,
 } from '../wire/frame.js'
 import { MuondError } from './error.js'
-import { type Bound, bind, bytesOf, declarationOf, type Gradient, type Parameter } from './parameter.js'
 import { Feed } from './receipts.js'
-import { Step, type StepOptions } from './step.js'
-import { Updates } from './updates.js'
-import { type Host, type Outcome, Writer } from './writer.js'
+import { type Bound, bind, bytesOf, declarationOf, type Gradient, type Parameter } from './steps/parameter.js'
+import { Step, type StepOptions } from './steps/step.js'
+import { Updates } from './steps/updates.js'
+import { type Host, type Outcome, Writer } from './steps/writer.js'
 
 export type OpenOptions = {
   run: string

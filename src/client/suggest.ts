@@ -1,6 +1,6 @@
+import { tableLines } from '../text-table.js'
 import type { GroupDeclaration } from '../wire/frame.js'
 import { type Described, NAME_RULES, type NameRule, type Routed, routeAll } from './routing.js'
-import { tableLines } from './table.js'
 
 export type SuggestOptions = {
   /** Looked at before `NAME_RULES`; the first that matches decides. */

@@ -1,12 +1,12 @@
 import { ConfigError } from '../config.js'
+import { elementsOf, type FileTensor, givenDtype, readTensor } from '../exchange/foreign/file-tensor.js'
+import type { Origin } from '../exchange/foreign/foreign-file.js'
 import type { Group } from '../optimizer/hyperparameters.js'
 import type { Parameter } from '../optimizer/parameter.js'
 import type { StateTensor } from '../optimizer/state.js'
 import { groupOf } from '../run/schedule.js'
-import { elementsOf, type FileTensor, givenDtype, readTensor } from '../store/foreign/file-tensor.js'
-import type { Origin } from '../store/foreign/foreign-file.js'
+import { stateName } from '../store/checkpoint/state-source.js'
 import { encodeHeader, SAFETENSORS_DTYPES, type TensorEntry } from '../store/safetensors.js'
-import { stateName } from '../store/state-source.js'
 import type { Match } from './matching.js'
 
 /** A safetensors body, and what was left to say of how it was made. */

@@ -1,7 +1,7 @@
 import { ConfigError } from '../config.js'
+import type { ForeignState } from '../exchange/foreign/file-tensor.js'
+import type { Origin } from '../exchange/foreign/foreign-file.js'
 import type { Parameter } from '../optimizer/parameter.js'
-import type { ForeignState } from '../store/foreign/file-tensor.js'
-import type { Origin } from '../store/foreign/foreign-file.js'
 
 export type Match = { parameter: Parameter; state: ForeignState }
 

@@ -1,6 +1,6 @@
-import { tableLines } from '../client/table.js'
 import { ConfigError, type Environment, type Flags, readArguments } from '../config.js'
 import { type PresetFile, readPresetFiles } from '../store/presets.js'
+import { tableLines } from '../text-table.js'
 
 const HELP = `muond presets [NAME] [--presets DIR]
 

@@ -1,6 +1,6 @@
 import { ConfigError } from '../config.js'
+import { describeState, type SourceTensor, type StateSource } from '../store/checkpoint/state-source.js'
 import { readHead, Tensors } from '../store/safetensors-stream.js'
-import { describeState, type SourceTensor, type StateSource } from '../store/state-source.js'
 import { getStream, type Service } from './rest.js'
 
 /** What a service's own header can have; one for half a million parameters has about half of it. */

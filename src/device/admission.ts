@@ -8,7 +8,7 @@ import {
   stateInFlight,
   totalOf,
   type Work,
-} from './cuda-layout.js'
+} from './cuda/cuda-layout.js'
 import type { Demand, JobGroup } from './job.js'
 import { GROUPS_PER_LANE } from './lanes.js'
 import { type Placement, placement } from './placement.js'

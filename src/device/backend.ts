@@ -3,12 +3,18 @@ import { availableParallelism, cpus, totalmem } from 'node:os'
 import { join } from 'node:path'
 import { GEMM_OPTIONS, GEMM_SOURCE } from '../../kernels/cuda/gemm.js'
 import { CUDA_OPTIONS, CUDA_SOURCE } from '../../kernels/cuda/source.js'
-import { compileCuda, deviceCount, driverVersion, missingCompiler, missingLibraries, openCuda } from './cuda.js'
-import type { Work } from './cuda-layout.js'
+import { compileCuda, deviceCount, driverVersion, missingCompiler, missingLibraries, openCuda } from './cuda/cuda.js'
+import type { Work } from './cuda/cuda-layout.js'
 import type { JobGroup } from './job.js'
 import type { LaneOptions } from './lane.js'
 import type { Allocator } from './memory.js'
-import { bundledLibraryFolder, type OnnxRuntime, openOnnxRuntime, type Pointer, viewMemory } from './onnxruntime.js'
+import {
+  bundledLibraryFolder,
+  type OnnxRuntime,
+  openOnnxRuntime,
+  type Pointer,
+  viewMemory,
+} from './onnx/onnxruntime.js'
 import type { StateLocation } from './state-access.js'
 
 /** What kind of device computes, and where its memory comes from. */

@@ -1,7 +1,7 @@
 import { type KernelSpec, kernelKey } from '../../kernels/kernel.js'
 import type { Plan } from '../optimizer/plan.js'
-import type { Scratch } from './cuda-layout.js'
-import type { Pointer } from './onnxruntime.js'
+import type { Scratch } from './cuda/cuda-layout.js'
+import type { Pointer } from './onnx/onnxruntime.js'
 
 /** A range of memory that host and device share; `block` is its whole allocation, of which a thread keeps one view. */
 export type HostRange = { block: HostBlock; offset: number; bytes: number }

@@ -1,10 +1,10 @@
 import { parentPort, workerData } from 'node:worker_threads'
-import { CudaExecutor, type CudaLane } from './cuda-executor.js'
-import { cudaSpace } from './cuda-space.js'
-import { hostSpace } from './host-space.js'
+import { CudaExecutor, type CudaLane } from './cuda/cuda-executor.js'
+import { cudaSpace } from './cuda/cuda-space.js'
 import type { Executor, JobResult, LaneReply, LaneRequest } from './job.js'
-import { OnnxExecutor } from './onnx-executor.js'
-import { openOnnxRuntime } from './onnxruntime.js'
+import { hostSpace } from './onnx/host-space.js'
+import { OnnxExecutor } from './onnx/onnx-executor.js'
+import { openOnnxRuntime } from './onnx/onnxruntime.js'
 
 /** What a lane is started with; `folder` is that of libonnxruntime. */
 export type LaneOptions =

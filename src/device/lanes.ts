@@ -1,9 +1,9 @@
 import { Worker } from 'node:worker_threads'
 import { ServiceError } from '../errors.js'
-import type { Scratch } from './cuda-layout.js'
+import type { Scratch } from './cuda/cuda-layout.js'
 import type { Job, JobGroup, JobResult, LaneReply, LaneRequest, Need } from './job.js'
 import type { LaneOptions } from './lane.js'
-import type { Pointer } from './onnxruntime.js'
+import type { Pointer } from './onnx/onnxruntime.js'
 
 /** A job that waits for a lane. Cancelled before that it costs nothing. */
 export type Ticket = { cancelled: boolean }

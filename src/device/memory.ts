@@ -1,4 +1,4 @@
-import type { Pointer } from './onnxruntime.js'
+import type { Pointer } from './onnx/onnxruntime.js'
 
 /** A state tensor: immutable once a step was committed, and shared by reference (a reader keeps it alive). */
 export type Tensor = { readonly unit: number; readonly pointer: Pointer; readonly bytes: number; references: number }

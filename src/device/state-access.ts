@@ -1,5 +1,5 @@
-import { openCuda } from './cuda.js'
-import { type Pointer, viewMemory } from './onnxruntime.js'
+import { openCuda } from './cuda/cuda.js'
+import { type Pointer, viewMemory } from './onnx/onnxruntime.js'
 
 /** Where a unit's state lies, in words that another thread can be sent. */
 export type StateLocation = { kind: 'host' } | { kind: 'cuda'; gpu: number }

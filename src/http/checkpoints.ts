@@ -1,6 +1,6 @@
 import { ServiceError } from '../errors.js'
+import type { Runs } from '../keep/runs.js'
 import type { Run } from '../run/run.js'
-import type { Runs } from '../run/runs.js'
 import type { CheckpointEntry, RunFolder } from '../store/run-folder.js'
 
 /** The checkpoint with an id or a tag. Throws NOT_FOUND. */

@@ -3,7 +3,7 @@ import {
   expandCoefficients,
   NAMED_COEFFICIENTS,
   type Triple,
-} from '../../kernels/coefficients.js'
+} from '../../kernels/orthogonalize/coefficients.js'
 
 /** What `ns_coefficients` may be: one triple for all iterations, one triple each, or a set by name. */
 export type Coefficients = Triple | readonly Triple[] | CoefficientsName

@@ -1,6 +1,6 @@
 import { kernelFlops } from '../../kernels/flops.js'
 import type { Layout } from '../wire/frame.js'
-import { planStep } from './algorithm.js'
+import { planStep } from './algorithms/algorithm.js'
 import { type Group, show } from './hyperparameters.js'
 import { type Parameter, stateBytes } from './parameter.js'
 import type { Task } from './plan.js'

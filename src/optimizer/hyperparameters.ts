@@ -1,5 +1,5 @@
 import { inspect } from 'node:util'
-import { checkCoefficients } from '../../kernels/coefficients.js'
+import { checkCoefficients } from '../../kernels/orthogonalize/coefficients.js'
 import { ServiceError } from '../errors.js'
 import type { GroupDeclaration } from '../wire/frame.js'
 import { iterations, stepsOf } from './coefficients.js'

@@ -1,7 +1,7 @@
 import { bytesPerElement, DTYPES, type Dtype, isDtype } from '../../kernels/dtype.js'
 import { type ErrorCode, ServiceError } from '../errors.js'
 import type { Layout, ParameterDeclaration } from '../wire/frame.js'
-import { planStep } from './algorithm.js'
+import { planStep } from './algorithms/algorithm.js'
 import { checkName, type Group, show } from './hyperparameters.js'
 import { type StateTensor, stateTensors } from './state.js'
 

@@ -1,4 +1,4 @@
-import { NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
+import { NAMED_COEFFICIENTS } from '../../kernels/orthogonalize/coefficients.js'
 import { type Coefficients, isCoefficients, isNumber, MAX_NS_STEPS } from './coefficients.js'
 
 /** One hyperparameter. `sticky`: a `step` frame may change it from that step on. */

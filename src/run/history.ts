@@ -1,4 +1,4 @@
-import type { ImportRecord, RunRecord } from '../store/manifest.js'
+import type { ImportRecord, RunRecord } from '../store/checkpoint/manifest.js'
 import type { ReceiptFrame } from '../wire/frame.js'
 import { FIRST_DIGEST } from './digest.js'
 

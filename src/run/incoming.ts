@@ -3,7 +3,7 @@ import { setImmediate as turn } from 'node:timers/promises'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
 import type { Tensor } from '../device/memory.js'
-import type { ImportRecord } from '../store/manifest.js'
+import type { ImportRecord } from '../store/checkpoint/manifest.js'
 import { importDigest } from './digest.js'
 import type { Run } from './run.js'
 

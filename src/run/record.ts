@@ -1,5 +1,5 @@
 import { type Group, restoreGroup } from '../optimizer/hyperparameters.js'
-import type { AppliedRecord, GroupRecord, SettingsRecord } from '../store/manifest.js'
+import type { AppliedRecord, GroupRecord, SettingsRecord } from '../store/checkpoint/manifest.js'
 import type { DigestRecord } from './digest.js'
 import type { Groups, StepSettings } from './schedule.js'
 

@@ -18,9 +18,9 @@ import {
   rowScale,
 } from '../optimizer/qk-clip.js'
 import type { StateTensor } from '../optimizer/state.js'
-import type { Journal } from '../store/journal.js'
-import type { EndHead } from '../store/journal-format.js'
-import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/manifest.js'
+import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/checkpoint/manifest.js'
+import type { Journal } from '../store/journal/journal.js'
+import type { EndHead } from '../store/journal/journal-format.js'
 import type { OpenedFrame, StepFrame, StepSeconds } from '../wire/frame.js'
 import { Boundary } from './boundary.js'
 import { type DigestRecord, nextDigest, type StepRecord } from './digest.js'

@@ -1,7 +1,7 @@
 import { access, constants, mkdir, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { ConfigError, errorText } from '../config.js'
-import { CheckpointFiles } from './checkpoint-files.js'
+import { CheckpointFiles } from './checkpoint/checkpoint-files.js'
 import { syncFolder } from './durable.js'
 import { type FolderLock, lockFolder } from './lock.js'
 import { RunFolder } from './run-folder.js'

@@ -1,4 +1,4 @@
-import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../wire/half.js'
+import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../../kernels/narrow.js'
 import { SAFETENSORS_DTYPES } from './safetensors.js'
 
 /** The types that a state tensor may come in, and those in which it is kept. */

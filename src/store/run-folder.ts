@@ -3,8 +3,7 @@ import { mkdir, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { errorText } from '../config.js'
 import type { StateLocation } from '../device/state-access.js'
-import type { CheckpointFiles } from './checkpoint-files.js'
-import { replaceFile, syncFolder } from './durable.js'
+import type { CheckpointFiles } from './checkpoint/checkpoint-files.js'
 import {
   type DeviceRecord,
   FORMAT,
@@ -14,8 +13,9 @@ import {
   type RunRecord,
   sealManifest,
   UnreadableError,
-} from './manifest.js'
-import { indexText, type Placed, planFiles, type StateEntry } from './state-files.js'
+} from './checkpoint/manifest.js'
+import { indexText, type Placed, planFiles, type StateEntry } from './checkpoint/state-files.js'
+import { replaceFile, syncFolder } from './durable.js'
 
 /** A checkpoint on the disk. `problem` says why it cannot be read. */
 export type CheckpointEntry = {

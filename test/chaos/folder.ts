@@ -1,7 +1,7 @@
 import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
-import { listSegments } from '../../src/store/journal.js'
-import { readJournal } from '../../src/store/journal-reader.js'
+import { listSegments } from '../../src/store/journal/journal.js'
+import { readJournal } from '../../src/store/journal/journal-reader.js'
 
 /** What an interrupted service left in a run's folder: where the kill fell. */
 export type Remains = {

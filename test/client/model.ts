@@ -1,5 +1,5 @@
+import { bfloat16ToNumber, numberToBfloat16 } from '../../kernels/narrow.js'
 import type { Gradient, OpenOptions, Parameter, Weights } from '../../src/client/client.js'
-import { bfloat16ToNumber, numberToBfloat16 } from '../../src/wire/half.js'
 
 /** Numbers in [-1, 1): mulberry32, so that a test can be repeated. */
 export function randomFrom(seed: number): () => number {

@@ -6,7 +6,6 @@ import { join } from 'node:path'
 import t from 'tap'
 import { exportCommand } from '../../src/commands/export.js'
 import { importCommand } from '../../src/commands/import.js'
-import { encodeHeader, parseSafetensors, type SafetensorsDtype } from '../../src/store/safetensors.js'
 import {
   call,
   dict,
@@ -18,9 +17,10 @@ import {
   persistent,
   pickle,
   tuple,
-} from '../../src/store/torch/pickle.js'
-import { TorchFile, tensorNode } from '../../src/store/torch/tensor.js'
-import { ZipWriter } from '../../src/store/torch/zip-writer.js'
+} from '../../src/exchange/torch/pickle.js'
+import { TorchFile, tensorNode } from '../../src/exchange/torch/tensor.js'
+import { ZipWriter } from '../../src/exchange/torch/zip-writer.js'
+import { encodeHeader, parseSafetensors, type SafetensorsDtype } from '../../src/store/safetensors.js'
 import { MODEL, train, trainStep } from '../run/trainer.js'
 import { bytesOf, normal, type RawClient, type Service } from '../service.js'
 import { exporting, importing, opened, SILENT, start, stateOf } from './interchange.js'

@@ -2,7 +2,7 @@ import fc from 'fast-check'
 import t from 'tap'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { Admission, type Capacity } from '../../src/device/admission.js'
-import { largest, scratchFor, totalOf } from '../../src/device/cuda-layout.js'
+import { largest, scratchFor, totalOf } from '../../src/device/cuda/cuda-layout.js'
 import type { Demand } from '../../src/device/job.js'
 
 const MUON: KernelSpec = {

@@ -6,7 +6,7 @@ import type { KernelSpec } from '../../kernels/kernel.js'
 import { Device, type DeviceOptions } from '../../src/device/device.js'
 import type { Job } from '../../src/device/job.js'
 import { Lanes } from '../../src/device/lanes.js'
-import { bundledLibraryFolder } from '../../src/device/onnxruntime.js'
+import { bundledLibraryFolder } from '../../src/device/onnx/onnxruntime.js'
 import type { Plan } from '../../src/optimizer/plan.js'
 
 const OPTIONS: DeviceOptions = {

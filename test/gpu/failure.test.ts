@@ -1,6 +1,6 @@
 import t from 'tap'
-import { openCuda } from '../../src/device/cuda.js'
-import type { Pointer } from '../../src/device/onnxruntime.js'
+import { openCuda } from '../../src/device/cuda/cuda.js'
+import type { Pointer } from '../../src/device/onnx/onnxruntime.js'
 import { normal, RawClient, startService } from '../service.js'
 import { CUDA, NO_GPU } from './gpu.js'
 

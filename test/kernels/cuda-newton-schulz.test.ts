@@ -1,7 +1,7 @@
 import t from 'tap'
-import { expandCoefficients, NAMED_COEFFICIENTS, type Triple } from '../../kernels/coefficients.js'
 import type { GemmMatrix, GemmProblem } from '../../kernels/cuda/gemm-plan.js'
 import { newtonSchulzSteps, SLOT_SQUARE, SLOT_WIDE, type Slot } from '../../kernels/cuda/newton-schulz.js'
+import { expandCoefficients, NAMED_COEFFICIENTS, type Triple } from '../../kernels/orthogonalize/coefficients.js'
 import {
   frobenius,
   gaussian,

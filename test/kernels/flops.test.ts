@@ -1,7 +1,7 @@
 import t from 'tap'
-import { NAMED_COEFFICIENTS, type Triple } from '../../kernels/coefficients.js'
 import { kernelFlops } from '../../kernels/flops.js'
 import type { KernelSpec } from '../../kernels/kernel.js'
+import { NAMED_COEFFICIENTS, type Triple } from '../../kernels/orthogonalize/coefficients.js'
 
 const DTYPES = { gradient_dtype: 'float32', update_dtype: 'float32' } as const
 const muon = (coefficients: readonly Triple[]): KernelSpec => ({ kind: 'muon', coefficients, tall: false, ...DTYPES })

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { expandCoefficients, type Triple } from '../../kernels/coefficients.js'
+import { expandCoefficients, type Triple } from '../../kernels/orthogonalize/coefficients.js'
 import {
   type AdamwState,
   adamwStep,

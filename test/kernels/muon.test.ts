@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { expandCoefficients, NAMED_COEFFICIENTS, type Triple } from '../../kernels/coefficients.js'
 import type { KernelSpec } from '../../kernels/kernel.js'
+import { expandCoefficients, NAMED_COEFFICIENTS, type Triple } from '../../kernels/orthogonalize/coefficients.js'
 import {
   composed,
   frobenius,

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { expandCoefficients, NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
+import { expandCoefficients, NAMED_COEFFICIENTS } from '../../kernels/orthogonalize/coefficients.js'
 import {
   frobenius,
   gaussian,

@@ -1,5 +1,5 @@
 import t, { type Test } from 'tap'
-import { expandCoefficients, NAMED_COEFFICIENTS } from '../../kernels/coefficients.js'
+import { expandCoefficients, NAMED_COEFFICIENTS } from '../../kernels/orthogonalize/coefficients.js'
 import { parseSafetensors, type StoredTensor } from '../../src/store/safetensors.js'
 import {
   adamwStep,

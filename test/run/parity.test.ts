@@ -1,5 +1,5 @@
 import t from 'tap'
-import { expandCoefficients, NAMED_COEFFICIENTS, type Triple } from '../../kernels/coefficients.js'
+import { expandCoefficients, NAMED_COEFFICIENTS, type Triple } from '../../kernels/orthogonalize/coefficients.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
 import { type Golden, readGolden } from '../kernels/golden.js'
 import {

@@ -2,12 +2,12 @@ import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync
 import { join } from 'node:path'
 import fc from 'fast-check'
 import t, { type Test } from 'tap'
-import { openOnnxRuntime, viewMemory } from '../../src/device/onnxruntime.js'
-import { CheckpointFiles } from '../../src/store/checkpoint-files.js'
-import { type RunRecord, UnreadableError } from '../../src/store/manifest.js'
+import { openOnnxRuntime, viewMemory } from '../../src/device/onnx/onnxruntime.js'
+import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
+import { type RunRecord, UnreadableError } from '../../src/store/checkpoint/manifest.js'
+import { bytesOf, indexText, planFiles, type StateEntry } from '../../src/store/checkpoint/state-files.js'
 import { RunFolder, type Snapshot } from '../../src/store/run-folder.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
-import { bytesOf, indexText, planFiles, type StateEntry } from '../../src/store/state-files.js'
 import { seeded } from '../reference.js'
 
 const runtime = openOnnxRuntime()

@@ -1,0 +1,130 @@
+import { chunksOf } from '../../wire/chunks.js'
+import type { ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame } from '../../wire/frame.js'
+import type { Connection } from '../connection.js'
+import { MuondError } from '../error.js'
+import { frameError } from '../refusal.js'
+import { unheard } from '../settings.js'
+import type { Step } from './step.js'
+import type { Updates } from './updates.js'
+
+type Parts = {
+  connection: Connection
+  step: Step
+  updates: Updates
+  chunk_bytes: number
+}
+
+type Settle = { resolve: (receipt: ReceiptFrame) => void; reject: (reason: unknown) => void }
+
+/** One attempt at one step: everything the trainer said goes out over one connection, and every update is applied. */
+export class Exchange {
+  readonly #parts: Parts
+  readonly #settle: Settle
+  readonly #unanswered = new Set<number>()
+  readonly #refused: Refusal[] = []
+  #isSent = false
+
+  /**
+   * Resolves with the receipt, once every update is applied. Rejects with the reason the connection ended, or with the
+   * service's error; if gradients were refused, only when all the others were answered, so that nothing is applied afterwards
+   * and `fields.refused` names them all.
+   */
+  static run(parts: Parts): Promise<ReceiptFrame> {
+    return new Promise((resolve, reject) => {
+      const exchange = new Exchange(parts, { resolve, reject })
+      parts.connection.onFrame = (frame) => exchange.#receive(frame)
+      parts.connection.onClosed = reject
+      exchange.#send().catch(reject)
+    })
+  }
+
+  private constructor(parts: Parts, settle: Settle) {
+    this.#parts = parts
+    this.#settle = settle
+  }
+
+  async #send(): Promise<void> {
+    const { connection, step } = this.#parts
+    if (step.frame !== undefined) await connection.send(step.frame)
+    let sent = 0
+    let { end } = step
+    while (end === undefined || sent < step.gradients.length) {
+      if (sent < step.gradients.length) await this.#sendGradient(...step.gradients[sent++])
+      else await step.more()
+      end = step.end
+    }
+    this.#isSent = true
+    if (this.#refused.length === 0) await connection.send(end)
+    else this.#rejectIfRefused()
+  }
+
+  async #sendGradient(parameter: number, bytes: Uint8Array): Promise<void> {
+    const { connection, step, chunk_bytes } = this.#parts
+    this.#unanswered.add(parameter)
+    for (const { offset, length } of chunksOf(bytes.byteLength, chunk_bytes)) {
+      const header = { type: 'gradient', parameter, step: step.number, offset } as const
+      await connection.sendData(header, bytes.subarray(offset, offset + length))
+    }
+  }
+
+  #receive(frame: ServerFrame): void {
+    switch (frame.type) {
+      case 'update':
+        return this.#update(frame)
+      case 'receipt':
+        return this.#receipt(frame)
+      case 'error':
+        return this.#error(frame)
+      case 'draining':
+        // A step in flight may end; the next one hears of it again, as an error that is worth a retry.
+        return
+      default:
+        throw new MuondError('FRAME_UNEXPECTED', `the service sent ${frame.type} during a step`)
+    }
+  }
+
+  #update(frame: UpdateFrame): void {
+    if (this.#parts.updates.take(frame)) this.#unanswered.delete(frame.parameter)
+    this.#rejectIfRefused()
+  }
+
+  #receipt(receipt: ReceiptFrame): void {
+    const { step, updates } = this.#parts
+    const missing = step.gradients.find(([parameter]) => !updates.has(parameter))
+    if (receipt.step !== step.number || missing !== undefined) {
+      const what = missing === undefined ? `it is ${step.number}` : `'${updates.nameOf(missing[0])}' has no update yet`
+      throw new MuondError('FRAME_UNEXPECTED', `the service sent the receipt of step ${receipt.step}: ${what}`)
+    }
+    const lacks = step.frame && unheard(step.frame, receipt)
+    if (lacks !== undefined) {
+      const message = `the receipt of step ${step.number} ${lacks}: the step frame was lost on the way, go back to a checkpoint`
+      throw new MuondError('STEP_CONFLICT', message, { step: step.number })
+    }
+    this.#parts.connection.rest()
+    this.#settle.resolve(receipt)
+  }
+
+  #error(frame: ErrorFrame): void {
+    if (isRefusal(frame)) {
+      this.#unanswered.delete(frame.parameter)
+      this.#refused.push(frame)
+      return this.#rejectIfRefused()
+    }
+    // The `end` that crossed a refusal on its way is answered with this; the refusal says more.
+    if (this.#refused.length > 0 && frame.code === 'STEP_INCOMPLETE') return
+    this.#settle.reject(frameError(frame))
+  }
+
+  #rejectIfRefused(): void {
+    if (this.#refused.length === 0 || !this.#isSent || this.#unanswered.size > 0) return
+    const refused = this.#refused.map(({ parameter }) => this.#parts.updates.nameOf(parameter))
+    this.#settle.reject(frameError(this.#refused[0], { refused }))
+  }
+}
+
+type Refusal = ErrorFrame & { readonly parameter: number }
+
+/** An error about one gradient: its state stayed as it was, and the stream goes on. */
+function isRefusal(frame: ErrorFrame): frame is Refusal {
+  return frame.parameter !== undefined && !frame.retryable && (frame.status === 409 || frame.status === 422)
+}

@@ -1,0 +1,71 @@
+import { bytesPerElement, type Dtype, isDtype } from '../../../kernels/dtype.js'
+import type { OpenedFrame, ParameterDeclaration } from '../../wire/frame.js'
+import { MuondError } from '../error.js'
+import type { Weights } from './apply.js'
+
+/** A parameter as the trainer declares it: what `open` sends, and the array that its updates are applied to, in place. */
+export type Parameter = ParameterDeclaration & { readonly data: Weights }
+
+/** float32, or bfloat16 or float16 as raw bits, in C order. */
+export type Gradient = Float32Array | Uint16Array
+
+/** A parameter in use: `dtype` of each direction is settled, `size` is in elements. */
+export type Bound = {
+  readonly index: number
+  readonly name: string
+  readonly size: number
+  readonly data: Weights
+  readonly gradient_dtype: Dtype
+  readonly update_dtype: Dtype
+}
+
+/** What goes into the open frame. @throws MuondError SHAPE_MISMATCH when `data` does not have the elements of `shape` */
+export function declarationOf({ data, ...declaration }: Parameter): ParameterDeclaration {
+  const { name, shape } = declaration
+  const size = sizeOf(shape)
+  if (data.length === size) return declaration
+  const message = `parameter '${name}' has shape [${shape.join(', ')}], its data has ${data.length} elements, expected ${size}`
+  throw new MuondError('SHAPE_MISMATCH', message)
+}
+
+/** Joins the trainer's arrays with the service's answer, which names every dtype. */
+export function bind(parameters: readonly Parameter[], opened: OpenedFrame): readonly Bound[] {
+  return opened.parameters.map(({ index, name, shape, gradient_dtype, update_dtype }) => {
+    const data = parameters[index]?.data
+    if (data === undefined) throw new MuondError('PARAMETER_UNKNOWN', `the run has a parameter ${index} '${name}' more`)
+    return {
+      index,
+      name,
+      size: sizeOf(shape),
+      data,
+      gradient_dtype: dtype(gradient_dtype),
+      update_dtype: dtype(update_dtype),
+    }
+  })
+}
+
+function dtype(name: string): Dtype {
+  if (isDtype(name)) return name
+  throw new MuondError('DTYPE_UNSUPPORTED', `the service speaks of dtype '${name}', which this client does not know`)
+}
+
+function sizeOf(shape: readonly number[]): number {
+  return shape.reduce((product, dimension) => product * dimension, 1)
+}
+
+/**
+ * The gradient's bytes, as a view.
+ * @throws MuondError DTYPE_UNSUPPORTED (float32 is a Float32Array, the others a Uint16Array), SHAPE_MISMATCH
+ */
+export function bytesOf(gradient: Gradient, parameter: Bound): Buffer {
+  const { name, size, gradient_dtype } = parameter
+  if (gradient.BYTES_PER_ELEMENT !== bytesPerElement(gradient_dtype)) {
+    const message = `parameter '${name}' has gradient_dtype ${gradient_dtype}, the gradient is a ${gradient.constructor.name}`
+    throw new MuondError('DTYPE_UNSUPPORTED', message, { parameter: parameter.index })
+  }
+  if (gradient.length !== size) {
+    const message = `parameter '${name}' has ${size} elements, its gradient has ${gradient.length}`
+    throw new MuondError('SHAPE_MISMATCH', message, { parameter: parameter.index })
+  }
+  return Buffer.from(gradient.buffer, gradient.byteOffset, gradient.byteLength)
+}

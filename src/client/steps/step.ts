@@ -1,0 +1,60 @@
+import type { EndFrame, StepFrame } from '../../wire/frame.js'
+
+export type StepOptions = {
+  /** {group: {hyperparameter: value}}, from this step on. */
+  groups?: StepFrame['groups']
+  /** Multiplied into every gradient of this step; default 1. */
+  gradient_scale?: number
+  /** {attention: the largest softmax input of each query head over the whole batch}; left out, nothing is clipped. */
+  max_logits?: StepFrame['max_logits']
+}
+
+/**
+ * What the trainer said about one step, kept until its receipt so that all of it can be sent again. Gradients are held by
+ * reference. It grows while it is being sent: `more` tells the sender.
+ */
+export class Step {
+  readonly number: number
+  readonly frame: StepFrame | undefined
+  /** Parameter index and bytes, in the order the trainer gave them. */
+  readonly gradients: [parameter: number, bytes: Uint8Array][] = []
+  #end: EndFrame | undefined
+  readonly #parameters = new Set<number>()
+  readonly #waiting: (() => void)[] = []
+
+  constructor(number: number, options: StepOptions) {
+    this.number = number
+    const said = Object.values(options).some((value) => value !== undefined)
+    this.frame = said ? { type: 'step', step: number, ...options } : undefined
+  }
+
+  /** Set once all gradients are there. */
+  get end(): EndFrame | undefined {
+    return this.#end
+  }
+
+  has(parameter: number): boolean {
+    return this.#parameters.has(parameter)
+  }
+
+  add(parameter: number, bytes: Uint8Array): void {
+    this.#parameters.add(parameter)
+    this.gradients.push([parameter, bytes])
+    this.#grew()
+  }
+
+  finish(skipped: readonly number[]): void {
+    this.#end = { type: 'end', step: this.number, ...(skipped.length > 0 && { skipped }) }
+    this.#grew()
+  }
+
+  /** Resolves when there is another gradient, or the end. */
+  more(): Promise<void> {
+    return new Promise((resolve) => this.#waiting.push(resolve))
+  }
+
+  /** A sender whose connection is gone may be waiting beside its successor: it wakes too, fails and ends. */
+  #grew(): void {
+    for (const resolve of this.#waiting.splice(0)) resolve()
+  }
+}

@@ -1,0 +1,368 @@
+/* c8 ignore start -- needs a GPU: npm run test:gpu */
+import { fitsGemm } from '../../../kernels/cuda/gemm-plan.js'
+import { CUDA_KERNELS, MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../../kernels/cuda/source.js'
+import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
+import { kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
+import { addressOf, type Executor, type Job, type JobResult, type Need, scalarOf } from '../job.js'
+import { type Pointer, viewMemory } from '../onnx/onnxruntime.js'
+import { aligned } from '../staging.js'
+import { type Cuda, openCuda, type Stream } from './cuda.js'
+import {
+  ALIGNMENT,
+  batchesOf,
+  blocksFor,
+  checkBlocksOf,
+  type Group,
+  isMuon,
+  listsOf,
+  type MuonSpec,
+  type Piece,
+  packOf,
+  partialBytes,
+  piecesOf,
+  type Scratch,
+  scanBlocks,
+} from './cuda-layout.js'
+import { Hopper } from './hopper.js'
+import { Orthogonalizer } from './orthogonalizer.js'
+import { ScratchMemory } from './scratch-memory.js'
+
+/**
+ * `cubin` is the machine code of CUDA_SOURCE for this GPU, `hopper` that of GEMM_SOURCE where it can run, `folder` that of
+ * libonnxruntime and its CUDA provider.
+ */
+export type CudaLane = { kind: 'cuda'; folder: string; gpu: number; cubin: Uint8Array; hopper?: Uint8Array }
+
+/** One job with its device memory. */
+type Work = {
+  job: Job
+  pieces: Piece[]
+  gradient: Pointer
+  update: Pointer
+  /** Partial sums of the scans of gradient and update, and of what must be finite. */
+  scans: Pointer
+  checks: Pointer
+  checkBlocks: number
+  result: number
+}
+
+/** One part of a job on its way; `partials` is where those of each of its groups start. */
+type Part = Piece & { work: Work; partials: Pointer[]; last: boolean }
+
+/** A group of a job, and where its first matrix's partial sums lie. */
+type Placed<G extends Group = Group> = { work: Work; group: G; partials: Pointer }
+
+/** One matrix on its way through Newton-Schulz. */
+type Matrix = Placed<Group<MuonSpec>> & { index: number }
+
+const MOST_RESULTS = 64
+// Those of struct Second in CUDA_SOURCE after the output scale; struct Momentum has MOMENTUM_SCALARS, the others kernelIo's.
+const SECOND_SCALARS = ['b_v', 'b_g']
+// What a block of second_row or second_col takes at a time.
+const LINES_PER_BLOCK = { row: THREADS / 32, col: 32 }
+
+/**
+ * Computes jobs on a GPU: gradients and updates in page-locked host memory, state in device memory. The elementwise parts
+ * are kernels of our own. The matrix products are our own too on Hopper, where lists of matrices go through them together;
+ * ONNX Runtime has them on other cards and for sides that are no multiple of 8. All of it is queued on one stream, and a
+ * list of jobs waits for it once. Which way a matrix goes depends on its shape alone. Scratch memory is set aside by `load`.
+ */
+export class CudaExecutor implements Executor {
+  readonly #cuda: Cuda
+  readonly #stream: Stream
+  /** Copies to and from the host have streams of their own: they go on while the products of other jobs are computed. */
+  readonly #copyIn: Stream
+  readonly #copyOut: Stream
+  readonly #find: (name: string) => Pointer
+  readonly #kernels = new Map<string, Pointer>()
+  readonly #orthogonalizer: Orthogonalizer
+  readonly #hopper: Hopper | undefined
+  readonly #results: { pointer: Pointer; view: DataView }
+  readonly #scratch: ScratchMemory
+  /** Partial sums of one matrix's second momentum. */
+  readonly #lineSums: Pointer
+
+  constructor({ folder, gpu, cubin, hopper }: CudaLane) {
+    this.#cuda = openCuda(gpu)
+    this.#stream = this.#cuda.createStream()
+    this.#copyIn = this.#cuda.createStream()
+    this.#copyOut = this.#cuda.createStream()
+    this.#scratch = new ScratchMemory(this.#cuda)
+    this.#lineSums = this.#cuda.allocate(MAX_BLOCKS * PARTIAL_BYTES)
+    this.#find = this.#cuda.load(cubin)
+    this.#orthogonalizer = new Orthogonalizer(folder, gpu, this.#stream)
+    this.#hopper = hopper && new Hopper(this.#cuda, this.#stream, hopper)
+    const pointer = this.#cuda.allocateHost(RESULT_BYTES * MOST_RESULTS)
+    this.#results = { pointer, view: new DataView(viewMemory(pointer, RESULT_BYTES * MOST_RESULTS).buffer) }
+  }
+
+  /** Runs every Newton-Schulz once: the first run of a size allocates, and cuBLAS chooses its kernels. */
+  load(needs: readonly Need[], scratch?: Scratch): void {
+    if (scratch) this.#setAside(scratch)
+    for (const { kernel, dims } of needs) {
+      if (kernel.kind !== 'muon') continue
+      const [rows, cols] = dims
+      const { coefficients } = kernel
+      if (this.#takesHopper(rows, cols)) this.#hopper?.run([{ rows, cols, coefficients }])
+      else this.#orthogonalizer.run(coefficients, this.#matrices(rows, cols))
+    }
+    this.#stream.synchronize()
+  }
+
+  run(jobs: readonly Job[]): JobResult[] {
+    const started = performance.now()
+    try {
+      const batches = batchesOf(this.#lay(jobs).flatMap((work) => this.#partsOf(work)))
+      this.#receive(batches[0])
+      for (const [index, batch] of batches.entries()) {
+        this.#stream.follow(this.#copyIn)
+        this.#receive(batches[index + 1] ?? [])
+        this.#compute(batch)
+        this.#send(batch)
+        for (const { work, last } of batch) if (last) this.#report(work)
+      }
+    } finally {
+      // Also after a failure: what was queued still writes into memory that the runs are about to give away.
+      for (const stream of [this.#copyIn, this.#stream, this.#copyOut]) stream.synchronize()
+    }
+    const computeSeconds = (performance.now() - started) / 1000 / jobs.length
+    return jobs.map((job, index) => ({ ...this.#judge(job, index), computeSeconds }))
+  }
+
+  forget(): void {}
+
+  close(): void {
+    this.#stream.synchronize()
+    this.#orthogonalizer.close()
+    this.#hopper?.close()
+    this.#scratch.free()
+    this.#cuda.free(this.#lineSums)
+    this.#cuda.freeHost(this.#results.pointer)
+    for (const stream of [this.#copyIn, this.#stream, this.#copyOut]) stream.destroy()
+  }
+
+  // Lists that are built know where their matrices lie.
+  #setAside(scratch: Scratch): void {
+    if (!this.#scratch.growTo(scratch, () => this.#stream.synchronize())) return
+    this.#hopper?.moveTo(this.#scratch.start('products'))
+  }
+
+  /** Gives every job its places in scratch memory. */
+  #lay(jobs: readonly Job[]): Work[] {
+    if (jobs.length > MOST_RESULTS) throw new Error(`${jobs.length} jobs at once, at most ${MOST_RESULTS}`)
+    const take = this.#scratch.dealer()
+    return jobs.map((job, result) => {
+      const pieces = piecesOf(job.plan)
+      const checkBlocks = checkBlocksOf(pieces)
+      const scans = take('partials', partialBytes(checkBlocks))
+      const place = (name: 'gradient' | 'update') =>
+        job[name].block.resident ? addressOf(job[name]) : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
+      const checks = scans + BigInt(2 * MAX_BLOCKS * PARTIAL_BYTES)
+      return { job, pieces, gradient: place('gradient'), update: place('update'), scans, checks, checkBlocks, result }
+    })
+  }
+
+  #partsOf(work: Work): Part[] {
+    let at = work.checks
+    return work.pieces.map((piece, index) => {
+      const partials = piece.groups.map((group) => {
+        const start = at
+        at += BigInt(group.count * blocksFor(group) * PARTIAL_BYTES)
+        return start
+      })
+      return { ...piece, work, partials, last: index === work.pieces.length - 1 }
+    })
+  }
+
+  /** The gradients' way to the device. */
+  #receive(batch: readonly Part[]): void {
+    for (const { work, offset, elements } of batch) {
+      const { job, gradient } = work
+      if (job.gradient.block.resident) continue
+      const size = bytesPerElement(job.plan.kernel.gradient_dtype)
+      const from = addressOf(job.gradient) + BigInt(offset * size)
+      this.#copyIn.copy(gradient + BigInt(offset * size), from, elements * size)
+    }
+  }
+
+  #compute(batch: readonly Part[]): void {
+    const placed = batch.flatMap(({ work, groups, partials }) =>
+      groups.map((group, i): Placed => ({ work, group, partials: partials[i] })),
+    )
+    for (const one of placed) if (!isMatrices(one)) this.#elementwise(one)
+    const matrices = placed.filter(isMatrices)
+    for (const one of matrices) this.#momentum(one)
+    this.#orthogonalize(matrices.flatMap(matricesOf))
+  }
+
+  /** The updates' way back. */
+  #send(batch: readonly Part[]): void {
+    this.#copyOut.follow(this.#stream)
+    for (const { work, offset, elements } of batch) {
+      const { job, update } = work
+      if (job.update.block.resident) continue
+      const size = bytesPerElement(job.plan.kernel.update_dtype)
+      const to = addressOf(job.update) + BigInt(offset * size)
+      this.#copyOut.copy(to, update + BigInt(offset * size), elements * size)
+    }
+  }
+
+  /** What the gradient and the update say as a whole. */
+  #report({ job, gradient, update, scans, checks, checkBlocks, result }: Work): void {
+    const updateScans = scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
+    const { gradient_dtype, update_dtype } = job.plan.kernel
+    this.#scan(gradient, { bytes: job.gradient.bytes, dtype: gradient_dtype, partials: scans })
+    this.#scan(update, { bytes: job.update.bytes, dtype: update_dtype, partials: updateScans })
+    this.#launch(CUDA_KERNELS.collect(), { x: 1 }, [
+      ...[scans, BigInt(scanBlocks(job.gradient.bytes)), BigInt(job.gradient.bytes)],
+      ...[updateScans, BigInt(scanBlocks(job.update.bytes)), BigInt(job.update.bytes)],
+      ...[checks, BigInt(checkBlocks), this.#results.pointer + BigInt(result * RESULT_BYTES)],
+    ])
+  }
+
+  #judge({ expected }: Job, index: number): Omit<JobResult, 'computeSeconds'> {
+    const { view } = this.#results
+    const at = index * RESULT_BYTES
+    const result = {
+      gradientFingerprint: view.getBigUint64(at, true),
+      updateFingerprint: view.getBigUint64(at + 8, true),
+      gradientSquare: view.getFloat64(at + 16, true),
+      updateSquare: view.getFloat64(at + 24, true),
+    }
+    if (expected !== undefined && expected !== result.gradientFingerprint)
+      return { ...result, outcome: 'other_gradient' }
+    const finite = [result.gradientSquare, result.updateSquare, view.getFloat64(at + 32, true)].every(Number.isFinite)
+    return { ...result, outcome: finite ? 'computed' : 'not_finite' }
+  }
+
+  #elementwise({ work, group, partials }: Placed): void {
+    const { job, gradient, update } = work
+    const { gradient_dtype, update_dtype } = group.spec
+    const state = job.next.map((_, i) => job.state?.[i] ?? 0n)
+    const first = { group, index: 0 }
+    this.#launch(CUDA_KERNELS.elementwise(group.spec), { x: blocksFor(group) }, [
+      at(first, gradient, gradient_dtype),
+      ...[...state, ...job.next].map((pointer) => pointer && at(first, pointer, 'float32')),
+      ...[at(first, update, update_dtype), BigInt(group.rows * group.cols)],
+      ...[...kernelIo(group.spec).scalars.map((name) => scalarOf(job, name)), partials],
+    ])
+  }
+
+  #momentum({ work, group, partials }: Placed<Group<MuonSpec>>): void {
+    const { job, gradient } = work
+    const { gradient_dtype, momentum_dtype = 'float32' } = group.spec
+    const first = { group, index: 0 }
+    const buffer = job.state?.[0] ?? 0n
+    this.#launch(CUDA_KERNELS.momentum(group.spec, packOf(group) > 1), { x: blocksFor(group), y: group.count }, [
+      ...[at(first, gradient, gradient_dtype), buffer && at(first, buffer, momentum_dtype)],
+      ...[at(first, job.next[0], momentum_dtype), packsOf(group)],
+      ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), partials],
+    ])
+  }
+
+  #orthogonalize(matrices: readonly Matrix[]): void {
+    const together = matrices.filter(({ group }) => this.#takesHopper(group.rows, group.cols))
+    const alone = matrices.filter(({ group }) => !this.#takesHopper(group.rows, group.cols))
+    for (const matrix of alone) this.#orthogonalizeAlone(matrix)
+    for (const list of listsOf(together)) this.#orthogonalizeTogether(list)
+  }
+
+  #takesHopper(rows: number, cols: number): boolean {
+    return this.#hopper !== undefined && fitsGemm(rows, cols)
+  }
+
+  #orthogonalizeAlone(matrix: Matrix): void {
+    const { rows, cols, spec } = matrix.group
+    const memory = this.#matrices(rows, cols)
+    const { input_scale, output_scale } = this.#orthogonalizer.scales(spec.coefficients, memory)
+    this.#normalize(matrix, memory.x, input_scale)
+    this.#orthogonalizer.run(spec.coefficients, memory)
+    this.#finish(matrix, memory.o, output_scale)
+  }
+
+  #orthogonalizeTogether(matrices: readonly Matrix[]): void {
+    if (!this.#hopper) return
+    const list = matrices.map(({ group }) => ({
+      rows: group.rows,
+      cols: group.cols,
+      coefficients: group.spec.coefficients,
+    }))
+    const places = this.#hopper.places(list)
+    for (const [i, matrix] of matrices.entries()) this.#normalize(matrix, places[i].x, 1)
+    this.#hopper.run(list)
+    for (const [i, matrix] of matrices.entries()) this.#finish(matrix, places[i].o, 1)
+  }
+
+  #normalize(matrix: Matrix, x: Pointer, input_scale: number): void {
+    const { work, group, index, partials } = matrix
+    const { job, gradient } = work
+    const { gradient_dtype, momentum_dtype = 'float32' } = group.spec
+    const blocks = blocksFor(group)
+    this.#launch(CUDA_KERNELS.normalize(group.spec, packOf(group) > 1), { x: blocks }, [
+      ...[at(matrix, gradient, gradient_dtype), at(matrix, job.next[0], momentum_dtype), x, packsOf(group)],
+      ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), scalarOf(job, 'eps'), input_scale],
+      ...[partials + BigInt(index * blocks * PARTIAL_BYTES), BigInt(blocks)],
+    ])
+  }
+
+  #finish(matrix: Matrix, o: Pointer, output_scale: number): void {
+    const { work, group } = matrix
+    const { update_dtype, second_momentum } = group.spec
+    if (second_momentum) return this.#even(matrix, o, { output_scale, per: second_momentum })
+    this.#launch(CUDA_KERNELS.finish(update_dtype, packOf(group) > 1), { x: blocksFor(group) }, [
+      ...[o, at(matrix, work.update, update_dtype), packsOf(group), group.factor * output_scale],
+    ])
+  }
+
+  /** NorMuon: the second momentum of one matrix, and its update. */
+  #even(matrix: Matrix, o: Pointer, { output_scale, per }: { output_scale: number; per: 'row' | 'col' }): void {
+    const { work, group, index } = matrix
+    const { rows, cols, spec } = group
+    const { state, next } = work.job
+    const offset = BigInt((group.lines + index * Math.max(rows, cols)) * bytesPerElement('float32'))
+    const blocks = Math.min(MAX_BLOCKS, Math.ceil(Math.max(rows, cols) / LINES_PER_BLOCK[per]))
+    this.#launch(CUDA_KERNELS.second(per), { x: blocks }, [
+      ...[o, state ? state[1] + offset : 0n, next[1] + offset, BigInt(rows), BigInt(cols), output_scale],
+      ...[...SECOND_SCALARS.map((name) => scalarOf(work.job, name)), this.#lineSums],
+    ])
+    this.#launch(CUDA_KERNELS.even(spec.update_dtype, packOf(group) > 1), { x: blocksFor(group) }, [
+      ...[o, at(matrix, work.update, spec.update_dtype), packsOf(group), group.factor * output_scale],
+      ...[next[1] + offset, BigInt(cols), per === 'row' ? 1n : 0n, this.#lineSums, BigInt(blocks)],
+    ])
+  }
+
+  #scan(pointer: Pointer, { bytes, dtype, partials }: { bytes: number; dtype: Dtype; partials: Pointer }): void {
+    this.#launch(CUDA_KERNELS.scan(dtype), { x: scanBlocks(bytes) }, [pointer, BigInt(bytes), partials])
+  }
+
+  #launch(name: string, grid: { x: number; y?: number }, parameters: readonly (bigint | number)[]): void {
+    const kernel = this.#kernels.get(name) ?? this.#find(name)
+    this.#kernels.set(name, kernel)
+    this.#stream.launch(kernel, { ...grid, threads: THREADS }, parameters)
+  }
+
+  /** Scratch for one matrix before and after its orthogonalization by ONNX Runtime. */
+  #matrices(rows: number, cols: number): { x: Pointer; o: Pointer; rows: number; cols: number } {
+    const bytes = aligned(rows * cols * bytesPerElement('float16'), ALIGNMENT)
+    const take = this.#scratch.dealer()
+    return { x: take('products', bytes), o: take('products', bytes), rows, cols }
+  }
+}
+
+function isMatrices(placed: Placed): placed is Placed<Group<MuonSpec>> {
+  return isMuon(placed.group)
+}
+
+function matricesOf(placed: Placed<Group<MuonSpec>>): Matrix[] {
+  return Array.from({ length: placed.group.count }, (_, index) => ({ ...placed, index }))
+}
+
+/** Where a matrix lies in a tensor of its parameter. */
+function at({ group, index }: Pick<Matrix, 'index'> & { group: Group }, base: Pointer, dtype: Dtype): Pointer {
+  return base + BigInt((group.offset + index * group.rows * group.cols) * bytesPerElement(dtype))
+}
+
+function packsOf(group: Group): bigint {
+  return BigInt((group.rows * group.cols) / packOf(group))
+}
+/* c8 ignore stop */

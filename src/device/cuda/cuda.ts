@@ -1,0 +1,341 @@
+import koffi from 'koffi'
+import { GEMM_MAP, GEMM_MAP_BYTES } from '../../../kernels/cuda/gemm.js'
+import type { Pointer } from '../onnx/onnxruntime.js'
+
+/** A failed call of the CUDA driver or of NVRTC, with the name that CUDA gives the error. */
+export class CudaError extends Error {}
+
+/** One GPU through the CUDA driver API, in its primary context (the one that ONNX Runtime uses). Every failing call throws CudaError. */
+export type Cuda = {
+  name: string
+  /** Such as `9.0`. */
+  computeCapability: string
+  multiprocessors: number
+  memory(): { free: number; total: number }
+  allocate(bytes: number): Pointer
+  free(pointer: Pointer): void
+  /** Page-locked host memory that every GPU may read and write. */
+  allocateHost(bytes: number): Pointer
+  freeHost(pointer: Pointer): void
+  /** Copies synchronously. */
+  read(target: Uint8Array, source: Pointer): void
+  createStream(): Stream
+  /** Lets a kernel be launched with so much dynamic shared memory. */
+  allowSharedMemory(kernel: Pointer, bytes: number): void
+  /** What the copy engine needs to know of a matrix, 128 bytes for device memory. */
+  encodeTensorMap(matrix: TensorMap): Uint8Array
+  /** Loads machine code into this GPU; what it answers finds a kernel by its name. */
+  load(cubin: Uint8Array): (name: string) => Pointer
+}
+
+/** A queue of work on one GPU; the calls return before the work is done. Used by one thread only. */
+export type Stream = {
+  pointer: Pointer
+  /** From host to device or back; asynchronous where the host memory is page-locked. */
+  copy(to: Pointer, from: Pointer, bytes: number): void
+  /** From memory of JavaScript's own, which may change again when this returns. */
+  upload(to: Pointer, bytes: Uint8Array): void
+  /** Sets bytes of device memory to zero. */
+  clear(pointer: Pointer, bytes: number): void
+  /** Every argument takes 8 bytes: a bigint is a pointer or a u64, a number is a double. */
+  launch(kernel: Pointer, grid: Grid, parameters: readonly (bigint | number)[]): void
+  /** Has what is queued from here on wait for all that `other` has queued so far, without the host's waiting. */
+  follow(other: Stream): void
+  /** Waits until everything before is done; throws what any of it failed with. */
+  synchronize(): void
+  destroy(): void
+}
+
+/** `shared` is dynamic shared memory in bytes. */
+export type Grid = { x: number; y?: number; threads: number; shared?: number }
+
+/** A float16 matrix in device memory, row-major, `cols` a multiple of 8; GEMM_MAP says how it is cut. */
+export type TensorMap = { pointer: Pointer; rows: number; cols: number }
+
+const DRIVER = {
+  cuInit: ['uint'],
+  cuDriverGetVersion: ['_Out_ int *'],
+  cuDeviceGetCount: ['_Out_ int *'],
+  cuDeviceGet: ['_Out_ int *', 'int'],
+  cuDeviceGetName: ['void *', 'int', 'int'],
+  cuDeviceGetAttribute: ['_Out_ int *', 'int', 'int'],
+  cuDevicePrimaryCtxRetain: ['_Out_ void **', 'int'],
+  cuCtxSetCurrent: ['void *'],
+  cuMemGetInfo_v2: ['_Out_ size_t *', '_Out_ size_t *'],
+  cuMemAlloc_v2: ['_Out_ void **', 'size_t'],
+  cuMemFree_v2: ['void *'],
+  cuMemHostAlloc: ['_Out_ void **', 'size_t', 'uint'],
+  cuMemFreeHost: ['void *'],
+  cuMemcpy: ['void *', 'void *', 'size_t'],
+  cuMemcpyAsync: ['void *', 'void *', 'size_t', 'void *'],
+  cuMemsetD8Async: ['void *', 'uchar', 'size_t', 'void *'],
+  cuStreamCreate: ['_Out_ void **', 'uint'],
+  cuStreamDestroy_v2: ['void *'],
+  cuStreamSynchronize: ['void *'],
+  cuEventCreate: ['_Out_ void **', 'uint'],
+  cuEventRecord: ['void *', 'void *'],
+  cuEventDestroy_v2: ['void *'],
+  cuStreamWaitEvent: ['void *', 'void *', 'uint'],
+  cuModuleLoadData: ['_Out_ void **', 'void *'],
+  cuModuleGetFunction: ['_Out_ void **', 'void *', 'const char *'],
+  cuLaunchKernel: [
+    ...['void *', 'uint', 'uint', 'uint', 'uint', 'uint', 'uint', 'uint'],
+    ...['void *', 'void *', 'void *'],
+  ],
+  cuFuncSetAttribute: ['void *', 'int', 'int'],
+  cuTensorMapEncodeTiled: [
+    ...['void *', 'int', 'uint', 'void *', 'void *', 'void *', 'void *', 'void *'],
+    ...['int', 'int', 'int', 'int'],
+  ],
+  cuGetErrorName: ['int', '_Out_ const char **'],
+} as const satisfies Record<string, readonly string[]>
+
+const NVRTC = {
+  nvrtcCreateProgram: ['_Out_ void **', 'const char *', 'const char *', 'int', 'void *', 'void *'],
+  nvrtcDestroyProgram: ['void *'],
+  nvrtcCompileProgram: ['void *', 'int', 'void *'],
+  nvrtcGetProgramLogSize: ['void *', '_Out_ size_t *'],
+  nvrtcGetProgramLog: ['void *', 'void *'],
+  nvrtcGetCUBINSize: ['void *', '_Out_ size_t *'],
+  nvrtcGetCUBIN: ['void *', 'void *'],
+} as const satisfies Record<string, readonly string[]>
+
+const MULTIPROCESSOR_COUNT = 16
+const COMPUTE_CAPABILITY_MAJOR = 75
+const COMPUTE_CAPABILITY_MINOR = 76
+const MAX_DYNAMIC_SHARED_SIZE = 8
+const NON_BLOCKING = 1
+const WITHOUT_TIMING = 2
+const PORTABLE = 1
+const MAX_PARAMETERS = 32
+
+type Call<Names extends string> = (name: Names, ...parameters: unknown[]) => void
+type DriverCall = Call<keyof typeof DRIVER>
+
+// koffi unloads a library whose handle was collected as garbage.
+const loaded: unknown[] = []
+
+type Library = readonly [file: string, source: string]
+
+// What ONNX Runtime's CUDA provider is linked to, and what ships it.
+const LIBRARIES: readonly Library[] = [
+  ['libcuda.so.1', 'the NVIDIA driver'],
+  ['libcudart.so.13', 'CUDA 13, nvidia-cuda-runtime on PyPI'],
+  ['libcublas.so.13', 'CUDA 13, nvidia-cublas on PyPI'],
+  ['libcublasLt.so.13', 'CUDA 13, nvidia-cublas on PyPI'],
+  ['libcurand.so.10', 'CUDA 13, nvidia-curand on PyPI'],
+]
+const NVRTC_LIBRARY: Library = ['libnvrtc.so.13', 'CUDA 13, nvidia-cuda-nvrtc on PyPI']
+
+/** Which libraries cannot be loaded, each with the reason and what brings it. LD_LIBRARY_PATH names their folders. */
+export function missingLibraries(): string[] {
+  /* c8 ignore next -- one that is there needs CUDA's libraries: npm run test:gpu */
+  return LIBRARIES.flatMap((library) => missing(library) ?? [])
+}
+
+/* c8 ignore next 4 -- asked where CUDA's libraries are: npm run test:gpu */
+/** Why the compiler for kernels of our own cannot be loaded; undefined where it can. */
+export function missingCompiler(): string | undefined {
+  return missing(NVRTC_LIBRARY)
+}
+
+function missing([file, source]: Library): string | undefined {
+  try {
+    loaded.push(koffi.load(file))
+    /* c8 ignore next -- needs CUDA's libraries: npm run test:gpu */
+    return undefined
+  } catch (error) {
+    return `${file} cannot be loaded (it comes with ${source}): ${error}`
+  }
+}
+
+/* c8 ignore start -- needs a GPU: npm run test:gpu */
+/** Which GPU driver libcuda belongs to, such as 13000 for CUDA 13.0; throws where there is no driver. */
+export function driverVersion(): number {
+  return number(openDriver(), 'cuDriverGetVersion')
+}
+
+/** How many GPUs there are. */
+export function deviceCount(): number {
+  return number(openDriver(), 'cuDeviceGetCount')
+}
+
+/** Opens the GPU with this index. */
+export function openCuda(index: number): Cuda {
+  const call = openDriver()
+  const device = number(call, 'cuDeviceGet', index)
+  const context = pointer(call, 'cuDevicePrimaryCtxRetain', device)
+  // The current context belongs to the thread, and the event loop's thread serves several GPUs.
+  const here: DriverCall = (name, ...parameters) => {
+    call('cuCtxSetCurrent', context)
+    call(name, ...parameters)
+  }
+  const attribute = (which: number) => number(call, 'cuDeviceGetAttribute', which, device)
+  const computeCapability = `${attribute(COMPUTE_CAPABILITY_MAJOR)}.${attribute(COMPUTE_CAPABILITY_MINOR)}`
+  return {
+    name: deviceName(call, device),
+    computeCapability,
+    multiprocessors: attribute(MULTIPROCESSOR_COUNT),
+    memory: () => memory(here),
+    allocate: (bytes) => pointer(here, 'cuMemAlloc_v2', bytes),
+    free: (address) => here('cuMemFree_v2', address),
+    allocateHost: (bytes) => {
+      const slot: [Pointer] = [0n]
+      here('cuMemHostAlloc', slot, bytes, PORTABLE)
+      return slot[0]
+    },
+    freeHost: (address) => here('cuMemFreeHost', address),
+    read: (target, source) => here('cuMemcpy', target, source, target.byteLength),
+    createStream: () => createStream(here),
+    allowSharedMemory: (kernel, bytes) => here('cuFuncSetAttribute', kernel, MAX_DYNAMIC_SHARED_SIZE, bytes),
+    encodeTensorMap: (matrix) => encodeTensorMap(here, matrix),
+    load: (cubin) => {
+      const module = pointer(here, 'cuModuleLoadData', cubin)
+      return (name) => pointer(here, 'cuModuleGetFunction', module, name)
+    },
+  }
+}
+
+/** The machine code of CUDA C++ `source`; throws CudaError with the compiler's log. Needs no GPU. */
+export function compileCuda(source: string, options: readonly string[]): Uint8Array {
+  const call = openNvrtc()
+  const program = pointer(call, 'nvrtcCreateProgram', source, 'muond.cu', 0, null, null)
+  try {
+    const texts = options.map((option) => Buffer.from(`${option}\0`))
+    const list = BigUint64Array.from(texts, (text) => koffi.address(text))
+    try {
+      call('nvrtcCompileProgram', program, options.length, list)
+    } catch (error) {
+      const log = nvrtcBytes(call, program, 'ProgramLog')
+      throw new CudaError(`${error instanceof Error ? error.message : error}: ${Buffer.from(log).toString()}`)
+    }
+    return nvrtcBytes(call, program, 'CUBIN')
+  } finally {
+    call('nvrtcDestroyProgram', BigUint64Array.of(program))
+  }
+}
+
+function createStream(call: DriverCall): Stream {
+  const stream = pointer(call, 'cuStreamCreate', NON_BLOCKING)
+  // A wait takes what the event was recorded for at that moment, so one event serves all of them.
+  const event = pointer(call, 'cuEventCreate', WITHOUT_TIMING)
+  // Launches copy their parameters, so one buffer serves all of them. The list that points to it never changes.
+  const buffer = koffi.alloc('uint64_t', MAX_PARAMETERS)
+  const size = koffi.alloc('uint64_t', 1)
+  const values = new DataView(koffi.view(buffer, MAX_PARAMETERS * 8))
+  const sizes = new DataView(koffi.view(size, 8))
+  const extra = BigUint64Array.of(1n, koffi.address(buffer), 2n, koffi.address(size), 0n)
+  return {
+    pointer: stream,
+    copy: (to, from, bytes) => call('cuMemcpyAsync', to, from, bytes, stream),
+    upload: (to, bytes) => call('cuMemcpyAsync', to, bytes, bytes.length, stream),
+    clear: (address, bytes) => call('cuMemsetD8Async', address, 0, bytes, stream),
+    launch: (kernel, { x, y = 1, threads, shared = 0 }, parameters) => {
+      for (const [index, value] of parameters.entries()) {
+        if (typeof value === 'bigint') values.setBigUint64(index * 8, value, true)
+        else values.setFloat64(index * 8, value, true)
+      }
+      sizes.setBigUint64(0, BigInt(parameters.length * 8), true)
+      call('cuLaunchKernel', kernel, x, y, 1, threads, 1, 1, shared, stream, null, extra)
+    },
+    follow: (other) => {
+      call('cuEventRecord', event, other.pointer)
+      call('cuStreamWaitEvent', stream, event, 0)
+    },
+    synchronize: () => call('cuStreamSynchronize', stream),
+    destroy: () => {
+      call('cuEventDestroy_v2', event)
+      call('cuStreamDestroy_v2', stream)
+      koffi.free(buffer)
+      koffi.free(size)
+    },
+  }
+}
+
+// A tensor map is written where a multiple of 64 bytes is.
+const MAP_ALIGNMENT = 64
+
+function encodeTensorMap(call: DriverCall, { pointer: address, rows, cols }: TensorMap): Uint8Array {
+  const { dataType, box, interleave, swizzle, l2Promotion, fill } = GEMM_MAP
+  const memory = koffi.alloc('uint8_t', GEMM_MAP_BYTES + MAP_ALIGNMENT)
+  const start = koffi.address(memory)
+  const skip = Number(-start & BigInt(MAP_ALIGNMENT - 1))
+  const sizes = [BigUint64Array.of(BigInt(cols), BigInt(rows)), BigUint64Array.of(BigInt(cols * 2))]
+  const steps = [Uint32Array.from(box), Uint32Array.of(1, 1)]
+  const how = [interleave, swizzle, l2Promotion, fill]
+  try {
+    call('cuTensorMapEncodeTiled', start + BigInt(skip), dataType, 2, address, ...sizes, ...steps, ...how)
+    return new Uint8Array(koffi.view(memory, GEMM_MAP_BYTES + MAP_ALIGNMENT)).slice(skip, skip + GEMM_MAP_BYTES)
+  } finally {
+    koffi.free(memory)
+  }
+}
+
+function memory(call: DriverCall): { free: number; total: number } {
+  const free: [number] = [0]
+  const total: [number] = [0]
+  call('cuMemGetInfo_v2', free, total)
+  return { free: free[0], total: total[0] }
+}
+
+function deviceName(call: DriverCall, device: number): string {
+  const text = Buffer.alloc(256)
+  call('cuDeviceGetName', text, text.length, device)
+  return text.subarray(0, text.indexOf(0)).toString()
+}
+
+let driver: DriverCall | undefined
+let nvrtc: Call<keyof typeof NVRTC> | undefined
+
+function openDriver(): DriverCall {
+  if (driver) return driver
+  const functions = bind('libcuda.so.1', DRIVER)
+  const call: DriverCall = (name, ...parameters) => {
+    const code = functions[name](...parameters)
+    if (code === 0) return
+    const text: [string | null] = [null]
+    functions.cuGetErrorName(code, text)
+    throw new CudaError(`${name}: ${text[0] ?? `error ${code}`}`)
+  }
+  call('cuInit', 0)
+  driver = call
+  return call
+}
+
+function openNvrtc(): Call<keyof typeof NVRTC> {
+  if (nvrtc) return nvrtc
+  const functions = bind(NVRTC_LIBRARY[0], NVRTC)
+  nvrtc = (name, ...parameters) => {
+    const code = functions[name](...parameters)
+    if (code !== 0) throw new CudaError(`${name}: error ${code}`)
+  }
+  return nvrtc
+}
+
+function nvrtcBytes(call: Call<keyof typeof NVRTC>, program: Pointer, what: 'ProgramLog' | 'CUBIN'): Uint8Array {
+  const size: [number] = [0]
+  call(`nvrtcGet${what}Size`, program, size)
+  const bytes = new Uint8Array(size[0])
+  call(`nvrtcGet${what}`, program, bytes)
+  return bytes
+}
+
+function bind<Table extends Record<string, readonly string[]>>(file: string, table: Table) {
+  const library = koffi.load(file)
+  loaded.push(library)
+  const entries = Object.entries(table).map(([name, parameters]) => [name, library.func(name, 'int', [...parameters])])
+  return Object.fromEntries(entries) as Record<keyof Table, (...parameters: unknown[]) => number>
+}
+
+function pointer<Names extends string>(call: Call<Names>, name: Names, ...parameters: unknown[]): Pointer {
+  const slot: [Pointer] = [0n]
+  call(name, slot, ...parameters)
+  return slot[0]
+}
+
+function number<Names extends string>(call: Call<Names>, name: Names, ...parameters: unknown[]): number {
+  const slot: [number] = [0]
+  call(name, slot, ...parameters)
+  return slot[0]
+}
+/* c8 ignore stop */

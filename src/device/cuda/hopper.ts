@@ -1,0 +1,146 @@
+/* c8 ignore start -- needs a GPU: npm run test:gpu */
+
+import { GEMM_CLUSTER, GEMM_KERNEL, GEMM_SHARED_BYTES, GEMM_THREADS } from '../../../kernels/cuda/gemm.js'
+import { type GemmMatrix, planGemm } from '../../../kernels/cuda/gemm-plan.js'
+import { newtonSchulzSteps, SLOT_SQUARE, SLOT_WIDE, type Slot } from '../../../kernels/cuda/newton-schulz.js'
+import type { Triple } from '../../../kernels/orthogonalize/coefficients.js'
+import { Cache } from '../cache.js'
+import type { Pointer } from '../onnx/onnxruntime.js'
+import { aligned } from '../staging.js'
+import type { Cuda, Stream } from './cuda.js'
+import { ALIGNMENT, slotBytes } from './cuda-layout.js'
+
+/** One matrix of a list: `x` is to be written before `run`, `o` holds the result after it. */
+export type Place = { x: Pointer; o: Pointer }
+
+type Request = { rows: number; cols: number; coefficients: readonly Triple[] }
+type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
+type Program = { places: Place[]; launches: Launch[]; memory: readonly Pointer[] }
+type Addresses = { [Name in keyof Slot]: Pointer }
+
+const HALF_BYTES = 2
+// A list of another composition has another program; a training run has a few dozen.
+const MAX_PROGRAMS = 128
+// A tensor map starts on 64 bytes.
+const PART_ALIGNMENT = 64
+const SLOT_NAMES = [...SLOT_WIDE, ...SLOT_SQUARE]
+
+/**
+ * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.ts), for GPUs of compute capability 9.0.
+ * The matrices of a list lie one behind the other in memory that every list uses anew.
+ */
+export class Hopper {
+  readonly #cuda: Cuda
+  readonly #stream: Stream
+  readonly #kernel: Pointer
+  readonly #clusters: number
+  readonly #programs: Cache<Program>
+  #memory = 0n
+
+  constructor(cuda: Cuda, stream: Stream, cubin: Uint8Array) {
+    this.#cuda = cuda
+    this.#stream = stream
+    this.#kernel = cuda.load(cubin)(GEMM_KERNEL)
+    cuda.allowSharedMemory(this.#kernel, GEMM_SHARED_BYTES)
+    this.#clusters = Math.floor(cuda.multiprocessors / GEMM_CLUSTER)
+    this.#programs = new Cache(MAX_PROGRAMS, ({ memory }) => {
+      stream.synchronize()
+      for (const pointer of memory) cuda.free(pointer)
+    })
+  }
+
+  /** Has lists lie at another address. It has room for the slots of every list that comes (slotBytes). */
+  moveTo(memory: Pointer): void {
+    this.#programs.clear()
+    this.#memory = memory
+  }
+
+  /** Where the matrices of a list lie, in the list's order. */
+  places(list: readonly Request[]): Place[] {
+    return this.#program(list).places
+  }
+
+  /** Queues the products of a list whose `x` are written. */
+  run(list: readonly Request[]): void {
+    const grid = { x: this.#clusters * GEMM_CLUSTER, threads: GEMM_THREADS, shared: GEMM_SHARED_BYTES }
+    for (const { problems, tiles, rounds } of this.#program(list).launches)
+      this.#stream.launch(this.#kernel, grid, [problems, tiles, BigInt(rounds)])
+  }
+
+  close(): void {
+    this.#programs.clear()
+  }
+
+  #program(list: readonly Request[]): Program {
+    const key = list.map(({ rows, cols, coefficients }) => `${rows}x${cols} ${coefficients}`).join('|')
+    return this.#programs.get(key, () => this.#build(list))
+  }
+
+  #build(list: readonly Request[]): Program {
+    let at = this.#memory
+    const addresses = list.map(({ rows, cols }) => {
+      const slot = addressesOf(at, rows, cols)
+      at += BigInt(slotBytes(rows, cols))
+      return slot
+    })
+    const maps = this.#upload(list.flatMap((request, i) => this.#encodeMaps(request, addresses[i])))
+    const slots = list.map((request, i) => slotOf(request, maps.slice(i * SLOT_NAMES.length)))
+    const steps = slots.map((slot, i) => newtonSchulzSteps(slot, list[i].coefficients))
+    const count = Math.max(...steps.map(({ launches }) => launches.length))
+    const plans = Array.from({ length: count }, (_, i) => {
+      return planGemm(
+        steps.flatMap(({ launches }) => launches[i] ?? []),
+        this.#clusters,
+      )
+    })
+    const data = this.#upload(plans.flatMap(({ problems, tiles }) => [problems, tiles]))
+    return {
+      places: addresses.map((slot, i) => ({ x: slot.x, o: slot[steps[i].output] })),
+      launches: plans.map(({ rounds }, i) => ({ problems: data[2 * i], tiles: data[2 * i + 1], rounds })),
+      memory: [maps[0], data[0]],
+    }
+  }
+
+  #encodeMaps({ rows, cols }: Request, addresses: Addresses): Uint8Array[] {
+    return SLOT_NAMES.map((name) =>
+      this.#cuda.encodeTensorMap({ pointer: addresses[name], ...sizeOf(name, rows, cols) }),
+    )
+  }
+
+  /** Copies of the parts in device memory, one behind the other; the first one starts the allocation. */
+  #upload(parts: readonly Uint8Array[]): Pointer[] {
+    const sizes = parts.map(({ length }) => aligned(length, PART_ALIGNMENT))
+    let at = this.#cuda.allocate(sizes.reduce((sum, size) => sum + size, 0))
+    return parts.map((part, i) => {
+      const pointer = at
+      this.#stream.upload(pointer, part)
+      at += BigInt(sizes[i])
+      return pointer
+    })
+  }
+}
+
+function sizeOf(name: keyof Slot, rows: number, cols: number): { rows: number; cols: number } {
+  const side = Math.min(rows, cols)
+  return SLOT_WIDE.some((wide) => wide === name) ? { rows, cols } : { rows: side, cols: side }
+}
+
+function addressesOf(start: Pointer, rows: number, cols: number): Addresses {
+  let at = start
+  const entries = SLOT_NAMES.map((name): [string, Pointer] => {
+    const pointer = at
+    const size = sizeOf(name, rows, cols)
+    at += BigInt(aligned(size.rows * size.cols * HALF_BYTES, ALIGNMENT))
+    return [name, pointer]
+  })
+  return Object.fromEntries(entries) as Addresses
+}
+
+function slotOf({ rows, cols }: Request, maps: readonly Pointer[]): Slot {
+  const entries = SLOT_NAMES.map((name, i): [string, GemmMatrix] => [
+    name,
+    { ...sizeOf(name, rows, cols), map: maps[i] },
+  ])
+  return Object.fromEntries(entries) as Slot
+}
+/* c8 ignore stop */

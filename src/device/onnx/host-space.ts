@@ -1,0 +1,22 @@
+import { addressOf } from '../job.js'
+import type { TensorSpace } from './onnx-executor.js'
+import type { OnnxRuntime } from './onnxruntime.js'
+
+/** Tensors in the memory that the host's bytes are in already; sessions of `threads` threads. */
+export function hostSpace(runtime: OnnxRuntime, threads: number): TensorSpace {
+  let zeros = new Uint8Array(0)
+  return {
+    target: { threads },
+    receive: addressOf,
+    updateOf: addressOf,
+    send: () => {},
+    wait: () => {},
+    // The system backs memory that nobody has written with one page of zeros. Sessions only read it.
+    zeros: (bytes) => {
+      if (zeros.byteLength < bytes) zeros = new Uint8Array(bytes)
+      return runtime.addressOf(zeros)
+    },
+    load: () => {},
+    close: () => {},
+  }
+}

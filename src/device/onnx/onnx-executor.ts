@@ -1,0 +1,236 @@
+import { DTYPES, type Dtype } from '../../../kernels/dtype.js'
+import { buildKernel, type KernelSpec, kernelIo, kernelKey, type StateIo } from '../../../kernels/kernel.js'
+import type { Task } from '../../optimizer/plan.js'
+import { Cache } from '../cache.js'
+import type { Scratch } from '../cuda/cuda-layout.js'
+import {
+  type Executor,
+  type HostBlock,
+  type HostRange,
+  type Job,
+  type JobResult,
+  type Need,
+  SLICE_ELEMENTS,
+  scalarOf,
+} from '../job.js'
+import { type OnnxRuntime, type Pointer, type Session, type SessionTarget, viewMemory } from './onnxruntime.js'
+import { createScanner } from './scan.js'
+
+/** Where the tensors of a lane lie while it computes. */
+export type TensorSpace = {
+  readonly target: SessionTarget
+  /** Where sessions find a gradient. */
+  receive(gradient: HostRange): Pointer
+  /** Where sessions write an update. */
+  updateOf(update: HostRange): Pointer
+  /** Returns once the host sees the update that lies there. */
+  send(update: HostRange): void
+  /** Returns once the host sees what a run has told it. */
+  wait(): void
+  /** Zeros: the state before the first step. */
+  zeros(bytes: number): Pointer
+  /** Sets memory aside. */
+  load(scratch: Scratch | undefined): void
+  close(): void
+}
+
+const FLOAT32 = DTYPES.float32
+// A step frame may change the coefficients and with them the graph: the least recently used session makes room.
+const MAX_PROGRAMS = 64
+
+/** A job, and where sessions find its gradient and write its update. */
+type Placed = Job & { memory: { gradient: Pointer; update: Pointer } }
+
+/** A kernel's session with one resident tensor for each scalar input and for each check that it answers. */
+type Program = {
+  session: Session
+  spec: KernelSpec
+  states: readonly StateIo[]
+  scalars: (Resident & { name: string })[]
+  checks: Resident[]
+}
+
+/** The part of a tensor that one run works on; `offset` in elements. */
+type Part = { dims: readonly number[]; offset: number; dtype: Dtype }
+
+/** One float32 of native memory: ONNX Runtime keeps its address, so it must never move. */
+type Resident = { value: Float32Array; tensor: Pointer; pointer: Pointer }
+
+/** Computes jobs with ONNX Runtime alone, one at a time in the calling thread; gradient and update are scanned in host memory. */
+export class OnnxExecutor implements Executor {
+  readonly #space: TensorSpace
+  readonly #runtime: OnnxRuntime
+  readonly #half: boolean
+  readonly #scanner = createScanner()
+  readonly #programs = new Cache<Program>(MAX_PROGRAMS, (program) => this.#release(program))
+  readonly #views = new Map<Pointer, Uint8Array>()
+
+  /** `half`: matrix products are of float16. */
+  constructor(runtime: OnnxRuntime, space: TensorSpace, { half }: { half: boolean }) {
+    this.#space = space
+    this.#half = half
+    this.#runtime = runtime
+  }
+
+  load(needs: readonly Need[], scratch?: Scratch): void {
+    this.#space.load(scratch)
+    for (const { kernel } of needs) this.#program(kernel)
+  }
+
+  run(jobs: readonly Job[]): JobResult[] {
+    return jobs.map((job) => this.#run(job))
+  }
+
+  #run(job: Job): JobResult {
+    const started = performance.now()
+    const gradient = this.#scanner.scan(this.#bytesOf(job.gradient), job.plan.kernel.gradient_dtype)
+    const result = {
+      gradientFingerprint: gradient.fingerprint,
+      gradientSquare: gradient.squareSum,
+      updateFingerprint: 0n,
+      updateSquare: 0,
+    }
+    const finish = (outcome: JobResult['outcome']): JobResult => {
+      return { ...result, outcome, computeSeconds: (performance.now() - started) / 1000 }
+    }
+    if (job.expected !== undefined && job.expected !== gradient.fingerprint) return finish('other_gradient')
+    if (!gradient.finite || !this.#computeTasks(job)) return finish('not_finite')
+    const update = this.#scanner.scan(this.#bytesOf(job.update), job.plan.kernel.update_dtype)
+    result.updateFingerprint = update.fingerprint
+    result.updateSquare = update.squareSum
+    return finish(update.finite ? 'computed' : 'not_finite')
+  }
+
+  /** Runs every task of the plan; false where a check says that the next state would not be finite. */
+  #computeTasks(job: Job): boolean {
+    const memory = { gradient: this.#space.receive(job.gradient), update: this.#space.updateOf(job.update) }
+    // A plan names few kernels and names them often: each is looked up once.
+    const found = new Map<KernelSpec, Program>()
+    const finite = job.plan.tasks.flatMap(slices).every((task) => {
+      const spec = task.kernel ?? job.plan.kernel
+      const known = found.get(spec) ?? this.#program(spec)
+      found.set(spec, known)
+      return this.#computeTask({ ...job, memory }, task, known)
+    })
+    if (finite) this.#space.send(job.update)
+    return finite
+  }
+
+  #computeTask(job: Placed, task: Task, { session, spec, states, scalars, checks }: Program): boolean {
+    for (const scalar of scalars) scalar.value[0] = scalarValue(job, task, scalar.name)
+    // Before anything that would have to be released if there is no memory for it.
+    const zero = job.state ? 0n : this.#space.zeros(count(task.dims) * FLOAT32.bytes)
+    const { dims, offset } = task
+    const parts = states.map((io) => statePart(task, io))
+    const gradient = this.#tensor(job.memory.gradient, { dims, offset, dtype: spec.gradient_dtype })
+    const state = parts.map((part, i) =>
+      job.state ? this.#tensor(job.state[i], part) : this.#tensor(zero, { ...part, offset: 0 }),
+    )
+    const next = parts.map((part, i) => this.#tensor(job.next[i], part))
+    const data = this.#tensor(job.memory.update, { dims, offset, dtype: spec.update_dtype })
+    try {
+      const inputs = [gradient, ...state, ...scalars.map((scalar) => scalar.tensor)]
+      this.#runtime.run(session, inputs, [...next, data, ...checks.map((check) => check.tensor)])
+      this.#space.wait()
+    } finally {
+      for (const value of [gradient, ...state, ...next, data]) this.#runtime.releaseTensor(value)
+    }
+    return checks.every((check) => Number.isFinite(check.value[0]))
+  }
+
+  get #gpu(): number | undefined {
+    const { target } = this.#space
+    /* c8 ignore next -- needs a GPU: npm run test:gpu */
+    return 'gpu' in target ? target.gpu : undefined
+  }
+
+  #tensor(base: Pointer, { dims, offset, dtype }: Part): Pointer {
+    const { bytes, onnx } = DTYPES[dtype]
+    const memory = { pointer: base + BigInt(offset * bytes), bytes: count(dims) * bytes, gpu: this.#gpu }
+    return this.#runtime.createTensor(memory, dims, onnx)
+  }
+
+  #program(spec: KernelSpec): Program {
+    return this.#programs.get(kernelKey(spec), () => this.#makeProgram(spec))
+  }
+
+  #release({ session, scalars, checks }: Program): void {
+    this.#runtime.releaseSession(session)
+    for (const { tensor, pointer } of [...scalars, ...checks]) {
+      this.#runtime.releaseTensor(tensor)
+      this.#runtime.free(pointer)
+    }
+  }
+
+  #makeProgram(spec: KernelSpec): Program {
+    const { state: states, scalars, checks } = kernelIo(spec)
+    const names = {
+      inputs: ['gradient', ...states.map(({ name }) => name), ...scalars],
+      outputs: [...states.map(({ name }) => `${name}_next`), 'data', ...checks],
+    }
+    const session = this.#runtime.createSession(buildKernel(spec, { half: this.#half }), names, this.#space.target)
+    return {
+      session,
+      spec,
+      states,
+      scalars: scalars.map((name) => ({ name, ...this.#resident([1]) })),
+      checks: checks.map(() => this.#resident([])),
+    }
+  }
+
+  #resident(dims: readonly number[]): Resident {
+    const pointer = this.#runtime.allocate(4)
+    const value = new Float32Array(viewMemory(pointer, 4).buffer)
+    return { value, pointer, tensor: this.#runtime.createTensor({ pointer, bytes: 4 }, dims, FLOAT32.onnx) }
+  }
+
+  #bytesOf({ block, offset, bytes }: HostRange): Uint8Array {
+    return this.#viewOf(block).subarray(offset, offset + bytes)
+  }
+
+  #viewOf(block: HostBlock): Uint8Array {
+    const known = this.#views.get(block.pointer)
+    if (known !== undefined) return known
+    const view = viewMemory(block.pointer, block.bytes)
+    this.#views.set(block.pointer, view)
+    return view
+  }
+
+  forget(pointer: Pointer): void {
+    this.#views.delete(pointer)
+  }
+
+  close(): void {
+    this.#programs.clear()
+    this.#space.close()
+    this.#runtime.close()
+  }
+}
+
+// Elementwise kernels go through a large tensor in slices: their intermediates then stay small and in the cache.
+function slices(task: Task): Task[] {
+  const [elements, ...rest] = task.dims
+  if (rest.length > 0 || elements <= SLICE_ELEMENTS) return [task]
+  const count = Math.ceil(elements / SLICE_ELEMENTS)
+  return Array.from({ length: count }, (_, i) => ({
+    ...task,
+    dims: [Math.min(SLICE_ELEMENTS, elements - i * SLICE_ELEMENTS)],
+    offset: task.offset + i * SLICE_ELEMENTS,
+  }))
+}
+
+/** The part of a state tensor that belongs to a task: its elements, or the numbers of its rows or columns. */
+function statePart({ dims, offset, line_offset = 0 }: Task, { dtype, per }: StateIo): Part {
+  if (per === 'element') return { dims, offset, dtype }
+  const [rows, cols] = dims
+  return { dims: per === 'row' ? [rows, 1] : [1, cols], offset: line_offset, dtype }
+}
+
+function count(dims: readonly number[]): number {
+  return dims.reduce((product, dim) => product * dim, 1)
+}
+
+function scalarValue(job: Job, task: Task, name: string): number {
+  if (name === 'output_scale' && task.output_scale !== undefined) return task.output_scale
+  return scalarOf(job, name)
+}

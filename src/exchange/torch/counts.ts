@@ -1,0 +1,33 @@
+import assert from 'node:assert'
+import type { SourceTensor, StateSource } from '../../store/checkpoint/state-source.js'
+
+/** The counts of a state's parameters, which come first, and the bytes of all else. */
+export async function readCounts({ tensors, read }: StateSource): Promise<{
+  counts: ReadonlyMap<string, number>
+  rest: AsyncGenerator<{ tensor: SourceTensor; piece: Uint8Array }>
+}> {
+  const pieces = read()
+  const names = tensors.filter(isCount).map(({ name }) => name)
+  const counts = new Map<string, number>()
+  for (const name of names) {
+    let bytes = Buffer.alloc(0)
+    while (bytes.length < BigInt64Array.BYTES_PER_ELEMENT) {
+      const { done, value } = await pieces.next()
+      assert(!done && tensors[value.tensor].name === name, `count '${name}' comes before the other tensors`)
+      bytes = Buffer.concat([bytes, value.piece])
+    }
+    counts.set(name, Number(bytes.readBigInt64LE()))
+  }
+  return { counts, rest: resolved(tensors, pieces) }
+}
+
+export function isCount({ dtype, shape }: SourceTensor): boolean {
+  return dtype === 'I64' && shape.length === 0
+}
+
+async function* resolved(
+  tensors: readonly SourceTensor[],
+  pieces: ReturnType<StateSource['read']>,
+): AsyncGenerator<{ tensor: SourceTensor; piece: Uint8Array }> {
+  for await (const { tensor, piece } of pieces) yield { tensor: tensors[tensor], piece }
+}

@@ -1,0 +1,228 @@
+import { type Config, errorText, VERSION } from '../config.js'
+import type { Device } from '../device/device.js'
+import { ServiceError } from '../errors.js'
+import type { Metrics } from '../metrics.js'
+import type { Pending } from '../run/incoming.js'
+import type { Held, Run } from '../run/run.js'
+import type { StateEntry } from '../store/checkpoint/state-files.js'
+import { stateName } from '../store/checkpoint/state-source.js'
+import { type CheckpointEntry, isCheckpointId, type RunFolder } from '../store/run-folder.js'
+import { SAFETENSORS_NAMES } from '../store/safetensors.js'
+
+/** Where events are logged. */
+export type Log = Record<'info' | 'warn' | 'error', (event: { event: string; [field: string]: unknown }) => void>
+
+export type KeeperMeans = {
+  device: Device
+  metrics: Metrics
+  log: Log
+  config: Pick<Config, 'checkpoint_steps' | 'checkpoints_kept' | 'checkpoint_file_bytes' | 'journal_bytes'>
+}
+
+/**
+ * Decides when a run's checkpoints are taken, and has them written while the next steps go on: the state is immutable, so a
+ * checkpoint is a list of references. One at a time, so that at most one older state is held.
+ */
+export class Keeper {
+  readonly folder: RunFolder
+  readonly #run: Run
+  readonly #means: KeeperMeans
+  #writing: Promise<unknown> | undefined
+  /** A checkpoint is to be taken as soon as none is being written. */
+  #due = false
+
+  constructor(run: Run, folder: RunFolder, means: KeeperMeans) {
+    this.#run = run
+    this.folder = folder
+    this.#means = means
+    run.on('receipt', () => this.#finished())
+  }
+
+  /** Whether what a checkpoint would hold is on the disk already. */
+  get upToDate(): boolean {
+    const { newest } = this.folder
+    return newest !== undefined && newest.step === this.#run.step && newest.digest === this.#run.digest
+  }
+
+  /** Takes a checkpoint as `begin` does and resolves when it is on the disk. */
+  async take(tag?: string): Promise<CheckpointEntry> {
+    return (await this.begin(tag)).written
+  }
+
+  /**
+   * Begins a checkpoint of the last finished step. Call it between two steps; it resolves when the next one may begin, which is
+   * at once unless an older checkpoint is still being written. `written` rejects with STORAGE_FAILED. Throws STEP_INCOMPLETE
+   * where a step has begun.
+   */
+  async begin(tag?: string): Promise<{ written: Promise<CheckpointEntry> }> {
+    // Looked at again here, not in a function that is awaited: of several that wait only one finds it free.
+    while (this.#writing) await this.settled()
+    const { newest } = this.folder
+    if (newest && this.upToDate)
+      return { written: tag === undefined ? Promise.resolve(newest) : this.#occupy(this.#tag(newest, tag)) }
+    this.#run.checkBetween('a checkpoint is taken between two steps')
+    return { written: this.#occupy(this.#write(tag === undefined ? [] : [tag])) }
+  }
+
+  /**
+   * Has the run go on from an import once that is on the disk, so that a crash leaves either all of it or nothing. Call it while
+   * the run is held between two steps. Rejects with STORAGE_FAILED, and nothing was imported.
+   */
+  async import(pending: Pending): Promise<CheckpointEntry> {
+    while (this.#writing) await this.settled()
+    return this.#occupy(this.#write([], pending))
+  }
+
+  /** Does something that no checkpoint may be taken beside. */
+  async alone(work: () => Promise<void>): Promise<void> {
+    while (this.#writing) await this.settled()
+    await this.#occupy(work())
+  }
+
+  /** Removes a checkpoint. Throws PARAMETER_INVALID for the newest one, from which the run goes on after a restart. */
+  remove(entry: CheckpointEntry): Promise<void> {
+    return this.alone(async () => {
+      const { checkpoint } = entry
+      if (checkpoint === this.folder.newest?.checkpoint) {
+        const message = `checkpoint '${checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
+        throw new ServiceError('PARAMETER_INVALID', message)
+      }
+      await this.folder.remove(entry).catch((error) => {
+        throw new ServiceError('STORAGE_FAILED', `checkpoint '${checkpoint}' cannot be removed: ${errorText(error)}`)
+      })
+    })
+  }
+
+  /** When nothing is being written. */
+  async settled(): Promise<void> {
+    while (this.#writing) await Promise.allSettled([this.#writing])
+  }
+
+  #finished(): void {
+    const { checkpoint_steps, journal_bytes } = this.#means.config
+    const { step, journal } = this.#run
+    this.#due ||= checkpoint_steps > 0 && step % checkpoint_steps === 0
+    this.#due ||= journal !== undefined && journal.bytes > journal_bytes
+    this.#takeDue()
+  }
+
+  #takeDue(): void {
+    const { name, step, begun } = this.#run
+    if (this.#writing || !this.#due || begun) return
+    this.#due = false
+    this.take().catch((error) => {
+      this.#means.log.warn({ event: 'checkpoint_failed', run: name, step, reason: errorText(error) })
+    })
+  }
+
+  /** Nothing else begins until `work` has ended. */
+  #occupy<T>(work: Promise<T>): Promise<T> {
+    const done = work.finally(() => {
+      this.#writing = undefined
+      this.#takeDue()
+    })
+    this.#writing = done
+    return done
+  }
+
+  async #write(tags: readonly string[], pending?: Pending): Promise<CheckpointEntry> {
+    const started = performance.now()
+    this.#due = false
+    const { device, metrics, log, config } = this.#means
+    const { record, tensors } = this.#run.snapshot(pending)
+    // Before anything is awaited: what the next step appends belongs to the next segment.
+    const rotated = this.#run.journal?.rotate(record.step + 1)
+    const held = new Map(tensors.map((tensor, i) => [i, tensor]))
+    const release = (position: number) => {
+      const one = held.get(position)
+      held.delete(position)
+      if (one) device.memory.release(one.tensor)
+    }
+    const releaseAll = () => {
+      for (const position of [...held.keys()]) release(position)
+    }
+    const entries = entriesOf(tensors)
+    const written = (position: number) => release(position - (entries.length - tensors.length))
+    const { record: signature, locations } = device
+    const file_bytes = config.checkpoint_file_bytes
+    const entry = await (rotated ?? Promise.resolve())
+      .then(() =>
+        this.folder.write(
+          { tags, server: VERSION, device: signature, record, entries, locations, file_bytes },
+          written,
+        ),
+      )
+      .catch((error) => {
+        metrics.checkpoint_failures_total.inc()
+        throw this.#failed(record.step, error)
+      })
+      .finally(releaseAll)
+    if (pending) this.#run.takeOver(pending)
+    await this.#tidy(entry, config.checkpoints_kept)
+    const seconds = (performance.now() - started) / 1000
+    metrics.checkpoint_seconds.observe(seconds)
+    metrics.checkpoint_bytes_total.inc(entry.bytes)
+    const { checkpoint, bytes } = entry
+    log.info({ event: 'checkpoint_written', run: record.run, checkpoint, bytes, seconds })
+    return entry
+  }
+
+  // What is left over takes room and nothing else: the checkpoint is whole, and the next one tries again.
+  async #tidy({ step }: CheckpointEntry, kept: number): Promise<void> {
+    try {
+      await this.#run.journal?.drop(step)
+      await this.folder.retain(kept)
+    } catch (error) {
+      this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: errorText(error) })
+    }
+  }
+
+  async #tag(entry: CheckpointEntry, tag: string): Promise<CheckpointEntry> {
+    try {
+      return await this.folder.tag(entry, tag)
+    } catch (error) {
+      throw this.#failed(entry.step, error)
+    }
+  }
+
+  #failed(step: number, error: unknown): ServiceError {
+    return new ServiceError(
+      'STORAGE_FAILED',
+      `the checkpoint of run '${this.#run.name}' at step ${step} cannot be written: ${errorText(error)}`,
+      { step },
+    )
+  }
+}
+
+const COUNT_BYTES = BigInt64Array.BYTES_PER_ELEMENT
+
+/** The step counts first: 8 bytes each keep every tensor behind them aligned. Names are those of torch's flattened optimizer state. */
+function entriesOf(tensors: readonly Held[]): StateEntry[] {
+  const counts = new Map(tensors.map(({ parameter, count }) => [parameter.name, count]))
+  return [
+    ...[...counts].map(([name, count]): StateEntry => {
+      const inline = new Uint8Array(BigInt64Array.of(BigInt(count)).buffer, 0, COUNT_BYTES)
+      return { name: stateName(name, 'step'), dtype: 'I64', shape: [], inline }
+    }),
+    ...tensors.map(({ parameter, name, dtype, shape, tensor }): StateEntry => {
+      const { unit, pointer, bytes } = tensor
+      return {
+        name: stateName(parameter.name, name),
+        dtype: SAFETENSORS_NAMES[dtype],
+        shape,
+        placed: { unit, pointer, bytes },
+      }
+    }),
+  ]
+}
+
+const TAG_CHARACTERS = 128
+
+/** Refuses a tag that is empty, too long or would name another checkpoint's id. Throws PARAMETER_INVALID. */
+export function checkTag(tag: string | undefined): string | undefined {
+  if (tag === undefined || (tag.length > 0 && tag.length <= TAG_CHARACTERS && !isCheckpointId(tag))) return tag
+  throw new ServiceError(
+    'PARAMETER_INVALID',
+    `tag is ${JSON.stringify(tag)}, expected 1 to ${TAG_CHARACTERS} characters that are no checkpoint's id`,
+  )
+}

@@ -1,0 +1,176 @@
+import assert from 'node:assert'
+import { type FileHandle, open } from 'node:fs/promises'
+import { errorText } from '../config.js'
+import type { Device } from '../device/device.js'
+import type { Tensor } from '../device/memory.js'
+import { ServiceError } from '../errors.js'
+import { type Attention, parseAttentions } from '../optimizer/attention.js'
+import { type Parameter, parseParameters } from '../optimizer/parameter.js'
+import { claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
+import type { Declaration } from '../run/declaration.js'
+import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
+import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
+import type { Run } from '../run/run.js'
+import {
+  type DeviceRecord,
+  type Manifest,
+  type RunRecord,
+  type SettingsRecord,
+  UnreadableError,
+} from '../store/checkpoint/manifest.js'
+import { stateName } from '../store/checkpoint/state-source.js'
+import type { StoredGradient, StoredStep } from '../store/journal/journal-reader.js'
+import type { RunFolder } from '../store/run-folder.js'
+import { SAFETENSORS_NAMES } from '../store/safetensors.js'
+
+/** What a checkpoint's run was declared with. */
+export function keptDeclaration(record: RunRecord): Declaration {
+  const groups = groupsOf(record.groups)
+  const parameters = parseParameters(record.parameters, groups)
+  return { groups, parameters, attentions: parseAttentions(record.attentions, parameters) }
+}
+
+type Declared = { parameters: readonly Parameter[]; attentions: readonly Attention[] }
+
+/** Holds a checkpoint's digest against what its last step was applied with, or what was imported after that. Throws UnreadableError with both. */
+export function checkDigest(record: RunRecord, declared: Declared): void {
+  const { run, step, digest, last, places, imported } = record
+  const of = (what: string, actual: string, expected: string) => {
+    if (actual !== expected)
+      throw new UnreadableError(`${what} of run '${run}' has digest ${actual}, expected ${expected}`)
+  }
+  const own = last ? stepDigest(record, last, declared) : FIRST_DIGEST
+  of(`step ${step}`, own, imported?.step_digest ?? digest)
+  if (!imported) return
+  const whole = places.map(({ count }, i) => ({ count, hashes: imported.hashes[i] }))
+  of(`the state imported after step ${step}`, importDigest(own, whole), digest)
+}
+
+function stepDigest(
+  { step, previous_digest, places }: RunRecord,
+  last: SettingsRecord,
+  { parameters, attentions }: Declared,
+): string {
+  const { max_logits } = settingsOf(last).frame
+  const claims = claimsByParameter(attentions)
+  const records = parameters.map((parameter, i) => {
+    const { applied_step, last: applied } = places[i]
+    return {
+      applied: applied && applied_step === step ? appliedOf(applied) : undefined,
+      row_scale: rowScale(parameter, claims, max_logits),
+    }
+  })
+  return nextDigest(previous_digest, step, records)
+}
+
+/** Whether what one device computed has other bits on another, and why, in words for a person. */
+export function differenceOf(wrote: DeviceRecord, now: DeviceRecord): string | undefined {
+  const key = (['kind', 'onnxruntime', 'processor', 'name'] as const).find((name) => wrote[name] !== now[name])
+  return (
+    key &&
+    `its last steps were computed on ${describe(wrote)}, here is ${describe(now)}: results may differ in their last bits`
+  )
+}
+
+function describe({ kind, name, onnxruntime, processor }: DeviceRecord): string {
+  return `${kind === 'cpu' ? `cpu ${processor}`.trim() : name} with ONNX Runtime ${onnxruntime}`
+}
+
+/**
+ * The state tensors of a checkpoint, in memory of the device; undefined for a parameter that has none yet. Every file of the
+ * checkpoint is held against its hash. Throws UnreadableError.
+ */
+export async function readTensors(
+  device: Device,
+  { folder, manifest }: { folder: RunFolder; manifest: Manifest },
+  { parameters, units }: { parameters: readonly Parameter[]; units: readonly number[] },
+): Promise<(Tensor[] | undefined)[]> {
+  const { places } = manifest
+  const tensors: (Tensor[] | undefined)[] = parameters.map(() => undefined)
+  try {
+    for (const [i, { state }] of parameters.entries()) {
+      if (places[i].count > 0) tensors[i] = state.map(({ bytes }) => device.memory.allocate(bytes, units[i]))
+    }
+    const targets = parameters.flatMap(({ name, state }, i) =>
+      (tensors[i] ?? []).map((tensor, at) => {
+        const { dtype, shape, name: kind } = state[at]
+        return [stateName(name, kind), { ...tensor, dtype: SAFETENSORS_NAMES[dtype], shape }] as const
+      }),
+    )
+    await folder.read(manifest, new Map(targets), device.locations)
+    return tensors
+  } catch (error) {
+    for (const tensor of tensors.flat()) if (tensor) device.memory.release(tensor)
+    throw error
+  }
+}
+
+/**
+ * Computes a journal's steps again, each from the gradients that it was computed from, and holds every update and digest against
+ * what was acknowledged; `elsewhere` only the gradients. Throws UnreadableError that names the record.
+ */
+export async function replay(
+  run: Run,
+  device: Device,
+  { steps, elsewhere }: { steps: readonly StoredStep[]; elsewhere: boolean },
+): Promise<void> {
+  const files = new Map<string, Promise<FileHandle>>()
+  try {
+    for (const stored of steps) {
+      run.schedule.repeat(settingsOf(stored.end.settings))
+      const done = await Promise.allSettled(
+        stored.gradients.map((gradient) => applyAgain(run, device, { gradient, files, elsewhere })),
+      )
+      const failed = done.find((result) => result.status === 'rejected')
+      if (failed) throw failed.reason
+      await named(stored.label, () => run.endAgain(stored.end))
+    }
+  } finally {
+    for (const file of files.values()) await (await file).close()
+  }
+}
+
+type Again = { gradient: StoredGradient; files: Map<string, Promise<FileHandle>>; elsewhere: boolean }
+
+async function applyAgain(run: Run, device: Device, { gradient, files, elsewhere }: Again): Promise<void> {
+  const { parameter: index, step, path, at, bytes, applied, label } = gradient
+  await named(label, async () => {
+    const parameter = run.parameter(index)
+    if (parameter.gradient_bytes !== bytes) {
+      throw new UnreadableError(
+        `the gradient of parameter '${parameter.name}' has ${bytes} bytes, expected ${parameter.gradient_bytes}`,
+      )
+    }
+    const slot = await device.staging.reserve(bytes, new AbortController().signal)
+    assert(slot, 'nothing aborts this')
+    try {
+      const range = { block: device.stagingBlock, offset: slot.offset, bytes }
+      const file = files.get(path) ?? open(path, 'r')
+      files.set(path, file)
+      await readInto(device.view(range.block).subarray(slot.offset, slot.offset + bytes), await file, at)
+      const update = await run.compute(index, step, range)
+      update?.memory.release()
+      run.acknowledge(index, applied, elsewhere)
+    } finally {
+      device.staging.release(slot)
+    }
+  })
+}
+
+/** A system reads at most 2 GiB at a time. What a file is too short for shows in the fingerprint. */
+async function readInto(target: Uint8Array, file: FileHandle, at: number): Promise<void> {
+  for (let done = 0, count = 1; done < target.length && count > 0; done += count) {
+    count = (await file.read(target, done, target.length - done, at + done)).bytesRead
+  }
+}
+
+/** What goes wrong with a record is told with its name, but for a lack of memory, which is nothing of its own. */
+async function named(label: string, work: () => Promise<void>): Promise<void> {
+  try {
+    await work()
+  } catch (error) {
+    /* c8 ignore next -- needs a device that runs out of memory in the middle of this */
+    if (error instanceof ServiceError && error.code === 'OVER_CAPACITY') throw error
+    throw new UnreadableError(`${label}: ${errorText(error)}`)
+  }
+}

@@ -1,0 +1,412 @@
+import type { Config } from '../config.js'
+import type { Device } from '../device/device.js'
+import type { Demand } from '../device/job.js'
+import { ServiceError } from '../errors.js'
+import type { Metrics } from '../metrics.js'
+import { planStep } from '../optimizer/algorithms/algorithm.js'
+import { attentionDifference, parseAttentions, rowScaleBytes } from '../optimizer/attention.js'
+import { stateBearing } from '../optimizer/hyperparameters.js'
+import { firstDifference, type Parameter, parseParameters, stateBytes } from '../optimizer/parameter.js'
+import type { Presets } from '../optimizer/preset.js'
+import { type Declaration, declarationOf, parseGroups, refuseUnsupported } from '../run/declaration.js'
+import { type Incoming, pendingImport } from '../run/incoming.js'
+import { Run, type Writer } from '../run/run.js'
+import { type Groups, groupOf } from '../run/schedule.js'
+import type { DataFolder } from '../store/data-folder.js'
+import type { OpenFrame } from '../wire/frame.js'
+import { Archive, type Kept } from './archive.js'
+import type { Keeper, Log } from './keeper.js'
+
+/** The run that an `open` gave, and whether it existed before. */
+export type Opened = { run: Run; resumed: boolean }
+
+/** What runs live on; without `data` their state ends with the process. */
+export type RunsMeans = {
+  device: Device
+  config: Config
+  presets: Presets
+  metrics: Metrics
+  log: Log
+  data: DataFolder | undefined
+}
+
+/** After which step a run goes on from imported state, with which digest, and the checkpoint that has it. */
+export type Imported = { step: number; digest: string; checkpoint?: string }
+
+/** The table of runs: it creates, finds, restores, hands over and deletes them, within the limits of the settings. */
+export class Runs {
+  draining = false
+  #restoring: Promise<void> | undefined
+  readonly #device: Device
+  readonly #config: Config
+  readonly #presets: Presets
+  readonly #log: Log
+  readonly #archive: Archive | undefined
+  #runs = new Map<string, Run>()
+  /** Runs that wait for their kernels: they count as runs already. */
+  #creating = 0
+  #turns = new Map<string, Promise<unknown>>()
+  readonly #imports = new Map<Run, Promise<unknown>>()
+  readonly #closing = new AbortController()
+
+  constructor(means: RunsMeans) {
+    const { device, config, presets, data, log } = means
+    this.#device = device
+    this.#config = config
+    this.#presets = presets
+    this.#log = log
+    const build: Runs['build'] = (...of) => this.build(...of)
+    this.#archive = data && new Archive({ ...means, data, build })
+    device.onFailure = () => this.#expelAll()
+  }
+
+  list(): Run[] {
+    return [...this.#runs.values()]
+  }
+
+  /** Runs on the disk that are not in memory, each with the reason; empty where it waits to be restored. */
+  get stored(): ReadonlyMap<string, string> {
+    return this.#archive?.stored ?? new Map()
+  }
+
+  get(name: string): Run {
+    const run = this.#runs.get(name)
+    if (run) return run
+    const problem = this.stored.get(name)
+    if (problem === '') throw new ServiceError('RESTORING', `run '${name}' waits to be restored`)
+    if (problem) throw new ServiceError('CHECKPOINT_UNREADABLE', problem)
+    throw new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'`)
+  }
+
+  /** What takes a run's checkpoints. Throws RUN_NOT_FOUND, and PARAMETER_INVALID where nothing is kept. */
+  keeper(name: string): Keeper {
+    const { name: known } = this.get(name)
+    if (this.#archive) return this.#archive.keeper(known)
+    throw new ServiceError(
+      'PARAMETER_INVALID',
+      'this service keeps no checkpoints: it was started without a data folder',
+    )
+  }
+
+  /** The last step of a run that a crash leaves. */
+  durableStep(run: Run): number {
+    if (run.journal) return run.step
+    return this.#archive?.keeper(run.name).folder.newest?.step ?? 0
+  }
+
+  /** Whether runs on the disk are still to be restored. */
+  get restoring(): boolean {
+    return this.#restoring !== undefined
+  }
+
+  /** Restores every run on the disk, one after the other; one that cannot be restored keeps no other from it. */
+  restore(): Promise<void> {
+    this.#restoring = this.#restoreAll().finally(() => {
+      this.#restoring = undefined
+    })
+    return this.#restoring
+  }
+
+  /** Opens a run for `writer`. What one name is asked for happens in the order of the calls. */
+  open(frame: OpenFrame, writer: Writer): Promise<Opened> {
+    return this.#inTurn(frame.run, () => this.#open(frame, writer))
+  }
+
+  /** Deletes a run with its state and checkpoints; its connection is closed. */
+  delete(name: string): Promise<void> {
+    return this.#inTurn(name, async () => {
+      const run = this.#runs.get(name)
+      if (!run && !this.stored.has(name)) this.get(name)
+      this.#runs.delete(name)
+      run?.writer?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
+      await run?.settled()
+      try {
+        await this.#archive?.remove(name, run)
+      } finally {
+        run?.dispose()
+      }
+    })
+  }
+
+  /** Admits a run and makes the device ready for it. */
+  async build(name: string, { groups, parameters, attentions }: Declaration, created_at?: string): Promise<Run> {
+    const runs = this.#runs.size + this.#creating
+    if (runs >= this.#config.max_runs) {
+      throw new ServiceError('OVER_CAPACITY', `the service holds ${runs} runs, at most ${this.#config.max_runs}`)
+    }
+    this.#checkFits(parameters)
+    // A slow reader may leave the row scales with their update.
+    const scales = rowScaleBytes(attentions, parameters)
+    const demands = demandsOf(parameters, groups).map((demand, index) => {
+      return {
+        ...demand,
+        update_bytes: demand.update_bytes + (scales.get(index) ?? 0),
+        held_bytes: this.#archive ? demand.state_bytes : 0,
+      }
+    })
+    const grant = this.#device.admit(demands, `run '${name}'`)
+    this.#creating += 1
+    const loaded = this.#device.load(demands).finally(() => {
+      this.#creating -= 1
+    })
+    await loaded.catch((error) => {
+      this.#device.dismiss(grant)
+      throw error
+    })
+    const { receipts_kept } = this.#config
+    return new Run(this.#device, { name, created_at, groups, parameters, attentions, grant, receipts_kept })
+  }
+
+  /**
+   * Does the `work` of an import into a run, one at a time. Throws DRAINING, and RUN_BUSY where another one is under way. A
+   * shutdown waits for it.
+   */
+  async import<T>(run: Run, work: () => Promise<T>): Promise<T> {
+    if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and imports nothing')
+    if (this.#imports.has(run))
+      throw new ServiceError('RUN_BUSY', `state is being imported into run '${run.name}' already`)
+    const importing = work()
+    this.#imports.set(run, importing)
+    try {
+      return await importing
+    } finally {
+      this.#imports.delete(run)
+    }
+  }
+
+  /**
+   * Has a run go on from state that was received for it, once that is on the disk where there is one; answers where it goes on.
+   * Throws STEP_INCOMPLETE where a step has begun, STORAGE_FAILED, and RUN_NOT_FOUND where the run is gone.
+   */
+  takeOver(run: Run, incoming: Incoming): Promise<Imported> {
+    return this.#inTurn(run.name, async () => {
+      if (this.#runs.get(run.name) !== run)
+        throw new ServiceError('RUN_NOT_FOUND', `run '${run.name}' was deleted while its state was received`)
+      return run.between('state is imported between two steps', async () => {
+        const pending = await pendingImport(this.#device, run, incoming)
+        const { step } = run
+        const { digest } = pending
+        if (!this.#archive) {
+          run.takeOver(pending)
+          return { step, digest }
+        }
+        const { checkpoint } = await this.#archive.keeper(run.name).import(pending)
+        return { step, digest, checkpoint }
+      })
+    })
+  }
+
+  /** Aborted when the service shuts down. */
+  get closing(): AbortSignal {
+    return this.#closing.signal
+  }
+
+  /** Has what is not on the disk yet taken there, for a shutdown. */
+  async checkpoint(): Promise<void> {
+    await this.#archive?.checkpointAll()
+  }
+
+  /** When everything that was begun is on the disk. No run has a connection any more. */
+  async close(): Promise<void> {
+    this.draining = true
+    this.#closing.abort()
+    await this.#restoring
+    await Promise.allSettled(this.#imports.values())
+    for (const run of this.list()) await run.settled()
+    await this.#archive?.close(this.list())
+  }
+
+  async #restoreAll(): Promise<void> {
+    for (const name of [...this.stored.keys()]) {
+      if (this.draining) return
+      await this.#inTurn(name, () => this.#find(name)).catch((error) => {
+        this.#log.error({ event: 'run_unreadable', run: name, reason: String(error) })
+      })
+    }
+  }
+
+  async #open(frame: OpenFrame, writer: Writer): Promise<Opened> {
+    const { run: name, mode, checkpoint } = frame
+    refuseUnsupported(frame, this.#archive !== undefined)
+    if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and opens no run')
+    // The runs are not gone: a service that is started again has those that are on the disk.
+    if (this.#device.failed) throw this.#deviceFailure()
+    if (checkpoint !== undefined) return { run: await this.#goBack(frame, checkpoint, writer), resumed: true }
+    const exists = this.#runs.has(name) || this.stored.has(name)
+    if (exists && mode === 'create') throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
+    const known = await this.#find(name)
+    if (!known && mode === 'resume') this.get(name)
+    if (known) return { run: await this.#resume(known, frame, writer), resumed: true }
+    return { run: await this.#create(frame, writer), resumed: false }
+  }
+
+  async #find(name: string): Promise<Run | undefined> {
+    const known = this.#runs.get(name)
+    if (known) return known
+    const restored = await this.#archive?.load(name)
+    if (restored) this.#runs.set(name, restored)
+    return restored
+  }
+
+  async #resume(run: Run, frame: OpenFrame, writer: Writer, kept?: Kept): Promise<Run> {
+    checkFree(run, frame)
+    const groups = checkSame(run, frame, this.#presets)
+    await this.#archive?.opened(run)
+    await run.attach(writer)
+    if (kept) await this.#takeBack(run, kept)
+    if (!groups) return run
+    await this.#archive?.replaced(run, groups).catch((error) => {
+      run.detach(writer)
+      throw error
+    })
+    run.schedule.replace(groups, run.ahead.length === 0)
+    return run
+  }
+
+  /** Opens a run as it was at one of its checkpoints, once nothing can be refused any more. */
+  async #goBack(frame: OpenFrame, checkpoint: string, writer: Writer): Promise<Run> {
+    const { run: name } = frame
+    const archive = this.#archive
+    const known = this.#runs.get(name)
+    if (!archive || !known) return this.#loadBack(frame, checkpoint, writer)
+    checkFree(known, frame)
+    checkSame(known, frame, this.#presets)
+    const kept = await archive.fetch(known, checkpoint)
+    try {
+      return await this.#resume(known, frame, writer, kept)
+    } finally {
+      archive.release(kept)
+    }
+  }
+
+  /** The same for a run that is on the disk only: its newest checkpoint may be the one that cannot be read. */
+  async #loadBack(frame: OpenFrame, checkpoint: string, writer: Writer): Promise<Run> {
+    const run = await this.#archive?.load(frame.run, checkpoint)
+    if (!run) return this.get(frame.run)
+    try {
+      checkSame(run, frame, this.#presets)
+      await this.#archive?.goBack(run)
+    } catch (error) {
+      await this.#drop(run)
+      throw error
+    }
+    this.#runs.set(run.name, run)
+    return this.#resume(run, frame, writer)
+  }
+
+  // What is half gone from the disk is read from there again.
+  async #takeBack(run: Run, kept: Kept): Promise<void> {
+    try {
+      await this.#archive?.goBack(run, kept)
+    } catch (error) {
+      run.writer = undefined
+      await this.#drop(run)
+      throw error
+    }
+  }
+
+  /** Lets a run go that is on the disk: the next `open` restores it. */
+  async #drop(run: Run): Promise<void> {
+    this.#runs.delete(run.name)
+    await this.#archive?.evict(run)
+    run.dispose()
+  }
+
+  async #create(frame: OpenFrame, writer: Writer): Promise<Run> {
+    const run = await this.build(frame.run, declarationOf(frame, this.#presets))
+    try {
+      await this.#archive?.create(run)
+    } catch (error) {
+      run.dispose()
+      throw error
+    }
+    this.#runs.set(run.name, run)
+    await run.attach(writer)
+    return run
+  }
+
+  #checkFits(parameters: readonly Parameter[]): void {
+    if (parameters.length > this.#config.max_parameters) {
+      throw new ServiceError(
+        'OVER_CAPACITY',
+        `a run holds at most ${this.#config.max_parameters} parameters, given are ${parameters.length}`,
+      )
+    }
+    const { staging } = this.#device
+    const large = parameters.find(({ gradient_bytes }) => !staging.fits(gradient_bytes))
+    if (!large) return
+    const needs = `a gradient of parameter '${large.name}' needs ${large.gradient_bytes} bytes of staging memory`
+    throw new ServiceError('OVER_CAPACITY', `${needs}, the arena has ${staging.capacity}`, { parameter: large.index })
+  }
+
+  async #inTurn<T>(name: string, work: () => Promise<T>): Promise<T> {
+    const before = this.#turns.get(name)
+    const turn = (before ?? Promise.resolve()).then(work)
+    const settled = turn.catch(() => undefined)
+    this.#turns.set(name, settled)
+    try {
+      return await turn
+    } finally {
+      if (this.#turns.get(name) === settled) this.#turns.delete(name)
+    }
+  }
+
+  #expelAll(): void {
+    const error = this.#deviceFailure({ close: 1011 })
+    for (const run of this.#runs.values()) run.writer?.expel(error)
+    this.#runs.clear()
+  }
+
+  #deviceFailure(fields: { close?: number } = {}): ServiceError {
+    const { backend, failed } = this.#device
+    return new ServiceError('DEVICE_FAILED', `the device ${backend.name} has failed: ${failed?.message}`, fields)
+  }
+}
+
+function checkFree(run: Run, { takeover }: OpenFrame): void {
+  if (!run.writer || takeover) return
+  throw new ServiceError(
+    'RUN_BUSY',
+    `run '${run.name}' has a connection (epoch ${run.epoch}), open it with takeover to replace that`,
+  )
+}
+
+/** Compares what a resuming `open` gives with what the run has; answers the groups to replace, if any were given. */
+function checkSame(run: Run, frame: OpenFrame, presets: Presets): Groups | undefined {
+  const existing = run.schedule.current.groups
+  const groups = frame.groups && parseGroups(frame.groups, presets)
+  if (groups) {
+    const difference = groupDifference(existing, groups)
+    if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
+  }
+  if (frame.parameters) {
+    const difference = firstDifference(run.parameters, parseParameters(frame.parameters, groups ?? existing))
+    if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
+  }
+  if (frame.attentions) {
+    const difference = attentionDifference(run.attentions, parseAttentions(frame.attentions, run.parameters))
+    if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
+  }
+  return groups
+}
+
+function groupDifference(existing: Groups, given: Groups): string | undefined {
+  for (const [name, group] of existing) {
+    const other = given.get(name)
+    if (!other) return `its group '${name}' is not given`
+    const difference = stateBearing(group, other)
+    if (difference) return `group '${name}': ${difference}`
+  }
+  for (const name of given.keys()) if (!existing.has(name)) return `it has no group '${name}'`
+  return undefined
+}
+
+/** What the device is asked for: one step of every parameter. */
+function demandsOf(parameters: readonly Parameter[], groups: Groups): Demand[] {
+  return parameters.map((parameter) => ({
+    plan: planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false }),
+    gradient_bytes: parameter.gradient_bytes,
+    update_bytes: parameter.update_bytes,
+    state_bytes: stateBytes(parameter),
+  }))
+}

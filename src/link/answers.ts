@@ -1,0 +1,102 @@
+import type { Config } from '../config.js'
+import type { Device } from '../device/device.js'
+import type { Slot } from '../device/staging.js'
+import { ServiceError } from '../errors.js'
+import type { Metrics } from '../metrics.js'
+import type { Run, ScaledUpdate } from '../run/run.js'
+import { chunksOf } from '../wire/chunks.js'
+import { encodeHeader } from '../wire/codec.js'
+import type { Sender } from './websocket/sender.js'
+
+/** What a connection works with. */
+export type Means = { config: Config; device: Device; metrics: Metrics }
+
+/** A gradient that lies whole in its slot of the staging arena. Whoever has it last releases the slot. */
+export type Gradient = { run: Run; parameter: number; step: number; slot: Slot }
+
+/** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
+export class Answers {
+  /** Bytes of gradients that are being computed and of updates that were not sent yet. */
+  bytes = 0
+  readonly #means: Means
+  readonly #sender: Sender
+  readonly #report: (error: unknown) => void
+  #outstanding = new Map<number, Promise<void>>()
+
+  /** `report` tells the client of a refusal. */
+  constructor(means: Means, sender: Sender, report: (error: unknown) => void) {
+    this.#means = means
+    this.#sender = sender
+    this.#report = report
+  }
+
+  get busy(): boolean {
+    return this.#outstanding.size > 0
+  }
+
+  /** Settles when the update of a parameter has left its memory; undefined where there is none. */
+  outstanding(parameter: number): Promise<void> | undefined {
+    return this.#outstanding.get(parameter)
+  }
+
+  async settled(): Promise<void> {
+    await Promise.all(this.#outstanding.values())
+  }
+
+  /** Takes the gradient over. */
+  begin(gradient: Gradient): void {
+    const { run, parameter, slot } = gradient
+    const bytes = slot.bytes + run.parameter(parameter).update_bytes
+    this.bytes += bytes
+    const work = this.#answer(gradient).finally(() => {
+      this.bytes -= bytes
+      this.#outstanding.delete(parameter)
+    })
+    this.#outstanding.set(parameter, work)
+  }
+
+  async #answer(gradient: Gradient): Promise<void> {
+    try {
+      const update = await this.#compute(gradient)
+      if (update) await this.#send(gradient, update).finally(update.memory.release)
+    } catch (error) {
+      countRefused(this.#means.metrics, error)
+      this.#report(error)
+    }
+  }
+
+  /** The slot is free again once nobody reads it: neither a lane nor the journal. */
+  async #compute({ run, parameter, step, slot }: Gradient): Promise<ScaledUpdate | undefined> {
+    const { stagingBlock, staging } = this.#means.device
+    const range = { block: stagingBlock, offset: slot.offset, bytes: slot.bytes }
+    const release = () => staging.release(slot)
+    const update = await run.compute(parameter, step, range).catch((error) => {
+      release()
+      throw error
+    })
+    if (update?.stored) void update.stored.then(release)
+    else release()
+    return update
+  }
+
+  async #send({ run, parameter, step }: Gradient, update: ScaledUpdate): Promise<void> {
+    const startedAt = performance.now()
+    const { device, config, metrics } = this.#means
+    const { block, offset: start, bytes } = update.memory.range
+    const payload = device.view(block).subarray(start, start + bytes)
+    const { scale, decay, row_scale, replayed, gradient_norm, update_rms } = update
+    const keys = { scale, decay, row_scale, replayed, gradient_norm, update_rms }
+    const sent = [...chunksOf(bytes, config.chunk_bytes)].map(async ({ offset, length }) => {
+      const first = offset === 0 ? keys : {}
+      const header = encodeHeader({ type: 'update', parameter, step, offset, ...first }, length)
+      const whole = await this.#sender.send({ header, payload: payload.subarray(offset, offset + length) })
+      if (whole) metrics.sent_bytes_total.inc(length)
+    })
+    await Promise.all(sent)
+    run.spend('send', (performance.now() - startedAt) / 1000)
+  }
+}
+
+export function countRefused(metrics: Metrics, error: unknown): void {
+  metrics.refused_gradients_total.inc({ code: error instanceof ServiceError ? error.code : 'INTERNAL' })
+}

@@ -1,0 +1,348 @@
+import assert from 'node:assert'
+import type { FastifyBaseLogger } from 'fastify'
+import type { RawData, WebSocket } from 'ws'
+import { VERSION } from '../config.js'
+import { type ErrorFields, ServiceError } from '../errors.js'
+import { checkTag } from '../keep/keeper.js'
+import type { Runs } from '../keep/runs.js'
+import type { Run, Writer } from '../run/run.js'
+import { decodeClientFrame, encodeFrame, type GradientHead } from '../wire/codec.js'
+import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame, StepFrame } from '../wire/frame.js'
+import { Answers, type Means } from './answers.js'
+import { Reception } from './reception.js'
+import { Sender } from './websocket/sender.js'
+import { type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
+
+export type StreamContext = Means & {
+  runs: Runs
+  log: FastifyBaseLogger
+  /** How many bytes the connection has read so far, from the socket below the WebSocket. */
+  bytesRead: () => number
+}
+
+// A peer that was told to go gets this long to take the last frames before its socket is cut.
+const GRACE_MS = 1000
+// What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
+const UNREAD_BYTES = 32 << 20
+// A pong in waiting takes far more memory than its bytes. One read of 64 KiB brings up to 10923 pings.
+const UNREAD_PONGS = 20_000
+
+/** One connection: it takes frames in their order, and ends when it should. */
+export class Stream implements Writer, GradientSink {
+  readonly #socket: WebSocket
+  readonly #context: StreamContext
+  readonly #sender: Sender
+  readonly #answers: Answers
+  readonly #reception: Reception
+  readonly #gone = new AbortController()
+  #run: Run | undefined
+  #inbox: { bytes: Uint8Array; binary: boolean }[] = []
+  #pumping = false
+  /** The step whose `step` frame was refused, until one is accepted. */
+  #refusedStep: number | undefined
+  #leaving = false
+  #draining = false
+  readonly #connectedAt = performance.now()
+  #read = { bytes: 0, at: this.#connectedAt }
+  /** Pongs that the kernel has not taken yet. */
+  #unreadPongs = 0
+  #timer: NodeJS.Timeout
+
+  constructor(socket: WebSocket, context: StreamContext) {
+    this.#socket = socket
+    this.#context = context
+    this.#sender = new Sender(socket)
+    this.#answers = new Answers(context, this.#sender, (error) => this.#report(error))
+    this.#reception = new Reception(context, {
+      gone: this.#gone.signal,
+      checkOpen: (gradient) => this.#checkOpen(gradient),
+      checkStep: (step) => this.#checkNotRefused(step),
+      outstanding: (parameter) => this.#answers.outstanding(parameter),
+      abandoned: () => this.#abandoned(),
+      complete: (gradient) => this.#answers.begin(gradient),
+    })
+    if (socket instanceof InPlaceWebSocket) socket.sink = this
+    socket.on('message', (data, binary) => this.#receive(data, binary))
+    socket.on('ping', (data) => this.#pong(data))
+    socket.on('error', (error) => this.#refuseMessage(error))
+    socket.once('close', () => this.#closed())
+    const { send_timeout_seconds, open_timeout_seconds } = context.config
+    this.#timer = setInterval(() => this.#checkProgress(), Math.min(send_timeout_seconds, open_timeout_seconds) * 250)
+    this.#timer.unref()
+  }
+
+  /** Gradient bytes that this connection has under way, and update bytes that it has not sent. */
+  get inFlightBytes(): number {
+    return this.#reception.bytes + this.#answers.bytes
+  }
+
+  fence(): void {
+    this.#leave(4409, 'another connection has taken the run over')
+  }
+
+  expel(error: ServiceError): void {
+    this.#run = undefined
+    this.#report(error)
+  }
+
+  /** Tells the client that the service shuts down; the connection ends with the step in flight. */
+  drain(deadline_seconds: number): void {
+    this.#draining = true
+    this.#send({ type: 'draining', deadline_seconds })
+    if (!this.#stepInFlight) this.#leave(1012, 'the service shuts down')
+  }
+
+  /** Where the next chunk of the gradient in reception goes. Everything else, and whatever is wrong, goes the ordinary way. */
+  destination(head: GradientHead): Uint8Array | undefined {
+    return this.#pumping || this.#leaving ? undefined : this.#reception.destination(head)
+  }
+
+  received(head: GradientHead): void {
+    this.#reception.received(head)
+  }
+
+  get #stepInFlight(): boolean {
+    return this.#reception.label !== undefined || this.#answers.busy || (this.#run?.ahead.length ?? 0) > 0
+  }
+
+  #receive(data: RawData, binary: boolean): void {
+    this.#checkUnread()
+    if (this.#leaving) return
+    assert(Buffer.isBuffer(data), 'ws gives a Buffer in its default mode; fragments were joined by it')
+    this.#inbox.push({ bytes: data, binary })
+    if (!this.#pumping) void this.#pump()
+  }
+
+  /** Handles what was received in its order. The socket is not read while a frame has to wait for something. */
+  async #pump(): Promise<void> {
+    this.#pumping = true
+    for (let message = this.#inbox.shift(); message && !this.#leaving; message = this.#inbox.shift()) {
+      try {
+        const waits = this.#handle(message.bytes, message.binary)
+        if (waits === undefined) continue
+        this.#socket.pause()
+        await waits
+      } catch (error) {
+        this.#report(error)
+      }
+    }
+    this.#pumping = false
+    this.#socket.resume()
+  }
+
+  #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {
+    if (!binary) throw new ServiceError('FRAME_MALFORMED', 'a text message, expected are binary ones', { close: 1003 })
+    const frame = this.#decode(bytes)
+    const { label } = this.#reception
+    if (label !== undefined && frame.type !== 'gradient')
+      throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' while ${label} is incomplete`)
+    if (frame.type !== 'gradient') this.#reception.forgetDropped()
+    if (frame.type === 'open') return this.#open(frame)
+    const run = this.#run
+    if (!run) throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' before a successful open`)
+    return this.#dispatch(run, frame)
+  }
+
+  // After `open` only a `step` frame can be refused by its bytes without ending the connection.
+  #decode(bytes: Uint8Array): ClientFrame {
+    try {
+      return decodeClientFrame(bytes, this.#context.config)
+    } catch (error) {
+      if (this.#run) this.#refusedStep = this.#run.step + 1
+      throw error
+    }
+  }
+
+  #dispatch(run: Run, frame: Exclude<ClientFrame, OpenFrame>): Promise<void> | undefined {
+    switch (frame.type) {
+      case 'step':
+        return this.#step(run, frame)
+      case 'gradient':
+        return this.#reception.take(run, frame)
+      case 'end':
+        return this.#end(run, frame)
+      case 'checkpoint':
+        return this.#checkpoint(run, frame)
+    }
+  }
+
+  async #open(frame: OpenFrame): Promise<void> {
+    if (this.#run)
+      throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#run.name}' already`)
+    const { config, device, log } = this.#context
+    const { run, resumed } = await this.#context.runs.open(frame, this)
+    if (this.#leaving) return run.detach(this)
+    this.#run = run
+    log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
+    const { chunk_bytes, staging_bytes, max_parameters } = config
+    const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
+    this.#send({
+      type: 'opened',
+      ...run.opened(resumed),
+      limits: { chunk_bytes, staging_bytes, max_parameters },
+      server,
+    })
+  }
+
+  #step(run: Run, frame: StepFrame): undefined {
+    this.#refusedStep = frame.step
+    run.setStep(frame)
+    this.#refusedStep = undefined
+  }
+
+  /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
+  async #checkpoint(run: Run, { tag }: CheckpointFrame): Promise<void> {
+    if (this.#answers.busy || run.ahead.length > 0) {
+      throw new ServiceError(
+        'FRAME_UNEXPECTED',
+        `a frame 'checkpoint' after gradients of step ${run.step + 1}, expected between two steps`,
+      )
+    }
+    const { written } = await this.#context.runs.keeper(run.name).begin(checkTag(tag))
+    written.then(
+      ({ checkpoint, step, digest, bytes }) => this.#send({ type: 'checkpointed', checkpoint, step, digest, bytes }),
+      (error) => this.#report(error),
+    )
+  }
+
+  // What was streamed behind a refused `step` frame must not be applied with the values that the client wanted changed.
+  #checkNotRefused(step: number): void {
+    if (this.#refusedStep !== step) return
+    throw new ServiceError('STEP_CONFLICT', `the step frame of step ${step} was refused, send it again`, { step })
+  }
+
+  #checkOpen(gradient: { parameter: number; step: number }): void {
+    if (!this.#context.runs.draining || this.#stepInFlight) return
+    throw new ServiceError('DRAINING', 'the service shuts down and begins no step', { ...gradient, close: 1012 })
+  }
+
+  /** Ends a step once all its updates were sent. The receipt is out before anything of the next step is looked at. */
+  async #end(run: Run, { step, skipped = [] }: EndFrame): Promise<void> {
+    await this.#answers.settled()
+    if (this.#leaving) return
+    this.#checkNotRefused(step)
+    const endedAt = performance.now()
+    const receipt = await run.end(step, skipped)
+    if (!receipt.replayed) this.#measure(receipt, (performance.now() - endedAt) / 1000)
+    await this.#sendSkipped(run, receipt)
+    await this.#sender.send({ header: encodeFrame(receipt) })
+    if (this.#draining) this.#leave(1012, 'the service shuts down')
+  }
+
+  /** Each waits for the one before to leave: a step may clip every parameter of a model without one gradient. */
+  async #sendSkipped(run: Run, { step, replayed }: ReceiptFrame): Promise<void> {
+    for (const { parameter, row_scale } of run.skippedRowScales()) {
+      const keys = { parameter, step, offset: 0, scale: 0, decay: 0, row_scale, replayed }
+      const sent = await this.#sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
+      if (!sent) return
+    }
+  }
+
+  #measure({ seconds, clipped_heads, max_logit, durable }: ReceiptFrame, commitSeconds: number): void {
+    const { metrics } = this.#context
+    if (durable) metrics.journal_commit_seconds.observe(commitSeconds)
+    metrics.steps_total.inc()
+    for (const count of Object.values(clipped_heads)) metrics.clipped_heads_total.inc(count)
+    if (max_logit !== undefined) metrics.max_logit.observe(max_logit)
+    for (const phase of ['receive', 'queue', 'compute', 'send'] as const) {
+      metrics.step_phase_seconds.observe({ phase }, seconds[phase])
+    }
+  }
+
+  /** Tells the client of an error. A bug of ours is logged and told as INTERNAL, without its text. */
+  #report(error: unknown): void {
+    if (this.#leaving) return
+    const { log, metrics } = this.#context
+    const known =
+      error instanceof ServiceError
+        ? error
+        : new ServiceError('INTERNAL', 'an internal error; the service has logged it')
+    if (known !== error) log.error({ event: 'internal_error', err: error })
+    else log.info({ event: 'refused', code: known.code, reason: known.message, run: this.#run?.name })
+    metrics.errors_total.inc({ code: known.code })
+    if (known.close !== undefined) this.#sender.drop()
+    this.#send(errorFrame(known))
+    if (known.close !== undefined) this.#leave(known.close, known.code)
+  }
+
+  #send(frame: Parameters<typeof encodeFrame>[0]): void {
+    void this.#sender.send({ header: encodeFrame(frame) })
+  }
+
+  // ws itself refuses what breaks the WebSocket protocol or its size limit, and closes with 1002, 1007 or 1009.
+  #refuseMessage(error: Error): void {
+    this.#context.log.info({ event: 'websocket_error', reason: error.message })
+    this.#context.metrics.errors_total.inc({
+      code: error.message.includes('size') ? 'FRAME_TOO_LARGE' : 'FRAME_MALFORMED',
+    })
+    this.#leave(1002, 'ws has sent its own code before')
+  }
+
+  /** Ends a connection that asks for more than it reads: answers would pile up without end. */
+  #checkUnread(): void {
+    const bytes = this.#socket.bufferedAmount
+    if (bytes <= UNREAD_BYTES && this.#unreadPongs <= UNREAD_PONGS) return
+    const message = `${bytes} bytes and ${this.#unreadPongs} pongs wait to be read, at most ${UNREAD_BYTES} and ${UNREAD_PONGS} may`
+    this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
+  }
+
+  // ws would answer by itself, and cut a client without a word whose pings come faster than turns of the event loop.
+  #pong(data: Buffer): void {
+    this.#checkUnread()
+    if (this.#leaving) return
+    this.#unreadPongs += 1
+    this.#socket.pong(data, false, () => {
+      this.#unreadPongs -= 1
+    })
+  }
+
+  /** Closes the connection and cuts it where the peer does not take the close. */
+  #leave(code: number, reason: string): void {
+    if (this.#leaving) return
+    this.#leaving = true
+    this.#inbox = []
+    if (code === 4409) this.#sender.drop()
+    this.#reception.abandon()
+    this.#gone.abort()
+    this.#socket.close(code, reason)
+    this.#socket.resume()
+    setTimeout(() => this.#socket.terminate(), GRACE_MS).unref()
+  }
+
+  #closed(): void {
+    clearInterval(this.#timer)
+    this.#leaving = true
+    this.#reception.abandon()
+    this.#gone.abort()
+    this.#run?.detach(this)
+  }
+
+  #abandoned(): void {
+    if (this.#socket instanceof InPlaceWebSocket) this.#socket.abandon()
+  }
+
+  /** Closes a connection that neither takes what waits for it nor sends the rest of what it began. */
+  #checkProgress(): void {
+    const bytes = this.#context.bytesRead()
+    const now = performance.now()
+    // A client that waits for the staging arena is kept from moving anything by us.
+    if (bytes !== this.#read.bytes || this.#reception.waits) this.#read = { bytes, at: now }
+    const { send_timeout_seconds, open_timeout_seconds } = this.#context.config
+    const waits = this.#sender.busy || this.#reception.label !== undefined
+    if (
+      waits &&
+      now - Math.max(this.#read.at, this.#sender.movedAt, this.#reception.startedAt) > send_timeout_seconds * 1000
+    ) {
+      const message = `no byte moved for ${send_timeout_seconds} seconds`
+      return this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
+    }
+    if (this.#run || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
+    this.#report(new ServiceError('FRAME_UNEXPECTED', `nothing was opened within ${open_timeout_seconds} seconds`))
+  }
+}
+
+function errorFrame(error: ServiceError) {
+  const { code, message, status, retryable } = error
+  const fields: ErrorFields = error.fields
+  return { type: 'error', code, message, status, retryable, ...fields } as const
+}

@@ -1,0 +1,30 @@
+import type { Laid } from '../parameter.js'
+import { type At, factors, type Plan } from '../plan.js'
+import type { Hyperparameters } from '../table.js'
+
+/**
+ * torch.optim.SGD with decoupled weight decay: B' = c_m·B + c_g·G, data = n_m·B' + n_g·G, scale = -lr.
+ * With nesterov (lr 0.7, momentum 0.9) it is the outer optimizer of DiLoCo (arXiv 2311.08105).
+ */
+export function planSgd(parameter: Laid, hyperparameters: Hyperparameters<'sgd'>, at: At): Plan {
+  const { lr, weight_decay } = hyperparameters
+  const { gradient_dtype, update_dtype, elements } = parameter
+  return {
+    kernel: { kind: 'sgd', gradient_dtype, update_dtype },
+    tasks: [{ dims: [elements], offset: 0 }],
+    scalars: momentumScalars(hyperparameters, at),
+    ...factors(lr, weight_decay),
+    rms_factor: 1,
+  }
+}
+
+/**
+ * torch starts the buffer as the bare first gradient, whatever the dampening. Without momentum it leaves the buffer alone: a
+ * schedule that turns momentum on later finds nothing of the gradients before.
+ */
+function momentumScalars({ momentum, dampening, nesterov }: Hyperparameters<'sgd'>, { step, replay }: At) {
+  if (momentum === 0) return { c_m: 1, c_g: 0, n_m: 0, n_g: 1 }
+  const [c_m, c_g] = replay ? [1, 0] : [momentum, step === 1 ? 1 : 1 - dampening]
+  const [n_m, n_g] = nesterov ? [momentum, 1] : [1, 0]
+  return { c_m, c_g, n_m, n_g }
+}

@@ -1,0 +1,313 @@
+import { createHash, type Hash } from 'node:crypto'
+import { readlinkSync } from 'node:fs'
+import { type FileHandle, mkdir, open, rm } from 'node:fs/promises'
+import { setPriority } from 'node:os'
+import { basename, dirname, join } from 'node:path'
+import { parentPort } from 'node:worker_threads'
+import { errorText } from '../../config.js'
+import { openStateAccess, type StateAccess, type StateLocation } from '../../device/state-access.js'
+import { replaceFile, syncFolder } from '../durable.js'
+import { type Header, readHeader } from '../safetensors.js'
+import { type FileRecord, type Manifest, sealManifest, UnreadableError } from './manifest.js'
+import type { Placed, StateFile } from './state-files.js'
+
+// This file is a worker thread: hashing and waiting for the disk take nothing from the event loop.
+
+/** Writes a checkpoint's folder; `manifest` lacks its files, which are known by their hashes once they are written. */
+export type WriteRequest = {
+  type: 'write'
+  id: number
+  folder: string
+  locations: readonly StateLocation[]
+  files: readonly StateFile[]
+  texts: readonly { name: string; text: string }[]
+  manifest: Omit<Manifest, 'files' | 'bytes'>
+}
+
+/** Reads a checkpoint's files into memory that is there for every tensor, and holds them against their hashes. */
+export type ReadRequest = {
+  type: 'read'
+  id: number
+  folder: string
+  locations: readonly StateLocation[]
+  files: readonly FileRecord[]
+  targets: ReadonlyMap<string, Placed & { dtype: string; shape: readonly number[] }>
+}
+
+export type ThreadRequest = WriteRequest | ReadRequest | { type: 'stop' }
+
+/** `written` is the position of a tensor, over all files, whose memory is not needed any more. */
+export type ThreadReply =
+  | { id: number; written: number }
+  | { id: number; done: Manifest | undefined }
+  | { id: number; error: string; unreadable: boolean }
+
+const PIECE_BYTES = 4 << 20
+// What the system has not written yet when it is told to; a single sync at the end would stall every other one.
+const SYNC_BYTES = 64 << 20
+
+// The steps that go on meanwhile have the processor first. Only Linux has a priority for each thread.
+const NICE = 10
+if (process.platform === 'linux') setPriority(Number(basename(readlinkSync('/proc/thread-self'))), NICE)
+
+const accesses = new Map<string, StateAccess>()
+let turn: Promise<void> = Promise.resolve()
+
+parentPort?.on('message', (request: ThreadRequest) => {
+  turn = turn.then(() => handle(request))
+})
+
+async function handle(request: ThreadRequest): Promise<void> {
+  if (request.type === 'stop') {
+    for (const access of accesses.values()) access.close()
+    parentPort?.close()
+    return
+  }
+  const { id } = request
+  try {
+    reply({ id, done: request.type === 'write' ? await write(request) : await read(request) })
+  } catch (error) {
+    reply({ id, error: errorText(error), unreadable: error instanceof UnreadableError })
+  }
+}
+
+function reply(message: ThreadReply): void {
+  parentPort?.postMessage(message)
+}
+
+function accessTo(location: StateLocation): StateAccess {
+  const key = JSON.stringify(location)
+  const access = accesses.get(key) ?? openStateAccess(location)
+  accesses.set(key, access)
+  return access
+}
+
+async function write(request: WriteRequest): Promise<Manifest> {
+  const { folder } = request
+  await mkdir(folder, { recursive: true })
+  try {
+    await syncFolder(dirname(folder))
+    return await fill(request)
+  } catch (error) {
+    // On a full disk the next one needs the room. What cannot be removed either goes at the next start.
+    await Promise.allSettled([discard(folder)])
+    throw error
+  }
+}
+
+/** The manifest goes first: without it a checkpoint does not count, whatever a crash leaves of it. */
+async function discard(folder: string): Promise<void> {
+  await rm(join(folder, 'manifest.json'), { force: true })
+  await rm(folder, { recursive: true })
+}
+
+async function fill({ id, folder, locations, files, texts, manifest }: WriteRequest): Promise<Manifest> {
+  const records: FileRecord[] = []
+  let position = 0
+  for (const { name, header, entries } of files) {
+    const file = await Output.create(join(folder, name))
+    await file.whole(async () => {
+      await file.write(header)
+      for (const entry of entries) {
+        if ('inline' in entry) await file.write(entry.inline)
+        else await writeTensor(file, entry.placed, accessTo(locations[entry.placed.unit]))
+        reply({ id, written: position++ })
+      }
+    })
+    records.push({ name, ...file.record })
+  }
+  for (const { name, text } of texts) {
+    const file = await Output.create(join(folder, name))
+    await file.whole(() => file.write(Buffer.from(text)))
+    records.push({ name, ...file.record })
+  }
+  await syncFolder(folder)
+  const whole = { ...manifest, bytes: records.reduce((sum, { bytes }) => sum + bytes, 0), files: records }
+  await replaceFile(join(folder, 'manifest.json'), sealManifest(whole))
+  return whole
+}
+
+async function writeTensor(file: Output, { pointer, bytes }: Placed, access: StateAccess): Promise<void> {
+  for (let offset = 0; offset < bytes; offset += PIECE_BYTES) {
+    await file.write(access.read(pointer + BigInt(offset), Math.min(PIECE_BYTES, bytes - offset)))
+  }
+}
+
+/** A file on its way to the disk, and the hash of what was written so far. */
+class Output {
+  readonly #handle: FileHandle
+  readonly #hash: Hash = createHash('sha256')
+  #bytes = 0
+  #unsynced = 0
+  #sha256 = ''
+
+  static async create(path: string): Promise<Output> {
+    return new Output(await open(path, 'w'))
+  }
+
+  private constructor(handle: FileHandle) {
+    this.#handle = handle
+  }
+
+  get record(): Omit<FileRecord, 'name'> {
+    return { bytes: this.#bytes, sha256: this.#sha256 }
+  }
+
+  /** The disk and the hash have the bytes at the same time. */
+  async write(bytes: Uint8Array): Promise<void> {
+    const written = writeAll(this.#handle, bytes)
+    this.#hash.update(bytes)
+    await written
+    this.#bytes += bytes.length
+    this.#unsynced += bytes.length
+    if (this.#unsynced < SYNC_BYTES) return
+    this.#unsynced = 0
+    await this.#handle.datasync()
+  }
+
+  /** Has the file written by `work`, then synced and closed. */
+  async whole(work: () => Promise<void>): Promise<void> {
+    try {
+      await work()
+      await this.#handle.sync()
+      this.#sha256 = this.#hash.digest('hex')
+    } finally {
+      await this.#handle.close()
+    }
+  }
+}
+
+async function writeAll(handle: FileHandle, bytes: Uint8Array): Promise<void> {
+  for (let at = 0; at < bytes.length; ) at += (await handle.write(bytes, at)).bytesWritten
+}
+
+async function read({ folder, locations, files, targets }: ReadRequest): Promise<undefined> {
+  const left = new Set(targets.keys())
+  for (const record of files) {
+    const path = join(folder, record.name)
+    const ranges = record.name.endsWith('.safetensors') ? await rangesOf(path, { record, targets, left }) : []
+    await readThrough(path, record, destinationOf(ranges, locations))
+  }
+  const [missing] = left
+  if (missing !== undefined) throw new UnreadableError(`${folder} has no tensor '${missing}'`)
+}
+
+/** A wanted tensor's place in its file. */
+type Range = { begin: number; end: number; target: Placed }
+
+type Wanted = { record: FileRecord; targets: ReadRequest['targets']; left: Set<string> }
+
+/** Where in a file each tensor lies that is wanted of it. What is wrong with a header shows in the file's hash first. */
+async function rangesOf(path: string, { record, targets, left }: Wanted): Promise<Range[]> {
+  try {
+    const { ranges } = await headerOf(path)
+    return ranges.flatMap(({ name, dtype, shape, begin, end }) => {
+      const target = targets.get(name)
+      if (target === undefined) return []
+      const [has, expected] = [`${dtype} [${shape}]`, `${target.dtype} [${target.shape}]`]
+      if (has !== expected) throw new UnreadableError(`${path}: tensor '${name}' is ${has}, expected ${expected}`)
+      left.delete(name)
+      return [{ begin, end, target }]
+    })
+  } catch (error) {
+    await readThrough(path, record, destinationOf([], []))
+    throw error
+  }
+}
+
+async function headerOf(path: string): Promise<Header> {
+  const handle = await openToRead(path)
+  const header = readHeader(handle).catch((error) => {
+    throw new UnreadableError(`${path}: ${errorText(error)}`)
+  })
+  return header.finally(() => handle.close())
+}
+
+/** Where the bytes of a file are read into, in their order. */
+type Destination = {
+  /** Memory for those from `at` on; or how many at most, where they come into a buffer. */
+  room(at: number): Uint8Array | number
+  /** Takes a buffer's bytes to where they belong. */
+  place(at: number, piece: Uint8Array): void
+}
+
+/** A tensor at least so large is read straight into its memory: the first touch of a page costs as much as its hash. */
+const STRAIGHT_BYTES = 1 << 20
+
+function destinationOf(ranges: readonly Range[], locations: readonly StateLocation[]): Destination {
+  const straight: (Range & { view: NonNullable<StateAccess['view']> })[] = []
+  const copied: Range[] = []
+  for (const range of ranges) {
+    const { view } = accessTo(locations[range.target.unit])
+    if (view && range.end - range.begin >= STRAIGHT_BYTES) straight.push({ ...range, view })
+    else copied.push(range)
+  }
+  return {
+    room: (at) => {
+      while (straight.length > 0 && straight[0].end <= at) straight.shift()
+      if (straight.length === 0) return PIECE_BYTES
+      const { begin, end, target, view } = straight[0]
+      if (at < begin) return Math.min(PIECE_BYTES, begin - at)
+      return view(target.pointer + BigInt(at - begin), Math.min(PIECE_BYTES, end - at))
+    },
+    place: (at, piece) => place(copied, locations, { at, piece }),
+  }
+}
+
+/** Takes what a piece of a file has of each tensor to its memory. Pieces come in order: ranges that are done with are dropped. */
+function place(
+  ranges: Range[],
+  locations: readonly StateLocation[],
+  { at, piece }: { at: number; piece: Uint8Array },
+): void {
+  const until = at + piece.length
+  while (ranges.length > 0 && ranges[0].begin < until) {
+    const { begin, end, target } = ranges[0]
+    const [from, to] = [Math.max(begin, at), Math.min(end, until)]
+    const bytes = piece.subarray(from - at, to - at)
+    if (bytes.length > 0) accessTo(locations[target.unit]).write(target.pointer + BigInt(from - begin), bytes)
+    if (end > until) return
+    ranges.shift()
+  }
+}
+
+/** Reads a file piece by piece, the next one while one is hashed. Throws UnreadableError where it is not what was written. */
+async function readThrough(path: string, { bytes, sha256 }: FileRecord, { room, place }: Destination): Promise<void> {
+  const handle = await openToRead(path)
+  const hash = createHash('sha256')
+  const buffers = [Buffer.allocUnsafeSlow(PIECE_BYTES), Buffer.allocUnsafeSlow(PIECE_BYTES)]
+  const ask = async (at: number, index: number) => {
+    const found = room(at)
+    const own = typeof found !== 'number'
+    const memory = own ? found : buffers[index % 2].subarray(0, found)
+    const { bytesRead } = await handle.read(memory, 0, memory.length, at)
+    return { own, piece: memory.subarray(0, bytesRead) }
+  }
+  let at = 0
+  let next = ask(0, 0)
+  try {
+    for (let index = 0; ; index++) {
+      const { own, piece } = await next
+      if (piece.length === 0) break
+      next = ask(at + piece.length, index + 1)
+      hash.update(piece)
+      if (!own) place(at, piece)
+      at += piece.length
+    }
+    if (at !== bytes) throw new UnreadableError(`${path} has ${at} bytes, expected ${bytes}`)
+    const actual = hash.digest('hex')
+    if (actual !== sha256) throw new UnreadableError(`${path} has SHA-256 ${actual}, expected ${sha256}`)
+  } finally {
+    // A piece may still be on its way into a buffer.
+    await Promise.allSettled([next])
+    await handle.close()
+  }
+}
+
+async function openToRead(path: string): Promise<FileHandle> {
+  try {
+    return await open(path, 'r')
+  } catch (error) {
+    throw new UnreadableError(`${path} cannot be opened: ${errorText(error)}`)
+  }
+}

@@ -1,0 +1,121 @@
+import { createHash } from 'node:crypto'
+import type { AttentionDescription, ParameterDeclaration, ReceiptFrame } from '../../wire/frame.js'
+
+/** The version of what stands in a manifest and in a journal. */
+export const FORMAT = 1
+
+/** A group: what the client gave, and every value that was in force. */
+export type GroupRecord = {
+  name: string
+  algorithm: string
+  preset?: string
+  given: Readonly<Record<string, unknown>>
+  hyperparameters: Readonly<Record<string, unknown>>
+}
+
+/** What a gradient was applied with; fingerprints as 16 hexadecimal digits. */
+export type AppliedRecord = {
+  gradient_scale: number
+  gradient_fingerprint: string
+  update_fingerprint: string
+  scale: number
+  decay: number
+}
+
+/** One parameter: how often and for which step it was applied, and with what the last time. */
+export type PlaceRecord = { count: number; applied_step: number; gradient_square: number; last?: AppliedRecord }
+
+/** What held in one step: every group, and what the client's `step` frame said. A logit of -Infinity is null. */
+export type SettingsRecord = {
+  groups: GroupRecord[]
+  frame: {
+    groups: Record<string, Record<string, unknown>>
+    gradient_scale: number
+    max_logits: Record<string, (number | null)[]>
+  }
+}
+
+/**
+ * State that was imported after the last finished step: that step's digest, and SHA-256 of every state tensor by parameter, which
+ * the run's digest follows from.
+ */
+export type ImportRecord = { step_digest: string; hashes: readonly (readonly string[])[] }
+
+/** A run between two steps, but for its tensors. */
+export type RunRecord = {
+  run: string
+  created_at: string
+  epoch: number
+  /** The last finished step, and the digests of the state that it or an import left and of what came before it. */
+  step: number
+  digest: string
+  previous_digest: string
+  parameters: readonly ParameterDeclaration[]
+  attentions: readonly AttentionDescription[]
+  /** In force for the next step. */
+  groups: GroupRecord[]
+  /** Of the last finished step: a replay computes with it. */
+  last?: SettingsRecord
+  receipt?: ReceiptFrame
+  places: PlaceRecord[]
+  imported?: ImportRecord
+}
+
+/** What computed: two services with the same one give the same bits. */
+export type DeviceRecord = { kind: string; name: string; onnxruntime: string; processor: string }
+
+/** A file of a checkpoint. */
+export type FileRecord = { name: string; bytes: number; sha256: string }
+
+/** The file `manifest.json` of a checkpoint; it is written last, so a checkpoint that has one is whole. */
+export type Manifest = RunRecord & {
+  format: number
+  checkpoint: string
+  tags: readonly string[]
+  written_at: string
+  server: string
+  device: DeviceRecord
+  /** By group and by tensor, for people: the same stands in `groups` and in the files. */
+  momentum_form: Record<string, unknown>
+  dtypes: Record<string, string>
+  bytes: number
+  files: FileRecord[]
+}
+
+/** What is wrong with a file; the message names it and, where there are two, both values. */
+export class UnreadableError extends Error {
+  override readonly name = 'UnreadableError'
+}
+
+const SEAL = ',\n  "sha256": "'
+
+/** The text of a manifest: JSON whose last key is the SHA-256 of all the text before it. */
+export function sealManifest(manifest: Manifest): string {
+  const keys = Object.entries(manifest).map(([key, value]) => `  ${JSON.stringify(key)}: ${textOf(value)}`)
+  const body = `{\n${keys.join(',\n')}`
+  return `${body}${SEAL}${sha256(body)}"\n}\n`
+}
+
+/** Reads a manifest's text. Throws UnreadableError with both hashes where one byte is not what was written. */
+export function openManifest(text: string, file: string): Manifest {
+  const at = text.lastIndexOf(SEAL)
+  const [, said] = /^([0-9a-f]{64})"\n}\n$/.exec(text.slice(at + SEAL.length)) ?? []
+  if (at < 0 || said === undefined) {
+    throw new UnreadableError(`${file} does not end with its SHA-256: it was cut off or written to`)
+  }
+  const actual = sha256(text.slice(0, at))
+  if (actual !== said) throw new UnreadableError(`${file} has SHA-256 ${actual}, expected ${said}`)
+  const manifest: Manifest = JSON.parse(text)
+  if (manifest.format === FORMAT) return manifest
+  throw new UnreadableError(`${file} has format ${manifest.format}, this version reads ${FORMAT}`)
+}
+
+/** A list of maps has a line for each: it may be long. */
+function textOf(value: unknown): string {
+  if (!Array.isArray(value) || typeof value[0] !== 'object') return JSON.stringify(value)
+  return `[\n${value.map((item) => `    ${JSON.stringify(item)}`).join(',\n')}\n  ]`
+}
+
+function sha256(text: string): string {
+  return createHash('sha256').update(text).digest('hex')
+}

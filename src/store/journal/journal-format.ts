@@ -1,0 +1,63 @@
+import { createHash } from 'node:crypto'
+import type { ReceiptFrame } from '../../wire/frame.js'
+import type { AppliedRecord, SettingsRecord } from '../checkpoint/manifest.js'
+
+// A journal is a row of records. A record is
+//   4 bytes  "MJ1\n"
+//   4 bytes  length of the head, little-endian, as all numbers
+//   8 bytes  length of the payload
+//   8 bytes  the first bytes of SHA-256 over the head's and payload's lengths and the head
+//   the head, JSON
+//   the payload: the bytes of a gradient as they were received. Its fingerprint (docs/protocol.md) stands in the head.
+
+/** A gradient that was applied, and what came of it. */
+export type GradientHead = { type: 'gradient'; step: number; parameter: number; applied: AppliedRecord }
+
+/** A finished step: what it was computed with, and what came of it. */
+export type EndHead = {
+  type: 'end'
+  step: number
+  digest: string
+  skipped: readonly number[]
+  settings: SettingsRecord
+  receipt: ReceiptFrame
+}
+
+export type Head = GradientHead | EndHead
+
+export const MAGIC = Buffer.from('MJ1\n')
+export const PREFIX_BYTES = 24
+/** An end names every skipped parameter and every hyperparameter in force: some hundred bytes each. */
+export const MAX_HEAD_BYTES = 64 << 20
+
+const SUM_AT = 16
+
+/** Everything of a record but its payload. */
+export function encodeHead(head: Head, payloadBytes: number): Buffer {
+  const json = Buffer.from(JSON.stringify(head))
+  const prefix = Buffer.alloc(PREFIX_BYTES)
+  prefix.set(MAGIC)
+  prefix.writeUInt32LE(json.length, 4)
+  prefix.writeBigUInt64LE(BigInt(payloadBytes), 8)
+  checksum(prefix, json).copy(prefix, SUM_AT)
+  return Buffer.concat([prefix, json])
+}
+
+/** The lengths that a record begins with; undefined where no record begins. */
+export function readPrefix(prefix: Buffer): { headBytes: number; payloadBytes: number } | undefined {
+  if (prefix.length < PREFIX_BYTES || !prefix.subarray(0, MAGIC.length).equals(MAGIC)) return undefined
+  const headBytes = prefix.readUInt32LE(4)
+  const payloadBytes = Number(prefix.readBigUInt64LE(8))
+  return headBytes > MAX_HEAD_BYTES || !Number.isSafeInteger(payloadBytes) ? undefined : { headBytes, payloadBytes }
+}
+
+/** The head whose bytes follow a prefix; undefined where one bit of either is not what was written. */
+export function readHead(prefix: Buffer, json: Buffer): Head | undefined {
+  if (!checksum(prefix, json).equals(prefix.subarray(SUM_AT, PREFIX_BYTES))) return undefined
+  return JSON.parse(json.toString())
+}
+
+function checksum(prefix: Buffer, json: Buffer): Buffer {
+  const hash = createHash('sha256').update(prefix.subarray(MAGIC.length, SUM_AT)).update(json)
+  return hash.digest().subarray(0, PREFIX_BYTES - SUM_AT)
+}

@@ -1,0 +1,129 @@
+import { type FileHandle, open } from 'node:fs/promises'
+import { UnreadableError } from '../checkpoint/manifest.js'
+import { listSegments, type Segment } from './journal.js'
+import {
+  type EndHead,
+  type GradientHead,
+  type Head,
+  MAGIC,
+  PREFIX_BYTES,
+  readHead,
+  readPrefix,
+} from './journal-format.js'
+
+/** Where a gradient's bytes lie in a journal; `label` names its record. */
+export type StoredGradient = GradientHead & { path: string; at: number; bytes: number; label: string }
+
+/** A finished step of a journal. */
+export type StoredStep = { step: number; gradients: StoredGradient[]; end: EndHead; label: string }
+
+/** Bytes behind the last finished step; `damaged` says what is wrong with them, undefined where the step is only unfinished. */
+export type Tail = { path: string; at: number; bytes: number; damaged?: string }
+
+type RecordAt = { head: Head; at: number; payloadAt: number; payloadBytes: number; end: number }
+
+/**
+ * The finished steps after `step`, in order. What follows the last one was never acknowledged: `tail` says where it lies.
+ * Throws UnreadableError where a record is damaged and a step was finished after it, and where a step is missing.
+ */
+export async function readJournal(folder: string, step: number): Promise<{ steps: StoredStep[]; tail?: Tail }> {
+  const steps: StoredStep[] = []
+  const segments = await listSegments(folder)
+  let tail: Tail | undefined
+  for (const segment of segments) {
+    if (tail?.damaged) throw new UnreadableError(`${tail.damaged}, and there are later steps in ${segment.path}`)
+    const read = await readSegment(segment)
+    steps.push(...read.steps)
+    tail = read.tail
+  }
+  const later = steps.filter((stored) => stored.step > step)
+  for (const [i, stored] of later.entries()) {
+    const expected = step + 1 + i
+    if (stored.step !== expected)
+      throw new UnreadableError(`${stored.label} ends step ${stored.step}, expected is step ${expected}`)
+  }
+  return { steps: later, tail }
+}
+
+/** Removes what lies behind the last finished step. It does not come back with a power cut: steps will follow in another file. */
+export async function cutTail({ path, at }: Tail): Promise<void> {
+  const file = await open(path, 'r+')
+  try {
+    await file.truncate(at)
+    await file.datasync()
+  } finally {
+    await file.close()
+  }
+}
+
+async function readSegment({ path, bytes }: Segment): Promise<{ steps: StoredStep[]; tail?: Tail }> {
+  const file = await open(path, 'r')
+  try {
+    const steps: StoredStep[] = []
+    let gradients: StoredGradient[] = []
+    let finishedAt = 0
+    let at = 0
+    for (let number = 1; at < bytes; number++) {
+      const label = `${path}: record ${number} at byte ${at}`
+      const record = await readRecord(file, at, bytes)
+      if (record === undefined) {
+        await expectNoEnd(file, { from: at + 1, bytes, label })
+        return {
+          steps,
+          tail: { path, at: finishedAt, bytes: bytes - finishedAt, damaged: `${label} is damaged or cut off` },
+        }
+      }
+      const { head, payloadAt, payloadBytes, end } = record
+      at = end
+      if (head.type === 'gradient') {
+        gradients.push({ ...head, path, at: payloadAt, bytes: payloadBytes, label })
+        continue
+      }
+      steps.push({ step: head.step, gradients, end: head, label })
+      gradients = []
+      finishedAt = at
+    }
+    return finishedAt === bytes ? { steps } : { steps, tail: { path, at: finishedAt, bytes: bytes - finishedAt } }
+  } finally {
+    await file.close()
+  }
+}
+
+/** The record at a place in a file of `bytes` bytes; undefined where there is none that is whole. */
+async function readRecord(file: FileHandle, at: number, bytes: number): Promise<RecordAt | undefined> {
+  const prefix = await readBytes(file, at, PREFIX_BYTES)
+  const lengths = readPrefix(prefix)
+  if (lengths === undefined) return undefined
+  const payloadAt = at + PREFIX_BYTES + lengths.headBytes
+  const end = payloadAt + lengths.payloadBytes
+  if (end > bytes) return undefined
+  const head = readHead(prefix, await readBytes(file, at + PREFIX_BYTES, lengths.headBytes))
+  return head && { head, at, payloadAt, payloadBytes: lengths.payloadBytes, end }
+}
+
+const SEARCH_BYTES = 4 << 20
+
+/** Looks behind a damaged record for the end of a step, which was acknowledged: then what is damaged was too. */
+async function expectNoEnd(
+  file: FileHandle,
+  { from, bytes, label }: { from: number; bytes: number; label: string },
+): Promise<void> {
+  let at = from
+  while (at < bytes) {
+    const found = (await readBytes(file, at, SEARCH_BYTES)).indexOf(MAGIC)
+    if (found < 0) {
+      // A mark may lie across the border of two pieces.
+      at += SEARCH_BYTES - MAGIC.length + 1
+      continue
+    }
+    const record = await readRecord(file, at + found, bytes)
+    if (record?.head.type === 'end')
+      throw new UnreadableError(`${label} is damaged, and step ${record.head.step} was finished after it`)
+    at = record?.end ?? at + found + 1
+  }
+}
+
+async function readBytes(file: FileHandle, at: number, length: number): Promise<Buffer> {
+  const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length, at)
+  return buffer.subarray(0, bytesRead)
+}

@@ -1,0 +1,263 @@
+import { type FileHandle, mkdir, open, readdir, stat, unlink } from 'node:fs/promises'
+import { join } from 'node:path'
+import { errorText } from '../../config.js'
+import { ServiceError } from '../../errors.js'
+import { syncFolder } from '../durable.js'
+import { type EndHead, encodeHead, type GradientHead } from './journal-format.js'
+
+/** A file of a journal, with the records of step `first` and later ones. */
+export type Segment = { first: number; path: string; bytes: number }
+
+type Append = { buffers: Uint8Array[]; written: () => void }
+type Rotate = { first: number; rotated: () => void; failed: (error: unknown) => void }
+type Task = Append | Rotate
+
+const SEGMENT = /^(\d{12})\.journal$/
+// Linux takes 1024 buffers in one call; a record has two.
+const MOST_RECORDS = 256
+// What lies unwritten at the end of a step is waited for: the disk is kept busy before.
+const SYNC_BYTES = 32 << 20
+
+/** The segments in a journal's folder, oldest first; none where there is no folder. */
+export async function listSegments(folder: string): Promise<Segment[]> {
+  await mkdir(folder, { recursive: true })
+  const names = (await readdir(folder)).filter((name) => SEGMENT.test(name)).sort()
+  return Promise.all(
+    names.map(async (name) => {
+      const path = join(folder, name)
+      return { first: Number(name.slice(0, 12)), path, bytes: (await stat(path)).size }
+    }),
+  )
+}
+
+/** Removes every segment, the newest first: a crash in between leaves steps that follow each other. */
+export async function clearJournal(folder: string): Promise<void> {
+  for (const { path } of (await listSegments(folder)).reverse()) await unlink(path)
+  await syncFolder(folder)
+}
+
+/**
+ * Gradients and steps on their way to the disk. What `commit` has acknowledged is there after a crash; what was appended
+ * since then is there, too, or is not. A failure takes back the step in progress, which can be appended again.
+ */
+export class Journal {
+  readonly #folder: string
+  readonly #what: string
+  #file: FileHandle
+  #segments: Segment[]
+  #tasks: Task[] = []
+  #work: Promise<void> | undefined
+  #syncing: Promise<void> | undefined
+  #unsynced = 0
+  /** Bytes of the last segment up to the last acknowledged step. */
+  #acknowledged = 0
+  /** Parameters of the step in progress whose gradients were appended. */
+  readonly #held = new Set<number>()
+  #failure: unknown
+
+  /** Begins a segment for step `first`, behind those of earlier steps. `what` opens every error message. */
+  static async open(folder: string, { first, what }: { first: number; what: string }): Promise<Journal> {
+    const older = (await listSegments(folder)).filter((segment) => segment.first !== first)
+    const { file, segment } = await createSegment(folder, first)
+    return new Journal({ folder, what, file, segments: [...older, segment] })
+  }
+
+  private constructor(parts: { folder: string; what: string; file: FileHandle; segments: Segment[] }) {
+    this.#folder = parts.folder
+    this.#what = parts.what
+    this.#file = parts.file
+    this.#segments = parts.segments
+  }
+
+  /** Bytes on the disk. */
+  get bytes(): number {
+    return this.#segments.reduce((sum, { bytes }) => sum + bytes, 0)
+  }
+
+  /** Whether the gradient of a parameter was appended for the step in progress. */
+  holds(parameter: number): boolean {
+    return this.#held.has(parameter)
+  }
+
+  /** Writes a gradient's record. Resolves when `payload` may change; whether it was written is told by `commit`. */
+  append(head: GradientHead, payload: Uint8Array): Promise<void> {
+    this.#held.add(head.parameter)
+    const buffers = [encodeHead(head, payload.length), payload]
+    return new Promise((written) => this.#add({ buffers, written }))
+  }
+
+  /**
+   * Ends a step that these parameters have gradients for. Resolves when all of it is on the disk; throws STORAGE_FAILED where
+   * it cannot be, and the step is as if none of it was appended.
+   */
+  async commit(end: EndHead, parameters: readonly number[]): Promise<void> {
+    await this.#idle()
+    try {
+      if (this.#failure) throw this.#failure
+      const lost = parameters.filter((parameter) => !this.#held.has(parameter))
+      if (lost.length > 0) throw new Error(`the gradients of ${lost.length} parameters have to be sent again`)
+      await this.#write([encodeHead(end, 0)])
+      await this.#syncing
+      /* c8 ignore next -- needs a disk that fails */
+      if (this.#failure) throw this.#failure
+      await this.#file.datasync()
+    } catch (error) {
+      await this.#takeBack(error)
+      throw new ServiceError(
+        'STORAGE_FAILED',
+        `${this.#what} cannot be written, step ${end.step} is not finished: ${errorText(error)}`,
+        {
+          step: end.step,
+          retry_after_seconds: 1,
+        },
+      )
+    }
+    this.#unsynced = 0
+    this.#acknowledged = this.#last.bytes
+    this.#held.clear()
+  }
+
+  /** Has what is appended from now on, which begins with step `first`, go to a segment of its own. */
+  rotate(first: number): Promise<void> {
+    if (this.#last.first === first) return Promise.resolve()
+    return new Promise((rotated, failed) => this.#add({ first, rotated, failed }))
+  }
+
+  /** Removes the segments whose every step is `step` or an earlier one. */
+  async drop(step: number): Promise<void> {
+    const old = this.#segments.filter(
+      (_, i) => i + 1 < this.#segments.length && this.#segments[i + 1].first <= step + 1,
+    )
+    this.#segments = this.#segments.filter((segment) => !old.includes(segment))
+    for (const { path } of old) await unlink(path)
+  }
+
+  async close(): Promise<void> {
+    await this.#idle()
+    await Promise.allSettled([this.#syncing])
+    await this.#file.close()
+  }
+
+  get #last(): Segment {
+    return this.#segments[this.#segments.length - 1]
+  }
+
+  #add(task: Task): void {
+    this.#tasks.push(task)
+    this.#work ??= this.#pump().finally(() => {
+      this.#work = undefined
+    })
+  }
+
+  async #idle(): Promise<void> {
+    while (this.#work) await this.#work
+  }
+
+  async #pump(): Promise<void> {
+    for (let task = this.#tasks[0]; task; task = this.#tasks[0]) {
+      if ('first' in task) {
+        this.#tasks.shift()
+        await this.#begin(task)
+      } else {
+        const end = this.#tasks.findIndex((other, i) => 'first' in other || i === MOST_RECORDS)
+        await this.#store(
+          this.#tasks.splice(0, end < 0 ? this.#tasks.length : end).filter((other) => 'buffers' in other),
+        )
+      }
+    }
+  }
+
+  async #store(batch: readonly Append[]): Promise<void> {
+    try {
+      if (!this.#failure) {
+        await this.#write(batch.flatMap(({ buffers }) => buffers))
+        this.#syncAhead()
+      }
+    } catch (error) {
+      this.#failure = error
+    }
+    for (const { written } of batch) written()
+  }
+
+  async #begin({ first, rotated, failed }: Rotate): Promise<void> {
+    try {
+      const { file, segment } = await createSegment(this.#folder, first)
+      await this.#syncing
+      await this.#file.close()
+      this.#file = file
+      this.#segments.push(segment)
+      this.#acknowledged = 0
+      this.#unsynced = 0
+      rotated()
+    } catch (error) {
+      failed(error)
+    }
+  }
+
+  async #write(buffers: readonly Uint8Array[]): Promise<void> {
+    let rest = buffers
+    while (rest.length > 0) {
+      const { bytesWritten } = await this.#file.writev([...rest])
+      this.#last.bytes += bytesWritten
+      this.#unsynced += bytesWritten
+      rest = after(rest, bytesWritten)
+    }
+  }
+
+  #syncAhead(): void {
+    if (this.#unsynced < SYNC_BYTES || this.#syncing) return
+    this.#unsynced = 0
+    this.#syncing = this.#file
+      .datasync()
+      .catch(
+        /* c8 ignore next 3 -- needs a disk that fails */
+        (error) => {
+          this.#failure = error
+        },
+      )
+      .finally(() => {
+        this.#syncing = undefined
+      })
+  }
+
+  /** Takes the file back to the last acknowledged step. Where that fails too, nothing more is written until it succeeds. */
+  async #takeBack(error: unknown): Promise<void> {
+    this.#failure = error
+    this.#held.clear()
+    try {
+      await this.#file.truncate(this.#acknowledged)
+      await this.#file.datasync()
+      this.#last.bytes = this.#acknowledged
+      this.#unsynced = 0
+      this.#failure = undefined
+      /* c8 ignore next 3 -- needs a disk that fails twice */
+    } catch (again) {
+      this.#failure = again
+    }
+  }
+}
+
+/** What is left of buffers of which so many bytes are done with. */
+function after(buffers: readonly Uint8Array[], bytes: number): Uint8Array[] {
+  let skip = bytes
+  return buffers.flatMap((buffer) => {
+    const skipped = Math.min(skip, buffer.length)
+    skip -= skipped
+    return skipped === buffer.length ? [] : [buffer.subarray(skipped)]
+  })
+}
+
+async function createSegment(folder: string, first: number): Promise<{ file: FileHandle; segment: Segment }> {
+  const path = join(folder, `${String(first).padStart(12, '0')}.journal`)
+  // Appending: after a truncation the next write goes to the new end.
+  const file = await open(path, 'a')
+  try {
+    await file.truncate(0)
+    await syncFolder(folder)
+    return { file, segment: { first, path, bytes: 0 } }
+    /* c8 ignore next 4 -- needs a disk that fails */
+  } catch (error) {
+    await file.close()
+    throw error
+  }
+}

@@ -1,0 +1,189 @@
+import { createHash } from 'node:crypto'
+import { isDeepStrictEqual } from 'node:util'
+import fc from 'fast-check'
+import t from 'tap'
+import { FrameReader } from '../../../src/link/websocket/frame-reader.js'
+import { IN_PLACE_BYTES, UNDECIDED_BYTES } from '../../../src/link/websocket/gradient-frame.js'
+import { randomBytes, rawFrame, rawGradient } from './raw-frame.js'
+
+type Event = { ordinary: Buffer } | { placed: Buffer }
+
+t.test('however the bytes are split, every gradient is placed and the rest is forwarded, in order', async () => {
+  const key = fc.constantFrom(new Uint8Array(4), Uint8Array.from([1, 2, 3, 4]), Uint8Array.from([0, 0, 0, 255]))
+  const gradient = fc.record({
+    kind: fc.constantFrom('gradient' as const, 'refused' as const),
+    length: fc.integer({ min: IN_PLACE_BYTES, max: 3 * IN_PLACE_BYTES }),
+    fragments: fc.boolean(),
+    mask: key,
+  })
+  const ordinary = fc.record({
+    kind: fc.constantFrom('text' as const, 'ping' as const, 'fragments' as const),
+    length: fc.oneof(fc.nat({ max: 125 }), fc.nat({ max: 2 * IN_PLACE_BYTES })),
+    mask: key,
+  })
+  const pieces = fc.array(fc.oneof(gradient, ordinary), { minLength: 1, maxLength: 8 })
+  const splits = fc.array(fc.oneof(fc.integer({ min: 1, max: 40 }), fc.integer({ min: 1, max: 90_000 })), {
+    minLength: 1,
+    maxLength: 40,
+  })
+  fc.assert(
+    fc.property(pieces, splits, fc.nat(), (pieces, splits, seed) => {
+      const sent: Buffer[] = []
+      const expected: Event[] = []
+      for (const [index, piece] of pieces.entries()) {
+        const data = randomBytes(piece.length, seed + index)
+        const bytes = encode(piece, index, data)
+        sent.push(bytes)
+        expected.push(piece.kind === 'gradient' ? { placed: Buffer.from(data) } : { ordinary: bytes })
+      }
+      const refused = new Set(pieces.flatMap(({ kind }, index) => (kind === 'refused' ? [index] : [])))
+      const seen = receive(Buffer.concat(sent), splits, refused)
+      return JSON.stringify(digest(merged(seen))) === JSON.stringify(digest(merged(expected)))
+    }),
+    { seed: 11, numRuns: 60 },
+  )
+})
+
+t.test('wherever the scratch ends inside a ping of any size, the pings are forwarded whole and in order', async (t) => {
+  const [mask, zero] = [Uint8Array.from([9, 0, 7, 255]), new Uint8Array(4)]
+  const pings = Array.from({ length: 126 }, (_, size) => rawFrame(0x89, randomBytes(size, size), mask))
+  const gradient = (parameter: number, fragments: boolean) =>
+    rawGradient(parameter, randomBytes(IN_PLACE_BYTES, parameter), { mask: zero, fragments })
+  const rest = [...pings, gradient(0, false), ...pings, gradient(1, true), ...pings]
+  const placed = [0, 1].map((seed) => ({ placed: Buffer.from(randomBytes(IN_PLACE_BYTES, seed)) }))
+  const ordinary = (frames: Buffer[]) => ({ ordinary: Buffer.concat(frames) })
+  const bytesOfPings = ordinary(pings).ordinary.length
+  // The border of the first read falls on every byte of the pings, headers included.
+  for (let border = 0; border <= bytesOfPings; border++) {
+    const { reader, events } = recording()
+    const filler = rawFrame(0x82, new Uint8Array(reader.next().length - border - 8), zero)
+    feed(reader, Buffer.concat([filler, ...rest]))
+    const expected = [ordinary([filler, ...pings]), placed[0]!, ordinary(pings), placed[1]!, ordinary(pings)]
+    if (!isDeepStrictEqual(merged(events), expected)) t.fail(`the border ${border} bytes into the pings`)
+  }
+})
+
+t.test(
+  'an abandoned gradient is dropped to its end, its memory is written no more, and the next one arrives',
+  async (t) => {
+    const first = randomBytes(2 * IN_PLACE_BYTES, 1)
+    const second = randomBytes(IN_PLACE_BYTES, 2)
+    const stream = Buffer.concat([
+      rawGradient(0, first, { mask: Uint8Array.from([9, 8, 7, 6]) }),
+      rawGradient(1, second, { mask: new Uint8Array(4) }),
+    ])
+    for (const at of [200, 70_000, first.length - 100]) {
+      const { reader, events, targets } = recording()
+      feed(reader, stream.subarray(0, at))
+      const before = Buffer.from(targets[0]!)
+      t.equal(reader.abandon(), true)
+      t.equal(reader.abandon(), false, 'only once')
+      feed(reader, stream.subarray(at))
+      t.ok(before.equals(targets[0]!), `abandoned after ${at} bytes`)
+      t.same(digest(events), digest([{ placed: Buffer.from(second) }]))
+    }
+  },
+)
+
+t.test('without a gradient at work there is nothing to abandon', async (t) => {
+  const { reader } = recording()
+  t.equal(reader.abandon(), false)
+  feed(reader, rawFrame(0x82, randomBytes(1000, 1), new Uint8Array(4)).subarray(0, 500))
+  t.equal(reader.abandon(), false)
+})
+
+t.test(
+  'the buffers: scratch for headers, the destination in pieces of 4 MiB, scratch again for a short rest',
+  async (t) => {
+    const length = 9 * 2 ** 20 + 1000
+    const { reader, targets } = recording()
+    t.equal(reader.next().length, 65_536)
+    const stream = rawGradient(0, new Uint8Array(length), { mask: new Uint8Array(4) })
+    const start = stream.length - length
+    feed(reader, stream.subarray(0, start))
+    const reads: number[] = []
+    for (let left = length; left > 0; ) {
+      const buffer = reader.next()
+      const count = Math.min(left, buffer.length)
+      reads.push(count)
+      t.equal(buffer.buffer === targets[0]!.buffer, left >= 32_768, `${left} bytes to go`)
+      reader.read(count)
+      left -= count
+    }
+    t.same(reads, [4 * 2 ** 20, 4 * 2 ** 20, 2 ** 20 + 1000])
+  },
+)
+
+t.test('a destination of another length than the data is a bug that is not survived', async (t) => {
+  const reader = new FrameReader({ ...noHooks, destination: () => new Uint8Array(5) })
+  const bytes = rawGradient(0, randomBytes(IN_PLACE_BYTES, 1), { mask: new Uint8Array(4) }).subarray(0, UNDECIDED_BYTES)
+  t.throws(() => feed(reader, bytes), { code: 'ERR_ASSERTION' })
+})
+
+const noHooks = { maxPayload: 0, unmask: () => undefined, forward: () => undefined, received: () => undefined }
+
+type Piece = { kind: 'gradient' | 'refused' | 'text' | 'ping' | 'fragments'; mask: Uint8Array; fragments?: boolean }
+
+function encode(piece: Piece, index: number, data: Uint8Array): Buffer {
+  const { kind, mask, fragments = false } = piece
+  if (kind === 'gradient' || kind === 'refused') return rawGradient(index, data, { mask, fragments })
+  if (kind === 'text') return rawFrame(0x81, data, mask)
+  const ping = rawFrame(0x89, data.subarray(0, 125), mask)
+  return kind === 'ping' ? ping : Buffer.concat([rawFrame(0x02, data, mask), ping, rawFrame(0x80, data, mask)])
+}
+
+function recording(refused: ReadonlySet<number> = new Set()) {
+  const events: Event[] = []
+  const targets: Uint8Array[] = []
+  const reader = new FrameReader({
+    maxPayload: 0,
+    unmask: (bytes, key) => bytes.set(bytes.map((byte, i) => byte ^ key[i & 3]!)),
+    forward: (bytes) => events.push({ ordinary: bytes }),
+    destination: ({ parameter, dataLength }) => {
+      if (refused.has(parameter)) return undefined
+      targets.push(new Uint8Array(dataLength))
+      return targets.at(-1)
+    },
+    received: () => events.push({ placed: Buffer.from(targets.at(-1)!) }),
+  })
+  return { reader, events, targets }
+}
+
+function receive(stream: Buffer, splits: readonly number[], refused: ReadonlySet<number>): Event[] {
+  const { reader, events } = recording(refused)
+  for (let at = 0, turn = 0; at < stream.length; turn++) {
+    const count = splits[turn % splits.length]!
+    feed(reader, stream.subarray(at, at + count))
+    at += count
+  }
+  return events
+}
+
+/** Does what a socket does: fills the buffers it is given. */
+function feed(reader: FrameReader, bytes: Uint8Array): void {
+  for (let at = 0; at < bytes.length; ) {
+    const buffer = reader.next()
+    const part = bytes.subarray(at, at + buffer.length)
+    buffer.set(part)
+    reader.read(part.length)
+    at += part.length
+  }
+}
+
+/** Ordinary bytes may be forwarded in any pieces: joins neighbours. */
+function merged(events: readonly Event[]): Event[] {
+  const starts = events.flatMap((event, i) => ('placed' in event || i === 0 || 'placed' in events[i - 1]! ? [i] : []))
+  return starts.map((start, i) => {
+    const pieces = events.slice(start, starts[i + 1])
+    return 'placed' in pieces[0]!
+      ? pieces[0]
+      : { ordinary: Buffer.concat(pieces.flatMap((event) => ('ordinary' in event ? [event.ordinary] : []))) }
+  })
+}
+
+function digest(events: readonly Event[]): string[] {
+  return events.map((event) => {
+    const [kind, bytes] = 'placed' in event ? ['placed', event.placed] : ['ordinary', event.ordinary]
+    return `${kind} ${createHash('sha1').update(bytes).digest('hex')} ${bytes.length}`
+  })
+}
