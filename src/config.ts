@@ -100,11 +100,6 @@ export class ConfigError extends Error {
   override readonly name = 'ConfigError'
 }
 
-/** The message of an error without the name of its class. */
-export function errorText(error: unknown): string {
-  return String(error).replace(/^\w*Error: /, '')
-}
-
 type Source = { value: string | number; from: string }
 type Sources = Partial<Record<SettingName, Source>>
 

@@ -69,3 +69,8 @@ export class ServiceError extends Error {
     return ERRORS[this.code].retryable
   }
 }
+
+/** The message of an error without the name of its class. */
+export function errorText(error: unknown): string {
+  return String(error).replace(/^\w*Error: /, '')
+}

@@ -1,5 +1,6 @@
 #!/usr/bin/env node
-import { ConfigError, errorText } from './config.js'
+import { ConfigError } from './config.js'
+import { errorText } from './errors.js'
 
 type Command = (argv: readonly string[]) => Promise<string | undefined>
 

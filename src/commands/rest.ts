@@ -1,7 +1,8 @@
 import { once } from 'node:events'
 import { request as httpRequest, type IncomingMessage, type RequestOptions } from 'node:http'
 import { request as httpsRequest } from 'node:https'
-import { ConfigError, type Environment, errorText, type Flags } from '../config.js'
+import { ConfigError, type Environment, type Flags } from '../config.js'
+import { errorText } from '../errors.js'
 
 /** A service as a command reaches it. */
 export type Service = { url: string; token: string | undefined }

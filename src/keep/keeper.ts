@@ -1,6 +1,6 @@
-import { type Config, errorText, VERSION } from '../config.js'
+import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
-import { ServiceError } from '../errors.js'
+import { errorText, ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import type { Pending } from '../run/incoming.js'
 import type { Held, Run } from '../run/run.js'

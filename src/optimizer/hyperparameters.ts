@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { inspect } from 'node:util'
 import { checkCoefficients } from '../../kernels/orthogonalize/coefficients.js'
 import { ServiceError } from '../errors.js'
@@ -15,6 +16,8 @@ type GroupOf<A extends Algorithm> = {
   readonly given: Readonly<Record<string, unknown>>
 }
 export type Group = { [A in Algorithm]: GroupOf<A> }[Algorithm]
+/** The groups of a run by name. */
+export type Groups = ReadonlyMap<string, Group>
 /** A group as JSON brings it back. */
 type KeptGroup = {
   readonly name: string
@@ -183,4 +186,11 @@ function checkSet(group: Group): Group {
 
 function refusal(name: string, message: string): ServiceError {
   return new ServiceError('HYPERPARAMETER_INVALID', `group ${show(name)}: ${message}`)
+}
+
+/** The group that a parameter is in. */
+export function groupOf(parameter: { readonly name: string; readonly group: string }, groups: Groups): Group {
+  const group = groups.get(parameter.group)
+  assert(group, `parameter '${parameter.name}' is in no group`)
+  return group
 }

@@ -1,9 +1,9 @@
 import { ServiceError } from '../errors.js'
 import { type Attention, parseAttentions } from '../optimizer/attention.js'
+import type { Groups } from '../optimizer/hyperparameters.js'
 import { type Parameter, parseParameters } from '../optimizer/parameter.js'
 import { type Presets, parsePresetGroup } from '../optimizer/preset.js'
 import type { OpenFrame } from '../wire/frame.js'
-import type { Groups } from './schedule.js'
 
 /** What an `open` declares of a new run, checked. */
 export type Declaration = {

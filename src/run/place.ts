@@ -4,6 +4,7 @@ import type { HostRange, Job, JobResult } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithms/algorithm.js'
+import { groupOf } from '../optimizer/hyperparameters.js'
 import type { Parameter } from '../optimizer/parameter.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { StateTensor } from '../optimizer/state.js'
@@ -11,7 +12,7 @@ import { type PlaceRecord, UnreadableError } from '../store/checkpoint/manifest.
 import type { StepSeconds } from '../wire/frame.js'
 import type { DigestRecord } from './digest.js'
 import { appliedOf, appliedRecord, fingerprintText } from './record.js'
-import { groupOf, type StepSettings } from './schedule.js'
+import type { StepSettings } from './schedule.js'
 
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {

@@ -7,7 +7,7 @@ import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import { type Explanation, explain } from '../optimizer/explanation.js'
-import { effective } from '../optimizer/hyperparameters.js'
+import { effective, type Groups, groupOf } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
 import {
   type Claims,
@@ -28,7 +28,7 @@ import { History, type Receipt } from './history.js'
 import { importNote, type Pending } from './incoming.js'
 import { Place, type Update } from './place.js'
 import { appliedOf, appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
-import { type Groups, groupOf, Schedule, type StepSettings } from './schedule.js'
+import { Schedule, type StepSettings } from './schedule.js'
 
 /** The connection that writes to a run, as the run sees it. */
 export type Writer = {

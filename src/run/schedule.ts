@@ -1,11 +1,7 @@
-import assert from 'node:assert'
 import { isDeepStrictEqual } from 'node:util'
 import { ServiceError } from '../errors.js'
-import { type Group, updateGroup } from '../optimizer/hyperparameters.js'
-import type { Parameter } from '../optimizer/parameter.js'
+import { type Groups, updateGroup } from '../optimizer/hyperparameters.js'
 import type { MaxLogits } from '../optimizer/qk-clip.js'
-
-export type Groups = ReadonlyMap<string, Group>
 
 /** What a `step` frame says, with its defaults filled in: two that mean the same compare equal. */
 export type StepValues = {
@@ -16,12 +12,6 @@ export type StepValues = {
 
 /** A step's hyperparameters: `frame` is what the client sent for it, `groups` what holds. */
 export type StepSettings = { frame: StepValues; groups: Groups; gradient_scale: number }
-
-export function groupOf(parameter: Parameter, groups: Groups): Group {
-  const group = groups.get(parameter.group)
-  assert(group, `parameter '${parameter.name}' is in no group`)
-  return group
-}
 
 const NOTHING_SAID: StepValues = { groups: {}, gradient_scale: 1, max_logits: new Map() }
 

@@ -1,6 +1,7 @@
 import { access, constants, mkdir, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
-import { ConfigError, errorText } from '../config.js'
+import { ConfigError } from '../config.js'
+import { errorText } from '../errors.js'
 import { CheckpointFiles } from './checkpoint/checkpoint-files.js'
 import { syncFolder } from './durable.js'
 import { type FolderLock, lockFolder } from './lock.js'

@@ -3,7 +3,8 @@ import { constants, hostname } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import koffi from 'koffi'
-import { ConfigError, errorText } from '../config.js'
+import { ConfigError } from '../config.js'
+import { errorText } from '../errors.js'
 
 /** A folder that no other process writes to while this one holds it. */
 export type FolderLock = { release(): void }

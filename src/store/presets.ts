@@ -2,7 +2,8 @@ import { readdirSync, readFileSync } from 'node:fs'
 import { basename, join, parse as parsePath } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { parse as parseYaml } from 'yaml'
-import { ConfigError, errorText } from '../config.js'
+import { ConfigError } from '../config.js'
+import { errorText } from '../errors.js'
 import { type Preset, type Presets, parsePreset } from '../optimizer/preset.js'
 
 /** A preset and the file that it is from. */

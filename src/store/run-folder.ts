@@ -1,8 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import { mkdir, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
-import { errorText } from '../config.js'
 import type { StateLocation } from '../device/state-access.js'
+import { errorText } from '../errors.js'
 import type { CheckpointFiles } from './checkpoint/checkpoint-files.js'
 import {
   type DeviceRecord,

@@ -1,5 +1,5 @@
 import type { FileHandle } from 'node:fs/promises'
-import { errorText } from '../../config.js'
+import { errorText } from '../../errors.js'
 import { readZip } from '../torch/zip-reader.js'
 import { bytesOf, type FileTensor, ForeignError } from './file-tensor.js'
 

@@ -1,5 +1,5 @@
 import type { FileHandle } from 'node:fs/promises'
-import { errorText } from '../../config.js'
+import { errorText } from '../../errors.js'
 import { readHeader } from '../../store/safetensors.js'
 import { type FileTensor, ForeignError } from './file-tensor.js'
 

@@ -1,5 +1,5 @@
 import type { FileHandle } from 'node:fs/promises'
-import { errorText } from '../../config.js'
+import { errorText } from '../../errors.js'
 import { isKind, type PickleValue, shown, type TensorValue } from '../torch/pickle-value.js'
 import { unpickle } from '../torch/unpickle.js'
 import { readZip, type ZipEntry } from '../torch/zip-reader.js'

@@ -1,7 +1,6 @@
 import type { Group } from '../hyperparameters.js'
 import type { Laid } from '../parameter.js'
 import type { At, Plan } from '../plan.js'
-import { HYPERPARAMETERS, type Rule } from '../table.js'
 import { planAdamw } from './adamw.js'
 import { planMuon } from './muon.js'
 import { planRmsprop } from './rmsprop.js'
@@ -23,21 +22,6 @@ export function planStep(parameter: Laid, group: Group, at: At): Plan {
     default:
       return noPlan(group)
   }
-}
-
-type Description = { readonly default: unknown; readonly description: string }
-
-/** What `GET /v1/capabilities` says: algorithm -> hyperparameter -> its default, meaning and range. */
-export const ALGORITHMS: Readonly<Record<string, Readonly<Record<string, Description>>>> = Object.fromEntries(
-  Object.entries(HYPERPARAMETERS).map(([algorithm, table]) => [algorithm, describeTable(table)]),
-)
-
-function describeTable(table: Readonly<Record<string, Rule<unknown>>>): Readonly<Record<string, Description>> {
-  const rows = Object.entries(table).map(([key, rule]) => {
-    const when = rule.sticky ? '' : ' Fixed at open.'
-    return [key, { default: rule.default, description: `${rule.description}${when} Expected: ${rule.expected}.` }]
-  })
-  return Object.fromEntries(rows)
 }
 
 function noPlan(group: never): never {

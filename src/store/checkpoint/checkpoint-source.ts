@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 import { type FileHandle, open, readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { errorText } from '../../config.js'
+import { errorText } from '../../errors.js'
 import { checkpointNames, MANIFEST } from '../run-folder.js'
 import { type Header, readHeader } from '../safetensors.js'
 import { type FileRecord, type Manifest, openManifest, UnreadableError } from './manifest.js'

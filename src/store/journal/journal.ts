@@ -1,7 +1,6 @@
 import { type FileHandle, mkdir, open, readdir, stat, unlink } from 'node:fs/promises'
 import { join } from 'node:path'
-import { errorText } from '../../config.js'
-import { ServiceError } from '../../errors.js'
+import { errorText, ServiceError } from '../../errors.js'
 import { syncFolder } from '../durable.js'
 import { type EndHead, encodeHead, type GradientHead } from './journal-format.js'
 
