@@ -21,7 +21,7 @@ import { type AnyHandler, createHandlers, type Services } from './http/operation
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
-import { Stream } from './link/session.js'
+import { Session } from './link/session.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
 import { createMetrics, type Metrics } from './metrics.js'
 import { DataFolder } from './store/data-folder.js'
@@ -45,7 +45,7 @@ export type App = {
 /** Where nobody gave a logger. */
 const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
-type Service = Services & { streams: Set<Stream>; data: DataFolder | undefined }
+type Service = Services & { streams: Set<Session>; data: DataFolder | undefined }
 
 // The largest `open` and the largest chunk are both 16 MiB; the other keys of a frame come on top.
 const MAX_MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
@@ -251,7 +251,7 @@ function openStream(
   { raw, log }: FastifyRequest,
   { config, device, runs, metrics, streams }: Service,
 ): void {
-  const stream = new Stream(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
+  const stream = new Session(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
   streams.add(stream)
   socket.once('close', () => streams.delete(stream))
   if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()

@@ -3,7 +3,7 @@ import type { Readable } from 'node:stream'
 import { ServiceError } from '../errors.js'
 import { BodyTooLargeError, receiveState } from '../keep/import.js'
 import type { Log } from '../keep/keeper.js'
-import type { Incoming } from '../run/incoming.js'
+import type { ImportedState } from '../run/imported-state.js'
 import type { Run } from '../run/run.js'
 import { SafetensorsError } from '../store/safetensors.js'
 import { betweenSteps } from './checkpoints.js'
@@ -43,7 +43,7 @@ export async function importState(
   })
 }
 
-function counts({ places }: Incoming): { parameters: number } {
+function counts({ places }: ImportedState): { parameters: number } {
   return { parameters: places.filter((place) => place !== undefined).length }
 }
 

@@ -192,7 +192,7 @@ function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
     step,
     digest,
     created_at,
-    connected: run.writer !== undefined,
+    connected: run.connected,
     parameters,
     state_bytes: run.stateBytes,
     durable_step: runs.durableStep(run),

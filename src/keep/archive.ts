@@ -4,7 +4,7 @@ import type { Tensor } from '../device/memory.js'
 import { errorText, ServiceError } from '../errors.js'
 import type { Groups } from '../optimizer/hyperparameters.js'
 import type { Declaration } from '../run/declaration.js'
-import { importNote } from '../run/incoming.js'
+import { importNote } from '../run/imported-state.js'
 import { groupRecords, groupsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
 import { type Manifest, UnreadableError } from '../store/checkpoint/manifest.js'
@@ -73,7 +73,7 @@ export class Archive {
 
   /** Notes the groups that an `open` gives, before they hold: from the step in progress on if nothing was applied for it. */
   async replaced(run: Run, groups: Groups): Promise<void> {
-    const [given, before] = [groups, run.schedule.before].map(groupRecords)
+    const [given, before] = [groups, run.groupsBefore].map(groupRecords)
     const { step } = run
     const replacement = run.ahead.length === 0 ? { step, groups: given } : { step, groups: before, later: given }
     await this.#identify(run, { replacement })
@@ -124,8 +124,7 @@ export class Archive {
     const { folder } = keeper
     return keeper
       .alone(async () => {
-        await run.journal?.close()
-        run.journal = undefined
+        await run.closeJournal()
         // Groups that were given later are of a history that is dropped.
         await this.#identify(run, { replacement: undefined })
         await clearJournal(folder.journal)
@@ -169,7 +168,7 @@ export class Archive {
   /** When everything that was begun is on the disk. */
   async close(runs: Iterable<Run>): Promise<void> {
     for (const { keeper } of this.#shelves.values()) await keeper.settled()
-    for (const run of runs) await run.journal?.close()
+    for (const run of runs) await run.closeJournal()
   }
 
   async #identify(run: Run, change: Partial<Identity>): Promise<void> {
@@ -205,7 +204,7 @@ export class Archive {
     try {
       const { elsewhere } = this.#take(run, await this.#read(run, folder, manifest))
       const steps = withJournal ? await this.#replay(run, { folder, manifest, elsewhere }) : 0
-      run.epoch = identity.epoch
+      run.continueEpoch(identity.epoch)
       const keeper = this.#adopt(run, folder, withJournal ? replaceGroups(run, identity) : identity)
       // Without, the journal has steps that are dropped only once nothing is refused any more.
       if (withJournal) await this.#openJournal(run, folder)
@@ -244,10 +243,9 @@ export class Archive {
     kept.taken = true
     const difference = differenceOf(manifest.device, this.#means.device.record)
     const elsewhere = difference !== undefined
-    run.restore(manifest, tensors, elsewhere)
     const imported = manifest.imported ? [importNote(manifest.step)] : []
     const restored = elsewhere ? [`restored from ${manifest.checkpoint}: ${difference}`] : []
-    run.note = [...imported, ...restored].join('; ')
+    run.restore(manifest, { tensors, elsewhere, note: [...imported, ...restored].join('; ') })
     return { elsewhere }
   }
 
@@ -277,7 +275,9 @@ export class Archive {
 
   async #openJournal(run: Run, folder: RunFolder): Promise<void> {
     if (this.#means.config.durability !== 'journal') return
-    run.journal = await Journal.open(folder.journal, { first: run.step + 1, what: `the journal of run '${run.name}'` })
+    run.useJournal(
+      await Journal.open(folder.journal, { first: run.step + 1, what: `the journal of run '${run.name}'` }),
+    )
   }
 
   // The service has no journal any more, the run had one: its steps go into a checkpoint.
@@ -289,8 +289,7 @@ export class Archive {
   async #forget(run: Run): Promise<void> {
     await this.#shelves.get(run.name)?.keeper.settled()
     this.#shelves.delete(run.name)
-    await run.journal?.close()
-    run.journal = undefined
+    await run.closeJournal()
   }
 
   #failed(name: string, error: unknown): ServiceError {
@@ -321,8 +320,9 @@ function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): Che
 function replaceGroups(run: Run, { replacement, ...rest }: Identity): Identity {
   if (replacement === undefined) return rest
   const { step, groups, later } = replacement
-  if (step === run.step) run.schedule.replace(groupsOf(groups), true)
-  if (later && (step === run.step || step + 1 === run.step)) run.schedule.replace(groupsOf(later), step < run.step)
+  if (step === run.step) run.replaceGroups(groupsOf(groups), 'this')
+  if (later && (step === run.step || step + 1 === run.step))
+    run.replaceGroups(groupsOf(later), step < run.step ? 'this' : 'next')
   return step === run.step || step + 1 === run.step ? { ...rest, replacement } : rest
 }
 

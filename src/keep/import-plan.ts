@@ -81,7 +81,7 @@ function factorOf(
   run: Run,
   { parameter, kept, form }: { parameter: Parameter; kept: StateTensor; form: MomentumForm | undefined },
 ): Pick<Conversion, 'multiply' | 'divide'> {
-  const { hyperparameters } = groupOf(parameter, run.schedule.current.groups)
+  const { hyperparameters } = groupOf(parameter, run.groups)
   if (kept.name !== 'momentum_buffer' || !('momentum_form' in hyperparameters)) return {}
   const { momentum, momentum_form } = hyperparameters
   if (form === undefined || form === momentum_form) return {}

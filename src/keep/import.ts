@@ -1,8 +1,10 @@
 import assert from 'node:assert'
-import { createHash } from 'node:crypto'
+import { createHash, type Hash } from 'node:crypto'
+import { setImmediate as turn } from 'node:timers/promises'
 import type { Device } from '../device/device.js'
 import { stateBytes } from '../optimizer/parameter.js'
-import { Incoming, type IncomingPlace } from '../run/incoming.js'
+import { importDigest } from '../run/digest.js'
+import { type ImportedPlace, ImportedState, type PendingImport } from '../run/imported-state.js'
 import type { Run } from '../run/run.js'
 import { bytesOf, Elements, firstRefused } from '../store/elements.js'
 import { SAFETENSORS_DTYPES } from '../store/safetensors.js'
@@ -29,10 +31,10 @@ export async function receiveState(
   device: Device,
   run: Run,
   { body, bytes, ...options }: ImportOptions & { body: AsyncIterable<Uint8Array>; bytes?: number },
-): Promise<Incoming> {
+): Promise<ImportedState> {
   const headerBytes = headerLimit(run)
   checkBytes(run, bytes, headerBytes)
-  let incoming: Incoming | undefined
+  let incoming: ImportedState | undefined
   try {
     await readStream(body, {
       headerBytes,
@@ -65,15 +67,15 @@ function checkBytes(run: Run, bytes: number | undefined, headerBytes: number): v
 }
 
 /** The grant for all that is to come. Throws OVER_CAPACITY. */
-function reserve(device: Device, run: Run, { given }: ImportPlan): Incoming {
+function reserve(device: Device, run: Run, { given }: ImportPlan): ImportedState {
   const { units, bytes } = run.grant
   const needed = bytes.map(() => 0)
   for (const index of given) needed[units[index]] += stateBytes(run.parameter(index))
   const grant = device.reserve(needed, `the state imported into run '${run.name}'`)
-  return new Incoming(device, { grant, parameters: run.parameters.length })
+  return new ImportedState(device, { grant, parameters: run.parameters.length })
 }
 
-function allocate(device: Device, run: Run, { incoming, plan }: { incoming: Incoming; plan: ImportPlan }): void {
+function allocate(device: Device, run: Run, { incoming, plan }: { incoming: ImportedState; plan: ImportPlan }): void {
   const { units } = run.grant
   const { places } = incoming
   const { given, targets } = plan
@@ -86,7 +88,7 @@ function allocate(device: Device, run: Run, { incoming, plan }: { incoming: Inco
 
 function sinkOf(
   device: Device,
-  places: readonly (IncomingPlace | undefined)[],
+  places: readonly (ImportedPlace | undefined)[],
   { name, target }: { name: string; target: Target | undefined },
 ): TensorSink {
   const place = target && places[target.parameter.index]
@@ -99,7 +101,7 @@ function sinkOf(
 /** Converts, checks and hashes a tensor's elements on their way to memory. */
 function tensorSink(
   device: Device,
-  place: IncomingPlace,
+  place: ImportedPlace,
   { name, position, kept, conversion }: Extract<Target, { position: number }> & { name: string },
 ): TensorSink {
   const tensor = place.tensors[position]
@@ -124,7 +126,7 @@ function tensorSink(
 }
 
 /** A count is torch's `step`: an integer, which torch itself keeps as a float32. It is 0 exactly where there is no other state. */
-function countSink(place: IncomingPlace, { name, dtype }: { name: string; dtype: 'I64' | 'F32' }): TensorSink {
+function countSink(place: ImportedPlace, { name, dtype }: { name: string; dtype: 'I64' | 'F32' }): TensorSink {
   const bytes = Buffer.alloc(SAFETENSORS_DTYPES[dtype])
   let filled = 0
   return (piece) => {
@@ -137,5 +139,35 @@ function countSink(place: IncomingPlace, { name, dtype }: { name: string; dtype:
     if (!Number.isSafeInteger(count) || count < least || (least === 0 && count > 0))
       throw invalid(`tensor '${name}' is ${count}, expected ${expected}`)
     place.count = count
+  }
+}
+
+/**
+ * The import of `state`, and the digest that the run will have with it. State that stays is read again, turn by turn of the event loop:
+ * nothing may move it meanwhile.
+ */
+export async function pendingImport(device: Device, run: Run, state: ImportedState): Promise<PendingImport> {
+  const places: { hashes: readonly string[]; count: number }[] = []
+  for (const [index, place] of state.places.entries()) {
+    places.push(place ?? { hashes: await hashesOf(device, run, index), count: run.place(index).step })
+  }
+  const step_digest = run.stepDigest
+  const imported = { step_digest, hashes: places.map(({ hashes }) => hashes) }
+  return { state, digest: importDigest(step_digest, places), imported }
+}
+
+async function hashesOf(device: Device, run: Run, index: number): Promise<string[]> {
+  const held = run.stateTensors(index)
+  try {
+    const hashes: Hash[] = held.map(() => createHash('sha256'))
+    for (const [i, { tensor }] of held.entries()) {
+      for (const piece of device.read(tensor)) {
+        hashes[i].update(piece)
+        await turn()
+      }
+    }
+    return hashes.map((hash) => hash.digest('hex'))
+  } finally {
+    for (const { tensor } of held) device.memory.release(tensor)
   }
 }

@@ -2,8 +2,9 @@ import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { errorText, ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
-import type { Pending } from '../run/incoming.js'
-import type { Held, Run } from '../run/run.js'
+import type { PendingImport } from '../run/imported-state.js'
+import type { Run } from '../run/run.js'
+import type { HeldTensor } from '../run/shard.js'
 import type { StateEntry } from '../store/checkpoint/state-files.js'
 import { stateName } from '../store/checkpoint/state-source.js'
 import { type CheckpointEntry, isCheckpointId, type RunFolder } from '../store/run-folder.js'
@@ -68,7 +69,7 @@ export class Keeper {
    * Has the run go on from an import once that is on the disk, so that a crash leaves either all of it or nothing. Call it while
    * the run is held between two steps. Rejects with STORAGE_FAILED, and nothing was imported.
    */
-  async import(pending: Pending): Promise<CheckpointEntry> {
+  async import(pending: PendingImport): Promise<CheckpointEntry> {
     while (this.#writing) await this.settled()
     return this.#occupy(this.#write([], pending))
   }
@@ -125,7 +126,7 @@ export class Keeper {
     return done
   }
 
-  async #write(tags: readonly string[], pending?: Pending): Promise<CheckpointEntry> {
+  async #write(tags: readonly string[], pending?: PendingImport): Promise<CheckpointEntry> {
     const started = performance.now()
     this.#due = false
     const { device, metrics, log, config } = this.#means
@@ -197,7 +198,7 @@ export class Keeper {
 const COUNT_BYTES = BigInt64Array.BYTES_PER_ELEMENT
 
 /** The step counts first: 8 bytes each keep every tensor behind them aligned. Names are those of torch's flattened optimizer state. */
-function entriesOf(tensors: readonly Held[]): StateEntry[] {
+function entriesOf(tensors: readonly HeldTensor[]): StateEntry[] {
   const counts = new Map(tensors.map(({ parameter, count }) => [parameter.name, count]))
   return [
     ...[...counts].map(([name, count]): StateEntry => {

@@ -8,8 +8,10 @@ import { type Parameter, parseParameters } from '../optimizer/parameter.js'
 import { claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
 import type { Declaration } from '../run/declaration.js'
 import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
+import { type Connection, Member } from '../run/member.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
+import type { Step } from '../run/step.js'
 import {
   type DeviceRecord,
   type Manifest,
@@ -104,6 +106,9 @@ export async function readTensors(
   }
 }
 
+/** The journal sends its steps as a member of the run that nobody else knows. */
+const JOURNAL: Connection = { fence: () => {}, expel: () => {} }
+
 /**
  * Computes a journal's steps again, each from the gradients that it was computed from, and holds every update and digest against
  * what was acknowledged; `elsewhere` only the gradients. Throws UnreadableError that names the record.
@@ -114,25 +119,26 @@ export async function replay(
   { steps, elsewhere }: { steps: readonly StoredStep[]; elsewhere: boolean },
 ): Promise<void> {
   const files = new Map<string, Promise<FileHandle>>()
+  const member = new Member(JOURNAL)
   try {
     for (const stored of steps) {
-      run.schedule.repeat(settingsOf(stored.end.settings))
+      run.repeat(settingsOf(stored.end.settings))
       const done = await Promise.allSettled(
-        stored.gradients.map((gradient) => applyAgain(run, device, { gradient, files, elsewhere })),
+        stored.gradients.map((gradient) => applyAgain(run, device, { member, gradient, files, elsewhere })),
       )
       const failed = done.find((result) => result.status === 'rejected')
       if (failed) throw failed.reason
-      await named(stored.label, () => run.endAgain(stored.end))
+      await named(stored.label, () => run.endAgain(member, stored.end))
     }
   } finally {
     for (const file of files.values()) await (await file).close()
   }
 }
 
-type Again = { gradient: StoredGradient; files: Map<string, Promise<FileHandle>>; elsewhere: boolean }
+type Again = { member: Member; gradient: StoredGradient; files: Map<string, Promise<FileHandle>>; elsewhere: boolean }
 
-async function applyAgain(run: Run, device: Device, { gradient, files, elsewhere }: Again): Promise<void> {
-  const { parameter: index, step, path, at, bytes, applied, label } = gradient
+async function applyAgain(run: Run, device: Device, { member, gradient, files, elsewhere }: Again): Promise<void> {
+  const { parameter: index, step: number, path, at, bytes, applied, label } = gradient
   await named(label, async () => {
     const parameter = run.parameter(index)
     if (parameter.gradient_bytes !== bytes) {
@@ -142,16 +148,21 @@ async function applyAgain(run: Run, device: Device, { gradient, files, elsewhere
     }
     const slot = await device.staging.reserve(bytes, new AbortController().signal)
     assert(slot, 'nothing aborts this')
-    try {
-      const range = { block: device.stagingBlock, offset: slot.offset, bytes }
+    const range = { block: device.stagingBlock, offset: slot.offset, bytes }
+    const release = () => device.staging.release(slot)
+    const step = await readGradient().catch((error) => {
+      release()
+      throw error
+    })
+    const update = await run.compute(member, { step, index, gradient: { range, release } })
+    update?.memory.release()
+    run.acknowledge(index, applied, elsewhere)
+
+    async function readGradient(): Promise<Step> {
       const file = files.get(path) ?? open(path, 'r')
       files.set(path, file)
-      await readInto(device.view(range.block).subarray(slot.offset, slot.offset + bytes), await file, at)
-      const update = await run.compute(index, step, range)
-      update?.memory.release()
-      run.acknowledge(index, applied, elsewhere)
-    } finally {
-      device.staging.release(slot)
+      await readInto(device.view(range.block).subarray(range.offset, range.offset + bytes), await file, at)
+      return run.expect(member, index, number)
     }
   })
 }

@@ -1,23 +1,25 @@
 import type { Config } from '../config.js'
 import type { Device } from '../device/device.js'
-import type { Demand } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
-import { planStep } from '../optimizer/algorithms/algorithm.js'
-import { attentionDifference, parseAttentions, rowScaleBytes } from '../optimizer/attention.js'
-import { type Groups, groupOf, stateBearing } from '../optimizer/hyperparameters.js'
-import { firstDifference, type Parameter, parseParameters, stateBytes } from '../optimizer/parameter.js'
+import { rowScaleBytes } from '../optimizer/attention.js'
+import type { Parameter } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
-import { type Declaration, declarationOf, parseGroups, refuseUnsupported } from '../run/declaration.js'
-import { type Incoming, pendingImport } from '../run/incoming.js'
-import { Run, type Writer } from '../run/run.js'
+import { type Declaration, declarationOf, refuseUnsupported } from '../run/declaration.js'
+import type { ImportedState } from '../run/imported-state.js'
+import type { Connection, Member } from '../run/member.js'
+import { Run } from '../run/run.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { OpenFrame } from '../wire/frame.js'
 import { Archive, type Kept } from './archive.js'
+import { pendingImport } from './import.js'
 import type { Keeper, Log } from './keeper.js'
+import { measure } from './measured.js'
+import { checkFree, checkSame, demandsOf } from './opening.js'
+import { Turns } from './turns.js'
 
-/** The run that an `open` gave, and whether it existed before. */
-export type Opened = { run: Run; resumed: boolean }
+/** The run that an `open` gave, the connection's place in it, and whether the run existed before. */
+export type Opened = { run: Run; member: Member; resumed: boolean }
 
 /** What runs live on; without `data` their state ends with the process. */
 export type RunsMeans = {
@@ -39,20 +41,22 @@ export class Runs {
   readonly #device: Device
   readonly #config: Config
   readonly #presets: Presets
+  readonly #metrics: Metrics
   readonly #log: Log
   readonly #archive: Archive | undefined
   #runs = new Map<string, Run>()
   /** Runs that wait for their kernels: they count as runs already. */
   #creating = 0
-  #turns = new Map<string, Promise<unknown>>()
+  readonly #turns = new Turns()
   readonly #imports = new Map<Run, Promise<unknown>>()
   readonly #closing = new AbortController()
 
   constructor(means: RunsMeans) {
-    const { device, config, presets, data, log } = means
+    const { device, config, presets, metrics, data, log } = means
     this.#device = device
     this.#config = config
     this.#presets = presets
+    this.#metrics = metrics
     this.#log = log
     const build: Runs['build'] = (...of) => this.build(...of)
     this.#archive = data && new Archive({ ...means, data, build })
@@ -71,10 +75,15 @@ export class Runs {
   get(name: string): Run {
     const run = this.#runs.get(name)
     if (run) return run
+    throw this.#notFound(name)
+  }
+
+  /** Why a run cannot be had. */
+  #notFound(name: string): ServiceError {
     const problem = this.stored.get(name)
-    if (problem === '') throw new ServiceError('RESTORING', `run '${name}' waits to be restored`)
-    if (problem) throw new ServiceError('CHECKPOINT_UNREADABLE', problem)
-    throw new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'`)
+    if (problem === '') return new ServiceError('RESTORING', `run '${name}' waits to be restored`)
+    if (problem) return new ServiceError('CHECKPOINT_UNREADABLE', problem)
+    return new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'`)
   }
 
   /** What takes a run's checkpoints. Throws RUN_NOT_FOUND, and PARAMETER_INVALID where nothing is kept. */
@@ -106,18 +115,18 @@ export class Runs {
     return this.#restoring
   }
 
-  /** Opens a run for `writer`. What one name is asked for happens in the order of the calls. */
-  open(frame: OpenFrame, writer: Writer): Promise<Opened> {
-    return this.#inTurn(frame.run, () => this.#open(frame, writer))
+  /** Opens a run for a connection. Calls for one name are served one after the other, in their order. */
+  open(frame: OpenFrame, connection: Connection): Promise<Opened> {
+    return this.#turns.take(frame.run, () => this.#open(frame, connection))
   }
 
   /** Deletes a run with its state and checkpoints; its connection is closed. */
   delete(name: string): Promise<void> {
-    return this.#inTurn(name, async () => {
+    return this.#turns.take(name, async () => {
       const run = this.#runs.get(name)
       if (!run && !this.stored.has(name)) this.get(name)
       this.#runs.delete(name)
-      run?.writer?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
+      run?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
       await run?.settled()
       try {
         await this.#archive?.remove(name, run)
@@ -177,12 +186,12 @@ export class Runs {
    * Has a run go on from state that was received for it, once that is on the disk where there is one; answers where it goes on.
    * Throws STEP_INCOMPLETE where a step has begun, STORAGE_FAILED, and RUN_NOT_FOUND where the run is gone.
    */
-  takeOver(run: Run, incoming: Incoming): Promise<Imported> {
-    return this.#inTurn(run.name, async () => {
+  takeOver(run: Run, state: ImportedState): Promise<Imported> {
+    return this.#turns.take(run.name, async () => {
       if (this.#runs.get(run.name) !== run)
         throw new ServiceError('RUN_NOT_FOUND', `run '${run.name}' was deleted while its state was received`)
-      return run.between('state is imported between two steps', async () => {
-        const pending = await pendingImport(this.#device, run, incoming)
+      return run.boundary.between('state is imported between two steps', async () => {
+        const pending = await pendingImport(this.#device, run, state)
         const { step } = run
         const { digest } = pending
         if (!this.#archive) {
@@ -218,70 +227,79 @@ export class Runs {
   async #restoreAll(): Promise<void> {
     for (const name of [...this.stored.keys()]) {
       if (this.draining) return
-      await this.#inTurn(name, () => this.#find(name)).catch((error) => {
-        this.#log.error({ event: 'run_unreadable', run: name, reason: String(error) })
-      })
+      await this.#turns
+        .take(name, () => this.#find(name))
+        .catch((error) => {
+          this.#log.error({ event: 'run_unreadable', run: name, reason: String(error) })
+        })
     }
   }
 
-  async #open(frame: OpenFrame, writer: Writer): Promise<Opened> {
+  async #open(frame: OpenFrame, connection: Connection): Promise<Opened> {
     const { run: name, mode, checkpoint } = frame
     refuseUnsupported(frame, this.#archive !== undefined)
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and opens no run')
     // The runs are not gone: a service that is started again has those that are on the disk.
     if (this.#device.failed) throw this.#deviceFailure()
-    if (checkpoint !== undefined) return { run: await this.#goBack(frame, checkpoint, writer), resumed: true }
+    if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, connection)
     const exists = this.#runs.has(name) || this.stored.has(name)
     if (exists && mode === 'create') throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
     const known = await this.#find(name)
     if (!known && mode === 'resume') this.get(name)
-    if (known) return { run: await this.#resume(known, frame, writer), resumed: true }
-    return { run: await this.#create(frame, writer), resumed: false }
+    if (known) return this.#resume(known, frame, connection)
+    return this.#create(frame, connection)
   }
 
   async #find(name: string): Promise<Run | undefined> {
     const known = this.#runs.get(name)
     if (known) return known
     const restored = await this.#archive?.load(name)
-    if (restored) this.#runs.set(name, restored)
+    if (restored) this.#enter(restored)
     return restored
   }
 
-  async #resume(run: Run, frame: OpenFrame, writer: Writer, kept?: Kept): Promise<Run> {
+  /** From here on a run is known by its name, and its steps are counted. */
+  #enter(run: Run): void {
+    this.#runs.set(run.name, run)
+    measure(run, this.#metrics)
+  }
+
+  async #resume(run: Run, frame: OpenFrame, connection: Connection, kept?: Kept): Promise<Opened> {
     checkFree(run, frame)
     const groups = checkSame(run, frame, this.#presets)
     await this.#archive?.opened(run)
-    await run.attach(writer)
-    if (kept) await this.#takeBack(run, kept)
-    if (!groups) return run
+    const member = await run.attach(connection)
+    const opened = { run, member, resumed: true }
+    if (kept) await this.#takeBack(run, member, kept)
+    if (!groups) return opened
     await this.#archive?.replaced(run, groups).catch((error) => {
-      run.detach(writer)
+      run.detach(member)
       throw error
     })
-    run.schedule.replace(groups, run.ahead.length === 0)
-    return run
+    run.replaceGroups(groups)
+    return opened
   }
 
   /** Opens a run as it was at one of its checkpoints, once nothing can be refused any more. */
-  async #goBack(frame: OpenFrame, checkpoint: string, writer: Writer): Promise<Run> {
+  async #goBack(frame: OpenFrame, checkpoint: string, connection: Connection): Promise<Opened> {
     const { run: name } = frame
     const archive = this.#archive
     const known = this.#runs.get(name)
-    if (!archive || !known) return this.#loadBack(frame, checkpoint, writer)
+    if (!archive || !known) return this.#loadBack(frame, checkpoint, connection)
     checkFree(known, frame)
     checkSame(known, frame, this.#presets)
     const kept = await archive.fetch(known, checkpoint)
     try {
-      return await this.#resume(known, frame, writer, kept)
+      return await this.#resume(known, frame, connection, kept)
     } finally {
       archive.release(kept)
     }
   }
 
   /** The same for a run that is on the disk only: its newest checkpoint may be the one that cannot be read. */
-  async #loadBack(frame: OpenFrame, checkpoint: string, writer: Writer): Promise<Run> {
+  async #loadBack(frame: OpenFrame, checkpoint: string, connection: Connection): Promise<Opened> {
     const run = await this.#archive?.load(frame.run, checkpoint)
-    if (!run) return this.get(frame.run)
+    if (!run) throw this.#notFound(frame.run)
     try {
       checkSame(run, frame, this.#presets)
       await this.#archive?.goBack(run)
@@ -289,16 +307,16 @@ export class Runs {
       await this.#drop(run)
       throw error
     }
-    this.#runs.set(run.name, run)
-    return this.#resume(run, frame, writer)
+    this.#enter(run)
+    return this.#resume(run, frame, connection)
   }
 
   // What is half gone from the disk is read from there again.
-  async #takeBack(run: Run, kept: Kept): Promise<void> {
+  async #takeBack(run: Run, member: Member, kept: Kept): Promise<void> {
     try {
       await this.#archive?.goBack(run, kept)
     } catch (error) {
-      run.writer = undefined
+      run.detach(member)
       await this.#drop(run)
       throw error
     }
@@ -311,7 +329,7 @@ export class Runs {
     run.dispose()
   }
 
-  async #create(frame: OpenFrame, writer: Writer): Promise<Run> {
+  async #create(frame: OpenFrame, connection: Connection): Promise<Opened> {
     const run = await this.build(frame.run, declarationOf(frame, this.#presets))
     try {
       await this.#archive?.create(run)
@@ -319,9 +337,8 @@ export class Runs {
       run.dispose()
       throw error
     }
-    this.#runs.set(run.name, run)
-    await run.attach(writer)
-    return run
+    this.#enter(run)
+    return { run, member: await run.attach(connection), resumed: false }
   }
 
   #checkFits(parameters: readonly Parameter[]): void {
@@ -338,21 +355,9 @@ export class Runs {
     throw new ServiceError('OVER_CAPACITY', `${needs}, the arena has ${staging.capacity}`, { parameter: large.index })
   }
 
-  async #inTurn<T>(name: string, work: () => Promise<T>): Promise<T> {
-    const before = this.#turns.get(name)
-    const turn = (before ?? Promise.resolve()).then(work)
-    const settled = turn.catch(() => undefined)
-    this.#turns.set(name, settled)
-    try {
-      return await turn
-    } finally {
-      if (this.#turns.get(name) === settled) this.#turns.delete(name)
-    }
-  }
-
   #expelAll(): void {
     const error = this.#deviceFailure({ close: 1011 })
-    for (const run of this.#runs.values()) run.writer?.expel(error)
+    for (const run of this.#runs.values()) run.expel(error)
     this.#runs.clear()
   }
 
@@ -360,52 +365,4 @@ export class Runs {
     const { backend, failed } = this.#device
     return new ServiceError('DEVICE_FAILED', `the device ${backend.name} has failed: ${failed?.message}`, fields)
   }
-}
-
-function checkFree(run: Run, { takeover }: OpenFrame): void {
-  if (!run.writer || takeover) return
-  throw new ServiceError(
-    'RUN_BUSY',
-    `run '${run.name}' has a connection (epoch ${run.epoch}), open it with takeover to replace that`,
-  )
-}
-
-/** Compares what a resuming `open` gives with what the run has; answers the groups to replace, if any were given. */
-function checkSame(run: Run, frame: OpenFrame, presets: Presets): Groups | undefined {
-  const existing = run.schedule.current.groups
-  const groups = frame.groups && parseGroups(frame.groups, presets)
-  if (groups) {
-    const difference = groupDifference(existing, groups)
-    if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
-  }
-  if (frame.parameters) {
-    const difference = firstDifference(run.parameters, parseParameters(frame.parameters, groups ?? existing))
-    if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
-  }
-  if (frame.attentions) {
-    const difference = attentionDifference(run.attentions, parseAttentions(frame.attentions, run.parameters))
-    if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
-  }
-  return groups
-}
-
-function groupDifference(existing: Groups, given: Groups): string | undefined {
-  for (const [name, group] of existing) {
-    const other = given.get(name)
-    if (!other) return `its group '${name}' is not given`
-    const difference = stateBearing(group, other)
-    if (difference) return `group '${name}': ${difference}`
-  }
-  for (const name of given.keys()) if (!existing.has(name)) return `it has no group '${name}'`
-  return undefined
-}
-
-/** What the device is asked for: one step of every parameter. */
-function demandsOf(parameters: readonly Parameter[], groups: Groups): Demand[] {
-  return parameters.map((parameter) => ({
-    plan: planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false }),
-    gradient_bytes: parameter.gradient_bytes,
-    update_bytes: parameter.update_bytes,
-    state_bytes: stateBytes(parameter),
-  }))
 }

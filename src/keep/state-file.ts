@@ -1,6 +1,7 @@
 import type { Device } from '../device/device.js'
 import { describe } from '../optimizer/parameter.js'
-import type { Held, Run } from '../run/run.js'
+import type { Run } from '../run/run.js'
+import type { HeldTensor } from '../run/shard.js'
 import type { RunRecord } from '../store/checkpoint/manifest.js'
 import { stateMetadata, stateName } from '../store/checkpoint/state-source.js'
 import { encodeHeader, SAFETENSORS_NAMES, type TensorEntry } from '../store/safetensors.js'
@@ -29,7 +30,7 @@ export function stateFile(device: Device, run: Run): StateFile {
 }
 
 /** Every count first, which keeps all behind them aligned. One of 0 says that the parameter has no other state yet. */
-function entriesOf({ parameters }: RunRecord, tensors: readonly Held[]): TensorEntry[] {
+function entriesOf({ parameters }: RunRecord, tensors: readonly HeldTensor[]): TensorEntry[] {
   return [
     ...parameters.map(({ name }): TensorEntry => {
       return { name: stateName(name, 'step'), dtype: 'I64', shape: [], bytes: STEP_BYTES }

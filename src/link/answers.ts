@@ -3,7 +3,10 @@ import type { Device } from '../device/device.js'
 import type { Slot } from '../device/staging.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
-import type { Run, ScaledUpdate } from '../run/run.js'
+import type { Member } from '../run/member.js'
+import type { Run } from '../run/run.js'
+import type { ScaledUpdate } from '../run/shard.js'
+import type { Step } from '../run/step.js'
 import { chunksOf } from '../wire/chunks.js'
 import { encodeHeader } from '../wire/codec.js'
 import type { Sender } from './websocket/sender.js'
@@ -11,8 +14,11 @@ import type { Sender } from './websocket/sender.js'
 /** What a connection works with. */
 export type Means = { config: Config; device: Device; metrics: Metrics }
 
+/** A run that a connection has opened, and the connection as a member of it. */
+export type Joined = { run: Run; member: Member }
+
 /** A gradient that lies whole in its slot of the staging arena. Whoever has it last releases the slot. */
-export type Gradient = { run: Run; parameter: number; step: number; slot: Slot }
+export type Gradient = Joined & { step: Step; parameter: number; slot: Slot }
 
 /** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
 export class Answers {
@@ -55,31 +61,20 @@ export class Answers {
     this.#outstanding.set(parameter, work)
   }
 
-  async #answer(gradient: Gradient): Promise<void> {
+  async #answer({ run, member, step, parameter: index, slot }: Gradient): Promise<void> {
+    const { stagingBlock, staging } = this.#means.device
+    const range = { block: stagingBlock, offset: slot.offset, bytes: slot.bytes }
+    const gradient = { range, release: () => staging.release(slot) }
     try {
-      const update = await this.#compute(gradient)
-      if (update) await this.#send(gradient, update).finally(update.memory.release)
+      const update = await run.compute(member, { step, index, gradient })
+      if (update) await this.#send(step, index, update).finally(update.memory.release)
     } catch (error) {
       countRefused(this.#means.metrics, error)
       this.#report(error)
     }
   }
 
-  /** The slot is free again once nobody reads it: neither a lane nor the journal. */
-  async #compute({ run, parameter, step, slot }: Gradient): Promise<ScaledUpdate | undefined> {
-    const { stagingBlock, staging } = this.#means.device
-    const range = { block: stagingBlock, offset: slot.offset, bytes: slot.bytes }
-    const release = () => staging.release(slot)
-    const update = await run.compute(parameter, step, range).catch((error) => {
-      release()
-      throw error
-    })
-    if (update?.stored) void update.stored.then(release)
-    else release()
-    return update
-  }
-
-  async #send({ run, parameter, step }: Gradient, update: ScaledUpdate): Promise<void> {
+  async #send(step: Step, parameter: number, update: ScaledUpdate): Promise<void> {
     const startedAt = performance.now()
     const { device, config, metrics } = this.#means
     const { block, offset: start, bytes } = update.memory.range
@@ -88,12 +83,12 @@ export class Answers {
     const keys = { scale, decay, row_scale, replayed, gradient_norm, update_rms }
     const sent = [...chunksOf(bytes, config.chunk_bytes)].map(async ({ offset, length }) => {
       const first = offset === 0 ? keys : {}
-      const header = encodeHeader({ type: 'update', parameter, step, offset, ...first }, length)
+      const header = encodeHeader({ type: 'update', parameter, step: step.number, offset, ...first }, length)
       const whole = await this.#sender.send({ header, payload: payload.subarray(offset, offset + length) })
       if (whole) metrics.sent_bytes_total.inc(length)
     })
     await Promise.all(sent)
-    run.spend('send', (performance.now() - startedAt) / 1000)
+    step.spend('send', (performance.now() - startedAt) / 1000)
   }
 }
 

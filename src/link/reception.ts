@@ -1,30 +1,28 @@
 import assert from 'node:assert'
 import type { Slot } from '../device/staging.js'
 import { ServiceError } from '../errors.js'
-import type { Run } from '../run/run.js'
 import { Assembly } from '../wire/chunks.js'
 import type { GradientHead } from '../wire/codec.js'
 import type { GradientFrame } from '../wire/frame.js'
-import { countRefused, type Gradient, type Means } from './answers.js'
+import { type Answers, countRefused, type Gradient, type Joined, type Means } from './answers.js'
 import type { GradientSink } from './websocket/socket.js'
 
 /** A gradient of which some chunks have come. */
-type Incoming = Gradient & { assembly: Assembly; startedAt: number }
+type Incomplete = Gradient & { assembly: Assembly; startedAt: number }
 
-/** What the reception asks of its connection. */
-export type ReceptionHooks = {
+/** A gradient that was refused: the rest of its chunks is dropped. */
+type Dropped = { parameter: number; step: number }
+
+/** What a reception works with beside the means of its connection. */
+export type ReceptionParts = {
+  /** Takes each gradient over that is complete. */
+  answers: Answers
   /** Aborted when the connection ends. */
   gone: AbortSignal
   /** Throws where no gradient may begin at all. */
-  checkOpen(gradient: { parameter: number; step: number }): void
-  /** Throws where this step's may not. */
-  checkStep(step: number): void
-  /** Settles when the last update of a parameter was sent; undefined where there is none under way. */
-  outstanding(parameter: number): Promise<void> | undefined
-  /** The memory that `destination` has named is not to be written any more. */
+  checkOpen(gradient: Dropped): void
+  /** Told when the memory that `destination` has named may not be written any more. */
   abandoned(): void
-  /** Takes a gradient over that is complete. */
-  complete(gradient: Gradient): void
 }
 
 /** The gradient that a connection is sending: its chunks go into the slot of the staging arena that is reserved for all of it. */
@@ -32,66 +30,65 @@ export class Reception implements GradientSink {
   /** Whether the client is kept from sending because the arena has no room. */
   waits = false
   readonly #means: Means
-  readonly #hooks: ReceptionHooks
-  #incoming: Incoming | undefined
-  /** The gradient whose first chunk was refused: the rest of it is dropped. */
-  #dropped: { parameter: number; step: number } | undefined
+  readonly #parts: ReceptionParts
+  #incomplete: Incomplete | undefined
+  #dropped: Dropped | undefined
 
-  constructor(means: Means, hooks: ReceptionHooks) {
+  constructor(means: Means, parts: ReceptionParts) {
     this.#means = means
-    this.#hooks = hooks
+    this.#parts = parts
   }
 
   /** Whose gradient is incomplete, in words; undefined where none is. */
   get label(): string | undefined {
-    return this.#incoming?.assembly.label
+    return this.#incomplete?.assembly.label
   }
 
   /** Bytes that the incomplete gradient has reserved. */
   get bytes(): number {
-    return this.#incoming?.slot.bytes ?? 0
+    return this.#incomplete?.slot.bytes ?? 0
   }
 
-  /** When the incomplete gradient got its place, by performance.now(). */
+  /** When the incomplete gradient got its memory, by performance.now(). */
   get startedAt(): number {
-    return this.#incoming?.startedAt ?? 0
+    return this.#incomplete?.startedAt ?? 0
   }
 
   destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
-    const incoming = this.#incoming
-    if (incoming?.parameter !== parameter || incoming.step !== step) return undefined
-    const { assembly, slot } = incoming
+    const incomplete = this.#incomplete
+    if (incomplete?.parameter !== parameter || incomplete.step.number !== step) return undefined
+    const { assembly, slot } = incomplete
     const fits = offset === assembly.received && offset + dataLength <= assembly.bytes
     if (!fits || dataLength > this.#means.config.chunk_bytes) return undefined
     return this.#arena.subarray(slot.offset + offset, slot.offset + offset + dataLength)
   }
 
   received({ offset, dataLength }: GradientHead): void {
-    assert(this.#incoming, 'whoever ends a reception abandons the destination')
-    this.#incoming.assembly.accept({ offset, length: dataLength })
-    this.#stored(this.#incoming, dataLength)
+    assert(this.#incomplete, 'whoever ends a reception abandons the destination')
+    this.#incomplete.assembly.accept({ offset, length: dataLength })
+    this.#stored(this.#incomplete, dataLength)
   }
 
   /** Takes a chunk that has come the ordinary way; a promise where nothing else may be looked at before it is stored. */
-  take(run: Run, frame: GradientFrame): Promise<void> | undefined {
+  take(joined: Joined, frame: GradientFrame): Promise<void> | undefined {
     const { parameter, step, offset } = frame
     if (this.#dropped?.parameter === parameter && this.#dropped.step === step && offset > 0) return undefined
     this.#dropped = undefined
-    if (!this.#incoming) return this.#begin(run, frame)
-    this.#continue(this.#incoming, frame)
+    if (!this.#incomplete) return this.#begin(joined, frame)
+    this.#continue(this.#incomplete, frame)
     return undefined
   }
 
-  /** Another frame has come: what follows belongs to no refused gradient any more. */
+  /** Another frame has come: later chunks belong to no refused gradient any more. */
   forgetDropped(): void {
     this.#dropped = undefined
   }
 
-  /** Gives up the incomplete gradient and its place. */
+  /** Gives up the incomplete gradient and its memory. */
   abandon(): void {
-    this.#hooks.abandoned()
-    if (this.#incoming) this.#means.device.staging.release(this.#incoming.slot)
-    this.#incoming = undefined
+    this.#parts.abandoned()
+    if (this.#incomplete) this.#means.device.staging.release(this.#incomplete.slot)
+    this.#incomplete = undefined
   }
 
   get #arena(): Uint8Array {
@@ -99,50 +96,58 @@ export class Reception implements GradientSink {
     return device.view(device.stagingBlock)
   }
 
-  #continue(incoming: Incoming, frame: GradientFrame): void {
+  #continue(incomplete: Incomplete, frame: GradientFrame): void {
     const { parameter, step, offset, data } = frame
-    if (incoming.parameter !== parameter || incoming.step !== step) {
+    if (incomplete.parameter !== parameter || incomplete.step.number !== step) {
       throw new ServiceError(
         'FRAME_UNEXPECTED',
-        `a chunk of parameter ${parameter}, step ${step} while ${incoming.assembly.label} is incomplete`,
+        `a chunk of parameter ${parameter}, step ${step} while ${incomplete.assembly.label} is incomplete`,
       )
     }
     try {
-      incoming.assembly.accept({ offset, length: data.length })
+      incomplete.assembly.accept({ offset, length: data.length })
     } catch (error) {
       this.abandon()
       this.#dropped = { parameter, step }
       countRefused(this.#means.metrics, error)
       throw error
     }
-    this.#store(incoming, frame)
+    this.#store(incomplete, frame)
   }
 
-  /** Takes a gradient's first chunk: checks that it may be applied, and reserves its whole size. */
-  #begin(run: Run, frame: GradientFrame): Promise<void> | undefined {
-    const { parameter, step, offset, data } = frame
-    if (offset === 0) this.#dropped = { parameter, step }
+  /** Takes a gradient's first chunk: checks that it may be applied, and reserves memory for all of it. */
+  #begin(joined: Joined, frame: GradientFrame): Promise<void> | undefined {
+    const { run, member } = joined
+    const { parameter, step: number, offset, data } = frame
+    if (offset === 0) this.#dropped = { parameter, step: number }
     const { name, gradient_bytes } = run.parameter(parameter)
-    const assembly = new Assembly(gradient_bytes, `the gradient of parameter '${name}' for step ${step}`)
+    const assembly = new Assembly(gradient_bytes, `the gradient of parameter '${name}' for step ${number}`)
     if (offset > 0) assembly.accept({ offset, length: data.length })
-    this.#hooks.checkOpen({ parameter, step })
-    try {
-      this.#hooks.checkStep(step)
-      run.expect(parameter, step)
+    this.#parts.checkOpen({ parameter, step: number })
+    const step = this.#counted(() => {
+      const step = run.expect(member, parameter, number)
       assembly.accept({ offset, length: data.length })
+      return step
+    })
+    this.#dropped = undefined
+    const start = (slot: Slot) => {
+      this.#incomplete = { run, member, step, parameter, assembly, slot, startedAt: performance.now() }
+      this.#store(this.#incomplete, frame)
+    }
+    const outstanding = this.#parts.answers.outstanding(parameter)
+    const slot = outstanding ? undefined : this.#means.device.staging.tryReserve(gradient_bytes)
+    if (slot) return void start(slot)
+    return this.#startWhenFree(outstanding, gradient_bytes, start)
+  }
+
+  /** Does `work`; where it throws, a gradient was refused. */
+  #counted<T>(work: () => T): T {
+    try {
+      return work()
     } catch (error) {
       countRefused(this.#means.metrics, error)
       throw error
     }
-    this.#dropped = undefined
-    const start = (slot: Slot) => {
-      this.#incoming = { run, parameter, step, assembly, slot, startedAt: performance.now() }
-      this.#store(this.#incoming, frame)
-    }
-    const outstanding = this.#hooks.outstanding(parameter)
-    const slot = outstanding ? undefined : this.#means.device.staging.tryReserve(gradient_bytes)
-    if (slot) return void start(slot)
-    return this.#startWhenFree(outstanding, gradient_bytes, start)
   }
 
   // One update per parameter is kept, so the same parameter again waits until that was sent.
@@ -153,24 +158,25 @@ export class Reception implements GradientSink {
   ): Promise<void> {
     await outstanding
     const { staging } = this.#means.device
+    const { gone } = this.#parts
     this.waits = true
-    const slot = await staging.reserve(bytes, this.#hooks.gone)
+    const slot = await staging.reserve(bytes, gone)
     this.waits = false
     if (slot === undefined) return
-    if (this.#hooks.gone.aborted) staging.release(slot)
+    if (gone.aborted) staging.release(slot)
     else start(slot)
   }
 
-  #store(incoming: Incoming, { offset, data }: GradientFrame): void {
-    this.#arena.set(data, incoming.slot.offset + offset)
-    this.#stored(incoming, data.length)
+  #store(incomplete: Incomplete, { offset, data }: GradientFrame): void {
+    this.#arena.set(data, incomplete.slot.offset + offset)
+    this.#stored(incomplete, data.length)
   }
 
-  #stored({ assembly, startedAt, ...gradient }: Incoming, bytes: number): void {
+  #stored({ assembly, startedAt, ...gradient }: Incomplete, bytes: number): void {
     this.#means.metrics.received_bytes_total.inc(bytes)
     if (!assembly.complete) return
-    this.#incoming = undefined
-    gradient.run.spend('receive', (performance.now() - startedAt) / 1000)
-    this.#hooks.complete(gradient)
+    this.#incomplete = undefined
+    gradient.step.spend('receive', (performance.now() - startedAt) / 1000)
+    this.#parts.answers.begin(gradient)
   }
 }

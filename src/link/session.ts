@@ -5,15 +5,15 @@ import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
-import type { Run, Writer } from '../run/run.js'
+import type { Connection } from '../run/member.js'
 import { decodeClientFrame, encodeFrame, type GradientHead } from '../wire/codec.js'
-import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame, StepFrame } from '../wire/frame.js'
-import { Answers, type Means } from './answers.js'
+import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame } from '../wire/frame.js'
+import { Answers, type Joined, type Means } from './answers.js'
 import { Reception } from './reception.js'
 import { Sender } from './websocket/sender.js'
 import { type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
 
-export type StreamContext = Means & {
+export type SessionContext = Means & {
   runs: Runs
   log: FastifyBaseLogger
   /** How many bytes the connection has read so far, from the socket below the WebSocket. */
@@ -28,18 +28,17 @@ const UNREAD_BYTES = 32 << 20
 const UNREAD_PONGS = 20_000
 
 /** One connection: it takes frames in their order, and ends when it should. */
-export class Stream implements Writer, GradientSink {
+export class Session implements Connection, GradientSink {
   readonly #socket: WebSocket
-  readonly #context: StreamContext
+  readonly #context: SessionContext
   readonly #sender: Sender
   readonly #answers: Answers
   readonly #reception: Reception
   readonly #gone = new AbortController()
-  #run: Run | undefined
+  /** The run that this connection has opened; undefined before, and once the run is gone. */
+  #joined: Joined | undefined
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
-  /** The step whose `step` frame was refused, until one is accepted. */
-  #refusedStep: number | undefined
   #leaving = false
   #draining = false
   readonly #connectedAt = performance.now()
@@ -48,18 +47,16 @@ export class Stream implements Writer, GradientSink {
   #unreadPongs = 0
   #timer: NodeJS.Timeout
 
-  constructor(socket: WebSocket, context: StreamContext) {
+  constructor(socket: WebSocket, context: SessionContext) {
     this.#socket = socket
     this.#context = context
     this.#sender = new Sender(socket)
     this.#answers = new Answers(context, this.#sender, (error) => this.#report(error))
     this.#reception = new Reception(context, {
+      answers: this.#answers,
       gone: this.#gone.signal,
       checkOpen: (gradient) => this.#checkOpen(gradient),
-      checkStep: (step) => this.#checkNotRefused(step),
-      outstanding: (parameter) => this.#answers.outstanding(parameter),
       abandoned: () => this.#abandoned(),
-      complete: (gradient) => this.#answers.begin(gradient),
     })
     if (socket instanceof InPlaceWebSocket) socket.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
@@ -81,7 +78,7 @@ export class Stream implements Writer, GradientSink {
   }
 
   expel(error: ServiceError): void {
-    this.#run = undefined
+    this.#joined = undefined
     this.#report(error)
   }
 
@@ -102,7 +99,7 @@ export class Stream implements Writer, GradientSink {
   }
 
   get #stepInFlight(): boolean {
-    return this.#reception.label !== undefined || this.#answers.busy || (this.#run?.ahead.length ?? 0) > 0
+    return this.#reception.label !== undefined || this.#answers.busy || (this.#joined?.run.begun ?? false)
   }
 
   #receive(data: RawData, binary: boolean): void {
@@ -138,9 +135,9 @@ export class Stream implements Writer, GradientSink {
       throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' while ${label} is incomplete`)
     if (frame.type !== 'gradient') this.#reception.forgetDropped()
     if (frame.type === 'open') return this.#open(frame)
-    const run = this.#run
-    if (!run) throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' before a successful open`)
-    return this.#dispatch(run, frame)
+    const joined = this.#joined
+    if (!joined) throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' before a successful open`)
+    return this.#dispatch(joined, frame)
   }
 
   // After `open` only a `step` frame can be refused by its bytes without ending the connection.
@@ -148,31 +145,31 @@ export class Stream implements Writer, GradientSink {
     try {
       return decodeClientFrame(bytes, this.#context.config)
     } catch (error) {
-      if (this.#run) this.#refusedStep = this.#run.step + 1
+      this.#joined?.run.refuseAnnouncement(this.#joined.member)
       throw error
     }
   }
 
-  #dispatch(run: Run, frame: Exclude<ClientFrame, OpenFrame>): Promise<void> | undefined {
+  #dispatch(joined: Joined, frame: Exclude<ClientFrame, OpenFrame>): Promise<void> | undefined {
     switch (frame.type) {
       case 'step':
-        return this.#step(run, frame)
+        return void joined.run.announce(joined.member, frame)
       case 'gradient':
-        return this.#reception.take(run, frame)
+        return this.#reception.take(joined, frame)
       case 'end':
-        return this.#end(run, frame)
+        return this.#end(joined, frame)
       case 'checkpoint':
-        return this.#checkpoint(run, frame)
+        return this.#checkpoint(joined, frame)
     }
   }
 
   async #open(frame: OpenFrame): Promise<void> {
-    if (this.#run)
-      throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#run.name}' already`)
+    if (this.#joined)
+      throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#joined.run.name}' already`)
     const { config, device, log } = this.#context
-    const { run, resumed } = await this.#context.runs.open(frame, this)
-    if (this.#leaving) return run.detach(this)
-    this.#run = run
+    const { run, member, resumed } = await this.#context.runs.open(frame, this)
+    if (this.#leaving) return run.detach(member)
+    this.#joined = { run, member }
     log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
     const { chunk_bytes, staging_bytes, max_parameters } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
@@ -184,15 +181,9 @@ export class Stream implements Writer, GradientSink {
     })
   }
 
-  #step(run: Run, frame: StepFrame): undefined {
-    this.#refusedStep = frame.step
-    run.setStep(frame)
-    this.#refusedStep = undefined
-  }
-
   /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
-  async #checkpoint(run: Run, { tag }: CheckpointFrame): Promise<void> {
-    if (this.#answers.busy || run.ahead.length > 0) {
+  async #checkpoint({ run }: Joined, { tag }: CheckpointFrame): Promise<void> {
+    if (this.#answers.busy || run.begun) {
       throw new ServiceError(
         'FRAME_UNEXPECTED',
         `a frame 'checkpoint' after gradients of step ${run.step + 1}, expected between two steps`,
@@ -205,47 +196,27 @@ export class Stream implements Writer, GradientSink {
     )
   }
 
-  // What was streamed behind a refused `step` frame must not be applied with the values that the client wanted changed.
-  #checkNotRefused(step: number): void {
-    if (this.#refusedStep !== step) return
-    throw new ServiceError('STEP_CONFLICT', `the step frame of step ${step} was refused, send it again`, { step })
-  }
-
   #checkOpen(gradient: { parameter: number; step: number }): void {
     if (!this.#context.runs.draining || this.#stepInFlight) return
     throw new ServiceError('DRAINING', 'the service shuts down and begins no step', { ...gradient, close: 1012 })
   }
 
   /** Ends a step once all its updates were sent. The receipt is out before anything of the next step is looked at. */
-  async #end(run: Run, { step, skipped = [] }: EndFrame): Promise<void> {
+  async #end({ run, member }: Joined, { step, skipped = [] }: EndFrame): Promise<void> {
     await this.#answers.settled()
     if (this.#leaving) return
-    this.#checkNotRefused(step)
-    const endedAt = performance.now()
-    const receipt = await run.end(step, skipped)
-    if (!receipt.replayed) this.#measure(receipt, (performance.now() - endedAt) / 1000)
+    const receipt = await run.end(member, step, skipped)
     await this.#sendSkipped(run, receipt)
     await this.#sender.send({ header: encodeFrame(receipt) })
     if (this.#draining) this.#leave(1012, 'the service shuts down')
   }
 
   /** Each waits for the one before to leave: a step may clip every parameter of a model without one gradient. */
-  async #sendSkipped(run: Run, { step, replayed }: ReceiptFrame): Promise<void> {
+  async #sendSkipped(run: Joined['run'], { step, replayed }: ReceiptFrame): Promise<void> {
     for (const { parameter, row_scale } of run.skippedRowScales()) {
       const keys = { parameter, step, offset: 0, scale: 0, decay: 0, row_scale, replayed }
       const sent = await this.#sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
       if (!sent) return
-    }
-  }
-
-  #measure({ seconds, clipped_heads, max_logit, durable }: ReceiptFrame, commitSeconds: number): void {
-    const { metrics } = this.#context
-    if (durable) metrics.journal_commit_seconds.observe(commitSeconds)
-    metrics.steps_total.inc()
-    for (const count of Object.values(clipped_heads)) metrics.clipped_heads_total.inc(count)
-    if (max_logit !== undefined) metrics.max_logit.observe(max_logit)
-    for (const phase of ['receive', 'queue', 'compute', 'send'] as const) {
-      metrics.step_phase_seconds.observe({ phase }, seconds[phase])
     }
   }
 
@@ -258,7 +229,7 @@ export class Stream implements Writer, GradientSink {
         ? error
         : new ServiceError('INTERNAL', 'an internal error; the service has logged it')
     if (known !== error) log.error({ event: 'internal_error', err: error })
-    else log.info({ event: 'refused', code: known.code, reason: known.message, run: this.#run?.name })
+    else log.info({ event: 'refused', code: known.code, reason: known.message, run: this.#joined?.run.name })
     metrics.errors_total.inc({ code: known.code })
     if (known.close !== undefined) this.#sender.drop()
     this.#send(errorFrame(known))
@@ -314,7 +285,7 @@ export class Stream implements Writer, GradientSink {
     this.#leaving = true
     this.#reception.abandon()
     this.#gone.abort()
-    this.#run?.detach(this)
+    this.#joined?.run.detach(this.#joined.member)
   }
 
   #abandoned(): void {
@@ -336,7 +307,7 @@ export class Stream implements Writer, GradientSink {
       const message = `no byte moved for ${send_timeout_seconds} seconds`
       return this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
     }
-    if (this.#run || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
+    if (this.#joined || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
     this.#report(new ServiceError('FRAME_UNEXPECTED', `nothing was opened within ${open_timeout_seconds} seconds`))
   }
 }

@@ -1,23 +1,56 @@
-import { once } from 'node:events'
+import assert from 'node:assert'
+import { type EventEmitter, once } from 'node:events'
 import { ServiceError } from '../errors.js'
-import type { Run } from './run.js'
+import type { RunEvents } from './history.js'
 
-/** How many may wait for the step in progress to end, and how long. */
+/** How many requests may wait for the step in progress to end, and how long. */
 export const MOST_WAITING = 8
 const MOST_MS = 30_000
 
-/** Where one step of a run has ended and the next has not begun, for those who do not know when that is. */
-export class Boundary {
-  readonly #run: Run
-  #waiting = 0
+/** A run, as far as its boundary has to know it. */
+type Stepping = EventEmitter<RunEvents> & {
+  readonly name: string
+  /** Whether a step has begun and has not ended. */
+  readonly begun: boolean
+  /** When every job has been committed or dropped. */
+  settled(): Promise<void>
+  /** Throws STEP_INCOMPLETE where a step has begun. */
+  checkBetween(what: string): void
+}
 
-  constructor(run: Run) {
+/** The time between two steps of a run: work that needs it waits for it, and holds the next step while it lasts. */
+export class Boundary {
+  readonly #run: Stepping
+  #waiting = 0
+  #held: Promise<unknown> | undefined
+
+  constructor(run: Stepping) {
     this.#run = run
   }
 
+  /** Set while work is done between two steps: no gradient may be computed and no step may end before it resolves. */
+  get held(): Promise<unknown> | undefined {
+    return this.#held
+  }
+
+  /** Does `work`, holding the run between two steps until it is done. Throws STEP_INCOMPLETE, which says `what` had to wait. */
+  async between<T>(what: string, work: () => Promise<T>): Promise<T> {
+    assert(this.#held === undefined, 'one thing at a time is done between two steps')
+    const working = this.#run.settled().then(() => {
+      this.#run.checkBetween(what)
+      return work()
+    })
+    this.#held = Promise.allSettled([working])
+    try {
+      return await working
+    } finally {
+      this.#held = undefined
+    }
+  }
+
   /**
-   * Does `work`; where that throws STEP_INCOMPLETE the end of the step is waited for, and it is tried again. Throws what `work`
-   * throws, STEP_INCOMPLETE too where the step does not end in time or `closing` aborts, and OVERLOADED where MOST_WAITING wait already.
+   * Does `work`; where that throws STEP_INCOMPLETE the end of the step is waited for, and it is tried again. Throws the errors of
+   * `work`, STEP_INCOMPLETE too where the step does not end in time or `closing` aborts, and OVERLOADED where MOST_WAITING wait already.
    */
   async reach<T>(work: () => Promise<T>, closing: AbortSignal): Promise<T> {
     const signal = AbortSignal.any([AbortSignal.timeout(MOST_MS), closing])

@@ -34,14 +34,14 @@ export function nextDigest(previous: string, step: number, records: Iterable<Ste
   return hash.digest('hex')
 }
 
-/** What an import gives one parameter: SHA-256 of each state tensor's bytes as they are kept, in the kernel's order, and its count. */
-export type ImportedPlace = { hashes: readonly string[]; count: number }
+/** An import's state of one parameter: SHA-256 of each state tensor's bytes as they are kept, in the kernel's order, and its count. */
+export type ImportedHashes = { hashes: readonly string[]; count: number }
 
 /**
  * SHA-256 over the digest of the last finished step and the whole state that the run has from now on (docs/protocol.md, Digest). To
  * import something else before the next step, or the same again, is to import that.
  */
-export function importDigest(stepDigest: string, places: Iterable<ImportedPlace>): string {
+export function importDigest(stepDigest: string, places: Iterable<ImportedHashes>): string {
   const hash = createHash('sha256').update('muond import').update(stepDigest, 'hex')
   for (const { hashes, count } of places) {
     for (const tensor of hashes) hash.update(tensor, 'hex')

@@ -4,6 +4,9 @@ import { FIRST_DIGEST } from './digest.js'
 
 export type Receipt = ReceiptFrame
 
+/** Events of a run: the receipt of each finished step, and the seconds that the journal took to write a step. */
+export type RunEvents = { receipt: [Receipt]; committed: [number] }
+
 /** The finished steps of a run: how many there are, what they come to, and the newest receipts. */
 export class History {
   /** The last finished step. */

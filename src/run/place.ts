@@ -9,10 +9,9 @@ import type { Parameter } from '../optimizer/parameter.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { StateTensor } from '../optimizer/state.js'
 import { type PlaceRecord, UnreadableError } from '../store/checkpoint/manifest.js'
-import type { StepSeconds } from '../wire/frame.js'
 import type { DigestRecord } from './digest.js'
 import { appliedOf, appliedRecord, fingerprintText } from './record.js'
-import type { StepSettings } from './schedule.js'
+import type { Step } from './step.js'
 
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {
@@ -24,15 +23,8 @@ export type Update = {
   update_rms: number
 }
 
-/** One step of one parameter. `expected_step` is what the run waits for; `spend` is told where the time went. */
-export type PlaceStep = {
-  step: number
-  expected_step: number
-  settings: StepSettings
-  gradient: HostRange
-  ticket: Ticket
-  spend: (phase: keyof StepSeconds, seconds: number) => void
-}
+/** A gradient to compute with, unless the ticket is cancelled before a lane begins. */
+type Asked = { gradient: HostRange; ticket: Ticket }
 
 /** One parameter's place in a run: its state, and what it was last applied with. */
 export class Place {
@@ -126,26 +118,29 @@ export class Place {
     for (const tensor of this.#tensors ?? []) this.#device.memory.release(tensor)
   }
 
-  /** Computes and commits a step, or replays the one that was applied. Undefined: the ticket was cancelled before a lane began. */
-  async compute(asked: PlaceStep): Promise<Update | undefined> {
-    const { step, settings, spend } = asked
-    const replayed = this.appliedStep === step
+  /**
+   * Computes and commits this parameter's part of a step, or computes it again where the step has applied it. Undefined: the ticket was
+   * cancelled before a lane began.
+   */
+  async compute(step: Step, { gradient, ticket }: Asked): Promise<Update | undefined> {
+    const { settings } = step
+    const replayed = step.hasApplied(this.parameter.index)
     const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
     const plan = planStep(this.parameter, groupOf(this.parameter, settings.groups), at)
     const outputs = new Outputs(this.#device, this.unit)
     const queuedAt = performance.now()
     const job = () => {
-      spend('queue', (performance.now() - queuedAt) / 1000)
-      return this.#job(asked, plan, outputs)
+      step.spend('queue', (performance.now() - queuedAt) / 1000)
+      return this.#job(step, { plan, gradient, outputs })
     }
-    const result = await this.#run(job, asked).catch((error) => {
+    const result = await this.#run(job, step, ticket).catch((error) => {
       outputs.release()
       throw this.#located(error, step)
     })
     if (result === undefined) return undefined
     if (replayed) outputs.releaseNext()
-    else this.#commit(asked, { plan, result, next: outputs.next })
-    spend('compute', result.computeSeconds)
+    else this.#commit(step, { plan, result, next: outputs.next })
+    step.spend('compute', result.computeSeconds)
     return {
       memory: outputs.update,
       replayed,
@@ -156,18 +151,18 @@ export class Place {
     }
   }
 
-  async #run(job: () => Job, asked: PlaceStep): Promise<JobResult | undefined> {
-    const result = await this.#device.run(job, asked.ticket, this.unit)
-    if (result) this.#check(result, asked)
+  async #run(job: () => Job, step: Step, ticket: Ticket): Promise<JobResult | undefined> {
+    const result = await this.#device.run(job, ticket, this.unit)
+    if (result) this.#check(result, step)
     return result
   }
 
-  #job({ step, settings, gradient }: PlaceStep, plan: Plan, outputs: Outputs): Job {
-    const replayed = this.appliedStep === step
+  #job(step: Step, { plan, gradient, outputs }: { plan: Plan; gradient: HostRange; outputs: Outputs }): Job {
+    const replayed = step.hasApplied(this.parameter.index)
     return {
       plan,
       gradient,
-      gradient_scale: settings.gradient_scale,
+      gradient_scale: step.settings.gradient_scale,
       state: this.#tensors?.map((tensor) => tensor.pointer),
       ...outputs.allocate(this.parameter),
       expected: replayed ? this.record?.gradientFingerprint : undefined,
@@ -175,15 +170,15 @@ export class Place {
   }
 
   // The device does not know whose memory it lacks.
-  #located(error: unknown, step: number): unknown {
+  #located(error: unknown, { number: step }: Step): unknown {
     if (!(error instanceof ServiceError) || error.code !== 'OVER_CAPACITY') return error
     const { name, index } = this.parameter
     const message = `there is no memory for step ${step} of parameter '${name}': ${error.message}`
     return new ServiceError('OVER_CAPACITY', message, { parameter: index, step })
   }
 
-  #check({ outcome, updateFingerprint }: JobResult, asked: PlaceStep): void {
-    const { step, expected_step, settings } = asked
+  #check({ outcome, updateFingerprint }: JobResult, asked: Step): void {
+    const { number: step, expected: expected_step, settings } = asked
     const { name, index } = this.parameter
     const where = { parameter: index, step }
     if (outcome === 'other_gradient') {
@@ -196,20 +191,19 @@ export class Place {
       throw new ServiceError('GRADIENT_NOT_FINITE', message, where)
     }
     const first = this.record?.updateFingerprint
-    if (this.appliedStep !== step || this.#elsewhere || updateFingerprint === first) return
+    if (!asked.hasApplied(index) || this.#elsewhere || updateFingerprint === first) return
     throw new Error(
       `the replay of parameter '${name}' for step ${step} is not the first answer: ${updateFingerprint} is not ${first}`,
     )
   }
 
-  #commit(
-    { step, settings: { gradient_scale } }: PlaceStep,
-    { plan, result, next }: { plan: Plan; result: JobResult; next: Tensor[] },
-  ): void {
+  #commit(step: Step, { plan, result, next }: { plan: Plan; result: JobResult; next: Tensor[] }): void {
+    const { gradient_scale } = step.settings
+    step.apply(this.parameter.index)
     this.dispose()
     this.#tensors = next
     this.count += 1
-    this.appliedStep = step
+    this.appliedStep = step.number
     this.gradientSquare = result.gradientSquare * gradient_scale ** 2
     const { gradientFingerprint, updateFingerprint } = result
     this.record = { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay }

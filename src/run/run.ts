@@ -1,50 +1,29 @@
 import assert from 'node:assert'
 import { EventEmitter } from 'node:events'
 import type { Grant } from '../device/admission.js'
-import type { Device, Ticket } from '../device/device.js'
+import type { Device } from '../device/device.js'
 import type { HostRange } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import { type Explanation, explain } from '../optimizer/explanation.js'
-import { effective, type Groups, groupOf } from '../optimizer/hyperparameters.js'
+import { type Groups, groupOf } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
-import {
-  type Claims,
-  checkMaxLogits,
-  claimsByParameter,
-  clipSummary,
-  type MaxLogits,
-  rowScale,
-} from '../optimizer/qk-clip.js'
-import type { StateTensor } from '../optimizer/state.js'
+import { checkMaxLogits } from '../optimizer/qk-clip.js'
 import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/checkpoint/manifest.js'
 import type { Journal } from '../store/journal/journal.js'
 import type { EndHead } from '../store/journal/journal-format.js'
-import type { OpenedFrame, StepFrame, StepSeconds } from '../wire/frame.js'
+import type { OpenedFrame, StepFrame } from '../wire/frame.js'
 import { Boundary } from './boundary.js'
-import { type DigestRecord, nextDigest, type StepRecord } from './digest.js'
-import { History, type Receipt } from './history.js'
-import { importNote, type Pending } from './incoming.js'
-import { Place, type Update } from './place.js'
-import { appliedOf, appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
-import { Schedule, type StepSettings } from './schedule.js'
-
-/** The connection that writes to a run, as the run sees it. */
-export type Writer = {
-  /** Ends the connection with 4409: another one has the run. */
-  fence(): void
-  /** Ends the connection because its run is gone or its device has failed. */
-  expel(error: ServiceError): void
-}
-
-/**
- * An update with the factor of each row that QK-clip scales; undefined where none is. The gradient's memory may change once
- * `stored` has resolved.
- */
-export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined; stored: Promise<void> | undefined }
-
-type Seconds = { -readonly [Phase in keyof StepSeconds]: number }
+import { checkComplete, conclude, effectiveGroups } from './conclusion.js'
+import type { DigestRecord } from './digest.js'
+import { History, type Receipt, type RunEvents } from './history.js'
+import { importNote, type PendingImport } from './imported-state.js'
+import { type Connection, Member } from './member.js'
+import type { Place } from './place.js'
+import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
+import { type HeldTensor, type ScaledUpdate, Shard } from './shard.js'
+import { Step, type StepSettings } from './step.js'
 
 type PlaceRow = {
   parameter: Parameter
@@ -54,54 +33,51 @@ type PlaceRow = {
   state_bytes: number
 }
 
-const NO_SECONDS: Seconds = { receive: 0, queue: 0, compute: 0, send: 0 }
-const NAMES_IN_MESSAGE = 10
+/** A gradient that lies whole in the staging arena; `release` gives its memory back. */
+export type Gradient = { range: HostRange; release: () => void }
 
 /**
- * One training run: its parameters' state, its step counter and its hyperparameters. The only writer of all of that.
+ * One training run: the order of its steps, their history, and who sends them. The only writer of all of that.
  * State is immutable: a step computes new tensors, and a commit swaps the references.
  */
-export class Run extends EventEmitter<{ receipt: [Receipt] }> {
+export class Run extends EventEmitter<RunEvents> {
   readonly name: string
   readonly created_at: string
-  /** What the device has granted it, and where. */
-  readonly grant: Grant
-  epoch = 0
-  /** Set where every step is on the disk before it is acknowledged. */
-  journal: Journal | undefined
-  /** What a client should know of how the run came here; empty where there is nothing. */
-  note = ''
-  readonly attentions: readonly Attention[]
-  schedule: Schedule
-  writer: Writer | undefined
-  #claims: Claims
-  #device: Device
-  #places: Place[]
+  readonly boundary: Boundary
+  readonly #device: Device
+  readonly #shard: Shard
   readonly #history: History
-  /** The places without a gradient in the last finished step. */
-  #skipped: Place[] = []
-  #seconds = { ...NO_SECONDS }
-  #ticket: Ticket = { cancelled: false }
-  /** Whether the step in progress is on its way to the disk. */
-  #committing = false
+  /** The step in progress. */
+  #current: Step
+  /** The last finished step. Undefined before the first one. */
+  #finished: Step | undefined
+  #member: Member | undefined
+  #epoch = 0
+  #note = ''
+  #journal: Journal | undefined
   #inFlight = new Set<Promise<unknown>>()
-  readonly boundary = new Boundary(this)
-  /** Set while nothing may move the state: what would waits for it. */
-  #hold: Promise<unknown> | undefined
 
-  constructor(device: Device, options: RunOptions) {
+  constructor(device: Device, { name, created_at, groups, receipts_kept, ...rest }: RunOptions) {
     super()
     // Event streams and requests for checkpoints listen, and both are bounded where they begin.
     this.setMaxListeners(0)
-    this.name = options.name
-    this.created_at = options.created_at ?? new Date().toISOString()
+    this.name = name
+    this.created_at = created_at ?? new Date().toISOString()
+    this.boundary = new Boundary(this)
     this.#device = device
-    this.#history = new History(options.receipts_kept)
-    this.schedule = new Schedule(options.groups)
-    this.attentions = options.attentions
-    this.#claims = claimsByParameter(options.attentions)
-    this.#places = options.parameters.map((parameter, i) => new Place(device, parameter, options.grant.units[i]))
-    this.grant = options.grant
+    this.#history = new History(receipts_kept)
+    this.#shard = new Shard(device, { run: name, ...rest })
+    this.#current = new Step(1, groups)
+  }
+
+  /** How often the run was opened: a connection of an older epoch has lost it. */
+  get epoch(): number {
+    return this.#epoch
+  }
+
+  /** What a client should know of how the run came here; empty where there is nothing. */
+  get note(): string {
+    return this.#note
   }
 
   /** The last finished step. */
@@ -119,45 +95,83 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return this.#history.stepDigest
   }
 
-  get parameters(): Parameter[] {
-    return this.#places.map((place) => place.parameter)
+  /** The memory that the device has granted the run, and where. */
+  get grant(): Grant {
+    return this.#shard.grant
   }
 
-  /** The parameter at an index that a frame names. */
+  get attentions(): readonly Attention[] {
+    return this.#shard.attentions
+  }
+
+  get parameters(): readonly Parameter[] {
+    return this.#shard.parameters
+  }
+
+  /** The groups with the hyperparameters of the step in progress. */
+  get groups(): Groups {
+    return this.#current.settings.groups
+  }
+
+  /** The groups as they were when the step in progress began. */
+  get groupsBefore(): Groups {
+    return this.#current.groupsBefore
+  }
+
+  /** The journal that has every step before it is acknowledged; undefined where a step is only in the next checkpoint. */
+  get journal(): Journal | undefined {
+    return this.#journal
+  }
+
+  /** Whether a connection has the run. */
+  get connected(): boolean {
+    return this.#member !== undefined
+  }
+
+  /** Bytes of state that are live. */
+  get stateBytes(): number {
+    return this.#shard.stateBytes
+  }
+
+  /** The parameter at an index that a frame names. Throws PARAMETER_UNKNOWN. */
   parameter(index: number): Parameter {
-    return this.#place(index).parameter
+    return this.#shard.place(index).parameter
   }
 
   /** The indices that are applied for the step in progress already. */
   get ahead(): number[] {
-    return this.#places.flatMap((place, index) => (place.appliedStep === this.step + 1 ? [index] : []))
+    return this.#current.applied
   }
 
-  /** Whether the step in progress is more than announced: it may have nothing but its end. */
+  /** Whether the step in progress is more than announced: it may lack nothing but its end. */
   get begun(): boolean {
-    return this.#committing || this.ahead.length > 0
+    return this.#current.begun
   }
 
   /**
-   * Makes `writer` the run's only writer. The jobs of the one before settle first: what they committed shows in `ahead`, and
-   * the values that they computed with hold for the step; with nothing committed they are forgotten.
+   * Makes a connection the run's only member. The jobs of the one before settle first: the parameters that they applied show in
+   * `ahead`, and their values hold for the step; with nothing applied the values are forgotten.
    */
-  async attach(writer: Writer): Promise<void> {
-    const older = this.writer
-    this.writer = writer
-    this.#ticket.cancelled = true
+  async attach(connection: Connection): Promise<Member> {
+    const older = this.#member
+    const member = new Member(connection)
+    this.#member = member
     older?.fence()
     await this.settled()
-    if (this.ahead.length === 0) this.schedule.forget()
-    this.#ticket = { cancelled: false }
-    this.epoch += 1
+    this.#current.forget()
+    this.#epoch += 1
+    return member
   }
 
-  /** The writer's connection is gone. Jobs that no lane has begun are dropped. */
-  detach(writer: Writer): void {
-    if (this.writer !== writer) return
-    this.writer = undefined
-    this.#ticket.cancelled = true
+  /** The member's connection is gone. Jobs that no lane has begun are dropped. */
+  detach(member: Member): void {
+    member.lose()
+    if (this.#member === member) this.#member = undefined
+  }
+
+  /** Tells the connection that has the run why it has to go; the run has no member any more. */
+  expel(error: ServiceError): void {
+    this.#member?.expel(error)
   }
 
   /** When every job of this run has been committed or dropped. */
@@ -173,85 +187,86 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
       resumed,
       digest: this.digest,
       ahead: this.ahead,
-      parameters: this.#places.map(({ parameter, appliedStep }) => ({
+      parameters: this.#shard.places.map(({ parameter, appliedStep }) => ({
         ...describe(parameter),
         step: appliedStep,
         algorithm: this.#algorithm(parameter),
       })),
       attentions: this.attentions,
-      groups: effectiveGroups(this.schedule.current.groups),
+      groups: effectiveGroups(this.groups),
       ...(this.note && { note: this.note }),
     }
   }
 
-  /** Takes a `step` frame: for the step in progress its values, for the last finished one nothing that differs. */
-  setStep({ step, groups = {}, gradient_scale = 1, max_logits = {} }: StepFrame): void {
-    const values = { groups, gradient_scale, max_logits: checkMaxLogits(this.attentions, max_logits, step) }
-    const next = this.step + 1
-    if (step === next) return this.schedule.set(values, step)
-    if (step === this.step && this.schedule.last) return this.schedule.confirm(this.schedule.last, values, step)
-    throw this.#conflict(`a step frame for step ${step}`, { step })
-  }
-
-  /** Checks that a gradient of `parameter` for `step` would be applied or replayed; throws STEP_CONFLICT otherwise. */
-  expect(index: number, step: number): void {
-    this.#checkExpected(index, step)
-    if (step === this.step + 1) this.schedule.begin()
-  }
-
-  /** Computes and commits, or replays, one parameter's step. Undefined: the connection that sent it has lost the run. */
-  async compute(index: number, step: number, gradient: HostRange): Promise<ScaledUpdate | undefined> {
-    const place = this.#place(index)
-    const ticket = this.#ticket
-    if (this.#hold) await this.#hold
-    if (ticket.cancelled) return undefined
-    // An import may have come between its first chunk and its last.
-    this.#checkExpected(index, step)
-    const settings = this.#settings(step)
-    const work = place.compute({
-      step,
-      expected_step: this.step + 1,
-      settings,
-      gradient,
-      ticket,
-      spend: (phase, seconds) => this.spend(phase, seconds),
+  /** Takes a `step` frame: for the step in progress its values, for the last finished one only the values that it had. */
+  announce(member: Member, { step: number, groups = {}, gradient_scale = 1, max_logits = {} }: StepFrame): void {
+    const step = this.#stepOf(number, `a step frame for step ${number}`)
+    step.refuse(member)
+    step.announce(member, {
+      ...{ groups, gradient_scale },
+      max_logits: checkMaxLogits(this.attentions, max_logits, number),
     })
-    const update = await this.#track(work)
-    if (update === undefined) return undefined
-    return {
-      ...update,
-      row_scale: this.#rowScale(place, settings.frame.max_logits),
-      stored: this.#store(place, step, gradient),
+  }
+
+  /** A frame of this member that announces a step could not be read: nothing is taken for that step before another one comes. */
+  refuseAnnouncement(member: Member): void {
+    this.#current.refuse(member)
+  }
+
+  /** Answers the step that a member's gradient is to be applied in, or computed again. Throws STEP_CONFLICT where neither can be. */
+  expect(member: Member, index: number, number: number): Step {
+    const step = this.#stepOfGradient(index, number)
+    step.checkAccepted(member)
+    step.begin()
+    return step
+  }
+
+  /**
+   * Computes and commits, or replays, one parameter's part of a step. The gradient's memory is released as soon as neither a lane nor the
+   * journal reads it. Undefined: the member that sent it has lost the run.
+   */
+  async compute(
+    member: Member,
+    { step, index, gradient }: { step: Step; index: number; gradient: Gradient },
+  ): Promise<ScaledUpdate | undefined> {
+    let stored: Promise<void> | undefined
+    try {
+      if (this.boundary.held) await this.boundary.held
+      if (member.lost) return undefined
+      // An import may have come between the gradient's first chunk and its last.
+      this.#stepOfGradient(index, step.number)
+      const { range } = gradient
+      const { ticket } = member
+      const update = await this.#track(this.#shard.compute(step, index, { gradient: range, ticket }))
+      if (update) stored = this.#store(step, index, range)
+      return update
+    } finally {
+      if (stored) void stored.then(gradient.release)
+      else gradient.release()
     }
   }
 
   /** The row scales of parameters that the last finished step skipped: QK-clip does not wait for a gradient. One at a time. */
-  *skippedRowScales(): Generator<{ parameter: number; row_scale: Uint8Array }> {
-    const { max_logits } = this.#settings(this.step).frame
-    for (const place of this.#skipped) {
-      const row_scale = this.#rowScale(place, max_logits)
-      if (row_scale) yield { parameter: place.parameter.index, row_scale }
-    }
-  }
-
-  /** Adds to the time that the step in progress (or a replay of the last one) spends in a phase. */
-  spend(phase: keyof Seconds, seconds: number): void {
-    this.#seconds[phase] += seconds
+  skippedRowScales(): Generator<{ parameter: number; row_scale: Uint8Array }> {
+    assert(this.#finished, 'a step was finished')
+    return this.#shard.skippedRowScales(this.#finished)
   }
 
   /**
    * Finishes a step whose every parameter was applied or is skipped, or answers a finished one's receipt again. With a journal
    * the step is on the disk first; where it cannot be, STORAGE_FAILED is thrown and the step is not finished.
    */
-  async end(step: number, skipped: readonly number[]): Promise<Receipt> {
-    if (this.#hold) await this.#hold
+  async end(member: Member, number: number, skipped: readonly number[]): Promise<Receipt> {
+    if (this.boundary.held) await this.boundary.held
+    const step = this.#stepOf(number, `end for step ${number}`)
+    step.checkAccepted(member)
     const { last } = this.#history
-    if (last && step === this.step) return { ...last, replayed: true }
-    if (step !== this.step + 1) throw this.#conflict(`end for step ${step}`, { step })
-    this.#checkComplete(step, new Set(skipped))
-    const receipt = this.#conclude(step)
-    if (!this.journal) return this.#finish(receipt)
-    return this.#track(this.#commit(this.journal, receipt, skipped).then(() => this.#finish(receipt)))
+    if (step === this.#finished && last) return { ...last, replayed: true }
+    checkComplete(step, this.#shard, new Set(skipped))
+    const durable = this.#journal !== undefined
+    const receipt = conclude(step, this.#shard, { digest: this.digest, durable })
+    if (!this.#journal) return this.#finish(receipt)
+    return this.#track(this.#commit(this.#journal, receipt, skipped).then(() => this.#finish(receipt)))
   }
 
   receipts(after: number): Receipt[] {
@@ -260,105 +275,79 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
 
   /** Throws STEP_INCOMPLETE where a parameter was applied for the next step already. */
   checkBetween(what: string): void {
-    const step = this.step + 1
-    if (!this.begun) return
+    const { number: step, begun } = this.#current
+    if (!begun) return
     throw new ServiceError('STEP_INCOMPLETE', `step ${step} of run '${this.name}' has begun, ${what}`, { step })
   }
 
-  /** Does `work` between two steps: until it is done no gradient is computed and no step ends. Throws STEP_INCOMPLETE. */
-  async between<T>(what: string, work: () => Promise<T>): Promise<T> {
-    assert(this.#hold === undefined, 'one thing at a time is done between two steps')
-    const working = this.settled().then(() => {
-      this.checkBetween(what)
-      return work()
-    })
-    this.#hold = Promise.allSettled([working])
-    try {
-      return await working
-    } finally {
-      this.#hold = undefined
-    }
+  /** Has every step written to a journal before it is acknowledged; undefined: no longer. */
+  useJournal(journal: Journal | undefined): void {
+    this.#journal = journal
+  }
+
+  /** Ends the journal's files. Later steps are written to none. */
+  async closeJournal(): Promise<void> {
+    await this.#journal?.close()
+    this.#journal = undefined
+  }
+
+  /**
+   * Puts the groups of an `open` in force: from the step in progress on where nothing was applied for it, otherwise, or if asked, from
+   * the next.
+   */
+  replaceGroups(groups: Groups, from?: 'this' | 'next'): void {
+    this.#current.replace(groups, from)
   }
 
   /**
    * All that a checkpoint is made of, as of the last finished step, or with an import after it; the caller releases the tensors.
    * No parameter may be applied for the next step yet.
    */
-  snapshot(pending?: Pending): { record: RunRecord; tensors: Held[] } {
-    assert(this.ahead.length === 0, 'a checkpoint is taken between two steps')
-    const { last, before } = this.schedule
+  snapshot(pending?: PendingImport): { record: RunRecord; tensors: HeldTensor[] } {
+    assert(!this.begun, 'a checkpoint is taken between two steps')
     const { step, previous, last: receipt } = this.#history
     const { digest, imported } = pending ?? this.#history
-    const states = this.#places.map((place, i) => {
-      const { count, tensors } = pending?.incoming.places[i] ?? place
-      return { place, count, tensors }
-    })
+    const { places, tensors } = this.#shard.hold(pending?.state.places)
+    const last = this.#finished?.settings
     const record: RunRecord = {
       ...{ run: this.name, created_at: this.created_at, epoch: this.epoch, step, digest, previous_digest: previous },
       parameters: this.parameters.map((parameter) => describe(parameter)),
       attentions: this.attentions,
-      groups: groupRecords(before),
+      groups: groupRecords(this.groupsBefore),
       ...(last && { last: settingsRecord(last) }),
       ...(receipt && { receipt }),
-      places: states.map(({ place, count }) => ({ ...place.toRecord(), count })),
+      places,
       ...(imported && { imported }),
     }
-    const tensors = states.flatMap(({ place: { parameter }, count, tensors = [] }) =>
-      tensors.map((tensor, i) => {
-        return { ...parameter.state[i], tensor: this.#device.memory.retain(tensor), parameter, count }
-      }),
-    )
     return { record, tensors }
   }
 
   /** Goes on from state that was imported. Between two steps. */
-  takeOver({ incoming, digest, imported }: Pending): void {
-    for (const [i, place] of this.#places.entries()) {
-      const given = incoming.places[i]
-      if (given) place.takeOver(given.tensors.length > 0 ? given.tensors : undefined, given.count)
-    }
-    incoming.taken()
+  takeOver({ state, digest, imported }: PendingImport): void {
+    this.#shard.takeOver(state.places)
+    state.taken()
     this.#history.replace(digest, imported)
-    this.note = importNote(this.step)
+    this.#note = importNote(this.step)
   }
 
-  /**
-   * Goes to where a checkpoint of this run is. `tensors` has those of each parameter, undefined where it has none yet; with
-   * `elsewhere` another kind of device computed the last step.
-   */
-  restore(record: RunRecord, tensors: readonly (Tensor[] | undefined)[], elsewhere: boolean): void {
-    const last = record.last && settingsOf(record.last)
-    for (const [i, place] of this.#places.entries()) place.restore(record.places[i], tensors[i], elsewhere)
+  /** Goes to where a checkpoint of this run is. */
+  restore(record: RunRecord, { tensors, elsewhere, note }: RestoredState): void {
+    this.#shard.restore(record.places, { tensors, elsewhere })
     this.#history.restore(record)
-    this.schedule = new Schedule(groupsOf(record.groups), last)
-    this.#skipped = this.#places.filter((place) => place.appliedStep !== record.step)
+    const applied = record.places.flatMap(({ applied_step }, index) => (applied_step === record.step ? [index] : []))
+    this.#finished = record.last && Step.finished(record.step, settingsOf(record.last), applied)
+    this.#current = new Step(record.step + 1, groupsOf(record.groups))
+    this.#note = note
   }
 
-  /** How many state bytes are live. */
-  get stateBytes(): number {
-    return this.#places.reduce((sum, place) => sum + place.stateBytes, 0)
+  /** Counts on from the epoch that the run had in another process. */
+  continueEpoch(epoch: number): void {
+    this.#epoch = epoch
   }
 
-  /** What a parameter's row in REST says. */
-  place(index: number): PlaceRow {
-    const { parameter, count, record, stateBytes } = this.#place(index)
-    return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes }
-  }
-
-  /** What the step in progress is for a parameter. */
-  explain(index: number): Explanation {
-    const { parameter } = this.#place(index)
-    return explain(parameter, groupOf(parameter, this.schedule.current.groups))
-  }
-
-  stateTensors(index: number): ReturnType<Place['stateTensors']> {
-    return this.#place(index).stateTensors()
-  }
-
-  /** Gives all memory back. The run has no writer and no job any more. */
-  dispose(): void {
-    for (const place of this.#places) place.dispose()
-    this.#device.dismiss(this.grant)
+  /** The step in progress is one of a journal: it is computed with the values that it had. */
+  repeat(settings: StepSettings): void {
+    this.#current.repeat(settings)
   }
 
   /**
@@ -366,100 +355,82 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
    * comes out otherwise, unless another kind of device had computed it.
    */
   acknowledge(index: number, applied: AppliedRecord, elsewhere: boolean): void {
-    this.#place(index).acknowledge(appliedOf(applied), elsewhere)
+    this.#shard.acknowledge(index, applied, elsewhere)
   }
 
   /** Ends a step of a journal, which was acknowledged with this receipt. Throws UnreadableError where its digest is another one. */
-  async endAgain({ step, skipped, digest, receipt }: EndHead): Promise<void> {
-    const computed = await this.end(step, skipped)
+  async endAgain(member: Member, { step, skipped, digest, receipt }: EndHead): Promise<void> {
+    const computed = await this.end(member, step, skipped)
     if (computed.digest !== digest)
       throw new UnreadableError(`step ${step} has digest ${computed.digest}, expected ${digest}`)
     this.#history.acknowledge(receipt)
   }
 
-  #checkExpected(index: number, step: number): void {
-    const place = this.#place(index)
-    const replays = step === this.step && step === place.appliedStep
-    if (step > 0 && (step === this.step + 1 || (replays && !this.#history.imported))) return
-    const since = replays ? ', and its state was imported since' : ''
-    throw this.#conflict(`a gradient of '${place.parameter.name}' for step ${step}`, { step, index, since })
+  /** What a parameter's row in REST says. */
+  place(index: number): PlaceRow {
+    const { parameter, count, record, stateBytes } = this.#shard.place(index)
+    return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes }
   }
 
-  #checkComplete(step: number, skipped: Set<number>): void {
-    for (const index of skipped) {
-      if (this.#place(index).appliedStep !== step) continue
-      throw this.#conflict(
-        `parameter '${this.#place(index).parameter.name}' was applied, skipping it in step ${step}`,
-        { step, index },
-      )
-    }
-    const missing = this.#places.filter(
-      ({ appliedStep, parameter }) => appliedStep !== step && !skipped.has(parameter.index),
-    )
-    if (missing.length === 0) return
-    const names = missing.slice(0, NAMES_IN_MESSAGE).map(({ parameter }) => `'${parameter.name}'`)
-    const more = missing.length > names.length ? ` and ${missing.length - names.length} more` : ''
-    throw new ServiceError(
-      'STEP_INCOMPLETE',
-      `step ${step} has neither a gradient nor a place in skipped for ${names.join(', ')}${more}`,
-      { step },
-    )
+  /** What the step in progress is for a parameter. */
+  explain(index: number): Explanation {
+    const { parameter } = this.#shard.place(index)
+    return explain(parameter, groupOf(parameter, this.groups))
   }
 
-  /** What the receipt of the step in progress says, now that it is complete. */
-  #conclude(step: number): Receipt {
-    const { max_logits } = this.schedule.current.frame
-    const applied = this.#places.filter((place) => place.appliedStep === step)
-    return {
-      type: 'receipt',
-      step,
-      replayed: false,
-      applied: applied.length,
-      skipped: this.#places.length - applied.length,
-      gradient_norm: Math.sqrt(applied.reduce((sum, place) => sum + place.gradientSquare, 0)),
-      groups: effectiveGroups(this.schedule.current.groups),
-      ...clipSummary(this.attentions, max_logits),
-      digest: nextDigest(this.digest, step, this.#records(step, max_logits)),
-      durable: this.journal !== undefined,
-      seconds: this.#seconds,
-    }
+  /** References to a parameter's state tensors, none before its first step. The caller releases them with `Device.memory`. */
+  stateTensors(index: number): ReturnType<Place['stateTensors']> {
+    return this.#shard.place(index).stateTensors()
+  }
+
+  /** Gives all memory back. The run has no member and no job any more. */
+  dispose(): void {
+    this.#shard.dispose()
+  }
+
+  /** The step in progress or the last finished one, whichever has the number. Throws STEP_CONFLICT with the one that is expected. */
+  #stepOf(number: number, what: string): Step {
+    const step = [this.#current, this.#finished].find((known) => known?.number === number)
+    if (step) return step
+    throw this.#conflict(what, { step: number })
+  }
+
+  #stepOfGradient(index: number, number: number): Step {
+    const { parameter } = this.#shard.place(index)
+    const what = `a gradient of '${parameter.name}' for step ${number}`
+    if (number === this.#current.number) return this.#current
+    const replayed = number === this.#finished?.number && this.#finished.hasApplied(index) ? this.#finished : undefined
+    if (replayed && !this.#history.imported) return replayed
+    throw this.#conflict(what, { step: number, index, since: replayed ? ', and its state was imported since' : '' })
   }
 
   #finish(receipt: Receipt): Receipt {
-    this.#seconds = { ...NO_SECONDS }
-    this.#skipped = this.#places.filter((place) => place.appliedStep !== receipt.step)
-    this.schedule.finish()
+    this.#finished = this.#current
+    this.#current = this.#current.finish()
     this.#history.add(receipt)
     this.emit('receipt', receipt)
     return receipt
   }
 
   /** Has the journal take a gradient that it lacks: it was just applied, or is sent again because the disk was full. */
-  #store(
-    { parameter: { index }, record }: Place,
-    step: number,
-    { block, offset, bytes }: HostRange,
-  ): Promise<void> | undefined {
-    const { journal } = this
-    if (journal === undefined || step !== this.step + 1 || journal.holds(index)) return undefined
+  #store({ number: step }: Step, index: number, { block, offset, bytes }: HostRange): Promise<void> | undefined {
+    const journal = this.#journal
+    const { record } = this.#shard.place(index)
+    if (journal === undefined || step !== this.#current.number || journal.holds(index)) return undefined
     assert(record, 'what was computed has a record')
     const payload = this.#device.view(block).subarray(offset, offset + bytes)
     return journal.append({ type: 'gradient', step, parameter: index, applied: appliedRecord(record) }, payload)
   }
 
   async #commit(journal: Journal, receipt: Receipt, skipped: readonly number[]): Promise<void> {
-    const { step, digest } = receipt
-    const applied = this.#places.filter((place) => place.appliedStep === step)
-    const settings = settingsRecord(this.schedule.current)
-    this.#committing = true
-    await journal
-      .commit(
-        { type: 'end', step, digest, skipped, settings, receipt },
-        applied.map(({ parameter }) => parameter.index),
-      )
-      .finally(() => {
-        this.#committing = false
-      })
+    const started = performance.now()
+    const step = this.#current
+    const { digest } = receipt
+    const settings = settingsRecord(step.settings)
+    await step.end(() =>
+      journal.commit({ type: 'end', step: step.number, digest, skipped, settings, receipt }, step.applied),
+    )
+    this.emit('committed', (performance.now() - started) / 1000)
   }
 
   #track<T>(work: Promise<T>): Promise<T> {
@@ -468,63 +439,31 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     return work
   }
 
-  /** One at a time: the row scales of a large model are many bytes. */
-  *#records(step: number, max_logits: MaxLogits): Generator<StepRecord> {
-    for (const place of this.#places) {
-      const applied = place.appliedStep === step ? place.record : undefined
-      yield { applied, row_scale: this.#rowScale(place, max_logits) }
-    }
-  }
-
-  #rowScale({ parameter }: Place, max_logits: MaxLogits): Uint8Array | undefined {
-    return rowScale(parameter, this.#claims, max_logits)
-  }
-
-  /** What holds for the last finished step or the one in progress. */
-  #settings(step: number): StepSettings {
-    return step === this.step && this.schedule.last ? this.schedule.last : this.schedule.current
-  }
-
   #algorithm(parameter: Parameter): string {
-    return groupOf(parameter, this.schedule.current.groups).algorithm
-  }
-
-  #place(index: number): Place {
-    const place = this.#places[index]
-    if (place === undefined) {
-      throw new ServiceError(
-        'PARAMETER_UNKNOWN',
-        `run '${this.name}' has ${this.#places.length} parameters, there is no index ${index}`,
-        { parameter: index },
-      )
-    }
-    return place
+    return groupOf(parameter, this.groups).algorithm
   }
 
   #conflict(what: string, { step, index, since = '' }: { step: number; index?: number; since?: string }): ServiceError {
-    const expected_step = this.step + 1
+    const expected_step = this.#current.number
+    const hint = step < 1 ? '; steps count from 1' : ''
     return new ServiceError(
       'STEP_CONFLICT',
-      `${what}: run '${this.name}' has finished step ${this.step}${since}, expected is step ${expected_step}`,
+      `${what}: run '${this.name}' has finished step ${this.step}${since}, expected is step ${expected_step}${hint}`,
       { step, expected_step, ...(index === undefined ? {} : { parameter: index }) },
     )
   }
 }
 
-/** A state tensor that is held for a checkpoint, and whose it is. */
-export type Held = StateTensor & { tensor: Tensor; parameter: Parameter; count: number }
+/** The state of a checkpoint: `tensors` has those of each parameter, undefined where it has none; `elsewhere`: of another kind of device. */
+export type RestoredState = { tensors: readonly (Tensor[] | undefined)[]; elsewhere: boolean; note: string }
 
-/** `grant` is what the device has admitted: the run gives it back. */
+/** `grant` is the memory that the device has admitted: the run gives it back. */
 export type RunOptions = {
   name: string
   created_at?: string
   groups: Groups
-  parameters: Parameter[]
+  parameters: readonly Parameter[]
   attentions: readonly Attention[]
   grant: Grant
   receipts_kept: number
-}
-
-function effectiveGroups(groups: Groups) {
-  return Object.fromEntries([...groups].map(([name, group]) => [name, effective(group)]))
 }

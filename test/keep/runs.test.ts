@@ -1,7 +1,7 @@
 import t from 'tap'
 import type { ServiceError } from '../../src/errors.js'
 import type { Plan } from '../../src/optimizer/plan.js'
-import type { Writer } from '../../src/run/run.js'
+import type { Connection } from '../../src/run/member.js'
 import type { OpenFrame } from '../../src/wire/frame.js'
 import { normal, RawClient, startService } from '../service.js'
 
@@ -19,29 +19,31 @@ const frame = (run: string, keys: Partial<OpenFrame> = {}): OpenFrame => ({
   parameters: PARAMETERS,
   ...keys,
 })
-const writer = (told: ServiceError[] = []): Writer => ({ fence: async () => {}, expel: (error) => told.push(error) })
+const connection = (told: ServiceError[] = []): Connection => ({ fence: () => {}, expel: (error) => told.push(error) })
 
 t.test('no more runs than allowed, opened side by side too', async (t) => {
   const { runs, app } = await startService({ max_runs: 2 })
-  const opened = await Promise.allSettled(['a', 'b', 'c'].map((name) => runs.open(frame(name), writer())))
+  const opened = await Promise.allSettled(['a', 'b', 'c'].map((name) => runs.open(frame(name), connection())))
   t.same(
     opened.map(({ status }) => status),
     ['fulfilled', 'fulfilled', 'rejected'],
   )
   t.match(opened[2], { reason: { code: 'OVER_CAPACITY', message: 'the service holds 2 runs, at most 2' } })
   await runs.delete('a')
-  t.match(await runs.open(frame('c'), writer()), { resumed: false })
+  t.match(await runs.open(frame('c'), connection()), { resumed: false })
   await app.close()
 })
 
-t.test('one name is opened by one writer at a time, in the order of the calls', async (t) => {
+t.test('one name is opened by one connection at a time, in the order of the calls', async (t) => {
   const { runs, app } = await startService()
-  const [first, second] = [writer(), writer()]
+  const told: ServiceError[] = []
+  const [first, second] = [connection(), connection(told)]
   const opened = await Promise.allSettled([runs.open(frame('r'), first), runs.open(frame('r'), second)])
   t.match(opened, [{ status: 'fulfilled' }, { status: 'rejected', reason: { code: 'RUN_BUSY' } }])
-  t.equal(runs.get('r').writer, first)
+  t.ok(runs.get('r').connected)
   const taken = [runs.open(frame('r', { takeover: true }), second), runs.delete('r'), runs.open(frame('r'), first)]
   t.match(await Promise.all(taken), [{ resumed: true }, undefined, { resumed: false }])
+  t.match(told, [{ code: 'RUN_NOT_FOUND' }], 'the connection that had the run is told that it was deleted')
   t.equal(runs.get('r').epoch, 1, 'a deleted run leaves nothing behind')
   await app.close()
 })
@@ -49,14 +51,14 @@ t.test('one name is opened by one writer at a time, in the order of the calls', 
 t.test('a refused open leaves no run, no epoch and no memory behind', async (t) => {
   const { runs, device, app } = await startService({ max_parameters: 2, state_bytes_limit: Number.MAX_SAFE_INTEGER })
   const three = [...PARAMETERS, { name: 'c', shape: [1], group: 'g' }]
-  await t.rejects(runs.open(frame('r', { parameters: three }), writer()), {
+  await t.rejects(runs.open(frame('r', { parameters: three }), connection()), {
     code: 'OVER_CAPACITY',
     message: /at most 2 parameters, given are 3/,
   })
   t.same([runs.list(), device.admittedBytes], [[], 0])
-  await runs.open(frame('r'), writer())
+  await runs.open(frame('r'), connection())
   const mismatch = { takeover: true, parameters: PARAMETERS.slice(0, 1) }
-  await t.rejects(runs.open(frame('r', mismatch), writer()), {
+  await t.rejects(runs.open(frame('r', mismatch), connection()), {
     code: 'RUN_MISMATCH',
     message: /it has 2 parameters, 1 given/,
   })
@@ -70,14 +72,14 @@ t.test('an open that the device refuses leaves no run and no memory behind', asy
   const plan = { kernel, tasks: [{ dims: [1], offset: 0 }], scalars: {}, scale: 1, decay: 0, rms_factor: 1 }
   const demand = { plan, gradient_bytes: 4, update_bytes: 4, state_bytes: 4 }
   await t.rejects(device.load([demand]), { code: 'DEVICE_FAILED' })
-  await t.rejects(runs.open(frame('r'), writer()), { code: 'DEVICE_FAILED' })
+  await t.rejects(runs.open(frame('r'), connection()), { code: 'DEVICE_FAILED' })
   t.same([runs.list(), device.admittedBytes], [[], 0])
   await app.close()
 })
 
 t.test('another protocol is refused', async (t) => {
   const { runs, app } = await startService({ lanes: 1 })
-  await t.rejects(runs.open(frame('r', { protocol: 2 }), writer()), {
+  await t.rejects(runs.open(frame('r', { protocol: 2 }), connection()), {
     code: 'PROTOCOL_UNSUPPORTED',
     message: 'protocol 2 is not spoken here, expected 1',
   })
@@ -87,8 +89,8 @@ t.test('another protocol is refused', async (t) => {
 t.test('a step that lacks many parameters names ten of them and counts the rest', async (t) => {
   const { runs, app } = await startService({ lanes: 1 })
   const parameters = Array.from({ length: 13 }, (_, i) => ({ name: `p${i}`, shape: [1], group: 'g' }))
-  const { run } = await runs.open(frame('r', { parameters }), writer())
-  await t.rejects(run.end(1, [0]), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
+  const { run, member } = await runs.open(frame('r', { parameters }), connection())
+  await t.rejects(run.end(member, 1, [0]), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
   await app.close()
 })
 

@@ -79,7 +79,7 @@ t.test('a client that stops reading slows nobody else, and is closed after the t
   await other.open({ run: 'other', groups: ADAMW, parameters: small })
   await until(() => service.device.staging.used === 0 && service.runs.get('deaf').ahead.length === 2)
   let step = 0
-  while (service.runs.get('deaf').writer !== undefined) {
+  while (service.runs.get('deaf').connected) {
     step += 1
     await other.step(step, gradientsOf(small, step))
   }
@@ -135,7 +135,7 @@ t.test('a lost connection in the middle of a gradient frees its place in the are
   // A paused socket does not tell that its peer is gone: the place comes first, then the end, and the place is free again.
   third.socket.terminate()
   first.socket.terminate()
-  await until(() => runs.get('first').writer === undefined && runs.get('third').writer === undefined)
+  await until(() => !runs.get('first').connected && !runs.get('third').connected)
   t.equal(device.staging.used, 0)
   await heir.close()
   await service.app.close()
@@ -199,7 +199,7 @@ t.test('what the step frame set holds for the rest of a step that a lost connect
   // The arena is free again when the lane is done, so here the lane is at work.
   await until(() => service.device.staging.used > 0)
   lost.socket.terminate()
-  await until(() => service.runs.get('r').writer === undefined)
+  await until(() => !service.runs.get('r').connected)
   const heir = await RawClient.connect(service.url)
   t.match(await heir.open({ run: 'r' }), { ahead: [0], groups: { g: { lr: 0.5, ns_steps: 3 } } })
   t.match(await heir.step(1, gradients), { groups: { g: { lr: 0.5, ns_steps: 3 } } })
@@ -446,7 +446,7 @@ t.test('an answer that is too late for its connection goes nowhere', async (t) =
   await until(() => service.device.staging.used > 0)
   client.socket.terminate()
   await gone
-  await until(() => service.runs.get('r').writer === undefined)
+  await until(() => !service.runs.get('r').connected)
   await service.runs.get('r').settled()
   const heir = await RawClient.connect(service.url)
   const opened = await heir.open({ run: 'r' })
@@ -498,7 +498,7 @@ t.test('a device that fails while one connection waits for the place of another 
   await service.app.close()
 })
 
-t.test('a connection that has to go while its run is made leaves the run without a writer', async (t) => {
+t.test('a connection that has to go while its run is made leaves the run without a member', async (t) => {
   const service = await startService({ lanes: 1 })
   const { device, runs } = service
   const client = await RawClient.connect(service.url)
@@ -508,7 +508,7 @@ t.test('a connection that has to go while its run is made leaves the run without
   await until(() => runs.list().length === 1)
   t.equal((await client.closed()).code, 1012)
   await drained
-  t.equal(runs.get('r').writer, undefined)
+  t.notOk(runs.get('r').connected)
 })
 
 t.test('a run whose connection was told to go can be taken over before it has gone', async (t) => {

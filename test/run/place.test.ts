@@ -3,6 +3,7 @@ import { Device } from '../../src/device/device.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
 import { parseParameters } from '../../src/optimizer/parameter.js'
 import { Place } from '../../src/run/place.js'
+import { Step } from '../../src/run/step.js'
 import { normal } from '../service.js'
 
 const GROUPS = new Map([['g', parseGroup({ name: 'g', algorithm: 'adamw' })]])
@@ -19,20 +20,20 @@ async function startDevice() {
   })
 }
 
-/** A step of the run's place with a gradient of seeded noise. */
-function stepOf(device: Device, step: number) {
+/** A gradient of seeded noise. */
+function gradientOf(device: Device) {
   const slot = device.staging.tryReserve(256)!
   device.view(device.stagingBlock).set(new Uint8Array(normal(1, 64).buffer), slot.offset)
-  const frame = { groups: {}, gradient_scale: 1, max_logits: new Map() }
-  const settings = { frame, groups: GROUPS, gradient_scale: 1 }
   const gradient = { block: device.stagingBlock, offset: slot.offset, bytes: 256 }
-  return { step, expected_step: step, settings, gradient, ticket: { cancelled: false }, spend: () => {} }
+  return { gradient, ticket: { cancelled: false } }
 }
 
 t.test('a step for whose update there is no memory is refused and leaves nothing behind', async (t) => {
   const device = await startDevice()
   const place = new Place(device, { ...PARAMETER!, update_bytes: 2 ** 48 })
-  await t.rejects(place.compute(stepOf(device, 1)), { code: 'OVER_CAPACITY', fields: { parameter: 0, step: 1 } })
+  const step = new Step(1, GROUPS)
+  step.begin()
+  await t.rejects(place.compute(step, gradientOf(device)), { code: 'OVER_CAPACITY', fields: { parameter: 0, step: 1 } })
   t.match({ bytes: device.memory.bytes, applied: place.appliedStep, failed: device.failed }, { bytes: 0, applied: 0 })
   await device.close()
 })

@@ -426,7 +426,7 @@ t.test(
     const run = service.runs.get('large')
     await until(() => run.step === 1)
     client.socket.terminate()
-    await until(() => run.writer === undefined)
+    await until(() => !run.connected)
     const heir = await RawClient.connect(service.url)
     t.match(await heir.open({ run: 'large' }), { step: 1 })
     heir.send({ type: 'end', step: 1 })

@@ -1,0 +1,13 @@
+import { type Metrics, PHASES } from '../metrics.js'
+import type { Run } from '../run/run.js'
+
+/** Has the metrics count every step that a run finishes from here on: steps that a restart computes again were counted before. */
+export function measure(run: Run, metrics: Metrics): void {
+  run.on('receipt', ({ seconds, clipped_heads, max_logit }) => {
+    metrics.steps_total.inc()
+    for (const count of Object.values(clipped_heads)) metrics.clipped_heads_total.inc(count)
+    if (max_logit !== undefined) metrics.max_logit.observe(max_logit)
+    for (const phase of PHASES) metrics.step_phase_seconds.observe({ phase }, seconds[phase])
+  })
+  run.on('committed', (seconds) => metrics.journal_commit_seconds.observe(seconds))
+}

@@ -1,0 +1,150 @@
+import type { Grant } from '../device/admission.js'
+import type { Device, Ticket } from '../device/device.js'
+import type { HostRange } from '../device/job.js'
+import type { Tensor } from '../device/memory.js'
+import { ServiceError } from '../errors.js'
+import type { Attention } from '../optimizer/attention.js'
+import type { Parameter } from '../optimizer/parameter.js'
+import { type Claims, claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
+import type { StateTensor } from '../optimizer/state.js'
+import type { AppliedRecord, PlaceRecord } from '../store/checkpoint/manifest.js'
+import type { StepRecord } from './digest.js'
+import type { ImportedPlace } from './imported-state.js'
+import { Place, type Update } from './place.js'
+import { appliedOf } from './record.js'
+import type { Step } from './step.js'
+
+/** An update with the factor of each row that QK-clip scales (float32 bytes); undefined where none is scaled. */
+export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined }
+
+/** A state tensor that is held for a reader, and whose it is. */
+export type HeldTensor = StateTensor & { tensor: Tensor; parameter: Parameter; count: number }
+
+/** `grant` is the memory that the device has admitted for the parameters. */
+export type ShardOptions = {
+  run: string
+  parameters: readonly Parameter[]
+  attentions: readonly Attention[]
+  grant: Grant
+}
+
+/** The parameters of a run that this process computes: their places on one device. */
+export class Shard {
+  readonly grant: Grant
+  readonly attentions: readonly Attention[]
+  readonly parameters: readonly Parameter[]
+  readonly #run: string
+  readonly #device: Device
+  readonly #places: readonly Place[]
+  readonly #claims: Claims
+
+  constructor(device: Device, { run, parameters, attentions, grant }: ShardOptions) {
+    this.#run = run
+    this.#device = device
+    this.grant = grant
+    this.parameters = parameters
+    this.attentions = attentions
+    this.#claims = claimsByParameter(attentions)
+    this.#places = parameters.map((parameter, i) => new Place(device, parameter, grant.units[i]))
+  }
+
+  get places(): readonly Place[] {
+    return this.#places
+  }
+
+  /** Bytes of state that are live. */
+  get stateBytes(): number {
+    return this.#places.reduce((sum, place) => sum + place.stateBytes, 0)
+  }
+
+  /** The place at an index that a frame names. Throws PARAMETER_UNKNOWN. */
+  place(index: number): Place {
+    const place = this.#places[index]
+    if (place !== undefined) return place
+    const message = `run '${this.#run}' has ${this.#places.length} parameters, there is no index ${index}`
+    throw new ServiceError('PARAMETER_UNKNOWN', message, { parameter: index })
+  }
+
+  /** Computes a parameter's part of a step, or computes it again. Undefined: the ticket was cancelled before a lane began. */
+  async compute(
+    step: Step,
+    index: number,
+    { gradient, ticket }: { gradient: HostRange; ticket: Ticket },
+  ): Promise<ScaledUpdate | undefined> {
+    const place = this.place(index)
+    const { max_logits } = step.settings.frame
+    const update = await place.compute(step, { gradient, ticket })
+    return update && { ...update, row_scale: rowScale(place.parameter, this.#claims, max_logits) }
+  }
+
+  /** The places that a step has applied. */
+  applied(step: Step): Place[] {
+    return step.applied.map((index) => this.place(index))
+  }
+
+  /** The row scales of parameters that a step skips: QK-clip does not wait for a gradient. One at a time. */
+  *skippedRowScales(step: Step): Generator<{ parameter: number; row_scale: Uint8Array }> {
+    const { max_logits } = step.settings.frame
+    for (const { parameter } of this.#places) {
+      if (step.hasApplied(parameter.index)) continue
+      const row_scale = rowScale(parameter, this.#claims, max_logits)
+      if (row_scale) yield { parameter: parameter.index, row_scale }
+    }
+  }
+
+  /** What each parameter adds to a step's digest. One at a time: the row scales of a large model are many bytes. */
+  *records(step: Step): Generator<StepRecord> {
+    const { max_logits } = step.settings.frame
+    for (const { parameter, record } of this.#places) {
+      const applied = step.hasApplied(parameter.index) ? record : undefined
+      yield { applied, row_scale: rowScale(parameter, this.#claims, max_logits) }
+    }
+  }
+
+  /** References to all state, or to what `imported` puts in its place. The caller releases them with `Device.memory`. */
+  hold(imported?: readonly (ImportedPlace | undefined)[]): { places: PlaceRecord[]; tensors: HeldTensor[] } {
+    const held = this.#places.map((place, i) => ({ place, ...stateOf(imported?.[i] ?? place) }))
+    return {
+      places: held.map(({ place, count }) => ({ ...place.toRecord(), count })),
+      tensors: held.flatMap(({ place: { parameter }, count, tensors }) =>
+        tensors.map((tensor, i) => {
+          return { ...parameter.state[i], tensor: this.#device.memory.retain(tensor), parameter, count }
+        }),
+      ),
+    }
+  }
+
+  /** Goes on from state that no step of the run has made. A parameter without a place keeps its state. */
+  takeOver(imported: readonly (ImportedPlace | undefined)[]): void {
+    for (const [i, place] of this.#places.entries()) {
+      const given = imported[i]
+      if (given) place.takeOver(given.tensors.length > 0 ? given.tensors : undefined, given.count)
+    }
+  }
+
+  /**
+   * Takes over the state of a checkpoint: `tensors` has those of each parameter, undefined where it has none yet; with `elsewhere`
+   * another kind of device computed the last step.
+   */
+  restore(
+    records: readonly PlaceRecord[],
+    { tensors, elsewhere }: { tensors: readonly (Tensor[] | undefined)[]; elsewhere: boolean },
+  ): void {
+    for (const [i, place] of this.#places.entries()) place.restore(records[i], tensors[i], elsewhere)
+  }
+
+  /** Holds a step that was computed again against what was acknowledged. Throws UnreadableError. */
+  acknowledge(index: number, applied: AppliedRecord, elsewhere: boolean): void {
+    this.place(index).acknowledge(appliedOf(applied), elsewhere)
+  }
+
+  /** Gives all memory back. No job is under way any more. */
+  dispose(): void {
+    for (const place of this.#places) place.dispose()
+    this.#device.dismiss(this.grant)
+  }
+}
+
+function stateOf({ count, tensors = [] }: { count: number; tensors?: readonly Tensor[] }) {
+  return { count, tensors }
+}
