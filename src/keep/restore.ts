@@ -140,18 +140,17 @@ async function applyAgain(run: Run, device: Device, { gradient, files, elsewhere
         `the gradient of parameter '${parameter.name}' has ${bytes} bytes, expected ${parameter.gradient_bytes}`,
       )
     }
-    const slot = await device.staging.reserve(bytes, new AbortController().signal)
-    assert(slot, 'nothing aborts this')
+    const region = await device.staging.reserve(bytes, new AbortController().signal)
+    assert(region, 'nothing aborts this')
     try {
-      const range = { block: device.stagingBlock, offset: slot.offset, bytes }
       const file = files.get(path) ?? open(path, 'r')
       files.set(path, file)
-      await readInto(device.view(range.block).subarray(slot.offset, slot.offset + bytes), await file, at)
-      const update = await run.compute(index, step, range)
+      await readInto(region.view, await file, at)
+      const update = await run.compute(index, step, region.retain())
       update?.memory.release()
       run.acknowledge(index, applied, elsewhere)
     } finally {
-      device.staging.release(slot)
+      region.release()
     }
   })
 }

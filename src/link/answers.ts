@@ -1,6 +1,6 @@
 import type { Config } from '../config.js'
 import type { Device } from '../device/device.js'
-import type { Slot } from '../device/staging.js'
+import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import type { Run, ScaledUpdate } from '../run/run.js'
@@ -11,8 +11,8 @@ import type { Sender } from './websocket/sender.js'
 /** What a connection works with. */
 export type Means = { config: Config; device: Device; metrics: Metrics }
 
-/** A gradient that lies whole in its slot of the staging arena. Whoever has it last releases the slot. */
-export type Gradient = { run: Run; parameter: number; step: number; slot: Slot }
+/** A gradient that lies whole in its region of the staging arena. */
+export type Gradient = { run: Run; parameter: number; step: number; region: Region }
 
 /** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
 export class Answers {
@@ -45,8 +45,8 @@ export class Answers {
 
   /** Takes the gradient over. */
   begin(gradient: Gradient): void {
-    const { run, parameter, slot } = gradient
-    const bytes = slot.bytes + run.parameter(parameter).update_bytes
+    const { run, parameter, region } = gradient
+    const bytes = region.bytes + run.parameter(parameter).update_bytes
     this.bytes += bytes
     const work = this.#answer(gradient).finally(() => {
       this.bytes -= bytes
@@ -57,39 +57,24 @@ export class Answers {
 
   async #answer(gradient: Gradient): Promise<void> {
     try {
-      const update = await this.#compute(gradient)
-      if (update) await this.#send(gradient, update).finally(update.memory.release)
+      const { run, parameter, step, region } = gradient
+      const update = await run.compute(parameter, step, region)
+      if (update) await this.#send(gradient, update).finally(() => update.memory.release())
     } catch (error) {
       countRefused(this.#means.metrics, error)
       this.#report(error)
     }
   }
 
-  /** The slot is free again once nobody reads it: neither a lane nor the journal. */
-  async #compute({ run, parameter, step, slot }: Gradient): Promise<ScaledUpdate | undefined> {
-    const { stagingBlock, staging } = this.#means.device
-    const range = { block: stagingBlock, offset: slot.offset, bytes: slot.bytes }
-    const release = () => staging.release(slot)
-    const update = await run.compute(parameter, step, range).catch((error) => {
-      release()
-      throw error
-    })
-    if (update?.stored) void update.stored.then(release)
-    else release()
-    return update
-  }
-
   async #send({ run, parameter, step }: Gradient, update: ScaledUpdate): Promise<void> {
     const startedAt = performance.now()
-    const { device, config, metrics } = this.#means
-    const { block, offset: start, bytes } = update.memory.range
-    const payload = device.view(block).subarray(start, start + bytes)
-    const { scale, decay, row_scale, replayed, gradient_norm, update_rms } = update
+    const { config, metrics } = this.#means
+    const { memory, scale, decay, row_scale, replayed, gradient_norm, update_rms } = update
     const keys = { scale, decay, row_scale, replayed, gradient_norm, update_rms }
-    const sent = [...chunksOf(bytes, config.chunk_bytes)].map(async ({ offset, length }) => {
+    const sent = [...chunksOf(memory.bytes, config.chunk_bytes)].map(async ({ offset, length }) => {
       const first = offset === 0 ? keys : {}
       const header = encodeHeader({ type: 'update', parameter, step, offset, ...first }, length)
-      const whole = await this.#sender.send({ header, payload: payload.subarray(offset, offset + length) })
+      const whole = await this.#sender.send({ header, payload: memory.chunk(offset, length) })
       if (whole) metrics.sent_bytes_total.inc(length)
     })
     await Promise.all(sent)

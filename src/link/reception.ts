@@ -1,5 +1,5 @@
 import assert from 'node:assert'
-import type { Slot } from '../device/staging.js'
+import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Run } from '../run/run.js'
 import { Assembly } from '../wire/chunks.js'
@@ -27,7 +27,7 @@ export type ReceptionHooks = {
   complete(gradient: Gradient): void
 }
 
-/** The gradient that a connection is sending: its chunks go into the slot of the staging arena that is reserved for all of it. */
+/** The gradient that a connection is sending: its chunks go into a region of the arena that is reserved for all of it. */
 export class Reception implements GradientSink {
   /** Whether the client is kept from sending because the arena has no room. */
   waits = false
@@ -49,7 +49,7 @@ export class Reception implements GradientSink {
 
   /** Bytes that the incomplete gradient has reserved. */
   get bytes(): number {
-    return this.#incoming?.slot.bytes ?? 0
+    return this.#incoming?.region.bytes ?? 0
   }
 
   /** When the incomplete gradient got its place, by performance.now(). */
@@ -60,10 +60,10 @@ export class Reception implements GradientSink {
   destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
     const incoming = this.#incoming
     if (incoming?.parameter !== parameter || incoming.step !== step) return undefined
-    const { assembly, slot } = incoming
+    const { assembly, region } = incoming
     const fits = offset === assembly.received && offset + dataLength <= assembly.bytes
     if (!fits || dataLength > this.#means.config.chunk_bytes) return undefined
-    return this.#arena.subarray(slot.offset + offset, slot.offset + offset + dataLength)
+    return region.chunk(offset, dataLength)
   }
 
   received({ offset, dataLength }: GradientHead): void {
@@ -90,13 +90,8 @@ export class Reception implements GradientSink {
   /** Gives up the incomplete gradient and its place. */
   abandon(): void {
     this.#hooks.abandoned()
-    if (this.#incoming) this.#means.device.staging.release(this.#incoming.slot)
+    this.#incoming?.region.release()
     this.#incoming = undefined
-  }
-
-  get #arena(): Uint8Array {
-    const { device } = this.#means
-    return device.view(device.stagingBlock)
   }
 
   #continue(incoming: Incoming, frame: GradientFrame): void {
@@ -135,13 +130,13 @@ export class Reception implements GradientSink {
       throw error
     }
     this.#dropped = undefined
-    const start = (slot: Slot) => {
-      this.#incoming = { run, parameter, step, assembly, slot, startedAt: performance.now() }
+    const start = (region: Region) => {
+      this.#incoming = { run, parameter, step, assembly, region, startedAt: performance.now() }
       this.#store(this.#incoming, frame)
     }
     const outstanding = this.#hooks.outstanding(parameter)
-    const slot = outstanding ? undefined : this.#means.device.staging.tryReserve(gradient_bytes)
-    if (slot) return void start(slot)
+    const region = outstanding ? undefined : this.#means.device.staging.tryReserve(gradient_bytes)
+    if (region) return void start(region)
     return this.#startWhenFree(outstanding, gradient_bytes, start)
   }
 
@@ -149,20 +144,20 @@ export class Reception implements GradientSink {
   async #startWhenFree(
     outstanding: Promise<void> | undefined,
     bytes: number,
-    start: (slot: Slot) => void,
+    start: (region: Region) => void,
   ): Promise<void> {
     await outstanding
     const { staging } = this.#means.device
     this.waits = true
-    const slot = await staging.reserve(bytes, this.#hooks.gone)
+    const region = await staging.reserve(bytes, this.#hooks.gone)
     this.waits = false
-    if (slot === undefined) return
-    if (this.#hooks.gone.aborted) staging.release(slot)
-    else start(slot)
+    if (region === undefined) return
+    if (this.#hooks.gone.aborted) region.release()
+    else start(region)
   }
 
   #store(incoming: Incoming, { offset, data }: GradientFrame): void {
-    this.#arena.set(data, incoming.slot.offset + offset)
+    incoming.region.chunk(offset, data.length).set(data)
     this.#stored(incoming, data.length)
   }
 

@@ -1,7 +1,8 @@
 import assert from 'node:assert'
-import type { Device, Ticket, UpdateMemory } from '../device/device.js'
-import type { HostRange, Job, JobResult } from '../device/job.js'
+import type { Device, Ticket } from '../device/device.js'
+import type { Job, JobResult } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
+import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithms/algorithm.js'
 import { groupOf } from '../optimizer/hyperparameters.js'
@@ -16,7 +17,7 @@ import type { StepSettings } from './schedule.js'
 
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {
-  memory: UpdateMemory
+  memory: Region
   scale: number
   decay: number
   replayed: boolean
@@ -29,7 +30,7 @@ export type PlaceStep = {
   step: number
   expected_step: number
   settings: StepSettings
-  gradient: HostRange
+  gradient: Region
   ticket: Ticket
   spend: (phase: keyof StepSeconds, seconds: number) => void
 }
@@ -222,14 +223,14 @@ class Outputs {
   next: Tensor[] = []
   readonly #device: Device
   readonly #unit: number
-  #update: UpdateMemory | undefined
+  #update: Region | undefined
 
   constructor(device: Device, unit: number) {
     this.#device = device
     this.#unit = unit
   }
 
-  get update(): UpdateMemory {
+  get update(): Region {
     assert(this.#update, 'a result has a job before it')
     return this.#update
   }
@@ -237,7 +238,7 @@ class Outputs {
   allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
     for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes, this.#unit))
     this.#update = this.#device.takeUpdate(update_bytes)
-    return { next: this.next.map((tensor) => tensor.pointer), update: this.update.range }
+    return { next: this.next.map((tensor) => tensor.pointer), update: this.update }
   }
 
   releaseNext(): void {

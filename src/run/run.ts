@@ -2,8 +2,8 @@ import assert from 'node:assert'
 import { EventEmitter } from 'node:events'
 import type { Grant } from '../device/admission.js'
 import type { Device, Ticket } from '../device/device.js'
-import type { HostRange } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
+import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import { type Explanation, explain } from '../optimizer/explanation.js'
@@ -38,11 +38,8 @@ export type Writer = {
   expel(error: ServiceError): void
 }
 
-/**
- * An update with the factor of each row that QK-clip scales; undefined where none is. The gradient's memory may change once
- * `stored` has resolved.
- */
-export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined; stored: Promise<void> | undefined }
+/** An update with the factor of each row that QK-clip scales; undefined where none is. */
+export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined }
 
 type Seconds = { -readonly [Phase in keyof StepSeconds]: number }
 
@@ -199,8 +196,19 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     if (step === this.step + 1) this.schedule.begin()
   }
 
-  /** Computes and commits, or replays, one parameter's step. Undefined: the connection that sent it has lost the run. */
-  async compute(index: number, step: number, gradient: HostRange): Promise<ScaledUpdate | undefined> {
+  /**
+   * Computes and commits, or replays, one parameter's step. Undefined: the connection that sent it has lost the run. The run
+   * takes the gradient's region over, and releases it when the lane and the journal have read it, whatever comes of it.
+   */
+  async compute(index: number, step: number, gradient: Region): Promise<ScaledUpdate | undefined> {
+    try {
+      return await this.#apply(index, step, gradient)
+    } finally {
+      gradient.release()
+    }
+  }
+
+  async #apply(index: number, step: number, gradient: Region): Promise<ScaledUpdate | undefined> {
     const place = this.#place(index)
     const ticket = this.#ticket
     if (this.#hold) await this.#hold
@@ -218,11 +226,8 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
     })
     const update = await this.#track(work)
     if (update === undefined) return undefined
-    return {
-      ...update,
-      row_scale: this.#rowScale(place, settings.frame.max_logits),
-      stored: this.#store(place, step, gradient),
-    }
+    this.#store(place, step, gradient)
+    return { ...update, row_scale: this.#rowScale(place, settings.frame.max_logits) }
   }
 
   /** The row scales of parameters that the last finished step skipped: QK-clip does not wait for a gradient. One at a time. */
@@ -435,16 +440,14 @@ export class Run extends EventEmitter<{ receipt: [Receipt] }> {
   }
 
   /** Has the journal take a gradient that it lacks: it was just applied, or is sent again because the disk was full. */
-  #store(
-    { parameter: { index }, record }: Place,
-    step: number,
-    { block, offset, bytes }: HostRange,
-  ): Promise<void> | undefined {
+  #store({ parameter: { index }, record }: Place, step: number, gradient: Region): void {
     const { journal } = this
-    if (journal === undefined || step !== this.step + 1 || journal.holds(index)) return undefined
+    if (journal === undefined || step !== this.step + 1 || journal.holds(index)) return
     assert(record, 'what was computed has a record')
-    const payload = this.#device.view(block).subarray(offset, offset + bytes)
-    return journal.append({ type: 'gradient', step, parameter: index, applied: appliedRecord(record) }, payload)
+    const kept = gradient.retain()
+    void journal
+      .append({ type: 'gradient', step, parameter: index, applied: appliedRecord(record) }, kept.view)
+      .then(() => kept.release())
   }
 
   async #commit(journal: Journal, receipt: Receipt, skipped: readonly number[]): Promise<void> {
