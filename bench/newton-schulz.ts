@@ -66,16 +66,17 @@ async function muonJob(): Promise<() => Promise<void>> {
   const tasks = [{ dims: [size, size], offset: 0 }]
   const plan = { kernel, tasks, scalars, scale: -1e-3, decay: 1e-4, rms_factor: 1 }
   const [state, next] = [device.memory.allocate(bytes), device.memory.allocate(bytes)]
-  const updates = device.allocateHost(bytes)
+  const [gradient, update] = [device.staging.tryReserve(bytes), device.allocateHost(bytes)]
+  if (gradient === undefined) throw new Error(`the staging arena has no ${bytes} bytes`)
   new Float32Array(viewMemory(state.pointer, bytes).buffer).set(values)
-  new Float32Array(device.view(device.stagingBlock).buffer).set(values)
+  gradient.view.set(new Uint8Array(values.buffer))
   const job: Job = {
     plan,
-    gradient: { block: device.stagingBlock, offset: 0, bytes },
+    gradient,
     gradient_scale: 1,
     state: [state.pointer],
     next: [next.pointer],
-    update: { block: updates, offset: 0, bytes },
+    update,
   }
   await device.load([{ plan, gradient_bytes: bytes, update_bytes: bytes, state_bytes: bytes }])
   return async () => {

@@ -1,6 +1,6 @@
 import { readFileSync, writeFileSync } from 'node:fs'
 import { Device } from '../../src/device/device.js'
-import type { HostBlock, Job } from '../../src/device/job.js'
+import type { Job } from '../../src/device/job.js'
 import type { Tensor } from '../../src/device/memory.js'
 import { planStep } from '../../src/optimizer/algorithms/algorithm.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
@@ -30,31 +30,27 @@ for (const { name, shape, dtype, group: declared } of cases) {
   await device.load([demand])
   const gradient = device.allocateHost(parameter.gradient_bytes)
   const update = device.allocateHost(parameter.update_bytes)
-  device.view(gradient).set(readFileSync(`${folder}/${name}.gradient`))
+  gradient.view.set(readFileSync(`${folder}/${name}.gradient`))
   let state: Tensor[] | undefined
   for (const step of [1, 2]) {
     const next = parameter.state.map(({ bytes }) => device.memory.allocate(bytes))
     await compute({
       plan: planStep(parameter, group, { step, replay: false }),
-      gradient: whole(gradient),
+      gradient,
       gradient_scale: 1,
       state: state?.map(({ pointer }) => pointer),
       next: next.map(({ pointer }) => pointer),
-      update: whole(update),
+      update,
     })
     for (const tensor of state ?? []) device.memory.release(tensor)
     state = next
   }
-  writeFileSync(`${folder}/${name}.update`, device.view(update))
+  writeFileSync(`${folder}/${name}.update`, update.view)
   if (state) writeFileSync(`${folder}/${name}.state`, Buffer.concat([...device.read(state[0])]))
   for (const tensor of state ?? []) device.memory.release(tensor)
-  for (const { pointer } of [gradient, update]) device.freeHost(pointer)
+  for (const region of [gradient, update]) region.release()
 }
 await device.close()
-
-function whole(block: HostBlock): Job['gradient'] {
-  return { block, offset: 0, bytes: block.bytes }
-}
 
 async function compute(job: Job): Promise<void> {
   const result = await device.run(() => job, { cancelled: false })

@@ -1,7 +1,8 @@
 import type { Cuda } from '../../src/device/cuda/cuda.js'
 import type { Device } from '../../src/device/device.js'
-import type { HostBlock, Job } from '../../src/device/job.js'
+import type { Job } from '../../src/device/job.js'
 import { viewMemory } from '../../src/device/onnx/onnxruntime.js'
+import { type Span, wholeOf } from '../../src/device/region.js'
 import { planStep } from '../../src/optimizer/algorithms/algorithm.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
 import { type Parameter, parseParameters } from '../../src/optimizer/parameter.js'
@@ -25,11 +26,11 @@ export async function prepare(device: Device, gpu: Cuda, { parameters: declared,
     freed.push(() => memory.free(pointer))
     return pointer
   }
-  const block = (bytes: number, unit: number): HostBlock => {
-    if (resident) return { pointer: state(bytes, unit), bytes, resident }
+  const allocate = (bytes: number, unit: number): Span => {
+    if (resident) return wholeOf({ pointer: state(bytes, unit), bytes }, 'gpu')
     const pointer = gpu.allocateHost(bytes)
     freed.push(() => gpu.freeHost(pointer))
-    return { pointer, bytes }
+    return wholeOf({ pointer, bytes }, 'host')
   }
   const fill = filler(gpu)
   const plan = (parameter: Parameter, step: number) => planStep(parameter, group, { step, replay: false })
@@ -43,11 +44,10 @@ export async function prepare(device: Device, gpu: Cuda, { parameters: declared,
   await device.load(demands)
   const jobs = parameters.map((parameter, index): Placed => {
     const unit = units[index]
-    const [gradient, update] = [block(parameter.gradient_bytes, unit), block(parameter.update_bytes, unit)]
+    const [gradient, update] = [allocate(parameter.gradient_bytes, unit), allocate(parameter.update_bytes, unit)]
     fill(gradient)
-    const whole = (memory: HostBlock) => ({ block: memory, offset: 0, bytes: memory.bytes })
     const [tensor, next] = [state(parameter.state[0].bytes, unit), state(parameter.state[0].bytes, unit)]
-    const tensors = { gradient: whole(gradient), update: whole(update), state: [tensor], next: [next] }
+    const tensors = { gradient, update, state: [tensor], next: [next] }
     return { plan: plan(parameter, 1), gradient_scale: 1, ...tensors, unit }
   })
   // What lies in fresh memory may be no number: the first step starts from zeros.
@@ -68,8 +68,8 @@ async function run(device: Device, job: Placed): Promise<void> {
   if (result?.outcome !== 'computed') throw new Error(`the device answered ${result?.outcome}`)
 }
 
-/** Fills blocks of host or device memory with the same Gaussian bfloat16 numbers, over and over. */
-function filler(gpu: Cuda): (block: HostBlock) => void {
+/** Fills host or device memory with the same Gaussian bfloat16 numbers, over and over. */
+function filler(gpu: Cuda): (span: Span) => void {
   const gaussian = () => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random())
   const noise = Uint16Array.from(
     { length: NOISE_BYTES / 2 },

@@ -5,10 +5,11 @@ import type { Task } from '../optimizer/plan.js'
 import { Admission, type Grant } from './admission.js'
 import { type Backend, type BackendOptions, openBackend } from './backend.js'
 import { largestOf, scratchFor } from './cuda/cuda-layout.js'
-import { type Demand, type HostBlock, type HostRange, type Job, type JobResult, needsOf } from './job.js'
+import { type Demand, type Job, type JobResult, needsOf } from './job.js'
 import { Lanes, type Ticket, told } from './lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
-import { type Pointer, viewMemory } from './onnx/onnxruntime.js'
+import type { Pointer } from './onnx/onnxruntime.js'
+import { Region, Views, wholeOf } from './region.js'
 import { Staging } from './staging.js'
 import { openStateAccess, type StateAccess, type StateLocation } from './state-access.js'
 
@@ -20,9 +21,6 @@ export type DeviceOptions = BackendOptions & {
   /** Bytes that the runs' state and updates may take on each unit; 0: what the backend has. */
   state_bytes_limit: number
 }
-
-/** Where an update is computed and sent from; nothing may use `range` after `release`. */
-export type UpdateMemory = { range: HostRange; release: () => void }
 
 // Updates wait for their client longer than gradients for a lane. What is never needed is never touched: it takes no memory.
 const UPDATES_PER_STAGING = 2
@@ -47,7 +45,6 @@ export class Device {
   readonly backend: Backend
   readonly memory: StateMemory
   readonly staging: Staging
-  readonly stagingBlock: HostBlock
   /** Bytes that there are for runs on every unit. */
   readonly stateBytesLimits: readonly number[]
   /** Set once the device has failed; every later call is refused with it. */
@@ -56,20 +53,17 @@ export class Device {
   onFailure: (error: Error) => void = () => {}
   /** Where updates lie while there is room: the same warm memory again and again. */
   readonly #updates: Staging
-  readonly #updatesBlock: HostBlock
   readonly #admission: Admission
   #lanes: Lanes[]
   /** The event loop's way to write each unit's state, once it has been needed. */
   #accesses: StateAccess[] = []
-  #views = new Map<bigint, Uint8Array<ArrayBuffer>>()
+  readonly #views = new Views()
 
   private constructor(backend: Backend, options: DeviceOptions) {
     this.backend = backend
     this.memory = new StateMemory(backend.units)
-    this.staging = new Staging(options.staging_bytes)
-    this.stagingBlock = this.allocateHost(options.staging_bytes)
-    this.#updates = new Staging(UPDATES_PER_STAGING * options.staging_bytes)
-    this.#updatesBlock = this.allocateHost(this.#updates.capacity)
+    this.staging = new Staging(this.allocateHost(options.staging_bytes))
+    this.#updates = new Staging(this.allocateHost(UPDATES_PER_STAGING * options.staging_bytes))
     this.stateBytesLimits = backend.units.map(({ stateBytes }) => options.state_bytes_limit || stateBytes)
     const units = backend.units.map(({ name, work }, unit) => ({ name, work, bytes: this.stateBytesLimits[unit] }))
     const { lanes, group, hostBytes } = backend
@@ -131,40 +125,22 @@ export class Device {
     this.memory.trim()
   }
 
-  /** Memory that host and device share (page-locked where the device asks for it), not cleared. */
-  allocateHost(bytes: number): HostBlock {
-    try {
-      return { pointer: this.backend.host.allocate(bytes), bytes }
-    } catch (error) {
-      throw told(error)
-    }
-  }
-
-  /** Gives host memory back. Nothing may hold a view of it any more: not a socket, not a lane's job. */
-  freeHost(pointer: Pointer): void {
-    this.#views.delete(pointer)
-    for (const lanes of this.#lanes) lanes.forget(pointer)
-    this.backend.host.free(pointer)
+  /**
+   * An allocation of memory that host and device share (page-locked where the device asks for it), not cleared. When it is
+   * released nothing may use its bytes any more: not a socket, not a lane's job.
+   */
+  allocateHost(bytes: number): Region {
+    const pointer = this.#allocate(bytes)
+    return new Region(wholeOf({ pointer, bytes }, 'host'), this.#views, () => {
+      this.#views.forget(pointer)
+      for (const lanes of this.#lanes) lanes.forget(pointer)
+      this.backend.host.free(pointer)
+    })
   }
 
   /** Memory for one update. Clients that read slowly may hold the arena: then it gets memory of its own. */
-  takeUpdate(bytes: number): UpdateMemory {
-    const slot = this.#updates.tryReserve(bytes)
-    if (slot) {
-      const release = () => this.#updates.release(slot)
-      return { range: { block: this.#updatesBlock, offset: slot.offset, bytes }, release }
-    }
-    const block = this.allocateHost(bytes)
-    return { range: { block, offset: 0, bytes }, release: () => this.freeHost(block.pointer) }
-  }
-
-  /** The event loop's view of a host block. */
-  view(block: HostBlock): Uint8Array<ArrayBuffer> {
-    const known = this.#views.get(block.pointer)
-    if (known !== undefined) return known
-    const view = viewMemory(block.pointer, block.bytes)
-    this.#views.set(block.pointer, view)
-    return view
+  takeUpdate(bytes: number): Region {
+    return this.#updates.tryReserve(bytes) ?? this.allocateHost(bytes)
   }
 
   /** Copies of a state tensor's bytes, piece by piece: the event loop can turn in between. The caller holds a reference. */
@@ -199,6 +175,14 @@ export class Device {
     await Promise.all(this.#lanes.map((lanes) => lanes.close()))
     for (const access of Object.values(this.#accesses)) access.close()
     this.backend.close()
+  }
+
+  #allocate(bytes: number): Pointer {
+    try {
+      return this.backend.host.allocate(bytes)
+    } catch (error) {
+      throw told(error)
+    }
   }
 
   async #warmUp(): Promise<void> {

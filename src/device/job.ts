@@ -2,21 +2,17 @@ import { type KernelSpec, kernelKey } from '../../kernels/kernel.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { Scratch } from './cuda/cuda-layout.js'
 import type { Pointer } from './onnx/onnxruntime.js'
-
-/** A range of memory that host and device share; `block` is its whole allocation, of which a thread keeps one view. */
-export type HostRange = { block: HostBlock; offset: number; bytes: number }
-/** `resident` memory lies in the GPU that computes: nothing is copied. */
-export type HostBlock = { pointer: Pointer; bytes: number; resident?: true }
+import type { Span } from './region.js'
 
 /** One parameter's step as a lane computes it. It reads `state` and writes `next`: what becomes of them is the run's decision. */
 export type Job = {
   plan: Plan
-  gradient: HostRange
+  gradient: Span
   gradient_scale: number
   /** The state tensors in the kernel's order; undefined before the first step, when all of them are zero. */
   state: readonly Pointer[] | undefined
   next: readonly Pointer[]
-  update: HostRange
+  update: Span
   /** A replay computes only if the gradient has this fingerprint. */
   expected?: bigint
 }
@@ -57,7 +53,7 @@ export type Executor = {
    * Throws where the device cannot compute; what is wrong with the numbers is an outcome.
    */
   run(jobs: readonly Job[]): JobResult[]
-  /** The host block at this address is about to be freed. */
+  /** The allocation of host memory at this address is about to be freed. */
   forget(pointer: Pointer): void
   close(): void
 }
@@ -72,10 +68,6 @@ export type LaneReply = { id: number; results: readonly JobResult[] } | { id: nu
 
 /** Elements of one run of an elementwise kernel: 1 MiB of float32, so that its intermediates stay in the cache. */
 export const SLICE_ELEMENTS = 1 << 18
-
-export function addressOf({ block, offset }: HostRange): Pointer {
-  return block.pointer + BigInt(offset)
-}
 
 /** A scalar input of the kernel as the job has it; a task may have its own `output_scale`. */
 export function scalarOf({ plan, gradient_scale }: Job, name: string): number {

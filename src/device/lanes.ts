@@ -63,7 +63,7 @@ export class Lanes {
     })
   }
 
-  /** Has every lane drop its view of a host block. */
+  /** Has every lane drop its view of the allocation at this address. */
   forget(pointer: Pointer): void {
     for (const lane of this.#lanes) this.#post(lane, { type: 'forget', pointer })
   }

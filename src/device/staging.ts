@@ -1,24 +1,31 @@
-/** A reserved range of the staging arena: `offset` and `bytes` from the arena's start. */
-export type Slot = { readonly offset: number; readonly bytes: number }
+import type { Region } from './region.js'
 
-type Waiter = { bytes: number; resolve: (slot: Slot) => void }
+type Waiter = { bytes: number; resolve: (region: Region) => void }
+
+/** A part of the arena that nobody has, from `offset` on. */
+type Gap = { offset: number; bytes: number }
 
 // Tensors start on a cache line, which also keeps every dtype aligned.
 const ALIGNMENT = 64
 
 /**
- * Hands out ranges of one arena of fixed size, first fit, so that memory which was touched before is used again.
+ * Hands out regions of one arena of fixed size, first fit, so that memory which was touched before is used again.
  * Reservations are granted strictly in the order in which they were asked for: no tensor starves behind smaller ones.
  */
 export class Staging {
-  readonly capacity: number
   used = 0
-  #free: { offset: number; bytes: number }[]
+  readonly #whole: Region
+  #free: Gap[]
   #waiters: Waiter[] = []
 
-  constructor(capacity: number) {
-    this.capacity = capacity
-    this.#free = [{ offset: 0, bytes: capacity }]
+  /** Deals out the memory of `whole`, which is the arena's from now on. */
+  constructor(whole: Region) {
+    this.#whole = whole
+    this.#free = [{ offset: 0, bytes: whole.bytes }]
+  }
+
+  get capacity(): number {
+    return this.#whole.bytes
   }
 
   /** How many reservations wait for memory. */
@@ -32,68 +39,67 @@ export class Staging {
   }
 
   /** Reserves `bytes` as soon as everybody before has been served; undefined where the signal aborts first. */
-  async reserve(bytes: number, signal: AbortSignal): Promise<Slot | undefined> {
+  async reserve(bytes: number, signal: AbortSignal): Promise<Region | undefined> {
     if (signal.aborted) return undefined
-    const slot = this.tryReserve(bytes)
-    if (slot !== undefined) return slot
+    const region = this.tryReserve(bytes)
+    if (region !== undefined) return region
     return new Promise((resolve) => {
       const leave = () => {
         this.#waiters = this.#waiters.filter((other) => other !== waiter)
         resolve(undefined)
         this.#serve()
       }
-      const grant = (granted: Slot) => {
+      const grant = (granted: Region) => {
         signal.removeEventListener('abort', leave)
         resolve(granted)
       }
-      const waiter = { bytes, resolve: grant }
+      const waiter: Waiter = { bytes, resolve: grant }
       signal.addEventListener('abort', leave, { once: true })
       this.#waiters.push(waiter)
     })
   }
 
   /** Reserves `bytes` now, or answers undefined: there is no room, or somebody waits already. */
-  tryReserve(bytes: number): Slot | undefined {
+  tryReserve(bytes: number): Region | undefined {
     return this.#waiters.length > 0 ? undefined : this.#take(bytes)
   }
 
-  release(slot: Slot): void {
-    const size = aligned(slot.bytes)
-    this.used -= size
-    const after = this.#free.findIndex((range) => range.offset > slot.offset)
-    this.#free.splice(after < 0 ? this.#free.length : after, 0, { offset: slot.offset, bytes: size })
+  #take(bytes: number): Region | undefined {
+    const size = aligned(bytes)
+    const gap = this.#free.find((candidate) => candidate.bytes >= size)
+    if (gap === undefined) return undefined
+    const { offset } = gap
+    gap.offset += size
+    gap.bytes -= size
+    if (gap.bytes === 0) this.#free = this.#free.filter((other) => other !== gap)
+    this.used += size
+    return this.#whole.carve(offset, bytes, () => this.#giveBack({ offset, bytes: size }))
+  }
+
+  #giveBack(gap: Gap): void {
+    this.used -= gap.bytes
+    const after = this.#free.findIndex(({ offset }) => offset > gap.offset)
+    this.#free.splice(after < 0 ? this.#free.length : after, 0, gap)
     this.#merge()
     this.#serve()
   }
 
-  #take(bytes: number): Slot | undefined {
-    const size = aligned(bytes)
-    const range = this.#free.find((candidate) => candidate.bytes >= size)
-    if (range === undefined) return undefined
-    const offset = range.offset
-    range.offset += size
-    range.bytes -= size
-    if (range.bytes === 0) this.#free = this.#free.filter((other) => other !== range)
-    this.used += size
-    return { offset, bytes }
-  }
-
   #merge(): void {
-    const merged: { offset: number; bytes: number }[] = []
-    for (const range of this.#free) {
+    const merged: Gap[] = []
+    for (const gap of this.#free) {
       const last = merged.at(-1)
-      if (last !== undefined && last.offset + last.bytes === range.offset) last.bytes += range.bytes
-      else merged.push(range)
+      if (last !== undefined && last.offset + last.bytes === gap.offset) last.bytes += gap.bytes
+      else merged.push(gap)
     }
     this.#free = merged
   }
 
   #serve(): void {
     for (let waiter = this.#waiters[0]; waiter !== undefined; waiter = this.#waiters[0]) {
-      const slot = this.#take(waiter.bytes)
-      if (slot === undefined) return
+      const region = this.#take(waiter.bytes)
+      if (region === undefined) return
       this.#waiters.shift()
-      waiter.resolve(slot)
+      waiter.resolve(region)
     }
   }
 }

@@ -11,7 +11,6 @@ import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
 import { type Connection, Member } from '../run/member.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
-import type { Step } from '../run/step.js'
 import {
   type DeviceRecord,
   type Manifest,
@@ -146,23 +145,18 @@ async function applyAgain(run: Run, device: Device, { member, gradient, files, e
         `the gradient of parameter '${parameter.name}' has ${bytes} bytes, expected ${parameter.gradient_bytes}`,
       )
     }
-    const slot = await device.staging.reserve(bytes, new AbortController().signal)
-    assert(slot, 'nothing aborts this')
-    const range = { block: device.stagingBlock, offset: slot.offset, bytes }
-    const release = () => device.staging.release(slot)
-    const step = await readGradient().catch((error) => {
-      release()
-      throw error
-    })
-    const update = await run.compute(member, { step, index, gradient: { range, release } })
-    update?.memory.release()
-    run.acknowledge(index, applied, elsewhere)
-
-    async function readGradient(): Promise<Step> {
+    const region = await device.staging.reserve(bytes, new AbortController().signal)
+    assert(region, 'nothing aborts this')
+    try {
       const file = files.get(path) ?? open(path, 'r')
       files.set(path, file)
-      await readInto(device.view(range.block).subarray(range.offset, range.offset + bytes), await file, at)
-      return run.expect(member, index, number)
+      await readInto(region.view, await file, at)
+      const step = run.expect(member, index, number)
+      const update = await run.compute(member, { step, index, gradient: region.retain() })
+      update?.memory.release()
+      run.acknowledge(index, applied, elsewhere)
+    } finally {
+      region.release()
     }
   })
 }

@@ -1,6 +1,6 @@
 import type { Config } from '../config.js'
 import type { Device } from '../device/device.js'
-import type { Slot } from '../device/staging.js'
+import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import type { Member } from '../run/member.js'
@@ -17,8 +17,8 @@ export type Means = { config: Config; device: Device; metrics: Metrics }
 /** A run that a connection has opened, and the connection as a member of it. */
 export type Joined = { run: Run; member: Member }
 
-/** A gradient that lies whole in its slot of the staging arena. Whoever has it last releases the slot. */
-export type Gradient = Joined & { step: Step; parameter: number; slot: Slot }
+/** A gradient that lies whole in its region of the staging arena. The run that computes it takes the region over. */
+export type Gradient = Joined & { step: Step; parameter: number; region: Region }
 
 /** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
 export class Answers {
@@ -51,8 +51,8 @@ export class Answers {
 
   /** Takes the gradient over. */
   begin(gradient: Gradient): void {
-    const { run, parameter, slot } = gradient
-    const bytes = slot.bytes + run.parameter(parameter).update_bytes
+    const { run, parameter, region } = gradient
+    const bytes = region.bytes + run.parameter(parameter).update_bytes
     this.bytes += bytes
     const work = this.#answer(gradient).finally(() => {
       this.bytes -= bytes
@@ -61,13 +61,10 @@ export class Answers {
     this.#outstanding.set(parameter, work)
   }
 
-  async #answer({ run, member, step, parameter: index, slot }: Gradient): Promise<void> {
-    const { stagingBlock, staging } = this.#means.device
-    const range = { block: stagingBlock, offset: slot.offset, bytes: slot.bytes }
-    const gradient = { range, release: () => staging.release(slot) }
+  async #answer({ run, member, step, parameter: index, region: gradient }: Gradient): Promise<void> {
     try {
       const update = await run.compute(member, { step, index, gradient })
-      if (update) await this.#send(step, index, update).finally(update.memory.release)
+      if (update) await this.#send(step, index, update).finally(() => update.memory.release())
     } catch (error) {
       countRefused(this.#means.metrics, error)
       this.#report(error)
@@ -76,15 +73,13 @@ export class Answers {
 
   async #send(step: Step, parameter: number, update: ScaledUpdate): Promise<void> {
     const startedAt = performance.now()
-    const { device, config, metrics } = this.#means
-    const { block, offset: start, bytes } = update.memory.range
-    const payload = device.view(block).subarray(start, start + bytes)
-    const { scale, decay, row_scale, replayed, gradient_norm, update_rms } = update
+    const { config, metrics } = this.#means
+    const { memory, scale, decay, row_scale, replayed, gradient_norm, update_rms } = update
     const keys = { scale, decay, row_scale, replayed, gradient_norm, update_rms }
-    const sent = [...chunksOf(bytes, config.chunk_bytes)].map(async ({ offset, length }) => {
+    const sent = [...chunksOf(memory.bytes, config.chunk_bytes)].map(async ({ offset, length }) => {
       const first = offset === 0 ? keys : {}
       const header = encodeHeader({ type: 'update', parameter, step: step.number, offset, ...first }, length)
-      const whole = await this.#sender.send({ header, payload: payload.subarray(offset, offset + length) })
+      const whole = await this.#sender.send({ header, payload: memory.chunk(offset, length) })
       if (whole) metrics.sent_bytes_total.inc(length)
     })
     await Promise.all(sent)

@@ -1,5 +1,5 @@
 import assert from 'node:assert'
-import type { Slot } from '../device/staging.js'
+import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import { Assembly } from '../wire/chunks.js'
 import type { GradientHead } from '../wire/codec.js'
@@ -25,7 +25,7 @@ export type ReceptionParts = {
   abandoned(): void
 }
 
-/** The gradient that a connection is sending: its chunks go into the slot of the staging arena that is reserved for all of it. */
+/** The gradient that a connection is sending: its chunks go into a region of the arena that is reserved for all of it. */
 export class Reception implements GradientSink {
   /** Whether the client is kept from sending because the arena has no room. */
   waits = false
@@ -46,7 +46,7 @@ export class Reception implements GradientSink {
 
   /** Bytes that the incomplete gradient has reserved. */
   get bytes(): number {
-    return this.#incomplete?.slot.bytes ?? 0
+    return this.#incomplete?.region.bytes ?? 0
   }
 
   /** When the incomplete gradient got its memory, by performance.now(). */
@@ -57,10 +57,10 @@ export class Reception implements GradientSink {
   destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
     const incomplete = this.#incomplete
     if (incomplete?.parameter !== parameter || incomplete.step.number !== step) return undefined
-    const { assembly, slot } = incomplete
+    const { assembly, region } = incomplete
     const fits = offset === assembly.received && offset + dataLength <= assembly.bytes
     if (!fits || dataLength > this.#means.config.chunk_bytes) return undefined
-    return this.#arena.subarray(slot.offset + offset, slot.offset + offset + dataLength)
+    return region.chunk(offset, dataLength)
   }
 
   received({ offset, dataLength }: GradientHead): void {
@@ -87,13 +87,8 @@ export class Reception implements GradientSink {
   /** Gives up the incomplete gradient and its memory. */
   abandon(): void {
     this.#parts.abandoned()
-    if (this.#incomplete) this.#means.device.staging.release(this.#incomplete.slot)
+    this.#incomplete?.region.release()
     this.#incomplete = undefined
-  }
-
-  get #arena(): Uint8Array {
-    const { device } = this.#means
-    return device.view(device.stagingBlock)
   }
 
   #continue(incomplete: Incomplete, frame: GradientFrame): void {
@@ -130,13 +125,13 @@ export class Reception implements GradientSink {
       return step
     })
     this.#dropped = undefined
-    const start = (slot: Slot) => {
-      this.#incomplete = { run, member, step, parameter, assembly, slot, startedAt: performance.now() }
+    const start = (region: Region) => {
+      this.#incomplete = { run, member, step, parameter, assembly, region, startedAt: performance.now() }
       this.#store(this.#incomplete, frame)
     }
     const outstanding = this.#parts.answers.outstanding(parameter)
-    const slot = outstanding ? undefined : this.#means.device.staging.tryReserve(gradient_bytes)
-    if (slot) return void start(slot)
+    const region = outstanding ? undefined : this.#means.device.staging.tryReserve(gradient_bytes)
+    if (region) return void start(region)
     return this.#startWhenFree(outstanding, gradient_bytes, start)
   }
 
@@ -154,21 +149,21 @@ export class Reception implements GradientSink {
   async #startWhenFree(
     outstanding: Promise<void> | undefined,
     bytes: number,
-    start: (slot: Slot) => void,
+    start: (region: Region) => void,
   ): Promise<void> {
     await outstanding
     const { staging } = this.#means.device
     const { gone } = this.#parts
     this.waits = true
-    const slot = await staging.reserve(bytes, gone)
+    const region = await staging.reserve(bytes, gone)
     this.waits = false
-    if (slot === undefined) return
-    if (gone.aborted) staging.release(slot)
-    else start(slot)
+    if (region === undefined) return
+    if (gone.aborted) region.release()
+    else start(region)
   }
 
   #store(incomplete: Incomplete, { offset, data }: GradientFrame): void {
-    this.#arena.set(data, incomplete.slot.offset + offset)
+    incomplete.region.chunk(offset, data.length).set(data)
     this.#stored(incomplete, data.length)
   }
 

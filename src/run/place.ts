@@ -1,7 +1,8 @@
 import assert from 'node:assert'
-import type { Device, Ticket, UpdateMemory } from '../device/device.js'
-import type { HostRange, Job, JobResult } from '../device/job.js'
+import type { Device, Ticket } from '../device/device.js'
+import type { Job, JobResult } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
+import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithms/algorithm.js'
 import { groupOf } from '../optimizer/hyperparameters.js'
@@ -15,7 +16,7 @@ import type { Step } from './step.js'
 
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {
-  memory: UpdateMemory
+  memory: Region
   scale: number
   decay: number
   replayed: boolean
@@ -24,7 +25,7 @@ export type Update = {
 }
 
 /** A gradient to compute with, unless the ticket is cancelled before a lane begins. */
-type Asked = { gradient: HostRange; ticket: Ticket }
+type Asked = { gradient: Region; ticket: Ticket }
 
 /** One parameter's place in a run: its state, and what it was last applied with. */
 export class Place {
@@ -157,7 +158,7 @@ export class Place {
     return result
   }
 
-  #job(step: Step, { plan, gradient, outputs }: { plan: Plan; gradient: HostRange; outputs: Outputs }): Job {
+  #job(step: Step, { plan, gradient, outputs }: { plan: Plan; gradient: Region; outputs: Outputs }): Job {
     const replayed = step.hasApplied(this.parameter.index)
     return {
       plan,
@@ -216,14 +217,14 @@ class Outputs {
   next: Tensor[] = []
   readonly #device: Device
   readonly #unit: number
-  #update: UpdateMemory | undefined
+  #update: Region | undefined
 
   constructor(device: Device, unit: number) {
     this.#device = device
     this.#unit = unit
   }
 
-  get update(): UpdateMemory {
+  get update(): Region {
     assert(this.#update, 'a result has a job before it')
     return this.#update
   }
@@ -231,7 +232,7 @@ class Outputs {
   allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
     for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes, this.#unit))
     this.#update = this.#device.takeUpdate(update_bytes)
-    return { next: this.next.map((tensor) => tensor.pointer), update: this.update.range }
+    return { next: this.next.map((tensor) => tensor.pointer), update: this.update }
   }
 
   releaseNext(): void {

@@ -2,8 +2,8 @@ import assert from 'node:assert'
 import { EventEmitter } from 'node:events'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
-import type { HostRange } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
+import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import { type Explanation, explain } from '../optimizer/explanation.js'
@@ -33,9 +33,6 @@ type PlaceRow = {
   state_bytes: number
 }
 
-/** A gradient that lies whole in the staging arena; `release` gives its memory back. */
-export type Gradient = { range: HostRange; release: () => void }
-
 /**
  * One training run: the order of its steps, their history, and who sends them. The only writer of all of that.
  * State is immutable: a step computes new tensors, and a commit swaps the references.
@@ -44,7 +41,6 @@ export class Run extends EventEmitter<RunEvents> {
   readonly name: string
   readonly created_at: string
   readonly boundary: Boundary
-  readonly #device: Device
   readonly #shard: Shard
   readonly #history: History
   /** The step in progress. */
@@ -64,7 +60,6 @@ export class Run extends EventEmitter<RunEvents> {
     this.name = name
     this.created_at = created_at ?? new Date().toISOString()
     this.boundary = new Boundary(this)
-    this.#device = device
     this.#history = new History(receipts_kept)
     this.#shard = new Shard(device, { run: name, ...rest })
     this.#current = new Step(1, groups)
@@ -222,27 +217,24 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * Computes and commits, or replays, one parameter's part of a step. The gradient's memory is released as soon as neither a lane nor the
-   * journal reads it. Undefined: the member that sent it has lost the run.
+   * Computes and commits, or replays, one parameter's part of a step. Takes the gradient's region over, and releases it when the lane and
+   * the journal have read it, whatever comes of it. Undefined: the member that sent it has lost the run.
    */
   async compute(
     member: Member,
-    { step, index, gradient }: { step: Step; index: number; gradient: Gradient },
+    { step, index, gradient }: { step: Step; index: number; gradient: Region },
   ): Promise<ScaledUpdate | undefined> {
-    let stored: Promise<void> | undefined
     try {
       if (this.boundary.held) await this.boundary.held
       if (member.lost) return undefined
       // An import may have come between the gradient's first chunk and its last.
       this.#stepOfGradient(index, step.number)
-      const { range } = gradient
       const { ticket } = member
-      const update = await this.#track(this.#shard.compute(step, index, { gradient: range, ticket }))
-      if (update) stored = this.#store(step, index, range)
+      const update = await this.#track(this.#shard.compute(step, index, { gradient, ticket }))
+      if (update) this.#store(step, index, gradient)
       return update
     } finally {
-      if (stored) void stored.then(gradient.release)
-      else gradient.release()
+      gradient.release()
     }
   }
 
@@ -413,13 +405,15 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /** Has the journal take a gradient that it lacks: it was just applied, or is sent again because the disk was full. */
-  #store({ number: step }: Step, index: number, { block, offset, bytes }: HostRange): Promise<void> | undefined {
+  #store({ number: step }: Step, index: number, gradient: Region): void {
     const journal = this.#journal
     const { record } = this.#shard.place(index)
-    if (journal === undefined || step !== this.#current.number || journal.holds(index)) return undefined
+    if (journal === undefined || step !== this.#current.number || journal.holds(index)) return
     assert(record, 'what was computed has a record')
-    const payload = this.#device.view(block).subarray(offset, offset + bytes)
-    return journal.append({ type: 'gradient', step, parameter: index, applied: appliedRecord(record) }, payload)
+    const kept = gradient.retain()
+    void journal
+      .append({ type: 'gradient', step, parameter: index, applied: appliedRecord(record) }, kept.view)
+      .then(() => kept.release())
   }
 
   async #commit(journal: Journal, receipt: Receipt, skipped: readonly number[]): Promise<void> {

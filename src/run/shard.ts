@@ -1,7 +1,7 @@
 import type { Grant } from '../device/admission.js'
 import type { Device, Ticket } from '../device/device.js'
-import type { HostRange } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
+import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import type { Parameter } from '../optimizer/parameter.js'
@@ -69,7 +69,7 @@ export class Shard {
   async compute(
     step: Step,
     index: number,
-    { gradient, ticket }: { gradient: HostRange; ticket: Ticket },
+    { gradient, ticket }: { gradient: Region; ticket: Ticket },
   ): Promise<ScaledUpdate | undefined> {
     const place = this.place(index)
     const { max_logits } = step.settings.frame

@@ -30,19 +30,19 @@ function sgdPlan(n: number): Plan {
 /** Puts a gradient into the device's staging arena and gives everything that a job on it needs. */
 function prepare(device: Device, gradient: Float32Array, plan: Plan) {
   const bytes = gradient.byteLength
-  const slot = device.staging.tryReserve(bytes)!
-  device.view(device.stagingBlock).set(new Uint8Array(gradient.buffer), slot.offset)
-  const block = device.allocateHost(bytes)
+  const region = device.staging.tryReserve(bytes)!
+  region.view.set(new Uint8Array(gradient.buffer))
+  const update = device.allocateHost(bytes)
   const next = device.memory.allocate(bytes)
   const job: Job = {
     plan,
-    gradient: { block: device.stagingBlock, offset: slot.offset, bytes },
+    gradient: region,
     gradient_scale: 1,
     state: undefined,
     next: [next.pointer],
-    update: { block, offset: 0, bytes },
+    update,
   }
-  return { job, next, slot, update: new Float32Array(device.view(block).buffer) }
+  return { job, next, update: update.view }
 }
 
 // tap compares typed arrays element by element, which takes minutes here.

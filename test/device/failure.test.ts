@@ -21,16 +21,15 @@ const SCALARS = { c_m: 0.5, c_g: 1, n_m: 1, n_g: 0, eps: 1e-7, output_scale: 1 }
 const SGD: KernelSpec = { kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' }
 const muon = (a: number): KernelSpec => ({ ...SGD, kind: 'muon', coefficients: [[a, -1.5, 0.5]], tall: false })
 const ticket = () => ({ cancelled: false })
+const floats = ({ buffer, byteOffset, length }: Uint8Array) => new Float32Array(buffer, byteOffset, length / 4)
 
 /** A job on a gradient of 64 ones, whatever its plan makes of them. */
-function jobOf(device: Device, plan: Pick<Plan, 'kernel' | 'tasks'>): Job {
-  const block = device.allocateHost(512)
-  new Float32Array(device.view(block).buffer).fill(1)
+function jobOf(device: Device, plan: Pick<Plan, 'kernel' | 'tasks'>) {
+  const [gradient, update] = [device.allocateHost(256), device.allocateHost(256)]
+  floats(gradient.view).fill(1)
   const next = [device.memory.allocate(256).pointer]
-  const update = { block, offset: 256, bytes: 256 }
-  const gradient = { block, offset: 0, bytes: 256 }
   const all = { ...plan, scalars: SCALARS, scale: 1, decay: 0, rms_factor: 1 }
-  return { plan: all, gradient, gradient_scale: 1, state: undefined, next, update }
+  return { plan: all, gradient, gradient_scale: 1, state: undefined, next, update } satisfies Job
 }
 
 const sgdJob = (device: Device) => jobOf(device, { kernel: SGD, tasks: [{ dims: [64], offset: 0 }] })
@@ -124,7 +123,7 @@ t.test('jobs of one turn are computed in groups, and each has its own outcome', 
   const lanes = grouping(2 ** 20)
   const job = sgdJob(device)
   const infinite = jobOf(device, { kernel: SGD, tasks: [{ dims: [64], offset: 0 }] })
-  new Float32Array(device.view(infinite.gradient.block).buffer)[5] = Number.POSITIVE_INFINITY
+  floats(infinite.gradient.view)[5] = Number.POSITIVE_INFINITY
   const asked = [job, infinite, job, job, job, job]
   const outcomes = await Promise.all([
     ...asked.map((one) => lanes.run(() => one, ticket())),

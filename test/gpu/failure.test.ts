@@ -50,15 +50,14 @@ t.test('an error of the GPU ends its runs and turns readyz red', ON_GPU, async (
   await client.open({ run: 'r', groups: GROUPS, parameters: [parameter(64, 64)] })
   await client.step(1, [normal(1, 64 * 64)])
   const { device } = service
-  const block = device.allocateHost(8 * 64 * 64)
-  const [range, update] = [0, 1].map((i) => ({ block, offset: i * 4 * 64 * 64, bytes: 4 * 64 * 64 }))
+  const [gradient, update] = [0, 1].map(() => device.allocateHost(4 * 64 * 64))
   const kernel = { kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' } as const
   const plan = {
     ...{ kernel, tasks: [{ dims: [64 * 64], offset: 0 }], scale: 1, decay: 0, rms_factor: 1 },
     scalars: { c_m: 1, c_g: 1, n_m: 1, n_g: 1 },
   }
   // Nothing lies at address 8.
-  const job = { plan, gradient: range!, update: update!, gradient_scale: 1, state: [8n], next: [8n] }
+  const job = { plan, gradient: gradient!, update: update!, gradient_scale: 1, state: [8n], next: [8n] }
   await t.rejects(
     device.run(() => job, { cancelled: false }),
     { code: 'DEVICE_FAILED', message: /CUDA_ERROR_ILLEGAL_ADDRESS/ },

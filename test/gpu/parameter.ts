@@ -27,22 +27,21 @@ export function startParameter(
   let state: Tensor[] | undefined
   const compute = async (gradient: Uint8Array, at: { step: number; replay?: boolean }) => {
     await loaded
-    const slot = device.staging.tryReserve(parameter!.gradient_bytes)!
-    device.view(device.stagingBlock).set(gradient, slot.offset)
+    const region = device.staging.tryReserve(parameter!.gradient_bytes)!
+    region.view.set(gradient)
     const next = parameter!.state.map(({ bytes }) => device.memory.allocate(bytes, unit))
     const update = device.takeUpdate(parameter!.update_bytes)
     const job: Job = {
       plan: planStep(parameter!, group, { step: at.step, replay: at.replay ?? false }),
-      gradient: { block: device.stagingBlock, ...slot },
+      gradient: region,
       gradient_scale: 1,
       state: state?.map(({ pointer }) => pointer),
       next: next.map(({ pointer }) => pointer),
-      update: update.range,
+      update,
     }
     const result = (await device.run(() => job, { cancelled: false }, unit))!
-    const { block, offset, bytes } = update.range
-    const data = device.view(block).slice(offset, offset + bytes)
-    device.staging.release(slot)
+    const data = update.view.slice()
+    region.release()
     update.release()
     for (const tensor of (at.replay ? next : state) ?? []) device.memory.release(tensor)
     if (!at.replay) state = next

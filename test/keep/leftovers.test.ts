@@ -183,11 +183,11 @@ t.test('a run whose device has failed is not told to be gone', async (t) => {
   const service = await start(t.testdir({}))
   const { client } = await train(service, { last: 1 })
   const { device } = service
-  const range = { block: device.allocateHost(64), offset: 0, bytes: 64 }
+  const region = device.allocateHost(64)
   const kernel = { kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' } as const
   const plan = { kernel, tasks: [{ dims: [16], offset: 0 }], scalars: {}, scale: 1, decay: 0, rms_factor: 1 }
-  const memory = { next: [device.memory.allocate(64).pointer], update: range }
-  const job: Job = { plan, gradient: range, gradient_scale: 1, state: undefined, ...memory }
+  const memory = { next: [device.memory.allocate(64).pointer], update: region }
+  const job: Job = { plan, gradient: region, gradient_scale: 1, state: undefined, ...memory }
   await t.rejects(
     device.run(() => job, { cancelled: false }),
     { code: 'DEVICE_FAILED' },

@@ -70,6 +70,29 @@ t.test('a step that the journal has no room for is not finished; sent again it i
   await last.app.close()
 })
 
+t.test('a gradient keeps its memory until the journal has read it, though its update was sent', async (t) => {
+  const service = await start(t.testdir({}), { durability: 'journal', checkpoint_steps: 0 })
+  const client = await RawClient.connect(service.url)
+  const parameters = [{ name: 'p', shape: [1024], group: 'g' }]
+  await client.open({ run: 'r', groups: [{ name: 'g', algorithm: 'sgd', lr: 0.1 }], parameters })
+  const { journal } = service.runs.get('r')
+  const append = journal!.append.bind(journal!)
+  let write: (() => void) | undefined
+  journal!.append = (...record) =>
+    new Promise((written) => {
+      write = () => void append(...record).then(written)
+    })
+  client.gradient(0, 1, { values: new Float32Array(1024) })
+  await until(() => client.updates.size === 1)
+  t.equal(service.device.staging.used, 4096)
+  write!()
+  await until(() => service.device.staging.used === 0)
+  client.send({ type: 'end', step: 1, skipped: [] })
+  t.match(await client.expect('receipt'), { step: 1, durable: true })
+  await client.close()
+  await service.app.close()
+})
+
 t.test('a full disk refuses a new run, and leaves nothing of it', async (t) => {
   const data = t.testdir({})
   const service = await start(data)

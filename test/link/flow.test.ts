@@ -286,17 +286,16 @@ t.test('a failed device is told to everybody, and nothing more is opened', async
   const [working, idle] = [await RawClient.connect(service.url), await RawClient.connect(service.url)]
   await working.open({ run: 'working', groups: SGD, parameters })
   await idle.open({ run: 'idle', groups: SGD, parameters })
-  const block = device.allocateHost(64)
-  const range = { block, offset: 0, bytes: 64 }
+  const region = device.allocateHost(64)
   const job: Job = {
     plan: sgdPlan(16, {}),
-    gradient: range,
+    gradient: region,
     gradient_scale: 1,
     state: undefined,
     next: [device.memory.allocate(64).pointer],
-    update: range,
+    update: region,
   }
-  device.view(block).fill(0)
+  region.view.fill(0)
   sendStep(working, 1, gradientsOf(parameters, 1))
   await t.rejects(
     device.run(() => job, { cancelled: false }),
@@ -336,12 +335,11 @@ t.test('a stream that opens nothing in time is closed, however busy it is', asyn
 t.test('waiting long for the device is not standing still', async (t) => {
   const service = await startService({ lanes: 1, threads: 1, send_timeout_seconds: 0.5 })
   const { device } = service
-  const block = device.allocateHost(16 * MiB)
-  device.view(block).fill(0)
-  const range = { block, offset: 0, bytes: 16 * MiB }
+  const region = device.allocateHost(16 * MiB)
+  region.view.fill(0)
   const [next] = [device.memory.allocate(16 * MiB)]
   const plan = sgdPlan(4 * MiB, { c_m: 1, c_g: 1, n_m: 1, n_g: 1 })
-  const job: Job = { plan, gradient: range, gradient_scale: 1, state: undefined, next: [next.pointer], update: range }
+  const job: Job = { plan, gradient: region, gradient_scale: 1, state: undefined, next: [next.pointer], update: region }
   const compute = () => device.run(() => job, { cancelled: false })
   // The quickest of some: on a busy machine one alone may take many times as long as those behind it.
   const tries = await Promise.all(Array.from({ length: 8 }, compute))

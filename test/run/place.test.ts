@@ -22,9 +22,8 @@ async function startDevice() {
 
 /** A gradient of seeded noise. */
 function gradientOf(device: Device) {
-  const slot = device.staging.tryReserve(256)!
-  device.view(device.stagingBlock).set(new Uint8Array(normal(1, 64).buffer), slot.offset)
-  const gradient = { block: device.stagingBlock, offset: slot.offset, bytes: 256 }
+  const gradient = device.staging.tryReserve(256)!
+  gradient.view.set(new Uint8Array(normal(1, 64).buffer))
   return { gradient, ticket: { cancelled: false } }
 }
 
@@ -42,11 +41,12 @@ t.test('updates lie in one arena while it has room, then in memory of their own'
   const device = await startDevice()
   const half = 2 ** 20
   const updates = [half, half, half].map((bytes) => device.takeUpdate(bytes))
-  const blocks = updates.map(({ range }) => range.block.pointer)
-  t.equal(blocks[0], blocks[1])
-  t.not(blocks[2], blocks[0])
-  t.match(updates[2]!.range, { offset: 0, bytes: half })
-  for (const { release } of updates) release()
-  t.equal(device.takeUpdate(half).range.block.pointer, blocks[0], 'there is room again')
+  const owners = updates.map(({ owner }) => owner.pointer)
+  t.equal(owners[0], owners[1])
+  t.not(owners[2], owners[0])
+  const [, , own] = updates
+  t.same([own!.pointer, own!.bytes, own!.owner.bytes], [own!.owner.pointer, half, half], 'an allocation of its own')
+  for (const update of updates) update.release()
+  t.equal(device.takeUpdate(half).owner.pointer, owners[0], 'there is room again')
   await device.close()
 })

@@ -3,7 +3,7 @@ import { fitsGemm } from '../../../kernels/cuda/gemm-plan.js'
 import { CUDA_KERNELS, MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../../kernels/cuda/source.js'
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
 import { kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
-import { addressOf, type Executor, type Job, type JobResult, type Need, scalarOf } from '../job.js'
+import { type Executor, type Job, type JobResult, type Need, scalarOf } from '../job.js'
 import { type Pointer, viewMemory } from '../onnx/onnxruntime.js'
 import { aligned } from '../staging.js'
 import { type Cuda, openCuda, type Stream } from './cuda.js'
@@ -156,7 +156,7 @@ export class CudaExecutor implements Executor {
       const checkBlocks = checkBlocksOf(pieces)
       const scans = take('partials', partialBytes(checkBlocks))
       const place = (name: 'gradient' | 'update') =>
-        job[name].block.resident ? addressOf(job[name]) : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
+        job[name].space === 'gpu' ? job[name].pointer : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
       const checks = scans + BigInt(2 * MAX_BLOCKS * PARTIAL_BYTES)
       return { job, pieces, gradient: place('gradient'), update: place('update'), scans, checks, checkBlocks, result }
     })
@@ -178,9 +178,9 @@ export class CudaExecutor implements Executor {
   #receive(batch: readonly Part[]): void {
     for (const { work, offset, elements } of batch) {
       const { job, gradient } = work
-      if (job.gradient.block.resident) continue
+      if (job.gradient.space === 'gpu') continue
       const size = bytesPerElement(job.plan.kernel.gradient_dtype)
-      const from = addressOf(job.gradient) + BigInt(offset * size)
+      const from = job.gradient.pointer + BigInt(offset * size)
       this.#copyIn.copy(gradient + BigInt(offset * size), from, elements * size)
     }
   }
@@ -200,9 +200,9 @@ export class CudaExecutor implements Executor {
     this.#copyOut.follow(this.#stream)
     for (const { work, offset, elements } of batch) {
       const { job, update } = work
-      if (job.update.block.resident) continue
+      if (job.update.space === 'gpu') continue
       const size = bytesPerElement(job.plan.kernel.update_dtype)
-      const to = addressOf(job.update) + BigInt(offset * size)
+      const to = job.update.pointer + BigInt(offset * size)
       this.#copyOut.copy(to, update + BigInt(offset * size), elements * size)
     }
   }

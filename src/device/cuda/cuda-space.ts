@@ -1,7 +1,7 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 
-import { addressOf, type HostRange } from '../job.js'
 import type { TensorSpace } from '../onnx/onnx-executor.js'
+import type { Span } from '../region.js'
 import { openCuda } from './cuda.js'
 import { ScratchMemory } from './scratch-memory.js'
 
@@ -10,20 +10,20 @@ export function cudaSpace(gpu: number): TensorSpace {
   const cuda = openCuda(gpu)
   const stream = cuda.createStream()
   const scratch = new ScratchMemory(cuda)
-  const place = (region: 'gradients' | 'updates', { block, bytes }: HostRange) => {
-    if (block.resident) throw new Error(`${region} that lie on the GPU need kernels of our own`)
-    return scratch.dealer()(region, bytes)
+  const place = (what: 'gradients' | 'updates', { space, bytes }: Span) => {
+    if (space === 'gpu') throw new Error(`${what} that lie on the GPU need kernels of our own`)
+    return scratch.dealer()(what, bytes)
   }
   return {
     target: { gpu, stream: stream.pointer },
     receive: (gradient) => {
       const pointer = place('gradients', gradient)
-      stream.copy(pointer, addressOf(gradient), gradient.bytes)
+      stream.copy(pointer, gradient.pointer, gradient.bytes)
       return pointer
     },
     updateOf: (update) => place('updates', update),
     send: (update) => {
-      stream.copy(addressOf(update), place('updates', update), update.bytes)
+      stream.copy(update.pointer, place('updates', update), update.bytes)
       stream.synchronize()
     },
     wait: () => stream.synchronize(),

@@ -1,4 +1,3 @@
-import { addressOf } from '../job.js'
 import type { TensorSpace } from './onnx-executor.js'
 import type { OnnxRuntime } from './onnxruntime.js'
 
@@ -7,8 +6,8 @@ export function hostSpace(runtime: OnnxRuntime, threads: number): TensorSpace {
   let zeros = new Uint8Array(0)
   return {
     target: { threads },
-    receive: addressOf,
-    updateOf: addressOf,
+    receive: ({ pointer }) => pointer,
+    updateOf: ({ pointer }) => pointer,
     send: () => {},
     wait: () => {},
     // The system backs memory that nobody has written with one page of zeros. Sessions only read it.

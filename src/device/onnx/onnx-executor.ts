@@ -3,16 +3,8 @@ import { buildKernel, type KernelSpec, kernelIo, kernelKey, type StateIo } from 
 import type { Task } from '../../optimizer/plan.js'
 import { Cache } from '../cache.js'
 import type { Scratch } from '../cuda/cuda-layout.js'
-import {
-  type Executor,
-  type HostBlock,
-  type HostRange,
-  type Job,
-  type JobResult,
-  type Need,
-  SLICE_ELEMENTS,
-  scalarOf,
-} from '../job.js'
+import { type Executor, type Job, type JobResult, type Need, SLICE_ELEMENTS, scalarOf } from '../job.js'
+import { type Span, Views } from '../region.js'
 import { type OnnxRuntime, type Pointer, type Session, type SessionTarget, viewMemory } from './onnxruntime.js'
 import { createScanner } from './scan.js'
 
@@ -20,11 +12,11 @@ import { createScanner } from './scan.js'
 export type TensorSpace = {
   readonly target: SessionTarget
   /** Where sessions find a gradient. */
-  receive(gradient: HostRange): Pointer
+  receive(gradient: Span): Pointer
   /** Where sessions write an update. */
-  updateOf(update: HostRange): Pointer
+  updateOf(update: Span): Pointer
   /** Returns once the host sees the update that lies there. */
-  send(update: HostRange): void
+  send(update: Span): void
   /** Returns once the host sees what a run has told it. */
   wait(): void
   /** Zeros: the state before the first step. */
@@ -63,7 +55,7 @@ export class OnnxExecutor implements Executor {
   readonly #half: boolean
   readonly #scanner = createScanner()
   readonly #programs = new Cache<Program>(MAX_PROGRAMS, (program) => this.#release(program))
-  readonly #views = new Map<Pointer, Uint8Array>()
+  readonly #views = new Views()
 
   /** `half`: matrix products are of float16. */
   constructor(runtime: OnnxRuntime, space: TensorSpace, { half }: { half: boolean }) {
@@ -83,7 +75,7 @@ export class OnnxExecutor implements Executor {
 
   #run(job: Job): JobResult {
     const started = performance.now()
-    const gradient = this.#scanner.scan(this.#bytesOf(job.gradient), job.plan.kernel.gradient_dtype)
+    const gradient = this.#scanner.scan(this.#views.of(job.gradient), job.plan.kernel.gradient_dtype)
     const result = {
       gradientFingerprint: gradient.fingerprint,
       gradientSquare: gradient.squareSum,
@@ -95,7 +87,7 @@ export class OnnxExecutor implements Executor {
     }
     if (job.expected !== undefined && job.expected !== gradient.fingerprint) return finish('other_gradient')
     if (!gradient.finite || !this.#computeTasks(job)) return finish('not_finite')
-    const update = this.#scanner.scan(this.#bytesOf(job.update), job.plan.kernel.update_dtype)
+    const update = this.#scanner.scan(this.#views.of(job.update), job.plan.kernel.update_dtype)
     result.updateFingerprint = update.fingerprint
     result.updateSquare = update.squareSum
     return finish(update.finite ? 'computed' : 'not_finite')
@@ -184,20 +176,8 @@ export class OnnxExecutor implements Executor {
     return { value, pointer, tensor: this.#runtime.createTensor({ pointer, bytes: 4 }, dims, FLOAT32.onnx) }
   }
 
-  #bytesOf({ block, offset, bytes }: HostRange): Uint8Array {
-    return this.#viewOf(block).subarray(offset, offset + bytes)
-  }
-
-  #viewOf(block: HostBlock): Uint8Array {
-    const known = this.#views.get(block.pointer)
-    if (known !== undefined) return known
-    const view = viewMemory(block.pointer, block.bytes)
-    this.#views.set(block.pointer, view)
-    return view
-  }
-
   forget(pointer: Pointer): void {
-    this.#views.delete(pointer)
+    this.#views.forget(pointer)
   }
 
   close(): void {
