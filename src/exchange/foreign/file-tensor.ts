@@ -1,6 +1,6 @@
 import type { FileHandle } from 'node:fs/promises'
-import { readRange } from '../../store/checkpoint/checkpoint-source.js'
 import type { GivenDtype } from '../../store/elements.js'
+import { readRange } from '../../store/file-bytes.js'
 
 /** A tensor that lies in a file: `at` is the byte of its first element. Strides are in elements. */
 export type FileTensor = {
@@ -43,7 +43,7 @@ export function elementsOf({ shape }: Pick<FileTensor, 'shape'>): number {
 }
 
 /** How many bytes the elements of a tensor have. Throws ForeignError for a type that is not known. */
-export function bytesOf(tensor: FileTensor, what: string): number {
+export function tensorBytes(tensor: FileTensor, what: string): number {
   return sizeOf(tensor, what) * elementsOf(tensor)
 }
 
@@ -69,7 +69,7 @@ export async function readNumber(tensor: FileTensor, what: string): Promise<numb
 /** A tensor's bytes in C order. Throws ForeignError where the file ends before. */
 export async function* readTensor(tensor: FileTensor, what: string): AsyncGenerator<Uint8Array> {
   const size = sizeOf(tensor, what)
-  const bytes = bytesOf(tensor, what)
+  const bytes = tensorBytes(tensor, what)
   if (!isOrdered(tensor)) return yield await gathered(tensor, { size, bytes, what })
   let read = 0
   for await (const piece of readRange(tensor.file, tensor.at, tensor.at + bytes)) {

@@ -1,7 +1,7 @@
 import type { FileHandle } from 'node:fs/promises'
 import { errorText } from '../../errors.js'
 import { readZip } from '../torch/zip-reader.js'
-import { bytesOf, type FileTensor, ForeignError } from './file-tensor.js'
+import { type FileTensor, ForeignError, tensorBytes } from './file-tensor.js'
 
 const MAGIC = '\x93NUMPY'
 const MOST_HEADER_BYTES = 65_536
@@ -47,7 +47,7 @@ async function readArray(
     ...{ file, dtype, at: at + start + length, shape },
     strides: columns ? columnStrides(shape) : rowStrides(shape),
   }
-  const [has, expected] = [bytes - start - length, bytesOf(tensor, `entry '${name}'`)]
+  const [has, expected] = [bytes - start - length, tensorBytes(tensor, `entry '${name}'`)]
   if (has !== expected) throw new ForeignError(`entry '${name}' has ${has} bytes of numbers, expected ${expected}`)
   return tensor
 }
