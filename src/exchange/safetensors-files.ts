@@ -5,8 +5,8 @@ import { encodeHeader } from '../store/safetensors.js'
 import { writeFiles, writeWhole } from './output.js'
 
 /**
- * Writes a state as one safetensors file, or, where it has more than `most` bytes, as shards beside each other with an index
- * `<path>.index.json`. Returns the paths.
+ * Writes a state as one safetensors file, or, where it has more than `most` bytes, as shards and an index,
+ * `<path>.index.json`, beside each other. Returns the paths. Throws OutputExistsError.
  */
 export async function writeSafetensors(path: string, source: StateSource, most: number): Promise<string[]> {
   const shares = shareOut(source.tensors, ({ bytes }) => bytes, most)

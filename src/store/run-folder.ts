@@ -152,7 +152,7 @@ export class RunFolder {
     return openManifest(await readFile(path, 'utf8'), path)
   }
 
-  /** Reads a checkpoint's tensors into `targets`, by name, and checks the hash of every file. Throws UnreadableError. */
+  /** Reads a checkpoint's tensors into `targets`, by name, and checks every file's hash. Throws UnreadableError. */
   read(
     { checkpoint, files }: Manifest,
     targets: ReadonlyMap<string, TensorLocation & { dtype: string; shape: readonly number[] }>,

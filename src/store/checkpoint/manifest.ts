@@ -53,8 +53,8 @@ export type RunRecord = {
   created_at: string
   epoch: number
   /**
-   * The last finished step. `digest` is of the state after it, or after an import that followed it; `previous_digest` of
-   * the state before it.
+   * The last finished step. `digest` is of the state after it, or after an import that followed it; `previous_digest`
+   * is of the state before it.
    */
   step: number
   digest: string
