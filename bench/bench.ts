@@ -8,7 +8,10 @@ import { startProgram } from './process.js'
 import { render, summarize, summarizeEfficiency, verdicts } from './report.js'
 import { measureWorkload, type Workload } from './workload.js'
 
-/** `npm run bench`: measures the service on this machine's CPU, prints ratios, writes bench/results/cpu.json. `--quick` is a short run. */
+/**
+ * `npm run bench`: measures the service on this machine's CPU, prints ratios and writes bench/results/cpu.json.
+ * `--quick` is a short run.
+ */
 const { values: flags } = parseArgs({
   options: {
     quick: { type: 'boolean', default: false },

@@ -8,8 +8,9 @@ import { median } from './report.js'
 import { startTrainer, type Trainer } from './trainer.js'
 
 /**
- * `npm run bench:durability`: what checkpoints, the journal and a restore cost, on this machine's CPU and disk. GPT-2 124M under
- * adamw has 1 GB of state. Writes bench/results/durability.json. `--quick` takes a small model, `--data` another disk.
+ * `npm run bench:durability`: measures what checkpoints, the journal and a restore cost on this machine's CPU and
+ * disk. The model is GPT-2 124M under adamw, with 1 GB of state. Writes bench/results/durability.json. `--quick`
+ * takes a small model, `--data` another disk.
  */
 const { values: flags } = parseArgs({
   options: { quick: { type: 'boolean', default: false }, data: { type: 'string', default: tmpdir() } },
@@ -45,7 +46,7 @@ try {
   await rm(data, { recursive: true })
 }
 
-/** Steps before, beside and after a checkpoint that is written: a machine that becomes slower or faster meanwhile does not count. */
+/** Times steps before, beside and after the writing of a checkpoint, so that a machine that changes its pace shows. */
 async function measureCheckpoints(folder: string) {
   const service = await startService(['--data', folder, '--checkpoint-steps', '0'])
   const trainer = await startTrainer(service.url, model)
@@ -74,7 +75,7 @@ async function measureCheckpoints(folder: string) {
   }
 }
 
-/** Steps that begin before a checkpoint is on the disk. */
+/** Times the steps that begin while a checkpoint is written, and the writing. */
 async function besideCheckpoint(url: URL, trainer: Trainer) {
   const started = performance.now()
   let write_seconds = 0
@@ -90,7 +91,7 @@ async function besideCheckpoint(url: URL, trainer: Trainer) {
   return { steps: seconds.length, step_seconds: median(seconds), write_seconds }
 }
 
-/** Steps of two services in turns, one of which keeps a journal. */
+/** Times steps of two services in turn, one of which keeps a journal. */
 async function measureJournal() {
   const services = []
   for (const durability of ['checkpoint', 'journal']) {
@@ -116,7 +117,7 @@ async function measureJournal() {
   return { pairs, ratio: median(pairs.map(({ without, journal }) => journal / without)) }
 }
 
-/** Restarts of a service, each beside one sequential read of the same files; nothing of either is in the page cache. */
+/** Times restarts of a service, and in turn a sequential read of the same files. The page cache has none of them. */
 async function measureRestore(folder: string) {
   const checkpoints = join(folder, 'runs', 'bench', 'checkpoints')
   const newest = join(checkpoints, (await readdir(checkpoints)).sort().at(-1) ?? '')
@@ -152,7 +153,7 @@ async function dropCaches(): Promise<boolean> {
     await writeFile('/proc/sys/vm/drop_caches', '3')
     return true
   } catch {
-    // Only root may; both sides then read from memory.
+    // Only root may drop the page cache. Without that the restart and the read both read from memory.
     return false
   }
 }

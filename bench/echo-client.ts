@@ -9,7 +9,7 @@ export type Echo = {
   close(): void
 }
 
-/** A connection to bench/echo that writes 4 MB at a time and reads into one buffer, so that it costs as little as can be. */
+/** A connection to bench/echo. It writes 4 MB at a time and reads into one buffer, to cost as little as possible. */
 export async function connectEcho(port: number): Promise<Echo> {
   const reader = { bytes: 0, arrived: () => {} }
   const callback = (count: number) => {

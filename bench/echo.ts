@@ -1,6 +1,6 @@
 import { createServer } from 'node:net'
 
-/** The server of a raw TCP echo, as Node writes one. Started by bench.ts, which is told the port. */
+/** A raw TCP echo server as one writes it in Node. bench.ts starts it and is sent its port. */
 const server = createServer({ noDelay: true }, (socket) => {
   socket.on('error', () => socket.destroy())
   socket.pipe(socket)

@@ -1,7 +1,7 @@
 import { bytesPerElement, type Dtype } from '../kernels/dtype.js'
 import type { GroupDeclaration, ParameterDeclaration } from '../src/wire/frame.js'
 
-/** One workload: what `open` declares, and which dtype the tensors travel in, both ways. */
+/** A workload: the groups and parameters of its `open`, and the dtype of its gradients and updates. */
 export type Model = {
   readonly name: string
   readonly groups: readonly GroupDeclaration[]
@@ -9,7 +9,7 @@ export type Model = {
   readonly dtype: Dtype
 }
 
-/** Who updates the hidden matrices and who the rest. */
+/** The algorithms that update the hidden matrices and the rest. */
 export type Recipe = { readonly hidden: string; readonly rest: string; readonly dtype?: Dtype }
 
 type Size = {

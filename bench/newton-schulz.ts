@@ -15,7 +15,7 @@ import { noise } from './trainer.js'
  */
 const [size, threads, pairs] = process.argv.slice(2).map(Number)
 const COEFFICIENTS = expandCoefficients(NAMED_COEFFICIENTS.keller_jordan.coefficients, 5)
-// About as much work as Newton-Schulz has, so that both see the same neighbours on the machine.
+// About as much work as Newton-Schulz has, so that other work on the machine disturbs both alike.
 const PRODUCTS = 15
 
 const bytes = size * size * 4
@@ -45,7 +45,7 @@ await device.close()
 process.send?.({ size, threads, pairs: results } satisfies Efficiency)
 process.disconnect?.()
 
-/** Wall and CPU time tell apart a slow kernel and a busy machine. */
+/** GFLOP/s of `work`, by the clock and by CPU seconds: together they tell a slow kernel from a busy machine. */
 async function speed(flops: number, work: () => unknown): Promise<Speed> {
   const started = performance.now()
   const before = process.cpuUsage()

@@ -9,10 +9,10 @@ export type Memory = { now: number; peak: number }
 
 const PROGRAM = fileURLToPath(new URL('../src/server.js', import.meta.url))
 
-// What /proc counts in: USER_HZ, 100 on every Linux that Node 20 runs on.
+// /proc counts CPU time in units of 1/USER_HZ seconds; USER_HZ is 100 on every Linux that Node 20 runs on.
 const TICKS_PER_SECOND = 100
 
-/** Starts the service as in real use: its own process, a free port, the CPU device, the defaults unless `flags` say otherwise. */
+/** Starts the service as in real use: a process of its own, a free port, the CPU, and the defaults but for `flags`. */
 export async function startService(
   flags: readonly string[] = [],
   log?: (entry: LogEntry) => void,
@@ -48,7 +48,7 @@ export function cpuSeconds(pid: number): number {
   return (Number(fields[11]) + Number(fields[12])) / TICKS_PER_SECOND
 }
 
-/** Has the peak of a process count from now on. Source: proc(5), clear_refs. */
+/** Begins the measurement of a process's peak memory anew. Source: proc(5), clear_refs. */
 export function resetPeak(pid: number): void {
   writeFileSync(`/proc/${pid}/clear_refs`, '5')
 }

@@ -9,8 +9,8 @@ const SPARE_BYTES = 250e6
 const LEAST_EFFICIENCY = 0.8
 
 /**
- * What the table and the file show: medians of the clock and of each pair's ratio; means of CPU seconds, because /proc
- * counts them in hundredths and a small step takes only a few.
+ * The figures for the table and the file: medians of seconds and of each pair's ratio, and means of CPU seconds,
+ * because /proc counts those in hundredths and a small step takes only a few.
  */
 export function summarize(measurement: Measurement) {
   const { pairs, gradient_bytes, state_bytes, memory } = measurement

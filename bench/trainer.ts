@@ -4,7 +4,9 @@ import { chunksOf } from '../src/wire/chunks.js'
 import { PROTOCOL, type ReceiptFrame, type ServerFrame } from '../src/wire/frame.js'
 import { elementsOf, type Model } from './models.js'
 
-/** A trainer that computes nothing: one tensor of noise is every gradient, and updates are counted, not applied. */
+/**
+ * A trainer that computes nothing: its gradients are all the same noise, and it counts updates without applying them.
+ */
 export type Trainer = {
   /** One step, from the first gradient byte to the receipt; throws if not every update byte came. */
   step(): Promise<{ seconds: number; receipt: ReceiptFrame }>
@@ -64,7 +66,7 @@ function isType<T extends ServerFrame['type']>(
   return frame.type === type
 }
 
-/** One block of noise serves all gradients, so the trainer is small; what differs is their length. */
+/** The gradients of all parameters: views of one block of noise, so that the trainer needs little memory. */
 function gradientsOf({ parameters, dtype }: Model): Uint8Array[] {
   const values = noise(Math.max(...parameters.map(elementsOf)))
   // The upper half of a float32 is the bfloat16 next to it towards zero.

@@ -3,7 +3,7 @@ import { gradientBytes, type Model, muonMatrices, stateBytes } from './models.js
 import { cpuSeconds, type Memory, memory, startProgram, startService } from './process.js'
 import { startTrainer } from './trainer.js'
 
-/** What the service is measured against, in turns with it. */
+/** A program that the service is measured against, in turn with it. */
 export type ReferenceName = 'plain Newton-Schulz' | 'TCP echo'
 
 export type Workload = { model: Model; reference: ReferenceName; steps: number }
@@ -16,12 +16,15 @@ export type Measurement = {
   reference: ReferenceName
   gradient_bytes: number
   state_bytes: number
-  /** Alternating: one step of the service, then the reference's share of work. */
+  /** In each pair first a step of the service, then the reference's share of work. */
   pairs: { service: Cost; reference: Cost; phases: Record<string, number> }[]
   memory: Memory
 }
 
-/** Measures a service of its own for this workload; the first step, which builds sessions and touches fresh memory, is left out. */
+/**
+ * Measures a workload with a service of its own. The first step, which builds sessions and touches memory, is left
+ * out.
+ */
 export async function measureWorkload(
   { model, reference, steps }: Workload,
   flags: readonly string[] = [],

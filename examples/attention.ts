@@ -1,30 +1,34 @@
 import type { Graph } from '../kernels/graph/graph.js'
 
-/** The four maps of an attention, by the names of their weights, each [width, width]; rows of query and key are head-major. */
+/**
+ * The four maps of an attention by the names of their weights, [width, width]; rows of query and key are head-major.
+ */
 export type Maps = { query: string; key: string; value: string; output: string }
 
 type Sizes = { batch: number; context: number; heads: number; headDim: number }
 
-/** What every attention of a model shares: its sizes, and the constants of mask and rotation. */
+/** The sizes of a model's attentions, and the constants of their mask and rotation. */
 export type Heads = Sizes & { mask: string; cosines: string; sines: string }
 
-/** What the backward pass needs of the forward pass, [batch, heads, context, headDim] but for `probabilities`, `maxLogits` and `mixed`. */
+/**
+ * Results of the forward pass for the backward pass: [batch, heads, context, headDim] unless a field says otherwise.
+ */
 export type Attention = {
   query: string
   key: string
   value: string
   /** [batch, heads, context, context] */
   probabilities: string
-  /** [heads]: the largest softmax input of each, over the batch and what the mask leaves. */
+  /** [heads]: the largest softmax input of each head, over the batch, where the mask lets through. */
   maxLogits: string
-  /** [batch * context, width]: what goes into the output map. */
+  /** [batch * context, width]: the input of the output map. */
   mixed: string
 }
 
-/** Small enough that its exponential is 0, and finite so that no difference is NaN. */
+/** The mask's value: its exponential is 0, and it is finite, so that no difference is NaN. */
 const MASKED = -1e30
 
-/** The constants of causal attention with rotary embeddings (arXiv 2104.09864), angles position · 10000^(-2i / headDim). */
+/** The constants of causal attention with rotary embeddings (arXiv 2104.09864): angles position·10000^(-2i/headDim). */
 export function heads(graph: Graph, sizes: Sizes): Heads {
   const { context, headDim } = sizes
   const table = (of: (row: number, column: number) => number, columns: number) =>
@@ -59,7 +63,7 @@ export function attention(
   return { query, key, value, probabilities, maxLogits: graph.reduce('ReduceMax', logits, { axes: [0, 2, 3] }), mixed }
 }
 
-/** The gradients behind the maps, dL/d(x wᵀ), each [batch * context, width]; `mixed` is dL/dmixed. */
+/** The gradients of the maps' outputs, dL/d(x wᵀ), each [batch * context, width]; `mixed` is dL/dmixed. */
 export function attentionGradient(
   graph: Graph,
   mixed: string,
@@ -69,7 +73,7 @@ export function attentionGradient(
   const alpha = scaleOf(heads)
   const y = toHeads(graph, mixed, heads)
   const slopes = softmaxGradient(graph, product(graph, y, value, { transB: true }), probabilities)
-  // Turning back is the transpose of turning.
+  // The transpose of a rotation turns back.
   const back = (turned: string) => fromHeads(graph, rotated(graph, turned, { heads, sign: -1 }), heads)
   return {
     query: back(product(graph, slopes, key, { alpha })),
@@ -100,7 +104,7 @@ function toHeads(graph: Graph, x: string, { batch, context, heads, headDim }: He
   return swapped(graph, graph.node('Reshape', [x, graph.ints([batch, context, heads, headDim])]))
 }
 
-/** The way back. */
+/** [batch, heads, context, headDim] -> [batch * context, width] */
 function fromHeads(graph: Graph, x: string, { batch, context, heads, headDim }: Heads): string {
   return graph.node('Reshape', [swapped(graph, x), graph.ints([batch * context, heads * headDim])])
 }

@@ -5,15 +5,15 @@ import { qkClip } from './qk-clip.js'
 import type { Example, Stage } from './stage.js'
 import { updateRms } from './update-rms.js'
 
-/** An example once the types of its settings and results are settled. */
+/** An example without the types of its settings and results. */
 export type Entry = {
-  /** Returns what JSON can hold. */
+  /** Runs the example; the results are plain data, as JSON holds it. */
   measure: (stage: Stage, size: 'full' | 'quick') => Promise<unknown>
   /** The table (Markdown) and the picture (SVG) of what `measure` returned, fresh or read back from JSON. */
   show: (results: unknown) => { table: string; svg: string }
 }
 
-/** By name, in the order in which they run: those with a short look first. */
+/** The examples by name, in the order in which they run: the shortest first. */
 export const EXAMPLES: ReadonlyMap<string, Entry> = new Map([
   ['update-rms', entry(updateRms)],
   ['overhead', entry(overhead)],

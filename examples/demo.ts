@@ -15,10 +15,10 @@ const USAGE = `node dist/examples/demo.js [--steps 800] [--seed 1] [--svg demo.s
 Trains a small language model of this repository's own sources twice, the optimizer being a service: AdamW for
 everything, then Muon for the hidden matrices. --sweep tries the learning rates that the demo's were chosen from.`
 
-/** What a sweep tries. AdamW comes first: the best of its rates is then the rate of what Muon leaves to AdamW. */
+/** The learning rates of a sweep. AdamW comes first: its best rate is then AdamW's part of the recipes with Muon. */
 const SWEEP = { adamw: [0.002, 0.004, 0.006, 0.008, 0.016], muon: [0.01, 0.02, 0.03, 0.04, 0.08] } as const
 
-/** The best of `--sweep`. */
+/** The best learning rates of `--sweep`. */
 const CHOSEN = { adamw: 0.006, muon: 0.02 } as const
 
 const BATCH = 256
@@ -106,7 +106,7 @@ function plotOf(outcomes: readonly Outcome[]): string {
     series: outcomes.map(({ recipe, curve }, i) => ({
       name: recipe.title,
       colour: COLOURS[i],
-      // The loss before the first steps would press both curves into the lower half of the plot.
+      // The high loss before the first steps would press both curves into the lower half of the plot.
       points: curve.slice(1).map(({ step, loss }): [number, number] => [step, loss]),
     })),
     marks: [{ y: last(outcomes[0].curve).loss, text: `${outcomes[0].recipe.title}'s final loss` }],

@@ -9,18 +9,18 @@ import type { Size } from './transformer.js'
 
 type Settings = {
   size: Size
-  /** Sequences of a batch and of the validation. */
+  /** How many sequences a batch has, and the validation. */
   batch: number
   validation: number
   steps: number
   /** The learning rates are chosen with one seed and compared with others. */
   sweepSeed: number
   seeds: readonly number[]
-  /** As many for each. */
+  /** The learning rates of the sweep, equally many for each optimizer. */
   rates: Readonly<Record<RecipeName, readonly number[]>>
 }
 
-/** A run of the comparison; `logit` is the largest of all heads and steps. */
+/** A run of the comparison; `logit` is the largest logit of all heads and steps. */
 type Run = {
   optimizer: RecipeName
   seed: number
@@ -34,7 +34,7 @@ type Results = { settings: Settings; sweep: Tried[]; runs: Run[] }
 
 const BASELINE = 'adamw'
 
-/** Steps and seconds that each optimizer takes to the loss that AdamW ends with. */
+/** Measures how many steps and seconds each optimizer needs to reach the loss at which AdamW ends. */
 export const efficiency: Example<Settings, Results> = {
   sizes: {
     full: {
@@ -92,7 +92,7 @@ async function measure(stage: Stage, settings: Settings, url: string): Promise<R
     }
   }
   const runs: Run[] = []
-  // The optimizers take turns within a seed, so that all of them meet the same neighbours on a shared machine.
+  // The optimizers take turns within a seed, so that other work on the machine disturbs all of them alike.
   for (const seed of seeds) {
     const lesson = await prepare(seed)
     for (const optimizer of RECIPE_NAMES) {
@@ -127,7 +127,10 @@ function comparison({ runs }: Results): string {
   return markdown([['', 'lr', 'final validation loss', ...goal, 'largest logit'], ...rows])
 }
 
-/** Steps, seconds and share of AdamW's seconds until each run is where AdamW's of the same seed ends, if all of them get there. */
+/**
+ * Steps, seconds and seconds per AdamW's until each run has the loss that AdamW of its seed ends with, if all reach
+ * it.
+ */
 function arrivals(ours: readonly Run[], runs: readonly Run[]): string[] {
   const reached = ours.flatMap(({ seed, curve }) => {
     const [baseline] = runs.filter((run) => run.optimizer === BASELINE && run.seed === seed)

@@ -39,7 +39,7 @@ async function main(): Promise<void> {
   if (unknown !== undefined)
     throw new RangeError(`there is no example '${unknown}', expected one of ${NAMES.join(', ')}`)
   const chosen = [...EXAMPLES].filter(([name]) => positionals.length === 0 || positionals.includes(name))
-  // What is wrong with the README must not show after minutes of measuring.
+  // Before anything is measured: a README without its marks is an error now, and not after minutes.
   for (const [name] of chosen) if (options.readme !== undefined) section(options.readme, name)
   const stage: Stage = { server: SERVER, corpus: readCorpus(ROOT), bar: progressBar }
   mkdirSync(options.out, { recursive: true })

@@ -3,7 +3,7 @@ import type { Model } from './network.js'
 import { type Corpus, type Examples, examplesAt, fixedPositions, randomPositions, windowsAt } from './text.js'
 import { attentionsOf, loadTransformer, type Size as TransformerSize } from './transformer.js'
 
-/** The rows of queries and keys of one attention, by the names of their weights; rows are head-major. */
+/** An attention by the names of the weights that make its queries and keys; their rows are head-major. */
 export type Attention = { name: string; heads: number; headDim: number; query: string; key: string }
 
 /** A model with its text, ready to be trained any number of times. */
@@ -12,21 +12,21 @@ export type Lesson = {
   attentions: readonly Attention[]
   steps: number
   seed: number
-  /** One batch to learn from; tokens and targets as the model takes them. */
+  /** A batch to learn from, with tokens and targets as the model takes them. */
   batch: (random: () => number) => Examples
-  /** What every evaluation of every run judges by, in whole batches because a graph's batch is fixed. */
+  /** The validation of every run, in whole batches because a graph's batch is fixed. */
   validation: Examples
 }
 
 type Course<Size> = { size: Size; batch: number; steps: number; seed: number; corpus: Corpus; validation: number }
 
-/** The demo's model; `batch` and `validation` count examples of a context and the byte after it. */
+/** The demo's model. `batch` and `validation` count examples, each a context and the byte behind it. */
 export async function perceptronLesson(course: Course<PerceptronSize>): Promise<Lesson> {
   const { size, batch } = course
   return { ...lessonOf(course, examplesAt), model: await loadModel(size, batch), attentions: [] }
 }
 
-/** `batch` and `validation` count sequences of `size.context` bytes; `threads` as in `loadNetwork`. */
+/** The transformer. `batch` and `validation` count sequences of `size.context` bytes; `threads` as in `loadNetwork`. */
 export async function transformerLesson(course: Course<TransformerSize> & { threads?: number }): Promise<Lesson> {
   const { size, batch, threads } = course
   const model = await loadTransformer(size, batch, threads)

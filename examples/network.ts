@@ -3,7 +3,9 @@ import { InferenceSession, Tensor } from 'onnxruntime-node'
 import type { Graph } from '../kernels/graph/graph.js'
 import type { Examples } from './text.js'
 
-/** One weight as torch stores it, out x in. `hidden` says whether it maps hidden features: those are Muon's. */
+/**
+ * A weight as torch stores it, out x in. `hidden`: it maps hidden features to hidden features, as Muon's matrices do.
+ */
 export type Weight = { name: string; shape: readonly [number, number]; hidden: boolean }
 
 /** Weights or gradients by name, each [shape[0] * shape[1]] in C order. */
@@ -14,7 +16,10 @@ export type MaxLogits = Record<string, number[]>
 
 export type Model = {
   weights: readonly Weight[]
-  /** Mean cross entropy in nats per byte, its gradient for every weight, and the largest logits; `examples` is one batch. */
+  /**
+   * Mean cross entropy in nats per byte, its gradient for every weight, and the largest logits; `examples` is one
+   * batch.
+   */
   gradients(weights: Tensors, examples: Examples): Promise<Derivatives>
   /** Mean cross entropy in nats per byte over any multiple of a batch. */
   loss(weights: Tensors, examples: Examples): Promise<number>
@@ -23,8 +28,9 @@ export type Model = {
 export type Derivatives = { loss: number; gradients: Tensors; maxLogits: MaxLogits }
 
 /**
- * A model as two graphs. Both have the weights by their names and `tokens` and `targets` of one batch as inputs and `loss`, a
- * scalar, as output; the second one has a `gradientName` for each weight and a `maxLogitsName` for each attention as well.
+ * A model as two ONNX graphs. The inputs of both are the weights by name, and `tokens` and `targets` of a batch; the
+ * output of both is `loss`, a scalar. The second one also puts out `gradientName` of each weight and `maxLogitsName`
+ * of each attention.
  */
 export type Network = {
   weights: readonly Weight[]
@@ -36,7 +42,7 @@ export type Network = {
 
 export const BYTES = 256
 
-/** What the names of the outputs begin with. */
+/** The beginnings of the outputs' names. */
 const GRADIENT = 'gradient:'
 const MAX_LOGITS = 'max_logits:'
 
@@ -44,8 +50,8 @@ export const gradientName = (weight: string): string => `${GRADIENT}${weight}`
 export const maxLogitsName = (attention: string): string => `${MAX_LOGITS}${attention}`
 
 /**
- * Forward and backward are ONNX graphs run by onnxruntime-node, as they would be PyTorch or JAX elsewhere: loops in
- * JavaScript would take minutes. `threads` is for each operation; 0 takes every core.
+ * Loads a model whose forward and backward passes are ONNX graphs in onnxruntime-node, in place of PyTorch or JAX:
+ * loops in JavaScript would take minutes. `threads` is the number of threads of an operation; 0 takes every core.
  */
 export async function loadNetwork(network: Network, threads = 0): Promise<Model> {
   const forward = await session(network.loss, threads)
@@ -88,7 +94,9 @@ export function initialWeights(weights: readonly Weight[], random: () => number)
   return Object.fromEntries(entries)
 }
 
-/** loss = -mean log softmax(logits)[target] over `count` targets, as output `loss`; returns its gradient, p - target. */
+/**
+ * loss = -mean log softmax(logits)[target] over `count` targets, as output `loss`; returns its gradient, p - target.
+ */
 export function crossEntropy(graph: Graph, logits: string, count: number): () => string {
   const logarithms = graph.node('LogSoftmax', [logits])
   const targets = oneHot(graph, 'targets')
@@ -98,14 +106,15 @@ export function crossEntropy(graph: Graph, logits: string, count: number): () =>
 }
 
 /**
- * The embedding's gradient: a looked-up row collects what its tokens received; `tokens` [count], `rows` [count, width].
- * A product with one-hot rows, not a scatter: its sums have a fixed order, so a run can be repeated to the bit.
+ * The embedding's gradient: each row is the sum of the gradients of its tokens; `tokens` [count], `rows` [count,
+ * width]. It is a product with one-hot rows and no scatter: its sums have a fixed order, so a run can be repeated bit
+ * for bit.
  */
 export function embeddingGradient(graph: Graph, tokens: string, rows: string): void {
   graph.output(gradientName('embedding'), graph.gemm(oneHot(graph, tokens), rows, { transA: true }))
 }
 
-// Where relu(z) > 0 its slope is 1, elsewhere it is 0: the sign of relu(z) either way.
+// The slope of relu is 1 where relu(z) > 0 and 0 elsewhere: in both cases the sign of relu(z).
 export function throughRelu(graph: Graph, flowing: string, relu: string): string {
   return graph.mul(flowing, graph.node('Sign', [relu]))
 }

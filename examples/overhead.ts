@@ -11,7 +11,7 @@ import { seededRandom } from './text.js'
 import { type Size, transformerFlops } from './transformer.js'
 
 type Settings = {
-  /** Of the model, and the tokens of its batches, multiples of `context`. */
+  /** The widths of the model, and the tokens of its batches, which are multiples of `context`. */
   grid: readonly { width: number; tokens: readonly number[] }[]
   context: number
   headDim: number
@@ -27,7 +27,7 @@ type Row = {
   seconds: Seconds
 }
 
-/** Forward and backward; Newton-Schulz and what belongs to it in the service; the step as the trainer waits for it. */
+/** Seconds of forward and backward, of the service's computation, and of the whole step as the trainer waits for it. */
 type Seconds = { model: number; optimizer: number; step: number }
 
 type Results = { settings: Settings; rows: Row[] }
@@ -35,7 +35,7 @@ type Results = { settings: Settings; rows: Row[] }
 const NS_STEPS = 5
 const COEFFICIENTS = expandCoefficients(NAMED_COEFFICIENTS.keller_jordan.coefficients, NS_STEPS)
 
-/** What Muon costs beside forward and backward, as width and batch grow (Keller Jordan, Muon, 2024: at most ns_steps·m/B). */
+/** Measures Muon's cost beside forward and backward over width and batch (Keller Jordan 2024: at most ns_steps·m/B). */
 export const overhead: Example<Settings, Results> = {
   sizes: {
     full: {
@@ -60,7 +60,7 @@ export const overhead: Example<Settings, Results> = {
     },
   },
   measure: (stage, settings) =>
-    // One core computes the model and one the optimizer, in turn: then seconds are work, not parallelism.
+    // One core for the model and one for the optimizer, in turn: seconds then measure work, not parallelism.
     withService(stage, ({ url }) => measure(stage, settings, url), ['--lanes', '1', '--threads', '1']),
   table,
   plots,
@@ -93,7 +93,7 @@ async function measureOne(stage: Stage, settings: Settings, place: Place): Promi
   }
 }
 
-/** Medians over the steps; the first one, which builds sessions and touches fresh memory, is left out. */
+/** Medians over the steps without the first one, which builds sessions and touches fresh memory. */
 async function secondsOf(lesson: Lesson, { url, width, tokens, tick }: Place): Promise<Seconds> {
   const random = seededRandom(lesson.seed)
   const weights = initialWeights(lesson.model.weights, random)
@@ -148,7 +148,7 @@ const milliseconds = (seconds: number): string => (1000 * seconds).toFixed(1)
 
 function plots({ rows }: Results): Plot[] {
   const widths = [...new Set(rows.map(({ width }) => width))]
-  // A line for each width, which falls as the batch grows.
+  // Each width has a line, which falls as the batch grows.
   const lines = (name: string, colour: string, share: (row: Row) => number) =>
     widths.map((width): Series => {
       const points = rows.filter((row) => row.width === width).map((row): [number, number] => [row.formula, share(row)])

@@ -19,16 +19,16 @@ export type Plot = {
   title: string
   xLabel: string
   yLabel: string
-  /** At least one. */
+  /** The lines of the plot, at least one. */
   series: readonly Series[]
   marks?: readonly { y: number; text: string }[]
-  /** What the x axis shows at least, whatever the points are. */
+  /** The part of the x axis that is shown in any case, whatever the points are. */
   span?: readonly [number, number]
-  /** Instead of numbers along the x axis; the points' x are indices into them. */
+  /** Names along the x axis in place of numbers; a point's x is an index into them. */
   names?: readonly string[]
   /** Axes in powers of ten; all values on them are above 0. */
   logarithmic?: readonly ('x' | 'y')[]
-  /** Where the names of the series stand: in the upper right corner, or where that is taken, on lines below the title. */
+  /** Where the legend stands: in the upper right corner, or, where that is taken, on lines below the title. */
   legend?: 'corner' | 'line'
   /** Pixels, 440 unless given. */
   height?: number
@@ -119,7 +119,7 @@ function cornerLegend(series: readonly Series[]): Entry[] {
   return named(series).map((one, row) => ({ ...one, x: AREA.right - 190, y: AREA.top + 16 + row * LEGEND_LINE }))
 }
 
-/** From left to right; what would not fit begins another line. */
+/** Lays the legend's entries out from left to right; an entry that does not fit begins another line. */
 function lineLegend(series: readonly Series[]): Entry[] {
   let right: number = AREA.left
   let y: number = AREA.top
@@ -146,7 +146,7 @@ function stroke(ends: { x1: number; y1: number; x2: number; y2: number }, colour
   return `<line ${places.join(' ')} stroke="${colour}"/>`
 }
 
-/** `halo`: a white rim, for text that lines may cross. */
+/** A text element; `halo` gives it a white rim, for text that lines may cross. */
 type TextPlace = { x: number; y: number; size?: number; anchor?: string; turn?: number; fill?: string; halo?: boolean }
 
 function text(content: string, { x, y, size = 12, anchor = 'start', turn, fill = '#222', halo }: TextPlace): string {

@@ -1,4 +1,4 @@
-/** Where progress goes: standard error, so that what a program prints as its result stays clean. */
+/** Where progress is written: standard error, which keeps it out of a program's results. */
 export type ProgressStream = { isTTY?: boolean; columns?: number; write(text: string): unknown }
 
 const CELLS = 30
@@ -12,7 +12,7 @@ export function progressBar(label: string, total: number, stream: ProgressStream
   return (done: number, note: string) => {
     const line = `${label} ${bar(done / total)} ${String(done).padStart(String(total).length)}/${total}  ${note}`
     if (stream.isTTY) {
-      // A line that is wrapped cannot be rewritten.
+      // A line that the terminal wraps cannot be rewritten.
       stream.write(`\r${line.slice(0, stream.columns)}\x1b[K${done >= total ? '\n' : ''}`)
     } else if (Math.floor((done * 10) / total) > tenths) {
       tenths = Math.floor((done * 10) / total)

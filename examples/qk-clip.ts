@@ -9,19 +9,19 @@ import type { Size } from './transformer.js'
 
 type Settings = {
   size: Size
-  /** Sequences of a batch and of the validation. */
+  /** How many sequences a batch has, and the validation. */
   batch: number
   validation: number
   steps: number
-  /** Start and batches of each run; the first one's is drawn. */
+  /** A seed decides the start and the batches of a run; the runs of the first one are drawn. */
   seeds: readonly number[]
-  /** Of the hidden matrices, and of the rest of the model. */
+  /** The learning rates of the hidden matrices (`lr`) and of the rest of the model. */
   lr: number
   restLr: number
   threshold: number
 }
 
-/** What a run came to; logits are the largest over all heads, `late` those of the last quarter of the steps. */
+/** The result of a run. Logits are the largest over all heads; `late` ones are of the last quarter of the steps. */
 type Summary = {
   title: string
   seed: number
@@ -32,12 +32,17 @@ type Summary = {
   lastClipped: number
 }
 
-/** What is drawn of a run: the validation loss, and for each step the largest logit of every head and how many were clipped. */
+/**
+ * The curves of a run: the validation loss, and for each step the largest logit of every head and the clipped heads.
+ */
 type Drawn = { title: string; curve: [step: number, loss: number][]; logits: number[][]; clippedHeads: number[] }
 
 type Results = { settings: Settings; summaries: Summary[]; drawn: Drawn[] }
 
-/** Muon with a learning rate that is too large for its attentions, and what QK-clip makes of it (arXiv 2507.20534). */
+/**
+ * Trains with Muon at a learning rate that is too large for the attentions, with and without QK-clip (arXiv
+ * 2507.20534).
+ */
 export const qkClip: Example<Settings, Results> = {
   sizes: {
     full: {
@@ -50,7 +55,7 @@ export const qkClip: Example<Settings, Results> = {
       restLr: 0.008,
       threshold: 100,
     },
-    // A threshold that this size reaches within its few steps.
+    // The threshold is one that a model of this size exceeds within its few steps.
     quick: {
       size: { context: 16, width: 16, heads: 2, mlp: [16, 16] },
       batch: 4,
@@ -70,7 +75,7 @@ export const qkClip: Example<Settings, Results> = {
 const WEIGHT_DECAY = 0.1
 const TITLES = { plain: 'Muon', decayed: `Muon, weight decay ${WEIGHT_DECAY}`, clipped: 'MuonClip' } as const
 
-// Weight decay pulls on the same weights as QK-clip does, so it is off but where it is the thing to be looked at.
+// Weight decay shrinks the same weights as QK-clip, so it is off but in the run that is about it.
 function recipesOf({ lr, restLr, threshold }: Settings): Recipe[] {
   const { rest } = RECIPES.adamw(restLr)
   const muon = RECIPES.muon(lr).hidden
@@ -193,7 +198,7 @@ function plots({ settings, drawn }: Results): Plot[] {
 
 const HEAD_COLOURS = ['#1f5fbf', '#c2571a', '#2f9e5b', '#8a4fbf', '#d9a514', '#d13c6a', '#3aa6b9', '#8a8a8a'] as const
 
-/** Of the steps in which a head was clipped. */
+/** A dot for each head and step in which the head was clipped: its γ. */
 function gammas({ logits }: Drawn, { size, threshold }: Settings): Series[] {
   return logits[0].map((_, head) => ({
     name: `layer ${Math.floor(head / size.heads)}, head ${head % size.heads}`,

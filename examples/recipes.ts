@@ -1,16 +1,22 @@
-import type { Group, Recipe } from './train.js'
+import type { GroupSettings, Recipe } from './train.js'
 
 const DECAY = 0.1
 
-const adamw = (lr: number): Group => ({ algorithm: 'adamw', lr, betas: [0.9, 0.95], weight_decay: DECAY })
-const adam = (lr: number): Group => ({ algorithm: 'adam', lr, betas: [0.9, 0.95] })
-const sgd = (lr: number): Group => ({ algorithm: 'sgd', lr, momentum: 0.9 })
-const muon = (lr: number): Group => ({ algorithm: 'muon', lr, adjust_lr_fn: 'match_rms_adamw', weight_decay: DECAY })
-const muonclip = (lr: number): Group => ({ algorithm: 'muonclip', lr, weight_decay: DECAY })
+const adamw = (lr: number): GroupSettings => ({ algorithm: 'adamw', lr, betas: [0.9, 0.95], weight_decay: DECAY })
+const adam = (lr: number): GroupSettings => ({ algorithm: 'adam', lr, betas: [0.9, 0.95] })
+const sgd = (lr: number): GroupSettings => ({ algorithm: 'sgd', lr, momentum: 0.9 })
+const muon = (lr: number): GroupSettings => ({
+  algorithm: 'muon',
+  lr,
+  adjust_lr_fn: 'match_rms_adamw',
+  weight_decay: DECAY,
+})
+const muonclip = (lr: number): GroupSettings => ({ algorithm: 'muonclip', lr, weight_decay: DECAY })
 
 /**
- * What `efficiency` compares, each with one learning rate: match_rms_adamw gives Muon's matrices one of AdamW's size, so that the
- * rest of the model, which AdamW updates, takes the same. Weight decay is on where it is decoupled, as Moonlight and Kimi K2 do.
+ * The recipes that `efficiency` compares, each with one learning rate for the whole model: with match_rms_adamw Muon's
+ * updates are as large as AdamW's, which trains the rest. Weight decay is on where it is decoupled, as in Moonlight and
+ * Kimi K2.
  */
 export const RECIPES = {
   sgd: (lr: number): Recipe => ({ title: 'SGD', hidden: sgd(lr), rest: sgd(lr) }),

@@ -1,4 +1,4 @@
-/** One axis: where a value stands, in pixels, which values are marked, and how they are written. */
+/** An axis: the place of a value in pixels, the values that have marks, and their text. */
 export type Scale = {
   place: (value: number) => number
   ticks: readonly number[]
@@ -10,7 +10,9 @@ const TICKS = 6
 // An axis of powers of ten that is shorter than this many of them has marks between them too.
 const FEW_POWERS = 3
 
-/** An even axis whose range is widened to whole ticks of 1, 2 or 5 times a power of ten, which a reader can divide. */
+/**
+ * A linear axis from one tick to another; ticks are 1, 2 or 5 times a power of ten apart, so that readers can divide.
+ */
 export function scale(values: readonly number[], [from, to]: [number, number]): Scale {
   const [low, high] = extent(values)
   const step = tickStep((high - low) / TICKS)
@@ -24,7 +26,7 @@ export function scale(values: readonly number[], [from, to]: [number, number]): 
   }
 }
 
-/** A logarithmic axis of positive values, from one tick to another: powers of ten, and 2 and 5 times them on a short axis. */
+/** A logarithmic axis from one tick to another; ticks are powers of ten, and on a short axis 2 and 5 times them too. */
 export function logScale(values: readonly number[], [from, to]: [number, number]): Scale {
   const [low, high] = [Math.min(...values), Math.max(...values)]
   const factors = high / low > 10 ** FEW_POWERS ? [1] : [1, 2, 5]

@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { createInterface } from 'node:readline'
 import type { Readable } from 'node:stream'
 
-/** A process of ours: `stop` ends it and waits until it has gone. It does not outlive this one. */
+/** A child process: `stop` ends it and waits until it has gone. It does not outlive this process. */
 export type Child = { pid: number; stop: () => Promise<void> }
 
 /** A running service: `url` is where it listens. */
@@ -16,14 +16,13 @@ export type ServiceOptions = {
   args?: readonly string[]
   env?: NodeJS.ProcessEnv
   ready_seconds?: number
-  /** Is told everything that the service logs. */
+  /** Called with every piece of the service's log. */
   log?: (entry: LogEntry) => void
 }
 
 /**
  * Starts the service `program` as a process of its own, as in real use, on a free port.
- * @throws if it ends, or is not ready in time, before it says where it listens; what it had to say about that is on
- * standard error.
+ * @throws if the service ends, or takes too long, before it says where it listens. Its own words are on standard error.
  */
 export async function startService(program: string, options: ServiceOptions = {}): Promise<Service> {
   const { args = [], env = process.env, ready_seconds = 60, log } = options
@@ -41,7 +40,7 @@ export async function startService(program: string, options: ServiceOptions = {}
 export function manage(child: ChildProcess): Child {
   const ended = once(child, 'exit')
   const orphaned = () => child.kill()
-  // A signal ends a process without its exit event: the child goes first, then the signal does what it would have done.
+  // A signal ends a process without its exit event: the handler ends the child and then sends the signal again.
   const signalled = (signal: NodeJS.Signals) => {
     child.kill()
     process.kill(process.pid, signal)
@@ -57,7 +56,7 @@ export function manage(child: ChildProcess): Child {
   return { pid: Number(child.pid), stop }
 }
 
-/** The address in the first log line that has one. Lines after it are read too, so that the pipe never fills. */
+/** The address in the first log line that has one. Later lines are read too, so that the pipe never fills. */
 function addressIn(log: Readable, tell: (entry: LogEntry) => void = () => {}): Promise<string | undefined> {
   const lines = createInterface({ input: log })
   return new Promise((resolve) => {

@@ -19,7 +19,7 @@ export function spread(values: readonly number[], digits: number): string {
   return low === high ? middle : `${middle} (${low} … ${high})`
 }
 
-/** To `digits` significant digits: what is kept as JSON need not have more than were measured. */
+/** Rounds to `digits` significant digits: JSON need not have more digits than were measured. */
 export function rounded(value: number, digits = 4): number {
   return Number(value.toPrecision(digits))
 }

@@ -1,18 +1,18 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import { join } from 'node:path'
 
-/** Bytes to learn from and bytes to be judged on; `files` is how many sources they come from. */
+/** The bytes to train on and the bytes to validate on, from `files` files. */
 export type Corpus = { train: Uint8Array; validation: Uint8Array; files: number }
 
-/** What one batch feeds a model: bytes to read and bytes to guess. */
+/** A batch of a model: the bytes that it reads (`tokens`) and the bytes that it has to predict (`targets`). */
 export type Examples = { tokens: BigInt64Array; targets: BigInt64Array }
 
 const FOLDERS = ['kernels', 'src', 'test', 'examples', 'docs'] as const
 const VALIDATION_FRACTION = 0.1
 
 /**
- * Reads this repository's own TypeScript and Markdown. The last tenth of every file is held out, so both parts hold
- * the same kinds of text: holding out whole files would compare kernels with tests.
+ * Reads this repository's own TypeScript and Markdown. The last tenth of every file is for validation, so both parts
+ * have the same kinds of text: with whole files for validation, a model of kernels might be judged on tests.
  */
 export function readCorpus(root: string): Corpus {
   const texts = FOLDERS.flatMap((folder) => sourcesIn(join(root, folder))).map((path) => readFileSync(path))
@@ -25,8 +25,8 @@ export function readCorpus(root: string): Corpus {
 }
 
 /**
- * The contexts [positions, context] before the target bytes [positions] that stand at `positions` of `bytes`; every position is
- * at least `context`.
+ * Examples: the targets [positions] are the bytes at `positions`, the tokens [positions, context] the bytes before
+ * each of them. Every position has to be at least `context`.
  */
 export function examplesAt(bytes: Uint8Array, positions: Int32Array, context: number): Examples {
   const tokens = new BigInt64Array(positions.length * context)
@@ -36,7 +36,9 @@ export function examplesAt(bytes: Uint8Array, positions: Int32Array, context: nu
   return { tokens, targets: BigInt64Array.from([...positions], (position) => BigInt(bytes[position])) }
 }
 
-/** The last `context` bytes before each of `positions`, and the byte that follows each of them: both [positions * context]. */
+/**
+ * Sequences: the `context` bytes before each position, and the byte behind each of these; both [positions * context].
+ */
 export function windowsAt(bytes: Uint8Array, positions: Int32Array, context: number): Examples {
   const at = (shift: number) =>
     BigInt64Array.from({ length: positions.length * context }, (_, i) => {
@@ -45,13 +47,13 @@ export function windowsAt(bytes: Uint8Array, positions: Int32Array, context: num
   return { tokens: at(0), targets: at(1) }
 }
 
-/** `count` positions drawn evenly from those that have a whole context before them. */
+/** `count` random positions, uniform over those that have a whole context before them. */
 export function randomPositions(random: () => number, bytes: Uint8Array, of: { count: number; context: number }) {
   const room = bytes.length - of.context
   return Int32Array.from({ length: of.count }, () => of.context + Math.floor(random() * room))
 }
 
-/** The same positions for every evaluation of every run: spread evenly over `bytes`. */
+/** `count` positions spread evenly over `bytes`: the same in every evaluation of every run. */
 export function fixedPositions(bytes: Uint8Array, of: { count: number; context: number }) {
   const room = bytes.length - of.context
   return Int32Array.from({ length: of.count }, (_, i) => of.context + Math.floor((i * room) / of.count))

@@ -3,19 +3,21 @@ import type { Attention, Lesson } from './lesson.js'
 import { initialWeights, type MaxLogits, type Tensors, type Weight } from './network.js'
 import { seededRandom } from './text.js'
 
-/** The hyperparameters of one group, as the service takes them. */
-export type Group = { algorithm: string; lr: number; [hyperparameter: string]: unknown }
+/** The settings of a group: the keys of a group of `open` but its name. */
+export type GroupSettings = { algorithm: string; lr: number; [hyperparameter: string]: unknown }
 
-/** Which optimizer updates the hidden matrices and which the embedding and the head; `threshold` turns QK-clip on. */
-export type Recipe = { title: string; hidden: Group; rest: Group; threshold?: number }
+/** The optimizers of the hidden matrices and of the rest, embedding and head; `threshold` turns QK-clip on. */
+export type Recipe = { title: string; hidden: GroupSettings; rest: GroupSettings; threshold?: number }
 
-/** `loss` in nats per byte after `step` steps that took `seconds`, evaluations not counted. */
+/** The validation loss in nats per byte after `step` steps, which took `seconds` without evaluations. */
 export type Evaluation = { step: number; seconds: number; loss: number }
 
-/** One step: the loss of its batch and the largest logits in it, before the update, and how many heads QK-clip scaled. */
+/** A step: the loss and the largest logits of its batch before the update, and how many heads QK-clip scaled. */
 export type Trace = { step: number; loss: number; maxLogits: MaxLogits; clippedHeads: number }
 
-/** What a run came to; RMS is that of an update before its learning rate, averaged over the evaluated steps. */
+/**
+ * The result of a run. `updateRms` is the RMS of updates before the learning rate, averaged over the evaluated steps.
+ */
 export type Outcome = {
   recipe: Recipe
   curve: Evaluation[]
@@ -33,19 +35,20 @@ export function adamw(lr: number): Recipe {
   return { title: 'AdamW', hidden: adamwGroup(lr), rest: adamwGroup(lr) }
 }
 
-/** Muon for the hidden matrices and AdamW for what Muon is not meant for: the embedding and the head. */
+/** Muon for the hidden matrices, and AdamW for the embedding and the head, which Muon is not meant for. */
 export function muon(lr: number, rest: number): Recipe {
   return { title: 'Muon + AdamW', hidden: { algorithm: 'muon', lr, weight_decay: 0 }, rest: adamwGroup(rest) }
 }
 
-// Weight decay is off on both sides: over so few steps it would only be one more thing to tune.
-export function adamwGroup(lr: number): Group {
+// Weight decay is off in all recipes: over so few steps it would only be one more thing to tune.
+export function adamwGroup(lr: number): GroupSettings {
   return { algorithm: 'adamw', lr, betas: [0.9, 0.95], weight_decay: 0 }
 }
 
 /**
- * Trains as `recipe` says, in a run called `name` of the service at `url`. The lesson's seed gives every recipe the same start and
- * the same batches; the learning rates fall linearly to 0. `onStep` hears of every step and the latest validation loss.
+ * Trains by `recipe` in the run `name` of the service at `url`. The lesson's seed gives every recipe the same start
+ * and the same batches; learning rates fall linearly to 0. `onStep` is called after every step with the latest
+ * validation loss.
  */
 export async function train(
   url: string,
@@ -67,7 +70,7 @@ export async function train(
   return outcome(training)
 }
 
-/** One run of a lesson: its weights as they are now and what was measured so far. */
+/** A run of a lesson in progress: its weights, and the measurements so far. */
 type Training = Lesson & {
   recipe: Recipe
   random: () => number
@@ -80,7 +83,7 @@ type Training = Lesson & {
   updates: ByGroup[]
 }
 
-// This is the whole of a trainer: a batch, its gradients, and the step through the service, which changes the weights.
+// A whole trainer: take a batch, compute its gradients, and step through the service, which changes the weights.
 async function takeStep(training: Training, step: number): Promise<void> {
   const { model, weights, run, spent, steps, recipe } = training
   const evaluated = Math.floor((step * EVALUATIONS) / steps) > Math.floor(((step - 1) * EVALUATIONS) / steps)

@@ -12,10 +12,12 @@ import {
   type Weight,
 } from './network.js'
 
-/** Bytes of context, width of the residual stream, heads of each attention, and the inner width of each layer's MLP. */
+/**
+ * The sizes: bytes of context, width of the residual stream, heads of an attention, inner width of each layer's MLP.
+ */
 export type Size = { context: number; width: number; heads: number; mlp: readonly number[] }
 
-/** A batch's sizes: `batch` sequences of `size.context` tokens, of every one of which the next byte is to be guessed. */
+/** The sizes of a batch: `batch` sequences of `size.context` tokens; the model predicts the byte behind each token. */
 type Sizes = { size: Size; batch: number }
 
 /** Every weight, in the order in which the forward pass uses them. */
@@ -31,7 +33,7 @@ export function weightsOf({ width, mlp }: Size): Weight[] {
   ]
 }
 
-/** The attentions as QK-clip is told of them: which weights make queries and keys. */
+/** The attentions for QK-clip: which weights make their queries and keys. */
 export function attentionsOf(size: Size) {
   return size.mlp.map((_, i) => {
     const { query, key } = mapsOf(i)
@@ -49,11 +51,11 @@ export function loadTransformer(size: Size, batch: number, threads?: number): Pr
   return loadNetwork({ weights: weightsOf(size), tokens: count, targets: count, loss, gradients }, threads)
 }
 
-/** Floating point operations of the matrix products of one forward and backward pass over a batch. */
+/** The floating point operations of all matrix products of a forward and backward pass over a batch. */
 export function transformerFlops(size: Size, batch: number): number {
   const tokens = batch * size.context
-  // Each weight is in three products of 2·tokens operations an element: forward, its gradient, its input's gradient. The
-  // embedding is looked up, and its gradient is a product with one-hot rows.
+  // A weight is in three products of 2·tokens operations per element: forward, its own gradient, its input's
+  // gradient. The embedding is looked up, and its gradient is a product with one-hot rows.
   const weights = weightsOf(size).map(({ name, shape: [rows, columns] }) => {
     return (name === 'embedding' ? 2 : 6) * rows * columns * tokens
   })
@@ -90,7 +92,7 @@ function forwardPass(graph: Graph, { size, batch }: Sizes): Forward {
   return { layers, last, errors, heads: shared }
 }
 
-/** With z = h wᵀ and y = dL/dz: dL/dw = yᵀ h and dL/dh = y w. A residual adds what flows past to what flows through. */
+/** With z = h wᵀ and y = dL/dz: dL/dw = yᵀ h and dL/dh = y w. A residual adds the gradients of its two branches. */
 function backwardPass(graph: Graph, { layers, last, errors, heads }: Forward, size: Size): void {
   const y = errors()
   const gradient = (name: string, y: string, input: string) =>

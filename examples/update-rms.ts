@@ -8,20 +8,20 @@ import { mean, rms, rounded } from './statistics.js'
 import { seededRandom } from './text.js'
 import type { Size } from './transformer.js'
 
-/** One model: its matrices give the shapes. */
+/** A model, which gives the shapes of matrices to measure. */
 type Course = { size: Size; batch: number }
 
 type Settings = {
   courses: readonly Course[]
   steps: number
-  /** Steps before the first that counts: AdamW's averages begin with updates of RMS 1. */
+  /** Steps before the first that counts: while AdamW's averages are young, its updates have an RMS near 1. */
   warmup: number
   seed: number
-  /** AdamW's, which moves the weights. */
+  /** The learning rate of AdamW, whose updates move the weights. */
   lr: number
 }
 
-/** RMS of the updates of all matrices of one shape, before the learning rate; `rms` by optimizer. */
+/** The RMS, by optimizer, of the updates of all matrices of one shape, before the learning rate. */
 type Row = { shape: readonly [number, number]; matrices: number; rms: Record<string, number> }
 
 type Results = { settings: Settings; rows: Row[] }
@@ -29,7 +29,7 @@ type Results = { settings: Settings; rows: Row[] }
 const ADAMW = 'AdamW'
 const ADJUSTMENTS = ['original', 'match_rms_adamw', 'rms:0.18', 'spectral', 'none'] as const
 
-// Five iterations leave singular values small that begin below 0.003 of the norm; twelve lift all that matter.
+// Five iterations leave singular values below 0.003 of the norm too small; twelve lift all that matter.
 const MORE_ITERATIONS = {
   name: 'match_rms_adamw, 12 iterations',
   adjust_lr_fn: 'match_rms_adamw',
@@ -37,7 +37,10 @@ const MORE_ITERATIONS = {
 } as const
 const OPTIMIZERS = [ADAMW, ...ADJUSTMENTS, MORE_ITERATIONS.name] as const
 
-/** How large Muon's updates are under each `adjust_lr_fn` beside AdamW's of the same gradients, over shapes (arXiv 2502.16982). */
+/**
+ * Measures Muon's updates under each `adjust_lr_fn` beside AdamW's of the same gradients, by shape (arXiv
+ * 2502.16982).
+ */
 export const updateRms: Example<Settings, Results> = {
   sizes: {
     full: {
@@ -74,8 +77,8 @@ type Place = { url: string; corpus: Stage['corpus']; tick: (note: string) => voi
 type Shadow = { optimizer: string; weight: Weight; data: Float32Array; rms: number[] }
 
 /**
- * Every optimizer gets the gradients of one training, and its updates with a learning rate of 1 land on zeros. AdamW's are then
- * taken to the weights.
+ * Every optimizer gets the gradients of one training, and adds its updates, with a learning rate of 1, to zeros,
+ * which are then the updates themselves. AdamW's updates also move the weights.
  */
 async function measure(settings: Settings & Course, { url, corpus, tick }: Place): Promise<Row[]> {
   const { size, steps, warmup, seed, lr } = settings
@@ -96,7 +99,7 @@ async function measure(settings: Settings & Course, { url, corpus, tick }: Place
   return rowsOf(shadows)
 }
 
-/** AdamW for all of the model, Muon for its hidden matrices, once for each adjustment. */
+/** The optimizers: AdamW for the whole model, and Muon for its hidden matrices, once for each adjustment. */
 function shadowsOf({ model }: Lesson): Shadow[] {
   return OPTIMIZERS.flatMap((optimizer) => {
     const taken = model.weights.filter(({ hidden }) => hidden || optimizer === ADAMW)

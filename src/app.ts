@@ -28,34 +28,37 @@ import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
 import { OPEN_BYTES, OTHER_KEYS_BYTES } from './wire/frame.js'
 
-/** The service without its process: nothing listens yet, and no environment was read. */
+/** The service without its process: it does not listen yet, and has read no environment variable. */
 export type App = {
   app: FastifyInstance
   device: Device
   runs: Runs
-  /** Where runs are kept; undefined where they are not. */
+  /** The folder that runs are kept in; undefined without the setting `data`. */
   data: DataFolder | undefined
   metrics: Metrics
-  /** When every run on the disk was restored or found to be unreadable. Streams may open runs before. */
+  /** Resolves when every run on the disk is restored or known to be unreadable. Streams may open runs before. */
   restored: Promise<void>
-  /** Lets the steps in flight end for at most `drain_seconds`, then closes everything. */
+  /** Waits at most `drain_seconds` for the steps in flight, takes checkpoints, and closes everything. */
   drain(): Promise<void>
 }
 
-/** Where nobody gave a logger. */
+/** The log of an app without a logger. */
 const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
-type Service = Services & { streams: Set<Session>; data: DataFolder | undefined }
+type AppServices = Services & { streams: Set<Session>; data: DataFolder | undefined }
 
-// The largest `open` and the largest chunk are both 16 MiB; the other keys of a frame come on top.
+// `open` and a chunk have at most 16 MiB each; the other keys of a frame come on top.
 const MAX_MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
 const MAX_BODY_BYTES = 65_536
-// The router answers 404 to a longer path parameter: a run name that is too long should be told so.
+// The router answers 404 to a longer path parameter. A run name that is too long should get a better answer than that.
 const MAX_PATH_PARAMETER = 1024
-// A peer that does not answer our close frame is cut off after this.
+// After so many milliseconds a peer that does not answer the service's close frame is cut off.
 const CLOSE_GRACE_MS = 1000
 
-/** Starts the device and builds the app on it. Throws what the device says about why it cannot start, and ConfigError for a preset. */
+/**
+ * Starts the device and builds the app on it. Throws the device's reason where it cannot start, and ConfigError for a
+ * preset or a data folder that cannot be used.
+ */
 export async function buildApp({ config, logger }: { config: Config; logger?: FastifyBaseLogger }): Promise<App> {
   const contract = readContract()
   const presets = readPresets(config.presets)
@@ -66,7 +69,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
   })
   const metrics = createMetrics()
   const runs = new Runs({ device, config, presets, metrics, data, log: logger ?? SILENT })
-  const service: Service = {
+  const services: AppServices = {
     config,
     device,
     runs,
@@ -77,15 +80,15 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     events: new Events(),
     streams: new Set(),
   }
-  const app = await createServer(service, logger)
-  return { app, device, runs, data, metrics, restored: runs.restore(), drain: () => drain(app, service) }
+  const app = await createServer(services, logger)
+  return { app, device, runs, data, metrics, restored: runs.restore(), drain: () => drain(app, services) }
 }
 
-async function createServer(service: Service, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
-  const { config, metrics, contract } = service
+async function createServer(services: AppServices, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
+  const { config, metrics, contract } = services
   const app = fastify({
     ...(logger ? { loggerInstance: logger } : {}),
-    // Requests are logged as events, by logRequest.
+    // logRequest logs requests as events.
     logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: MAX_BODY_BYTES,
     // While the server closes, requests on open connections are answered like any other, as problem documents.
@@ -95,20 +98,20 @@ async function createServer(service: Service, logger: FastifyBaseLogger | undefi
     clientErrorHandler: answerClientError,
     frameworkErrors: (error, request, reply) => sendProblem(error, { request, reply, metrics }),
   })
-  observe(service)
-  // First, because its hooks end the connection of an upgrade that any later hook refuses.
-  await registerWebSocket(app, service)
+  observe(services)
+  // Before all other hooks: the plugin's own hook ends the connection of an upgrade that a later hook refuses.
+  await registerWebSocket(app, services)
   app.addHook('onRequest', authenticator(config))
   app.addHook('onResponse', logRequest)
-  app.addHook('onClose', () => close(service))
+  app.addHook('onClose', () => close(services))
   answerProblems(app, metrics)
   await app.register((scope) => docs(scope, contract))
-  await app.register((scope) => registerOperations(scope, service))
+  await app.register((scope) => registerOperations(scope, services))
   await app.ready()
   return app
 }
 
-function observe({ device, runs, metrics, streams }: Service): void {
+function observe({ device, runs, metrics, streams }: AppServices): void {
   metrics.observe({
     in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
     staging: () => device.staging,
@@ -119,7 +122,7 @@ function observe({ device, runs, metrics, streams }: Service): void {
   })
 }
 
-async function registerWebSocket(app: FastifyInstance, { events }: Service): Promise<void> {
+async function registerWebSocket(app: FastifyInstance, { events }: AppServices): Promise<void> {
   const options: WebsocketPluginOptions['options'] = {
     maxPayload: MAX_MESSAGE_BYTES,
     perMessageDeflate: false,
@@ -127,11 +130,11 @@ async function registerWebSocket(app: FastifyInstance, { events }: Service): Pro
     autoPong: false,
     handleProtocols: chooseSubprotocol,
   }
-  // The option's type asks for the statics of the ws module, which a subclass inherits but its type does not show.
+  // The option's type wants the static members of ws's class. A subclass inherits them, but its type does not show it.
   Reflect.set(options, 'WebSocket', InPlaceWebSocket)
   await app.register(websocket, {
     options,
-    // A socket's own errors come here as well, after ws has begun to close it with a code of its own.
+    // Errors of a socket come here too, after ws has begun to close it with a code of its own.
     errorHandler: (error, socket, request) => {
       request.log.info({ event: 'stream_error', err: error })
       socket.close(1011)
@@ -141,10 +144,10 @@ async function registerWebSocket(app: FastifyInstance, { events }: Service): Pro
   app.websocketServer.on('wsClientError', answerClientError)
 }
 
-/** Closes every stream with 1012, and gives requests that are being answered as long as the streams have. */
+/** Closes every stream with 1012. Streams and requests in progress have CLOSE_GRACE_MS to end. */
 async function closeConnections({ server, websocketServer }: FastifyInstance, events: Events): Promise<void> {
   events.end()
-  // A connection that never sent a request is not idle to node: it would hold the shutdown up for a minute.
+  // node does not count a connection that never sent a request as idle, and would wait a minute for it.
   const cut = setTimeout(() => server.closeAllConnections(), CLOSE_GRACE_MS).unref()
   server.once('close', () => clearTimeout(cut))
   const sockets = [...websocketServer.clients]
@@ -154,39 +157,39 @@ async function closeConnections({ server, websocketServer }: FastifyInstance, ev
   websocketServer.close()
 }
 
-/** Makes a route of every operation of the contract, and of every other method on its paths a 405. */
-async function registerOperations(scope: FastifyInstance, service: Service): Promise<void> {
-  const handlers: Readonly<Record<string, AnyHandler>> = createHandlers(service)
+/** Makes a route of every operation of the contract; other methods on the same paths are answered with 405. */
+async function registerOperations(scope: FastifyInstance, services: AppServices): Promise<void> {
+  const handlers: Readonly<Record<string, AnyHandler>> = createHandlers(services)
   scope.addHook('onRoute', refuseUnknownQuery)
   takeStreams(scope)
   await scope.register(glue, {
-    specification: withoutResponses(service.contract.document),
-    operationResolver: (id, method, path) => ({ method, url: urlOf(path), ...routeOf(id, handlers[id], service) }),
+    specification: withoutResponses(services.contract.document),
+    operationResolver: (id, method, path) => ({ method, url: urlOf(path), ...routeOf(id, handlers[id], services) }),
   })
-  for (const url of new Set(operationsOf(service.contract).map(({ path }) => urlOf(path))))
+  for (const url of new Set(operationsOf(services.contract).map(({ path }) => urlOf(path))))
     refuseOtherMethods(scope, url)
 }
 
-/** Answers are sent as they are made: a serializer from the contract would silently drop what it does not list. */
+/** The contract without its responses: a serializer made of them would silently drop keys that they do not list. */
 function withoutResponses(document: Contract['document']): object {
   return JSON.parse(JSON.stringify(document, (key, value) => (key === 'responses' ? undefined : value)))
 }
 
 type Route = Pick<RouteOptions, 'handler' | 'config' | 'onRequest' | 'wsHandler' | 'exposeHeadRoute'>
 
-function routeOf(id: string, handler: AnyHandler | undefined, service: Service): Route {
+function routeOf(id: string, handler: AnyHandler | undefined, services: AppServices): Route {
   assert(handler, `operation ${id} has no handler`)
-  const config = { access: accessOf(id, service.contract), streamed: id === 'putState' }
+  const config = { access: accessOf(id, services.contract), streamed: id === 'putState' }
   if (id !== 'openStream') return { handler, config, exposeHeadRoute: !STREAMED.has(id) }
-  const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, service)
-  const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, service)
+  const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
+  const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, services)
   return { handler, config, onRequest, wsHandler, exposeHeadRoute: false }
 }
 
-/** Operations whose answer is not made at once: a HEAD would make it only to throw it away. */
+/** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
 const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])
 
-/** State comes as a stream of any length: its handler reads it, and holds it against what the run can have. */
+/** Gives the body of an import to its handler unread: it may be of any length, and only the handler knows the run's. */
 function takeStreams(scope: FastifyInstance): void {
   scope.addContentTypeParser('application/octet-stream', (request, payload, done) => {
     if (request.routeOptions.config.streamed) return done(null, payload)
@@ -207,7 +210,7 @@ function operationsOf({ document }: Contract): ListedOperation[] {
   )
 }
 
-/** The contract says which operations are open to all; whatever is not a plain GET needs a key that may write. */
+/** The key that an operation needs: none where its `security` is empty, one that may write for all but a plain GET. */
 function accessOf(id: string, contract: Contract): Access {
   const operation = operationsOf(contract).find((listed) => listed.id === id)
   if (operation?.open) return 'open'
@@ -233,11 +236,11 @@ function refuseOtherMethods(scope: FastifyInstance, url: string): void {
     const message = `${request.method} is not allowed here, allowed are ${allowed.join(', ')}`
     throw Object.assign(new Error(message), { statusCode: 405 })
   }
-  // In onRequest, before a body is read that nobody needs.
+  // In onRequest already, so that no body is read in vain.
   scope.route({ method, url, onRequest: refuse, handler: refuse })
 }
 
-function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: Service): void {
+function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppServices): void {
   if (!ws) return
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and takes no stream')
   if (streams.size < config.max_connections) return
@@ -249,7 +252,7 @@ function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: Servic
 function openStream(
   socket: WebSocket,
   { raw, log }: FastifyRequest,
-  { config, device, runs, metrics, streams }: Service,
+  { config, device, runs, metrics, streams }: AppServices,
 ): void {
   const stream = new Session(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
   streams.add(stream)
@@ -257,14 +260,14 @@ function openStream(
   if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()
 }
 
-/** Streams are closed already. What was begun for them ends first, as it needs what is closed after it. */
-async function close({ runs, data, device }: Service): Promise<void> {
+/** Closes all that streams use, which are closed already. Runs go first: they need the data folder and the device. */
+async function close({ runs, data, device }: AppServices): Promise<void> {
   await runs.close()
   await data?.close()
   await device.close()
 }
 
-async function drain(app: FastifyInstance, { config, runs, streams }: Service): Promise<void> {
+async function drain(app: FastifyInstance, { config, runs, streams }: AppServices): Promise<void> {
   runs.draining = true
   const sockets = [...app.websocketServer.clients]
   for (const stream of streams) stream.drain(config.drain_seconds)

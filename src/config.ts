@@ -77,7 +77,10 @@ export const SETTINGS = {
   }),
 } as const satisfies Record<string, Setting>
 
-/** A JSON schema and two words of our own: `expected` says what a value must be where the schema cannot, `list` splits it. */
+/**
+ * A setting: a JSON schema and two keywords of our own. `expected` says what a value must be, where the schema's own
+ * message would not help; `list`: the value is a comma-separated list.
+ */
 type Setting = {
   type: 'string' | 'integer' | 'number'
   default: string | number
@@ -89,10 +92,10 @@ type Setting = {
 export type SettingName = keyof typeof SETTINGS
 type ValueOf<S> = S extends { list: true } ? readonly string[] : S extends { type: 'string' } ? string : number
 
-/** The settings of one process, frozen. Fields are the names of the settings; the key lists are arrays. */
+/** The settings of one process, frozen, by name; those that are lists of keys are arrays. */
 export type Config = { readonly [Name in SettingName]: ValueOf<(typeof SETTINGS)[Name]> }
 
-/** What the command line asks for: to serve with a config, or only to print a text (`--help`, `--version`). */
+/** What a command line asks for: a service with `config`, or only a text (`--help`, `--version`). */
 export type Command = { kind: 'serve'; config: Config } | { kind: 'print'; text: string }
 
 /** A start-up error of one line, meant for the person who typed the command. */
@@ -117,7 +120,10 @@ export function readCommand(argv: readonly string[], env: Environment): Command 
   return { kind: 'serve', config: check({ ...fromVariables(env), ...fromFlags(flags) }) }
 }
 
-/** A config of the defaults and the given settings (key lists comma separated), checked like flags. For tests and embedding. */
+/**
+ * A config of the given settings and the defaults, checked as flags are; lists of keys are comma-separated. For tests
+ * and embedding. Throws ConfigError.
+ */
 export function configOf(settings: Partial<Record<SettingName, string | number>> = {}): Config {
   const sources: Sources = {}
   for (const name of NAMES) {
@@ -127,7 +133,7 @@ export function configOf(settings: Partial<Record<SettingName, string | number>>
   return check(sources)
 }
 
-/** `MUOND_*` variables that name no setting: a misspelt one would otherwise be ignored silently. */
+/** The `MUOND_*` variables that are no setting, so that a misspelt one is not ignored in silence. */
 export function unknownVariables(env: Environment): string[] {
   const known = new Set(NAMES.map(variableOf))
   return Object.keys(env).filter((name) => name.startsWith('MUOND_') && !known.has(name))
@@ -145,7 +151,7 @@ function seconds(value: number, [minimum, maximum]: [number, number], descriptio
   return { type: 'number', default: value, minimum, maximum, description } as const
 }
 
-/** RFC 6750's token characters. No entry may be empty: a stray comma must not open the service. */
+/** A setting with a list of keys, of the characters of RFC 6750. None may be empty: a stray comma must open nothing. */
 function keys(description: string) {
   const pattern = '^([A-Za-z0-9._~+/=-]+(,[A-Za-z0-9._~+/=-]+)*)?$'
   const expected = 'be comma-separated keys of letters, digits and . _ ~ + / = -, none of them empty'
@@ -167,7 +173,7 @@ function variableOf(name: SettingName): string {
 /** The variables of a process. */
 export type Environment = Readonly<Record<string, string | undefined>>
 
-/** What the flags of a command say, by name; a list where `parseArgs` was told so, which it is not here. */
+/** The flags of a command by name. `parseArgs` has lists for flags that may be given twice, which none is here. */
 export type Flags = Readonly<Record<string, string | boolean | readonly (string | boolean)[] | undefined>>
 
 function readFlags(argv: readonly string[]): Flags {
@@ -182,7 +188,7 @@ function readFlags(argv: readonly string[]): Flags {
   throw new ConfigError(`Unexpected argument '${unexpected}' (--help lists the flags)`)
 }
 
-/** Splits the arguments of a command into its flags and the rest; `-h` is `--help`. Throws ConfigError with one line. */
+/** Splits a command's arguments into flags and the rest; `-h` is `--help`. Throws ConfigError of one line. */
 export function readArguments(
   argv: readonly string[],
   flags: Readonly<Record<string, 'string' | 'boolean'>>,

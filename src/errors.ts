@@ -37,7 +37,7 @@ export const ERRORS = {
 
 export type ErrorCode = keyof typeof ERRORS
 
-/** What an error frame says beside its code and message, where it applies. */
+/** The keys that an error frame may have beside its code and message: indexes, steps from 1, seconds. */
 export type ErrorFields = {
   parameter?: number
   step?: number
@@ -45,7 +45,7 @@ export type ErrorFields = {
   retry_after_seconds?: number
 }
 
-/** An error that a client is told. The message names the thing and both values; `close` overrides the table's close code. */
+/** An error for a client. Its message names the thing and both values; `close` overrides the table's close code. */
 export class ServiceError extends Error {
   readonly code: ErrorCode
   readonly fields: ErrorFields

@@ -1,6 +1,6 @@
 import { Counter, collectDefaultMetrics, Gauge, Histogram, Registry } from 'prom-client'
 
-/** The parts of a step that a receipt times too. */
+/** The parts of a step whose seconds a receipt has as well. */
 export const PHASES = ['receive', 'queue', 'compute', 'send'] as const
 export type Phase = (typeof PHASES)[number]
 
@@ -10,12 +10,12 @@ const PHASE_BUCKETS = [1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 3
 // From a small run on a fast disk to a hundred gigabytes on a slow one.
 const CHECKPOINT_BUCKETS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
 
-// QK-clip's usual threshold is 100; a model whose logits explode passes all of these.
+// QK-clip's usual threshold is 100; the logits of a model that explodes pass all buckets.
 const LOGIT_BUCKETS = [1, 3, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000, 3000, 10_000]
 
 export type Metrics = ReturnType<typeof createMetrics>
 
-/** What the gauges show, asked for at each scrape: nothing polls and nothing is counted twice. */
+/** The values of the gauges. They are read at each scrape: no gauge has to be kept up to date. */
 export type Observed = {
   in_flight_bytes: () => number
   staging: () => { used: number; capacity: number }
@@ -26,8 +26,8 @@ export type Observed = {
 }
 
 /**
- * Every instrument of the service in one registry, named as its metric without the prefix `muond_`. `observe` adds the
- * gauges once the things they show exist. No label carries the name of a run or parameter, so their number is bounded.
+ * Every metric of the service, in one registry; a field has the metric's name without `muond_`. `observe` adds the
+ * gauges once there is something to show. No label names a run or a parameter, so the number of series is bounded.
  */
 export function createMetrics(registry = new Registry()) {
   collectDefaultMetrics({ register: registry, prefix: 'muond_' })

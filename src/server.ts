@@ -5,8 +5,8 @@ import { errorText } from './errors.js'
 type Command = (argv: readonly string[]) => Promise<string | undefined>
 
 /**
- * By name; `muond` followed by flags, or by nothing, serves. A command answers what is to be printed, if anything. Each is
- * loaded when it is asked for: a list of presets needs no device.
+ * The commands by name; each returns the text to print, if any. `muond` with flags only, or with nothing, is `serve`. A
+ * command is loaded when it is asked for: a list of presets needs no device.
  */
 const COMMANDS = new Map<string, Command>([
   ['serve', async (argv) => (await import('./commands/serve.js')).serveCommand(argv, process.env)],
@@ -34,14 +34,14 @@ try {
   fail(error)
 }
 
-/** One line for the person who started it: a wrong setting, a missing library, a port in use. */
+/** Prints an error as one line, such as a wrong setting, a missing library or a port in use, and ends the process. */
 function fail(error: unknown): void {
   process.stderr.write(`muond: ${errorText(error)}\n`)
-  // Nothing has been computed yet, but lanes that wait for work would keep the process.
+  // No step was computed yet, but lanes that wait for work would keep the process alive.
   process.exit(1)
 }
 
-/** Whoever reads the text may stop early, as `head` does: nobody misses the rest. */
+/** Prints a text. Its reader may stop early, as `head` does, and that is no error. */
 function print(text: string): void {
   process.stdout.once('error', (error: NodeJS.ErrnoException) => {
     if (error.code !== 'EPIPE') fail(error)

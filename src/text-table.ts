@@ -1,6 +1,6 @@
 export type Align = 'left' | 'right'
 
-/** A table: `align` and `head` have one entry per column, as each row has. The first column is shortened where `width` is too small. */
+/** A table: `head`, `align` and each row have one entry for each column. */
 export type Table = {
   readonly head: readonly string[]
   readonly align: readonly Align[]
@@ -10,7 +10,7 @@ export type Table = {
 const GAP = '  '
 const SHORTEST = 12
 
-/** The lines of a table, none longer than `width` characters if its first column can give that much. */
+/** The lines of a table. Where they are longer than `width`, the first column is shortened, to 12 at the least. */
 export function tableLines({ head, align, rows }: Table, width = Number.POSITIVE_INFINITY): string[] {
   const all = [head, ...rows]
   const widths = head.map((_, column) => Math.max(...all.map((row) => row[column].length)))
@@ -27,7 +27,7 @@ function line(row: readonly string[], widths: readonly number[], align: readonly
   return cells.join(GAP).trimEnd()
 }
 
-/** Both ends of a name tell more than its middle, and its end the most. */
+/** Cuts a text down to `width` characters in its middle: both ends of a name tell more, and the last one the most. */
 export function shorten(text: string, width: number): string {
   if (text.length <= width) return text
   const start = Math.floor((width - 1) / 3)

@@ -1,4 +1,7 @@
-"""Distances of muond's and torch.optim.Muon's second update to float64. `make DIR` before accuracy.js, `judge DIR` after it."""
+"""Distances of muond's and torch.optim.Muon's second update to float64.
+
+`make DIR` writes the cases for accuracy.js, `judge DIR` judges its results.
+"""
 import json
 import sys
 

@@ -8,8 +8,8 @@ import { parseParameters, stateBytes } from '../../src/optimizer/parameter.js'
 import type { GroupDeclaration } from '../../src/wire/frame.js'
 
 /**
- * Computes two steps of every case in cases.json of a folder on the GPU, both with the case's gradient, and writes the
- * second update and the first state tensor: accuracy.py makes the cases and judges what comes out.
+ * Computes two steps of every case in a folder's cases.json on the GPU, both with the case's gradient, and writes the
+ * second update and the first state tensor. accuracy.py makes the cases and judges the results.
  */
 type Case = { name: string; shape: number[]; dtype: string; group: GroupDeclaration }
 

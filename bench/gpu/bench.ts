@@ -11,8 +11,8 @@ import { WORKLOADS, type Workload } from './models.js'
 /**
  * Steps of Muon on one GPU against torch.optim.Muon on the same one: `npm run bench:gpu`. Gradients and updates are
  * bfloat16, state is float32. "resident" has gradients and updates on the GPU, as torch has; "copied" has them in
- * page-locked host memory, so that both cross PCIe. `--only NAME`, `--lanes 4,6`, `--device cuda:0,1` (torch has GPU 0 alone),
- * `--out FILE` for the results.
+ * page-locked host memory, so that both cross PCIe. Flags: `--only NAME`, `--lanes 4,6`, `--device cuda:0,1` (torch
+ * has GPU 0 alone), `--out FILE` for the results.
  */
 const only = option('--only')
 const deviceName = option('--device') ?? 'cuda'

@@ -1,8 +1,8 @@
 """Checks and times the kernel of kernels/cuda/gemm.ts on a Hopper GPU against float64 and cuBLAS (torch).
 
-gemm.py FOLDER check|singles|sets|ops ...: FOLDER has gemm.cu and gemm.json, which gemm.ts writes. Variables: SEED of the
-inputs, SMALL for a check of small shapes only (under compute-sanitizer), CUBIN=1 for a gemm.cubin made elsewhere, ALONE
-for ops without cuBLAS, GEMM another name than gemm.
+gemm.py FOLDER check|singles|sets|ops ...: FOLDER has gemm.cu and gemm.json, which gemm.ts writes. Variables: SEED of
+the inputs, SMALL for a check of small shapes only (under compute-sanitizer), CUBIN=1 for a gemm.cubin made elsewhere,
+ALONE for ops without cuBLAS, GEMM another name than gemm.
 """
 import ctypes
 import glob
@@ -126,7 +126,7 @@ EPILOGUE = 4
 
 
 def schedule(problems):
-    """Dealt to the cluster that is free first, longest sums first."""
+    """Deals tiles to the cluster that is free first, those with the longest sums first."""
     order = sorted(range(len(problems)), key=lambda i: -problems[i].k_blocks)
     free = [(0, i) for i in range(CLUSTERS)]
     lists = [[] for _ in range(CLUSTERS)]
@@ -269,7 +269,7 @@ def direct(shapes, steps=5):
 
 
 def gram_form(shapes):
-    """Three iterations on the Gram matrix, then two direct ones, for matrices at least twice as long as wide; direct for the others."""
+    """Three iterations on the Gram matrix and two direct ones; five direct ones where a matrix is not that long."""
     long = [s for s in shapes if max(s) >= 2 * min(s) and min(s) >= 512]
     rest = [s for s in shapes if s not in long]
     sets = []

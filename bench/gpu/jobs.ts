@@ -11,11 +11,11 @@ import type { ParameterDeclaration } from '../../src/wire/frame.js'
 const NOISE_BYTES = 2 << 20
 
 /** A job and the unit that has its memory. */
-type Placed = Job & { unit: number }
+type UnitJob = Job & { unit: number }
 
 type Options = { parameters: readonly ParameterDeclaration[]; resident: boolean }
 
-/** One job for each parameter with Gaussian gradients, and all of them as a step; throws where one is not computed. */
+/** Makes a job with Gaussian gradients for each parameter; a step runs all of them, and throws where one fails. */
 export async function prepare(device: Device, gpu: Cuda, { parameters: declared, resident }: Options) {
   const group = parseGroup({ name: 'muon', algorithm: 'muon' })
   const parameters = parseParameters(declared, new Map([['muon', group]]))
@@ -42,7 +42,7 @@ export async function prepare(device: Device, gpu: Cuda, { parameters: declared,
   }))
   const { units } = device.admit(demands, 'the benchmark')
   await device.load(demands)
-  const jobs = parameters.map((parameter, index): Placed => {
+  const jobs = parameters.map((parameter, index): UnitJob => {
     const unit = units[index]
     const [gradient, update] = [allocate(parameter.gradient_bytes, unit), allocate(parameter.update_bytes, unit)]
     fill(gradient)
@@ -50,7 +50,7 @@ export async function prepare(device: Device, gpu: Cuda, { parameters: declared,
     const tensors = { gradient, update, state: [tensor], next: [next] }
     return { plan: plan(parameter, 1), gradient_scale: 1, ...tensors, unit }
   })
-  // What lies in fresh memory may be no number: the first step starts from zeros.
+  // Fresh memory may hold NaN: the first step starts from zeros.
   for (const job of jobs) await run(device, { ...job, state: undefined })
   let current = jobs.map((job) => ({ ...job, state: job.next, next: job.state ?? [] }))
   const step = async () => {
@@ -63,7 +63,7 @@ export async function prepare(device: Device, gpu: Cuda, { parameters: declared,
   return { step, free }
 }
 
-async function run(device: Device, job: Placed): Promise<void> {
+async function run(device: Device, job: UnitJob): Promise<void> {
   const result = await device.run(() => job, { cancelled: false }, job.unit)
   if (result?.outcome !== 'computed') throw new Error(`the device answered ${result?.outcome}`)
 }

@@ -1,7 +1,7 @@
-"""What the Python client costs on this machine: `python bench/python/bench.py`, with `--step` also a step of GPT-2 124M.
+"""Measures what the Python client costs on this machine, with `--step` also a step of GPT-2 124M.
 
-Needs the package (`pip install -e 'clients/python[torch,dev]'`, or PYTHONPATH=clients/python/src and its dependencies), and
-for `--step` a built service. Prints tables, and writes what it measured into bench/results/python.json.
+Needs the package (`pip install -e 'clients/python[torch,dev]'`, or PYTHONPATH=clients/python/src and its dependencies),
+and for `--step` a built service. Prints tables, and writes what it measured into bench/results/python.json.
 """
 
 from __future__ import annotations

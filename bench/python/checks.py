@@ -13,7 +13,7 @@ from table import table
 
 @dataclass(frozen=True)
 class Check:
-    """``holds`` is None for what was not tried, or has no bound."""
+    """A check or a figure; ``holds`` is None where it was not tried or has no bound."""
 
     what: str
     measured: str
@@ -29,7 +29,7 @@ class Checks:
 
     @property
     def left(self) -> float:
-        """Seconds until all must be over."""
+        """Seconds that are left for all checks."""
         return self._ends - time.monotonic()
 
     @property

@@ -1,7 +1,7 @@
 """One measurement of a client, in a process of its own, so that its CPU seconds are its own.
 
-`python client.py CLIENT MODE PORT` prints a line of JSON. CLIENT is `raw` (sockets and nothing else), `muond` (the package's
-run, with nothing done to the updates) or `websockets` (that package, with messages made beforehand).
+`python client.py CLIENT MODE PORT` prints a line of JSON. CLIENT is `raw` (sockets and nothing else), `muond` (the
+package's run, with nothing done to the updates) or `websockets` (that package, with messages made beforehand).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from workload import CHUNK_BYTES, PARAMETER_BYTES, PARAMETERS, SHAPE, STEPS, TIM
 
 _CHUNKS = PARAMETERS * PARAMETER_BYTES // CHUNK_BYTES
 _Mark = Callable[[], None]
-# What costs nothing: no compression, no pings.
+# No compression and no pings: they would cost time.
 _OPTIONS: dict[str, Any] = {"compression": None, "max_size": None, "ping_interval": None}
 
 
@@ -49,7 +49,7 @@ def main(client: str, mode: Mode, port: int) -> None:
 
 
 def connected(port: int) -> socket.socket:
-    """As the package connects to loopback."""
+    """A socket to the peer, connected as the package connects to loopback."""
     connection = socket.create_connection(("127.0.0.1", port))
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
@@ -57,7 +57,7 @@ def connected(port: int) -> socket.socket:
 
 
 def chunks() -> list[memoryview]:
-    """As many as a step has, each with memory of its own that was touched."""
+    """The tensors of a step, each with memory of its own, all of which was touched."""
     return [memoryview(np.ones(CHUNK_BYTES, np.uint8)) for _ in range(_CHUNKS)]
 
 
@@ -127,7 +127,7 @@ def _messages() -> list[bytes]:
 
 
 def _steps(mode: Mode, send: Callable[[], None], receive: Callable[[], None], mark: _Mark) -> None:
-    """Every step is whole before the next one begins, as in training; with both directions at the same time."""
+    """Runs one step after the other, as in training; within a step both directions move at the same time."""
     for step in range(STEPS):
         if step == 1:
             mark()

@@ -64,7 +64,7 @@ class Gpt(nn.Module):
                 nn.init.zeros_(parameter)
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of predicting every token but the first; ``tokens`` [batch, length]."""
+        """The mean loss of predicting every token but the first; ``tokens`` [batch, length]."""
         x, wanted = tokens[:, :-1], tokens[:, 1:]
         hidden = self.wte(x) + self.wpe(torch.arange(x.shape[1], device=x.device))
         for block in self.h:

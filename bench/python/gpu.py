@@ -2,8 +2,9 @@
 
     PYTHONPATH=clients/python/src python3 bench/python/gpu.py --service-command "node dist/src/server.js --device cuda"
 
-Needs torch and numpy, and a built service. Prints a table, and with --out writes it as JSON; ends with 1 if a check failed, and
-never takes longer than --seconds. `--device cpu` tries its logic on a machine without a GPU, less what only a GPU has.
+Needs torch and numpy, and a built service. Prints a table, and with --out writes it as JSON; ends with 1 if a check
+failed, and never takes longer than --seconds. `--device cpu` tries its logic on a machine without a GPU, less what only
+a GPU has.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-# The service has nothing to do with what follows.
+# The service gets the environment as it was before the changes below, which are for torch alone.
 _ENVIRONMENT = dict(os.environ)
 # Before torch: without it cuBLAS may add in another order each time, and no two trainings are the same bits.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -68,7 +69,7 @@ def _options() -> argparse.Namespace:
 
 
 def _device(name: str) -> torch.device:
-    """With its index, and with float32 that is float32. Raises RuntimeError if there is no GPU."""
+    """The device with its index, its float32 products without TF32. Raises RuntimeError if there is no GPU."""
     device = torch.device(name)
     if device.type != "cuda":
         return device

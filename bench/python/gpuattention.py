@@ -1,4 +1,4 @@
-"""The checks of gpu.py of MaxLogits: the largest logit of each head against float64, however the attention is computed."""
+"""Checks for gpu.py of MaxLogits: the largest logit of each head against float64, for every kind of attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpt import batches, gpt
 from service import ROOT, end_with_parent
 from syncs import syncs_are_errors
 
-# What random weights exceed.
+# A threshold that the logits of random weights exceed.
 _THRESHOLD = 1e-3
 _SIZES = {"vocabulary": 256, "width": 64, "heads": 4, "layers": 2, "context": 64}
 _COMPILED = "max_scores of flex_attention, compiled"
@@ -35,12 +35,12 @@ def check(checks: Checks, device: torch.device, url: str) -> None:
 
 
 def measured(device: torch.device, attend: Any) -> tuple[MaxLogits, torch.Tensor]:
-    """What flex_attention says, and what is so."""
+    """The largest logits by flex_attention, and by float64."""
     q, k, v, causal = _tensors(device)
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.shape[-2], k.shape[-2], device=device.type)
     max_logits = MaxLogits()
     with warnings.catch_warnings():
-        # That it is not compiled is what is tried here.
+        # Here flex_attention is tried without being compiled, of which it warns.
         warnings.simplefilter("ignore")
         output = max_logits.flex_attention("a", q, k, v, attend=attend, block_mask=mask)
     if output.requires_grad:
@@ -49,7 +49,7 @@ def measured(device: torch.device, attend: Any) -> tuple[MaxLogits, torch.Tensor
 
 
 def distance(max_logits: MaxLogits, wanted: torch.Tensor) -> float:
-    """The largest relative one of any head."""
+    """The largest relative error of any head."""
     return float(((torch.tensor(max_logits.values()["a"]) - wanted).abs() / wanted.abs()).max())
 
 
@@ -79,7 +79,7 @@ def collect_compiled(checks: Checks, process: subprocess.Popen[str] | None, seco
     elif process.returncode != 0:
         checks.add(_COMPILED, f"ended with {process.returncode}", "", False)
     else:
-        # Its kernel multiplies in TF32 where it may.
+        # The kernel of flex_attention multiplies in TF32 where it may.
         _compare(checks, _COMPILED, float(answer), 5e-3)
 
 

@@ -23,7 +23,7 @@ from syncs import a_cpu_copy_raises, keep_busy, syncs_are_errors
 WARM_UP = 20
 SIZES = {"vocabulary": 256, "width": 64, "heads": 4, "layers": 2, "context": 64}
 _TEXT = (ROOT / "docs" / "algorithms.md").read_bytes()
-# What a step of GPT-2 is worth waiting for; the table comes without it otherwise.
+# The figures of a GPT-2 step are left out of the table where fewer seconds are left.
 _STEP_TIME_SECONDS = 30.0
 
 
@@ -69,7 +69,7 @@ def _train(
     ]
     losses: list[torch.Tensor] = []
     began = time.perf_counter()
-    # The one backend of which the backward pass is the same bits every time.
+    # The only backend whose backward pass gives the same bits every time.
     with sdpa_kernel(SDPBackend.MATH):
         for batch in itertools.islice(batches(_TEXT, 8, SIZES["context"] + 1, device), steps):
             for optimizer in optimizers:
@@ -114,7 +114,7 @@ def _same(ours: Gpt, theirs: Gpt) -> bool:
 
 @contextlib.contextmanager
 def _same_bits_twice() -> Iterator[None]:
-    """What torch can compute to the same bits every time, it does."""
+    """Has torch compute the same bits every time, wherever it can."""
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
@@ -231,7 +231,7 @@ def _adamw(checks: Checks, device: torch.device, url: str) -> None:
             torch.manual_seed(step)
             gradient = torch.randn(50, 40, device=device)
             for weights, each in ((ours, optimizer), (theirs, reference)):
-                # From zero, what a step leaves is the direction times the learning rate.
+                # A step from weights of zero leaves the direction times the learning rate.
                 weights.detach().zero_()
                 weights.grad = gradient.clone()
                 each.step()

@@ -1,8 +1,9 @@
-"""The other end of a measured client, in a process of its own: takes or gives bytes as fast as it can, and does nothing else.
+"""The other end of a measured client, in a process of its own: takes or gives bytes as fast as it can.
 
-`python peer.py KIND MODE CONGESTION` listens on a free port, prints it, and serves one connection. KIND is `raw` (bytes without
-a form), `messages` (a WebSocket, whatever is in its messages) or `service` (the frames of a step, with empty tensors). MODE is
-`send`, `receive` or `both`, as the client sees it. CONGESTION is the kernel's congestion control, `default` for its own choice.
+`python peer.py KIND MODE CONGESTION` listens on a free port, prints it, and serves one connection. KIND is `raw` (bytes
+without a form), `messages` (a WebSocket, whatever is in its messages) or `service` (the frames of a step, with empty
+tensors). MODE is `send`, `receive` or `both`, as the client sees it. CONGESTION is the kernel's congestion control,
+`default` for its own choice.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _raw(connection: socket.socket, mode: Mode) -> None:
 
 
 class _Talk:
-    """The serving half of a WebSocket. Masks are not taken off: nobody looks at what is under them."""
+    """The serving half of a WebSocket. Masks are not taken off: nobody reads the bytes."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection

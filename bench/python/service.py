@@ -1,4 +1,4 @@
-"""A muond service for as long as a measurement takes, started with a command of the caller's. Nothing here waits for ever."""
+"""Runs a muond service for as long as a measurement takes, by a command of the caller's. Every wait has a limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STOP_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Served:
-    """A service that is ready. ``device`` is the one that it computes on, in its own words."""
+    """A service that is ready. ``device`` is the device that it computes on, by the service's name for it."""
 
     url: str
     device: str
@@ -36,7 +36,7 @@ class Served:
 
 @contextmanager
 def serving(command: str, seconds: float, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
-    """Starts the service on a free port unless the command has a --port. Raises RuntimeError if it is not ready in time."""
+    """Starts the service, on a free port unless the command has one. Raises RuntimeError if it is not ready in time."""
     words = shlex.split(command)
     if "--port" not in words:
         words += ["--port", "0"]

@@ -14,7 +14,7 @@ from gpt import Gpt, gpt
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of the median step; ``backward`` and ``step`` are parts of ``whole``. ``all`` has every step's ``whole``."""
+    """Seconds of the median step: ``backward`` and ``step`` are parts of ``whole``; ``all`` has every ``whole``."""
 
     algorithm: str
     overlap: bool
@@ -28,7 +28,7 @@ class StepTime:
 def step_times(
     device: torch.device, url: str, run: str, *, algorithm: str, overlap: bool, steps: int, tokens: tuple[int, int]
 ) -> StepTime:
-    """GPT-2 with 124 million parameters in float32, forward in bfloat16; the first step, which allocates, does not count.
+    """Times steps of GPT-2 124M in float32, with a forward pass in bfloat16, but not the first step, which allocates.
 
     ``algorithm``: ``muon`` (for the matrices, AdamW for the rest) or ``adamw`` (for all). ``tokens``: batch and length.
     """

@@ -1,4 +1,4 @@
-"""Proof that nothing waits for the GPU: what would wait is an error, and the GPU is kept busy so that waiting shows."""
+"""Shows that no code waits for the GPU: a wait is an error, and a busy GPU makes a wait visible in the time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def syncs_are_errors(device: torch.device) -> Iterator[None]:
-    """Whatever waits for a stream raises, in every thread."""
+    """Within the block every wait for a stream raises, in every thread."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -21,7 +21,7 @@ def syncs_are_errors(device: torch.device) -> Iterator[None]:
 
 
 def a_cpu_copy_raises(device: torch.device) -> bool:
-    """Whether that holds where it is relied on: in a hook of the backward pass, for the copy that a careless one would make."""
+    """Whether a wait raises in a hook of the backward pass too: here a copy to the CPU, as a careless hook makes it."""
     weights = torch.ones(8, device=device, requires_grad=True)
 
     def careless(tensor: torch.Tensor) -> None:
@@ -39,7 +39,7 @@ def a_cpu_copy_raises(device: torch.device) -> bool:
 
 
 def keep_busy(device: torch.device) -> torch.cuda.Event:
-    """Half a second or so of nothing, and an event behind it: whoever waits for the GPU finds it done."""
+    """Has the GPU do nothing for about half a second. The event behind that is done only once somebody waited."""
     torch.cuda._sleep(1_000_000_000)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))

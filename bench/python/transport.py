@@ -18,7 +18,7 @@ CPU_SECONDS_PER_GIGABYTE = 0.20
 OVER_RAW = 1.3
 
 _HERE = Path(__file__).parent
-# What the other end has to be for each client; the first one is what the others are compared with.
+# The kind of peer that each client needs; the others are compared with the first one.
 _CLIENTS = {"raw": "raw", "muond": "service", "websockets": "messages"}
 _SECONDS = 120.0
 
@@ -47,7 +47,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Row:
-    """All measurements of one client in one mode. CPU seconds are for each GB; the least ones met the fewest neighbours."""
+    """All measurements of one client in one mode. CPU seconds are per GB; the least ones met the least other work."""
 
     mode: Mode
     client: str
@@ -111,7 +111,7 @@ def _row(client: str, mode: Mode, found: list[Measurement]) -> Row:
 
 
 def bounds(rows: list[Row]) -> list[dict[str, Any]]:
-    """What was asked of each direction before anything was measured."""
+    """The bounds of each direction, which were stated before anything was measured."""
     ours = [row for row in rows if row.client == "muond" and row.mode != "both"]
     stated = [(f"CPU s/GB, {row.mode}", row.cpu_least, CPU_SECONDS_PER_GIGABYTE) for row in ours]
     stated += [(f"CPU over raw, {row.mode}", row.cpu_over_raw, OVER_RAW) for row in ours]

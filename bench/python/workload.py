@@ -1,4 +1,4 @@
-"""What is sent and received in every measurement of the transport: the same bytes, whoever does it."""
+"""The bytes that every measurement of the transport sends and receives: the same for every client."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, Literal
 Mode = Literal["send", "receive", "both"]
 
 CHUNK_BYTES = 4 << 20
-"""As the service has it unless it is told otherwise."""
+"""The service's default."""
 PARAMETERS = 12
 PARAMETER_BYTES = 2 * CHUNK_BYTES
 STEPS = 10
-"""The first one is not timed: its memory is touched for the first time."""
+"""The first step is not timed: it touches its memory for the first time."""
 TIMED_BYTES = (STEPS - 1) * PARAMETERS * PARAMETER_BYTES
-"""In each direction of a mode."""
+"""Bytes in each direction of a mode."""
 
 SHAPE = (PARAMETER_BYTES // 2048, 1024)
-"""Of a parameter whose gradients and updates are bfloat16."""
+"""Bytes of a parameter's gradient and of its update, which are bfloat16."""
 
 OPENED: dict[str, Any] = {
     "type": "opened",

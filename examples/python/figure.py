@@ -30,11 +30,11 @@ class Panel:
     mark: tuple[float, str] | None = None
     """A horizontal line and its text."""
     share: float = 1.0
-    """Of the height."""
+    """The panel's share of the height, relative to the other panels."""
 
 
 def save_figure(path: Path, panels: Sequence[Panel], x_label: str = "step") -> bool:
-    """Whether it was drawn: without matplotlib it says so and goes on."""
+    """Draws the panels, or says on standard error that matplotlib is missing; returns whether it drew."""
     try:
         import matplotlib as mpl
     except ModuleNotFoundError:

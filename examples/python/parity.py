@@ -1,9 +1,10 @@
-"""Says how far training through a service is from torch's own optimizers, and exits with 1 if it is further than it may be.
+"""Says how far training through a service is from torch's own optimizers, and exits with 1 if that is too far.
 
     python examples/python/parity.py                # 200 steps of each variation, three to four minutes on two cores
 
-Same start, same batches. `as it is` sends gradients and takes updates in bfloat16, which is the default; `rounding alone` is torch's
-optimizer, whose gradients were rounded to bfloat16 and nothing else; `float32` sends and takes float32.
+Same start, same batches. `as it is` sends gradients and takes updates in bfloat16, which is the default; `rounding
+alone` is torch's optimizer, whose gradients were rounded to bfloat16 and nothing else; `float32` sends and takes
+float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ VARIATIONS = ("schedule", "clipping", "accumulation", "resume", "constant rate",
 WARM_UP = 20
 LOSS_BOUND = 0.01
 DIRECTION_BOUND = 1e-6
-# Of bfloat16 the unit roundoff. In float32 both sides round once in each of the 20 steps that a momentum of 0.95 remembers.
+# bfloat16: its unit roundoff. float32: both sides round once in each of the 20 steps that a momentum of 0.95 remembers.
 MOMENTUM_BOUNDS = {"bfloat16": 2.0**-9, "float32": 2 * 20**0.5 * 2.0**-24}
 EXACT: dict[str, Any] = {"gradient_dtype": "float32", "update_dtype": "float32"}
 
@@ -40,7 +41,7 @@ Make = Callable[[Gpt], Sequence[torch.optim.Optimizer]]
 
 @dataclass(frozen=True)
 class Training:
-    """What one training is; ``rounded``: gradients are rounded to bfloat16 before the step."""
+    """How one training is done; ``rounded``: gradients are rounded to bfloat16 before the step."""
 
     variation: str
     make: Make
@@ -50,7 +51,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Check:
-    """A figure, what it may be at most, and what it is."""
+    """A figure by name, the most that it may be, and its value."""
 
     what: str
     value: float
@@ -92,7 +93,7 @@ class Row:
 
     @property
     def bounded(self) -> bool:
-        """What comes after a warm-up that there was not is up to chance: see what rounding alone makes of it."""
+        """Whether there is a bound. Without a warm-up, differences are up to chance: rounding alone makes large ones."""
         return self.variation != "no warm-up"
 
     @property
@@ -105,7 +106,7 @@ def compare_losses(optimizer: str, arguments: argparse.Namespace, url: str) -> I
     here = local_muon if optimizer == "Muon" else local_adamw
     there = remote_muon if optimizer == "Muon" else remote_adamw
     for variation in arguments.variation:
-        # Only a run that goes back needs checkpoints.
+        # Checkpoints are needed only where a run goes back.
         options: dict[str, Any] = {"url": url, "state": "checkpoint" if variation == "resume" else "tensors"}
         trainings = (
             ("torch", Training(variation, here, steps)),
@@ -166,7 +167,7 @@ class Trainer:
         self._schedules = [torch.optim.lr_scheduler.LambdaLR(one, factor) for one in self._optimizers]
 
     def step(self, step: int) -> float:
-        """Returns the loss before it."""
+        """Trains one step and returns the loss before it."""
         batch = random_windows(self.text, 8, 33, torch.Generator().manual_seed(step))
         parts = batch.chunk(4 if self._training.variation == "accumulation" else 1)
         loss = 0.0
@@ -188,7 +189,7 @@ class Trainer:
     def crashed_and_resumed(self, step: int) -> Trainer:
         """Saves everything, goes on for some steps that are then lost, and begins anew from what was saved."""
         holders: list[Any] = [self._model, *self._optimizers, *self._schedules]
-        # As a file would have it: a state_dict shares its tensors with what it is of.
+        # A copy, as a file is one: a state_dict shares its tensors with the model and the optimizer.
         saved = [{**holder.state_dict()} for holder in holders]
         with tempfile.TemporaryFile() as file:
             torch.save(saved, file)
@@ -221,7 +222,7 @@ def furthest(losses: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def adamw_direction(url: str) -> Check:
-    """The update before the learning rate: what a step leaves of weights that were 0."""
+    """The update before the learning rate: a step from weights of 0 leaves it."""
     ours, theirs = (torch.zeros(64, 48, requires_grad=True) for _ in range(2))
     reference = torch.optim.AdamW([theirs], lr=1e-2)
     largest = 0.0
@@ -273,7 +274,7 @@ def momentum(url: str, dtype: Any) -> Check:
 
 
 def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Frobenius norm of the difference by that of the other."""
+    """The Frobenius norm of the difference, divided by the norm of ``other``."""
     return float((one.double() - other.double()).norm() / other.double().norm())
 
 

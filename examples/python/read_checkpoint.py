@@ -1,4 +1,4 @@
-"""Holds a checkpoint of muond against its hashes and prints its tensors: read_checkpoint.py FOLDER. Needs Python only."""
+"""Checks the hashes of a checkpoint of muond and prints its tensors: read_checkpoint.py FOLDER. Needs Python only."""
 
 import hashlib
 import json

@@ -17,7 +17,7 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates: of Muon's matrices, of MuonClip's (which have AdamW's update RMS), and of what AdamW trains."""
+    """Learning rates of Muon's matrices, of MuonClip's (which have AdamW's update RMS), and of AdamW's parameters."""
 
     muon: float
     muonclip: float
@@ -26,7 +26,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Wanted:
-    """One entry of --optimizer for one model; ``threshold`` is QK-clip's, ``options`` are those of the service's optimizers."""
+    """An entry of --optimizer for a model; ``threshold`` is QK-clip's, ``options`` are for the service's optimizers."""
 
     name: str
     rates: Rates

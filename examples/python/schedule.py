@@ -6,5 +6,5 @@ WARM_UP = 0.1
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Times the learning rate: up over the first tenth of the steps, then straight down to a tenth."""
+    """The factor on the learning rate: up to 1 over the first tenth of the steps, then linearly down to a tenth."""
     return min(1.0, (step + 1) / max(1, int(WARM_UP * steps))) * (1 - 0.9 * step / steps)

@@ -61,7 +61,7 @@ def _build() -> None:
 
 
 def _address(log: IO[str]) -> str:
-    """From the first log line that has one. The lines after it are read too, so that the pipe never fills."""
+    """The address in the first log line that has one. Later lines are read too, so that the pipe never fills."""
     for line in log:
         address = json.loads(line).get("address")
         if address is not None:

@@ -1,4 +1,4 @@
-"""What every example learns: the bytes of this repository's own sources and documents."""
+"""The text that every example learns: the bytes of this repository's own sources and documents."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_corpus(root: Path) -> Corpus:
 
 
 def windows(text: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
-    """[starts, length] of int64: ``length`` bytes from each start on."""
+    """The ``length`` bytes from each start on, as int64 [starts, length]."""
     return text[starts[:, None] + torch.arange(length)].long()
 
 

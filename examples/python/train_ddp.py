@@ -1,11 +1,12 @@
-"""Data parallel training in which only rank 0 knows of the service: DDP averages the gradients, rank 0 has them turned into updates,
-and broadcasts the weights.
+"""Data parallel training in which only rank 0 knows of the service.
+
+DDP averages the gradients. Rank 0 sends them to the service, applies the updates and broadcasts the weights.
 
     python examples/python/train_ddp.py                 # two processes on this machine, about a minute on two cores
 
-At the end it shows that all ranks have the same weights, bit for bit, and trains the same in one process: with the batches of the
-ranks accumulated, which must give the same bits, and with one batch of the same size, which adds in another order. It exits with 1
-if not. A service is started for as long as this runs, unless --url says where one is.
+At the end it shows that all ranks have the same weights, bit for bit, and trains the same in one process: with the
+batches of the ranks accumulated, which must give the same bits, and with one batch of the same size, which adds in
+another order. It exits with 1 if not. A service is started for as long as this runs, unless --url says where one is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LOSS_BOUND = 1e-4
 
 @dataclass(frozen=True)
 class Trained:
-    """What a rank or a process came to: losses of the whole batch, and SHA-256 of the weights."""
+    """The result of a rank or a process: losses of the whole batch, and SHA-256 of the weights."""
 
     name: str
     losses: list[float]
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def rank_main(rank: int, arguments: argparse.Namespace, url: str, folder: str) -> None:
-    """What each process does. Of the service only rank 0 hears."""
+    """The training of one process. Only rank 0 connects to the service."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=arguments.ranks)

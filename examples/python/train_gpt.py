@@ -1,10 +1,10 @@
-"""Trains a byte-level GPT on this repository's own text, with torch's optimizers and with a muond service, and compares them.
+"""Trains a byte-level GPT on this repository's own text, with torch's optimizers and with a service, and compares them.
 
     python examples/python/train_gpt.py                                       # all four, about two minutes on two cores
     python examples/python/train_gpt.py --optimizer local-muon muond-muon --width 256 --depth 6 --steps 1000
 
-Every optimizer gets the same start and the same batches. A service is started for as long as this runs, unless --url says where one
-is. Needs torch, muond, and for the figure matplotlib.
+Every optimizer gets the same start and the same batches. A service is started for as long as this runs, unless --url
+says where one is. Needs torch, muond, and for the figure matplotlib.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EVALUATED_WINDOWS = 64
 
 @dataclass
 class Outcome:
-    """Losses in nats per byte; ``logits`` are the largest of all heads in each step, ``seconds`` are without evaluations."""
+    """Losses in nats per byte; ``logits``: the largest of all heads in each step; ``seconds``: without evaluations."""
 
     name: str
     train: list[float] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Outcome:
 
 def main() -> None:
     arguments = parse_arguments()
-    # The other half is the service's: threads that spin while they wait would keep it from its own steps.
+    # Half of the cores are the service's: torch's threads spin while they wait, and would delay the service's steps.
     torch.set_num_threads(arguments.threads or max(1, (os.cpu_count() or 2) // 2))
     size = Size(arguments.width, arguments.depth, arguments.heads, arguments.context)
     corpus = read_corpus(ROOT)
@@ -98,7 +98,7 @@ def train(name: str, arguments: argparse.Namespace, size: Size, corpus: Corpus, 
                 schedule.step()
                 # torch's own optimizers return nothing.
                 outcome.clipped_heads += 0 if receipt is None else sum(receipt.clipped_heads.values())
-            # The service's optimizers do it themselves.
+            # The service's optimizers have reset it already.
             max_logits.reset(step)
             outcome.optimizer_seconds += time.perf_counter() - computed
             outcome.seconds += time.perf_counter() - started

@@ -1,12 +1,12 @@
-"""Hugging Face's Trainer with a muond service: a GPT-2 of about a million parameters, built from a config, on this repository's bytes.
+"""Hugging Face's Trainer with a muond service: a GPT-2 of about a million parameters, on this repository's bytes.
 
     python examples/python/train_hf.py                       # about two minutes on two cores
     python examples/python/train_hf.py --resume              # goes on from the Trainer's newest checkpoint in --out
 
-Trainer is given the optimizer and a scheduler, and nothing else of it is changed. The state of the optimizer stays in the service,
-which keeps a checkpoint of it beside each of Trainer's: kill this with -9 at any time, and --resume goes on as if nothing had
-happened. `--optimizer adamw` is torch's, for comparison; both are trained and drawn together unless one is named. Nothing is
-downloaded. Needs transformers and accelerate.
+Trainer is given the optimizer and a scheduler, and nothing else of it is changed. The state of the optimizer stays in
+the service, which keeps a checkpoint of it beside each of Trainer's: kill this with -9 at any time, and --resume goes
+on as if nothing had happened. `--optimizer adamw` is torch's, for comparison; both are trained and drawn together
+unless one is named. Nothing is downloaded. Needs transformers and accelerate.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ByteTokenizer:
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):
-    """So many windows of the text, spread evenly; the model itself shifts the labels by one."""
+    """``count`` windows of the text, spread evenly; the model itself shifts the labels by one."""
 
     def __init__(self, text: torch.Tensor, count: int, context: int) -> None:
         self._windows = even_windows(text, count, context)
@@ -146,7 +146,7 @@ def train(name: str, arguments: argparse.Namespace, url: str) -> Outcome:
         trainer.train(resume_from_checkpoint=newest)
     seconds = time.perf_counter() - started
     if isinstance(optimizer, Optimizer):
-        # The run stays: the last checkpoint can be gone on from.
+        # The run stays, so that --resume can go on from the last checkpoint.
         optimizer.close()
     return Outcome(name, trainer.state.log_history, seconds, digest(model), sample(model))
 
@@ -198,7 +198,7 @@ def training_arguments(arguments: argparse.Namespace, out: Path) -> TrainingArgu
 
 
 def sample(model: GPT2LMHeadModel, prompt: str = "export function ", count: int = 48) -> str:
-    """What the model goes on with, the likeliest byte at a time."""
+    """The model's continuation of a text: always the likeliest next byte."""
     tokenizer = ByteTokenizer()
     tokens = torch.tensor([tokenizer.encode(prompt)])
     model.eval()

@@ -1,4 +1,4 @@
-"""What tells that two models are equal bit for bit."""
+"""A hash that tells whether two models are equal bit for bit."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ type Row = { readonly parameter: Parameter; readonly group: Group; readonly plan
 export type Totals = { parameters: number; elements: number; state_bytes: number; flops: number }
 
 /**
- * `muond explain`: what it prints, in lines of at most `width` characters where names can be shortened.
- * Throws ConfigError for its arguments and the file, ServiceError for what `open` would refuse.
+ * `muond explain`: returns the text to print, in lines of at most `width` characters if shorter names allow it.
+ * Throws ConfigError for its arguments and the file, and ServiceError as `open` would.
  */
 export function explainCommand(argv: readonly string[], env: Environment, width?: number): string {
   const { values, positionals } = readArguments(argv, { json: 'boolean', presets: 'string', help: 'boolean' })
@@ -49,7 +49,7 @@ export function explainCommand(argv: readonly string[], env: Environment, width?
   return values.json ? JSON.stringify(jsonOf(declaration), null, 2) : textOf(declaration, width)
 }
 
-/** The file as the frame it would be on the wire: the same reader, the same errors. */
+/** Reads the file as an `open` frame through the reader of the wire, so that its errors are those of a stream. */
 function readOpenFrame(file: string): OpenFrame {
   const given = { type: 'open', protocol: 1, run: 'explained', ...parseFile(file) } as const
   if (given.type !== 'open') throw new ConfigError(`${file} has type ${show(given.type)}, expected 'open'`)
@@ -117,7 +117,7 @@ function textOf(declaration: Declaration, width?: number): string {
   return [...sections, ...(attentions.length > 0 ? [attentions.join('\n')] : []), total].join('\n\n')
 }
 
-/** Which rows QK-clip scales in an update, where a head's largest logit is above the threshold. */
+/** The lines of an attention: which rows QK-clip scales where a head's largest logit is above the threshold. */
 function attentionLine(attention: Attention, parameters: readonly Parameter[]): string {
   const { name, rule, query_heads, threshold } = attention
   const rows = claimsOf(attention).map(({ key, parameter, first_row, rows }) => {
@@ -129,7 +129,7 @@ function attentionLine(attention: Attention, parameters: readonly Parameter[]): 
 const HEAD = ['parameter', 'layout', 'matrices', 'f', 'state', 'FLOPs']
 const ALIGN = ['left', 'left', 'right', 'right', 'right', 'right'] as const
 
-/** A group's line, the table of its parameters, and what its layouts mean. */
+/** A group's title, the table of its parameters, and a line for each layout that says what it means. */
 function sectionOf(group: Group, rows: readonly Row[], width?: number): string {
   const table = tableLines({ head: HEAD, align: ALIGN, rows: rows.flatMap(cellsOf) }, width)
   const reasons = new Map(rows.map(({ parameter }) => [layoutName(parameter), layoutReason(parameter)]))
@@ -142,7 +142,7 @@ function titleOf({ name, algorithm, preset, hyperparameters: { lr } }: Group, { 
   return `group ${name}: ${algorithm}${from}, lr ${lr}, decay ${decimal(decay)} per step`
 }
 
-/** A parameter's line; blocks of other sizes have lines of their own below it. */
+/** A parameter's row of the table; blocks of further sizes have rows of their own below it. */
 function cellsOf({ parameter, plan: { blocks, state_bytes, flops } }: Row): string[][] {
   const [first, ...others] = blocks.map(({ count, rows, cols, factor }) => [
     `${count === 1 ? '' : `${count} of `}${rows}x${cols}`,

@@ -8,6 +8,7 @@ import { UnreadableError } from '../store/checkpoint/manifest.js'
 import type { StateSource } from '../store/checkpoint/state-source.js'
 import { tableLines } from '../text-table.js'
 import { amount } from './amount.js'
+import { withPlainErrors } from './plain-errors.js'
 import { byteProgress, type Terminal } from './progress.js'
 import { serviceOf } from './rest.js'
 import { openRun } from './rest-source.js'
@@ -45,8 +46,9 @@ const FORMATS = ['safetensors', 'torch-dcp', 'torch-optimizer'] as const
 type Format = (typeof FORMATS)[number]
 
 const SHARD_BYTES = 2 ** 32
+const PLAIN = [UnreadableError, OutputExistsError, NotTorchError]
 
-/** `muond export`: writes the files and answers what it has written. Throws ConfigError, with nothing written. */
+/** `muond export`: writes files and returns the report to print. Throws ConfigError, and then nothing was written. */
 export async function exportCommand(
   argv: readonly string[],
   env: Environment,
@@ -58,10 +60,11 @@ export async function exportCommand(
   })
   if (values.help) return HELP
   const { run, format, out } = asked(values, positionals)
-  const source = await told(() => openSource(run, values, env))
+  const source = await withPlainErrors(PLAIN, () => openSource(run, values, env))
   try {
     const watched = watch(source, `exporting run '${run}':`, terminal)
-    const written = await told(() => write(watched, { format, out, shard_bytes, partial: values.partial === true }))
+    const writing = { format, out, shard_bytes, partial: values.partial === true }
+    const written = await withPlainErrors(PLAIN, () => write(watched, writing))
     const { step, digest } = source.description
     return [`run '${run}' at step ${step}, digest ${digest}`, ...written].join('\n')
   } finally {
@@ -88,17 +91,7 @@ async function openSource(run: string, flags: Flags, env: Environment): Promise<
   return openRun(serviceOf(flags, env), run)
 }
 
-/** What the person can do something about is told in one line, without a stack. */
-async function told<T>(work: () => Promise<T>): Promise<T> {
-  try {
-    return await work()
-  } catch (error) {
-    const known =
-      error instanceof UnreadableError || error instanceof OutputExistsError || error instanceof NotTorchError
-    throw known ? new ConfigError(error.message) : error
-  }
-}
-
+/** The same state; reading it shows on the terminal how much is done. */
 function watch(source: StateSource, what: string, terminal: Terminal): StateSource {
   const total = source.tensors.reduce((sum, { bytes }) => sum + bytes, 0)
   const read = async function* () {

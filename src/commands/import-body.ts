@@ -8,7 +8,7 @@ import { stateName } from '../store/checkpoint/state-source.js'
 import { encodeHeader, SAFETENSORS_DTYPES, type TensorEntry } from '../store/safetensors.js'
 import type { Match } from './matching.js'
 
-/** A safetensors body, and what was left to say of how it was made. */
+/** A safetensors body of `bytes` bytes; `notes` are sentences for the person: which tensors were taken as zero. */
 export type Body = { bytes: number; pieces: AsyncIterable<Uint8Array>; notes: string[] }
 
 type Part = { entry: TensorEntry; read: () => AsyncIterable<Uint8Array> | Iterable<Uint8Array> }
@@ -16,7 +16,7 @@ type Part = { entry: TensorEntry; read: () => AsyncIterable<Uint8Array> | Iterab
 export type BodyOptions = {
   origin: Origin
   groups: ReadonlyMap<string, Group>
-  /** Stands for a parameter whose optimizer keeps no count; every number above 0 computes the same. */
+  /** The update count of a parameter whose optimizer keeps none. All counts above 0 compute the same there. */
   count: number
   metadata: Record<string, string>
 }
@@ -24,7 +24,7 @@ export type BodyOptions = {
 const COUNT_BYTES = 8
 const ZEROS_BYTES = 1 << 20
 
-/** Puts a body for an import together; the tensors are read when it is sent. Throws ConfigError where the file lacks something. */
+/** Makes the body of an import; tensors are read when it is sent. Throws ConfigError for a tensor that is missing. */
 export function bodyOf(matches: readonly Match[], options: BodyOptions): Body {
   const notes: string[] = []
   const counts = matches.map(({ parameter, state: { count, tensors } }): Part => {
@@ -84,7 +84,7 @@ function given(
   return { entry, read: () => readTensor(tensor, what) }
 }
 
-/** Moonlight keeps the buffer of a tensor with more dimensions as the matrix that it makes of it. */
+/** Whether a tensor has the run's shape. Moonlight flattens a buffer of more than two dimensions to a matrix. */
 function fits(given: readonly number[], expected: readonly number[], origin: Origin): boolean {
   if (String(given) === String(expected)) return true
   const [rows, ...rest] = expected
@@ -93,7 +93,7 @@ function fits(given: readonly number[], expected: readonly number[], origin: Ori
   )
 }
 
-/** torch keeps no momentum buffer without momentum, and neither does a step here look at one then. */
+/** A momentum buffer of zeros: torch keeps none where momentum is 0, and no step here reads it then. */
 function zeros(parameter: Parameter, expected: StateTensor, { hyperparameters }: Group): Part {
   if (expected.name !== 'momentum_buffer' || !('momentum' in hyperparameters) || hyperparameters.momentum !== 0)
     throw new ConfigError(`the file has no '${expected.name}' of parameter '${parameter.name}'`)

@@ -9,8 +9,9 @@ import { type Parameter, parseParameters } from '../optimizer/parameter.js'
 import { UnreadableError } from '../store/checkpoint/manifest.js'
 import { type Body, bodyOf } from './import-body.js'
 import { type MatchBy, match } from './matching.js'
+import { withPlainErrors } from './plain-errors.js'
 import { byteProgress, type Terminal } from './progress.js'
-import { getJson, putStream, type Service, serviceOf } from './rest.js'
+import { getJson, putStream, type ServiceAddress, serviceOf } from './rest.js'
 
 type Schemas = components['schemas']
 
@@ -53,7 +54,9 @@ const FLAGS: Readonly<Record<string, 'string' | 'boolean'>> = {
   ...{ url: 'string', token: 'string', order: 'boolean', partial: 'boolean', help: 'boolean' },
 }
 
-/** What each keeps as Muon's buffer; muond's own files say it themselves. */
+const PLAIN = [ForeignError, UnreadableError]
+
+/** The form of Muon's buffer in each optimizer's files; those of muond state it. */
 const FORMS: Readonly<Record<Origin, 'stated' | 'ema' | 'heavy_ball'>> = {
   muond: 'stated',
   'torch-optimizer': 'ema',
@@ -64,7 +67,7 @@ const FORMS: Readonly<Record<Origin, 'stated' | 'ema' | 'heavy_ball'>> = {
 
 type Declared = { groups: ReadonlyMap<string, Group>; parameters: Parameter[] }
 
-/** `muond import`: answers what the run has now. Throws ConfigError, and then nothing was imported. */
+/** `muond import`: imports a file and returns the report. Throws ConfigError, and then nothing was imported. */
 export async function importCommand(
   argv: readonly string[],
   env: Environment,
@@ -79,15 +82,17 @@ export async function importCommand(
   const by = matchByOf(values)
   const count = countOf(values)
   const service = serviceOf(values, env)
-  const file = await told(() => openForeign(path, origin, typeof values.key === 'string' ? values.key : undefined))
+  const key = typeof values.key === 'string' ? values.key : undefined
+  const file = await withPlainErrors(PLAIN, () => openForeign(path, origin, key))
   try {
     const declared = await declarationOf(service, run)
     const matches = match(file.states, declared.parameters, by, origin)
     const form = formOf(values, { origin, file, parameters: matches.map(({ parameter }) => parameter), declared })
     const metadata = statedForms(file, matches)
-    const body = await told(async () => bodyOf(matches, { origin, groups: declared.groups, count, metadata }))
+    const options = { origin, groups: declared.groups, count, metadata }
+    const body = await withPlainErrors(PLAIN, async () => bodyOf(matches, options))
     const query = `partial=${values.partial === true}&momentum_form=${form}`
-    const imported = await told(() =>
+    const imported = await withPlainErrors(PLAIN, () =>
       send(service, `/v1/runs/${encodeURIComponent(run)}/state?${query}`, body, { run, terminal }),
     )
     return report(run, imported, body)
@@ -128,7 +133,7 @@ function countOf({ step = '1' }: Flags): number {
   throw new ConfigError(`--step is '${step}', expected an integer from 1 on`)
 }
 
-/** A file of ours says what its buffers are; where it does not, nobody may guess. */
+/** The `momentum_form` of the import. A file of muond has to state its own: throws ConfigError rather than guess. */
 function formOf(
   flags: Flags,
   {
@@ -149,7 +154,7 @@ function formOf(
   )
 }
 
-/** What the file says of its parameters, by the names that they have in the run. */
+/** The metadata `momentum_form` for the import: the file's own, under the names that its parameters have in the run. */
 function statedForms({ momentum_form }: ForeignFile, matches: ReturnType<typeof match>): Record<string, string> {
   if (momentum_form === undefined) return {}
   if (!momentum_form.startsWith('{')) return { momentum_form }
@@ -163,8 +168,8 @@ function statedForms({ momentum_form }: ForeignFile, matches: ReturnType<typeof 
 
 const PAGE = 10_000
 
-/** The groups and parameters that the run has, as `open` would check them. */
-async function declarationOf(service: Service, run: string): Promise<Declared> {
+/** The run's groups and parameters, asked from the service and checked as `open` checks them. */
+async function declarationOf(service: ServiceAddress, run: string): Promise<Declared> {
   const path = `/v1/runs/${encodeURIComponent(run)}`
   const { groups: given } = await getJson<Schemas['Run']>(service, path)
   const parsed = Object.entries(given).map(([name, { preset: _, algorithm, ...hyperparameters }]): [string, Group] => [
@@ -188,7 +193,7 @@ async function declarationOf(service: Service, run: string): Promise<Declared> {
 }
 
 async function send(
-  service: Service,
+  service: ServiceAddress,
   path: string,
   { bytes, pieces }: Body,
   { run, terminal }: { run: string; terminal: Terminal },
@@ -211,13 +216,4 @@ function report(run: string, { step, digest, parameters, checkpoint }: Schemas['
     `run '${run}' goes on after step ${step} with the state of ${count}, digest ${digest}, ${kept}`,
     ...notes,
   ].join('\n')
-}
-
-/** What the person can do something about is told in one line, without a stack. */
-async function told<T>(work: () => Promise<T>): Promise<T> {
-  try {
-    return await work()
-  } catch (error) {
-    throw error instanceof ForeignError || error instanceof UnreadableError ? new ConfigError(error.message) : error
-  }
 }

@@ -5,10 +5,10 @@ import type { Parameter } from '../optimizer/parameter.js'
 
 export type Match = { parameter: Parameter; state: ForeignState }
 
-/** How the parameters of a file find those of a run: by their names, some of which a map translates, or by their order. */
+/** How a file's parameters are paired with a run's: by order, or by name, where a map may translate some names. */
 export type MatchBy = { order: true } | { names: ReadonlyMap<string, string> }
 
-/** Pairs every parameter of a file that has state with one of the run. Throws ConfigError where one finds none. */
+/** Pairs each parameter of a file that has state with one of the run. Throws ConfigError where the run has none. */
 export function match(
   states: readonly ForeignState[],
   parameters: readonly Parameter[],
@@ -49,8 +49,8 @@ function labelOf({ name, key }: ForeignState): string {
 }
 
 /**
- * The n-th parameter of the file with some kinds of tensors is the n-th of the run with these: a file may have Muon's before
- * AdamW's. KellerJordan/Muon sorts Muon's by their shapes first where it is distributed, so both sides are sorted there.
+ * Pairs parameters by order, among those with the same kinds of tensors: a file may have Muon's parameters before
+ * AdamW's. KellerJordan/Muon, when distributed, sorts Muon's parameters by shape, so both sides are sorted for it.
  */
 function matchOrder(states: readonly ForeignState[], parameters: readonly Parameter[], origin: Origin): Match[] {
   const withState = states.filter(({ tensors }) => tensors.size > 0)
@@ -83,7 +83,7 @@ function shapeOf({ tensors }: ForeignState): readonly number[] {
   return first.shape
 }
 
-/** Python compares sizes from the first dimension on; equal ones keep their order. */
+/** Sorts by shape, the largest first, as Python does: compares from the first dimension on, and keeps ties in order. */
 function byShape<T>(items: readonly T[], of: (item: T) => readonly number[]): T[] {
   return [...items].sort((a, b) => {
     const [left, right] = [of(b), of(a)]

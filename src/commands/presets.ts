@@ -10,7 +10,7 @@ the file of one, with the source of every value.
   --presets DIR  Folder with presets of your own; also MUOND_PRESETS
   --help         Prints this`
 
-/** `muond presets`: what it prints. Throws ConfigError for an unknown name or flag, or a preset that cannot be read. */
+/** `muond presets`: returns the text to print. Throws ConfigError for an unknown name or flag and a bad preset. */
 export function presetsCommand(argv: readonly string[], env: Environment): string {
   const { values, positionals } = readArguments(argv, { presets: 'string', help: 'boolean' })
   if (values.help) return HELP
@@ -20,7 +20,7 @@ export function presetsCommand(argv: readonly string[], env: Environment): strin
   return name === undefined ? list(files) : textOf(files, name)
 }
 
-/** The folder of the person's own presets, as the setting `presets` of the service: the flag wins, '' is none. */
+/** The folder of the person's own presets by --presets or MUOND_PRESETS; the flag wins, '' is none. */
 export function presetsFolder({ presets }: Flags, { MUOND_PRESETS }: Environment): string {
   return String(presets ?? MUOND_PRESETS ?? '')
 }

@@ -1,12 +1,15 @@
 import { amount } from './amount.js'
 
-/** Where progress goes: standard error, so that what a command prints stays clean. */
+/** Where progress is written: standard error, which keeps it out of a command's output. */
 export type Terminal = { isTTY?: boolean; columns?: number; write(text: string): unknown }
 
 const LARGE_BYTES = 64 << 20
 const EVERY_MS = 100
 
-/** Says on a terminal how many of so many bytes are done, on one line; nothing for a few, and nothing to a file or a pipe. */
+/**
+ * Shows on one line of a terminal how many of `total` bytes are done. Shows nothing where `total` is below 64 MiB, and
+ * where the output is a file or a pipe.
+ */
 export function byteProgress(
   what: string,
   total: number,
@@ -18,7 +21,7 @@ export function byteProgress(
   const show = () => {
     const share = Math.floor((100 * bytes) / total)
     const line = `${what} ${amount(bytes, 'B')} of ${amount(total, 'B')}, ${share} %`
-    // A line that is wrapped cannot be rewritten.
+    // A line that the terminal wraps cannot be rewritten.
     terminal.write(`\r${line.slice(0, terminal.columns)}\x1b[K`)
   }
   return {

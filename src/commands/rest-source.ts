@@ -1,21 +1,21 @@
 import { ConfigError } from '../config.js'
 import { describeState, type SourceTensor, type StateSource } from '../store/checkpoint/state-source.js'
-import { readHead, Tensors } from '../store/safetensors-stream.js'
-import { getStream, type Service } from './rest.js'
+import { readStreamHeader, TensorSplitter } from '../store/safetensors-stream.js'
+import { getStream, type ServiceAddress } from './rest.js'
 
-/** What a service's own header can have; one for half a million parameters has about half of it. */
+/** Most bytes of the header of a service's answer. Half a million parameters take about half of it. */
 const HEADER_BYTES = 2 ** 29
 
-/** The state of a run of a service, as one request gives it. Throws ConfigError. */
-export async function openRun(service: Service, run: string): Promise<StateSource> {
+/** Asks a service for the state of a run, in one request: `read` works once. Throws ConfigError. */
+export async function openRun(service: ServiceAddress, run: string): Promise<StateSource> {
   const { body, bytes } = await getStream(service, `/v1/runs/${encodeURIComponent(run)}/state`)
   const pieces: AsyncIterator<Uint8Array> = body[Symbol.asyncIterator]()
-  const { header, start, rest } = await readHead(pieces, { headerBytes: HEADER_BYTES, bytes })
+  const { header, start, rest } = await readStreamHeader(pieces, { headerBytes: HEADER_BYTES, bytes })
   const tensors = header.ranges.map(({ begin, end, ...range }): SourceTensor => ({ ...range, bytes: end - begin }))
   const read = async function* () {
     let begun = 0
     let ready: { tensor: number; piece: Uint8Array }[] = []
-    const parts = new Tensors({
+    const parts = new TensorSplitter({
       header,
       start,
       sinkOf: () => {

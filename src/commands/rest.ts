@@ -4,42 +4,46 @@ import { request as httpsRequest } from 'node:https'
 import { ConfigError, type Environment, type Flags } from '../config.js'
 import { errorText } from '../errors.js'
 
-/** A service as a command reaches it. */
-export type Service = { url: string; token: string | undefined }
+/** How a command reaches a service: its URL, without a slash at the end, and a bearer key. */
+export type ServiceAddress = { url: string; token: string | undefined }
 
 const DEFAULT_URL = 'http://127.0.0.1:8787'
 
-/** What the flags `--url` and `--token` say, or the variable MUOND_TOKEN. Throws ConfigError for what is no URL. */
-export function serviceOf({ url = DEFAULT_URL, token }: Flags, { MUOND_TOKEN }: Environment): Service {
+/** Reads the flags `--url` and `--token`, or the variable MUOND_TOKEN. Throws ConfigError where the URL is none. */
+export function serviceOf({ url = DEFAULT_URL, token }: Flags, { MUOND_TOKEN }: Environment): ServiceAddress {
   if (!/^https?:\/\//.test(String(url)) || !URL.canParse(String(url)))
     throw new ConfigError(`--url is '${url}', expected one such as ${DEFAULT_URL}`)
   return { url: String(url).replace(/\/+$/, ''), token: typeof token === 'string' ? token : MUOND_TOKEN }
 }
 
-/** The JSON that a path answers. Throws ConfigError with what the service says. */
-export async function getJson<T>(service: Service, path: string): Promise<T> {
+/** The JSON of an answer to GET. Throws ConfigError with the service's own words where it refuses. */
+export async function getJson<T>(service: ServiceAddress, path: string): Promise<T> {
   const { response, end } = await answered(service, path, { method: 'GET' })
   end()
   return JSON.parse(await textOf(await response))
 }
 
-/** The body that a path answers, as it comes, and its length. Throws ConfigError. */
-export async function getStream(service: Service, path: string): Promise<{ body: IncomingMessage; bytes: number }> {
+/** The body of an answer to GET, as a stream, and its length in bytes. Throws ConfigError as `getJson`. */
+export async function getStream(
+  service: ServiceAddress,
+  path: string,
+): Promise<{ body: IncomingMessage; bytes: number }> {
   const { response, end } = await answered(service, path, { method: 'GET' })
   end()
   const body = await response
   return { body, bytes: Number(body.headers['content-length']) }
 }
 
-/** Sends a body of a known length, and stops sending where it is answered before its end. Throws ConfigError. */
+/** Sends a body of `bytes` bytes with PUT, and stops where the service answers before its end. Throws as `getJson`. */
 export async function putStream<T>(
-  service: Service,
+  service: ServiceAddress,
   path: string,
   { bytes, pieces }: { bytes: number; pieces: AsyncIterable<Uint8Array> },
 ): Promise<T> {
   const headers = {
     ...{ 'content-type': 'application/octet-stream', 'content-length': bytes },
-    // A service that may keep the connection reads on behind a refusal. If it closed it, bytes on their way would cost the answer.
+    // With keep-alive a service that refuses reads on. If it closed the connection, bytes that still arrive there would
+    // reset it, and the answer would be lost.
     connection: 'keep-alive',
   }
   const { outgoing, response, end } = await answered(service, path, { method: 'PUT', headers })
@@ -58,7 +62,7 @@ export async function putStream<T>(
   }
 }
 
-async function answered({ url, token }: Service, path: string, options: RequestOptions) {
+async function answered({ url, token }: ServiceAddress, path: string, options: RequestOptions) {
   const target = new URL(`${url}${path}`)
   const request = target.protocol === 'https:' ? httpsRequest : httpRequest
   const headers = { ...options.headers, ...(token && { authorization: `Bearer ${token}` }) }
@@ -71,7 +75,7 @@ async function answered({ url, token }: Service, path: string, options: RequestO
   return { outgoing, response, end: () => void outgoing.end() }
 }
 
-/** A refusal is a problem document; what it says is what the person is told. */
+/** Passes an answer of success on. Throws ConfigError with the detail of any other, which is a problem document. */
 function refused(url: string): (response: IncomingMessage) => Promise<IncomingMessage> {
   return async (response) => {
     const { statusCode = 0 } = response
@@ -94,7 +98,7 @@ async function textOf(response: IncomingMessage): Promise<string> {
   return Buffer.concat(await response.toArray()).toString()
 }
 
-/** node tells of all the addresses that it has tried in an error of several errors. */
+/** The message of a failed connection. node puts those of several addresses into one error: the first is taken. */
 function reason(error: Error): string {
   /* c8 ignore next -- whether a name has several addresses depends on the machine */
   return error instanceof AggregateError ? errorText(error.errors[0]) : errorText(error)

@@ -3,12 +3,13 @@ import { type Logger, pino } from 'pino'
 import { type App, buildApp } from '../app.js'
 import { type Config, type Environment, readCommand, unknownVariables } from '../config.js'
 
-// What closing needs beyond the drain itself: close frames, lanes that end their work.
+// How long closing may take after the drain: close frames, and lanes that end their work.
 const CLOSE_SECONDS = 10
-// And what the last checkpoints may take. A supervisor that is less patient loses what no checkpoint has; a journal loses nothing.
+// How long the last checkpoints may take beside that. A supervisor that kills the process before loses the steps
+// since the last checkpoint; with a journal it loses none.
 const CHECKPOINT_SECONDS = 600
 
-/** `muond serve`, and `muond` alone: starts the service, or answers the text that `--help` and `--version` print. */
+/** `muond serve`, and `muond` alone: starts the service, or returns the text of `--help` or `--version`. */
 export async function serveCommand(argv: readonly string[], env: Environment): Promise<string | undefined> {
   const command = readCommand(argv, env)
   if (command.kind === 'print') return command.text
@@ -39,7 +40,7 @@ async function serve(config: Config): Promise<void> {
 }
 
 async function listen({ app }: App, { host, port }: Config, logger: Logger): Promise<string> {
-  // fastify would announce the address in prose; ours is the first line.
+  // fastify would log the address in words of its own; `listening` has to be the first line.
   const { level } = logger
   logger.level = 'silent'
   const address = await app.listen({ host, port })
@@ -51,7 +52,7 @@ function closeOnSignals({ app, drain }: App, { drain_seconds, data }: Config, lo
   const delay = (drain_seconds + CLOSE_SECONDS + (data ? CHECKPOINT_SECONDS : 0)) * 1000
   closeWithGrace({ delay, logger }, async ({ signal, err }) => {
     if (err) {
-      // A bug: nothing may be relied on any more, so nothing is drained. The lanes still end before the process does.
+      // A bug: nothing can be relied on, so no step is drained. The lanes still have to end before the process.
       logger.fatal({ event: 'crashed', err })
       return app.close()
     }

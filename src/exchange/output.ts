@@ -1,15 +1,17 @@
 import { type FileHandle, open, rename, rm, stat } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { syncFolder } from '../store/durable.js'
+import { writeAll } from '../store/file-bytes.js'
 
-/** A file or a folder that is to be written is there already. */
+/** A file or folder to be written exists already. */
 export class OutputExistsError extends Error {
   override readonly name = 'OutputExistsError'
 }
 
 /**
- * Has `work` write to other paths, which get the names `paths` once all of it is on the disk: what stands there is whole. Nothing
- * is left where `work` fails. Throws OutputExistsError where something stands there already.
+ * Writes files or folders that are whole once they have their names: `work` writes to other paths, `partials`, which
+ * are renamed to `paths` when it is done. Nothing is left where `work` fails. Throws OutputExistsError where a path
+ * exists.
  */
 export async function writeWhole(
   paths: readonly string[],
@@ -46,23 +48,23 @@ export class OutputFile {
   }
 
   async write(bytes: Uint8Array): Promise<void> {
-    for (let at = 0; at < bytes.length; ) at += (await this.#file.write(bytes, at)).bytesWritten
+    await writeAll(this.#file, bytes)
     this.bytes += bytes.length
   }
 
-  /** Closes it; what was written is on the disk then. */
+  /** Syncs the file to the disk and closes it. */
   async end(): Promise<void> {
     await this.#file.sync()
     await this.#file.close()
   }
 
-  /** Closes it, whatever has become of it. */
+  /** Closes the file without a sync: something has failed. */
   async abandon(): Promise<void> {
     await this.#file.close()
   }
 }
 
-/** Has `work` write files, and closes all of them. */
+/** Creates files, has `work` write them, and closes all of them; they are on the disk when it resolves. */
 export async function writeFiles(
   paths: readonly string[],
   work: (files: OutputFile[]) => Promise<void>,

@@ -1,12 +1,12 @@
 import { basename } from 'node:path'
-import { indexOf, shardName, shareOut } from '../store/checkpoint/state-files.js'
+import { shardName, shareOut, tensorIndexText } from '../store/checkpoint/state-files.js'
 import { type StateSource, stateMetadata } from '../store/checkpoint/state-source.js'
 import { encodeHeader } from '../store/safetensors.js'
 import { writeFiles, writeWhole } from './output.js'
 
 /**
- * Writes a state as one safetensors file, or, where it has more than `most` bytes, as shards beside each other with an index
- * `<path>.index.json`. Returns the paths.
+ * Writes a state as one safetensors file, or, where it has more than `most` bytes, as shards and an index,
+ * `<path>.index.json`, beside each other. Returns the paths. Throws OutputExistsError.
  */
 export async function writeSafetensors(path: string, source: StateSource, most: number): Promise<string[]> {
   const shares = shareOut(source.tensors, ({ bytes }) => bytes, most)
@@ -20,7 +20,7 @@ export async function writeSafetensors(path: string, source: StateSource, most: 
       for (const [i, share] of shares.entries()) await files[i].write(encodeHeader(share, metadata))
       if (files.length > shards.length) {
         const all = source.tensors.map((tensor, i) => ({ ...tensor, file: basename(shards[shardOf[i]]) }))
-        await files[shards.length].write(Buffer.from(indexOf(all)))
+        await files[shards.length].write(Buffer.from(tensorIndexText(all)))
       }
       for await (const { tensor, piece } of source.read()) await files[shardOf[tensor]].write(piece)
     }),

@@ -3,7 +3,7 @@ import type { FastifyRequest } from 'fastify'
 import type { Config } from '../config.js'
 import { ServiceError } from '../errors.js'
 
-/** What a route asks of a request: nothing, a key that reads, or a key that does everything. */
+/** The key that a route asks for: none, one that may read, or one that may do everything. */
 export type Access = 'open' | 'read' | 'write'
 
 declare module 'fastify' {
@@ -14,7 +14,7 @@ declare module 'fastify' {
   }
 }
 
-/** The subprotocol that the service chooses where a client offers it beside its key, so that no key is echoed. */
+/** The subprotocol that the service chooses where a client offers it beside its key, so that no answer has the key. */
 export const SUBPROTOCOL = 'muond.v1'
 const KEY_SUBPROTOCOL = 'bearer.'
 
@@ -42,7 +42,7 @@ export function authenticator({
   }
 }
 
-/** Chooses the subprotocol of an upgrade from those offered. A browser drops a connection for which none of its own is chosen. */
+/** Chooses a subprotocol from those that a client offers: a browser drops the connection where none is chosen. */
 export function chooseSubprotocol(offered: ReadonlySet<string>): string | false {
   if (offered.has(SUBPROTOCOL)) return SUBPROTOCOL
   return [...offered].find((name) => name.startsWith(KEY_SUBPROTOCOL)) ?? false
@@ -58,12 +58,12 @@ function subprotocolKey(offered = ''): string | undefined {
   return names.find((name) => name.startsWith(KEY_SUBPROTOCOL))?.slice(KEY_SUBPROTOCOL.length)
 }
 
-/** Digests are of one length, which timingSafeEqual needs, and tell nothing about the length of a key. */
+/** Hashes a key: digests have one length, which timingSafeEqual needs, and tell nothing of the key's length. */
 function hash(key: string): Buffer {
   return createHash('sha256').update(key).digest()
 }
 
-/** Looks at every key, so that the time tells nothing about which one matched. */
+/** Compares with every key, so that the time does not tell which one matched. */
 function matches(keys: readonly Buffer[], candidate: Buffer): boolean {
   return keys.reduce((found, key) => timingSafeEqual(key, candidate) || found, false)
 }

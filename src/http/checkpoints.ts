@@ -3,7 +3,7 @@ import type { Runs } from '../keep/runs.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry, RunFolder } from '../store/run-folder.js'
 
-/** The checkpoint with an id or a tag. Throws NOT_FOUND. */
+/** The checkpoint of a run by its id or a tag. Throws NOT_FOUND. */
 export function findCheckpoint(
   folder: RunFolder,
   { run, checkpoint }: { run: string; checkpoint: string },
@@ -13,7 +13,7 @@ export function findCheckpoint(
   throw new ServiceError('NOT_FOUND', `run '${run}' has no checkpoint '${checkpoint}'`)
 }
 
-/** Does what throws STEP_INCOMPLETE while a step is in progress once that has ended; see Boundary. */
+/** Does `work` between two steps: where it throws STEP_INCOMPLETE, again after the step in progress; see Boundary. */
 export function betweenSteps<T>(runs: Runs, run: Run, work: () => Promise<T>): Promise<T> {
   return run.boundary.reach(work, runs.closing)
 }

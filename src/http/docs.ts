@@ -15,17 +15,20 @@ type Document = {
   paths: Record<string, Record<string, Operation>>
 }
 
-/** Reads the contract that every route is made from: it lies beside package.json. */
+/** Reads openapi.yaml, the contract that every route is made from. It lies beside package.json. */
 export function readContract(): Contract {
   const text = readFileSync(new URL('../../../openapi.yaml', import.meta.url), 'utf8')
   return { text, document: parse(text) }
 }
 
-// Swagger UI styles its elements inline and draws its icons from data URLs; everything else comes from the service itself.
+// Swagger UI styles its elements inline and has its icons in data URLs; all else is the service's own.
 const CONTENT_SECURITY_POLICY =
   "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 
-/** The contract as a page under `/docs`. It is open to everybody: it shows what this repository shows, and a browser cannot send a key for it. */
+/**
+ * Serves the contract as a page under `/docs`. It needs no key: a browser cannot send one for a page, and the
+ * contract is no secret.
+ */
 export async function docs(scope: FastifyInstance, { document }: Contract): Promise<void> {
   scope.addHook('onRoute', (route) => {
     route.config = { ...route.config, access: 'open' }

@@ -4,18 +4,18 @@ import type { Receipt } from '../run/history.js'
 import type { Run } from '../run/run.js'
 import type { components } from './openapi.js'
 
-/** How many event streams there may be at a time. */
+/** Most event streams at a time. */
 export const MAX_EVENT_STREAMS = 64
-/** A reader that leaves so many bytes unread is cut off: it can come back with Last-Event-ID. */
+/** A reader that leaves more bytes unread is cut off. It can connect again with Last-Event-ID. */
 export const MAX_BEHIND_BYTES = 1 << 20
 
 type Reader = { run: Run; end: () => void }
 
-/** Server-sent events: every receipt of a run to everybody who listens. */
+/** Server-sent events: sends every receipt of a run to each reader of the run. */
 export class Events {
   #readers = new Set<Reader>()
 
-  /** Sends the kept receipts after step `after` and each later one as it happens. Throws OVERLOADED over MAX_EVENT_STREAMS. */
+  /** Sends the kept receipts after step `after`, then each new one. Throws OVERLOADED beyond MAX_EVENT_STREAMS. */
   open(run: Run, reply: FastifyReply, after: number): void {
     if (this.#readers.size >= MAX_EVENT_STREAMS) {
       throw new ServiceError(
@@ -42,13 +42,13 @@ export class Events {
     })
   }
 
-  /** Ends the streams of a run that is no more, or without a run all of them. */
+  /** Ends the event streams of a run, such as a deleted one, or all of them where no run is given. */
   end(run?: Run): void {
     for (const reader of this.#readers) if (run === undefined || reader.run === run) reader.end()
   }
 }
 
-/** A receipt as REST tells it: the frame without its type. */
+/** A receipt in REST: the frame without its type. */
 export function receiptBody({ type: _, ...receipt }: Receipt): components['schemas']['Receipt'] {
   return { ...receipt }
 }

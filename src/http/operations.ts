@@ -16,9 +16,9 @@ import { PROTOCOL } from '../wire/frame.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './docs.js'
 import { type Events, receiptBody } from './events.js'
-import { importState } from './import.js'
 import type { components, operations } from './openapi.js'
 import { runStateBody, stateBody, stateNorms } from './state.js'
+import { importState } from './state-import.js'
 
 export type Services = {
   config: Config
@@ -35,7 +35,7 @@ type ParametersOf<O, In extends string> = O extends { parameters: { [K in In]?: 
   ? AllOf<NonNullable<P>>
   : never
 type AllOf<P> = [P] extends [never] ? unknown : Required<P>
-/** Every query parameter of the contract has a default that validation fills in: none is undefined here. */
+/** A request as validation leaves it. Every query parameter of the contract has a default, so none is undefined. */
 type RequestOf<O> = FastifyRequest & {
   params: ParametersOf<O, 'path'>
   query: ParametersOf<O, 'query'>
@@ -48,13 +48,16 @@ type AnswerOf<O> = O extends { responses: { 200: { content: { 'application/json'
   ? Body
   : FastifyReply
 type Handler<O> = (request: RequestOf<O>, reply: FastifyReply) => AnswerOf<O> | Promise<AnswerOf<O>>
-/** Any handler as a route takes it. Written as a method, which TypeScript compares loosely: validation has made the request fit. */
+/**
+ * A handler of any operation. Its type is that of a method, whose parameters TypeScript compares loosely: validation
+ * has made the request fit the handler.
+ */
 export type AnyHandler = { handle(request: FastifyRequest, reply: FastifyReply): unknown }['handle']
 
 /** One handler per operationId of openapi.yaml: a missing one does not compile. `/docs` is served by its plugin. */
 export type Handlers = { readonly [Id in Exclude<keyof operations, 'getDocs'>]: Handler<operations[Id]> }
 
-/** The handlers of the control plane. They throw ServiceError; app.ts makes routes of them and problem documents of errors. */
+/** Makes the handler of every REST operation. They throw ServiceError, of which problem.ts makes a problem document. */
 export function createHandlers({ config, device, runs, presets, metrics, events, contract }: Services): Handlers {
   return {
     getLivez: () => ({ status: 'ok' }),

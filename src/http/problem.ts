@@ -9,7 +9,7 @@ export type Problem = components['schemas']['Problem']
 
 const MEDIA_TYPE = 'application/problem+json'
 
-/** Makes every error of the app a problem document (RFC 9457): ours, fastify's, unknown routes, and requests that are not HTTP. */
+/** Answers every error of the app with a problem document (RFC 9457): our own, fastify's, and unknown routes. */
 export function answerProblems(app: FastifyInstance, metrics: Metrics): void {
   app.setErrorHandler((error, request, reply) => sendProblem(error, { request, reply, metrics }))
   app.setNotFoundHandler((request) => {
@@ -17,7 +17,7 @@ export function answerProblems(app: FastifyInstance, metrics: Metrics): void {
   })
 }
 
-/** Answers with the problem document of an error. What nobody foresaw is logged whole and told as INTERNAL without its message. */
+/** Answers with the problem document of an error. One of status 500 or above is logged; a bug's message is not sent. */
 export function sendProblem(
   error: unknown,
   { request, reply, metrics }: { request: FastifyRequest; reply: FastifyReply; metrics: Metrics },
@@ -27,12 +27,12 @@ export function sendProblem(
   if (problem.status >= 500) request.log.error({ event: 'request_failed', code: problem.code, err: error })
   if (problem.status === 401) reply.header('www-authenticate', 'Bearer')
   if (problem.retry_after_seconds !== undefined) reply.header('retry-after', Math.ceil(problem.retry_after_seconds))
-  // What is sent on this connection next was meant for the stream: nobody would read it.
+  // The client's next bytes on this connection are frames for the stream that was refused: no request follows.
   if (request.headers.upgrade !== undefined) reply.raw.once('finish', () => request.raw.socket.destroySoon())
   reply.code(problem.status).type(MEDIA_TYPE).serializer(JSON.stringify).send(problem)
 }
 
-/** The document of an error; `id` is the request's, which leads to the log where the detail is not told. */
+/** The problem document of an error. A bug is INTERNAL without its message; the request's `id` finds it in the log. */
 export function problemOf(error: unknown, id: string): Problem {
   if (error instanceof ServiceError)
     return { ...document(error.code, error.message, error.status), retryable: error.retryable, ...error.fields }
@@ -41,7 +41,7 @@ export function problemOf(error: unknown, id: string): Problem {
   return document('INTERNAL', `the service failed; its log says why under request ${id}`, 500)
 }
 
-/** Answers bytes that are no HTTP request or no WebSocket handshake: there is no reply, only the socket. */
+/** Answers bytes that are no HTTP request or no WebSocket handshake. fastify has no reply for them, only the socket. */
 export function answerClientError(error: NodeJS.ErrnoException, socket: Duplex): void {
   if (error.code === 'ECONNRESET' || !socket.writable) return void socket.destroy()
   const status = CLIENT_ERRORS[error.code ?? ''] ?? 400
@@ -55,7 +55,7 @@ export function answerClientError(error: NodeJS.ErrnoException, socket: Duplex):
   socket.end(`${head.join('\r\n')}\r\n\r\n${body}`)
 }
 
-/** node:http's own error codes that mean something else than 400. */
+/** The status of those errors of node:http that are not 400. */
 const CLIENT_ERRORS: Readonly<Record<string, number>> = { HPE_HEADER_OVERFLOW: 431, ERR_HTTP_REQUEST_TIMEOUT: 408 }
 
 function document(code: ErrorCode, detail: string, status: number): Problem {
@@ -68,7 +68,7 @@ function statusOf(error: unknown): number {
     : 500
 }
 
-/** fastify's message, and for a value that the contract forbids its name and the value. */
+/** The message of a fastify error; for a query parameter that the contract does not have, one that names it. */
 function explain(error: Error & Partial<Pick<FastifyError, 'validation'>>): string {
   const [first] = error.validation ?? []
   const unknown = first?.params.additionalProperty

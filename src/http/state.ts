@@ -12,7 +12,10 @@ import type { components } from './openapi.js'
 type StateTensor = components['schemas']['StateTensor']
 type Held = ReturnType<Run['stateTensors']>
 
-/** The state tensors of a parameter with their norms; none before its first step. Reads them turn by turn of the event loop. */
+/**
+ * The state tensors of a parameter with their norms; none before its first step. Between two pieces of a tensor the
+ * event loop gets a turn.
+ */
 export async function stateNorms(device: Device, run: Run, index: number): Promise<StateTensor[]> {
   const held = run.stateTensors(index)
   try {
@@ -46,7 +49,7 @@ export function stateBody(device: Device, run: Run, index: number): { length: nu
   const header = encodeHeader(entries, metadata)
   const length = entries.reduce((sum, { bytes }) => sum + bytes, header.length)
   const body = Readable.from(pieces(device, header, { held, step }), { objectMode: false })
-  // Not in the generator: a reader that leaves before the first piece never starts it.
+  // Not in the generator, which never starts where the reader leaves before the first piece.
   body.once('close', () => release(device, held))
   return { length, body }
 }
@@ -59,7 +62,7 @@ export async function runStateBody(device: Device, runs: Runs, run: Run): Promis
   return { length: bytes, body }
 }
 
-/** A bfloat16 is the upper half of a float32. */
+/** The numbers in the bytes of each dtype. A bfloat16 is the upper half of a float32. */
 const READERS = {
   float32: (piece: Uint8Array<ArrayBuffer>) => new Float32Array(piece.buffer),
   bfloat16: (piece: Uint8Array<ArrayBuffer>) =>
@@ -68,7 +71,7 @@ const READERS = {
 
 const STEP_BYTES = BigInt64Array.BYTES_PER_ELEMENT
 
-/** `step` comes first, so that everything is aligned to its element size. At most one piece's copy is held at a time. */
+/** The pieces of a body, one copy at a time. `step` comes first, which aligns every tensor to its element size. */
 function* pieces(
   device: Device,
   header: Uint8Array,

@@ -11,12 +11,15 @@ const SIMPLE_RULES = ['mha', 'gqa', 'gqa_group_min', 'gqa_min_key'] as const
 type SimpleRule = (typeof SIMPLE_RULES)[number]
 const RULES: readonly string[] = [...SIMPLE_RULES, 'mla']
 
-/** Rows of one head: `head_dim` in query and key, or with `mla` nope then rope in the query, nope then value in the key. */
+/**
+ * How many rows one head has: `head_dim` in query and key. With rule `mla` a query head has `nope_dim` and then
+ * `rope_dim` rows, and a key head `nope_dim` and then `value_dim`.
+ */
 type Heads =
   | { readonly rule: SimpleRule; readonly head_dim: number }
   | { readonly rule: 'mla'; readonly nope_dim: number; readonly rope_dim: number; readonly value_dim: number }
 
-/** One attention that QK-clip watches, checked and complete. */
+/** An attention that QK-clip watches, checked, with every default filled in. `threshold` is τ, a softmax input. */
 export type Attention = Heads & {
   readonly name: string
   readonly threshold: number
@@ -30,15 +33,17 @@ export type Attention = Heads & {
 
 const DEFAULT_THRESHOLD = 100
 
-/** Rows of a parameter that may be scaled: their factors travel in one frame, beside `data`. */
+/** Most rows of a parameter that an attention may scale: their factors travel in one frame, beside `data`. */
 export const MAX_SCALED_ROWS = 2 ** 20
 
 const SIDES = { query: 'query', key: 'key', query_bias: 'query', key_bias: 'key' } as const
-export type Tensor = keyof typeof SIDES
-export type Side = (typeof SIDES)[Tensor]
+/** The key under which an attention has one of its tensors. */
+export type TensorKey = keyof typeof SIDES
+/** Whether a tensor makes the queries of an attention or its keys. */
+export type Side = (typeof SIDES)[TensorKey]
 
-/** Rows of one tensor of an attention. */
-export type Claim = Rows & { readonly attention: Attention; readonly key: Tensor; readonly rows: number }
+/** The rows that an attention has in one of its tensors: `rows` of them from `first_row` on. */
+export type Claim = Rows & { readonly attention: Attention; readonly key: TensorKey; readonly rows: number }
 
 /**
  * Checks the attentions of an `open` against its parameters and fills in the defaults.
@@ -60,7 +65,7 @@ export function parseAttentions(
   return attentions
 }
 
-/** The rows that an attention has in its tensors. */
+/** The rows of every tensor of an attention, a claim for each tensor. */
 export function claimsOf(attention: Attention): Claim[] {
   return TENSORS.flatMap((key) => {
     const rows = attention[key]
@@ -72,33 +77,34 @@ export function sideOf({ key }: Claim): Side {
   return SIDES[key]
 }
 
-/** How many heads a side of the attention has. */
+/** How many heads the attention has on a side. */
 export function headsOf({ query_heads, key_value_heads }: Attention, side: Side): number {
   return side === 'query' ? query_heads : key_value_heads
 }
 
 /**
- * How many rows, each with a factor of its own, a parameter has. A tensor of more than two dimensions is read as its first
- * one by the rest, or as its matrices one below the other where its layout says so.
+ * How many rows a parameter has for QK-clip, which gives each row a factor. A tensor of more than two dimensions is
+ * read as one matrix of its first dimension by all others, or, with matrices 'batch', as its matrices one below the
+ * other.
  */
 export function rowsOf({ shape, matrices }: Parameter): number {
   const dimensions = matrices === 'batch' ? shape.slice(0, -1) : shape.slice(0, 1)
   return dimensions.reduce((product, size) => product * size, 1)
 }
 
-/** Bytes of the factors that each parameter's update may bring with it, by the parameter's index. */
+/** Bytes of the row factors that a parameter's update may carry (`row_scale`), by the parameter's index. */
 export function rowScaleBytes(attentions: readonly Attention[], parameters: readonly Parameter[]): Map<number, number> {
   const scaled = new Set(attentions.flatMap(claimsOf).map(({ parameter }) => parameter))
   return new Map([...scaled].map((index) => [index, rowsOf(parameters[index]) * Float32Array.BYTES_PER_ELEMENT]))
 }
 
-/** What first tells a run's attentions from those a resuming client gives; undefined where they are the same. */
+/** The first difference between a run's attentions and a resuming client's; undefined where they are the same. */
 export function attentionDifference(existing: readonly Attention[], given: readonly Attention[]): string | undefined {
   if (existing.length !== given.length) return `it has ${existing.length} attentions, ${given.length} given`
   return existing.map((attention, index) => difference(attention, given[index])).find((text) => text !== undefined)
 }
 
-const TENSORS = ['query', 'key', 'query_bias', 'key_bias'] as const satisfies readonly Tensor[]
+const TENSORS = ['query', 'key', 'query_bias', 'key_bias'] as const satisfies readonly TensorKey[]
 
 function parse(given: AttentionDeclaration, parameters: readonly Parameter[]): Attention {
   const { name, threshold = DEFAULT_THRESHOLD, query_heads, key_value_heads = query_heads } = given

@@ -5,12 +5,12 @@ import {
   type Triple,
 } from '../../kernels/orthogonalize/coefficients.js'
 
-/** What `ns_coefficients` may be: one triple for all iterations, one triple each, or a set by name. */
+/** The hyperparameter `ns_coefficients`: one triple for all iterations, a triple for each, or a set by name. */
 export type Coefficients = Triple | readonly Triple[] | CoefficientsName
 
 export const MAX_NS_STEPS = 99
 
-/** A graph input is a float32, so a number that is not finite as one is Inf to the kernel. */
+/** Whether a value is a finite float32: kernels take their scalars as float32, and 1e39 would be Inf to them. */
 export const isNumber = (value: unknown): value is number =>
   typeof value === 'number' && Number.isFinite(Math.fround(value))
 
@@ -18,7 +18,7 @@ export function isCoefficients(value: unknown): value is Coefficients {
   return isTriple(value) || isTriples(value) || isNamedSet(value)
 }
 
-/** The triples of the Newton-Schulz iterations, one each. */
+/** The coefficients of every Newton-Schulz iteration: a list of `ns_steps` triples. */
 export function iterations({
   ns_coefficients,
   ns_steps,
@@ -32,7 +32,7 @@ export function iterations({
   return expandCoefficients(isTriple(ns_coefficients) ? [ns_coefficients] : ns_coefficients, ns_steps)
 }
 
-/** The iterations that a set asks for; a single triple leaves them open. */
+/** How many iterations a set of coefficients is made for; undefined for a single triple, which fits any number. */
 export function stepsOf(coefficients: Coefficients): number | undefined {
   if (typeof coefficients === 'string') return NAMED_COEFFICIENTS[coefficients].ns_steps
   return isTriple(coefficients) ? undefined : coefficients.length

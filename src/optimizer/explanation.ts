@@ -5,10 +5,13 @@ import { type Group, show } from './hyperparameters.js'
 import { type Parameter, stateBytes } from './parameter.js'
 import type { Task } from './plan.js'
 
-/** `count` equal matrices of a parameter; `factor` is f, what adjust_lr_fn multiplies lr with. */
+/** `count` matrices of rows x cols of a parameter; `factor` is the f that adjust_lr_fn multiplies lr with. */
 export type Matrices = { readonly count: number; readonly rows: number; readonly cols: number; readonly factor: number }
 
-/** What one step of a parameter is: `state_bytes` are those it has from its first step on, `flops` as kernels/flops.ts counts. */
+/**
+ * What one step of a parameter computes. `decay` is lr·λ, `state_bytes` the parameter's state from its first step on,
+ * and `flops` counts as kernels/flops.ts does. `why` names the group and explains the layout.
+ */
 export type Explanation = {
   readonly blocks: readonly Matrices[]
   readonly decay: number
@@ -17,7 +20,7 @@ export type Explanation = {
   readonly why: string
 }
 
-/** What the plan of a parameter's next step says about it. `blocks` is empty where the algorithm is elementwise. */
+/** Explains a step of a parameter by its plan. `blocks` is empty where the algorithm is elementwise. */
 export function explain(parameter: Parameter, group: Group): Explanation {
   const { kernel, tasks, rms_factor, decay } = planStep(parameter, group, { step: 1, replay: false })
   const counted = countSizes(tasks)
@@ -38,7 +41,7 @@ export function layoutName(parameter: Parameter): string {
   return [matrices, split && `split ${split.length}`, heads && `heads ${heads}`].filter(Boolean).join(', ') || 'matrix'
 }
 
-/** What the layout means, as half a sentence. */
+/** What the parameter's layout means, as half a sentence: `each of its 8 heads is a matrix`. */
 export function layoutReason({ blocks, ...layout }: Parameter): string {
   if (blocks.length === 0) return 'each element for itself'
   const parts = [matricesReason(layout), rowsReason(layout)].filter((part) => part !== undefined)
@@ -59,7 +62,7 @@ function rowsReason({ split, heads }: Layout): string | undefined {
   return heads === undefined ? undefined : `each of its ${heads} heads is a matrix`
 }
 
-/** A parameter may be a quarter of a million tasks, of a handful of sizes. */
+/** Counts equal tasks: a parameter may have a quarter of a million of them, but of a handful of sizes. */
 function countSizes(tasks: readonly Task[]): { count: number; task: Task }[] {
   const sizes = new Map<string, { count: number; task: Task }>()
   for (const task of tasks) {

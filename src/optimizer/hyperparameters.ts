@@ -8,17 +8,20 @@ import { type Algorithm, HYPERPARAMETERS, type Hyperparameters, type Table, type
 
 type GroupOf<A extends Algorithm> = {
   readonly name: string
-  /** The preset that it was declared with. */
+  /** The name of the preset that the group was declared with. */
   readonly preset?: string
   readonly algorithm: A
   readonly hyperparameters: Hyperparameters<A>
-  /** What the client set, of which `hyperparameters` is the completion: an unset ns_steps follows ns_coefficients. */
+  /**
+   * The hyperparameters that the client set. `hyperparameters` completes them: an unset ns_steps follows
+   * ns_coefficients.
+   */
   readonly given: Readonly<Record<string, unknown>>
 }
 export type Group = { [A in Algorithm]: GroupOf<A> }[Algorithm]
 /** The groups of a run by name. */
 export type Groups = ReadonlyMap<string, Group>
-/** A group as JSON brings it back. */
+/** A group as a manifest or a journal has it, read back from JSON. */
 type KeptGroup = {
   readonly name: string
   readonly algorithm: string
@@ -42,7 +45,8 @@ const MAX_NAME_LENGTH = 1024
 
 /**
  * Checks a declared group and completes it with the defaults.
- * Throws PARAMETER_INVALID for its name and HYPERPARAMETER_INVALID, with group, key, value and what was expected.
+ * Throws PARAMETER_INVALID for the group's name, and HYPERPARAMETER_INVALID with the group, the key, its value and the
+ * values that are allowed.
  */
 export function parseGroup({ name, algorithm, ...given }: GroupDeclaration): Group {
   checkName('group', name)
@@ -56,7 +60,7 @@ function expectedAlgorithm(): string {
   return `one of ${Object.keys(HYPERPARAMETERS).join(', ')}`
 }
 
-/** The group with some hyperparameters changed, as a `step` frame asks for; the one given stays as it was. Throws HYPERPARAMETER_INVALID. */
+/** A group with some hyperparameters changed, as a `step` frame asks for. Throws HYPERPARAMETER_INVALID. */
 export function updateGroup(group: Group, changes: Readonly<Record<string, unknown>>): Group {
   const table: Table = HYPERPARAMETERS[group.algorithm]
   for (const key of Object.keys(changes)) {
@@ -69,18 +73,18 @@ export function updateGroup(group: Group, changes: Readonly<Record<string, unkno
   return 'ns_coefficients' in changes || 'ns_steps' in changes ? checkSet(next) : next
 }
 
-/** A group as it was kept: what was in force then is so again, whatever the defaults of this version are. Throws as `parseGroup`. */
+/** A kept group with the values that were in force, whatever this version's defaults are. Throws as `parseGroup`. */
 export function restoreGroup({ name, algorithm, preset, given, hyperparameters }: KeptGroup): Group {
   return { ...parseGroup({ ...hyperparameters, name, algorithm }), given, ...(preset !== undefined && { preset }) }
 }
 
-/** Every hyperparameter in force, the algorithm and the preset first: what `opened` and `receipt` say of a group. */
+/** A group as `opened` and `receipt` list it: its algorithm, its preset, and every hyperparameter in force. */
 export function effective(group: Group): { readonly algorithm: Algorithm; readonly [hyperparameter: string]: unknown } {
   const { algorithm, preset, hyperparameters } = group
   return { algorithm, ...(preset === undefined ? {} : { preset }), ...hyperparameters }
 }
 
-/** The first difference between two groups that makes the state of one useless to the other; undefined where there is none. */
+/** The first difference that makes the state of one group useless to the other; undefined where there is none. */
 export function stateBearing(existing: Group, given: Group): string | undefined {
   const [before, after] = [effective(existing), effective(given)]
   const table: Table = HYPERPARAMETERS[existing.algorithm]
@@ -96,7 +100,9 @@ export function checkName(what: string, name: string): void {
   throw new ServiceError('PARAMETER_INVALID', message)
 }
 
-/** A value from a client as one short line of a message, however large or deep it is. */
+/**
+ * A client's value as part of an error message: one line of about 120 characters, however large or deep the value is.
+ */
 export function show(value: unknown): string {
   const text = inspect(value, {
     compact: true,
@@ -112,7 +118,7 @@ function isAlgorithm(name: string): name is Algorithm {
   return Object.hasOwn(HYPERPARAMETERS, name)
 }
 
-/** A client's key may be `constructor`: only what the table itself holds counts. */
+/** `table[key]` without inherited keys: a client's key may be `constructor`. */
 function own<T>(table: Readonly<Record<string, T>>, key: string): T | undefined {
   return Object.hasOwn(table, key) ? table[key] : undefined
 }
@@ -172,7 +178,7 @@ function sgd(name: string, given: Readonly<Record<string, unknown>>): Hyperparam
   )
 }
 
-/** Scanning the composed polynomial takes a while, so only a new set or count is checked, not every change of lr. */
+/** Refuses coefficients that are unsafe with `ns_steps` iterations. A pair that has passed needs no second check. */
 function checkSet(group: Group): Group {
   if (group.algorithm !== 'muon' && group.algorithm !== 'muonclip') return group
   const { ns_coefficients, ns_steps } = group.hyperparameters

@@ -3,30 +3,16 @@ import { type ErrorCode, ServiceError } from '../errors.js'
 import type { Layout, ParameterDeclaration } from '../wire/frame.js'
 import { planStep } from './algorithms/algorithm.js'
 import { checkName, type Group, show } from './hyperparameters.js'
+import type { Block, LaidParameter } from './layout.js'
 import { type StateTensor, stateTensors } from './state.js'
 
-/** One matrix of a parameter: contiguous, rows x cols, `offset` in elements from the tensor's start. */
-export type Block = { readonly rows: number; readonly cols: number; readonly offset: number }
+/** A parameter of a run, checked against its group; `state` are the tensors that the service keeps for it. */
+export type Parameter = LaidParameter & { readonly state: readonly StateTensor[] }
 
-/** A parameter that fits its group's algorithm, but for its state; `blocks` is empty where the algorithm is elementwise. */
-export type Laid = Layout & {
-  readonly index: number
-  readonly name: string
-  readonly shape: readonly number[]
-  readonly group: string
-  readonly gradient_dtype: Dtype
-  readonly update_dtype: Dtype
-  readonly elements: number
-  readonly gradient_bytes: number
-  readonly update_bytes: number
-  readonly blocks: readonly Block[]
-}
-export type Parameter = Laid & { readonly state: readonly StateTensor[] }
-
-/** A gradient, an update and two states of 4 bytes each stay below 2^53 bytes together. */
+/** A gradient, an update and two state tensors of 4 bytes per element stay below 2^53 bytes together. */
 const MAX_ELEMENTS = 2 ** 49
 
-/** Blocks of all parameters of one `open`: `heads` makes a billion of them out of twenty bytes. */
+/** Most blocks of all parameters of one `open`: twenty bytes, such as `heads: 1000000000`, may ask for a billion. */
 export const MAX_BLOCKS = 2 ** 18
 
 /**
@@ -51,18 +37,18 @@ export function parseParameters(raw: readonly ParameterDeclaration[], groups: Re
   })
 }
 
-/** A parameter's row in `opened`, but for its step and algorithm, which the run knows. */
+/** A parameter as `opened` lists it, without its `step` and `algorithm`, which the run knows. */
 export function describe(parameter: Parameter) {
   const { index, name, shape, group, gradient_dtype, update_dtype } = parameter
   return { index, name, shape, group, gradient_dtype, update_dtype, ...layoutOf(parameter) }
 }
 
-/** Bytes that the service keeps between two steps of a parameter. */
+/** Bytes of state that the service keeps for a parameter from one step to the next. */
 export function stateBytes(parameter: Parameter): number {
   return parameter.state.reduce((sum, { bytes }) => sum + bytes, 0)
 }
 
-/** What first tells a run's parameters from those a resuming client gives; undefined where they are the same. */
+/** The first difference between a run's parameters and a resuming client's; undefined where they are the same. */
 export function firstDifference(existing: readonly Parameter[], given: readonly Parameter[]): string | undefined {
   const differences = existing.slice(0, given.length).map((parameter, index) => difference(parameter, given[index]))
   const first = differences.find((text) => text !== undefined)
@@ -71,6 +57,7 @@ export function firstDifference(existing: readonly Parameter[], given: readonly 
 }
 
 type Fail = (message: string, code?: ErrorCode) => ServiceError
+/** `blocks`: how many blocks the parameter may have, of the MAX_BLOCKS that all parameters share. */
 type Context = { index: number; group: Group; blocks: number; fail: Fail }
 
 function refusal(given: ParameterDeclaration, index: number): Fail {
@@ -85,7 +72,7 @@ function parse(given: ParameterDeclaration, context: Context): Parameter {
   const elements = count(shape, fail)
   const gradient_dtype = dtype('gradient_dtype', given.gradient_dtype, fail)
   const update_dtype = dtype('update_dtype', given.update_dtype, fail)
-  const laid = {
+  const laid: LaidParameter = {
     ...{ index, name, shape, group, gradient_dtype, update_dtype, ...layoutOf(given), elements },
     gradient_bytes: elements * bytesPerElement(gradient_dtype),
     update_bytes: elements * bytesPerElement(update_dtype),
@@ -93,7 +80,7 @@ function parse(given: ParameterDeclaration, context: Context): Parameter {
       ? matrices(given, context)
       : noMatrices(given, context),
   }
-  // What a kernel keeps is the same in every step.
+  // Which state tensors a kernel keeps is the same in every step, so the first one tells.
   const { kernel } = planStep(laid, context.group, { step: 1, replay: false })
   return { ...laid, state: stateTensors(kernel, laid) }
 }
@@ -112,7 +99,7 @@ function dtype(key: string, value: string | undefined, fail: Fail): Dtype {
   throw fail(`has ${key} ${show(value)}, expected one of ${Object.keys(DTYPES).join(', ')}`, 'DTYPE_UNSUPPORTED')
 }
 
-/** The keys of the layout that are set, so that what was left out stays out. */
+/** The layout's keys without those that are undefined: a key that the client left out is left out everywhere. */
 function layoutOf({ split, heads, matrices }: Layout): Layout {
   return {
     ...(split === undefined ? {} : { split: [...split] }),
@@ -127,7 +114,7 @@ function noMatrices(given: ParameterDeclaration, { group: { algorithm }, fail }:
   throw fail(`has ${key}, but ${algorithm} has no matrices: leave it out`)
 }
 
-/** Cuts the tensor into its matrices and these into row blocks; in C order each is contiguous, one after the other. */
+/** Cuts the tensor into matrices and these into blocks of rows. In C order each is contiguous, one behind the other. */
 function matrices(given: ParameterDeclaration, { fail, blocks: limit }: Context): Block[] {
   const { batch, rows, cols } = matrixShape(given, fail)
   checkRows(given, rows, fail)

@@ -3,7 +3,7 @@ import type { KernelSpec } from '../../kernels/kernel.js'
 /**
  * One run of one kernel over a contiguous block of a parameter: `dims` as the graph sees it, `offset` in elements from
  * the tensor's start. `kernel` and `output_scale` override the plan's where the blocks of one parameter differ.
- * `line_offset` is where its numbers start in a state tensor that has one for each row or column.
+ * `line_offset` is where the block's numbers start in a state tensor that has one number for each row or column.
  */
 export type Task = {
   readonly dims: readonly number[]
@@ -28,12 +28,12 @@ export type Plan = {
 }
 
 /**
- * Which step of a parameter is planned: `step` counts the updates applied to this parameter, from 1, this one included
- * (torch's `step` after the update). With `replay` the state already holds the gradient and must come out as it went in.
+ * Which step of a parameter is planned. `step` counts the updates of this parameter, from 1 and with the planned one
+ * (torch's `step` after the update). In a replay the state holds the gradient already, and must not change.
  */
 export type At = { readonly step: number; readonly replay: boolean }
 
-/** The client's two factors. Subtracting from 0 keeps lr 0 from becoming -0, which is another number to a digest. */
+/** The client's two factors: scale -lr·factor and decay lr·λ. 0 - 0 is 0, and -0 would give another digest. */
 export function factors(lr: number, weight_decay: number, factor = 1): { scale: number; decay: number } {
   return { scale: 0 - lr * factor, decay: lr * weight_decay }
 }

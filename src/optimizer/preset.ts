@@ -2,13 +2,16 @@ import { ServiceError } from '../errors.js'
 import type { GroupDeclaration } from '../wire/frame.js'
 import { type Group, parseGroup, show } from './hyperparameters.js'
 
-/** A value of a recipe and where it is from; not `confirmed` where the source does not say it outright. */
+/**
+ * A value of a recipe and its source, such as a paper; `confirmed` unless the source does not state the value
+ * outright.
+ */
 export type PresetValue = { readonly value: unknown; readonly source: string; readonly confirmed: boolean }
 
-/** Hyperparameter -> its value. */
+/** The values of a recipe by hyperparameter. */
 export type Recipe = Readonly<Record<string, PresetValue>>
 
-/** A published recipe: `algorithm` is what a group gets that names none, `recipes` has the values of each algorithm. */
+/** A published recipe: its values for each algorithm; `algorithm` is the one of a group that names none. */
 export type Preset = {
   readonly name: string
   readonly description: string
@@ -20,8 +23,9 @@ export type Preset = {
 export type Presets = ReadonlyMap<string, Preset>
 
 /**
- * Completes a declared group with its preset, if it names one, and then as `parseGroup` does; keys given beside `preset` win.
- * Throws HYPERPARAMETER_INVALID for an unknown preset or one without the group's algorithm, and what `parseGroup` throws.
+ * Completes a declared group with its preset, if it names one, and then as `parseGroup` does. A key that the group
+ * gives itself wins over the preset's.
+ * Throws HYPERPARAMETER_INVALID for an unknown preset or one without the group's algorithm, and as `parseGroup`.
  */
 export function parsePresetGroup({ preset: asked, ...given }: GroupDeclaration, presets: Presets): Group {
   if (asked === undefined) return parseGroup(given)
@@ -41,7 +45,7 @@ export function parsePresetGroup({ preset: asked, ...given }: GroupDeclaration, 
   return { ...parseGroup({ ...besideThese(preset.recipes[algorithm], given), ...given, algorithm }), preset: asked }
 }
 
-/** A preset's values for a group that gives some itself: its ns_steps are those of its own ns_coefficients. */
+/** A preset's values under those of a group. Coefficients of the group's own bring their own ns_steps. */
 function besideThese(recipe: Recipe, given: object): Readonly<Record<string, unknown>> {
   const { ns_steps, ...values } = valuesOf(recipe)
   return ns_steps === undefined || 'ns_coefficients' in given ? values : { ...values, ns_steps }
@@ -56,8 +60,8 @@ const KEYS = ['description', 'source', 'algorithm', 'hyperparameters']
 const VALUE_KEYS = ['value', 'source', 'confirmed']
 
 /**
- * Reads a preset's parsed file, with the checks that a group of `open` gets. A hyperparameter is its bare value, or a map of
- * `value`, `source` and `confirmed`. Throws HYPERPARAMETER_INVALID with the key.
+ * Reads a preset from its file, parsed as YAML or JSON, with the checks that a group of `open` gets. A hyperparameter
+ * is its bare value, or a map of `value`, `source` and `confirmed`. Throws HYPERPARAMETER_INVALID with the key.
  */
 export function parsePreset(name: string, document: unknown): Preset {
   const file = mapOf('the file', document)
@@ -87,7 +91,7 @@ function recipesOf(algorithms: Readonly<Record<string, unknown>>): Preset['recip
   return Object.fromEntries(entries)
 }
 
-/** No hyperparameter is a map, so a map can only be the long form. */
+/** Reads a value in its short or long form. No hyperparameter is a map, so a map is the long form. */
 function presetValue(path: string, given: unknown): PresetValue {
   if (!isMap(given)) return { value: given, source: '', confirmed: true }
   checkKeys(given, VALUE_KEYS, `${path}.`)

@@ -3,10 +3,13 @@ import { type Attention, type Claim, claimsOf, headsOf, rowsOf, type Side, sideO
 import { show } from './hyperparameters.js'
 import type { Parameter } from './parameter.js'
 
-/** For each attention by its name, the largest softmax input of each query head in this step's batch. */
+/** The largest softmax input of each query head in a step's batch, by the attention's name. */
 export type MaxLogits = ReadonlyMap<string, readonly number[]>
 
-/** Of a head: its own γ, and the smallest in its group (of the heads with the same key). */
+/**
+ * What a head's rows are multiplied with: `own` is the head's γ, `group` the smallest γ of the heads that share its
+ * key.
+ */
 type Factor = (own: number, group: number) => number
 
 /** `rows` consecutive rows of a head have one factor. */
@@ -18,9 +21,9 @@ const ownRoot: Factor = (gamma) => Math.sqrt(gamma)
 const groupRoot: Factor = (_, group) => Math.sqrt(group)
 
 /**
- * QK-clip (Kimi K2, arXiv 2507.20534, Algorithm 1): which factor scales the query and the key of a head. Their product is γ
- * for mha and gqa, so that a head whose largest logit was S > τ is left with τ. `gqa` leaves the shared key alone, which is
- * exact; `gqa_group_min` is what Megatron-LM does.
+ * The factors of QK-clip (Kimi K2, arXiv 2507.20534, Algorithm 1) on the query and the key of a head, with γ = τ/S
+ * for a largest logit S above the threshold τ, and 1 otherwise. With mha and gqa their product is γ, which leaves a
+ * head of S with τ. gqa leaves the shared key alone, which is exact; gqa_group_min is what Megatron-LM does.
  */
 const FACTORS: Readonly<Record<Exclude<Attention['rule'], 'mla'>, Readonly<Record<Side, Factor>>>> = {
   mha: { query: ownRoot, key: groupRoot },
@@ -32,7 +35,7 @@ const FACTORS: Readonly<Record<Exclude<Attention['rule'], 'mla'>, Readonly<Recor
 // A factor of 0 would leave rows that no later step can bring back.
 const LEAST_FACTOR = 2 ** -126
 
-/** Every parameter's rows that the attentions can scale, by the parameter's index. */
+/** The rows of each parameter that the attentions can scale, by the parameter's index. */
 export type Claims = ReadonlyMap<number, readonly Claim[]>
 
 export function claimsByParameter(attentions: readonly Attention[]): Claims {
@@ -46,8 +49,8 @@ export function claimsByParameter(attentions: readonly Attention[]): Claims {
 }
 
 /**
- * One factor for each row of the parameter, to be multiplied into the weights after this step's update, as float32 bytes;
- * undefined where all are 1. What is sent again is computed again.
+ * The factors of a step, one for each row of the parameter as float32 bytes, which the client multiplies into the
+ * weights; undefined where all are 1. Nothing keeps them: a replay computes them again from the same logits.
  */
 export function rowScale(parameter: Parameter, claims: Claims, logits: MaxLogits): Uint8Array | undefined {
   let scale: Float32Array<ArrayBuffer> | undefined
@@ -60,7 +63,7 @@ export function rowScale(parameter: Parameter, claims: Claims, logits: MaxLogits
   return scale?.some((factor) => factor !== 1) ? new Uint8Array(scale.buffer) : undefined
 }
 
-/** What a receipt says: for each attention whose max_logits came the heads with γ < 1, and the largest of all logits. */
+/** A receipt's summary: how many heads were clipped of each attention that has max_logits, and the largest logit. */
 export function clipSummary(attentions: readonly Attention[], logits: MaxLogits) {
   const clipped_heads = attentions.flatMap((attention) => {
     const largest = logits.get(attention.name)
@@ -71,7 +74,7 @@ export function clipSummary(attentions: readonly Attention[], logits: MaxLogits)
 }
 
 /**
- * Takes a step frame's max_logits. What is not above the threshold, -Infinity too, clips nothing.
+ * Checks a step frame's max_logits. A logit up to the threshold, such as -Infinity, clips nothing.
  * Throws MAX_LOGITS_INVALID: an unknown attention, a wrong count, NaN, or more than a float32 holds.
  */
 export function checkMaxLogits(
@@ -102,7 +105,7 @@ function clippedHeads({ threshold }: Attention, largest: readonly number[]): num
   return largest.filter((logit) => logit > threshold).length
 }
 
-/** γ of each query head and the smallest γ of each key head's query heads. */
+/** `own`: γ of each query head. `group`: for each key head, the smallest γ of the query heads that share it. */
 type Gammas = { readonly own: readonly number[]; readonly group: readonly number[] }
 
 function gammasOf(attention: Attention, largest: readonly number[]): Gammas {

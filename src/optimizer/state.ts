@@ -1,8 +1,8 @@
 import { bytesPerElement } from '../../kernels/dtype.js'
 import { type KernelSpec, kernelIo, type StateIo } from '../../kernels/kernel.js'
-import type { Block, Laid } from './parameter.js'
+import type { Block, LaidParameter } from './layout.js'
 
-/** One tensor that the service keeps for a parameter, under torch's name for it where torch has it. */
+/** A tensor that the service keeps for a parameter, under the name that torch has for it, if any. */
 export type StateTensor = {
   readonly name: string
   readonly dtype: StateIo['dtype']
@@ -10,8 +10,8 @@ export type StateTensor = {
   readonly bytes: number
 }
 
-/** The state tensors of a parameter, in the order of its kernel. */
-export function stateTensors(kernel: KernelSpec, { shape, blocks }: Laid): StateTensor[] {
+/** The state tensors of a parameter, in the order in which its kernel takes them. */
+export function stateTensors(kernel: KernelSpec, { shape, blocks }: LaidParameter): StateTensor[] {
   return kernelIo(kernel).state.map(({ name, dtype, per }) => {
     const own = per === 'element' ? shape : lineShape(blocks)
     const bytes = own.reduce((product, size) => product * size, bytesPerElement(dtype))
@@ -20,8 +20,9 @@ export function stateTensors(kernel: KernelSpec, { shape, blocks }: Laid): State
 }
 
 /**
- * One number for each line of the longer side of each matrix: [rows, 1] or [1, cols] for one matrix, with the number of
- * matrices in front for several of one shape, and one list, matrix after matrix, where their shapes differ.
+ * The shape of a state tensor with one number for each row or column of each matrix, whichever there are more of:
+ * [rows, 1] or [1, cols] for one matrix, [matrices, rows, 1] or [matrices, 1, cols] for several of one shape, and one
+ * list, matrix after matrix, where the shapes differ.
  */
 function lineShape(blocks: readonly Block[]): number[] {
   const [{ rows, cols }] = blocks

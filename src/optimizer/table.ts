@@ -1,7 +1,7 @@
 import { NAMED_COEFFICIENTS } from '../../kernels/orthogonalize/coefficients.js'
 import { type Coefficients, isCoefficients, isNumber, MAX_NS_STEPS } from './coefficients.js'
 
-/** One hyperparameter. `sticky`: a `step` frame may change it from that step on. */
+/** One hyperparameter. `sticky`: a `step` frame may change it, and the change holds from that step on. */
 export type Rule<T> = Kind<T> & { readonly default: T; readonly description: string; readonly sticky: boolean }
 type Kind<T> = { readonly expected: string; readonly accepts: (value: unknown) => value is T }
 export type Table = Readonly<Record<string, Rule<unknown>>>
@@ -60,7 +60,7 @@ function rule<T>(kind: Kind<T>, fallback: NoInfer<T>, description: string): Rule
   return { ...kind, default: fallback, description, sticky: true }
 }
 
-/** A hyperparameter that says what the state means: fixed once the run exists. */
+/** A hyperparameter that no step changes, because it says what the numbers of the state mean. */
 function fixed<T>(sticky: Rule<T>): Rule<T> {
   return { ...sticky, sticky: false }
 }
@@ -79,7 +79,7 @@ const ADAM = {
   eps: rule(NOT_NEGATIVE, 1e-8, 'Added to the root of the second average.'),
 }
 
-/** Names and defaults of torch.optim's Muon, AdamW, Adam, RMSprop and SGD where torch has them. */
+/** The hyperparameters of each algorithm, with the names and defaults of torch.optim where torch has them. */
 const TABLES = {
   muon: {
     lr: rule(NOT_NEGATIVE, 1e-3, 'Learning rate η before adjust_lr_fn.'),
@@ -149,7 +149,10 @@ function withDefault<T>(rule: Rule<T>, fallback: NoInfer<T>): Rule<T> {
   return { ...rule, default: fallback }
 }
 
-/** `muonclip` is Muon as in Kimi K2 (arXiv 2507.20534, Algorithm 1); its QK-clip is declared at `open`, as `attentions`. */
+/**
+ * Every algorithm with its hyperparameters. `muonclip` is Muon as in Kimi K2 (arXiv 2507.20534, Algorithm 1); its
+ * QK-clip is declared at `open`, as `attentions`.
+ */
 export const HYPERPARAMETERS = {
   ...TABLES,
   muonclip: {

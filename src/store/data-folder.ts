@@ -7,15 +7,15 @@ import { syncFolder } from './durable.js'
 import { type FolderLock, lockFolder } from './lock.js'
 import { RunFolder } from './run-folder.js'
 
-/** The folder of the setting `data`: a folder per run, and the lock that keeps other services out. */
+/** The folder of the setting `data`: it has a folder for each run, and a lock that keeps other services out. */
 export class DataFolder {
-  /** Of the runs that were there when it was opened. */
+  /** The names of the runs that were in the folder when it was opened. */
   readonly names: readonly string[]
   readonly #runs: string
   readonly #lock: FolderLock
   readonly #files = new CheckpointFiles()
 
-  /** Throws ConfigError where the folder cannot be written to, or another service has it. */
+  /** Opens and locks a folder. Throws ConfigError where it cannot be written to, or another service has it locked. */
   static async open(path: string, wait_seconds: number): Promise<DataFolder> {
     const runs = join(path, 'runs')
     try {
@@ -28,7 +28,7 @@ export class DataFolder {
     const lock = await lockFolder(path, wait_seconds)
     await syncFolder(path)
     const names = (await readdir(runs)).sort()
-    // What is left of runs that were being deleted.
+    // A name with a dot is of a run that was being deleted.
     for (const name of names.filter((name) => name.startsWith('.'))) await rm(join(runs, name), { recursive: true })
     return new DataFolder(
       runs,
@@ -51,7 +51,7 @@ export class DataFolder {
     return RunFolder.open(join(this.#runs, run), this.#files)
   }
 
-  /** Gives the folder free once everything that was asked for is written. */
+  /** Unlocks the folder once every checkpoint that was asked for is written. */
   async close(): Promise<void> {
     await this.#files.close()
     this.#lock.release()

@@ -1,7 +1,7 @@
 import { open, rename } from 'node:fs/promises'
 import { dirname } from 'node:path'
 
-/** Writes the whole of a file so that after a crash it has either its old text or this one. */
+/** Writes a file so that after a crash it has either its old text or `text`, never a mixture. */
 export async function replaceFile(path: string, text: string): Promise<void> {
   const fresh = `${path}.new`
   const file = await open(fresh, 'w')
@@ -15,7 +15,7 @@ export async function replaceFile(path: string, text: string): Promise<void> {
   await syncFolder(dirname(path))
 }
 
-/** A file that was made, renamed or removed is so after a crash only once its folder was written. */
+/** Writes a folder's entries to the disk: a file made, renamed or removed in it is so after a crash only then. */
 export async function syncFolder(folder: string): Promise<void> {
   const handle = await open(folder, 'r')
   try {

@@ -1,12 +1,12 @@
 import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../../kernels/narrow.js'
 import { SAFETENSORS_DTYPES } from './safetensors.js'
 
-/** The types that a state tensor may come in, and those in which it is kept. */
+/** The types in which an imported state tensor may be given; `KeptDtype` are those in which the service keeps one. */
 export const GIVEN_DTYPES = ['F32', 'BF16', 'F16'] as const
 export type GivenDtype = (typeof GIVEN_DTYPES)[number]
 export type KeptDtype = 'F32' | 'BF16'
 
-/** What is done with every element: multiplied, divided and rounded once, from float64 to the type that is kept. */
+/** The new value of each element is value · multiply / divide in float64, rounded once to the type `to`. */
 export type Conversion = {
   from: GivenDtype
   to: KeptDtype
@@ -16,7 +16,7 @@ export type Conversion = {
 
 type Values = { readonly length: number; readonly [index: number]: number }
 
-/** Converts a tensor's elements as its bytes come. A piece may cut an element: its other half is in the next one. */
+/** Converts a tensor's elements piece by piece. A piece may end inside an element, whose other part opens the next. */
 export class Elements {
   readonly #conversion: Conversion
   readonly #bytes: number
@@ -27,7 +27,7 @@ export class Elements {
     this.#bytes = SAFETENSORS_DTYPES[conversion.from]
   }
 
-  /** The elements that end in `piece`, as they are kept, in memory of their own. */
+  /** The converted elements that end in `piece`, in memory of their own. */
   take(piece: Uint8Array): Float32Array | Uint16Array {
     const cut = (this.#rest.length + piece.length) % this.#bytes
     const whole = new Uint8Array(this.#rest.length + piece.length - cut)
@@ -76,6 +76,7 @@ export function firstRefused(
   return undefined
 }
 
+/** The bytes of an array of elements: a view, no copy. */
 export function bytesOf(kept: Float32Array | Uint16Array): Uint8Array {
   return new Uint8Array(kept.buffer, kept.byteOffset, kept.byteLength)
 }

@@ -14,9 +14,9 @@ const WITHOUT_WAITING = 4
 const RETRY_MS = 100
 
 /**
- * Takes a folder for this process, waiting at most `wait_seconds` for the one that has it. The kernel gives it back when the
- * process ends, however it ends, and holds it across containers that share the folder: flock(2) of the file `lock`, which
- * says who has it. Throws ConfigError with one line that names the holder.
+ * Locks a folder for this process, and waits at most `wait_seconds` for another process that has it: flock(2) of the
+ * file `lock`, whose text names the holder. The kernel unlocks it when the process ends, however it ends. The lock
+ * also holds between containers that share the folder. Throws ConfigError with one line that names the holder.
  */
 export async function lockFolder(folder: string, wait_seconds: number): Promise<FolderLock> {
   try {

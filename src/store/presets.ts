@@ -6,25 +6,30 @@ import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
 import { type Preset, type Presets, parsePreset } from '../optimizer/preset.js'
 
-/** A preset and the file that it is from. */
+/** A preset, its file, and the file's text. */
 export type PresetFile = { readonly preset: Preset; readonly file: string; readonly text: string }
 
-/** The presets that come with muond: beside package.json. */
+/** The folder of the presets that come with muond, beside package.json. */
 const SHIPPED = fileURLToPath(new URL('../../../presets/', import.meta.url))
 
-/** Hidden files are an editor's or a file system's. */
+/**
+ * Names that are taken for presets, and refused unless they are as FILE. Hidden files are an editor's or a file
+ * system's.
+ */
 const LOOKS_LIKE_ONE = /^[^.].*\.(yaml|yml|json)$/i
 const FILE = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.(yaml|yml|json)$/
 const NAMES = "1 to 128 letters, digits, '.', '_' and '-', a letter or digit first, then .yaml, .yml or .json"
 
-/** The presets that come with muond and those in `folder`, if it is not empty, by name. Throws ConfigError as `readPresetFiles`. */
+/** The presets that come with muond and those in `folder`, if it is not '', by name. Throws as `readPresetFiles`. */
 export function readPresets(folder = ''): Presets {
   return new Map(readPresetFiles(folder).map(({ preset }) => [preset.name, preset]))
 }
 
 /**
- * As `readPresets`, with the files; a preset has the name of its file. Files that are neither YAML nor JSON are left alone.
- * Throws ConfigError with one line that names the file and the key, also for two presets of one name and for a file's bad name.
+ * The presets of `readPresets` with their files. A preset has the name of its file; other files than YAML and JSON
+ * are left alone.
+ * Throws ConfigError with one line that names the file and the key; also for two presets of one name and a bad file
+ * name.
  */
 export function readPresetFiles(folder = ''): PresetFile[] {
   const files = [SHIPPED, ...(folder ? [folder] : [])].flatMap(listFolder)
@@ -57,7 +62,7 @@ function readPresetFile(file: string): PresetFile {
   }
 }
 
-/** A YAML error goes on with an excerpt of the file. */
+/** The first line of an error's message: a YAML error goes on with an excerpt of the file. */
 function firstLine(error: unknown): string {
   const [line] = String(error).split('\n')
   return errorText(line).replace(/:$/, '')

@@ -14,7 +14,7 @@ import {
   sealManifest,
   UnreadableError,
 } from './checkpoint/manifest.js'
-import { indexText, type Placed, planFiles, type StateEntry } from './checkpoint/state-files.js'
+import { indexText, planShards, type StateEntry, type TensorLocation } from './checkpoint/state-files.js'
 import { replaceFile, syncFolder } from './durable.js'
 
 /** A checkpoint on the disk. `problem` says why it cannot be read. */
@@ -28,10 +28,10 @@ export type CheckpointEntry = {
   problem?: string
 }
 
-/** What a run remembers beside its checkpoints: how often it was opened, and groups that a connection gave anew. */
+/** The file `run.json`: `epoch` counts how often the run was opened; `replacement` has groups that an `open` gave. */
 export type Identity = { run: string; epoch: number; replacement?: Replacement }
 
-/** Groups that were given when `step` was the last finished one: for the next step, and those for the steps after that. */
+/** Groups that were given after step `step`: `groups` hold in the next step, `later`, if any, in those after that. */
 export type Replacement = { step: number; groups: GroupRecord[]; later?: GroupRecord[] }
 
 /** A checkpoint to be written. */
@@ -42,17 +42,17 @@ export type Snapshot = {
   record: RunRecord
   entries: readonly StateEntry[]
   locations: readonly StateLocation[]
-  /** A file is at most so long, unless one tensor alone is longer. */
+  /** Most bytes of tensors in a file, unless one tensor alone has more. */
   file_bytes: number
 }
 
 export const MANIFEST = 'manifest.json'
-/** Of a step; one of the same step after its state was imported has a number behind it. */
+/** A checkpoint's id: its step, and a number if there are several of that step, as after an import of state. */
 const CHECKPOINT = /^step-(\d{12})(?:\.(\d{1,9}))?$/
 
 /**
- * The folder of one run: `run.json`, `checkpoints/step-000000001200/` and `journal/`. A checkpoint counts once its manifest is
- * there; the newest one and the journal behind it are where the run goes on after a restart.
+ * The folder of one run: `run.json`, `checkpoints/step-000000001200/` and `journal/`. A checkpoint counts once it has
+ * its manifest. After a restart the run goes on from the newest checkpoint and the journal behind it.
  */
 export class RunFolder {
   readonly path: string
@@ -75,7 +75,7 @@ export class RunFolder {
     return folder
   }
 
-  /** Lists what is there and removes what a crash left unfinished. */
+  /** Opens a run's folder: lists its checkpoints, and removes those that a crash left unfinished. */
   static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
     const folder = join(path, 'checkpoints')
     await mkdir(folder, { recursive: true })
@@ -101,7 +101,7 @@ export class RunFolder {
     return this.#entries.at(-1)
   }
 
-  /** By its id, or the newest with a tag. */
+  /** A checkpoint by its id, or the newest one with a tag. */
   find(name: string): CheckpointEntry | undefined {
     return (
       this.#entries.find(({ checkpoint }) => checkpoint === name) ??
@@ -122,11 +122,11 @@ export class RunFolder {
     return replaceFile(join(this.path, 'run.json'), `${JSON.stringify(identity, null, 2)}\n`)
   }
 
-  /** Writes a checkpoint; `released` is told the position of each entry whose memory is not needed any more. */
+  /** Writes a checkpoint; `released` is called with the position of each entry once its memory is not read any more. */
   async write(snapshot: Snapshot, released: (position: number) => void): Promise<CheckpointEntry> {
     const { record, entries, locations, tags, server, device, file_bytes } = snapshot
     const checkpoint = this.#freshId(record)
-    const files = planFiles(entries, file_bytes)
+    const files = planShards(entries, file_bytes)
     const manifest = {
       ...{ format: FORMAT, checkpoint, tags, written_at: new Date().toISOString(), server, device },
       ...record,
@@ -152,10 +152,10 @@ export class RunFolder {
     return openManifest(await readFile(path, 'utf8'), path)
   }
 
-  /** Fills memory with a checkpoint's tensors and holds every file against its hash. Throws UnreadableError. */
+  /** Reads a checkpoint's tensors into `targets`, by name, and checks every file's hash. Throws UnreadableError. */
   read(
     { checkpoint, files }: Manifest,
-    targets: ReadonlyMap<string, Placed & { dtype: string; shape: readonly number[] }>,
+    targets: ReadonlyMap<string, TensorLocation & { dtype: string; shape: readonly number[] }>,
     locations: readonly StateLocation[],
   ): Promise<void> {
     return this.#files.read({ folder: this.#folderOf(checkpoint), files, targets, locations })
@@ -171,14 +171,14 @@ export class RunFolder {
     return tagged
   }
 
-  /** Removes all but the `kept` newest checkpoints and those that a tag leads to. */
+  /** Removes all checkpoints but the `kept` newest and those that `find` finds by a tag. */
   async retain(kept: number): Promise<void> {
     const tagged = new Set(this.#entries.flatMap(({ tags }) => tags.map((tag) => this.find(tag))))
     const untagged = this.#entries.filter((entry) => !tagged.has(entry))
     for (const entry of untagged.slice(0, Math.max(0, untagged.length - kept))) await this.remove(entry)
   }
 
-  /** Removes the checkpoints that came after one, the newest first: a crash in between leaves those that are older. */
+  /** Removes the checkpoints after the one of `step` and `digest`, the newest first: a crash leaves the older ones. */
   async removeAfter({ step, digest }: Pick<CheckpointEntry, 'step' | 'digest'>): Promise<void> {
     const at = this.#entries.findLastIndex(
       (entry) => entry.step < step || (entry.step === step && entry.digest === digest),
@@ -186,7 +186,7 @@ export class RunFolder {
     for (const entry of this.#entries.slice(at + 1).reverse()) await this.remove(entry)
   }
 
-  /** Without its manifest a checkpoint does not count any more, whatever else is left of it. */
+  /** Removes a checkpoint, its manifest first: without one it does not count, whatever a crash leaves of it. */
   async remove(entry: CheckpointEntry): Promise<void> {
     const folder = this.#folderOf(entry.checkpoint)
     await unlink(join(folder, MANIFEST))
@@ -195,7 +195,7 @@ export class RunFolder {
     await rm(folder, { recursive: true })
   }
 
-  /** Removes the run from the disk: after a crash it is there whole or not at all. */
+  /** Removes the run from the disk. After a crash the run is there as a whole or not at all: renaming is atomic. */
   async destroy(): Promise<void> {
     const doomed = join(dirname(this.path), `.deleted-${randomUUID()}`)
     await rename(this.path, doomed)
@@ -203,7 +203,7 @@ export class RunFolder {
     await rm(doomed, { recursive: true })
   }
 
-  /** A checkpoint is never written over another one: a crash in between would leave neither. */
+  /** An id that no checkpoint has. One is never written over another one: a crash in between would leave neither. */
   #freshId({ step, imported }: RunRecord): string {
     const id = `step-${String(step).padStart(12, '0')}`
     const taken = this.#entries.filter((entry) => entry.step === step).map(({ checkpoint }) => numbersOf(checkpoint)[1])
@@ -215,12 +215,12 @@ export class RunFolder {
   }
 }
 
-/** Those of a folder's names that are of checkpoints, oldest first. */
+/** The names among `names` that are ids of checkpoints, oldest first. */
 export function checkpointNames(names: readonly string[]): string[] {
   return names.filter((name) => CHECKPOINT.test(name)).sort(byAge)
 }
 
-/** The step of a checkpoint's id, and the number behind it, 0 for none. */
+/** The step in a checkpoint's id, and the number behind it, 0 where there is none. */
 function numbersOf(checkpoint: string): [step: number, number: number] {
   const [step, number = 0] = checkpoint.slice('step-'.length).split('.')
   return [Number(step), Number(number)]
@@ -250,7 +250,7 @@ async function readEntry(folder: string, checkpoint: string): Promise<Checkpoint
   }
 }
 
-/** Every hyperparameter under the flattened name that torch.distributed's optimizer state has, `param_groups.<parameter>.<key>`. */
+/** Every hyperparameter under torch.distributed's flattened name for it, `param_groups.<parameter>.<key>`, as JSON. */
 function groupsText({ parameters, groups }: RunRecord): string {
   const byName = Object.fromEntries(
     groups.map(({ name, algorithm, hyperparameters }) => [name, { algorithm, ...hyperparameters }]),

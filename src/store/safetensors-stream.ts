@@ -4,23 +4,23 @@ import { type Header, headerEnd, LENGTH_BYTES, parseHeader, SafetensorsError, ty
 export type TensorSink = (piece: Uint8Array) => void
 
 export type StreamReader = {
-  /** Most bytes of the header. */
+  /** Most bytes that the header may have. */
   headerBytes: number
-  /** Bytes of the whole body, where its sender has said. */
+  /** The bytes of the whole body, where its sender has said them. */
   bytes?: number
-  /** Is told what will come before any of it does, and answers who takes the bytes of a tensor. */
+  /** Called with the header before any tensor's bytes; returns a function that gives the sink of each tensor. */
   opened(header: Header): (range: TensorRange) => TensorSink
 }
 
 /**
- * Reads a safetensors body as it comes; nothing of it is kept but the header. Throws SafetensorsError where it is not one, is cut
- * off or goes on behind its last tensor.
+ * Reads a safetensors body as it comes, and keeps nothing of it but the header. Throws SafetensorsError where it is no
+ * safetensors file, is cut off, or goes on behind its last tensor.
  */
 export async function readStream(body: AsyncIterable<Uint8Array>, reader: StreamReader): Promise<void> {
   const pieces = body[Symbol.asyncIterator]()
   try {
-    const { header, start, rest } = await readHead(pieces, reader)
-    const tensors = new Tensors({ header, start, sinkOf: reader.opened(header) })
+    const { header, start, rest } = await readStreamHeader(pieces, reader)
+    const tensors = new TensorSplitter({ header, start, sinkOf: reader.opened(header) })
     tensors.take(rest)
     for (let next = await pieces.next(); !next.done; next = await pieces.next()) tensors.take(next.value)
     tensors.end()
@@ -29,8 +29,11 @@ export async function readStream(body: AsyncIterable<Uint8Array>, reader: Stream
   }
 }
 
-/** Reads the header of a body: where the tensors begin, and what has come of them with it. Throws SafetensorsError. */
-export async function readHead(
+/**
+ * Reads the header of a body. `start` is the byte at which the tensors begin, `rest` are the tensors' bytes that came
+ * in the header's last piece. Throws SafetensorsError.
+ */
+export async function readStreamHeader(
   pieces: AsyncIterator<Uint8Array>,
   { headerBytes, bytes }: Pick<StreamReader, 'headerBytes' | 'bytes'>,
 ): Promise<{ header: Header; start: number; rest: Uint8Array }> {
@@ -44,7 +47,7 @@ export async function readHead(
   }
 }
 
-/** What has come so far, and as many pieces more as make it so many bytes. */
+/** `soFar` and further pieces, as many as make it at least `bytes` bytes. */
 async function atLeast(pieces: AsyncIterator<Uint8Array>, soFar: Uint8Array, bytes: number): Promise<Uint8Array> {
   const gathered = [soFar]
   let has = soFar.length
@@ -57,8 +60,8 @@ async function atLeast(pieces: AsyncIterator<Uint8Array>, soFar: Uint8Array, byt
   return Buffer.concat(gathered)
 }
 
-/** Shares the bytes behind a header out to the tensors, which lie there in order and without holes. */
-export class Tensors {
+/** Gives the bytes behind a header to the sinks of the tensors, which lie there in order and without holes. */
+export class TensorSplitter {
   readonly #ranges: readonly TensorRange[]
   readonly #sinkOf: (range: TensorRange) => TensorSink
   readonly #last: number

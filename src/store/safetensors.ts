@@ -1,12 +1,13 @@
 import type { FileHandle } from 'node:fs/promises'
+import { readBytes } from './file-bytes.js'
 
 // The safetensors format (https://huggingface.co/docs/safetensors): the header's length as a little-endian u64, a JSON
 // header {name: {dtype, shape, data_offsets}, __metadata__: {…}}, then the tensors' bytes without holes.
 
-/** Bytes per element. */
+/** The bytes of an element of each dtype. */
 export const SAFETENSORS_DTYPES = { F32: 4, BF16: 2, F16: 2, I64: 8, I32: 4 } as const
 
-/** Of a state tensor, by its dtype. */
+/** The name in safetensors of each dtype that a state tensor may have. */
 export const SAFETENSORS_NAMES = { float32: 'F32', bfloat16: 'BF16' } as const
 
 export type SafetensorsDtype = keyof typeof SAFETENSORS_DTYPES
@@ -20,7 +21,7 @@ export type StoredTensor = { dtype: SafetensorsDtype; shape: number[]; data: Uin
 /** Where a tensor's bytes lie in its file. */
 export type TensorRange = { name: string; dtype: SafetensorsDtype; shape: number[]; begin: number; end: number }
 
-/** What precedes the tensors' bytes; the ranges are in the order of the file. */
+/** The part of a file before the tensors' bytes, read; the ranges are in the order of the file. */
 export type Header = { metadata: Record<string, string>; ranges: TensorRange[] }
 
 export type Safetensors = { metadata: Record<string, string>; tensors: Map<string, StoredTensor> }
@@ -30,15 +31,16 @@ export class SafetensorsError extends Error {
   override readonly name = 'SafetensorsError'
 }
 
-/** What the header's length takes. */
+/** The bytes of the number that a file begins with: its header's length. */
 export const LENGTH_BYTES = 8
-// The limit of the reference implementation: a corrupt length is refused before anything is read by it.
+// The limit of the reference implementation: a corrupt length is refused before so much memory is asked for.
 const MAX_HEADER_BYTES = 100_000_000
 const METADATA = '__metadata__'
 
 /**
- * Everything that precedes the tensors' bytes, which follow in the order given. Its length is a multiple of 8, so a
- * file whose 8-byte tensors come first has every tensor aligned. Throws on duplicate names and on sizes that do not fit.
+ * The part of a file before the tensors' bytes, which have to follow in the order given. Its length is a multiple of 8,
+ * so every tensor is aligned where those of 8-byte elements come first. Throws SafetensorsError for a name that appears
+ * twice and for a size that does not fit its shape.
  */
 export function encodeHeader(
   tensors: readonly TensorEntry[],
@@ -79,12 +81,10 @@ export async function readHeader(file: FileHandle): Promise<Header> {
   return parseHeader(await readBytes(file, LENGTH_BYTES, end - LENGTH_BYTES), { start: end, bytes: size })
 }
 
-async function readBytes(file: FileHandle, at: number, length: number): Promise<Uint8Array> {
-  const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length, at)
-  return buffer.subarray(0, bytesRead)
-}
-
-/** Where the tensors' bytes begin in a file of `bytes` bytes that starts with `prefix`; its header has at most `most` bytes. */
+/**
+ * The byte at which the tensors begin in a file of `bytes` bytes that starts with `prefix`. Throws SafetensorsError
+ * where the header does not fit into the file, or has more than `most` bytes.
+ */
 export function headerEnd(prefix: Uint8Array, bytes: number, most = MAX_HEADER_BYTES): number {
   if (prefix.length < LENGTH_BYTES) fail(`file has ${prefix.length} bytes, expected at least ${LENGTH_BYTES}`)
   const length = Number(new DataView(prefix.buffer, prefix.byteOffset, prefix.byteLength).getBigUint64(0, true))
@@ -93,7 +93,7 @@ export function headerEnd(prefix: Uint8Array, bytes: number, most = MAX_HEADER_B
   return LENGTH_BYTES + length
 }
 
-/** Reads the JSON of a header; the tensors' bytes begin at `start`. Where it is known, the file has `bytes` bytes. */
+/** Reads the JSON of a header. The tensors begin at byte `start`; the file has `bytes` bytes, where that is known. */
 export function parseHeader(json: Uint8Array, body: { start: number; bytes?: number }): Header {
   const { [METADATA]: metadata = {}, ...rest } = parseJson(json)
   const ranges = Object.entries(rest).map(([name, entry]) => {

@@ -1,8 +1,9 @@
 import { ServiceError } from '../errors.js'
 
+/** A contiguous part of a tensor, in bytes; `offset` counts from the tensor's first byte. */
 export type Chunk = { readonly offset: number; readonly length: number }
 
-/** Cuts a tensor of `bytes` bytes into consecutive chunks of at most `chunk_bytes`; a cut may fall inside an element. */
+/** Cuts a tensor of `bytes` bytes into consecutive chunks of at most `chunk_bytes`. A cut may lie inside an element. */
 export function* chunksOf(bytes: number, chunk_bytes: number): Generator<Chunk> {
   for (let offset = 0; offset < bytes; offset += chunk_bytes) {
     yield { offset, length: Math.min(chunk_bytes, bytes - offset) }
@@ -10,8 +11,8 @@ export function* chunksOf(bytes: number, chunk_bytes: number): Generator<Chunk> 
 }
 
 /**
- * The receiving side of one tensor: chunks must come in order, without gap, overlap or empty one. Holds no bytes.
- * `label` opens every error message and says whose tensor this is.
+ * Checks the chunks of one tensor as they are received: they must come in order, without a gap, an overlap or an empty
+ * one. It counts bytes and holds none. `label` opens every error message and names the tensor.
  */
 export class Assembly {
   readonly bytes: number

@@ -15,7 +15,7 @@ import {
 import { type Cursor, cursorOf, malformed, nextToken, scan, takeBytes } from './msgpack.js'
 import { type MapSchema, quote, readMessage } from './schema.js'
 
-/** A gradient header is at most 102 bytes in its longest spelling; more than this is not looked at. */
+/** In how many bytes of a message `peekGradient` looks for a gradient's keys, which take at most 102 as msgpack. */
 export const PEEK_BYTES = 1024
 
 /**
@@ -49,17 +49,18 @@ export function decodeServerFrame(bytes: Uint8Array): ServerFrame {
   return readMessage(bytes, schema, type) as ServerFrame
 }
 
+/** A gradient frame but for its data, which begins at byte `dataStart` of the message and has `dataLength` bytes. */
 export type GradientHead = Omit<GradientFrame, 'type' | 'data'> & { dataStart: number; dataLength: number }
 
 /**
- * Reads a gradient's keys from the first bytes of a message, so that its payload can be received in place: `data` begins
- * at byte `dataStart` and is declared with `dataLength` bytes; that both sum to the message's length is for the caller to
- * check. 'more': these bytes are not enough yet. undefined: this message must go the ordinary way, which also
- * finds the words for what is wrong with it.
+ * Reads a gradient frame's keys from the first bytes of its message, so that `data` can be received straight into its
+ * place. The caller has to check that the message has `dataStart + dataLength` bytes.
+ * Returns 'more' where `head` ends before `data` begins. Returns undefined where `decodeClientFrame` has to read the
+ * whole message: it is no gradient, or is not as it must be, and `decodeClientFrame` says why.
  */
 export function peekGradient(head: Uint8Array): GradientHead | 'more' | undefined {
   const cursor = cursorOf(head.subarray(0, PEEK_BYTES))
-  const found = readHead(cursor)
+  const found = readGradientHead(cursor)
   if (found !== undefined) return found
   return cursor.ended && head.length < PEEK_BYTES ? 'more' : undefined
 }
@@ -69,7 +70,7 @@ export function encodeFrame(frame: Exclude<ClientFrame, GradientFrame> | ServerF
   return pack(frame)
 }
 
-/** A frame with tensor bytes, without them. */
+/** A gradient or update frame but for its `data`. */
 export type DataHeader = Omit<GradientFrame, 'data'> | Omit<UpdateFrame, 'data'>
 
 /**
@@ -106,7 +107,10 @@ function isKey<T extends string>(name: string, table: Readonly<Record<T, unknown
   return Object.hasOwn(table, name)
 }
 
-/** Before anything else in `open`: another version may have other keys, and its client should hear about the version. */
+/**
+ * Checks the version of an `open` before any other key: another version may have other keys, and its client should be
+ * told of the version and not of a key.
+ */
 function checkProtocol(cursor: Cursor, entries: Map<string, number>): void {
   const at = entries.get('protocol')
   if (at === undefined) return
@@ -116,7 +120,7 @@ function checkProtocol(cursor: Cursor, entries: Map<string, number>): void {
   throw new ServiceError('PROTOCOL_UNSUPPORTED', `open.protocol is ${value}, this service speaks ${PROTOCOL}`)
 }
 
-/** The length of the bin at this position; 0 for what is absent or no bin, which the schema refuses afterwards. */
+/** The bytes of the bin at position `at`; 0 where there is no bin, which the schema refuses afterwards. */
 function binLength(cursor: Cursor, at: number | undefined): number {
   if (at === undefined) return 0
   cursor.position = at
@@ -132,7 +136,7 @@ function tooLarge(what: string, length: number, most: number): ServiceError {
   return new ServiceError('FRAME_TOO_LARGE', `${what} has ${length} bytes, at most ${most} are allowed`)
 }
 
-function readHead(cursor: Cursor): GradientHead | undefined {
+function readGradientHead(cursor: Cursor): GradientHead | undefined {
   const map = nextToken(cursor)
   if (map.kind !== 'map' || map.value !== 5) return undefined
   const found: Record<string, number> = {}

@@ -4,13 +4,13 @@ import type { MapSchema, Schema } from './schema.js'
 /** The only protocol version there is; `open` names it. */
 export const PROTOCOL = 1
 
-/** Bytes of everything but `data` in one frame. */
+/** Most bytes of all that is not `data` in one frame. */
 export const OTHER_KEYS_BYTES = 64 * 1024
 
-/** Bytes of a `step`: one number of nine bytes for each query head, of which DeepSeek-V3 has 7808. */
+/** Most bytes of a `step`: it has one number of nine bytes for each query head, of which DeepSeek-V3 has 7808. */
 export const STEP_BYTES = 1024 * 1024
 
-/** Bytes of an `open`, whose lists grow with the model. */
+/** Most bytes of an `open`, whose lists grow with the model. */
 export const OPEN_BYTES = 16 * 1024 * 1024
 
 export const RUN_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/
@@ -20,7 +20,7 @@ export type Mode = 'create' | 'resume' | 'create_or_resume'
 /** Values are what the client sent; the optimizer layer knows their names, types and ranges. */
 export type Hyperparameters = Readonly<Record<string, unknown>>
 
-/** A group of `open`: its hyperparameters stand inline beside these keys. One of `algorithm` and `preset` must be there. */
+/** A group of `open`: its hyperparameters stand inline beside these keys. It needs an `algorithm` or a `preset`. */
 export type GroupDeclaration = {
   readonly name: string
   readonly algorithm?: string
@@ -123,7 +123,7 @@ export type OpenedFrame = {
   readonly parameters: readonly ParameterDescription[]
   readonly attentions: readonly AttentionDescription[]
   readonly groups: Readonly<Record<string, Hyperparameters>>
-  /** What is to be known of how the run came here; absent where there is nothing. */
+  /** How the run came to its state if not by its own steps alone: an import, or a restore on another device. */
   readonly note?: string
   readonly limits: { readonly chunk_bytes: number; readonly [limit: string]: unknown }
   readonly server: {
@@ -134,7 +134,10 @@ export type OpenedFrame = {
   }
 }
 
-/** One chunk of an update. The frame with `offset` 0 also has the keys from `scale` on; `row_scale` is float32 bytes. */
+/**
+ * One chunk of an update; `offset` in bytes. The keys from `scale` to `update_rms` come with the first chunk only,
+ * whose offset is 0. `row_scale` is a float32 for each row of the parameter.
+ */
 export type UpdateFrame = {
   readonly type: 'update'
   readonly parameter: number
@@ -248,7 +251,10 @@ const attention = map<AttentionDeclaration>(
   { ...defaulted, ...dims, ...biases },
 )
 
-/** Every frame a client may send, with all its keys. An integer of a shape, layout or attention may be negative here: its value is judged with the layout. */
+/**
+ * Every frame that a client may send, with all its keys. An integer of a shape, a layout or an attention may be
+ * negative here: the optimizer layer checks its value, and its error names the parameter.
+ */
 export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
   open: map<OpenFrame>(
     { type: string, protocol: uint, run: { is: 'name', pattern: RUN_NAME } },

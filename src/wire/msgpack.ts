@@ -1,18 +1,18 @@
 import { isUtf8 } from 'node:buffer'
 import { ServiceError } from '../errors.js'
 
-/** Containers inside containers. `open` needs five: frame, groups, group, list of triples, triple. */
+/** Most maps and lists inside each other. `open` needs five: frame, groups, group, list of triples, triple. */
 export const MAX_DEPTH = 8
 
-/** Keys and values in one frame; the `open` of 100 000 parameters stays below it. Bounds time and memory, not bytes. */
+/** Most keys and values of one frame; an `open` of 100 000 parameters has fewer. Bounds what a frame costs to read. */
 export const MAX_VALUES = 2 ** 21
 
-/** A reading position in one message. `fault` says why the last token was of kind 'none', `ended` that bytes were lacking. */
+/** A reading position in a message. `fault` says why the last token is of kind 'none'; `ended`: bytes were lacking. */
 export type Cursor = { readonly bytes: Buffer; position: number; fault: string; ended: boolean }
 
 /**
- * One head of msgpack. `value` is the number itself (`int`, `float`; 0 or 1 for `bool`), the count of items (`list`) or
- * of pairs (`map`), or the byte length of the payload that follows (`string`, `bin`).
+ * The head of one msgpack value. `value` is the number (`int`, `float`; 0 or 1 for `bool`), the count of items
+ * (`list`) or of pairs (`map`), or the byte length of the payload that follows (`string`, `bin`).
  */
 export type Token = { readonly kind: Kind; readonly value: number }
 export type Kind = 'map' | 'list' | 'string' | 'bin' | 'int' | 'float' | 'bool' | 'nil' | 'none'
@@ -26,7 +26,7 @@ export function cursorOf(bytes: Uint8Array): Cursor {
   }
 }
 
-/** Reads the next head and stands behind it. Never throws: what cannot be read is a token of kind 'none'. */
+/** Reads the next head and moves the cursor behind it. Never throws: it returns a token of kind 'none' instead. */
 export function nextToken(cursor: Cursor): Token {
   const { bytes, position } = cursor
   if (position >= bytes.length) return short(cursor)
@@ -126,7 +126,10 @@ const u8 = (bytes: Buffer, at: number) => bytes.readUInt8(at)
 const u16 = (bytes: Buffer, at: number) => bytes.readUInt16BE(at)
 const u32 = (bytes: Buffer, at: number) => bytes.readUInt32BE(at)
 
-/** The type bytes 0xc0 … 0xdf that a frame may hold (msgpack specification, "Formats"); the others are extensions and 0xc1. */
+/**
+ * The type bytes from 0xc0 to 0xdf that a frame may hold (msgpack specification, "Formats"). The others of that range
+ * are extensions and the unused 0xc1.
+ */
 const FORMS: Partial<Record<number, Form>> = {
   192: { kind: 'nil', width: 0, read: () => 0 },
   194: { kind: 'bool', width: 0, read: () => 0 },

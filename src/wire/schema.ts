@@ -2,8 +2,8 @@ import { ServiceError } from '../errors.js'
 import { type Cursor, cursorOf, type Kind, malformed, nextToken, type Token } from './msgpack.js'
 
 /**
- * What a value must be. `any` is checked by a later layer. `hyperparameter` is `any` too, except that the difference
- * between 5 and 5.0, which only the wire knows, is settled here. A map without `rest` refuses unknown keys.
+ * What a value must be. `any` is checked by a later layer. So is `hyperparameter`, but for the difference between 5 and
+ * 5.0: only msgpack knows it, a JavaScript number does not. A map without `rest` refuses unknown keys.
  */
 export type Schema =
   | { readonly is: 'string' | 'bool' | 'int' | 'uint' | 'float' | 'bin' | 'any' | 'hyperparameter' }

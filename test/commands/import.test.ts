@@ -19,7 +19,7 @@ import {
   tuple,
 } from '../../src/exchange/torch/pickle.js'
 import { TorchFile, tensorNode } from '../../src/exchange/torch/tensor.js'
-import { ZipWriter } from '../../src/exchange/torch/zip-writer.js'
+import { ZipWriter } from '../../src/exchange/zip-writer.js'
 import { encodeHeader, parseSafetensors, type SafetensorsDtype } from '../../src/store/safetensors.js'
 import { MODEL, train, trainStep } from '../run/trainer.js'
 import { bytesOf, normal, type RawClient, type Service } from '../service.js'

@@ -1,4 +1,4 @@
-"""Files that muond writes are loaded by torch, which goes on with the same updates; files that torch writes are imported."""
+"""torch loads files that muond writes and goes on with the same updates; muond imports files that torch writes."""
 
 import pathlib
 

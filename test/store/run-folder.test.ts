@@ -5,7 +5,7 @@ import t, { type Test } from 'tap'
 import { openOnnxRuntime, viewMemory } from '../../src/device/onnx/onnxruntime.js'
 import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
 import { type RunRecord, UnreadableError } from '../../src/store/checkpoint/manifest.js'
-import { bytesOf, indexText, planFiles, type StateEntry } from '../../src/store/checkpoint/state-files.js'
+import { entryBytes, indexText, planShards, type StateEntry } from '../../src/store/checkpoint/state-files.js'
 import { RunFolder, type Snapshot } from '../../src/store/run-folder.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
 import { seeded } from '../reference.js'
@@ -41,14 +41,14 @@ t.test('tensors are shared out to files in their order, none of them too long un
   fc.assert(
     fc.property(fc.array(fc.integer({ min: 1, max: 50 })), fc.integer({ min: 4, max: 300 }), (sizes, most) => {
       const entries = sizes.map((size, i) => inline(`t${i}`, 4 * size))
-      const planned = planFiles(entries, most)
+      const planned = planShards(entries, most)
       t.same(
         planned.flatMap(({ entries }) => entries),
         entries,
       )
       for (const [i, { name, entries, header }] of planned.entries()) {
         t.equal(name, `state-0000${i + 1}-of-0000${planned.length}.safetensors`.replace(/0000(\d\d)/g, '000$1'))
-        const bytes = entries.reduce((sum, entry) => sum + bytesOf(entry), 0)
+        const bytes = entries.reduce((sum, entry) => sum + entryBytes(entry), 0)
         t.ok(bytes <= most || entries.length === 1)
         const { tensors } = parseSafetensors(Buffer.concat([header, new Uint8Array(bytes)]))
         t.same(

@@ -1,8 +1,9 @@
 import type { FileHandle } from 'node:fs/promises'
-import { readRange } from '../../store/checkpoint/checkpoint-source.js'
 import type { GivenDtype } from '../../store/elements.js'
+import { readRange } from '../../store/file-bytes.js'
+import { ELEMENT_BYTES } from '../array-layout.js'
 
-/** A tensor that lies in a file: `at` is the byte of its first element. Strides are in elements. */
+/** A tensor in a file. Its first element is at byte `at`; strides are in elements, `dtype` is torch's name. */
 export type FileTensor = {
   file: FileHandle
   dtype: string
@@ -13,26 +14,25 @@ export type FileTensor = {
 
 /** The state of one parameter in a file of another optimizer. */
 export type ForeignState = {
-  /** Its index or name there, for messages and for a map of names. */
+  /** The parameter's index or name in the file, for messages and for a map of names. */
   key: string
-  /** Its name, where the file has names. */
+  /** The parameter's name, where the file has names. */
   name: string | undefined
   tensors: ReadonlyMap<string, FileTensor>
-  /** How many updates were applied, where that is kept. */
+  /** How many updates were applied to the parameter, where the file says it. */
   count: number | undefined
 }
 
-/** The file is not what it is said to be; the message says what is wrong. */
+/** A file of another optimizer cannot be read; the message names the file and says what is wrong. */
 export class ForeignError extends Error {
   override readonly name = 'ForeignError'
 }
 
-const SIZES: Readonly<Record<string, number>> = { float32: 4, bfloat16: 2, float16: 2, float64: 8, int64: 8, int32: 4 }
 const GIVEN: Readonly<Record<string, GivenDtype>> = { float32: 'F32', bfloat16: 'BF16', float16: 'F16' }
-/** A tensor that does not lie in order is put in order in memory. */
+/** Most bytes of a tensor that is not in C order: it is put in order in memory. */
 const MOST_GATHERED_BYTES = 2 ** 32
 
-/** What a state tensor's type is called in safetensors. Throws ForeignError for one that no state can come in. */
+/** A state tensor's type by its name in safetensors. Throws ForeignError for a type that no state may have. */
 export function givenDtype({ dtype }: FileTensor, what: string): GivenDtype {
   if (Object.hasOwn(GIVEN, dtype)) return GIVEN[dtype]
   throw new ForeignError(`${what} is ${dtype}, expected one of ${Object.keys(GIVEN).join(', ')}`)
@@ -42,12 +42,12 @@ export function elementsOf({ shape }: Pick<FileTensor, 'shape'>): number {
   return shape.reduce((product, size) => product * size, 1)
 }
 
-/** How many bytes the elements of a tensor have. Throws ForeignError for a type that is not known. */
-export function bytesOf(tensor: FileTensor, what: string): number {
+/** The bytes of a tensor's elements. Throws ForeignError for an unknown type. */
+export function tensorBytes(tensor: FileTensor, what: string): number {
   return sizeOf(tensor, what) * elementsOf(tensor)
 }
 
-/** The one number of a tensor, such as torch's `step`. Throws ForeignError. */
+/** The number in a tensor of one element, such as torch's `step`. Throws ForeignError. */
 export async function readNumber(tensor: FileTensor, what: string): Promise<number> {
   if (elementsOf(tensor) !== 1) throw new ForeignError(`${what} has shape [${tensor.shape}], expected one number`)
   const bytes = Buffer.alloc(8)
@@ -69,7 +69,7 @@ export async function readNumber(tensor: FileTensor, what: string): Promise<numb
 /** A tensor's bytes in C order. Throws ForeignError where the file ends before. */
 export async function* readTensor(tensor: FileTensor, what: string): AsyncGenerator<Uint8Array> {
   const size = sizeOf(tensor, what)
-  const bytes = bytesOf(tensor, what)
+  const bytes = tensorBytes(tensor, what)
   if (!isOrdered(tensor)) return yield await gathered(tensor, { size, bytes, what })
   let read = 0
   for await (const piece of readRange(tensor.file, tensor.at, tensor.at + bytes)) {
@@ -80,11 +80,11 @@ export async function* readTensor(tensor: FileTensor, what: string): AsyncGenera
 }
 
 function sizeOf({ dtype }: FileTensor, what: string): number {
-  if (Object.hasOwn(SIZES, dtype)) return SIZES[dtype]
-  throw new ForeignError(`${what} is ${dtype}, expected one of ${Object.keys(SIZES).join(', ')}`)
+  if (Object.hasOwn(ELEMENT_BYTES, dtype)) return ELEMENT_BYTES[dtype]
+  throw new ForeignError(`${what} is ${dtype}, expected one of ${Object.keys(ELEMENT_BYTES).join(', ')}`)
 }
 
-/** Whether the last dimension lies densely, the one before it over it, and so on. */
+/** Whether a tensor is in C order. The stride of a dimension of one element does not matter. */
 function isOrdered({ shape, strides }: FileTensor): boolean {
   let expected = 1
   for (let i = shape.length - 1; i >= 0; i--) {
@@ -94,6 +94,7 @@ function isOrdered({ shape, strides }: FileTensor): boolean {
   return true
 }
 
+/** The bytes of a tensor that is not in C order, put in that order. */
 async function gathered(
   { file, at, shape, strides }: FileTensor,
   { size, bytes, what }: { size: number; bytes: number; what: string },

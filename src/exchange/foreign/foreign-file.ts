@@ -9,17 +9,18 @@ import { readNumpyFile } from './numpy-file.js'
 import { readSafetensorsFile } from './safetensors-file.js'
 import { readTorchFile } from './torch-file.js'
 
-/** Whose state a file holds. */
+/** The optimizer that a file's state is from. */
 export const ORIGINS = ['muond', 'torch-optimizer', 'moonlight', 'keller-jordan', 'optax'] as const
 export type Origin = (typeof ORIGINS)[number]
 
-/** `momentum_form` is what the file says of it, as the metadata of an export does. The files stay open until `close`. */
+/** The state in an open file. `momentum_form` is the file's metadata of that name, as `stateMetadata` writes it. */
 export type ForeignFile = { states: ForeignState[]; momentum_form: string | undefined; close: () => Promise<void> }
 
 /**
- * Opens a file with the state of an optimizer: of torch.save, numpy.savez or safetensors, by its ending; for muond also an index
- * of shards and the folder of a checkpoint, every file of which is held against its hash first. `key` leads to a state dict in
- * a larger one. Throws ForeignError, UnreadableError.
+ * Opens a file with the state of an optimizer, which torch.save, numpy.savez or safetensors wrote: its ending tells.
+ * `path` may also be an index of safetensors shards, a folder with one, or, for muond, a checkpoint's folder, whose
+ * files must have their hashes. `key` leads to a state dict in a larger one: words with dots in between.
+ * Throws ForeignError, UnreadableError.
  */
 export async function openForeign(path: string, origin: Origin, key?: string): Promise<ForeignFile> {
   const files: FileHandle[] = []
@@ -58,7 +59,7 @@ async function read(path: string, { origin, key, opened }: Reading): Promise<Omi
   return { states, momentum_form: origin === 'muond' ? momentum_form : undefined }
 }
 
-/** Moonlight's AdamW has names of its own. */
+/** State tensors that an origin has under other names than torch: Moonlight's AdamW. */
 const RENAMED: Readonly<Partial<Record<Origin, Readonly<Record<string, string>>>>> = {
   moonlight: { moment1: 'exp_avg', moment2: 'exp_avg_sq' },
 }

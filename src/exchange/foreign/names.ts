@@ -1,6 +1,6 @@
 import { type FileTensor, ForeignError, type ForeignState, readNumber } from './file-tensor.js'
 
-/** The states of tensors that are named `state.<parameter>.<tensor>`, in the order in which their parameters first appear. */
+/** The states in tensors that are named `state.<parameter>.<tensor>`, in the order in which parameters first appear. */
 export function fromStateNames(tensors: ReadonlyMap<string, FileTensor>): Promise<ForeignState[]> {
   const parameters = new Map<string, Map<string, FileTensor>>()
   for (const [name, tensor] of tensors) {
@@ -19,8 +19,8 @@ async function withCount(name: string, kinds: ReadonlyMap<string, FileTensor>): 
 }
 
 /**
- * The states of an optax optimizer, of tensors that are named `mu/<path>` and `nu/<path>`, and one `count` for all of them. A
- * parameter with both was under adam, one with `mu` alone under muon.
+ * The states in tensors of optax.contrib.muon, which are named `mu/<path>` and `nu/<path>`, with one `count` for all. A
+ * parameter that has both was updated by adam, one with `mu` alone by muon.
  */
 export async function fromOptaxNames(tensors: ReadonlyMap<string, FileTensor>): Promise<ForeignState[]> {
   const count = tensors.get('count')

@@ -1,7 +1,8 @@
 import type { FileHandle } from 'node:fs/promises'
 import { errorText } from '../../errors.js'
-import { readZip } from '../torch/zip-reader.js'
-import { bytesOf, type FileTensor, ForeignError } from './file-tensor.js'
+import { rowStrides } from '../array-layout.js'
+import { readZip } from '../zip-reader.js'
+import { type FileTensor, ForeignError, tensorBytes } from './file-tensor.js'
 
 const MAGIC = '\x93NUMPY'
 const MOST_HEADER_BYTES = 65_536
@@ -13,7 +14,7 @@ const DTYPES: Readonly<Record<string, string>> = {
   '<i8': 'int64',
 }
 
-/** The arrays of a file of numpy.savez by name, where they lie. Throws ForeignError. */
+/** The arrays of a file that numpy.savez wrote, by name. Throws ForeignError. */
 export async function readNumpyFile(file: FileHandle, path: string): Promise<Map<string, FileTensor>> {
   try {
     const arrays = new Map<string, FileTensor>()
@@ -26,7 +27,7 @@ export async function readNumpyFile(file: FileHandle, path: string): Promise<Map
   }
 }
 
-/** The format of numpy.save, versions 1 to 3: a Python dict as text stands before the bytes. */
+/** Reads an array's header, of numpy.save's format, versions 1 to 3: a Python dict as text, before the bytes. */
 async function readArray(
   file: FileHandle,
   { name, at, bytes }: { name: string; at: number; bytes: number },
@@ -47,7 +48,7 @@ async function readArray(
     ...{ file, dtype, at: at + start + length, shape },
     strides: columns ? columnStrides(shape) : rowStrides(shape),
   }
-  const [has, expected] = [bytes - start - length, bytesOf(tensor, `entry '${name}'`)]
+  const [has, expected] = [bytes - start - length, tensorBytes(tensor, `entry '${name}'`)]
   if (has !== expected) throw new ForeignError(`entry '${name}' has ${has} bytes of numbers, expected ${expected}`)
   return tensor
 }
@@ -62,10 +63,7 @@ function parseHeader(text: string, name: string): { descr: string; columns: bool
   return { descr, columns: order === 'True', shape: shape.map(Number) }
 }
 
-function rowStrides(shape: readonly number[]): number[] {
-  return shape.map((_, i) => shape.slice(i + 1).reduce((product, size) => product * size, 1))
-}
-
+/** The strides, in elements, of an array in Fortran order: its first dimension lies densely. */
 function columnStrides(shape: readonly number[]): number[] {
   return shape.map((_, i) => shape.slice(0, i).reduce((product, size) => product * size, 1))
 }

@@ -1,23 +1,16 @@
 import type { FileHandle } from 'node:fs/promises'
 import { errorText } from '../../errors.js'
+import { ELEMENT_BYTES } from '../array-layout.js'
 import { isKind, type PickleValue, shown, type TensorValue } from '../torch/pickle-value.js'
 import { unpickle } from '../torch/unpickle.js'
-import { readZip, type ZipEntry } from '../torch/zip-reader.js'
+import { readZip, type ZipEntry } from '../zip-reader.js'
 import { type FileTensor, ForeignError, type ForeignState, readNumber } from './file-tensor.js'
 
 const MOST_PICKLE_BYTES = 2 ** 28
-const UNTYPED_BYTES: Readonly<Record<string, number>> = {
-  float32: 4,
-  bfloat16: 2,
-  float16: 2,
-  float64: 8,
-  int64: 8,
-  int32: 4,
-}
 
 /**
- * The state dict of an optimizer that torch.save wrote, its parameters in the order of its param_groups. `key` leads to it in a
- * larger dict, words with dots in between. Nothing of the file is executed. Throws ForeignError.
+ * The states in an optimizer's state dict that torch.save wrote, in the order of its param_groups. `key` leads to the
+ * state dict in a larger one: words with dots in between. Nothing of the file is executed. Throws ForeignError.
  */
 export async function readTorchFile(file: FileHandle, path: string, key?: string): Promise<ForeignState[]> {
   try {
@@ -27,19 +20,19 @@ export async function readTorchFile(file: FileHandle, path: string, key?: string
     if (bytes > MOST_PICKLE_BYTES)
       throw new ForeignError(`data.pkl has ${bytes} bytes, expected at most ${MOST_PICKLE_BYTES}`)
     const { buffer } = await file.read(Buffer.alloc(bytes), 0, bytes, at)
-    const places = { file, root, entries }
-    await checkByteOrder(places)
+    const archive = { file, root, entries }
+    await checkByteOrder(archive)
     const found = lookUp(unpickle(buffer), key)
-    return await Promise.all(statesOf(found, places))
+    return await Promise.all(statesOf(found, archive))
   } catch (error) {
     throw new ForeignError(`${path}: ${errorText(error)}`)
   }
 }
 
-type Places = { file: FileHandle; root: string; entries: ReadonlyMap<string, ZipEntry> }
+type Archive = { file: FileHandle; root: string; entries: ReadonlyMap<string, ZipEntry> }
 type Dict = Map<PickleValue, PickleValue>
 
-/** torch names the folder in the archive after the file. */
+/** The folder in the archive that has all entries: torch names it after the file. */
 function rootOf(entries: ReadonlyMap<string, ZipEntry>): string {
   for (const name of entries.keys()) if (/^[^/]+\/data\.pkl$/.test(name)) return name.slice(0, -'data.pkl'.length)
   throw new ForeignError('it has no data.pkl, expected a file of torch.save')
@@ -51,7 +44,7 @@ function entry(entries: ReadonlyMap<string, ZipEntry>, name: string): ZipEntry {
   throw new ForeignError(`it has no entry '${name}'`)
 }
 
-async function checkByteOrder({ file, root, entries }: Places): Promise<void> {
+async function checkByteOrder({ file, root, entries }: Archive): Promise<void> {
   const found = entries.get(`${root}byteorder`)
   if (found === undefined) return
   const { buffer } = await file.read(Buffer.alloc(Math.min(found.bytes, 16)), 0, Math.min(found.bytes, 16), found.at)
@@ -77,7 +70,7 @@ function keysOf(value: PickleValue): string {
   return `there are ${[...value.keys()].slice(0, 10).map(shown).join(', ') || 'no keys'}`
 }
 
-function statesOf({ state, groups }: ReturnType<typeof lookUp>, places: Places): Promise<ForeignState>[] {
+function statesOf({ state, groups }: ReturnType<typeof lookUp>, archive: Archive): Promise<ForeignState>[] {
   const seen = new Set<PickleValue>()
   return groups.flatMap((group) => {
     const params = group instanceof Map ? group.get('params') : undefined
@@ -94,24 +87,24 @@ function statesOf({ state, groups }: ReturnType<typeof lookUp>, places: Places):
       return stateOf(
         { key: String(param), name: typeof given === 'string' ? given : undefined },
         state.get(param),
-        places,
+        archive,
       )
     })
   })
 }
 
-/** Flags and values that are not there say nothing of the state. */
+/** A parameter's state: its tensors and its `step`. Values that are None or a flag are no state and are skipped. */
 async function stateOf(
   of: Pick<ForeignState, 'key' | 'name'>,
   values: PickleValue | undefined,
-  places: Places,
+  archive: Archive,
 ): Promise<ForeignState> {
   const tensors = new Map<string, FileTensor>()
   let count: number | undefined
   for (const [name, value] of values instanceof Map ? values : []) {
     const what = `'${String(name)}' of parameter '${of.name ?? of.key}'`
     if (typeof name !== 'string') throw new ForeignError(`state ${what} has no name that is a text`)
-    const tensor = isKind(value, 'tensor') ? placed(value, places, what) : undefined
+    const tensor = isKind(value, 'tensor') ? tensorIn(value, archive, what) : undefined
     if (name === 'step' && tensor) count = await readNumber(tensor, what)
     else if (name === 'step' && typeof value === 'number') count = value
     else if (tensor) tensors.set(name, tensor)
@@ -121,14 +114,15 @@ async function stateOf(
   return { ...of, tensors, count }
 }
 
-/** Where in the file a tensor lies. Throws where its storage does not hold it. */
-function placed(
+/** A tensor by its place in the file. Throws ForeignError where the tensor ends behind its storage. */
+function tensorIn(
   { storage, offset, shape, strides }: TensorValue,
-  { file, root, entries }: Places,
+  { file, root, entries }: Archive,
   what: string,
 ): FileTensor {
   const { at, bytes } = entry(entries, `${root}data/${storage.key}`)
-  const size = UNTYPED_BYTES[storage.type] ?? 1
+  // Types that no state has, such as uint8, are refused where the tensor is read.
+  const size = ELEMENT_BYTES[storage.type] ?? 1
   const last = offset + shape.reduce((sum, extent, i) => sum + Math.max(0, extent - 1) * strides[i], 0)
   if (!shape.includes(0) && (last + 1) * size > bytes)
     throw new ForeignError(`${what} ends at byte ${(last + 1) * size} of its storage, which has ${bytes}`)

@@ -1,7 +1,7 @@
 import assert from 'node:assert'
 import type { SourceTensor, StateSource } from '../../store/checkpoint/state-source.js'
 
-/** The counts of a state's parameters, which come first, and the bytes of all else. */
+/** Reads the update counts of a state, which come before its other tensors; `rest` gives the bytes of these. */
 export async function readCounts({ tensors, read }: StateSource): Promise<{
   counts: ReadonlyMap<string, number>
   rest: AsyncGenerator<{ tensor: SourceTensor; piece: Uint8Array }>
@@ -21,6 +21,7 @@ export async function readCounts({ tensors, read }: StateSource): Promise<{
   return { counts, rest: resolved(tensors, pieces) }
 }
 
+/** Whether a tensor of a state is a parameter's update count: an int64 without dimensions. */
 export function isCount({ dtype, shape }: SourceTensor): boolean {
   return dtype === 'I64' && shape.length === 0
 }

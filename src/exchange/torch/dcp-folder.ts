@@ -1,9 +1,10 @@
 import assert from 'node:assert'
 import { mkdir } from 'node:fs/promises'
 import { join } from 'node:path'
-import { type SourceTensor, type StateSource, stateName } from '../../store/checkpoint/state-source.js'
+import { type SourceTensor, type StateGroup, type StateSource, stateName } from '../../store/checkpoint/state-source.js'
 import { bytesOf } from '../../store/elements.js'
 import type { SafetensorsDtype } from '../../store/safetensors.js'
+import { DTYPE_NAMES } from '../array-layout.js'
 import { type OutputFile, writeFiles, writeWhole } from '../output.js'
 import { readCounts } from './counts.js'
 import { countOf, emaElements } from './optimizer-file.js'
@@ -11,19 +12,21 @@ import { groupEntries } from './optimizers.js'
 import { call, dict, float, global, int, list, object, type Picklable, pickle, tuple } from './pickle.js'
 import { sizes, TorchFile, tensorNode } from './tensor.js'
 
-// torch.distributed.checkpoint, version 1.0.0 of its format: `.metadata`, a pickle that says what there is and where, and a file
-// with one torch.save after the other.
+// A folder of torch.distributed.checkpoint (DCP), version 1.0.0 of its format: `.metadata`, a pickle that lists the
+// items and where they lie, and one data file, in which each item is an archive as torch.save writes it.
 
-/** Where an item of the data file lies; `path` is its place in the nested state dict, `shape` is there for a tensor. */
+/**
+ * An item: `bytes` bytes from byte `at` of the data file. `path` are its keys in the nested state dict. Only a tensor
+ * has a shape.
+ */
 type Item = { path: readonly string[]; at: number; bytes: number; dtype?: SafetensorsDtype; shape?: readonly number[] }
-
-type Group = StateSource['description']['groups'][number]
 
 const DATA_FILE = '__0_0.distcp'
 
 /**
- * Writes a state as a folder for torch.distributed.checkpoint.load, by the flattened names of torch's optimizer state dicts:
- * `state.<parameter>.momentum_buffer`, `param_groups.<parameter>.lr`. Muon's buffers are written as torch keeps them (`ema`).
+ * Writes a state as a folder for torch.distributed.checkpoint.load. The names are torch's flattened ones for the
+ * state dict of an optimizer: `state.<parameter>.momentum_buffer`, `param_groups.<parameter>.lr`. Muon's buffers are
+ * written as torch keeps them (`ema`). Returns the path. Throws OutputExistsError.
  */
 export async function writeDcp(path: string, source: StateSource): Promise<string[]> {
   await writeWhole([path], async ([partial]) => {
@@ -64,14 +67,14 @@ async function writeState(data: OutputFile, source: StateSource): Promise<Item[]
   return open ? [...items, await open.next.end()] : items
 }
 
-/** A parameter's name may have dots, a tensor's has none. */
+/** The keys of a state tensor in the nested dict. The parameter's name may have dots, the tensor's has none. */
 function pathOf(name: string): [string, string, string] {
   const dot = name.lastIndexOf('.')
   return ['state', name.slice('state.'.length, dot), name.slice(dot + 1)]
 }
 
 /** Finds the group of a parameter by the parameter's name. */
-function groupsOf({ description: { groups, parameters } }: StateSource): (parameter: string) => Group {
+function groupsOf({ description: { groups, parameters } }: StateSource): (parameter: string) => StateGroup {
   const byName = new Map(groups.map((group) => [group.name, group]))
   const byParameter = new Map(parameters.map(({ name, group }) => [name, byName.get(group)]))
   return (name) => {
@@ -95,8 +98,8 @@ async function writeGroups(data: OutputFile, source: StateSource): Promise<Item[
   return items
 }
 
-/** torch's keys in torch's words, and what else muond has. */
-function valuesOf(group: Group): Map<string, Picklable> {
+/** A group's hyperparameters, those that torch has under torch's names and values. */
+function valuesOf(group: StateGroup): Map<string, Picklable> {
   const { algorithm, hyperparameters } = group
   const own = Object.entries({ ...hyperparameters, algorithm }).map(([key, value]) => [key, valueNode(value)] as const)
   const torch = groupEntries(group).filter(([, value]) => value !== undefined)
@@ -124,15 +127,8 @@ async function beginItem(data: OutputFile, { path, tensor }: { path: readonly st
 }
 
 const METADATA = 'torch.distributed.checkpoint.metadata'
-const DTYPES: Readonly<Record<SafetensorsDtype, string>> = {
-  F32: 'float32',
-  BF16: 'bfloat16',
-  F16: 'float16',
-  I64: 'int64',
-  I32: 'int32',
-}
 
-/** An instance of `Metadata`, of dataclasses that are pickled by their fields. */
+/** The `Metadata` of all items. torch pickles its dataclasses by their fields. */
 function metadataNode(items: readonly Item[]): Picklable {
   const stored = items.map((item): [Picklable, Picklable] => [indexNode(item), storageNode(item)])
   return object(
@@ -160,7 +156,7 @@ function typeNode({ dtype, shape }: Item): Picklable {
   const properties = object(
     global(METADATA, 'TensorProperties'),
     tuple(
-      global('torch', DTYPES[dtype]),
+      global('torch', DTYPE_NAMES[dtype]),
       call(global('torch.serialization', '_get_layout'), 'torch.strided'),
       false,
       call(global(METADATA, '_MEM_FORMAT_ENCODING'), int(0)),

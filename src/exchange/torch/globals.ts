@@ -8,7 +8,7 @@ import {
   type TensorValue,
 } from './pickle-value.js'
 
-// The functions and classes of Python that a state dict needs, and what becomes of them.
+// The functions and classes of Python that a state dict needs, and the plain value that each gives here.
 
 const STORAGE_TYPES: Readonly<Record<string, string>> = {
   'torch.FloatStorage': 'float32',
@@ -33,7 +33,7 @@ const DTYPES = new Set([
 ])
 const CALLS: Readonly<Record<string, (args: readonly PickleValue[]) => PickleValue>> = {
   'collections.OrderedDict': (args) => {
-    // Its items follow one by one.
+    // The pickle sets the items afterwards, one by one.
     if (args.length === 0) return new Map()
     throw new PickleError(`an OrderedDict is built of ${shown(args[0])}`)
   },
@@ -43,10 +43,10 @@ const CALLS: Readonly<Record<string, (args: readonly PickleValue[]) => PickleVal
   'torch._utils._rebuild_parameter': ([data]) => data,
 }
 
-/** torch has no tensor with more. */
+/** torch has no tensor with more dimensions. */
 const MOST_DIMENSIONS = 64
 
-/** What a pickle may name. Throws PickleError for all else, by its name. */
+/** A function or class that a pickle may name. Throws PickleError, with the name, for any other. */
 export function named(module: string, name: string): GlobalValue {
   const full = `${module}.${name}`
   if (Object.hasOwn(CALLS, full) || Object.hasOwn(STORAGE_TYPES, full) || DTYPES.has(full))
@@ -56,14 +56,17 @@ export function named(module: string, name: string): GlobalValue {
   )
 }
 
-/** What calling it gives. */
+/** The value of `callable(*args)`. Throws PickleError for all but the functions above. */
 export function result(callable: PickleValue, args: PickleValue): PickleValue {
   const work = isKind(callable, 'global') && Object.hasOwn(CALLS, callable.name) ? CALLS[callable.name] : undefined
   if (work && Array.isArray(args)) return work(args)
   throw new PickleError(`the pickle calls ${shown(callable)} with ${shown(args)}`)
 }
 
-/** What is to be found outside of the pickle: torch's storages, ('storage', type, key, device, elements). */
+/**
+ * The storage that a pickle refers to by an id, ('storage', type, key, device, elements): its bytes lie outside of the
+ * pickle. Throws PickleError for any other id.
+ */
 export function storage(id: PickleValue): StorageValue {
   if (Array.isArray(id)) {
     const [word, type, key, , elements] = id

@@ -1,6 +1,6 @@
 import assert from 'node:assert'
 import { extname } from 'node:path'
-import { type SourceTensor, type StateSource, stateName } from '../../store/checkpoint/state-source.js'
+import { type SourceTensor, type StateGroup, type StateSource, stateName } from '../../store/checkpoint/state-source.js'
 import { bytesOf, Elements } from '../../store/elements.js'
 import type { ParameterDeclaration } from '../../wire/frame.js'
 import { type OutputFile, writeFiles, writeWhole } from '../output.js'
@@ -9,27 +9,28 @@ import { classOf, groupEntries, indices, obstacle, type TorchClass, torchState }
 import { dict, int, list, type Picklable } from './pickle.js'
 import { TorchFile, tensorNode } from './tensor.js'
 
-type Group = StateSource['description']['groups'][number]
-/** One parameter in one of the files; `index` is that in torch's state dict. */
-type Row = { parameter: ParameterDeclaration; group: Group; index: number; tensors: readonly SourceTensor[] }
-type Plan = { name: TorchClass; rows: Row[] }
+/** A parameter in a file; `index` is its key in torch's state dict, counted over the file's parameters. */
+type Row = { parameter: ParameterDeclaration; group: StateGroup; index: number; tensors: readonly SourceTensor[] }
+/** The file of one class of torch.optim, and the parameters that go into it. */
+type FilePlan = { name: TorchClass; rows: Row[] }
 
 export type TorchFiles = {
-  /** By class, in the order of the run's groups. */
+  /** The file of each class, in the order of the run's groups; `parameters` are in the order of torch's state dict. */
   files: { name: TorchClass; path: string; parameters: string[] }[]
-  /** Why parameters are in none of them. */
+  /** A sentence for each parameter that is in no file, which says why. */
   left_out: string[]
 }
 
-/** What torch's optimizers cannot hold of a run; the messages say it of each parameter. */
+/** torch's optimizers cannot hold some parameters; the message has a line for each of these. */
 export class NotTorchError extends Error {
   override readonly name = 'NotTorchError'
 }
 
 /**
- * Writes a state as the state dicts of torch.optim's optimizers, for torch.load and load_state_dict: one file for each class, by the
- * name `path`, or `<path>.<class>.<extension>` where there are several. A class's param_groups are the run's groups in their
- * order, the parameters in theirs. Throws NotTorchError for a parameter that torch cannot hold, unless `partial`.
+ * Writes a state as state dicts of torch.optim's optimizers, for torch.load and load_state_dict: one file for each
+ * class, named `path`, or `<path>.<class>.<extension>` where there are several. Its param_groups are the run's groups
+ * of that class and keep the run's order, as the parameters in them do.
+ * Throws NotTorchError for a parameter that torch cannot hold, unless `partial`, and OutputExistsError.
  */
 export async function writeTorchOptimizer(
   path: string,
@@ -48,8 +49,11 @@ export async function writeTorchOptimizer(
   return { files, left_out }
 }
 
-function planOf({ description: { groups, parameters }, tensors }: StateSource): { plans: Plan[]; left_out: string[] } {
-  const plans = new Map<TorchClass, Plan>()
+function planOf({ description: { groups, parameters }, tensors }: StateSource): {
+  plans: FilePlan[]
+  left_out: string[]
+} {
+  const plans = new Map<TorchClass, FilePlan>()
   const left_out: string[] = []
   const byName = new Map(tensors.map((tensor) => [tensor.name, tensor]))
   for (const group of groups) {
@@ -66,18 +70,19 @@ function planOf({ description: { groups, parameters }, tensors }: StateSource): 
   return { plans: [...plans.values()], left_out }
 }
 
+/** The state tensors that torch has a name for, in the order of torch's state dicts. */
 const KEPT = ['momentum_buffer', 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'square_avg'] as const
 
 function tensorsOf(
   { name }: ParameterDeclaration,
-  group: Group,
+  group: StateGroup,
   byName: ReadonlyMap<string, SourceTensor>,
 ): SourceTensor[] {
   const keeps = torchState(group).tensors
   return KEPT.filter(keeps).flatMap((tensor) => byName.get(stateName(name, tensor)) ?? [])
 }
 
-async function write(files: readonly OutputFile[], plans: readonly Plan[], source: StateSource): Promise<void> {
+async function write(files: readonly OutputFile[], plans: readonly FilePlan[], source: StateSource): Promise<void> {
   const { counts, rest } = await readCounts(source)
   const torchFiles: TorchFile[] = []
   for (const [i, plan] of plans.entries()) {
@@ -88,8 +93,8 @@ async function write(files: readonly OutputFile[], plans: readonly Plan[], sourc
   for (const file of torchFiles) await file.end()
 }
 
-/** {'state': {index: {…}}, 'param_groups': [{…, 'params': [index…]}…]}, as `Optimizer.state_dict` has it. */
-function stateDict({ rows }: Plan, counts: ReadonlyMap<string, number>): Picklable {
+/** {'state': {index: {…}}, 'param_groups': [{…, 'params': [index…]}…]}, as `Optimizer.state_dict` returns it. */
+function stateDict({ rows }: FilePlan, counts: ReadonlyMap<string, number>): Picklable {
   const stepped = rows.filter(({ tensors, parameter }) => tensors.length > 0 && countOf(parameter, counts) > 0)
   const state = stepped.map(({ index, group, parameter, tensors }): [Picklable, Picklable] => {
     const step: [Picklable, Picklable][] = torchState(group).step
@@ -111,14 +116,15 @@ function stateDict({ rows }: Plan, counts: ReadonlyMap<string, number>): Picklab
   ])
 }
 
+/** How many updates were applied to a parameter. */
 export function countOf({ name }: ParameterDeclaration, counts: ReadonlyMap<string, number>): number {
   const count = counts.get(stateName(name, 'step'))
   assert(count !== undefined, `the state says how often '${name}' was applied`)
   return count
 }
 
-/** torch keeps its step as a float32. */
-async function writeSteps(file: TorchFile, { rows }: Plan, counts: ReadonlyMap<string, number>): Promise<void> {
+/** Writes the `step` of each parameter whose optimizer has one: torch keeps it as a float32. */
+async function writeSteps(file: TorchFile, { rows }: FilePlan, counts: ReadonlyMap<string, number>): Promise<void> {
   for (const { parameter, group, tensors } of rows) {
     if (!torchState(group).step || tensors.length === 0) continue
     const bytes = bytesOf(Float32Array.of(countOf(parameter, counts)))
@@ -130,7 +136,7 @@ async function writeSteps(file: TorchFile, { rows }: Plan, counts: ReadonlyMap<s
 
 async function writeTensors(
   files: readonly TorchFile[],
-  plans: readonly Plan[],
+  plans: readonly FilePlan[],
   pieces: AsyncIterable<{ tensor: SourceTensor; piece: Uint8Array }>,
 ): Promise<void> {
   const places = new Map(
@@ -152,8 +158,11 @@ async function writeTensors(
   await open?.storage.end()
 }
 
-/** torch.optim.Muon keeps an exponential average: a heavy ball is 1 / (1 - momentum) times as much. */
-export function emaElements({ name, dtype }: SourceTensor, { hyperparameters }: Group): Elements {
+/**
+ * Converts a state tensor to torch's form, piece by piece. torch.optim.Muon's buffer is an exponential average
+ * (`ema`); a `heavy_ball` one is 1 / (1 - momentum) times as large.
+ */
+export function emaElements({ name, dtype }: SourceTensor, { hyperparameters }: StateGroup): Elements {
   assert(dtype === 'F32' || dtype === 'BF16', `tensor '${name}' is ${dtype}`)
   const { momentum_form, momentum } = hyperparameters
   const ball = momentum_form === 'heavy_ball' && name.endsWith('.momentum_buffer')

@@ -1,16 +1,15 @@
 import assert from 'node:assert'
 import { NAMED_COEFFICIENTS } from '../../../kernels/orthogonalize/coefficients.js'
-import type { StateDescription } from '../../store/checkpoint/state-source.js'
+import type { StateGroup } from '../../store/checkpoint/state-source.js'
 import type { ParameterDeclaration } from '../../wire/frame.js'
 import { float, int, list, type Picklable, tuple } from './pickle.js'
 
 /** A class of torch.optim. */
 export type TorchClass = 'Muon' | 'AdamW' | 'Adam' | 'RMSprop' | 'SGD'
 
-type Group = StateDescription['groups'][number]
 type Values = Readonly<Record<string, unknown>>
 
-/** What torch does on its own: its defaults for what says how it computes, not what. */
+/** torch's defaults of the keys that say how torch computes a step, and change none of its numbers. */
 const HOW: [string, Picklable][] = [
   ['maximize', false],
   ['foreach', null],
@@ -27,14 +26,15 @@ const CLASSES: Readonly<Record<string, TorchClass>> = {
   sgd: 'SGD',
 }
 
-export function classOf({ algorithm }: Group): TorchClass {
+/** The class of torch.optim that has a group's algorithm. */
+export function classOf({ algorithm }: StateGroup): TorchClass {
   const name = CLASSES[algorithm]
   assert(name, `algorithm ${algorithm} has a class of torch.optim`)
   return name
 }
 
-/** The keys of a class's param_groups with a group's values, as torch orders them; without params and param_names. */
-export function groupEntries(group: Group): [string, Picklable][] {
+/** A group as an entry of param_groups, its keys in torch's order; without `params` and `param_names`. */
+export function groupEntries(group: StateGroup): [string, Picklable][] {
   const { hyperparameters: of } = group
   const [beta1, beta2] = Array.isArray(of.betas) ? of.betas : []
   const number = (key: string): [string, Picklable] => [key, float(Number(of[key]))]
@@ -70,7 +70,10 @@ export function groupEntries(group: Group): [string, Picklable][] {
   }
 }
 
-/** torch's word for each. It takes only the first three at construction; a loaded one that it does not know is a factor of 1. */
+/**
+ * torch's value for each adjust_lr_fn. torch takes only the first three at construction; for a loaded one that it
+ * does not know, such as 'none', it takes a factor of 1.
+ */
 const ADJUSTMENTS: Readonly<Record<string, string>> = {
   original: 'original',
   match_rms_adamw: 'match_rms_adamw',
@@ -78,8 +81,8 @@ const ADJUSTMENTS: Readonly<Record<string, string>> = {
   none: 'none',
 }
 
-/** Why a parameter cannot go on in torch's optimizer; undefined where it can. */
-export function obstacle({ name, shape, split, heads }: ParameterDeclaration, group: Group): string | undefined {
+/** Why torch's optimizer cannot continue with a parameter's state, as a sentence; undefined where it can. */
+export function obstacle({ name, shape, split, heads }: ParameterDeclaration, group: StateGroup): string | undefined {
   const { hyperparameters: of } = group
   const where = `parameter '${name}' of group '${group.name}'`
   switch (classOf(group)) {
@@ -104,15 +107,15 @@ function muonObstacle(of: Values, where: string): string | undefined {
   return `${where} has ns_coefficients ${JSON.stringify(of.ns_coefficients)}, torch.optim.Muon takes three numbers`
 }
 
-/** One triple, which a name may stand for; nothing where there are several. */
+/** The numbers of ns_coefficients, or of the set that it names: three for one triple, more for several triples. */
 function coefficients({ ns_coefficients }: Values): number[] {
   const [, named] = Object.entries(NAMED_COEFFICIENTS).find(([name]) => name === ns_coefficients) ?? []
   const numbers: unknown[] = [named?.coefficients ?? ns_coefficients].flat(2)
   return numbers.filter((value) => typeof value === 'number')
 }
 
-/** The state tensors that torch keeps of a parameter of this group, and whether it keeps its step. */
-export function torchState(group: Group): { tensors: (name: string) => boolean; step: boolean } {
+/** Which state tensors, by muond's name, torch keeps for a parameter of this group, and whether it keeps a `step`. */
+export function torchState(group: StateGroup): { tensors: (name: string) => boolean; step: boolean } {
   const { momentum } = group.hyperparameters
   switch (classOf(group)) {
     case 'Muon':
@@ -126,6 +129,7 @@ export function torchState(group: Group): { tensors: (name: string) => boolean; 
   }
 }
 
+/** The list of the `count` indices from `from` on: `params` of a param_group. */
 export function indices(from: number, count: number): Picklable {
   return list(Array.from({ length: count }, (_, i) => int(from + i)))
 }

@@ -1,6 +1,6 @@
-// What a pickle can hold here: plain values, and tensors that lie elsewhere in the file.
+// The values that a pickle may hold: plain ones, and tensors whose bytes lie elsewhere in the file.
 
-/** A tensor of a file: which storage it lies in, and how. Sizes and strides are in elements. */
+/** A tensor of a file: its storage, and where in that it lies. Offset, sizes and strides are in elements. */
 export type TensorValue = {
   kind: 'tensor'
   storage: StorageValue
@@ -8,7 +8,7 @@ export type TensorValue = {
   shape: readonly number[]
   strides: readonly number[]
 }
-/** `key` is the storage's name in the archive. An untyped storage counts in bytes. */
+/** A storage; `key` is its name in the archive. `elements` of an untyped storage are bytes. */
 export type StorageValue = { kind: 'storage'; key: string; type: string; elements: number }
 export type GlobalValue = { kind: 'global'; name: string }
 export type PickleValue =
@@ -24,7 +24,7 @@ export type PickleValue =
   | StorageValue
   | GlobalValue
 
-/** The file is not what a state dict is saved as; the message says what it wants instead. */
+/** A pickle is damaged, or asks for something that no state dict needs; the message names it. */
 export class PickleError extends Error {
   override readonly name = 'PickleError'
 }
@@ -36,7 +36,7 @@ export function isKind<K extends 'tensor' | 'storage' | 'global'>(
   return typeof value === 'object' && value !== null && 'kind' in value && value.kind === kind
 }
 
-/** A value in a few words: it may be large, or contain itself. */
+/** A value in a few words of a message, however large it is, even if it contains itself. */
 export function shown(value: PickleValue | undefined): string {
   if (isKind(value, 'global')) return value.name
   if (isKind(value, 'tensor') || isKind(value, 'storage')) return `a ${value.kind}`

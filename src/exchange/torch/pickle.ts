@@ -1,6 +1,7 @@
-// Writes Python's pickle format, protocol 2, as far as torch's files need it. Nothing is memoized: torch reads that as well.
+// Writes Python's pickle format, protocol 2, as far as torch's files need it. No value is memoized: torch does not
+// need that.
 
-/** A Python value that JavaScript has no word for. */
+/** A Python value that has no plain counterpart in JavaScript. */
 export type PickleNode =
   | { kind: 'int'; value: number }
   | { kind: 'float'; value: number }
@@ -20,7 +21,7 @@ export const list = (items: readonly Picklable[]): PickleNode => ({ kind: 'list'
 export const dict = (entries: readonly (readonly [Picklable, Picklable])[]): PickleNode => ({ kind: 'dict', entries })
 /** A function or a class, by its name. */
 export const global = (module: string, name: string): PickleNode => ({ kind: 'global', module, name })
-/** What `callable(*args)` gives. */
+/** The value of `callable(*args)`. */
 export const call = (callable: Picklable, ...args: readonly Picklable[]): PickleNode => ({
   kind: 'call',
   callable,
@@ -28,7 +29,7 @@ export const call = (callable: Picklable, ...args: readonly Picklable[]): Pickle
 })
 /** An instance that is made without its constructor and then given its state. */
 export const object = (type: Picklable, state: Picklable): PickleNode => ({ kind: 'object', type, state })
-/** What the reader finds by an id of its own. */
+/** A value outside of the pickle, which its reader finds by `id`: a storage of torch. */
 export const persistent = (id: Picklable): PickleNode => ({ kind: 'persistent', id })
 
 const OP = {

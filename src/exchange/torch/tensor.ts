@@ -1,8 +1,9 @@
 import type { SafetensorsDtype } from '../../store/safetensors.js'
+import { rowStrides } from '../array-layout.js'
+import { type Write, ZipWriter } from '../zip-writer.js'
 import { call, global, int, type Picklable, persistent, pickle, tuple } from './pickle.js'
-import { type Write, ZipWriter } from './zip-writer.js'
 
-/** What torch calls the storage of each type. */
+/** torch's storage class of each type. */
 const STORAGES: Readonly<Record<SafetensorsDtype, string>> = {
   F32: 'FloatStorage',
   BF16: 'BFloat16Storage',
@@ -19,22 +20,19 @@ export function tensorNode({ dtype, shape }: TensorShape, key: string): Picklabl
   const storage = persistent(tuple('storage', global('torch', STORAGES[dtype]), key, 'cpu', int(elements)))
   return call(
     global('torch._utils', '_rebuild_tensor_v2'),
-    ...[storage, int(0), sizes(shape), sizes(strides(shape)), false],
+    ...[storage, int(0), sizes(shape), sizes(rowStrides(shape)), false],
     call(global('collections', 'OrderedDict')),
   )
 }
 
-function strides(shape: readonly number[]): number[] {
-  return shape.map((_, i) => shape.slice(i + 1).reduce((product, size) => product * size, 1))
-}
-
+/** A shape or strides, as a tuple of integers. */
 export function sizes(shape: readonly number[]): Picklable {
   return tuple(...shape.map(int))
 }
 
 const ROOT = 'archive'
 
-/** Writes what torch.load reads: a pickle, then the bytes of the tensors in it, in any order, then the end. */
+/** Writes a file for torch.load: first a pickle, then the bytes of its tensors, in any order. */
 export class TorchFile {
   readonly #zip: ZipWriter
 
@@ -49,7 +47,7 @@ export class TorchFile {
     return file
   }
 
-  /** Begins the bytes of the tensor with a key. */
+  /** Begins the `bytes` bytes of the tensor that the pickle has under `key`. */
   storage(key: string, bytes: number): ReturnType<ZipWriter['begin']> {
     return this.#zip.begin(`${ROOT}/data/${key}`, bytes)
   }

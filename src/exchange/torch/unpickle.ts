@@ -1,14 +1,15 @@
-// Reads Python's pickle format as far as torch.save writes it for the state of an optimizer. A pickle is a program; this
-// interpreter knows no function, only the names of a few, and builds nothing but plain values: nothing of the file is executed.
+// Reads Python's pickle format as far as torch.save writes it for the state of an optimizer. A pickle is a program
+// for a stack machine, which may call any function of Python. This interpreter calls none: it knows a few by name and
+// builds plain values in their stead, so nothing of the file is executed.
 
 import { named, result, storage } from './globals.js'
 import { PickleError, type PickleValue, shown } from './pickle-value.js'
 
-/** A value is some hundred bytes of memory: enough for the state of half a million parameters. */
+/** Enough values for the state of half a million parameters; each takes some hundred bytes of memory. */
 const MOST_VALUES = 2 ** 24
 const MOST_DEEP = 256
 
-/** The one value of a pickle. Throws PickleError for all that a state dict does not need, by its name. */
+/** The value of a pickle. Throws PickleError, with the name, for anything that a state dict does not need. */
 export function unpickle(bytes: Uint8Array): PickleValue {
   return new Unpickler(bytes).run()
 }
@@ -17,7 +18,7 @@ class Unpickler {
   readonly #bytes: Buffer
   #at = 0
   #values = 0
-  /** The innermost list of values last. A mark opens another one. */
+  /** The values on the stack, in a list for each open mark; the innermost one is last. */
   #stacks: PickleValue[][] = [[]]
   readonly #memo = new Map<number, PickleValue>()
 
@@ -113,13 +114,13 @@ type Machine = {
   pop(): PickleValue
   top(): PickleValue
   mark(): void
-  /** What was pushed since the last mark. */
+  /** The values that were pushed since the last mark. */
   popMark(): PickleValue[]
   memo: Map<number, PickleValue>
 }
 
 const OPS: Readonly<Record<string, (machine: Machine) => void>> = {
-  // PROTO and FRAME say how it was written.
+  // PROTO and FRAME say how the pickle was written.
   '\x80': ({ byte }) => void byte(),
   '\x95': ({ take }) => void take(8),
   N: ({ push }) => push(null),
@@ -183,7 +184,7 @@ const OPS: Readonly<Record<string, (machine: Machine) => void>> = {
   Q: ({ pop, push }) => push(storage(pop())),
 }
 
-/** Little-endian, with a sign, of any length. */
+/** A little-endian integer in two's complement, of any length. */
 function long(bytes: Buffer): number | bigint {
   let value = 0n
   for (const [i, byte] of bytes.entries()) value |= BigInt(byte) << BigInt(8 * i)

@@ -1,13 +1,13 @@
 import type { Group } from '../hyperparameters.js'
-import type { Laid } from '../parameter.js'
+import type { LaidParameter } from '../layout.js'
 import type { At, Plan } from '../plan.js'
 import { planAdamw } from './adamw.js'
 import { planMuon } from './muon.js'
 import { planRmsprop } from './rmsprop.js'
 import { planSgd } from './sgd.js'
 
-/** How to compute one step of `parameter` with the hyperparameters of its group. Pure: same arguments, same plan. */
-export function planStep(parameter: Laid, group: Group, at: At): Plan {
+/** Plans one step of `parameter` with the hyperparameters of its group. Pure: the same arguments give the same plan. */
+export function planStep(parameter: LaidParameter, group: Group, at: At): Plan {
   switch (group.algorithm) {
     case 'muon':
     case 'muonclip':

@@ -1,6 +1,6 @@
 import type { KernelSpec } from '../../../kernels/kernel.js'
 import { iterations } from '../coefficients.js'
-import type { Block, Laid } from '../parameter.js'
+import type { Block, LaidParameter } from '../layout.js'
 import { type At, factors, type Plan } from '../plan.js'
 import type { AdjustLrFn, Hyperparameters } from '../table.js'
 
@@ -11,7 +11,7 @@ type MuonKernel = Extract<KernelSpec, { kind: 'muon' }>
  * With NorMuon (arXiv 2510.05491) V' = b_v·V + b_g·mean(O²) evens O out first.
  * One task per matrix of the parameter. Where their f differ, f goes into each block's `output_scale` instead.
  */
-export function planMuon(parameter: Laid, hyperparameters: Hyperparameters<'muon'>, { replay }: At): Plan {
+export function planMuon(parameter: LaidParameter, hyperparameters: Hyperparameters<'muon'>, { replay }: At): Plan {
   const { lr, weight_decay, eps, adjust_lr_fn, second_momentum } = hyperparameters
   const { blocks } = parameter
   const kernelOf = kernels(parameter, hyperparameters)
@@ -36,12 +36,12 @@ export function planMuon(parameter: Laid, hyperparameters: Hyperparameters<'muon
   return { kernel, tasks, scalars, ...factors(lr, weight_decay, shared), rms_factor: shared }
 }
 
-/** f: what adjust_lr_fn multiplies lr with for one matrix of rows x cols. */
+/** f, the factor that adjust_lr_fn multiplies lr with for a matrix of rows x cols. */
 export function adjustment(adjust_lr_fn: AdjustLrFn, rows: number, cols: number): number {
   switch (adjust_lr_fn) {
     case 'original':
       return Math.sqrt(Math.max(1, rows / cols))
-    // An orthogonal matrix has RMS 1/sqrt(max(rows, cols)); AdamW's updates have 0.2 to 0.4 (Moonlight, arXiv 2502.16982).
+    // An orthogonal matrix has RMS 1/sqrt(max(rows, cols)); an AdamW update 0.2 to 0.4 (Moonlight, arXiv 2502.16982).
     case 'match_rms_adamw':
       return 0.2 * Math.sqrt(Math.max(rows, cols))
     case 'spectral':
@@ -53,7 +53,7 @@ export function adjustment(adjust_lr_fn: AdjustLrFn, rows: number, cols: number)
   }
 }
 
-/** A replay finds the gradient in the buffer already: B' = B, and u is what it was the first time, bit for bit. */
+/** In a replay the buffer holds the gradient already: B' = B gives the u of the first time, bit for bit. */
 function momentumScalars({ momentum, nesterov, momentum_form }: Hyperparameters<'muon'>, replay: boolean) {
   const share = momentum_form === 'ema' ? 1 - momentum : 1
   const [c_m, c_g] = replay ? [1, 0] : [momentum, share]
@@ -65,8 +65,8 @@ function secondScalars({ beta2 }: Hyperparameters<'muon'>, replay: boolean) {
   return replay ? { b_v: 1, b_g: 0 } : { b_v: beta2, b_g: 1 - beta2 }
 }
 
-/** The kernel of a block: the same object for all blocks that lie the same way, so that a lane looks it up once. */
-function kernels(parameter: Laid, hyperparameters: Hyperparameters<'muon'>): (block: Block) => MuonKernel {
+/** Finds a block's kernel: blocks of the same orientation have the same object, so a lane looks it up once. */
+function kernels(parameter: LaidParameter, hyperparameters: Hyperparameters<'muon'>): (block: Block) => MuonKernel {
   const { gradient_dtype, update_dtype } = parameter
   const { momentum_dtype, second_momentum } = hyperparameters
   const coefficients = iterations(hyperparameters)
@@ -90,11 +90,14 @@ function kernels(parameter: Laid, hyperparameters: Hyperparameters<'muon'>): (bl
   }
 }
 
-/** Which side's lines NorMuon has a statistic of: those that there are more of, the rows of a square matrix. */
+/**
+ * Whether NorMuon has a statistic for each row or each column: whichever there are more of, rows of a square matrix.
+ */
 export function longerSide(rows: number, cols: number): 'row' | 'col' {
   return rows >= cols ? 'row' : 'col'
 }
 
+/** Where each block's numbers start in NorMuon's V, which has max(rows, cols) numbers for a block. */
 function lineOffsets(blocks: readonly Block[]): number[] {
   let lines = 0
   return blocks.map(({ rows, cols }) => {

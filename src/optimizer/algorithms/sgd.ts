@@ -1,4 +1,4 @@
-import type { Laid } from '../parameter.js'
+import type { LaidParameter } from '../layout.js'
 import { type At, factors, type Plan } from '../plan.js'
 import type { Hyperparameters } from '../table.js'
 
@@ -6,7 +6,7 @@ import type { Hyperparameters } from '../table.js'
  * torch.optim.SGD with decoupled weight decay: B' = c_m·B + c_g·G, data = n_m·B' + n_g·G, scale = -lr.
  * With nesterov (lr 0.7, momentum 0.9) it is the outer optimizer of DiLoCo (arXiv 2311.08105).
  */
-export function planSgd(parameter: Laid, hyperparameters: Hyperparameters<'sgd'>, at: At): Plan {
+export function planSgd(parameter: LaidParameter, hyperparameters: Hyperparameters<'sgd'>, at: At): Plan {
   const { lr, weight_decay } = hyperparameters
   const { gradient_dtype, update_dtype, elements } = parameter
   return {
@@ -19,8 +19,8 @@ export function planSgd(parameter: Laid, hyperparameters: Hyperparameters<'sgd'>
 }
 
 /**
- * torch starts the buffer as the bare first gradient, whatever the dampening. Without momentum it leaves the buffer alone: a
- * schedule that turns momentum on later finds nothing of the gradients before.
+ * As torch does it: the first gradient enters the buffer whole, whatever the dampening. Without momentum the buffer
+ * stays as it is, so a schedule that turns momentum on later finds no gradient from before in it.
  */
 function momentumScalars({ momentum, dampening, nesterov }: Hyperparameters<'sgd'>, { step, replay }: At) {
   if (momentum === 0) return { c_m: 1, c_g: 0, n_m: 0, n_g: 1 }

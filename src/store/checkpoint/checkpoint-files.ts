@@ -23,8 +23,9 @@ export class CheckpointFiles {
   }
 
   /**
-   * Writes a checkpoint's folder; it is whole, and stays so after a crash, when this resolves. `written` is told the position
-   * of each tensor whose memory is not needed any more. Rejects with what the file system says; the folder is then not whole.
+   * Writes a checkpoint's folder, which is whole after a crash too once this resolves. `written` is called with the
+   * position of each tensor, counted over all files, once its memory is not read any more.
+   * Rejects with the file system's error; then there is no such checkpoint.
    */
   async write(request: Omit<WriteRequest, 'type' | 'id'>, written: (position: number) => void): Promise<Manifest> {
     const manifest = await this.#ask((id) => ({ ...request, type: 'write', id }), written)
@@ -32,7 +33,7 @@ export class CheckpointFiles {
     return manifest
   }
 
-  /** Fills the memory of every target. Rejects with UnreadableError where a file is not what was written. */
+  /** Reads a checkpoint's tensors into the memory of `targets`. Rejects with UnreadableError for a damaged file. */
   async read(request: Omit<ReadRequest, 'type' | 'id'>): Promise<void> {
     await this.#ask(
       (id) => ({ ...request, type: 'read', id }),
@@ -40,7 +41,7 @@ export class CheckpointFiles {
     )
   }
 
-  /** Ends the thread after what it was asked for. */
+  /** Ends the thread once it has done all requests. */
   close(): Promise<void> {
     this.#post({ type: 'stop' })
     return this.#exited

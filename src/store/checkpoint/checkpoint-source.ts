@@ -2,23 +2,24 @@ import { createHash } from 'node:crypto'
 import { type FileHandle, open, readdir, readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { errorText } from '../../errors.js'
+import { readRange } from '../file-bytes.js'
 import { checkpointNames, MANIFEST } from '../run-folder.js'
 import { type Header, readHeader } from '../safetensors.js'
 import { type FileRecord, type Manifest, openManifest, UnreadableError } from './manifest.js'
 import { type SourceTensor, type StateSource, stateName } from './state-source.js'
 
-const PIECE_BYTES = 4 << 20
 const COUNT_BYTES = 8
 
-type Shard = { path: string; record: FileRecord; file: FileHandle; header: Header }
+/** A safetensors file of a checkpoint, open; `record` has the hash that the file must have. */
+type OpenShard = { path: string; record: FileRecord; file: FileHandle; header: Header }
 
 /**
- * The state of a checkpoint's folder. Checkpoints do not change, so a service may be at work beside it. Every file is held
- * against its hash as it is read. Throws UnreadableError.
+ * Opens the state in a checkpoint's folder. A checkpoint does not change, so a service may go on using its data folder
+ * meanwhile. `read` compares every file with its hash. Throws UnreadableError.
  */
 export async function openCheckpoint(folder: string): Promise<StateSource> {
   const manifest = await readManifest(folder)
-  const shards: Shard[] = []
+  const shards: OpenShard[] = []
   const close = async () => {
     for (const { file } of shards) await file.close()
   }
@@ -32,7 +33,7 @@ export async function openCheckpoint(folder: string): Promise<StateSource> {
   const stored = shards.flatMap(({ header }) =>
     header.ranges.map(({ begin, end, ...range }): SourceTensor => ({ ...range, bytes: end - begin })),
   )
-  // A checkpoint says nothing of a parameter without state.
+  // A checkpoint has no tensor of a parameter that no update was applied to: its count is 0.
   const known = new Set(stored.map(({ name }) => name))
   const counts = manifest.parameters.map(({ name }) => stateName(name, 'step')).filter((name) => !known.has(name))
   const zeros = counts.map((name): SourceTensor => ({ name, dtype: 'I64', shape: [], bytes: COUNT_BYTES }))
@@ -43,7 +44,10 @@ export async function openCheckpoint(folder: string): Promise<StateSource> {
   return { description: manifest, tensors: [...zeros, ...stored], read, close }
 }
 
-/** The folder of a run's checkpoint by its id or a tag, or of the newest one. Throws UnreadableError that says which there are. */
+/**
+ * The folder of a run's checkpoint by its id or a tag, or of the newest one where `checkpoint` is not given.
+ * Throws UnreadableError, which names the checkpoints that there are.
+ */
 export async function findCheckpoint(data: string, run: string, checkpoint?: string): Promise<string> {
   const folder = join(data, 'runs', run, 'checkpoints')
   const names = checkpointNames(
@@ -64,7 +68,7 @@ export async function findCheckpoint(data: string, run: string, checkpoint?: str
 
 async function byIdOrTag(folder: string, names: readonly string[], wanted: string): Promise<string | undefined> {
   if (names.includes(wanted)) return wanted
-  // The newest that has the tag.
+  // The newest checkpoint with the tag.
   for (const name of [...names].reverse()) {
     const { tags } = await readManifest(join(folder, name))
     if (tags.includes(wanted)) return name
@@ -80,7 +84,7 @@ async function readManifest(folder: string): Promise<Manifest> {
   return openManifest(text, path)
 }
 
-async function openShard(path: string, record: FileRecord): Promise<Shard> {
+async function openShard(path: string, record: FileRecord): Promise<OpenShard> {
   const file = await open(path, 'r').catch((error) => {
     throw new UnreadableError(`${path} cannot be opened: ${error.message}`)
   })
@@ -92,7 +96,7 @@ async function openShard(path: string, record: FileRecord): Promise<Shard> {
   }
 }
 
-async function* readShards(shards: readonly Shard[]): AsyncGenerator<{ tensor: number; piece: Uint8Array }> {
+async function* readShards(shards: readonly OpenShard[]): AsyncGenerator<{ tensor: number; piece: Uint8Array }> {
   let tensor = 0
   for (const { path, record, file, header } of shards) {
     const hash = createHash('sha256')
@@ -108,16 +112,5 @@ async function* readShards(shards: readonly Shard[]): AsyncGenerator<{ tensor: n
     }
     const actual = hash.digest('hex')
     if (actual !== record.sha256) throw new UnreadableError(`${path} has SHA-256 ${actual}, expected ${record.sha256}`)
-  }
-}
-
-/** The bytes of a file from `begin` to `end`, each piece in memory of its own; fewer where the file ends before. */
-export async function* readRange(file: FileHandle, begin: number, end: number): AsyncGenerator<Uint8Array> {
-  for (let at = begin; at < end; ) {
-    const length = Math.min(PIECE_BYTES, end - at)
-    const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length, at)
-    if (bytesRead === 0) return
-    yield buffer.subarray(0, bytesRead)
-    at += bytesRead
   }
 }

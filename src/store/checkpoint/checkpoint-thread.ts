@@ -7,46 +7,47 @@ import { parentPort } from 'node:worker_threads'
 import { openStateAccess, type StateAccess, type StateLocation } from '../../device/state-access.js'
 import { errorText } from '../../errors.js'
 import { replaceFile, syncFolder } from '../durable.js'
+import { writeAll } from '../file-bytes.js'
 import { type Header, readHeader } from '../safetensors.js'
 import { type FileRecord, type Manifest, sealManifest, UnreadableError } from './manifest.js'
-import type { Placed, StateFile } from './state-files.js'
+import type { StateShard, TensorLocation } from './state-files.js'
 
 // This file is a worker thread: hashing and waiting for the disk take nothing from the event loop.
 
-/** Writes a checkpoint's folder; `manifest` lacks its files, which are known by their hashes once they are written. */
+/** Asks for a checkpoint's folder to be written; the thread adds the files, with their hashes, to `manifest`. */
 export type WriteRequest = {
   type: 'write'
   id: number
   folder: string
   locations: readonly StateLocation[]
-  files: readonly StateFile[]
+  files: readonly StateShard[]
   texts: readonly { name: string; text: string }[]
   manifest: Omit<Manifest, 'files' | 'bytes'>
 }
 
-/** Reads a checkpoint's files into memory that is there for every tensor, and holds them against their hashes. */
+/** Asks for a checkpoint's tensors to be read into the memory of `targets`, by name; every file must have its hash. */
 export type ReadRequest = {
   type: 'read'
   id: number
   folder: string
   locations: readonly StateLocation[]
   files: readonly FileRecord[]
-  targets: ReadonlyMap<string, Placed & { dtype: string; shape: readonly number[] }>
+  targets: ReadonlyMap<string, TensorLocation & { dtype: string; shape: readonly number[] }>
 }
 
 export type ThreadRequest = WriteRequest | ReadRequest | { type: 'stop' }
 
-/** `written` is the position of a tensor, over all files, whose memory is not needed any more. */
+/** `written` is the position of a tensor, counted over all files, whose memory is not read any more. */
 export type ThreadReply =
   | { id: number; written: number }
   | { id: number; done: Manifest | undefined }
   | { id: number; error: string; unreadable: boolean }
 
 const PIECE_BYTES = 4 << 20
-// What the system has not written yet when it is told to; a single sync at the end would stall every other one.
+// A sync after so many bytes: one for a whole checkpoint would stall every other sync of the disk, the journal's too.
 const SYNC_BYTES = 64 << 20
 
-// The steps that go on meanwhile have the processor first. Only Linux has a priority for each thread.
+// The steps that are computed meanwhile have the processor first. Only Linux has a priority for each thread.
 const NICE = 10
 if (process.platform === 'linux') setPriority(Number(basename(readlinkSync('/proc/thread-self'))), NICE)
 
@@ -89,13 +90,13 @@ async function write(request: WriteRequest): Promise<Manifest> {
     await syncFolder(dirname(folder))
     return await fill(request)
   } catch (error) {
-    // On a full disk the next one needs the room. What cannot be removed either goes at the next start.
+    // On a full disk the next checkpoint needs the room. A folder that cannot be removed is removed at the next start.
     await Promise.allSettled([discard(folder)])
     throw error
   }
 }
 
-/** The manifest goes first: without it a checkpoint does not count, whatever a crash leaves of it. */
+/** Removes a checkpoint, its manifest first: a folder without one is no checkpoint, whatever a crash leaves in it. */
 async function discard(folder: string): Promise<void> {
   await rm(join(folder, 'manifest.json'), { force: true })
   await rm(folder, { recursive: true })
@@ -127,13 +128,13 @@ async function fill({ id, folder, locations, files, texts, manifest }: WriteRequ
   return whole
 }
 
-async function writeTensor(file: Output, { pointer, bytes }: Placed, access: StateAccess): Promise<void> {
+async function writeTensor(file: Output, { pointer, bytes }: TensorLocation, access: StateAccess): Promise<void> {
   for (let offset = 0; offset < bytes; offset += PIECE_BYTES) {
     await file.write(access.read(pointer + BigInt(offset), Math.min(PIECE_BYTES, bytes - offset)))
   }
 }
 
-/** A file on its way to the disk, and the hash of what was written so far. */
+/** A file that is being written from front to back, and the hash of its bytes so far. */
 class Output {
   readonly #handle: FileHandle
   readonly #hash: Hash = createHash('sha256')
@@ -153,7 +154,7 @@ class Output {
     return { bytes: this.#bytes, sha256: this.#sha256 }
   }
 
-  /** The disk and the hash have the bytes at the same time. */
+  /** Writes and hashes at the same time: neither waits for the other. */
   async write(bytes: Uint8Array): Promise<void> {
     const written = writeAll(this.#handle, bytes)
     this.#hash.update(bytes)
@@ -165,7 +166,7 @@ class Output {
     await this.#handle.datasync()
   }
 
-  /** Has the file written by `work`, then synced and closed. */
+  /** Runs `work`, which writes the file's bytes; then syncs the file, ends its hash and closes it. */
   async whole(work: () => Promise<void>): Promise<void> {
     try {
       await work()
@@ -175,10 +176,6 @@ class Output {
       await this.#handle.close()
     }
   }
-}
-
-async function writeAll(handle: FileHandle, bytes: Uint8Array): Promise<void> {
-  for (let at = 0; at < bytes.length; ) at += (await handle.write(bytes, at)).bytesWritten
 }
 
 async function read({ folder, locations, files, targets }: ReadRequest): Promise<undefined> {
@@ -192,12 +189,15 @@ async function read({ folder, locations, files, targets }: ReadRequest): Promise
   if (missing !== undefined) throw new UnreadableError(`${folder} has no tensor '${missing}'`)
 }
 
-/** A wanted tensor's place in its file. */
-type Range = { begin: number; end: number; target: Placed }
+/** The bytes of a file, from `begin` to `end`, that are a tensor's, and the memory that they are read into. */
+type Range = { begin: number; end: number; target: TensorLocation }
 
 type Wanted = { record: FileRecord; targets: ReadRequest['targets']; left: Set<string> }
 
-/** Where in a file each tensor lies that is wanted of it. What is wrong with a header shows in the file's hash first. */
+/**
+ * Where each target lies in a file; `left` loses the names that are found. A header that cannot be right is told by the
+ * file's wrong hash first: the file is damaged.
+ */
 async function rangesOf(path: string, { record, targets, left }: Wanted): Promise<Range[]> {
   try {
     const { ranges } = await headerOf(path)
@@ -223,15 +223,17 @@ async function headerOf(path: string): Promise<Header> {
   return header.finally(() => handle.close())
 }
 
-/** Where the bytes of a file are read into, in their order. */
+/** Where the bytes of a file are read into, from the first to the last. */
 type Destination = {
-  /** Memory for those from `at` on; or how many at most, where they come into a buffer. */
+  /** The memory for the bytes from `at` on, or, where they are read into a buffer, how many may be read at most. */
   room(at: number): Uint8Array | number
-  /** Takes a buffer's bytes to where they belong. */
+  /** Copies a buffer's bytes, which are the file's from `at` on, into the tensors that they belong to. */
   place(at: number, piece: Uint8Array): void
 }
 
-/** A tensor at least so large is read straight into its memory: the first touch of a page costs as much as its hash. */
+/**
+ * A tensor of so many bytes is read into its memory without a buffer: touching fresh pages costs as much as hashing.
+ */
 const STRAIGHT_BYTES = 1 << 20
 
 function destinationOf(ranges: readonly Range[], locations: readonly StateLocation[]): Destination {
@@ -254,7 +256,9 @@ function destinationOf(ranges: readonly Range[], locations: readonly StateLocati
   }
 }
 
-/** Takes what a piece of a file has of each tensor to its memory. Pieces come in order: ranges that are done with are dropped. */
+/**
+ * Copies a piece of a file into the tensors that it has bytes of. Pieces come in order, so filled ranges are dropped.
+ */
 function place(
   ranges: Range[],
   locations: readonly StateLocation[],
@@ -271,7 +275,10 @@ function place(
   }
 }
 
-/** Reads a file piece by piece, the next one while one is hashed. Throws UnreadableError where it is not what was written. */
+/**
+ * Reads a file to its end, the next piece while one is hashed. Throws UnreadableError where its length or its hash is
+ * not that of `FileRecord`.
+ */
 async function readThrough(path: string, { bytes, sha256 }: FileRecord, { room, place }: Destination): Promise<void> {
   const handle = await openToRead(path)
   const hash = createHash('sha256')
@@ -298,7 +305,7 @@ async function readThrough(path: string, { bytes, sha256 }: FileRecord, { room, 
     const actual = hash.digest('hex')
     if (actual !== sha256) throw new UnreadableError(`${path} has SHA-256 ${actual}, expected ${sha256}`)
   } finally {
-    // A piece may still be on its way into a buffer.
+    // The system may still be reading into a buffer.
     await Promise.allSettled([next])
     await handle.close()
   }

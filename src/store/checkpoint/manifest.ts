@@ -1,10 +1,10 @@
 import { createHash } from 'node:crypto'
 import type { AttentionDescription, ParameterDeclaration, ReceiptFrame } from '../../wire/frame.js'
 
-/** The version of what stands in a manifest and in a journal. */
+/** The version of the format of manifests and journals. */
 export const FORMAT = 1
 
-/** A group: what the client gave, and every value that was in force. */
+/** A group: `given` are the hyperparameters that the client set, `hyperparameters` all that were in force. */
 export type GroupRecord = {
   name: string
   algorithm: string
@@ -13,7 +13,7 @@ export type GroupRecord = {
   hyperparameters: Readonly<Record<string, unknown>>
 }
 
-/** What a gradient was applied with; fingerprints as 16 hexadecimal digits. */
+/** How a gradient was applied: its factors and fingerprints, which are 16 hexadecimal digits. */
 export type AppliedRecord = {
   gradient_scale: number
   gradient_fingerprint: string
@@ -22,10 +22,16 @@ export type AppliedRecord = {
   decay: number
 }
 
-/** One parameter: how often and for which step it was applied, and with what the last time. */
+/**
+ * A parameter: `count` updates were applied to it, the last one (`last`) in step `applied_step`. `gradient_square` is
+ * the sum of squares of that step's gradient.
+ */
 export type PlaceRecord = { count: number; applied_step: number; gradient_square: number; last?: AppliedRecord }
 
-/** What held in one step: every group, and what the client's `step` frame said. A logit of -Infinity is null. */
+/**
+ * The settings of one step: every group, and the client's `step` frame. A logit of -Infinity, which JSON lacks, is
+ * null.
+ */
 export type SettingsRecord = {
   groups: GroupRecord[]
   frame: {
@@ -36,32 +42,35 @@ export type SettingsRecord = {
 }
 
 /**
- * State that was imported after the last finished step: that step's digest, and SHA-256 of every state tensor by parameter, which
- * the run's digest follows from.
+ * State that was imported after the last finished step. The run's digest follows from that step's digest and
+ * `hashes`, the SHA-256 of every state tensor of each parameter.
  */
 export type ImportRecord = { step_digest: string; hashes: readonly (readonly string[])[] }
 
-/** A run between two steps, but for its tensors. */
+/** A run between two steps, without its tensors. */
 export type RunRecord = {
   run: string
   created_at: string
   epoch: number
-  /** The last finished step, and the digests of the state that it or an import left and of what came before it. */
+  /**
+   * The last finished step. `digest` is of the state after it, or after an import that followed it; `previous_digest`
+   * is of the state before it.
+   */
   step: number
   digest: string
   previous_digest: string
   parameters: readonly ParameterDeclaration[]
   attentions: readonly AttentionDescription[]
-  /** In force for the next step. */
+  /** The groups of the next step. */
   groups: GroupRecord[]
-  /** Of the last finished step: a replay computes with it. */
+  /** The settings of the last finished step: its replay computes with them. */
   last?: SettingsRecord
   receipt?: ReceiptFrame
   places: PlaceRecord[]
   imported?: ImportRecord
 }
 
-/** What computed: two services with the same one give the same bits. */
+/** What computed a state. Two services with the same record compute the same bits. */
 export type DeviceRecord = { kind: string; name: string; onnxruntime: string; processor: string }
 
 /** A file of a checkpoint. */
@@ -75,14 +84,14 @@ export type Manifest = RunRecord & {
   written_at: string
   server: string
   device: DeviceRecord
-  /** By group and by tensor, for people: the same stands in `groups` and in the files. */
+  /** The momentum_form of each group and the dtype of each tensor, for people: `groups` and the files say the same. */
   momentum_form: Record<string, unknown>
   dtypes: Record<string, string>
   bytes: number
   files: FileRecord[]
 }
 
-/** What is wrong with a file; the message names it and, where there are two, both values. */
+/** A file of a data folder is damaged or missing. The message names the file and both values, such as both hashes. */
 export class UnreadableError extends Error {
   override readonly name = 'UnreadableError'
 }
@@ -96,7 +105,7 @@ export function sealManifest(manifest: Manifest): string {
   return `${body}${SEAL}${sha256(body)}"\n}\n`
 }
 
-/** Reads a manifest's text. Throws UnreadableError with both hashes where one byte is not what was written. */
+/** Reads a manifest's text. Throws UnreadableError with both hashes where one byte was changed. */
 export function openManifest(text: string, file: string): Manifest {
   const at = text.lastIndexOf(SEAL)
   const [, said] = /^([0-9a-f]{64})"\n}\n$/.exec(text.slice(at + SEAL.length)) ?? []
@@ -110,7 +119,7 @@ export function openManifest(text: string, file: string): Manifest {
   throw new UnreadableError(`${file} has format ${manifest.format}, this version reads ${FORMAT}`)
 }
 
-/** A list of maps has a line for each: it may be long. */
+/** JSON of one line, but for a list of maps, which may be long: each map has a line. */
 function textOf(value: unknown): string {
   if (!Array.isArray(value) || typeof value[0] !== 'object') return JSON.stringify(value)
   return `[\n${value.map((item) => `    ${JSON.stringify(item)}`).join(',\n')}\n  ]`

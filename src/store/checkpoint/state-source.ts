@@ -2,33 +2,42 @@ import type { ParameterDeclaration } from '../../wire/frame.js'
 import { type SafetensorsDtype, SafetensorsError } from '../safetensors.js'
 import { FORMAT, type GroupRecord } from './manifest.js'
 
-/** What is to be known of a run's state beside its tensors. */
+/** A group of a state: the hyperparameters that say what its numbers mean. */
+export type StateGroup = Pick<GroupRecord, 'name' | 'algorithm' | 'hyperparameters'>
+
+/** All of a run's state but its tensors. */
 export type StateDescription = {
   run: string
   step: number
   digest: string
-  groups: readonly Pick<GroupRecord, 'name' | 'algorithm' | 'hyperparameters'>[]
+  groups: readonly StateGroup[]
   parameters: readonly ParameterDeclaration[]
 }
 
-/** A tensor of a state, by the name that it has in a checkpoint: `state.<parameter>.<tensor>`. */
+/** A tensor of a state. Its name is that in a checkpoint, `state.<parameter>.<tensor>`. */
 export type SourceTensor = { name: string; dtype: SafetensorsDtype; shape: readonly number[]; bytes: number }
 
-/** A run's state, wherever it lies. The count of every parameter, `state.<parameter>.step`, comes before all other tensors. */
+/**
+ * A run's state, in a checkpoint or in a service. The update counts, `state.<parameter>.step`, one of each parameter,
+ * come before all other tensors.
+ */
 export type StateSource = {
   description: StateDescription
   tensors: readonly SourceTensor[]
-  /** The bytes of every tensor, in the order of `tensors`; throws at its end at the latest where they are not what was written. */
+  /** The bytes of every tensor, in the order of `tensors`. Throws, at the latest behind the last, for damaged bytes. */
   read(): AsyncGenerator<{ tensor: number; piece: Uint8Array }>
   close(): Promise<void>
 }
 
-/** The name of a parameter's tensor in a file. */
+/** The name of a parameter's state tensor in a file: torch's flattened name. */
 export function stateName(parameter: string, tensor: string): string {
   return `state.${parameter}.${tensor}`
 }
 
-/** What a safetensors file says of the state in it: `momentum_form` is that of every parameter whose algorithm has one. */
+/**
+ * The metadata of a safetensors file with a state. `momentum_form` is a map in JSON from each parameter whose algorithm
+ * has a momentum_form to it.
+ */
 export function stateMetadata({ run, step, digest, groups, parameters }: StateDescription): Record<string, string> {
   const byName = new Map(groups.map((group) => [group.name, group.hyperparameters.momentum_form]))
   const forms = parameters.map(({ name, group }) => [name, byName.get(group)] as const)
@@ -43,7 +52,7 @@ export function stateMetadata({ run, step, digest, groups, parameters }: StateDe
   }
 }
 
-/** Reads back what `stateMetadata` has written. Throws SafetensorsError where it is not there. */
+/** Reads the metadata that `stateMetadata` has written. Throws SafetensorsError where it is missing. */
 export function describeState(metadata: Readonly<Record<string, string>>): StateDescription {
   const { muond, run, step, digest, groups, parameters } = metadata
   if (muond !== String(FORMAT) || groups === undefined || parameters === undefined)

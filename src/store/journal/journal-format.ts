@@ -2,18 +2,18 @@ import { createHash } from 'node:crypto'
 import type { ReceiptFrame } from '../../wire/frame.js'
 import type { AppliedRecord, SettingsRecord } from '../checkpoint/manifest.js'
 
-// A journal is a row of records. A record is
+// A journal is one record after the other. A record is
 //   4 bytes  "MJ1\n"
 //   4 bytes  length of the head, little-endian, as all numbers
 //   8 bytes  length of the payload
-//   8 bytes  the first bytes of SHA-256 over the head's and payload's lengths and the head
+//   8 bytes  the first 8 bytes of SHA-256 over both lengths and the head
 //   the head, JSON
 //   the payload: the bytes of a gradient as they were received. Its fingerprint (docs/protocol.md) stands in the head.
 
-/** A gradient that was applied, and what came of it. */
-export type GradientHead = { type: 'gradient'; step: number; parameter: number; applied: AppliedRecord }
+/** The head of a gradient's record: the gradient was applied, and `applied` says how. The payload is the gradient. */
+export type AppliedHead = { type: 'gradient'; step: number; parameter: number; applied: AppliedRecord }
 
-/** A finished step: what it was computed with, and what came of it. */
+/** The head of a finished step's record, which has no payload: its settings, and its receipt. */
 export type EndHead = {
   type: 'end'
   step: number
@@ -23,16 +23,16 @@ export type EndHead = {
   receipt: ReceiptFrame
 }
 
-export type Head = GradientHead | EndHead
+export type Head = AppliedHead | EndHead
 
 export const MAGIC = Buffer.from('MJ1\n')
 export const PREFIX_BYTES = 24
-/** An end names every skipped parameter and every hyperparameter in force: some hundred bytes each. */
+/** Most bytes of a head. An end names every skipped parameter and every hyperparameter: some hundred bytes each. */
 export const MAX_HEAD_BYTES = 64 << 20
 
 const SUM_AT = 16
 
-/** Everything of a record but its payload. */
+/** A record without its payload, which has to follow. */
 export function encodeHead(head: Head, payloadBytes: number): Buffer {
   const json = Buffer.from(JSON.stringify(head))
   const prefix = Buffer.alloc(PREFIX_BYTES)
@@ -43,7 +43,7 @@ export function encodeHead(head: Head, payloadBytes: number): Buffer {
   return Buffer.concat([prefix, json])
 }
 
-/** The lengths that a record begins with; undefined where no record begins. */
+/** The lengths of a record's head and payload, in bytes; undefined where `prefix` does not begin a record. */
 export function readPrefix(prefix: Buffer): { headBytes: number; payloadBytes: number } | undefined {
   if (prefix.length < PREFIX_BYTES || !prefix.subarray(0, MAGIC.length).equals(MAGIC)) return undefined
   const headBytes = prefix.readUInt32LE(4)
@@ -51,7 +51,7 @@ export function readPrefix(prefix: Buffer): { headBytes: number; payloadBytes: n
   return headBytes > MAX_HEAD_BYTES || !Number.isSafeInteger(payloadBytes) ? undefined : { headBytes, payloadBytes }
 }
 
-/** The head whose bytes follow a prefix; undefined where one bit of either is not what was written. */
+/** The head whose JSON follows a prefix; undefined where a bit of either was changed. */
 export function readHead(prefix: Buffer, json: Buffer): Head | undefined {
   if (!checksum(prefix, json).equals(prefix.subarray(SUM_AT, PREFIX_BYTES))) return undefined
   return JSON.parse(json.toString())

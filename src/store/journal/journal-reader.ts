@@ -1,9 +1,10 @@
 import { type FileHandle, open } from 'node:fs/promises'
 import { UnreadableError } from '../checkpoint/manifest.js'
+import { readBytes } from '../file-bytes.js'
 import { listSegments, type Segment } from './journal.js'
 import {
+  type AppliedHead,
   type EndHead,
-  type GradientHead,
   type Head,
   MAGIC,
   PREFIX_BYTES,
@@ -11,20 +12,21 @@ import {
   readPrefix,
 } from './journal-format.js'
 
-/** Where a gradient's bytes lie in a journal; `label` names its record. */
-export type StoredGradient = GradientHead & { path: string; at: number; bytes: number; label: string }
+/** A gradient in a journal: its `bytes` bytes lie at byte `at` of the file. `label` names its record in messages. */
+export type StoredGradient = AppliedHead & { path: string; at: number; bytes: number; label: string }
 
-/** A finished step of a journal. */
+/** A finished step in a journal, with its gradients in the order in which they were applied. */
 export type StoredStep = { step: number; gradients: StoredGradient[]; end: EndHead; label: string }
 
-/** Bytes behind the last finished step; `damaged` says what is wrong with them, undefined where the step is only unfinished. */
+/** The bytes of a file behind its last finished step: an unfinished step, unless `damaged` says what is wrong there. */
 export type Tail = { path: string; at: number; bytes: number; damaged?: string }
 
 type RecordAt = { head: Head; at: number; payloadAt: number; payloadBytes: number; end: number }
 
 /**
- * The finished steps after `step`, in order. What follows the last one was never acknowledged: `tail` says where it lies.
- * Throws UnreadableError where a record is damaged and a step was finished after it, and where a step is missing.
+ * Reads the finished steps after `step`, in order. `tail` are the bytes behind the last one, which were never
+ * acknowledged.
+ * Throws UnreadableError where a step is missing, and where a record is damaged before the end of a finished step.
  */
 export async function readJournal(folder: string, step: number): Promise<{ steps: StoredStep[]; tail?: Tail }> {
   const steps: StoredStep[] = []
@@ -45,7 +47,10 @@ export async function readJournal(folder: string, step: number): Promise<{ steps
   return { steps: later, tail }
 }
 
-/** Removes what lies behind the last finished step. It does not come back with a power cut: steps will follow in another file. */
+/**
+ * Cuts a file behind its last finished step, and waits for the disk: steps go on in another file, and a power cut
+ * must not bring the tail back before them.
+ */
 export async function cutTail({ path, at }: Tail): Promise<void> {
   const file = await open(path, 'r+')
   try {
@@ -89,7 +94,7 @@ async function readSegment({ path, bytes }: Segment): Promise<{ steps: StoredSte
   }
 }
 
-/** The record at a place in a file of `bytes` bytes; undefined where there is none that is whole. */
+/** The record at byte `at` of a file of `bytes` bytes; undefined where no whole and undamaged one lies there. */
 async function readRecord(file: FileHandle, at: number, bytes: number): Promise<RecordAt | undefined> {
   const prefix = await readBytes(file, at, PREFIX_BYTES)
   const lengths = readPrefix(prefix)
@@ -103,7 +108,10 @@ async function readRecord(file: FileHandle, at: number, bytes: number): Promise<
 
 const SEARCH_BYTES = 4 << 20
 
-/** Looks behind a damaged record for the end of a step, which was acknowledged: then what is damaged was too. */
+/**
+ * Searches behind a damaged record for the end of a step. A step with an end was acknowledged, and so was all before
+ * it: throws UnreadableError, as the damaged record was not just being written.
+ */
 async function expectNoEnd(
   file: FileHandle,
   { from, bytes, label }: { from: number; bytes: number; label: string },
@@ -112,7 +120,7 @@ async function expectNoEnd(
   while (at < bytes) {
     const found = (await readBytes(file, at, SEARCH_BYTES)).indexOf(MAGIC)
     if (found < 0) {
-      // A mark may lie across the border of two pieces.
+      // The magic bytes may lie across the border of two pieces.
       at += SEARCH_BYTES - MAGIC.length + 1
       continue
     }
@@ -121,9 +129,4 @@ async function expectNoEnd(
       throw new UnreadableError(`${label} is damaged, and step ${record.head.step} was finished after it`)
     at = record?.end ?? at + found + 1
   }
-}
-
-async function readBytes(file: FileHandle, at: number, length: number): Promise<Buffer> {
-  const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length, at)
-  return buffer.subarray(0, bytesRead)
 }

@@ -2,7 +2,7 @@ import { type FileHandle, mkdir, open, readdir, stat, unlink } from 'node:fs/pro
 import { join } from 'node:path'
 import { errorText, ServiceError } from '../../errors.js'
 import { syncFolder } from '../durable.js'
-import { type EndHead, encodeHead, type GradientHead } from './journal-format.js'
+import { type AppliedHead, type EndHead, encodeHead } from './journal-format.js'
 
 /** A file of a journal, with the records of step `first` and later ones. */
 export type Segment = { first: number; path: string; bytes: number }
@@ -12,12 +12,12 @@ type Rotate = { first: number; rotated: () => void; failed: (error: unknown) => 
 type Task = Append | Rotate
 
 const SEGMENT = /^(\d{12})\.journal$/
-// Linux takes 1024 buffers in one call; a record has two.
+// Linux takes 1024 buffers in one writev; a record has two.
 const MOST_RECORDS = 256
-// What lies unwritten at the end of a step is waited for: the disk is kept busy before.
+// A sync begins after so many bytes, so that the disk has little left to write when a step's end waits for it.
 const SYNC_BYTES = 32 << 20
 
-/** The segments in a journal's folder, oldest first; none where there is no folder. */
+/** The segments in a journal's folder, oldest first. Makes the folder where there is none. */
 export async function listSegments(folder: string): Promise<Segment[]> {
   await mkdir(folder, { recursive: true })
   const names = (await readdir(folder)).filter((name) => SEGMENT.test(name)).sort()
@@ -29,15 +29,16 @@ export async function listSegments(folder: string): Promise<Segment[]> {
   )
 }
 
-/** Removes every segment, the newest first: a crash in between leaves steps that follow each other. */
+/** Removes every segment, the newest first: a crash in between leaves steps without a gap. */
 export async function clearJournal(folder: string): Promise<void> {
   for (const { path } of (await listSegments(folder)).reverse()) await unlink(path)
   await syncFolder(folder)
 }
 
 /**
- * Gradients and steps on their way to the disk. What `commit` has acknowledged is there after a crash; what was appended
- * since then is there, too, or is not. A failure takes back the step in progress, which can be appended again.
+ * Writes gradients and the ends of steps to the disk. After a crash a journal has every step that `commit` has resolved
+ * for; it may have records of the step in progress as well. A write that fails takes back all records of the step in
+ * progress, and the run may append them again.
  */
 export class Journal {
   readonly #folder: string
@@ -54,7 +55,7 @@ export class Journal {
   readonly #held = new Set<number>()
   #failure: unknown
 
-  /** Begins a segment for step `first`, behind those of earlier steps. `what` opens every error message. */
+  /** Begins a segment for step `first`, behind the segments of earlier steps. `what` opens every error message. */
   static async open(folder: string, { first, what }: { first: number; what: string }): Promise<Journal> {
     const older = (await listSegments(folder)).filter((segment) => segment.first !== first)
     const { file, segment } = await createSegment(folder, first)
@@ -68,7 +69,7 @@ export class Journal {
     this.#segments = parts.segments
   }
 
-  /** Bytes on the disk. */
+  /** The bytes of all segments. */
   get bytes(): number {
     return this.#segments.reduce((sum, { bytes }) => sum + bytes, 0)
   }
@@ -78,16 +79,16 @@ export class Journal {
     return this.#held.has(parameter)
   }
 
-  /** Writes a gradient's record. Resolves when `payload` may change; whether it was written is told by `commit`. */
-  append(head: GradientHead, payload: Uint8Array): Promise<void> {
+  /** Writes a gradient's record. Resolves when `payload` may change; only `commit` says whether it was written. */
+  append(head: AppliedHead, payload: Uint8Array): Promise<void> {
     this.#held.add(head.parameter)
     const buffers = [encodeHead(head, payload.length), payload]
     return new Promise((written) => this.#add({ buffers, written }))
   }
 
   /**
-   * Ends a step that these parameters have gradients for. Resolves when all of it is on the disk; throws STORAGE_FAILED where
-   * it cannot be, and the step is as if none of it was appended.
+   * Ends a step in which `parameters` have gradients. Resolves when all its records are on the disk. Throws
+   * STORAGE_FAILED where they cannot be, and then the journal has none of them.
    */
   async commit(end: EndHead, parameters: readonly number[]): Promise<void> {
     await this.#idle()
@@ -116,7 +117,7 @@ export class Journal {
     this.#held.clear()
   }
 
-  /** Has what is appended from now on, which begins with step `first`, go to a segment of its own. */
+  /** Begins a new segment, for step `first` and later ones. */
   rotate(first: number): Promise<void> {
     if (this.#last.first === first) return Promise.resolve()
     return new Promise((rotated, failed) => this.#add({ first, rotated, failed }))
@@ -219,7 +220,9 @@ export class Journal {
       })
   }
 
-  /** Takes the file back to the last acknowledged step. Where that fails too, nothing more is written until it succeeds. */
+  /**
+   * Cuts the file behind the last acknowledged step. Where that fails too, nothing more is written until it succeeds.
+   */
   async #takeBack(error: unknown): Promise<void> {
     this.#failure = error
     this.#held.clear()
@@ -236,7 +239,7 @@ export class Journal {
   }
 }
 
-/** What is left of buffers of which so many bytes are done with. */
+/** What is left of `buffers` behind their first `bytes` bytes. */
 function after(buffers: readonly Uint8Array[], bytes: number): Uint8Array[] {
   let skip = bytes
   return buffers.flatMap((buffer) => {

@@ -3,7 +3,7 @@ import { open } from 'node:fs/promises'
 import { join } from 'node:path'
 import t from 'tap'
 import { readTorchFile } from '../../../src/exchange/foreign/torch-file.js'
-import { ZipWriter } from '../../../src/exchange/torch/zip-writer.js'
+import { ZipWriter } from '../../../src/exchange/zip-writer.js'
 
 t.test('a pickle too large to be one of a state is refused before it is read', async (t) => {
   const path = join(t.testdir({}), 'large.pt')

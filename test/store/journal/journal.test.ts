@@ -12,7 +12,7 @@ import fc from 'fast-check'
 import t from 'tap'
 import { UnreadableError } from '../../../src/store/checkpoint/manifest.js'
 import { clearJournal, Journal, listSegments } from '../../../src/store/journal/journal.js'
-import { type EndHead, encodeHead, type GradientHead } from '../../../src/store/journal/journal-format.js'
+import { type AppliedHead, type EndHead, encodeHead } from '../../../src/store/journal/journal-format.js'
 import { cutTail, readJournal, type StoredStep } from '../../../src/store/journal/journal-reader.js'
 
 const APPLIED = {
@@ -22,7 +22,7 @@ const APPLIED = {
   scale: -1,
   decay: 0,
 }
-const gradient = (step: number, parameter: number): GradientHead => ({
+const gradient = (step: number, parameter: number): AppliedHead => ({
   type: 'gradient',
   step,
   parameter,

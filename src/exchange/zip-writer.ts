@@ -1,9 +1,10 @@
 import { crc32 } from 'node:zlib'
 
-// The ZIP format as torch writes it: nothing compressed, the bytes of every entry at a multiple of 64, filled up by an extra
-// field. Sizes are known before the bytes are and stand in front of them, the checksum follows them (APPNOTE.TXT 4.3.9, 4.5.3).
+// Writes ZIP archives as torch does: no entry is compressed, and the bytes of each begin at a multiple of 64, up to
+// which an extra field fills. An entry's size stands before its bytes, its checksum behind them (APPNOTE.TXT 4.3.9,
+// 4.5.3).
 
-/** Where the bytes go, in order. */
+/** Takes the bytes of a file, in order. */
 export type Write = (bytes: Uint8Array) => Promise<void>
 
 type Entry = { name: Buffer; bytes: number; at: number; crc: number }
@@ -16,20 +17,20 @@ const CENTRAL = 0x02014b50
 const END = 0x06054b50
 const END_64 = 0x06064b50
 const LOCATOR_64 = 0x07064b50
-/** Names are UTF-8, and the checksum follows the bytes. */
+/** Bits 3 and 11: the checksum follows the bytes, and names are UTF-8. */
 const FLAGS = 0x0808
 const VERSION = 45
 const EXTRA_64 = 1
-/** "FB": torch's own filler. */
+/** "FB": the id of torch's own filling field. */
 const EXTRA_FILLER = 0x4246
 const MAX_16 = 0xffff
 const MAX_32 = 0xffffffff
-/** 1 January 1980, the first day that the format knows: equal contents give equal files. */
+/** 1 January 1980, the first day that the format has. One date for all, so that equal contents give equal files. */
 const DATE = 0x21
 
 /** Writes an archive from front to back. */
 export class ZipWriter {
-  /** How many bytes were written. */
+  /** How many bytes of the archive were written. */
   bytes = 0
   readonly #write: Write
   readonly #entries: Entry[] = []
@@ -131,7 +132,7 @@ function centralHeader(entry: Entry): Buffer {
   return Buffer.concat([header, name, large])
 }
 
-/** The end of an archive; that of ZIP64 comes first where a number is too large for the old one. */
+/** The records that end an archive; those of ZIP64 come first where a number is too large for the old record. */
 function ending({ entries, at, bytes }: { entries: number; at: number; bytes: number }): Buffer {
   const end = Buffer.alloc(22)
   end.writeUInt32LE(END, 0)

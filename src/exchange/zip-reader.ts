@@ -1,11 +1,13 @@
 import type { FileHandle } from 'node:fs/promises'
+import { readBytes } from '../store/file-bytes.js'
 
-// The directory of a ZIP archive (APPNOTE.TXT 4.3), of entries that are not compressed: those of torch.save and numpy.savez.
+// Reads the directory of a ZIP archive (APPNOTE.TXT 4.3) whose entries are not compressed: torch.save and numpy.savez
+// write such.
 
-/** Where an entry's bytes lie in the file. */
+/** An entry: `bytes` bytes from byte `at` of the file. */
 export type ZipEntry = { at: number; bytes: number }
 
-/** The file is no archive that can be read here. */
+/** A file is no ZIP archive, is damaged, or has an entry that is compressed. */
 export class ZipError extends Error {
   override readonly name = 'ZipError'
 }
@@ -45,7 +47,9 @@ export async function readZip(file: FileHandle): Promise<Map<string, ZipEntry>> 
 
 type Header = { at: number; bytes: number }
 
-/** The end of an archive lies before a comment of any length, which torch and numpy do not write. */
+/**
+ * Finds the directory by the record that ends the archive. Only a comment may follow it; torch and numpy write none.
+ */
 async function findDirectory(file: FileHandle, size: number): Promise<{ at: number; bytes: number; entries: number }> {
   const start = Math.max(0, size - END_BYTES - COMMENT_BYTES)
   const tail = await readBytes(file, start, size - start)
@@ -55,7 +59,8 @@ async function findDirectory(file: FileHandle, size: number): Promise<{ at: numb
   const end = tail.subarray(found)
   const [entries, bytes, at] = [end.readUInt16LE(10), end.readUInt32LE(12), end.readUInt32LE(16)]
   if (entries < MAX_16 && bytes < MAX_32 && at < MAX_32) return { at, bytes, entries }
-  const locator = await readBytes(file, start + found - LOCATOR_64_BYTES, LOCATOR_64_BYTES)
+  const locatorAt = start + found - LOCATOR_64_BYTES
+  const locator = locatorAt < 0 ? Buffer.alloc(0) : await readBytes(file, locatorAt, LOCATOR_64_BYTES)
   if (locator.length < LOCATOR_64_BYTES || locator.readUInt32LE(0) !== LOCATOR_64) return { at, bytes, entries }
   const large = await readBytes(file, long(locator, 8), END_64_BYTES)
   if (large.length < END_64_BYTES || large.readUInt32LE(0) !== END_64)
@@ -76,12 +81,12 @@ function readEntry(directory: Buffer, at: number): { name: string; header: Heade
   const large = numbersBeyond(extra)
   const [compressed, bytes, offset] = [20, 24, 42].map((field) => entry.readUInt32LE(field))
   const full = (value: number) => (value === MAX_32 ? (large.shift() ?? value) : value)
-  // In this order, each only where its field is full.
+  // The ZIP64 numbers come in this order, each only where its 32-bit field is full.
   const header = { bytes: full(bytes), stored: full(compressed), at: full(offset) }
   return { name, header, length }
 }
 
-/** The numbers of the extra field of ZIP64. */
+/** The 8-byte numbers of an entry's ZIP64 extra field; none where there is no such field. */
 function numbersBeyond(extra: Buffer): number[] {
   for (let at = 0; at + 4 <= extra.length; ) {
     const [id, bytes] = [extra.readUInt16LE(at), extra.readUInt16LE(at + 2)]
@@ -92,7 +97,7 @@ function numbersBeyond(extra: Buffer): number[] {
   return []
 }
 
-/** The name and the extra field stand before an entry's bytes a second time, and may have another length there. */
+/** Finds an entry's bytes: they follow a local header, whose name and extra field may have other lengths than here. */
 async function locate(
   file: FileHandle,
   { name, header, size }: { name: string; header: Header; size: number },
@@ -115,10 +120,4 @@ function signature(value: number): Buffer {
   const bytes = Buffer.alloc(4)
   bytes.writeUInt32LE(value)
   return bytes
-}
-
-async function readBytes(file: FileHandle, at: number, length: number): Promise<Buffer> {
-  if (at < 0) return Buffer.alloc(0)
-  const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length, at)
-  return buffer.subarray(0, bytesRead)
 }

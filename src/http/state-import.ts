@@ -1,21 +1,26 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import type { Readable } from 'node:stream'
+import type { Config } from '../config.js'
+import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import { BodyTooLargeError, receiveState } from '../keep/import.js'
 import type { Log } from '../keep/keeper.js'
+import type { Runs } from '../keep/runs.js'
 import type { ImportedState } from '../run/imported-state.js'
 import type { Run } from '../run/run.js'
 import { SafetensorsError } from '../store/safetensors.js'
 import { betweenSteps } from './checkpoints.js'
 import type { components, operations } from './openapi.js'
-import type { Services } from './operations.js'
 
 type Query = Required<NonNullable<operations['putState']['parameters']['query']>>
 type Request = { query: Query; headers: IncomingHttpHeaders; body: Readable; log: Log }
 
-/** Imports a safetensors body into a run, all of it or nothing. Throws ServiceError. */
+/**
+ * Imports a safetensors body into a run between two steps, all of it or nothing. Throws REQUEST_INVALID for a body
+ * that is no safetensors file or is cut off, 413 for one that is too long, and what the run refuses as STATE_INVALID.
+ */
 export async function importState(
-  { runs, device, config }: Pick<Services, 'runs' | 'device' | 'config'>,
+  { runs, device, config }: { runs: Runs; device: Device; config: Config },
   run: Run,
   { query: { partial, momentum_form }, headers, body, log }: Request,
 ): Promise<components['schemas']['Imported']> {
@@ -47,12 +52,12 @@ function counts({ places }: ImportedState): { parameters: number } {
   return { parameters: places.filter((place) => place !== undefined).length }
 }
 
-/** A body; it ends with OVERLOADED where nothing of it comes for so long, as memory waits for it. */
+/** The pieces of a body. Throws OVERLOADED where none comes for `seconds`: the import holds memory meanwhile. */
 async function* moving(body: Readable, seconds: number): AsyncGenerator<Uint8Array> {
   const stalled = new ServiceError('OVERLOADED', `no byte of the body came for ${seconds} seconds`)
   const timer = setTimeout(() => body.destroy(stalled), seconds * 1000)
   try {
-    // An early end must leave the connection: the refusal is sent on it.
+    // A loop that ends early must not destroy the body: the refusal is sent on the same connection.
     for await (const piece of body.iterator({ destroyOnReturn: false })) {
       timer.refresh()
       yield piece
@@ -62,7 +67,7 @@ async function* moving(body: Readable, seconds: number): AsyncGenerator<Uint8Arr
   }
 }
 
-/** What is wrong with the body is the sender's to know. */
+/** An error of the body as one that the client is told. */
 function refusal(error: unknown): unknown {
   if (error instanceof SafetensorsError) return new ServiceError('REQUEST_INVALID', error.message)
   if (error instanceof BodyTooLargeError) return Object.assign(error, { statusCode: 413 })

@@ -5,8 +5,8 @@ import { join } from 'node:path'
 import { crc32 } from 'node:zlib'
 import fc from 'fast-check'
 import t from 'tap'
-import { readZip, ZipError } from '../../../src/exchange/torch/zip-reader.js'
-import { ZipWriter } from '../../../src/exchange/torch/zip-writer.js'
+import { readZip, ZipError } from '../../src/exchange/zip-reader.js'
+import { ZipWriter } from '../../src/exchange/zip-writer.js'
 
 const folder = mkdtempSync(join(tmpdir(), 'muond-zip-'))
 t.teardown(() => rmSync(folder, { recursive: true }))

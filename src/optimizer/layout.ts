@@ -1,0 +1,22 @@
+import type { Dtype } from '../../kernels/dtype.js'
+import type { Layout } from '../wire/frame.js'
+
+/** One matrix of a parameter: contiguous, rows x cols, `offset` in elements from the tensor's start. */
+export type Block = { readonly rows: number; readonly cols: number; readonly offset: number }
+
+/**
+ * A parameter as an algorithm plans it, before its state tensors are known. `blocks` are its matrices, one behind the
+ * other; there are none where the algorithm is elementwise.
+ */
+export type LaidParameter = Layout & {
+  readonly index: number
+  readonly name: string
+  readonly shape: readonly number[]
+  readonly group: string
+  readonly gradient_dtype: Dtype
+  readonly update_dtype: Dtype
+  readonly elements: number
+  readonly gradient_bytes: number
+  readonly update_bytes: number
+  readonly blocks: readonly Block[]
+}

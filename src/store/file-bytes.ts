@@ -1,0 +1,24 @@
+import type { FileHandle } from 'node:fs/promises'
+
+const PIECE_BYTES = 4 << 20
+
+/** The `length` bytes of a file from byte `at` on; fewer where the file ends before. */
+export async function readBytes(file: FileHandle, at: number, length: number): Promise<Buffer> {
+  const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length, at)
+  return buffer.subarray(0, bytesRead)
+}
+
+/** The bytes of a file from `begin` to `end`, each piece in memory of its own; fewer where the file ends before. */
+export async function* readRange(file: FileHandle, begin: number, end: number): AsyncGenerator<Uint8Array> {
+  for (let at = begin; at < end; ) {
+    const piece = await readBytes(file, at, Math.min(PIECE_BYTES, end - at))
+    if (piece.length === 0) return
+    yield piece
+    at += piece.length
+  }
+}
+
+/** Writes all of `bytes` at the file's position: one write may take only a part of them. */
+export async function writeAll(file: FileHandle, bytes: Uint8Array): Promise<void> {
+  for (let at = 0; at < bytes.length; ) at += (await file.write(bytes, at)).bytesWritten
+}
