@@ -18,6 +18,7 @@ import { type Access, authenticator, chooseSubprotocol } from './http/auth.js'
 import { type Contract, docs, readContract } from './http/docs.js'
 import { Events } from './http/events.js'
 import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
+import { originGuard } from './http/origin.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
@@ -98,6 +99,7 @@ async function createServer(service: Service, logger: FastifyBaseLogger | undefi
   observe(service)
   // First, because its hooks end the connection of an upgrade that any later hook refuses.
   await registerWebSocket(app, service)
+  app.addHook('onRequest', originGuard(config))
   app.addHook('onRequest', authenticator(config))
   app.addHook('onResponse', logRequest)
   app.addHook('onClose', () => close(service))

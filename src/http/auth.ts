@@ -14,7 +14,7 @@ declare module 'fastify' {
   }
 }
 
-/** The subprotocol that the service chooses where a client offers it beside its key, so that no key is echoed. */
+/** The subprotocol that the service chooses. Who offers a key as another one offers this too, as keys are not echoed. */
 export const SUBPROTOCOL = 'muond.v1'
 const KEY_SUBPROTOCOL = 'bearer.'
 
@@ -42,10 +42,9 @@ export function authenticator({
   }
 }
 
-/** Chooses the subprotocol of an upgrade from those offered. A browser drops a connection for which none of its own is chosen. */
+/** Chooses the subprotocol of an upgrade from those offered. Clients drop a connection for which none of those offered is chosen. */
 export function chooseSubprotocol(offered: ReadonlySet<string>): string | false {
-  if (offered.has(SUBPROTOCOL)) return SUBPROTOCOL
-  return [...offered].find((name) => name.startsWith(KEY_SUBPROTOCOL)) ?? false
+  return offered.has(SUBPROTOCOL) && SUBPROTOCOL
 }
 
 function keyOf({ headers }: FastifyRequest): string | undefined {
