@@ -71,6 +71,16 @@ export const SETTINGS = {
   ),
   max_runs: integer(64, [1, 1_000_000], 'Most runs at a time.'),
   max_connections: integer(256, [1, 1_000_000], 'Most streams at a time.'),
+  max_sockets: integer(
+    1024,
+    [1, 1_000_000],
+    'Most TCP connections at a time, streams among them; one more is closed at once.',
+  ),
+  unfinished_bytes: integer(
+    2 ** 26,
+    [2 ** 25, BYTES],
+    'Most bytes of messages whose end has not come, over all streams; beyond it the stream with the most of them is closed.',
+  ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),
   send_timeout_seconds: seconds(

@@ -9,6 +9,8 @@ export type Access = 'open' | 'read' | 'write'
 declare module 'fastify' {
   interface FastifyContextConfig {
     access?: Access
+    /** Whether the route is the stream. */
+    upgradable?: boolean
     /** Whether the handler reads the body itself, as it comes. */
     streamed?: boolean
   }
