@@ -1,13 +1,12 @@
 import { randomUUID } from 'node:crypto'
-import { mkdir, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
-import { dirname, join } from 'node:path'
+import { lstat, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
+import { basename, dirname, join } from 'node:path'
 import type { StateLocation } from '../device/state-access.js'
 import { errorText } from '../errors.js'
 import type { CheckpointFiles } from './checkpoint/checkpoint-files.js'
 import {
   type DeviceRecord,
   FORMAT,
-  type GroupRecord,
   type Manifest,
   openManifest,
   type RunRecord,
@@ -15,7 +14,8 @@ import {
   UnreadableError,
 } from './checkpoint/manifest.js'
 import { indexText, type Placed, planFiles, type StateEntry } from './checkpoint/state-files.js'
-import { replaceFile, syncFolder } from './durable.js'
+import { makeFolder, replaceFile, syncFolder } from './durable.js'
+import { type Identity, openIdentity, sealIdentity } from './identity.js'
 
 /** A checkpoint on the disk. `problem` says why it cannot be read. */
 export type CheckpointEntry = {
@@ -27,12 +27,6 @@ export type CheckpointEntry = {
   written_at: string
   problem?: string
 }
-
-/** What a run remembers beside its checkpoints: how often it was opened, and groups that a connection gave anew. */
-export type Identity = { run: string; epoch: number; replacement?: Replacement }
-
-/** Groups that were given when `step` was the last finished one: for the next step, and those for the steps after that. */
-export type Replacement = { step: number; groups: GroupRecord[]; later?: GroupRecord[] }
 
 /** A checkpoint to be written. */
 export type Snapshot = {
@@ -47,6 +41,7 @@ export type Snapshot = {
 }
 
 export const MANIFEST = 'manifest.json'
+const IDENTITY = 'run.json'
 /** Of a step; one of the same step after its state was imported has a number behind it. */
 const CHECKPOINT = /^step-(\d{12})(?:\.(\d{1,9}))?$/
 
@@ -67,18 +62,24 @@ export class RunFolder {
   }
 
   static async create(path: string, files: CheckpointFiles, run: string): Promise<RunFolder> {
-    await mkdir(join(path, 'checkpoints'), { recursive: true })
-    await mkdir(join(path, 'journal'), { recursive: true })
+    await makeFolder(path)
+    await makeFolder(join(path, 'checkpoints'))
+    await makeFolder(join(path, 'journal'))
     const folder = new RunFolder(path, files, [])
     await folder.identify({ run, epoch: 0 })
     await syncFolder(dirname(path))
     return folder
   }
 
-  /** Lists what is there and removes what a crash left unfinished. */
+  /** Lists what is there and removes what a crash left unfinished. Throws UnreadableError for a symbolic link. */
   static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
+    if ((await lstat(path)).isSymbolicLink()) {
+      throw new UnreadableError(
+        `${path} is a symbolic link: the same folder may be another run's, or another service's`,
+      )
+    }
     const folder = join(path, 'checkpoints')
-    await mkdir(folder, { recursive: true })
+    await makeFolder(folder)
     const names = checkpointNames(await readdir(folder))
     const entries: CheckpointEntry[] = []
     for (const name of names) {
@@ -110,16 +111,15 @@ export class RunFolder {
   }
 
   async identity(): Promise<Identity> {
-    const path = join(this.path, 'run.json')
-    try {
-      return JSON.parse(await readFile(path, 'utf8'))
-    } catch (error) {
+    const path = join(this.path, IDENTITY)
+    const text = await readFile(path, 'utf8').catch((error) => {
       throw new UnreadableError(`${path} cannot be read: ${errorText(error)}`)
-    }
+    })
+    return openIdentity(text, path, basename(this.path))
   }
 
   identify(identity: Identity): Promise<void> {
-    return replaceFile(join(this.path, 'run.json'), `${JSON.stringify(identity, null, 2)}\n`)
+    return replaceFile(join(this.path, IDENTITY), sealIdentity(identity))
   }
 
   /** Writes a checkpoint; `released` is told the position of each entry whose memory is not needed any more. */
