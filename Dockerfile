@@ -1,4 +1,5 @@
 # Two images of one build:   docker build --target cpu -t muond .   and   docker build --target cuda -t muond:cuda .
+# They listen on every address, so they start with keys only (MUOND_API_KEYS, or a file: MUOND_API_KEYS_FILE) or with MUOND_INSECURE=true.
 # `npm run test:image` carries these steps out in plain folders (deploy/dockerfile.test.ts).
 
 FROM node:20-bookworm-slim AS build

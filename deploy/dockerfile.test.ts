@@ -30,8 +30,12 @@ t.test('the build and the cpu image come out of their steps, and the service ans
   t.notOk(existsSync(join(image.root, 'muond/node_modules/typescript')), 'no development dependency is in it')
   t.not(image.user, '', 'it does not run as root')
   const port = await freePort()
-  const env = { ...process.env, ...image.env, MUOND_PORT: String(port) }
+  const keyless = { ...process.env, ...image.env, MUOND_PORT: String(port) }
   const cwd = join(image.root, image.workdir)
+  const [program, ...parameters] = image.commands.get('ENTRYPOINT')!
+  const open = spawnSync(program!, parameters, { cwd, env: keyless, encoding: 'utf8' })
+  t.match(open, { status: 1, stdout: '', stderr: /^muond: host is '0\.0\.0\.0' and there are no keys: .*\n$/ })
+  const env = { ...keyless, MUOND_API_KEYS: 'key' }
   const service = run(image.commands.get('ENTRYPOINT')!, { cwd, env })
   await once(service.stdout!, 'data')
   const healthy = () =>

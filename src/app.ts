@@ -1,5 +1,6 @@
 import assert from 'node:assert'
 import { setTimeout as delay } from 'node:timers/promises'
+import { promisify } from 'node:util'
 import websocket, { type WebsocketPluginOptions } from '@fastify/websocket'
 import fastify, {
   type FastifyBaseLogger,
@@ -18,11 +19,13 @@ import { type Access, authenticator, chooseSubprotocol } from './http/auth.js'
 import { type Contract, docs, readContract } from './http/docs.js'
 import { Events } from './http/events.js'
 import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
+import { originGuard } from './http/origin.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
+import { UnfinishedMessages } from './link/websocket/unfinished.js'
 import { createMetrics, type Metrics } from './metrics.js'
 import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
@@ -45,14 +48,20 @@ export type App = {
 /** The log of an app without a logger. */
 const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
-type AppServices = Services & { streams: Set<Session>; data: DataFolder | undefined }
+type Service = Services & {
+  streams: Set<Stream>
+  unfinished: UnfinishedMessages
+  data: DataFolder | undefined
+}
 
 // `open` and a chunk have at most 16 MiB each; the other keys of a frame come on top.
 const MAX_MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
 const MAX_BODY_BYTES = 65_536
 // The router answers 404 to a longer path parameter. A run name that is too long should get a better answer than that.
 const MAX_PATH_PARAMETER = 1024
-// After so many milliseconds a peer that does not answer the service's close frame is cut off.
+// How often node looks for sockets whose request does not come.
+const CHECK_MS = 1000
+// A peer that does not answer our close frame is cut off after this.
 const CLOSE_GRACE_MS = 1000
 
 /**
@@ -68,8 +77,13 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     throw error
   })
   const metrics = createMetrics()
-  const runs = new Runs({ device, config, presets, metrics, data, log: logger ?? SILENT })
-  const services: AppServices = {
+  const log = logger ?? SILENT
+  const runs = new Runs({ device, config, presets, metrics, data, log })
+  const unfinished = new UnfinishedMessages(config.unfinished_bytes, ({ code, message }) => {
+    log.warn({ event: 'refused', code, reason: message })
+    metrics.errors_total.inc({ code })
+  })
+  const service: Service = {
     config,
     device,
     runs,
@@ -79,6 +93,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     contract,
     events: new Events(),
     streams: new Set(),
+    unfinished,
   }
   const app = await createServer(services, logger)
   return { app, device, runs, data, metrics, restored: runs.restore(), drain: () => drain(app, services) }
@@ -93,15 +108,19 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
     bodyLimit: MAX_BODY_BYTES,
     // While the server closes, requests on open connections are answered like any other, as problem documents.
     return503OnClosing: false,
+    http: { connectionsCheckingInterval: CHECK_MS },
     routerOptions: { maxParamLength: MAX_PATH_PARAMETER },
     ajv: { customOptions: { removeAdditional: false, coerceTypes: true } },
     clientErrorHandler: answerClientError,
     frameworkErrors: (error, request, reply) => sendProblem(error, { request, reply, metrics }),
   })
-  observe(services)
-  // Before all other hooks: the plugin's own hook ends the connection of an upgrade that a later hook refuses.
-  await registerWebSocket(app, services)
+  observe(app, service)
+  limitSockets(app, service)
+  // First, because its hooks end the connection of an upgrade that any later hook refuses.
+  await registerWebSocket(app, service)
+  app.addHook('onRequest', originGuard(config))
   app.addHook('onRequest', authenticator(config))
+  app.addHook('onRequest', refuseOtherUpgrades)
   app.addHook('onResponse', logRequest)
   app.addHook('onClose', () => close(services))
   answerProblems(app, metrics)
@@ -111,8 +130,17 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   return app
 }
 
-function observe({ device, runs, metrics, streams }: AppServices): void {
+/** Every socket counts from its first byte, whatever it becomes, and sends a request or goes. */
+function limitSockets({ server }: FastifyInstance, { config, metrics }: Service): void {
+  server.maxConnections = config.max_sockets
+  server.headersTimeout = config.open_timeout_seconds * 1000
+  server.on('drop', () => metrics.refused_sockets_total.inc())
+}
+
+function observe({ server }: FastifyInstance, { device, runs, metrics, streams, unfinished }: Service): void {
   metrics.observe({
+    sockets: promisify(server.getConnections).bind(server),
+    unfinished_bytes: () => unfinished.bytes,
     in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
     staging: () => device.staging,
     state_bytes: () => device.memory.bytes,
@@ -181,9 +209,9 @@ function routeOf(id: string, handler: AnyHandler | undefined, services: AppServi
   assert(handler, `operation ${id} has no handler`)
   const config = { access: accessOf(id, services.contract), streamed: id === 'putState' }
   if (id !== 'openStream') return { handler, config, exposeHeadRoute: !STREAMED.has(id) }
-  const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
-  const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, services)
-  return { handler, config, onRequest, wsHandler, exposeHeadRoute: false }
+  const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, service)
+  const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, service)
+  return { handler, config: { ...config, upgradable: true }, onRequest, wsHandler, exposeHeadRoute: false }
 }
 
 /** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
@@ -240,7 +268,14 @@ function refuseOtherMethods(scope: FastifyInstance, url: string): void {
   scope.route({ method, url, onRequest: refuse, handler: refuse })
 }
 
-function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppServices): void {
+/** A WebSocket on any other route would be nobody's: it would buffer what comes until it is closed. */
+async function refuseOtherUpgrades({ ws, routeOptions, method, url }: FastifyRequest): Promise<void> {
+  if (!ws || routeOptions.config.upgradable) return
+  const request = `${method} ${url.split('?')[0]}`
+  throw new ServiceError('REQUEST_INVALID', `only /v1/stream is a WebSocket: ask for ${request} without 'Upgrade'`)
+}
+
+function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: Service): void {
   if (!ws) return
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and takes no stream')
   if (streams.size < config.max_connections) return
@@ -252,10 +287,11 @@ function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppSer
 function openStream(
   socket: WebSocket,
   { raw, log }: FastifyRequest,
-  { config, device, runs, metrics, streams }: AppServices,
+  { config, device, runs, metrics, streams, unfinished }: Service,
 ): void {
   const stream = new Session(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
   streams.add(stream)
+  unfinished.watch(socket, raw.socket)
   socket.once('close', () => streams.delete(stream))
   if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()
 }

@@ -1,12 +1,18 @@
 import { readFileSync } from 'node:fs'
 import { parseArgs } from 'node:util'
 import { envSchema } from 'env-schema'
+import { errorText } from './errors.js'
 
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'] as const
 const DURABILITIES = ['checkpoint', 'journal'] as const
 const DEVICE = { pattern: '^(auto|cpu|cuda(:\\d+(,\\d+)*)?)$', expected: 'be auto, cpu, cuda, cuda:N or cuda:N,N' }
 const BYTES = Number.MAX_SAFE_INTEGER
 const DAY = 86_400
+const LIST_EXPECTED = 'be comma-separated, without spaces, none of them empty'
+/** RFC 6750's token characters. */
+const KEY = '[A-Za-z0-9._~+/=-]+'
+const LOOPBACK = /^(localhost|127\.\d+\.\d+\.\d+|::1)$/i
+const KEY_WORDS = 'letters, digits and . _ ~ + / = -'
 
 /**
  * Every setting of the service: type, default, range and one sentence. A setting `chunk_bytes` is the flag
@@ -14,6 +20,13 @@ const DAY = 86_400
  */
 export const SETTINGS = {
   host: text('127.0.0.1', 'Address to listen on.', { minLength: 1 }),
+  insecure: flag('Listen on another address than loopback without keys: whoever reaches it may do everything.'),
+  allowed_hosts: list(
+    'Comma-separated names and addresses, without port, that a request may have as its Host, beside loopback names and the address that it came to; * is any.',
+  ),
+  allowed_origins: list(
+    'Comma-separated origins, such as https://board.example, of web pages that may use the service, beside its own; * is any.',
+  ),
   port: integer(8787, [0, 65_535], 'Port to listen on; 0 picks a free one.'),
   device: text('auto', 'Where steps are computed: auto, cpu, cuda, cuda:0 or cuda:0,1.', DEVICE),
   data: text('', 'Folder for checkpoints and journals; without one, state ends with the process.'),
@@ -58,6 +71,16 @@ export const SETTINGS = {
   ),
   max_runs: integer(64, [1, 1_000_000], 'Most runs at a time.'),
   max_connections: integer(256, [1, 1_000_000], 'Most streams at a time.'),
+  max_sockets: integer(
+    1024,
+    [1, 1_000_000],
+    'Most TCP connections at a time, streams among them; one more is closed at once.',
+  ),
+  unfinished_bytes: integer(
+    2 ** 26,
+    [2 ** 25, BYTES],
+    'Most bytes of messages whose end has not come, over all streams; beyond it the stream with the most of them is closed.',
+  ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),
   send_timeout_seconds: seconds(
@@ -67,10 +90,10 @@ export const SETTINGS = {
   ),
   open_timeout_seconds: seconds(30, [0.001, DAY], 'A stream that has opened no run after so long is closed.'),
   drain_seconds: seconds(30, [0, DAY], 'How long a shutdown waits for the steps in flight.'),
-  api_keys: keys(
-    'Comma-separated bearer keys that may do everything; with none here and in read_keys the service is open.',
-  ),
+  api_keys: keys('Comma-separated bearer keys that may do everything; without any key the service is open to all.'),
   read_keys: keys('Comma-separated bearer keys that may only read.'),
+  api_keys_file: text('', 'File with more api_keys: one a line.'),
+  read_keys_file: text('', 'File with more read_keys: one a line.'),
   log_level: text('info', 'Least severe events to log.', {
     enum: LOG_LEVELS,
     expected: `be one of ${LOG_LEVELS.join(', ')}`,
@@ -78,19 +101,26 @@ export const SETTINGS = {
 } as const satisfies Record<string, Setting>
 
 /**
- * A setting: a JSON schema and two keywords of our own. `expected` says what a value must be, where the schema's own
- * message would not help; `list`: the value is a comma-separated list.
+ * A JSON schema and three words of our own: `expected` says what a value must be where the schema cannot, `list` splits it, and
+ * a `secret` has no flag, as command lines are read by all, and stays out of messages.
  */
 type Setting = {
-  type: 'string' | 'integer' | 'number'
-  default: string | number
+  type: 'string' | 'integer' | 'number' | 'boolean'
+  default: string | number | boolean
   description: string
   expected?: string
   list?: true
+  secret?: true
   [keyword: string]: unknown
 }
 export type SettingName = keyof typeof SETTINGS
-type ValueOf<S> = S extends { list: true } ? readonly string[] : S extends { type: 'string' } ? string : number
+type ValueOf<S> = S extends { list: true }
+  ? readonly string[]
+  : S extends { type: 'string' }
+    ? string
+    : S extends { type: 'boolean' }
+      ? boolean
+      : number
 
 /** The settings of one process, frozen, by name; those that are lists of keys are arrays. */
 export type Config = { readonly [Name in SettingName]: ValueOf<(typeof SETTINGS)[Name]> }
@@ -103,7 +133,7 @@ export class ConfigError extends Error {
   override readonly name = 'ConfigError'
 }
 
-type Source = { value: string | number; from: string }
+type Source = { value: string | number | boolean; from: string }
 type Sources = Partial<Record<SettingName, Source>>
 
 const NAMES = Object.keys(SETTINGS).filter(isSettingName)
@@ -120,11 +150,8 @@ export function readCommand(argv: readonly string[], env: Environment): Command 
   return { kind: 'serve', config: check({ ...fromVariables(env), ...fromFlags(flags) }) }
 }
 
-/**
- * A config of the given settings and the defaults, checked as flags are; lists of keys are comma-separated. For tests
- * and embedding. Throws ConfigError.
- */
-export function configOf(settings: Partial<Record<SettingName, string | number>> = {}): Config {
+/** A config of the defaults and the given settings (lists comma separated), checked like flags. For tests and embedding. */
+export function configOf(settings: Partial<Record<SettingName, string | number | boolean>> = {}): Config {
   const sources: Sources = {}
   for (const name of NAMES) {
     const value = settings[name]
@@ -151,15 +178,29 @@ function seconds(value: number, [minimum, maximum]: [number, number], descriptio
   return { type: 'number', default: value, minimum, maximum, description } as const
 }
 
-/** A setting with a list of keys, of the characters of RFC 6750. None may be empty: a stray comma must open nothing. */
+function flag(description: string) {
+  return { type: 'boolean', default: false, expected: 'be true or false', description } as const
+}
+
+/** No entry may be empty or have space around it: it would never be equal to anything. */
+function list(description: string) {
+  const pattern = '^([^,\\s]+(,[^,\\s]+)*)?$'
+  return { type: 'string', default: '', list: true, pattern, expected: LIST_EXPECTED, description } as const
+}
+
+/** No entry may be empty: a stray comma must not open the service. */
 function keys(description: string) {
-  const pattern = '^([A-Za-z0-9._~+/=-]+(,[A-Za-z0-9._~+/=-]+)*)?$'
-  const expected = 'be comma-separated keys of letters, digits and . _ ~ + / = -, none of them empty'
-  return { type: 'string', default: '', list: true, pattern, expected, description } as const
+  const pattern = `^(${KEY}(,${KEY})*)?$`
+  const expected = `be comma-separated keys of ${KEY_WORDS}, none of them empty`
+  return { type: 'string', default: '', list: true, secret: true, pattern, expected, description } as const
 }
 
 function isSettingName(name: string): name is SettingName {
   return Object.hasOwn(SETTINGS, name)
+}
+
+function isSecret(name: SettingName): boolean {
+  return 'secret' in SETTINGS[name]
 }
 
 function flagOf(name: SettingName): string {
@@ -177,7 +218,10 @@ export type Environment = Readonly<Record<string, string | undefined>>
 export type Flags = Readonly<Record<string, string | boolean | readonly (string | boolean)[] | undefined>>
 
 function readFlags(argv: readonly string[]): Flags {
-  const settings = NAMES.map((name) => [flagOf(name), 'string'] as const)
+  refuseSecrets(argv)
+  const settings = NAMES.filter((name) => !isSecret(name)).map(
+    (name) => [flagOf(name), SETTINGS[name].type === 'boolean' ? 'boolean' : 'string'] as const,
+  )
   const { values, positionals } = readArguments(argv, {
     ...Object.fromEntries(settings),
     help: 'boolean',
@@ -188,7 +232,14 @@ function readFlags(argv: readonly string[]): Flags {
   throw new ConfigError(`Unexpected argument '${unexpected}' (--help lists the flags)`)
 }
 
-/** Splits a command's arguments into flags and the rest; `-h` is `--help`. Throws ConfigError of one line. */
+function refuseSecrets(argv: readonly string[]): void {
+  const name = NAMES.find((name) => isSecret(name) && argv.some((word) => word.split('=')[0] === `--${flagOf(name)}`))
+  if (name === undefined) return
+  const ways = `${variableOf(name)} or --${flagOf(name)}-file`
+  throw new ConfigError(`there is no --${flagOf(name)}, as everybody can read command lines: use ${ways}`)
+}
+
+/** Splits the arguments of a command into its flags and the rest; `-h` is `--help`. Throws ConfigError with one line. */
 export function readArguments(
   argv: readonly string[],
   flags: Readonly<Record<string, 'string' | 'boolean'>>,
@@ -209,7 +260,7 @@ function fromFlags(flags: Flags): Sources {
   const sources: Sources = {}
   for (const name of NAMES) {
     const value = flags[flagOf(name)]
-    if (typeof value === 'string') sources[name] = { value, from: `--${flagOf(name)}` }
+    if (typeof value === 'string' || value === true) sources[name] = { value, from: `--${flagOf(name)}` }
   }
   return sources
 }
@@ -225,31 +276,66 @@ function fromVariables(env: Environment): Sources {
 
 function check(sources: Sources): Config {
   const entries = NAMES.map((name) => [name, settingValue(name, sources[name])])
-  const config: Config = Object.freeze(Object.fromEntries(entries))
+  const given: Config = Object.fromEntries(entries)
+  const config = Object.freeze({
+    ...given,
+    api_keys: withFile(given.api_keys, given.api_keys_file),
+    read_keys: withFile(given.read_keys, given.read_keys_file),
+  })
   const shared = config.api_keys.filter((key) => config.read_keys.includes(key))
   if (shared.length > 0)
     throw new ConfigError(`api_keys and read_keys share ${shared.length} key(s): a key has one role`)
+  refuseOpenToAll(config)
   return config
+}
+
+/** Without keys only this machine may come. */
+function refuseOpenToAll({ host, insecure, api_keys, read_keys }: Config): void {
+  if (insecure || LOOPBACK.test(host) || api_keys.length + read_keys.length > 0) return
+  throw new ConfigError(
+    `host is '${host}' and there are no keys: whoever reaches it could do everything. Set MUOND_API_KEYS or --api-keys-file, or --insecure`,
+  )
+}
+
+function withFile(keys: readonly string[], path: string): readonly string[] {
+  return Object.freeze(path === '' ? [...keys] : [...keys, ...keysOfFile(path)])
+}
+
+/** A key a line; empty lines are none. A file without a key is refused: it must not open the service. */
+function keysOfFile(path: string): string[] {
+  const lines = readLines(path).map((line) => line.trim())
+  const wrong = lines.findIndex((line) => line !== '' && !new RegExp(`^${KEY}$`).test(line))
+  if (wrong >= 0) throw new ConfigError(`line ${wrong + 1} of key file '${path}' is no key of ${KEY_WORDS}`)
+  const keys = lines.filter((line) => line !== '')
+  if (keys.length === 0) throw new ConfigError(`key file '${path}' has no key`)
+  return keys
+}
+
+function readLines(path: string): string[] {
+  try {
+    return readFileSync(path, 'utf8').split('\n')
+  } catch (error) {
+    throw new ConfigError(`key file '${path}' cannot be read: ${errorText(error)}`)
+  }
 }
 
 function settingValue(name: SettingName, source: Source | undefined): unknown {
   const value = source === undefined ? SETTINGS[name].default : parse(name, source)
-  return 'list' in SETTINGS[name] ? keysOf(value) : value
+  return 'list' in SETTINGS[name] ? entriesOf(value) : value
 }
 
 function parse(name: SettingName, source: Source): unknown {
-  const { list, expected, ...schema }: Setting = SETTINGS[name]
+  const { list, secret, expected, ...schema }: Setting = SETTINGS[name]
   try {
     const properties = { [name]: schema }
     return envSchema({ schema: { type: 'object', properties }, data: { [name]: source.value }, env: false })[name]
   } catch (error) {
     const requirement = expected ?? String(error).replace(/^.*? env\/\w+ must /, '')
-    // The value of a key list is a secret and stays out of the message.
-    throw new ConfigError(`${source.from}: must ${requirement}, got ${list ? 'another value' : `'${source.value}'`}`)
+    throw new ConfigError(`${source.from}: must ${requirement}, got ${secret ? 'another value' : `'${source.value}'`}`)
   }
 }
 
-function keysOf(value: unknown): readonly string[] {
+function entriesOf(value: unknown): readonly string[] {
   return Object.freeze(String(value).split(',').filter(Boolean))
 }
 
@@ -264,7 +350,12 @@ const USAGE = [
 function helpText(): string {
   const rows = NAMES.map((name) => {
     const { default: value, description } = SETTINGS[name]
-    return { flag: `--${flagOf(name)}`, variable: variableOf(name), value: shown(value), meaning: description }
+    return {
+      flag: isSecret(name) ? '' : `--${flagOf(name)}`,
+      variable: variableOf(name),
+      value: shown(value),
+      meaning: description,
+    }
   })
   const all = [{ flag: 'flag', variable: 'variable', value: 'default', meaning: 'meaning' }, ...rows]
   const width = (column: 'flag' | 'variable' | 'value') => Math.max(...all.map((row) => row[column].length))
@@ -275,6 +366,6 @@ function helpText(): string {
   return [`muond ${VERSION}: the optimizer as a service`, '', ...USAGE, '', ...lines].join('\n')
 }
 
-function shown(value: string | number): string {
+function shown(value: string | number | boolean): string {
   return value === '' ? '(none)' : String(value)
 }

@@ -22,6 +22,8 @@ export type Observed = {
   state_bytes: () => number
   runs: () => number
   connections: () => number
+  sockets: () => Promise<number>
+  unfinished_bytes: () => number
   build: { version: string; onnxruntime: string; device: string }
 }
 
@@ -68,6 +70,7 @@ export function createMetrics(registry = new Registry()) {
       registers: [registry],
     }),
     checkpoint_failures_total: counter('checkpoint_failures_total', 'Checkpoints that could not be written.'),
+    refused_sockets_total: counter('refused_sockets_total', 'TCP connections closed at once, over max_sockets.'),
     in_place_connections_total: counter(
       'in_place_connections_total',
       'Streams whose gradients the kernel writes straight into the staging arena.',
@@ -91,10 +94,19 @@ function addGauges(registry: Registry, observed: Observed): void {
     state_bytes: 'Bytes of optimizer state on the device.',
     runs: 'Runs that exist.',
     connections: 'Streams that are open.',
+    sockets: 'TCP connections, streams among them.',
+    unfinished_bytes: 'Bytes of messages whose end has not come, over all streams.',
   } as const
-  for (const name of ['in_flight_bytes', 'state_bytes', 'runs', 'connections'] as const) {
+  for (const name of [
+    'in_flight_bytes',
+    'state_bytes',
+    'runs',
+    'connections',
+    'sockets',
+    'unfinished_bytes',
+  ] as const) {
     const read = observed[name]
-    addGauge(registry, name, plain[name], (gauge) => gauge.set(read()))
+    addGauge(registry, name, plain[name], async (gauge) => gauge.set(await read()))
   }
   addStaging(registry, observed.staging)
   const info = new Gauge({
@@ -106,13 +118,13 @@ function addGauges(registry: Registry, observed: Observed): void {
   info.set({ ...observed.build, node: process.version }, 1)
 }
 
-function addGauge(registry: Registry, name: string, help: string, collect: (gauge: Gauge) => void): void {
+function addGauge(registry: Registry, name: string, help: string, collect: (gauge: Gauge) => Promise<void>): void {
   new Gauge({
     name: `muond_${name}`,
     help,
     registers: [registry],
     collect() {
-      collect(this)
+      return collect(this)
     },
   })
 }

@@ -56,7 +56,7 @@ t.test('a setting that is wrong is one line with its source, what it must be, an
     [['--colour', 'red'], {}, "Unknown option '--colour' (--help lists the flags)"],
     [['--port'], {}, "Option '--port <value>' argument missing (--help lists the flags)"],
     [['serve'], {}, "Unexpected argument 'serve' (--help lists the flags)"],
-    [['--api-keys', 'k', '--read-keys', 'r,k'], {}, 'api_keys and read_keys share 1 key(s): a key has one role'],
+    [[], { MUOND_API_KEYS: 'k', MUOND_READ_KEYS: 'r,k' }, 'api_keys and read_keys share 1 key(s): a key has one role'],
   ]
   for (const [argv, env, message] of cases) t.throws(() => readCommand(argv, env), new ConfigError(message), message)
 })
@@ -70,6 +70,69 @@ t.test('a list with an empty key is refused, and no key is printed', async (t) =
       JSON.stringify(list),
     )
   }
+})
+
+t.test('keys come from variables and files, and not from a command line, which everybody can read', async (t) => {
+  const folder = t.testdir({ keys: 'one\n\n  two \n', more: 'three', none: '\n', wrong: 'one\nt wo\n' })
+  const file = (name: string) => `${folder}/${name}`
+  t.match(configFrom(['--api-keys-file', file('keys'), '--read-keys-file', file('more')], { MUOND_API_KEYS: 'zero' }), {
+    api_keys: ['zero', 'one', 'two'],
+    read_keys: ['three'],
+  })
+  const cases: [string[], string | RegExp][] = [
+    [
+      ['--api-keys', 'k'],
+      'there is no --api-keys, as everybody can read command lines: use MUOND_API_KEYS or --api-keys-file',
+    ],
+    [
+      ['--read-keys=k'],
+      'there is no --read-keys, as everybody can read command lines: use MUOND_READ_KEYS or --read-keys-file',
+    ],
+    [['--api-keys-file', file('none')], `key file '${file('none')}' has no key`],
+    [
+      ['--api-keys-file', file('wrong')],
+      `line 2 of key file '${file('wrong')}' is no key of letters, digits and . _ ~ + / = -`,
+    ],
+    [['--read-keys-file', file('nowhere')], /^key file '.*nowhere' cannot be read: ENOENT/],
+    [
+      ['--api-keys-file', file('keys'), '--read-keys-file', file('keys')],
+      'api_keys and read_keys share 2 key(s): a key has one role',
+    ],
+  ]
+  for (const [argv, message] of cases) t.throws(() => readCommand(argv, {}), { name: 'ConfigError', message })
+})
+
+t.test('without keys only the loopback is listened on, unless that is said to be meant', async (t) => {
+  const refusal = (host: string) => ({
+    name: 'ConfigError',
+    message: `host is '${host}' and there are no keys: whoever reaches it could do everything. Set MUOND_API_KEYS or --api-keys-file, or --insecure`,
+  })
+  for (const host of [
+    '0.0.0.0',
+    '::',
+    '10.0.0.1',
+    'trainer.local',
+    '127.0.0.1.evil.example',
+    'localhost.evil.example',
+  ]) {
+    t.throws(() => configFrom([], { MUOND_HOST: host }), refusal(host))
+    t.equal(configFrom(['--host', host, '--insecure']).insecure, true)
+    t.equal(configFrom(['--host', host], { MUOND_INSECURE: 'true' }).insecure, true)
+    t.equal(configFrom(['--host', host], { MUOND_API_KEYS: 'k' }).insecure, false)
+    t.equal(configFrom(['--host', host], { MUOND_READ_KEYS: 'k' }).host, host)
+  }
+  for (const host of ['localhost', '127.0.0.1', '127.1.2.3', '::1']) t.equal(configFrom(['--host', host]).host, host)
+  t.throws(() => configFrom([], { MUOND_INSECURE: 'yes' }), {
+    message: "MUOND_INSECURE: must be true or false, got 'yes'",
+  })
+})
+
+t.test('lists are split at commas, and none of their entries is empty', async (t) => {
+  t.same(configFrom(['--allowed-hosts', 'a.example,10.0.0.1']).allowed_hosts, ['a.example', '10.0.0.1'])
+  t.throws(() => configFrom(['--allowed-origins', 'http://a.example, http://b.example']), {
+    message:
+      "--allowed-origins: must be comma-separated, without spaces, none of them empty, got 'http://a.example, http://b.example'",
+  })
 })
 
 t.test('devices are auto, cpu, cuda and cuda with numbers', async (t) => {
@@ -98,10 +161,10 @@ t.test('the help lists every setting with its flag, variable, default and senten
   const command = readCommand(['--help'], { MUOND_PORT: 'not looked at' })
   const lines = command.kind === 'print' ? command.text.split('\n') : []
   for (const [name, setting] of Object.entries(SETTINGS)) {
-    const flag = `--${name.replaceAll('_', '-')}`
-    const line = lines.find((line) => line.startsWith(`${flag} `)) ?? ''
-    for (const part of [`MUOND_${name.toUpperCase()} `, String(setting.default), setting.description])
-      t.ok(line.includes(part), `${flag}: ${part}`)
+    const flag = 'secret' in setting ? '' : `--${name.replaceAll('_', '-')}`
+    const variable = `MUOND_${name.toUpperCase()}`
+    const line = lines.find((line) => new RegExp(`^${flag} +${variable} `).test(line)) ?? ''
+    for (const part of [String(setting.default), setting.description]) t.ok(line.includes(part), `${variable}: ${part}`)
   }
   t.match(readCommand(['-h'], {}), { kind: 'print' })
 })

@@ -19,7 +19,8 @@ const cell = (text: string) => text.replaceAll('|', '\\|')
 t.test('the README lists every setting as the service knows it', async (t) => {
   const rows = Object.entries(SETTINGS).map(([name, setting]) => {
     const value = setting.default === '' ? '' : `\`${setting.default}\``
-    return `| \`--${name.replaceAll('_', '-')}\` | ${value} | ${cell(setting.description)} |\n`
+    const spelled = 'secret' in setting ? `MUOND_${name.toUpperCase()}` : `--${name.replaceAll('_', '-')}`
+    return `| \`${spelled}\` | ${value} | ${cell(setting.description)} |\n`
   })
   t.equal(section('settings'), `| flag | default | meaning |\n|---|---|---|\n${rows.join('')}`)
 })

@@ -3,13 +3,15 @@ import t from 'tap'
 import { createMetrics, PHASES } from '../src/metrics.js'
 
 function observed() {
-  const now = { in_flight: 1, used: 2, state: 3, runs: 4, connections: 5 }
+  const now = { in_flight: 1, used: 2, state: 3, runs: 4, connections: 5, sockets: 6, unfinished: 7 }
   const observed = {
     in_flight_bytes: () => now.in_flight,
     staging: () => ({ used: now.used, capacity: 1000 }),
     state_bytes: () => now.state,
     runs: () => now.runs,
     connections: () => now.connections,
+    sockets: async () => now.sockets,
+    unfinished_bytes: () => now.unfinished,
     build: { version: '1.2.3', onnxruntime: '1.30.0', device: 'cpu' },
   }
   return { now, observed }

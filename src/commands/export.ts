@@ -13,7 +13,7 @@ import { byteProgress, type Terminal } from './progress.js'
 import { serviceOf } from './rest.js'
 import { openRun } from './rest-source.js'
 
-const HELP = `muond export RUN --to FORMAT --out PATH [--url URL] [--token KEY]
+const HELP = `muond export RUN --to FORMAT --out PATH [--url URL] [--token-file FILE]
 muond export RUN --to FORMAT --out PATH --data DIR [--checkpoint ID|TAG]
 
 Writes the optimizer state of a run, as it is after its last finished step, or
@@ -34,7 +34,7 @@ Muon's momentum is written to torch's formats as torch.optim.Muon keeps it
 (ema): a heavy_ball buffer times 1 - momentum.
 
   --url URL          The service; default http://127.0.0.1:8787
-  --token KEY        A key that may read; also MUOND_TOKEN
+  --token-file FILE  Holds a key that may read; also the variable MUOND_TOKEN
   --data DIR         A data folder instead of a service. Every file is held
                      against its hash; a service may be at work there
   --checkpoint NAME  Its id or a tag; default is the newest
@@ -55,7 +55,7 @@ export async function exportCommand(
   { terminal, shard_bytes = SHARD_BYTES }: { terminal: Terminal; shard_bytes?: number },
 ): Promise<string> {
   const { values, positionals } = readArguments(argv, {
-    ...{ to: 'string', out: 'string', url: 'string', token: 'string', data: 'string', checkpoint: 'string' },
+    ...{ to: 'string', out: 'string', url: 'string', 'token-file': 'string', data: 'string', checkpoint: 'string' },
     ...{ partial: 'boolean', help: 'boolean' },
   })
   if (values.help) return HELP

@@ -15,7 +15,7 @@ import { getJson, putStream, type ServiceAddress, serviceOf } from './rest.js'
 
 type Schemas = components['schemas']
 
-const HELP = `muond import RUN FILE --from WHOSE [--url URL] [--token KEY]
+const HELP = `muond import RUN FILE --from WHOSE [--url URL] [--token-file FILE]
 
 Has a run of a service, which exists, go on from the optimizer state of a file:
 all of it or nothing, between two steps.
@@ -46,12 +46,12 @@ it executes nothing and refuses everything else by its name.
                         default 1, and only SGD asks whether it is 0
   --partial             A parameter that the file does not have keeps its state
   --url URL             The service; default http://127.0.0.1:8787
-  --token KEY           A key that may write; also MUOND_TOKEN
+  --token-file FILE     Holds a key that may write; also the variable MUOND_TOKEN
   --help                Prints this`
 
 const FLAGS: Readonly<Record<string, 'string' | 'boolean'>> = {
   ...{ from: 'string', names: 'string', key: 'string', 'momentum-form': 'string', step: 'string' },
-  ...{ url: 'string', token: 'string', order: 'boolean', partial: 'boolean', help: 'boolean' },
+  ...{ url: 'string', 'token-file': 'string', order: 'boolean', partial: 'boolean', help: 'boolean' },
 }
 
 const PLAIN = [ForeignError, UnreadableError]

@@ -1,4 +1,5 @@
 import { once } from 'node:events'
+import { readFileSync } from 'node:fs'
 import { request as httpRequest, type IncomingMessage, type RequestOptions } from 'node:http'
 import { request as httpsRequest } from 'node:https'
 import { ConfigError, type Environment, type Flags } from '../config.js'
@@ -9,11 +10,23 @@ export type ServiceAddress = { url: string; token: string | undefined }
 
 const DEFAULT_URL = 'http://127.0.0.1:8787'
 
-/** Reads the flags `--url` and `--token`, or the variable MUOND_TOKEN. Throws ConfigError where the URL is none. */
-export function serviceOf({ url = DEFAULT_URL, token }: Flags, { MUOND_TOKEN }: Environment): ServiceAddress {
+/**
+ * What `--url` says, with the key in the file of `--token-file` or in the variable MUOND_TOKEN: command lines can be read by all.
+ * Throws ConfigError for what is no URL, and for a file that cannot be read.
+ */
+export function serviceOf(flags: Flags, { MUOND_TOKEN }: Environment): Service {
+  const { url = DEFAULT_URL, 'token-file': file } = flags
   if (!/^https?:\/\//.test(String(url)) || !URL.canParse(String(url)))
     throw new ConfigError(`--url is '${url}', expected one such as ${DEFAULT_URL}`)
-  return { url: String(url).replace(/\/+$/, ''), token: typeof token === 'string' ? token : MUOND_TOKEN }
+  return { url: String(url).replace(/\/+$/, ''), token: typeof file === 'string' ? tokenOf(file) : MUOND_TOKEN }
+}
+
+function tokenOf(file: string): string {
+  try {
+    return readFileSync(file, 'utf8').trim()
+  } catch (error) {
+    throw new ConfigError(`--token-file: ${errorText(error)}`)
+  }
 }
 
 /** The JSON of an answer to GET. Throws ConfigError with the service's own words where it refuses. */

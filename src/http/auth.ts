@@ -9,12 +9,14 @@ export type Access = 'open' | 'read' | 'write'
 declare module 'fastify' {
   interface FastifyContextConfig {
     access?: Access
+    /** Whether the route is the stream. */
+    upgradable?: boolean
     /** Whether the handler reads the body itself, as it comes. */
     streamed?: boolean
   }
 }
 
-/** The subprotocol that the service chooses where a client offers it beside its key, so that no answer has the key. */
+/** The subprotocol that the service chooses. Who offers a key as another one offers this too, as keys are not echoed. */
 export const SUBPROTOCOL = 'muond.v1'
 const KEY_SUBPROTOCOL = 'bearer.'
 
@@ -42,10 +44,9 @@ export function authenticator({
   }
 }
 
-/** Chooses a subprotocol from those that a client offers: a browser drops the connection where none is chosen. */
+/** Chooses the subprotocol of an upgrade from those offered. Clients drop a connection for which none of those offered is chosen. */
 export function chooseSubprotocol(offered: ReadonlySet<string>): string | false {
-  if (offered.has(SUBPROTOCOL)) return SUBPROTOCOL
-  return [...offered].find((name) => name.startsWith(KEY_SUBPROTOCOL)) ?? false
+  return offered.has(SUBPROTOCOL) && SUBPROTOCOL
 }
 
 function keyOf({ headers }: FastifyRequest): string | undefined {

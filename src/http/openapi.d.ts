@@ -369,7 +369,7 @@ export interface paths {
         /**
          * Upgrade to the training stream
          * @description A WebSocket of binary msgpack frames, docs/protocol.md. A client that cannot set headers (a browser) offers its key as
-         *     the subprotocol `bearer.<key>`.
+         *     the subprotocols `muond.v1` and `bearer.<key>`.
          */
         get: operations["openStream"];
         put?: never;

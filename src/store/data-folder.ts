@@ -1,9 +1,9 @@
-import { access, constants, mkdir, readdir, rm } from 'node:fs/promises'
+import { access, constants, readdir, rm } from 'node:fs/promises'
 import { join } from 'node:path'
 import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
 import { CheckpointFiles } from './checkpoint/checkpoint-files.js'
-import { syncFolder } from './durable.js'
+import { makeFolder, syncFolder } from './durable.js'
 import { type FolderLock, lockFolder } from './lock.js'
 import { RunFolder } from './run-folder.js'
 
@@ -19,7 +19,7 @@ export class DataFolder {
   static async open(path: string, wait_seconds: number): Promise<DataFolder> {
     const runs = join(path, 'runs')
     try {
-      await mkdir(runs, { recursive: true })
+      await makeFolder(runs)
       await access(path, constants.W_OK)
       await access(runs, constants.W_OK)
     } catch (error) {

@@ -1,10 +1,27 @@
-import { open, rename } from 'node:fs/promises'
+import { mkdir, open, rename, stat } from 'node:fs/promises'
 import { dirname } from 'node:path'
 
-/** Writes a file so that after a crash it has either its old text or `text`, never a mixture. */
+/** State is nobody's but the service's: another user of the machine neither reads nor changes it. */
+export const FILE_MODE = 0o600
+const FOLDER_MODE = 0o700
+
+/** Makes a folder and those above it that are lacking. Throws where it cannot be made or the path is of no folder. */
+export async function makeFolder(path: string): Promise<void> {
+  try {
+    await mkdir(path, FOLDER_MODE)
+  } catch (error) {
+    if (codeOf(error) === 'EEXIST' && (await stat(path)).isDirectory()) return
+    if (codeOf(error) !== 'ENOENT') throw error
+    // The option `recursive` of node tries for ever where a folder that exists lets none be made in it, as /proc does.
+    await makeFolder(dirname(path))
+    await mkdir(path, FOLDER_MODE)
+  }
+}
+
+/** Writes the whole of a file so that after a crash it has either its old text or this one. */
 export async function replaceFile(path: string, text: string): Promise<void> {
   const fresh = `${path}.new`
-  const file = await open(fresh, 'w')
+  const file = await open(fresh, 'w', FILE_MODE)
   try {
     await file.writeFile(text)
     await file.sync()
@@ -23,4 +40,8 @@ export async function syncFolder(folder: string): Promise<void> {
   } finally {
     await handle.close()
   }
+}
+
+function codeOf(error: unknown): string | undefined {
+  return error instanceof Error && 'code' in error ? String(error.code) : undefined
 }

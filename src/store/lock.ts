@@ -5,6 +5,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import koffi from 'koffi'
 import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
+import { FILE_MODE } from './durable.js'
 
 /** A folder that no other process writes to while this one holds it. */
 export type FolderLock = { release(): void }
@@ -27,25 +28,33 @@ export async function lockFolder(folder: string, wait_seconds: number): Promise<
   }
 }
 
+/**
+ * The folder itself is locked as well as its file `lock`: whoever removes that while a service runs does not let another one in.
+ */
 async function take(folder: string, wait_seconds: number): Promise<FolderLock> {
   const file = join(folder, 'lock')
   const deadline = performance.now() + wait_seconds * 1000
-  const descriptor = openSync(file, 'a+')
+  const descriptors: number[] = []
+  const release = () => descriptors.forEach(closeSync)
   try {
-    while (!tryLock(descriptor)) {
+    const itself = openSync(folder, 'r')
+    descriptors.push(itself)
+    const said = openSync(file, 'a+', FILE_MODE)
+    descriptors.push(said)
+    while (!tryLock(itself) || !tryLock(said)) {
       if (performance.now() >= deadline) {
-        const holder = readFileSync(file, 'utf8').trim() || 'another process'
+        const holder = readFileSync(said, 'utf8').trim() || 'another process'
         throw new ConfigError(`data folder '${folder}' is in use by ${holder}: one service at a time writes to it`)
       }
       await delay(RETRY_MS)
     }
-    ftruncateSync(descriptor)
-    writeSync(descriptor, `process ${process.pid} on ${hostname()} since ${new Date().toISOString()}\n`)
+    ftruncateSync(said)
+    writeSync(said, `process ${process.pid} on ${hostname()} since ${new Date().toISOString()}\n`)
   } catch (error) {
-    closeSync(descriptor)
+    release()
     throw error
   }
-  return { release: () => closeSync(descriptor) }
+  return { release }
 }
 
 let flock: ((descriptor: number, operation: number) => number) | undefined

@@ -1,21 +1,21 @@
 import { randomUUID } from 'node:crypto'
-import { mkdir, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
-import { dirname, join } from 'node:path'
+import { lstat, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
+import { basename, dirname, join } from 'node:path'
 import type { StateLocation } from '../device/state-access.js'
 import { errorText } from '../errors.js'
 import type { CheckpointFiles } from './checkpoint/checkpoint-files.js'
 import {
   type DeviceRecord,
   FORMAT,
-  type GroupRecord,
   type Manifest,
   openManifest,
   type RunRecord,
   sealManifest,
   UnreadableError,
 } from './checkpoint/manifest.js'
-import { indexText, planShards, type StateEntry, type TensorLocation } from './checkpoint/state-files.js'
-import { replaceFile, syncFolder } from './durable.js'
+import { indexText, type Placed, planFiles, type StateEntry } from './checkpoint/state-files.js'
+import { makeFolder, replaceFile, syncFolder } from './durable.js'
+import { type Identity, openIdentity, sealIdentity } from './identity.js'
 
 /** A checkpoint on the disk. `problem` says why it cannot be read. */
 export type CheckpointEntry = {
@@ -27,12 +27,6 @@ export type CheckpointEntry = {
   written_at: string
   problem?: string
 }
-
-/** The file `run.json`: `epoch` counts how often the run was opened; `replacement` has groups that an `open` gave. */
-export type Identity = { run: string; epoch: number; replacement?: Replacement }
-
-/** Groups that were given after step `step`: `groups` hold in the next step, `later`, if any, in those after that. */
-export type Replacement = { step: number; groups: GroupRecord[]; later?: GroupRecord[] }
 
 /** A checkpoint to be written. */
 export type Snapshot = {
@@ -47,7 +41,8 @@ export type Snapshot = {
 }
 
 export const MANIFEST = 'manifest.json'
-/** A checkpoint's id: its step, and a number if there are several of that step, as after an import of state. */
+const IDENTITY = 'run.json'
+/** Of a step; one of the same step after its state was imported has a number behind it. */
 const CHECKPOINT = /^step-(\d{12})(?:\.(\d{1,9}))?$/
 
 /**
@@ -67,18 +62,24 @@ export class RunFolder {
   }
 
   static async create(path: string, files: CheckpointFiles, run: string): Promise<RunFolder> {
-    await mkdir(join(path, 'checkpoints'), { recursive: true })
-    await mkdir(join(path, 'journal'), { recursive: true })
+    await makeFolder(path)
+    await makeFolder(join(path, 'checkpoints'))
+    await makeFolder(join(path, 'journal'))
     const folder = new RunFolder(path, files, [])
     await folder.identify({ run, epoch: 0 })
     await syncFolder(dirname(path))
     return folder
   }
 
-  /** Opens a run's folder: lists its checkpoints, and removes those that a crash left unfinished. */
+  /** Lists what is there and removes what a crash left unfinished. Throws UnreadableError for a symbolic link. */
   static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
+    if ((await lstat(path)).isSymbolicLink()) {
+      throw new UnreadableError(
+        `${path} is a symbolic link: the same folder may be another run's, or another service's`,
+      )
+    }
     const folder = join(path, 'checkpoints')
-    await mkdir(folder, { recursive: true })
+    await makeFolder(folder)
     const names = checkpointNames(await readdir(folder))
     const entries: CheckpointEntry[] = []
     for (const name of names) {
@@ -110,16 +111,15 @@ export class RunFolder {
   }
 
   async identity(): Promise<Identity> {
-    const path = join(this.path, 'run.json')
-    try {
-      return JSON.parse(await readFile(path, 'utf8'))
-    } catch (error) {
+    const path = join(this.path, IDENTITY)
+    const text = await readFile(path, 'utf8').catch((error) => {
       throw new UnreadableError(`${path} cannot be read: ${errorText(error)}`)
-    }
+    })
+    return openIdentity(text, path, basename(this.path))
   }
 
   identify(identity: Identity): Promise<void> {
-    return replaceFile(join(this.path, 'run.json'), `${JSON.stringify(identity, null, 2)}\n`)
+    return replaceFile(join(this.path, IDENTITY), sealIdentity(identity))
   }
 
   /** Writes a checkpoint; `released` is called with the position of each entry once its memory is not read any more. */

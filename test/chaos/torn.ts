@@ -1,9 +1,10 @@
 import { cpSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs'
-import { dirname, join } from 'node:path'
+import { basename, dirname, join } from 'node:path'
 import { isDeepStrictEqual } from 'node:util'
 import type { MuondError } from '../../src/client/client.js'
 import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
 import { UnreadableError } from '../../src/store/checkpoint/manifest.js'
+import { openIdentity } from '../../src/store/identity.js'
 import { encodeHead } from '../../src/store/journal/journal-format.js'
 import { readJournal, type StoredStep } from '../../src/store/journal/journal-reader.js'
 import { RunFolder } from '../../src/store/run-folder.js'
@@ -161,10 +162,10 @@ async function readUnnamed({ folder, files }: Torn): Promise<Verdict> {
   return lost(`the newest checkpoint is of step ${newest?.step}: ${newest?.problem}`)
 }
 
-async function readIdentity({ folder, files, whole }: Torn): Promise<Verdict> {
+async function readIdentity({ folder, path, files, whole }: Torn): Promise<Verdict> {
   try {
     const identity = await (await RunFolder.open(folder, files)).identity()
-    const expected = JSON.parse(String(whole))
+    const expected = openIdentity(String(whole), path, basename(folder))
     if (isDeepStrictEqual(identity, expected)) return { result: 'same' }
     return lost(`run.json was read as ${JSON.stringify(identity)}, expected ${JSON.stringify(expected)}`)
   } catch (error) {

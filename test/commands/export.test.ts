@@ -239,7 +239,8 @@ t.test('NorMuon’s statistic is nothing that torch has', async (t) => {
 
 t.test('every mistake has one line', async (t) => {
   const service = await start({ read_keys: 'reader', api_keys: 'writer' })
-  const out = join(t.testdir({}), 'x')
+  const folder = t.testdir({ key: 'reader\n' })
+  const out = join(folder, 'x')
   const CASES: [string[], RegExp][] = [
     [[], /^export takes the name of one run/],
     [['a', 'b'], /^export takes the name of one run/],
@@ -261,7 +262,7 @@ t.test('every mistake has one line', async (t) => {
       /answers 401: a key is needed.* \(UNAUTHORIZED\)$/,
     ],
     [
-      ['a', '--to', 'safetensors', '--out', out, '--url', service.http, '--token', 'reader'],
+      ['a', '--to', 'safetensors', '--out', out, '--url', service.http, '--token-file', join(folder, 'key')],
       /answers 404: there is no run 'a' \(RUN_NOT_FOUND\)$/,
     ],
     [
@@ -271,6 +272,10 @@ t.test('every mistake has one line', async (t) => {
     [
       ['a', '--to', 'safetensors', '--out', out, '--url', service.http.replace('http', 'https')],
       /cannot be reached: .*(EPROTO|SSL|wrong version)/,
+    ],
+    [
+      ['a', '--to', 'safetensors', '--out', out, '--token-file', join(folder, 'nowhere')],
+      /^--token-file: ENOENT: no such file/,
     ],
     [['a', '--from', 'x'], /^Unknown option '--from'/],
   ]

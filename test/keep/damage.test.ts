@@ -5,7 +5,7 @@ import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import { known, MODEL, type Trace, train, trainStep, undisturbed } from '../run/trainer.js'
 import { RawClient, startService } from '../service.js'
-import { copyFolder, flip, id, manifestOf, reseal, runFolder, start, stateFile } from './data-folder.js'
+import { copyFolder, flip, id, manifestOf, reseal, rewrite, runFolder, start, stateFile } from './data-folder.js'
 
 let reference: Trace[]
 t.before(async () => {
@@ -43,7 +43,23 @@ const BREAKAGES: [string, (data: string) => void, RegExp][] = [
   [
     'a run.json that is none',
     (data) => writeFileSync(join(runFolder(data), 'run.json'), '{'),
-    /run\.json cannot be read/,
+    /run\.json does not end with its SHA-256/,
+  ],
+  ['a run.json that is gone', (data) => rmSync(join(runFolder(data), 'run.json')), /run\.json cannot be read: ENOENT/],
+  [
+    'a run.json with another learning rate',
+    (data) => rewrite(join(runFolder(data), 'run.json'), '"lr":0.002', '"lr":0.902'),
+    /run\.json has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$/,
+  ],
+  [
+    'a run.json with another algorithm',
+    (data) => rewrite(join(runFolder(data), 'run.json'), '"algorithm":"', '"algorithm":"x'),
+    /run\.json has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$/,
+  ],
+  [
+    'a run.json with another epoch',
+    (data) => rewrite(join(runFolder(data), 'run.json'), /"epoch": \d+/, '"epoch": -5'),
+    /run\.json has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$/,
   ],
   [
     'a digest that does not follow',
@@ -71,6 +87,11 @@ t.test('a checkpoint that is not what was written is refused with its file; the 
   const service = await start(data)
   const { client } = await train(service, { last: 6 })
   await client.close()
+  // Groups that an open gives anew are remembered in run.json.
+  const again = await RawClient.connect(service.url)
+  const groups = MODEL.groups.map((group) => ({ ...group, lr: 0.002 }))
+  await again.open({ run: 'r', mode: 'resume', ...MODEL, groups })
+  await again.close()
   await service.app.close()
   for (const [name, breakIt, message] of BREAKAGES) {
     await t.test(name, async (t) => {

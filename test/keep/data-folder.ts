@@ -33,6 +33,14 @@ export function flip(path: string, at: number): void {
   writeFileSync(path, bytes)
 }
 
+/** Puts other text in the place of what a file has there. */
+export function rewrite(path: string, what: string | RegExp, other: string): void {
+  const text = readFileSync(path, 'utf8')
+  const changed = text.replace(what, other)
+  if (changed === text) throw new Error(`${path} has no ${what}: ${text}`)
+  writeFileSync(path, changed)
+}
+
 /** Another manifest, with a hash of its own that is right. */
 export function reseal(data: string, change: Partial<Manifest> | ((manifest: Manifest) => Partial<Manifest>)): void {
   const path = manifestOf(data, 5)

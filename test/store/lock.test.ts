@@ -1,6 +1,6 @@
 import { fork } from 'node:child_process'
 import { once } from 'node:events'
-import { readFileSync, writeFileSync } from 'node:fs'
+import { readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import t, { type Test } from 'tap'
@@ -29,6 +29,16 @@ t.test('a folder that is locked is refused, and the holder is named', async (t) 
       `^data folder '.*' is in use by process ${process.pid} on .* since .*: one service at a time writes to it$`,
     ),
   })
+  lock.release()
+  const next = await lockFolder(folder, 0)
+  next.release()
+})
+
+t.test('a folder stays locked when somebody removes the file that says so', async (t) => {
+  const folder = t.testdir({})
+  const lock = await lockFolder(folder, 0)
+  rmSync(join(folder, 'lock'))
+  await t.rejects(lockFolder(folder, 0), { name: 'ConfigError', message: /in use by another process/ })
   lock.release()
   const next = await lockFolder(folder, 0)
   next.release()

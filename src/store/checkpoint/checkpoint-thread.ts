@@ -1,13 +1,12 @@
 import { createHash, type Hash } from 'node:crypto'
 import { readlinkSync } from 'node:fs'
-import { type FileHandle, mkdir, open, rm } from 'node:fs/promises'
+import { type FileHandle, open, rm } from 'node:fs/promises'
 import { setPriority } from 'node:os'
 import { basename, dirname, join } from 'node:path'
 import { parentPort } from 'node:worker_threads'
 import { openStateAccess, type StateAccess, type StateLocation } from '../../device/state-access.js'
 import { errorText } from '../../errors.js'
-import { replaceFile, syncFolder } from '../durable.js'
-import { writeAll } from '../file-bytes.js'
+import { FILE_MODE, makeFolder, replaceFile, syncFolder } from '../durable.js'
 import { type Header, readHeader } from '../safetensors.js'
 import { type FileRecord, type Manifest, sealManifest, UnreadableError } from './manifest.js'
 import type { StateShard, TensorLocation } from './state-files.js'
@@ -85,7 +84,7 @@ function accessTo(location: StateLocation): StateAccess {
 
 async function write(request: WriteRequest): Promise<Manifest> {
   const { folder } = request
-  await mkdir(folder, { recursive: true })
+  await makeFolder(folder)
   try {
     await syncFolder(dirname(folder))
     return await fill(request)
@@ -143,7 +142,7 @@ class Output {
   #sha256 = ''
 
   static async create(path: string): Promise<Output> {
-    return new Output(await open(path, 'w'))
+    return new Output(await open(path, 'w', FILE_MODE))
   }
 
   private constructor(handle: FileHandle) {

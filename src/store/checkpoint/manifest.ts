@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 import type { AttentionDescription, ParameterDeclaration, ReceiptFrame } from '../../wire/frame.js'
 
-/** The version of the format of manifests and journals. */
+/** The version of what stands in the files of a run. */
 export const FORMAT = 1
 
 /** A group: `given` are the hyperparameters that the client set, `hyperparameters` all that were in force. */
@@ -96,17 +96,30 @@ export class UnreadableError extends Error {
   override readonly name = 'UnreadableError'
 }
 
-const SEAL = ',\n  "sha256": "'
-
-/** The text of a manifest: JSON whose last key is the SHA-256 of all the text before it. */
+/** The text of a manifest. */
 export function sealManifest(manifest: Manifest): string {
-  const keys = Object.entries(manifest).map(([key, value]) => `  ${JSON.stringify(key)}: ${textOf(value)}`)
-  const body = `{\n${keys.join(',\n')}`
-  return `${body}${SEAL}${sha256(body)}"\n}\n`
+  return seal(manifest)
 }
 
 /** Reads a manifest's text. Throws UnreadableError with both hashes where one byte was changed. */
 export function openManifest(text: string, file: string): Manifest {
+  // The hash says that it is what `sealManifest` wrote.
+  return unseal(text, file) as Manifest
+}
+
+const SEAL = ',\n  "sha256": "'
+
+/** JSON with a key a line, whose last key is the SHA-256 of all the text before it. */
+export function seal(record: object): string {
+  const keys = Object.entries(record)
+    .filter(([, value]) => value !== undefined)
+    .map(([key, value]) => `  ${JSON.stringify(key)}: ${textOf(value)}`)
+  const body = `{\n${keys.join(',\n')}`
+  return `${body}${SEAL}${sha256(body)}"\n}\n`
+}
+
+/** Reads what `seal` wrote. Throws UnreadableError with both hashes where one byte is not what was written, and for another format. */
+export function unseal(text: string, file: string): { format: number } {
   const at = text.lastIndexOf(SEAL)
   const [, said] = /^([0-9a-f]{64})"\n}\n$/.exec(text.slice(at + SEAL.length)) ?? []
   if (at < 0 || said === undefined) {
@@ -114,9 +127,9 @@ export function openManifest(text: string, file: string): Manifest {
   }
   const actual = sha256(text.slice(0, at))
   if (actual !== said) throw new UnreadableError(`${file} has SHA-256 ${actual}, expected ${said}`)
-  const manifest: Manifest = JSON.parse(text)
-  if (manifest.format === FORMAT) return manifest
-  throw new UnreadableError(`${file} has format ${manifest.format}, this version reads ${FORMAT}`)
+  const record: { format: number } = JSON.parse(text)
+  if (record.format === FORMAT) return record
+  throw new UnreadableError(`${file} has format ${record.format}, this version reads ${FORMAT}`)
 }
 
 /** JSON of one line, but for a list of maps, which may be long: each map has a line. */

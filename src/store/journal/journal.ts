@@ -1,8 +1,8 @@
-import { type FileHandle, mkdir, open, readdir, stat, unlink } from 'node:fs/promises'
+import { type FileHandle, open, readdir, stat, unlink } from 'node:fs/promises'
 import { join } from 'node:path'
 import { errorText, ServiceError } from '../../errors.js'
-import { syncFolder } from '../durable.js'
-import { type AppliedHead, type EndHead, encodeHead } from './journal-format.js'
+import { FILE_MODE, makeFolder, syncFolder } from '../durable.js'
+import { type EndHead, encodeHead, type GradientHead } from './journal-format.js'
 
 /** A file of a journal, with the records of step `first` and later ones. */
 export type Segment = { first: number; path: string; bytes: number }
@@ -19,7 +19,7 @@ const SYNC_BYTES = 32 << 20
 
 /** The segments in a journal's folder, oldest first. Makes the folder where there is none. */
 export async function listSegments(folder: string): Promise<Segment[]> {
-  await mkdir(folder, { recursive: true })
+  await makeFolder(folder)
   const names = (await readdir(folder)).filter((name) => SEGMENT.test(name)).sort()
   return Promise.all(
     names.map(async (name) => {
@@ -252,7 +252,7 @@ function after(buffers: readonly Uint8Array[], bytes: number): Uint8Array[] {
 async function createSegment(folder: string, first: number): Promise<{ file: FileHandle; segment: Segment }> {
   const path = join(folder, `${String(first).padStart(12, '0')}.journal`)
   // Appending: after a truncation the next write goes to the new end.
-  const file = await open(path, 'a')
+  const file = await open(path, 'a', FILE_MODE)
   try {
     await file.truncate(0)
     await syncFolder(folder)

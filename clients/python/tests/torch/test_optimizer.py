@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -450,9 +451,10 @@ def test_a_service_that_is_not_there_is_said_at_once() -> None:
 
 
 def test_address_and_key_may_come_from_the_environment(
-    start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    service = start("--api-keys", "k")
+    (tmp_path / "keys").write_text("k\n")
+    service = start("--api-keys-file", str(tmp_path / "keys"))
     monkeypatch.setenv("MUOND_URL", service.url)
     with pytest.raises(MuondError, match="UNAUTHORIZED"):
         Muon(matrices(net()))

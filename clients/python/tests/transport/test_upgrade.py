@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -59,8 +60,10 @@ def test_a_host_that_does_not_exist_is_not_worth_a_retry() -> None:
     assert (error.code, error.retryable) == ("CONNECTION_LOST", False)
 
 
-def test_a_wrong_key_is_unauthorized_and_the_right_one_is_in(start: Callable[..., Service]) -> None:
-    service = start("--api-keys", "right", "--read-keys", "reads")
+def test_a_wrong_key_is_unauthorized_and_the_right_one_is_in(start: Callable[..., Service], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("right\n")
+    (tmp_path / "readers").write_text("reads\n")
+    service = start("--api-keys-file", str(tmp_path / "keys"), "--read-keys-file", str(tmp_path / "readers"))
     assert refused(service.url).code == "UNAUTHORIZED"
     assert refused(service.url, token="wrong").code == "UNAUTHORIZED"
     assert refused(service.url, token="reads").code == "FORBIDDEN"
