@@ -48,8 +48,8 @@ export type App = {
 /** The log of an app without a logger. */
 const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
-type Service = Services & {
-  streams: Set<Stream>
+type AppServices = Services & {
+  streams: Set<Session>
   unfinished: UnfinishedMessages
   data: DataFolder | undefined
 }
@@ -83,7 +83,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     log.warn({ event: 'refused', code, reason: message })
     metrics.errors_total.inc({ code })
   })
-  const service: Service = {
+  const services: AppServices = {
     config,
     device,
     runs,
@@ -114,10 +114,10 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
     clientErrorHandler: answerClientError,
     frameworkErrors: (error, request, reply) => sendProblem(error, { request, reply, metrics }),
   })
-  observe(app, service)
-  limitSockets(app, service)
+  observe(app, services)
+  limitSockets(app, services)
   // First, because its hooks end the connection of an upgrade that any later hook refuses.
-  await registerWebSocket(app, service)
+  await registerWebSocket(app, services)
   app.addHook('onRequest', originGuard(config))
   app.addHook('onRequest', authenticator(config))
   app.addHook('onRequest', refuseOtherUpgrades)
@@ -131,13 +131,13 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
 }
 
 /** Every socket counts from its first byte, whatever it becomes, and sends a request or goes. */
-function limitSockets({ server }: FastifyInstance, { config, metrics }: Service): void {
+function limitSockets({ server }: FastifyInstance, { config, metrics }: AppServices): void {
   server.maxConnections = config.max_sockets
   server.headersTimeout = config.open_timeout_seconds * 1000
   server.on('drop', () => metrics.refused_sockets_total.inc())
 }
 
-function observe({ server }: FastifyInstance, { device, runs, metrics, streams, unfinished }: Service): void {
+function observe({ server }: FastifyInstance, { device, runs, metrics, streams, unfinished }: AppServices): void {
   metrics.observe({
     sockets: promisify(server.getConnections).bind(server),
     unfinished_bytes: () => unfinished.bytes,
@@ -209,8 +209,8 @@ function routeOf(id: string, handler: AnyHandler | undefined, services: AppServi
   assert(handler, `operation ${id} has no handler`)
   const config = { access: accessOf(id, services.contract), streamed: id === 'putState' }
   if (id !== 'openStream') return { handler, config, exposeHeadRoute: !STREAMED.has(id) }
-  const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, service)
-  const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, service)
+  const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
+  const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, services)
   return { handler, config: { ...config, upgradable: true }, onRequest, wsHandler, exposeHeadRoute: false }
 }
 
@@ -275,7 +275,7 @@ async function refuseOtherUpgrades({ ws, routeOptions, method, url }: FastifyReq
   throw new ServiceError('REQUEST_INVALID', `only /v1/stream is a WebSocket: ask for ${request} without 'Upgrade'`)
 }
 
-function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: Service): void {
+function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppServices): void {
   if (!ws) return
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and takes no stream')
   if (streams.size < config.max_connections) return
@@ -287,7 +287,7 @@ function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: Servic
 function openStream(
   socket: WebSocket,
   { raw, log }: FastifyRequest,
-  { config, device, runs, metrics, streams, unfinished }: Service,
+  { config, device, runs, metrics, streams, unfinished }: AppServices,
 ): void {
   const stream = new Session(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
   streams.add(stream)

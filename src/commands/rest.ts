@@ -14,7 +14,7 @@ const DEFAULT_URL = 'http://127.0.0.1:8787'
  * What `--url` says, with the key in the file of `--token-file` or in the variable MUOND_TOKEN: command lines can be read by all.
  * Throws ConfigError for what is no URL, and for a file that cannot be read.
  */
-export function serviceOf(flags: Flags, { MUOND_TOKEN }: Environment): Service {
+export function serviceOf(flags: Flags, { MUOND_TOKEN }: Environment): ServiceAddress {
   const { url = DEFAULT_URL, 'token-file': file } = flags
   if (!/^https?:\/\//.test(String(url)) || !URL.canParse(String(url)))
     throw new ConfigError(`--url is '${url}', expected one such as ${DEFAULT_URL}`)

@@ -13,7 +13,7 @@ import {
   sealManifest,
   UnreadableError,
 } from './checkpoint/manifest.js'
-import { indexText, type Placed, planFiles, type StateEntry } from './checkpoint/state-files.js'
+import { indexText, planShards, type StateEntry, type TensorLocation } from './checkpoint/state-files.js'
 import { makeFolder, replaceFile, syncFolder } from './durable.js'
 import { type Identity, openIdentity, sealIdentity } from './identity.js'
 

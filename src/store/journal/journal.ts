@@ -2,7 +2,7 @@ import { type FileHandle, open, readdir, stat, unlink } from 'node:fs/promises'
 import { join } from 'node:path'
 import { errorText, ServiceError } from '../../errors.js'
 import { FILE_MODE, makeFolder, syncFolder } from '../durable.js'
-import { type EndHead, encodeHead, type GradientHead } from './journal-format.js'
+import { type AppliedHead, type EndHead, encodeHead } from './journal-format.js'
 
 /** A file of a journal, with the records of step `first` and later ones. */
 export type Segment = { first: number; path: string; bytes: number }
