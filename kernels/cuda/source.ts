@@ -1,4 +1,5 @@
 import type { Dtype } from '../dtype.js'
+import { FINGERPRINT } from '../fingerprint.js'
 import type { KernelSpec, StateIo } from '../kernel.js'
 import { elementwiseSource } from './elementwise.js'
 import { normuonSource } from './normuon.js'
@@ -100,16 +101,7 @@ __device__ inline Partial reduce(Partial own) {
   return own;
 }
 
-// Fingerprint of docs/protocol.md.
-__device__ inline u64 mix(u64 x) {
-  x ^= x >> 32;
-  x *= 0xd6e8feb86659fd93ull;
-  x ^= x >> 29;
-  x *= 0xa0761d6478bd642full;
-  return x ^ (x >> 32);
-}
-__device__ inline u64 print_of(u64 word, u64 index) { return mix(word + (index + 1) * 0x9e3779b97f4a7c15ull); }
-
+${fingerprintSource()}
 template <class T> __device__ inline double squares_of(u64 word) {
   const int count = 8 / sizeof(T);
   union { u64 word; T at[count]; } both = {word};
@@ -242,6 +234,21 @@ ${normuonSource(
 )}
 ${elementwiseSource(pairs)}
 `
+
+function fingerprintSource(): string {
+  const { step, first, second, shifts } = FINGERPRINT
+  const hex = (value: bigint) => `0x${value.toString(16)}ull`
+  return `// Fingerprint of docs/protocol.md.
+__device__ inline u64 mix(u64 x) {
+  x ^= x >> ${shifts[0]};
+  x *= ${hex(first)};
+  x ^= x >> ${shifts[1]};
+  x *= ${hex(second)};
+  return x ^ (x >> ${shifts[2]});
+}
+__device__ inline u64 print_of(u64 word, u64 index) { return mix(word + (index + 1) * ${hex(step)}); }
+`
+}
 
 function matrixKernels(type: string, n: number): string {
   const momentum = BUFFER_NAMES.map(
