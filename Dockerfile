@@ -24,6 +24,7 @@ ENV MUOND_HOST=0.0.0.0 MUOND_DEVICE=cpu NODE_ENV=production
 COPY --from=build /muond/package.json /muond/openapi.yaml ./
 COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
+COPY --from=build /muond/kernels/cuda/*.cu kernels/cuda/
 COPY --from=build /muond/presets presets
 COPY deploy/healthcheck.js deploy/
 USER node
@@ -40,6 +41,7 @@ COPY --from=provider /opt/onnxruntime /opt/onnxruntime
 COPY --from=build /muond/package.json /muond/openapi.yaml ./
 COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
+COPY --from=build /muond/kernels/cuda/*.cu kernels/cuda/
 COPY --from=build /muond/presets presets
 COPY deploy/healthcheck.js deploy/
 USER 1000:1000

@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs'
 import { type AddressInfo, createServer } from 'node:net'
 import { tmpdir } from 'node:os'
-import { basename, join } from 'node:path'
+import { basename, dirname, join } from 'node:path'
 import t from 'tap'
 
 type Instruction = { name: string; value: string }
@@ -118,11 +118,32 @@ function copy(image: Image, value: string): void {
   const words = rest!.split(' ')
   const to = words.at(-1)!
   const target = join(image.root, to.startsWith('/') ? '' : image.workdir, to)
-  for (const word of words.slice(0, -1)) {
-    const source = from ? join(images.get(from)!.root, word) : word
+  for (const word of words.slice(0, -1).flatMap((pattern) => matching(from ? images.get(from)!.root : '.', pattern))) {
+    const source = join(from ? images.get(from)!.root : '.', word)
+    if (!from && !sent(word)) throw new Error(`COPY ${word}: .dockerignore keeps it from the build`)
     const into = to.endsWith('/') && statSync(source).isFile() ? join(target, basename(source)) : target
     cpSync(source, into, { recursive: true, verbatimSymlinks: true })
   }
+}
+
+/** The files of a folder that a path means whose last part may have stars. */
+function matching(root: string, pattern: string): string[] {
+  const [folder, name] = [dirname(pattern), basename(pattern)]
+  if (!name.includes('*')) return [pattern]
+  const found = readdirSync(join(root, folder)).filter((entry) => matchesGlob(entry, name))
+  if (found.length === 0) throw new Error(`COPY ${pattern} finds nothing`)
+  return found.map((entry) => join(folder, entry))
+}
+
+function matchesGlob(name: string, glob: string): boolean {
+  return new RegExp(`^${glob.replace(/[.]/g, '\\.').replace(/[*]/g, '.*')}$`).test(name)
+}
+
+/** Whether .dockerignore, which excludes all but what it lists, lets a path into the build. */
+function sent(path: string): boolean {
+  const [all, ...exceptions] = readFileSync('.dockerignore', 'utf8').trim().split('\n')
+  if (all !== '**') throw new Error('the test knows a .dockerignore that begins with **')
+  return exceptions.some((line) => path === line.slice(1) || path.startsWith(`${line.slice(1)}/`))
 }
 
 function execute({ root, workdir, env }: Image, command: string): void {

@@ -1,4 +1,4 @@
-"""Checks and times the kernel of kernels/cuda/gemm.ts on a Hopper GPU against float64 and cuBLAS (torch).
+"""Checks and times the kernel of kernels/cuda/gemm.cu on a Hopper GPU against float64 and cuBLAS (torch).
 
 gemm.py FOLDER check|singles|sets|ops ...: FOLDER has gemm.cu and gemm.json, which gemm.ts writes. Variables: SEED of
 the inputs, SMALL for a check of small shapes only (under compute-sanitizer), CUBIN=1 for a gemm.cubin made elsewhere,

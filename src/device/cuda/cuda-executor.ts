@@ -1,6 +1,7 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
+import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
 import { fitsGemm } from '../../../kernels/cuda/gemm-plan.js'
-import { CUDA_KERNELS, MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../../kernels/cuda/source.js'
+import { MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../../kernels/cuda/source.js'
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
 import { kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
 import { type Executor, type Job, type JobResult, type Need, scalarOf } from '../job.js'

@@ -1,6 +1,7 @@
+import { VECTOR } from '../../../kernels/cuda/entry-points.js'
 import { fitsGemm } from '../../../kernels/cuda/gemm-plan.js'
 import { SLOT_SQUARE, SLOT_WIDE } from '../../../kernels/cuda/newton-schulz.js'
-import { MAX_BLOCKS, PARTIAL_BYTES, THREADS, VECTOR } from '../../../kernels/cuda/source.js'
+import { MAX_BLOCKS, PARTIAL_BYTES, THREADS } from '../../../kernels/cuda/source.js'
 import { bytesPerElement } from '../../../kernels/dtype.js'
 import type { KernelSpec } from '../../../kernels/kernel.js'
 import type { Plan, Task } from '../../optimizer/plan.js'

@@ -26,7 +26,7 @@ const PART_ALIGNMENT = 64
 const SLOT_NAMES = [...SLOT_WIDE, ...SLOT_SQUARE]
 
 /**
- * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.ts), for GPUs of compute capability 9.0.
+ * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.cu), for GPUs of compute capability 9.0.
  * The matrices of a list lie one behind the other in memory that every list uses anew.
  */
 export class Hopper {

@@ -1,9 +1,10 @@
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
+import { FINGERPRINT, mix } from '../../../kernels/fingerprint.js'
 import { assemble, type Code, i32, i64, instantiate, local, type ValueType, v128, whileLoop } from './wasm.js'
 
 /** What one pass over a tensor's bytes tells. `squareSum` means nothing unless `finite`. */
 export type Scan = {
-  /** 64 bits over every bit and its position (docs/protocol.md, Fingerprint). */
+  /** 64 bits over every bit and its position (kernels/fingerprint.ts). */
   fingerprint: bigint
   /** No element is NaN or infinite. */
   finite: boolean
@@ -16,19 +17,6 @@ export type Scanner = {
   /** Reads `bytes` (little-endian elements, any alignment, any memory) once. Throws RangeError if they cut an element. */
   scan: (bytes: Uint8Array, dtype: Dtype) => Scan
 }
-
-/**
- * With words w_i (64 bits, little-endian, the last one padded with zeros), modulo 2^64:
- *
- *     fingerprint = mix(byte length) + Σ mix(w_i + (i + 1)·STEP)
- *     mix(x): x ^= x >>> 32; x *= FIRST; x ^= x >>> 29; x *= SECOND; x ^= x >>> 32
- *
- * mix is a bijection, so a changed word always changes its addend, and a sum may be taken in any order on any
- * device. STEP is 2^64 / golden ratio; FIRST is from degski's 64-bit mixer, SECOND from Wang's wyhash.
- */
-const STEP = 0x9e3779b97f4a7c15n
-const FIRST = 0xd6e8feb86659fd93n
-const SECOND = 0xa0761d6478bd642fn
 
 const WINDOW = 65_536
 const BLOCK = 64
@@ -87,15 +75,15 @@ const MODULE = assemble(2, [
 export function createScanner(): Scanner {
   const { memory, call } = instantiate(MODULE)
   const state = new DataView(memory.buffer)
-  state.setBigUint64(STATE.step, STEP, true)
-  state.setBigUint64(STATE.first, FIRST, true)
-  state.setBigUint64(STATE.second, SECOND, true)
+  state.setBigUint64(STATE.step, FINGERPRINT.step, true)
+  state.setBigUint64(STATE.first, FINGERPRINT.first, true)
+  state.setBigUint64(STATE.second, FINGERPRINT.second, true)
   const scan = (bytes: Uint8Array, dtype: Dtype): Scan => {
     if (bytes.length % bytesPerElement(dtype) !== 0) {
       throw new RangeError(`a ${dtype} tensor cannot have ${bytes.length} bytes`)
     }
     state.setBigUint64(STATE.sum, 0n, true)
-    state.setBigUint64(STATE.key, STEP, true)
+    state.setBigUint64(STATE.key, FINGERPRINT.step, true)
     memory.fill(0, STATE.largest, STATE.end)
     for (let at = 0; at < bytes.length; at += WINDOW) {
       const length = Math.min(WINDOW, bytes.length - at)
@@ -124,14 +112,6 @@ function squareSum(state: DataView): number {
   return sum
 }
 
-function mix(word: bigint): bigint {
-  let x = word ^ (word >> 32n)
-  x = BigInt.asUintN(64, x * FIRST)
-  x ^= x >> 29n
-  x = BigInt.asUintN(64, x * SECOND)
-  return x ^ (x >> 32n)
-}
-
 /** scan(blocksEnd, end): whole blocks up to `blocksEnd`, then words up to `end`, continuing from the state page. */
 function scanWindow(dtype: Dtype): Code {
   const block = Array.from({ length: BLOCK / 16 }, (_, part) => [
@@ -157,10 +137,11 @@ function fingerprintWord(offset: number): Code {
   const fold = (value: Code, bits: bigint) =>
     i64.xor(local.tee(WORD, value), i64.shiftRightUnsigned(local.get(WORD), i64.const(bits)))
   const keyed = i64.add(i64.load(offset, local.get(POSITION)), local.get(KEY))
-  const once = i64.mul(fold(keyed, 32n), local.get(FIRST_LOCAL))
-  const twice = i64.mul(fold(once, 29n), local.get(SECOND_LOCAL))
+  const [before, between, after] = FINGERPRINT.shifts
+  const once = i64.mul(fold(keyed, before), local.get(FIRST_LOCAL))
+  const twice = i64.mul(fold(once, between), local.get(SECOND_LOCAL))
   return [
-    ...local.set(SUM, i64.add(local.get(SUM), fold(twice, 32n))),
+    ...local.set(SUM, i64.add(local.get(SUM), fold(twice, after))),
     ...local.set(KEY, i64.add(local.get(KEY), local.get(STEP_LOCAL))),
   ]
 }

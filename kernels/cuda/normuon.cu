@@ -1,21 +1,6 @@
-import { SECOND_MOMENTUM_FLOOR } from '../normuon.js'
-
-/**
- * CUDA C++ of NorMuon (kernels/normuon.ts) after Newton-Schulz: `second_row` or `second_col` makes V' of O, which is `o`
- * times `output_scale`, and `even` the update. Both are launched for one matrix at a time. `second` is null before the
- * first step. Needs what CUDA_SOURCE defines before it.
- */
-export function normuonSource(
-  threads: number,
-  kinds: readonly { readonly type: string; readonly pack: number }[],
-): string {
-  return templates(threads) + kinds.map(({ type, pack }) => entryPoint(type, pack)).join('')
-}
-
-const templates = (threads: number) => `
 struct Second { double output_scale, b_v, b_g; };
 
-__device__ inline float floored(float x) { return x > ${SECOND_MOMENTUM_FLOOR}f ? x : ${SECOND_MOMENTUM_FLOOR}f; }
+__device__ inline float floored(float x) { return x > 1e-10f ? x : 1e-10f; }
 
 // V' of one line of O; the sums for the rescaling go to 'own': squares before, check after.
 __device__ inline void line_of(double squares, u64 length, const f32 *second, f32 *next, u64 line, const Second &s, Partial &own) {
@@ -30,7 +15,7 @@ __device__ inline void line_of(double squares, u64 length, const f32 *second, f3
 extern "C" __global__ void second_row(const f16 *o, const f32 *second, f32 *next, u64 rows, u64 cols, Second s, Partial *partials) {
   Partial own = {0, 0, 0, 0};
   const u64 lane = threadIdx.x & 31;
-  for (u64 row = (u64)blockIdx.x * ${threads / 32} + threadIdx.x / 32; row < rows; row += (u64)gridDim.x * ${threads / 32}) {
+  for (u64 row = (u64)blockIdx.x * 8 + threadIdx.x / 32; row < rows; row += (u64)gridDim.x * 8) {
     double squares = 0;
     for (u64 i = lane; i < cols; i += 32) { const double x = load(o[row * cols + i]); squares += x * x; }
     for (int by = 16; by > 0; by >>= 1) squares += shuffle(squares, by);
@@ -42,17 +27,17 @@ extern "C" __global__ void second_row(const f16 *o, const f32 *second, f32 *next
 
 // One block sums up 32 columns, each warp its share of the rows.
 extern "C" __global__ void second_col(const f16 *o, const f32 *second, f32 *next, u64 rows, u64 cols, Second s, Partial *partials) {
-  __shared__ double sums[${threads / 32}][32];
+  __shared__ double sums[8][32];
   Partial own = {0, 0, 0, 0};
   const u64 lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   for (u64 tile = blockIdx.x; tile * 32 < cols; tile += gridDim.x) {
     const u64 col = tile * 32 + lane;
     double squares = 0;
-    if (col < cols) for (u64 row = warp; row < rows; row += ${threads / 32}) { const double x = load(o[row * cols + col]); squares += x * x; }
+    if (col < cols) for (u64 row = warp; row < rows; row += 8) { const double x = load(o[row * cols + col]); squares += x * x; }
     sums[warp][lane] = squares;
     __syncthreads();
     if (warp == 0 && col < cols) {
-      for (int i = 1; i < ${threads / 32}; i++) squares += sums[i][lane];
+      for (int i = 1; i < 8; i++) squares += sums[i][lane];
       line_of(squares, rows, second, next, col, s, own);
     }
     __syncthreads();
@@ -83,7 +68,3 @@ template <class T, int N> __device__ inline void even(const f16 *o, T *data, u64
     ((D *)data)[i] = d;
   }
 }
-`
-
-const entryPoint = (type: string, pack: number) => `
-extern "C" __global__ void even_${type}_${pack}(const f16 *o, ${type} *data, u64 count, double factor, const f32 *second, u64 cols, u64 by_row, const Partial *partials, u64 blocks) { even<${type}, ${pack}>(o, data, count, factor, second, cols, by_row, partials, blocks); }`

@@ -1,13 +1,3 @@
-/**
- * CUDA C++ of the algorithms that have no matrix products, for each pair of a gradient's and an update's type. The formulas
- * and their order of operations are those of kernels/adamw.ts, kernels/rmsprop.ts and kernels/sgd.ts. A state pointer is
- * null before the first step. Needs what CUDA_SOURCE defines before it.
- */
-export function elementwiseSource(pairs: readonly (readonly [from: string, to: string])[]): string {
-  return TEMPLATES + pairs.map(([from, to]) => entryPoints(from, to)).join('')
-}
-
-const TEMPLATES = `
 #define FOR_EACH(i, count) for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (u64)gridDim.x * blockDim.x)
 __device__ inline float number(const f32 *x, u64 i) { return x ? x[i].bits : 0; }
 __device__ inline float at_least(float x, float least) { return x > least ? x : least; }
@@ -67,10 +57,3 @@ template <class T, class U> __device__ inline void sgd(const T *gradient, const 
   }
   told(own, partials);
 }
-`
-
-const entryPoints = (from: string, to: string) => `
-extern "C" __global__ void adamw_${from}_${to}(const ${from} *gradient, const f32 *m, const f32 *v, f32 *m_next, f32 *v_next, ${to} *data, u64 count, Adamw s, Partial *partials) { adamw(gradient, m, v, (const f32 *)0, m_next, v_next, (f32 *)0, data, count, s, partials); }
-extern "C" __global__ void amsgrad_${from}_${to}(const ${from} *gradient, const f32 *m, const f32 *v, const f32 *largest, f32 *m_next, f32 *v_next, f32 *largest_next, ${to} *data, u64 count, Adamw s, Partial *partials) { adamw(gradient, m, v, largest, m_next, v_next, largest_next, data, count, s, partials); }
-extern "C" __global__ void rmsprop_${from}_${to}(const ${from} *gradient, const f32 *v, const f32 *buffer, f32 *v_next, f32 *next, ${to} *data, u64 count, Rmsprop s, Partial *partials) { rmsprop(gradient, v, buffer, v_next, next, data, count, s, partials); }
-extern "C" __global__ void sgd_${from}_${to}(const ${from} *gradient, const f32 *buffer, f32 *next, ${to} *data, u64 count, Momentum s, Partial *partials) { sgd(gradient, buffer, next, data, count, s, partials); }`

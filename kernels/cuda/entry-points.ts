@@ -1,0 +1,143 @@
+import type { Dtype } from '../dtype.js'
+import type { KernelSpec, StateIo } from '../kernel.js'
+
+/** How the CUDA sources name an element type. */
+const TYPE_NAMES = { float32: 'f32', float16: 'f16', bfloat16: 'bf16' } as const satisfies Record<Dtype, string>
+
+/** Elements that a thread takes at a time from matrices whose number of elements is a multiple of it; one from others. */
+export const VECTOR = 4
+
+/** The gradient's type, and that of the momentum buffer where it is not float32. */
+type MomentumTypes = { readonly gradient_dtype: Dtype; readonly momentum_dtype?: StateIo['dtype'] }
+
+/** The name of each kernel that can be launched. Every parameter of every kernel has 8 bytes: a pointer, a u64 or a double. */
+export const CUDA_KERNELS = {
+  scan: (dtype: Dtype) => `scan_${TYPE_NAMES[dtype]}`,
+  momentum: (types: MomentumTypes, vector: boolean) => `momentum_${momentumTypes(types)}_${packOf(vector)}`,
+  normalize: (types: MomentumTypes, vector: boolean) => `normalize_${momentumTypes(types)}_${packOf(vector)}`,
+  finish: (dtype: Dtype, vector: boolean) => `finish_${TYPE_NAMES[dtype]}_${packOf(vector)}`,
+  second: (per: 'row' | 'col') => `second_${per}`,
+  even: (dtype: Dtype, vector: boolean) => `even_${TYPE_NAMES[dtype]}_${packOf(vector)}`,
+  elementwise: ({ gradient_dtype, update_dtype, ...spec }: KernelSpec) => {
+    const kind = spec.kind === 'adamw' && spec.amsgrad ? 'amsgrad' : spec.kind
+    return `${kind}_${TYPE_NAMES[gradient_dtype]}_${TYPE_NAMES[update_dtype]}`
+  },
+  collect: () => 'collect',
+} as const
+
+function momentumTypes({ gradient_dtype, momentum_dtype = 'float32' }: MomentumTypes): string {
+  return `${TYPE_NAMES[gradient_dtype]}_${TYPE_NAMES[momentum_dtype]}`
+}
+
+function packOf(vector: boolean): number {
+  return vector ? VECTOR : 1
+}
+
+const TYPES = ['float32', 'float16', 'bfloat16'] as const
+const BUFFER_TYPES = ['float32', 'bfloat16'] as const
+const VECTORS = [false, true] as const
+
+/** The kernels of scan.cu and muon.cu for every type, size of a pack and type of the momentum buffer. */
+export function muonEntryPoints(): string {
+  return lines(
+    TYPES.flatMap((type) => [scanEntryPoint(type), '', ...VECTORS.flatMap((v) => matrixEntryPoints(type, v))]),
+  )
+}
+
+/**
+ * Those of normuon.cu: NorMuon (kernels/normuon.ts) after Newton-Schulz. `second_row` or `second_col` makes V' of O, which
+ * is `o` times `output_scale`, and `even` the update; each is launched for one matrix at a time. `second`, the V before, is
+ * null before the first step.
+ */
+export function normuonEntryPoints(): string {
+  return lines(TYPES.flatMap((type) => VECTORS.map((vector) => evenEntryPoint(type, vector))))
+}
+
+/**
+ * Those of elementwise.cu, for every pair of a gradient's type and an update's: the algorithms without matrix products. The
+ * formulas and their order of operations are those of kernels/adamw.ts, kernels/rmsprop.ts and kernels/sgd.ts. A state
+ * pointer is null before the first step.
+ */
+export function elementwiseEntryPoints(): string {
+  return lines(TYPES.flatMap((from) => TYPES.flatMap((to) => elementwiseEntryPointsOf(from, to))))
+}
+
+/**
+ * A kernel of that name, which passes its parameters on to a template, or the expressions that are `given` in their place.
+ */
+function entryPoint(
+  name: string,
+  template: string,
+  parameters: readonly string[],
+  given = parameters.map((parameter) => parameter.replace(/^.*\W/, '')),
+): string {
+  return `extern "C" __global__ void ${name}(${parameters.join(', ')}) { ${template}(${given.join(', ')}); }`
+}
+
+function scanEntryPoint(dtype: Dtype): string {
+  const parameters = ['const u64 *words', 'u64 bytes', 'Partial *partials']
+  return entryPoint(CUDA_KERNELS.scan(dtype), `scan<${TYPE_NAMES[dtype]}>`, parameters)
+}
+
+function matrixEntryPoints(gradient_dtype: Dtype, vector: boolean): string[] {
+  const [type, pack] = [TYPE_NAMES[gradient_dtype], packOf(vector)]
+  const momentum = BUFFER_TYPES.flatMap((momentum_dtype) => {
+    const types = { gradient_dtype, momentum_dtype }
+    const buffer = TYPE_NAMES[momentum_dtype]
+    return [
+      entryPoint(CUDA_KERNELS.momentum(types, vector), `momentum<${type}, ${buffer}, ${pack}>`, [
+        ...[`const ${type} *gradient`, `const ${buffer} *buffer`, `${buffer} *next`, 'u64 count'],
+        ...['Momentum s', 'Partial *partials'],
+      ]),
+      entryPoint(CUDA_KERNELS.normalize(types, vector), `normalize<${type}, ${buffer}, ${pack}>`, [
+        ...[`const ${type} *gradient`, `const ${buffer} *next`, 'f16 *x', 'u64 count'],
+        ...['Momentum s', 'double eps', 'double input_scale', 'const Partial *partials', 'u64 blocks'],
+      ]),
+    ]
+  })
+  const finish = ['const f16 *o', `${type} *data`, 'u64 count', 'double factor']
+  return [...momentum, entryPoint(CUDA_KERNELS.finish(gradient_dtype, vector), `finish<${type}, ${pack}>`, finish)]
+}
+
+function evenEntryPoint(dtype: Dtype, vector: boolean): string {
+  const type = TYPE_NAMES[dtype]
+  return entryPoint(CUDA_KERNELS.even(dtype, vector), `even<${type}, ${packOf(vector)}>`, [
+    ...['const f16 *o', `${type} *data`, 'u64 count', 'double factor', 'const f32 *second'],
+    ...['u64 cols', 'u64 by_row', 'const Partial *partials', 'u64 blocks'],
+  ])
+}
+
+function elementwiseEntryPointsOf(gradient_dtype: Dtype, update_dtype: Dtype): string[] {
+  const types = { gradient_dtype, update_dtype }
+  const gradient = `const ${TYPE_NAMES[gradient_dtype]} *gradient`
+  const out = [`${TYPE_NAMES[update_dtype]} *data`, 'u64 count']
+  const partials = 'Partial *partials'
+  const [moments, nextMoments] = [
+    ['const f32 *m', 'const f32 *v'],
+    ['f32 *m_next', 'f32 *v_next'],
+  ]
+  return [
+    entryPoint(
+      CUDA_KERNELS.elementwise({ kind: 'adamw', ...types }),
+      'adamw',
+      [gradient, ...moments, ...nextMoments, ...out, 'Adamw s', partials],
+      ['gradient', 'm', 'v', '(const f32 *)0', 'm_next', 'v_next', '(f32 *)0', 'data', 'count', 's', 'partials'],
+    ),
+    entryPoint(CUDA_KERNELS.elementwise({ kind: 'adamw', amsgrad: true, ...types }), 'adamw', [
+      ...[gradient, ...moments, 'const f32 *largest', ...nextMoments, 'f32 *largest_next'],
+      ...[...out, 'Adamw s', partials],
+    ]),
+    entryPoint(CUDA_KERNELS.elementwise({ kind: 'rmsprop', ...types }), 'rmsprop', [
+      ...[gradient, 'const f32 *v', 'const f32 *buffer', 'f32 *v_next', 'f32 *next'],
+      ...[...out, 'Rmsprop s', partials],
+    ]),
+    entryPoint(CUDA_KERNELS.elementwise({ kind: 'sgd', ...types }), 'sgd', [
+      ...[gradient, 'const f32 *buffer', 'f32 *next'],
+      ...[...out, 'Momentum s', partials],
+    ]),
+  ]
+}
+
+function lines(all: readonly string[]): string {
+  return `${all.join('\n')}\n`
+}
