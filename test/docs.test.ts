@@ -96,6 +96,28 @@ t.test(
   },
 )
 
+t.test('the example of the arithmetic in docs/protocol.md has the bits that its formulas lead to', async (t) => {
+  const [, table] =
+    readFileSync('docs/protocol.md', 'utf8').match(/\n## Arithmetic\n[\s\S]*?\n(\| \|[\s\S]*?)\n\n/) ?? []
+  const rows = table!.split('\n').slice(2)
+  const { fround } = Math
+  for (const column of [2, 4]) {
+    const [W, data, keep, s, a, b, c, fused] = rows.map((row) =>
+      floatOf(row.split('|')[column]!.replaceAll(/[ `]/g, '')),
+    )
+    t.equal(keep, fround(1 - 0.002))
+    t.equal(s, fround(-0.02))
+    t.same([a, b, c], [fround(keep! * W!), fround(s! * data!), fround(a! + b!)])
+    // The product is exact in float64, and so is this sum of numbers of like size.
+    t.equal(fused, fround(a! + s! * data!))
+    t.not(fused, c)
+  }
+})
+
+function floatOf(bits: string): number {
+  return Buffer.from(bits, 'hex').readFloatBE()
+}
+
 t.test('docs/protocol.md names the hyperparameters that a resuming open must give alike', async (t) => {
   const [, named] = readFileSync('docs/protocol.md', 'utf8').match(/marks _fixed_: ([^)]*)\)/) ?? []
   const fixed = Object.values(HYPERPARAMETERS).flatMap((table: Table) =>

@@ -63,7 +63,7 @@ export class Client {
 
   /** Connects, which shows that the address and the token are right. */
   async ready(): Promise<void> {
-    this.#idle = await this.#dial()
+    this.#idle = await this.#dial(this.#signal)
   }
 
   /**
@@ -73,7 +73,7 @@ export class Client {
   open(options: OpenOptions): Promise<Run> {
     const { retries = RETRIES, backoff, chunk_bytes = Number.MAX_SAFE_INTEGER } = this.#options
     const host = {
-      dial: () => this.#dial(),
+      dial: (signal: AbortSignal) => this.#dial(signal),
       signal: this.#signal,
       retries,
       backoff: { ...BACKOFF, ...backoff },
@@ -90,11 +90,11 @@ export class Client {
     await Promise.all(closing)
   }
 
-  async #dial(): Promise<Connection> {
+  async #dial(signal: AbortSignal): Promise<Connection> {
     const idle = this.#idle
     this.#idle = undefined
     if (idle !== undefined && idle.reason === undefined) return idle
-    const connection = await Connection.open(this.#endpoint, this.#signal)
+    const connection = await Connection.open(this.#endpoint, AbortSignal.any([this.#signal, signal]))
     this.#connections.add(connection)
     connection.closed.then(() => this.#connections.delete(connection))
     return connection

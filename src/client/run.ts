@@ -9,6 +9,7 @@ import {
 } from '../wire/frame.js'
 import { MuondError } from './error.js'
 import { Feed } from './receipts.js'
+import { frameError } from './refusal.js'
 import { type Bound, bind, bytesOf, declarationOf, type Gradient, type Parameter } from './steps/parameter.js'
 import { Step, type StepOptions } from './steps/step.js'
 import { Updates } from './steps/updates.js'
@@ -39,7 +40,8 @@ export type EndOptions = {
 /** By index, or by name. */
 export type Gradients = readonly (Gradient | undefined)[] | Readonly<Record<string, Gradient>>
 
-export type Receipt = ReceiptFrame
+/** `refused`: the errors of the gradients that the step was ended without, see `skip_refused`. */
+export type Receipt = ReceiptFrame & { readonly refused: readonly MuondError[] }
 
 /** A checkpoint on the service's disk: its id, step and digest, and the bytes of its files. */
 export type Checkpointed = Omit<CheckpointedFrame, 'type'>
@@ -69,6 +71,7 @@ export class Run {
   readonly #updates: Updates
   readonly #receipts = new Feed<Receipt>()
   #flight: Flight | undefined
+  #isReopening = false
 
   constructor(writer: Writer, parameters: readonly Bound[], signal: AbortSignal) {
     this.parameters = parameters
@@ -91,6 +94,11 @@ export class Run {
   /** Of the last finished step: equal digests are equal histories, bit for bit. */
   get digest(): string {
     return this.#writer.digest
+  }
+
+  /** Parameters that the service had applied for the next step when the run was opened, until that step is over. */
+  get ahead(): readonly number[] {
+    return this.step_count === this.opened.step ? this.opened.ahead : []
   }
 
   /** Receipts as they come, from this call on; a reader more than RECEIPTS_KEPT behind loses the oldest. Ends with the client. */
@@ -138,14 +146,57 @@ export class Run {
    * @throws MuondError STEP_CONFLICT while a step is in flight, STORAGE_FAILED, PARAMETER_INVALID (the tag), CONNECTION_LOST
    */
   async checkpoint(options: { tag?: string } = {}): Promise<Checkpointed> {
-    if (this.#flight !== undefined) throw conflict(this.#flight.step, 'is still in flight')
+    this.#requireIdle()
     const { type: _, ...checkpointed } = await this.#writer.checkpoint(options.tag)
     return checkpointed
   }
 
+  /**
+   * Opens the run again wherever the service has it now, or goes back to a checkpoint, and takes it from whoever holds it.
+   * Afterwards `step_count` and `digest` are the service's, and the weights must be those of that step: bringing them back is
+   * the caller's part. A step in flight is given up and rejects with CLIENT_CLOSED; some of its updates may be applied.
+   * Tried again as a step is; where it rejects, the run takes no step until `reopen` resolves.
+   * @throws MuondError NOT_FOUND (the checkpoint), CHECKPOINT_UNREADABLE, RUN_NOT_FOUND, CONNECTION_LOST, STEP_CONFLICT while
+   *   another `reopen` is under way
+   */
+  async reopen({ checkpoint }: { checkpoint?: string } = {}): Promise<void> {
+    if (this.#isReopening) throw conflict(this.step_count + 1, 'is where the run is being opened again')
+    this.#isReopening = true
+    try {
+      const what = `reopen() ended the connection of run '${this.opened.run}': until it resolves, the run takes no step`
+      this.#writer.release(new MuondError('CLIENT_CLOSED', what))
+      await this.#flight?.outcome
+      this.#flight = undefined
+      await this.#writer.reopen(checkpoint)
+      this.#updates.next(this.step_count + 1)
+    } finally {
+      this.#isReopening = false
+    }
+  }
+
+  /**
+   * Ends a step that an earlier trainer left in the middle, whose gradients nobody has any more. The service has applied them to
+   * the state of the parameters `ahead`; their updates are lost, and all other parameters are skipped. Resolves with the names
+   * of the parameters that lost their update; with none where nothing is ahead, or a step is in flight. For an exact state go
+   * back to a checkpoint with `reopen` instead.
+   */
+  async settle(): Promise<string[]> {
+    const ahead = new Set(this.ahead)
+    if (ahead.size === 0 || this.#flight !== undefined) return []
+    const step = this.#newStep({})
+    step.finish(this.parameters.map(({ index }) => index).filter((index) => !ahead.has(index)))
+    await this.#land(this.#start(step))
+    return this.parameters.filter(({ index }) => ahead.has(index)).map(({ name }) => name)
+  }
+
   #newStep(options: StepOptions): Step {
-    if (this.#flight !== undefined) throw conflict(this.#flight.step, 'is still in flight')
+    this.#requireIdle()
     return new Step(this.step_count + 1, options)
+  }
+
+  #requireIdle(): void {
+    if (this.#flight !== undefined) throw conflict(this.#flight.step.number, 'is still in flight')
+    if (this.#isReopening) throw conflict(this.step_count + 1, 'cannot begin while the run is opened again')
   }
 
   #start(step: Step): Flight {
@@ -155,7 +206,7 @@ export class Run {
 
   #growing(): Flight {
     const flight = this.#flight ?? this.#start(this.#newStep({}))
-    if (flight.step.end !== undefined) throw conflict(flight.step, 'has ended')
+    if (flight.step.end !== undefined) throw conflict(flight.step.number, 'has ended')
     return flight
   }
 
@@ -164,13 +215,15 @@ export class Run {
     this.#flight = undefined
     if ('error' in outcome) throw outcome.error
     this.#updates.next(this.step_count + 1)
-    this.#receipts.push(outcome.receipt)
-    return outcome.receipt
+    const refused = [...flight.step.leftOut.values()].map((frame) => frameError(frame))
+    const receipt = { ...outcome.receipt, refused }
+    this.#receipts.push(receipt)
+    return receipt
   }
 
   #add(step: Step, key: string | number, gradient: Gradient): void {
     const parameter = this.#find(key)
-    if (step.has(parameter.index)) throw conflict(step, `has a gradient of '${parameter.name}' already`)
+    if (step.has(parameter.index)) throw conflict(step.number, `has a gradient of '${parameter.name}' already`)
     step.add(parameter.index, bytesOf(gradient, parameter))
   }
 
@@ -186,7 +239,8 @@ export class Run {
     const names = (wrong: (index: number) => boolean) =>
       this.parameters.filter(({ index }) => wrong(index)).map(({ name }) => `'${name}'`)
     const both = names((index) => step.has(index) && indices.has(index))
-    if (both.length > 0) throw conflict(step, `has both a gradient and a place in skipped for ${both.join(', ')}`)
+    if (both.length > 0)
+      throw conflict(step.number, `has both a gradient and a place in skipped for ${both.join(', ')}`)
     const missing = names((index) => !step.has(index) && !indices.has(index))
     if (missing.length === 0) return [...indices]
     const message = `step ${step.number} has neither a gradient nor a place in skipped for ${missing.join(', ')}`
@@ -194,7 +248,7 @@ export class Run {
   }
 }
 
-function conflict({ number }: Step, what: string): MuondError {
+function conflict(number: number, what: string): MuondError {
   return new MuondError('STEP_CONFLICT', `step ${number} ${what}`, { step: number })
 }
 

@@ -1,5 +1,5 @@
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
-import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../../../kernels/narrow.js'
+import { float16Values, numberToBfloat16 } from '../../../kernels/narrow.js'
 import { MuondError } from '../error.js'
 
 /** A parameter's values: float32, or bfloat16 as its raw bits. */
@@ -20,8 +20,8 @@ export type Update = {
 const BLOCK = 4096
 
 /**
- * W <- row_scale ⊙ ((1 - decay) · W + scale · data), in place. Each element is computed in float64 and rounded once, to the
- * nearest value of the weights' own type, ties to even. The sizes are checked before
+ * W <- row_scale ⊙ ((1 - decay) · W + scale · data), in place, with the roundings of docs/protocol.md ("Arithmetic"): every
+ * factor, product and sum is rounded to float32, and the result to the weights' own type. The sizes are checked before
  * anything is written.
  * @throws MuondError SHAPE_MISMATCH
  */
@@ -45,40 +45,64 @@ function requireSize(name: string, size: number, expected: number): void {
 /** Elements `first` to `end`, all with the same row scale. */
 type Rows = { first: number; end: number; factor: number }
 
-function applyRows(weights: Weights, update: Update, rows: Rows): void {
-  for (let first = rows.first; first < rows.end; first += BLOCK) {
-    const end = Math.min(first + BLOCK, rows.end)
-    const values = update.data === undefined ? ZEROS : widen(update.data, update.dtype, { first, end })
-    const blend = weights instanceof Float32Array ? blendFloat32 : blendBfloat16
-    blend(weights.subarray(first, end), values, { keep: 1 - update.decay, scale: update.scale, factor: rows.factor })
-  }
-}
-
+/** Each of them a float32. */
 type Factors = { keep: number; scale: number; factor: number }
 
-function blendFloat32(weights: Weights, values: Float32Array, { keep, scale, factor }: Factors): void {
-  for (let i = 0; i < weights.length; i++) weights[i] = factor * (keep * weights[i] + scale * values[i])
-}
-
-function blendBfloat16(weights: Weights, values: Float32Array, { keep, scale, factor }: Factors): void {
-  for (let i = 0; i < weights.length; i++) {
-    weights[i] = numberToBfloat16(factor * (keep * bfloat16ToNumber(weights[i]) + scale * values[i]))
+function applyRows(weights: Weights, update: Update, rows: Rows): void {
+  const factors = { keep: Math.fround(1 - update.decay), scale: Math.fround(update.scale), factor: rows.factor }
+  for (let first = rows.first; first < rows.end; first += BLOCK) {
+    const range = { first, end: Math.min(first + BLOCK, rows.end) }
+    const values = update.data && elements(update.data, update.dtype, range)
+    const block = weights.subarray(range.first, range.end)
+    if (block instanceof Float32Array) blend(block, values, factors)
+    else blendBfloat16(block, values, factors)
   }
 }
 
-const ZEROS = new Float32Array(BLOCK)
-const scratch = new Float32Array(BLOCK)
-const scratchBits = new Uint32Array(scratch.buffer)
+const { fround } = Math
+
+/**
+ * Math.fround of a product or a sum of two float32 numbers, which JavaScript computes in float64, is that operation rounded once
+ * to float32: the product is exact in float64, and a sum rounded to 53 bits and then to 24 is the sum rounded to 24 (S. A.
+ * Figueroa, "When is double rounding innocuous?", 1995: from 2 · 24 + 2 bits on). Storing in a Float32Array rounds alike.
+ * Without values nothing is added, since -0 + 0 is 0; a product with 1 changes no bit.
+ */
+function blend(weights: Float32Array, values: Float32Array | undefined, { keep, scale, factor }: Factors): void {
+  if (values === undefined) {
+    for (let i = 0; i < weights.length; i++) weights[i] = factor * fround(keep * weights[i])
+    return
+  }
+  for (let i = 0; i < weights.length; i++) {
+    weights[i] = factor * fround(fround(keep * weights[i]) + fround(scale * values[i]))
+  }
+}
+
+const wide = scratch()
+
+function blendBfloat16(weights: Uint16Array, values: Float32Array | undefined, factors: Factors): void {
+  const { length } = weights
+  for (let i = 0; i < length; i++) wide.bits[i] = weights[i] << 16
+  blend(wide.floats.subarray(0, length), values, factors)
+  for (let i = 0; i < length; i++) weights[i] = numberToBfloat16(wide.floats[i])
+}
+
+const widened = scratch()
 
 /** The elements `first` to `end` of `data` as float32; the answer is good until the next call. */
-function widen(data: Uint8Array, dtype: Dtype, { first, end }: { first: number; end: number }): Float32Array {
+function elements(data: Uint8Array, dtype: Dtype, { first, end }: { first: number; end: number }): Float32Array {
   if (dtype === 'float32') return new Float32Array(data.buffer, data.byteOffset + 4 * first, end - first)
   const patterns = new Uint16Array(data.buffer, data.byteOffset + 2 * first, end - first)
   if (dtype === 'bfloat16') {
-    for (let i = 0; i < patterns.length; i++) scratchBits[i] = patterns[i] << 16
-    return scratch
+    for (let i = 0; i < patterns.length; i++) widened.bits[i] = patterns[i] << 16
+    return widened.floats
   }
   const values = float16Values()
-  for (let i = 0; i < patterns.length; i++) scratch[i] = values[patterns[i]]
-  return scratch
+  for (let i = 0; i < patterns.length; i++) widened.floats[i] = values[patterns[i]]
+  return widened.floats
+}
+
+/** Room for a block of float32 numbers, and for their bits. */
+function scratch() {
+  const floats = new Float32Array(BLOCK)
+  return { floats, bits: new Uint32Array(floats.buffer) }
 }

@@ -1,5 +1,5 @@
 import { chunksOf } from '../../wire/chunks.js'
-import type { ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame } from '../../wire/frame.js'
+import type { EndFrame, ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame } from '../../wire/frame.js'
 import type { Connection } from '../connection.js'
 import { MuondError } from '../error.js'
 import { frameError } from '../refusal.js'
@@ -21,13 +21,16 @@ export class Exchange {
   readonly #parts: Parts
   readonly #settle: Settle
   readonly #unanswered = new Set<number>()
+  /** Refusals that the step cannot be ended without; the others are the step's own. */
   readonly #refused: Refusal[] = []
+  /** How many refusals the last `end` left out. */
+  #leftOut = 0
   #isSent = false
 
   /**
    * Resolves with the receipt, once every update is applied. Rejects with the reason the connection ended, or with the
-   * service's error; if gradients were refused, only when all the others were answered, so that nothing is applied afterwards
-   * and `fields.refused` names them all.
+   * service's error; if gradients were refused that the step cannot leave out, only when all the others were answered, so that
+   * nothing is applied afterwards and `fields.refused` names them all.
    */
   static run(parts: Parts): Promise<ReceiptFrame> {
     return new Promise((resolve, reject) => {
@@ -54,12 +57,20 @@ export class Exchange {
       end = step.end
     }
     this.#isSent = true
-    if (this.#refused.length === 0) await connection.send(end)
+    if (this.#refused.length === 0) await this.#sendEnd(end)
     else this.#rejectIfRefused()
+  }
+
+  async #sendEnd({ skipped = [], ...end }: EndFrame): Promise<void> {
+    const { connection, step } = this.#parts
+    this.#leftOut = step.leftOut.size
+    const without = [...skipped, ...step.leftOut.keys()]
+    await connection.send({ ...end, ...(without.length > 0 && { skipped: without }) })
   }
 
   async #sendGradient(parameter: number, bytes: Uint8Array): Promise<void> {
     const { connection, step, chunk_bytes } = this.#parts
+    if (step.leftOut.has(parameter)) return
     this.#unanswered.add(parameter)
     for (const { offset, length } of chunksOf(bytes.byteLength, chunk_bytes)) {
       const header = { type: 'gradient', parameter, step: step.number, offset } as const
@@ -90,7 +101,7 @@ export class Exchange {
 
   #receipt(receipt: ReceiptFrame): void {
     const { step, updates } = this.#parts
-    const missing = step.gradients.find(([parameter]) => !updates.has(parameter))
+    const missing = step.gradients.find(([parameter]) => !updates.has(parameter) && !step.leftOut.has(parameter))
     if (receipt.step !== step.number || missing !== undefined) {
       const what = missing === undefined ? `it is ${step.number}` : `'${updates.nameOf(missing[0])}' has no update yet`
       throw new MuondError('FRAME_UNEXPECTED', `the service sent the receipt of step ${receipt.step}: ${what}`)
@@ -105,19 +116,37 @@ export class Exchange {
   }
 
   #error(frame: ErrorFrame): void {
-    if (isRefusal(frame)) {
-      this.#unanswered.delete(frame.parameter)
-      this.#refused.push(frame)
-      return this.#rejectIfRefused()
-    }
-    // The `end` that crossed a refusal on its way is answered with this; the refusal says more.
-    if (this.#refused.length > 0 && frame.code === 'STEP_INCOMPLETE') return
+    if (isRefusal(frame)) return this.#refusal(frame)
+    if (frame.code === 'STEP_INCOMPLETE' && this.#crossed()) return
     this.#settle.reject(frameError(frame))
+  }
+
+  /** A gradient that is not finite can be left out of its step; one that differs from the applied one cannot. */
+  #refusal(frame: Refusal): void {
+    const { step } = this.#parts
+    this.#unanswered.delete(frame.parameter)
+    if (step.skip_refused && frame.code === 'GRADIENT_NOT_FINITE') step.leftOut.set(frame.parameter, frame)
+    else this.#refused.push(frame)
+    this.#rejectIfRefused()
+  }
+
+  /**
+   * Whether STEP_INCOMPLETE answers an `end` that crossed a refusal on its way. Then `end` is sent again without that gradient,
+   * or the step rejects with the refusal, which says more.
+   */
+  #crossed(): boolean {
+    const { step } = this.#parts
+    if (this.#refused.length > 0) return true
+    if (step.end === undefined || step.leftOut.size === this.#leftOut) return false
+    this.#sendEnd(step.end).catch(this.#settle.reject)
+    return true
   }
 
   #rejectIfRefused(): void {
     if (this.#refused.length === 0 || !this.#isSent || this.#unanswered.size > 0) return
-    const refused = this.#refused.map(({ parameter }) => this.#parts.updates.nameOf(parameter))
+    const { step, updates } = this.#parts
+    const all = [...step.leftOut.keys(), ...this.#refused.map(({ parameter }) => parameter)]
+    const refused = all.sort((a, b) => a - b).map((parameter) => updates.nameOf(parameter))
     this.#settle.reject(frameError(this.#refused[0], { refused }))
   }
 }

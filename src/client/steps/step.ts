@@ -1,4 +1,4 @@
-import type { EndFrame, StepFrame } from '../../wire/frame.js'
+import type { EndFrame, ErrorFrame, StepFrame } from '../../wire/frame.js'
 
 export type StepOptions = {
   /** {group: {hyperparameter: value}}, from this step on. */
@@ -7,6 +7,11 @@ export type StepOptions = {
   gradient_scale?: number
   /** {attention: the largest softmax input of each query head over the whole batch}; left out, nothing is clipped. */
   max_logits?: StepFrame['max_logits']
+  /**
+   * End the step without the gradients that the service refuses because they are not finite; `refused` of its receipt has their
+   * errors. Default false: a refused gradient rejects the step.
+   */
+  skip_refused?: boolean
 }
 
 /**
@@ -16,14 +21,21 @@ export type StepOptions = {
 export class Step {
   readonly number: number
   readonly frame: StepFrame | undefined
+  readonly skip_refused: boolean
   /** Parameter index and bytes, in the order the trainer gave them. */
   readonly gradients: [parameter: number, bytes: Uint8Array][] = []
+  /**
+   * The refusals that the step is ended without, by parameter; those of earlier connections too. Such a gradient is not sent
+   * again: once the step has ended without it, the service would refuse it with STEP_CONFLICT.
+   */
+  readonly leftOut = new Map<number, ErrorFrame>()
   #end: EndFrame | undefined
   readonly #parameters = new Set<number>()
   readonly #waiting: (() => void)[] = []
 
-  constructor(number: number, options: StepOptions) {
+  constructor(number: number, { skip_refused = false, ...options }: StepOptions) {
     this.number = number
+    this.skip_refused = skip_refused
     const said = Object.values(options).some((value) => value !== undefined)
     this.frame = said ? { type: 'step', step: number, ...options } : undefined
   }

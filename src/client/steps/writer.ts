@@ -8,7 +8,9 @@ import type { Updates } from './updates.js'
 
 /** What a run needs from the client that opened it. */
 export type Host = {
-  dial: () => Promise<Connection>
+  /** A new connection, which ends with this signal or with the client. */
+  dial: (signal: AbortSignal) => Promise<Connection>
+  /** Ends with the client. */
   signal: AbortSignal
   /** Consecutive failed attempts at one step that brought no new update, before it is given up. */
   retries: number
@@ -27,10 +29,12 @@ export class Writer {
   #opened: OpenedFrame
   #step: number
   #digest: string
+  /** Ends every connection and every wait since the run was opened, or opened again by `reopen`. */
+  #stop = new AbortController()
 
   /** A first `open` is not retried: a wrong address, key or run should be heard of at once. @throws MuondError */
   static async open(host: Host, frame: OpenFrame): Promise<Writer> {
-    return new Writer(host, frame, await handshake(host, frame))
+    return new Writer(host, frame, await handshake(await host.dial(host.signal), frame))
   }
 
   private constructor(host: Host, frame: OpenFrame, { connection, opened }: Handshake) {
@@ -59,15 +63,30 @@ export class Writer {
 
   /** Asks for a checkpoint of the last finished step. Not retried: what is lost with its connection rejects. */
   async checkpoint(tag: string | undefined): Promise<CheckpointedFrame> {
-    if (this.#connection.reason !== undefined) await this.#reopen(this.#step + 1)
+    if (this.#connection.reason !== undefined) await this.#resume(this.#step + 1)
     const answer = this.#connection.checkpointed()
     await Promise.race([answer, this.#connection.send({ type: 'checkpoint', ...(tag !== undefined && { tag }) })])
     return answer
   }
 
-  /** Ends the connection. */
+  /** Ends the connection, and a step in flight with it: that is not tried again. */
   release(reason: unknown): void {
+    this.#stop.abort(reason)
     this.#connection.fail(reason)
+  }
+
+  /**
+   * Opens the run again wherever the service has it now, or at a checkpoint. Not while a step is in flight: `release` ends one.
+   * Tried again as a step is.
+   */
+  async reopen(checkpoint: string | undefined): Promise<void> {
+    this.#stop = new AbortController()
+    const frame = { ...this.#resuming(), ...(checkpoint !== undefined && { checkpoint }) }
+    const { connection, opened } = await this.#outlast(() => this.#handshake(frame))
+    this.#connection = connection
+    this.#opened = opened
+    this.#step = opened.step
+    this.#digest = opened.digest
   }
 
   /**
@@ -75,25 +94,32 @@ export class Writer {
    * gradients are still to come has nobody yet who would listen.
    */
   async take(step: Step, updates: Updates): Promise<Outcome> {
-    let failures = 0
-    let waitSeconds = 0
-    for (;;) {
-      const before = updates.applied
+    try {
+      return { receipt: await this.#outlast(() => this.#attempt(step, updates), updates) }
+    } catch (error) {
+      return { error }
+    }
+  }
+
+  /** Does `attempt` until it succeeds; rejects with what is not worth a retry. An attempt that brought updates counts as the first. */
+  async #outlast<T>(attempt: () => Promise<T>, updates?: Updates): Promise<T> {
+    const signal = AbortSignal.any([this.#host.signal, this.#stop.signal])
+    for (let failures = 0; ; ) {
+      const before = updates?.applied ?? 0
       try {
-        if (waitSeconds > 0) await sleep(waitSeconds, this.#host.signal)
-        return { receipt: await this.#attempt(step, updates) }
+        return await attempt()
       } catch (error) {
         this.#connection.fail(error)
-        updates.forget()
-        failures = updates.applied > before ? 1 : failures + 1
-        if (!(error instanceof MuondError && error.retryable) || failures > this.#host.retries) return { error }
-        waitSeconds = backoffSeconds(failures - 1, this.#host.backoff, error.fields.retry_after_seconds)
+        updates?.forget()
+        failures = updates !== undefined && updates.applied > before ? 1 : failures + 1
+        if (!(error instanceof MuondError && error.retryable) || failures > this.#host.retries) throw error
+        await sleep(backoffSeconds(failures - 1, this.#host.backoff, error.fields.retry_after_seconds), signal)
       }
     }
   }
 
   async #attempt(step: Step, updates: Updates): Promise<ReceiptFrame> {
-    if (this.#connection.reason !== undefined) await this.#reopen(step.number)
+    if (this.#connection.reason !== undefined) await this.#resume(step.number)
     const connection = this.#connection
     const chunk_bytes = Math.min(this.#opened.limits.chunk_bytes, this.#host.chunk_bytes)
     const receipt = await Exchange.run({ connection, step, updates, chunk_bytes })
@@ -102,36 +128,60 @@ export class Writer {
     return receipt
   }
 
-  /** Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again. */
-  async #reopen(step: number): Promise<void> {
-    if (isTakenOver(this.#connection.reason)) throw this.#connection.reason
-    const { groups, checkpoint, ...frame } = this.#frame
-    const { connection, opened } = await handshake(this.#host, { ...frame, mode: 'resume', takeover: true })
+  /** Opens the run again after its connection was lost, and only where this client left it. */
+  async #resume(step: number): Promise<void> {
+    if (isFinal(this.#connection.reason)) throw this.#connection.reason
+    const { connection, opened } = await this.#handshake(this.#resuming())
+    const parted = this.#parted(opened, step)
+    if (parted !== undefined) {
+      connection.fail(parted)
+      throw parted
+    }
     this.#connection = connection
-    this.#requireSameHistory(opened, step)
     this.#opened = opened
   }
 
+  /** Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again. */
+  #resuming(): OpenFrame {
+    const { groups, checkpoint, ...frame } = this.#frame
+    return { ...frame, mode: 'resume', takeover: true }
+  }
+
+  /** @throws MuondError RUN_NOT_FOUND with the step that the run was at, which tells a service that forgot it from a wrong name */
+  async #handshake(frame: OpenFrame): Promise<Handshake> {
+    const connection = await this.#host.dial(this.#stop.signal)
+    try {
+      return await handshake(connection, frame)
+    } catch (error) {
+      if (!(error instanceof MuondError) || error.code !== 'RUN_NOT_FOUND') throw error
+      const { code, fields, status } = error
+      const where = `it was at step ${this.#step} here: was the service restarted without durable state?`
+      throw new MuondError(code, `${error.message}; ${where}`, fields, { cause: error, status, retryable: false })
+    }
+  }
+
   /** The service may have finished the step whose receipt was lost; anything else is not where this client left the run. */
-  #requireSameHistory({ run, step, digest }: OpenedFrame, number: number): void {
-    if (step === number || (step === this.#step && digest === this.#digest)) return
+  #parted({ run, step, digest }: OpenedFrame, number: number): MuondError | undefined {
+    if (step === number || (step === this.#step && digest === this.#digest)) return undefined
     const message =
       step === this.#step
         ? `run '${run}' has digest ${digest} at step ${step}, this client has ${this.#digest}: open it again with weights of that history`
         : `run '${run}' resumed at step ${step}, this client is at step ${this.#step}: go back to your weights of step ${step} and open it again`
-    throw new MuondError('STEP_CONFLICT', message, { step: number, expected_step: step + 1 })
+    return new MuondError('STEP_CONFLICT', message, { step: number, expected_step: step + 1 })
   }
 }
 
-/** A run taken by another client is not taken back: the two would go on for ever. */
-function isTakenOver(reason: unknown): boolean {
-  return reason instanceof MuondError && reason.code === 'TAKEN_OVER'
+/**
+ * Whether only `reopen` opens the run again. A run taken by another client is not taken back unasked: the two would go on for
+ * ever. After a `reopen` that failed the trainer's weights may be those of another step.
+ */
+function isFinal(reason: unknown): boolean {
+  return reason instanceof MuondError && (reason.code === 'TAKEN_OVER' || reason.code === 'CLIENT_CLOSED')
 }
 
 type Handshake = { connection: Connection; opened: OpenedFrame }
 
-async function handshake(host: Host, frame: OpenFrame): Promise<Handshake> {
-  const connection = await host.dial()
+async function handshake(connection: Connection, frame: OpenFrame): Promise<Handshake> {
   try {
     const opened = await new Promise<OpenedFrame>((resolve, reject) => {
       connection.onFrame = (answer) => {

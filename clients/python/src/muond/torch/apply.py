@@ -15,7 +15,11 @@ from .slots import Slot
 
 @torch.no_grad()
 def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
-    """Applies updates in place, with the operations and roundings of torch's own optimizers. Their memory is free afterwards."""
+    """Applies updates in place, with the operations and roundings of torch's own optimizers; their memory is free afterwards.
+
+    float32 and float64 weights are those of docs/protocol.md ("Arithmetic"), but that torch may fuse product and sum. bfloat16
+    and float16 weights are rounded after the decay as well as after the sum.
+    """
     alike: defaultdict[tuple[float, float, torch.device, torch.dtype, str], list[Update]] = defaultdict(list)
     for update in updates:
         if update.data is not None:
@@ -27,7 +31,7 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
             _data(update, tensor).to(device, non_blocking=True) for update, tensor in zip(those, tensors, strict=True)
         ]
         if decay != 0:
-            torch._foreach_mul_(tensors, 1 - decay)
+            _multiply(tensors, 1 - decay)
         torch._foreach_add_(tensors, data, alpha=scale)
         if device.type == "cuda":  # pragma: no cover - needs a GPU
             # The page-locked memory is used again once this returns.
@@ -35,6 +39,15 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
     for update in updates:
         if update.row_scale is not None:
             _scale_rows(slots[update.parameter.index].tensor, torch.tensor(update.row_scale))
+
+
+def _multiply(tensors: list[torch.Tensor], factor: float) -> None:
+    if tensors[0].device.type == "cpu":
+        # `_foreach_mul_` rounds its factor to bfloat16 there, which makes 0.998 to 0.9961: twice the decay. It is a loop as well.
+        for tensor in tensors:
+            tensor.mul_(factor)
+    else:  # pragma: no cover - needs a GPU
+        torch._foreach_mul_(tensors, factor)
 
 
 def _data(update: Update, tensor: torch.Tensor) -> torch.Tensor:
