@@ -22,11 +22,21 @@ class Staging:
         self._buffers: dict[int, torch.Tensor] = {}
         self._streams: dict[torch.device, Any] = {}
 
-    def put(self, slot: Slot, gradient: torch.Tensor, *, borrow: bool) -> tuple[memoryview, Ready | None]:
-        """The gradient's bytes, and what to call before they are read. ``borrow``: the gradient itself does not change before."""
+    def put(
+        self, slot: Slot, gradient: torch.Tensor, *, borrow: bool, negate: bool = False
+    ) -> tuple[memoryview, Ready | None]:
+        """The gradient's bytes, or its negative's, and what to call before they are read.
+
+        ``borrow``: the gradient itself does not change before.
+        """
         dtype = WIRE_DTYPES[slot.declaration.gradient_dtype]
-        gradient = gradient.detach()
-        if borrow and gradient.device.type == "cpu" and gradient.dtype == dtype and gradient.is_contiguous():
+        gradient = gradient.detach().neg() if negate else gradient.detach()
+        if (
+            (borrow or negate)
+            and gradient.device.type == "cpu"
+            and gradient.dtype == dtype
+            and gradient.is_contiguous()
+        ):
             return memory_of(gradient), None
         buffer = self._buffer(slot, dtype, pinned=gradient.is_cuda)
         if gradient.is_cuda:  # pragma: no cover - needs a GPU
