@@ -286,14 +286,35 @@ def test_muonclips_form_is_in_its_groups(shared: Service) -> None:
     )
 
 
-@pytest.mark.parametrize("algorithm", ["adam", "sgd", "rmsprop"])
-def test_a_weight_decay_of_torch_that_means_something_else_is_refused(shared: Service, algorithm: str) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "key", "words"), [("sgd", "dampening", "takes it"), ("adam", "decoupled_weight_decay", "AdamW")]
+)
+def test_a_weight_decay_of_torch_that_means_something_else_is_refused(
+    shared: Service, algorithm: str, key: str, words: str
+) -> None:
     pair = made(shared, algorithm)
     theirs = pair.theirs((module := model()).parameters())
     steps(module, theirs, 1)
-    theirs.param_groups[0]["weight_decay"] = 0.1
-    with pytest.raises(ValueError, match="is decoupled, as in AdamW"):
+    theirs.param_groups[0].update({"weight_decay": 0.1, key: 1})
+    with pytest.raises(ValueError, match=words):
         pair.ours(model().parameters()).load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("algorithm", ["adam", "rmsprop"])
+def test_a_weight_decay_of_the_gradient_is_torchs(shared: Service, algorithm: str) -> None:
+    pair = made(shared, algorithm, weight_decay=0.5)
+    ends = []
+    for make in (pair.theirs, lambda params: pair.ours(params, overlap=True)):
+        module = model()
+        first = make(module.parameters())
+        steps(module, first, 3)
+        again = copy.deepcopy(module)
+        second = make(again.parameters())
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        second.param_groups[0]["maximize"] = True
+        steps(again, second, 3, 4)
+        ends.append(again)
+    assert apart(ends[1], ends[0]) < 1e-5
 
 
 def test_torchs_own_state_in_float64_and_without_optional_parts_is_taken(shared: Service) -> None:

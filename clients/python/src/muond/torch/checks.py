@@ -67,6 +67,8 @@ def _check_adam(group: Group) -> None:
 
 
 def _check_rmsprop(group: Group) -> None:
+    if group["centered"]:
+        raise ValueError("centered=True is not possible: the service has no centered RMSprop")
     for key, words in (
         ("lr", "learning rate: "),
         ("eps", "epsilon value: "),

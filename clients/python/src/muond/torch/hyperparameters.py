@@ -37,6 +37,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 FIXED = frozenset({"amsgrad", "centered", "momentum_form", "momentum_dtype", "second_momentum"})
 """What a run cannot change: it is part of its state."""
 
+COUPLED = frozenset({"adam", "rmsprop"})
+"""Their weight decay is added to the gradient, as in torch: by this package, which has the weights."""
+
 # torch's names for what the wire calls otherwise.
 _ADJUST = {None: "original", "spectral_unclamped": "spectral"}
 
@@ -68,6 +71,8 @@ def plain(value: Any) -> Any:
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """What the service is told of a param_group; other keys of it belong to torch and to other tools. None: its own default."""
     values = {name: on_the_wire(name, group[name]) for name in DEFAULTS[group["algorithm"]]}
+    if group["algorithm"] in COUPLED:
+        values["weight_decay"] = 0.0
     return {name: value for name, value in values.items() if value is not None}
 
 

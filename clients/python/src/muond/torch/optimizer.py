@@ -231,8 +231,7 @@ class Optimizer(torch.optim.Optimizer):
         return run.end(skipped=skipped)
 
     def _send(self, run: Run, slot: Slot, gradient: torch.Tensor, *, borrow: bool) -> None:
-        maximize = bool(self.param_groups[slot.group].get("maximize"))
-        data, ready = self._staging.put(slot, gradient, borrow=borrow, negate=maximize)
+        data, ready = self._staging.put(slot, gradient, self.param_groups[slot.group], borrow=borrow)
         run.gradient_bytes(slot.index, data, ready)
 
     def _took(self, receipt: Receipt) -> Receipt:
@@ -427,17 +426,13 @@ class Optimizer(torch.optim.Optimizer):
     # Copies: each has a run of its own, and the state
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle. What is secret or of this process stays here: the key, headers and callables come from where it is loaded."""
-        kept = replace(
-            self._settings,
-            run=None,
-            mode="create",
-            token=None,
-            headers=None,
-            ssl_context=None,
-            callback=None,
-            max_logits=None,
-        )
+        """For pickle. What is secret stays here: key and headers are those of the environment where it is loaded."""
+        if self._settings.max_logits is not None:
+            raise TypeError(
+                f"{type(self).__name__} of run '{self.run_name}' cannot be pickled: its max_logits measures the modules of this process. "
+                "Save its state_dict()"
+            )
+        kept = replace(self._settings, run=None, mode="create", token=None, headers=None, ssl_context=None)
         return self._copied(kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:

@@ -26,8 +26,6 @@ _OURS = frozenset(
         *("gradient_dtype", "update_dtype", "foreach", "fused", "capturable", "differentiable"),
     }
 )
-# torch adds their weight decay to the gradient; the service takes it from the weights, as AdamW does.
-_COUPLED = frozenset({"adam", "rmsprop", "sgd"})
 
 
 @dataclass(frozen=True)
@@ -148,16 +146,25 @@ def _beside(parameter: torch.Tensor, value: Any) -> Any:
     return deepcopy(value)
 
 
+def _check_decay(algorithm: str, theirs: Mapping[str, Any]) -> None:
+    """The same number must not mean another optimizer."""
+    decay = theirs["weight_decay"]
+    if algorithm == "sgd" and "algorithm" not in theirs:
+        raise ValueError(
+            f"weight_decay is {decay} in a state dict of torch.optim.SGD, which adds it to the gradient; the service's sgd takes it "
+            "from the weights, as AdamW does: set it to 0 in the state dict"
+        )
+    if algorithm == "adam" and theirs.get("decoupled_weight_decay"):
+        raise ValueError(f"weight_decay {decay} of the state dict is decoupled, as in AdamW: load it into an AdamW")
+
+
 def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
     """The dictionary's group, with the keys that only this package has where it says nothing of them."""
     algorithm = ours["algorithm"]
     if theirs.get("algorithm", algorithm) != algorithm:
         raise ValueError(f"a group of the state dict is {theirs['algorithm']}, this optimizer's is {algorithm}")
-    if "algorithm" not in theirs and algorithm in _COUPLED and theirs.get("weight_decay"):
-        raise ValueError(
-            f"weight_decay is {theirs['weight_decay']} in a state dict of torch, where {algorithm} adds it to the gradient; here it "
-            "is decoupled, as in AdamW: set it to 0 in the state dict, or to what you want decoupled in the optimizer afterwards"
-        )
+    if theirs.get("weight_decay"):
+        _check_decay(algorithm, theirs)
     saved = deepcopy({key: value for key, value in theirs.items() if key not in _OURS})
     kept = {key: value for key, value in ours.items() if key not in saved}
     for key in FIXED - {_CONVERTED}:
