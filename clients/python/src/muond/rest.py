@@ -48,7 +48,14 @@ class Rest:
     RESTORING until it has the run.
     """
 
-    def __init__(self, endpoint: Endpoint, retries: int = 0, backoff: Backoff | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        retries: int = 0,
+        backoff: Backoff | None = None,
+        *,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> None:
         self._endpoint = endpoint
         self._retries = retries
         self._backoff = backoff or Backoff()
@@ -59,10 +66,10 @@ class Rest:
         if endpoint.tls:
             context = endpoint.ssl_context or ssl.create_default_context()
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                endpoint.host, endpoint.port, timeout=TIMEOUT_SECONDS, context=context
+                endpoint.host, endpoint.port, timeout=timeout_seconds, context=context
             )
         else:
-            self._connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=TIMEOUT_SECONDS)
+            self._connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=timeout_seconds)
 
     def __enter__(self) -> Rest:
         return self

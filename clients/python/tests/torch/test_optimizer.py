@@ -390,28 +390,6 @@ def test_rows_of_experts_side_by_side_can_be_clipped(shared: Service, name: str)
     torch.testing.assert_close(weight.detach(), torch.full((2, 3, 4), 0.5))
 
 
-@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
-def test_a_gradient_that_is_not_finite_leaves_its_parameter_out(shared: Service, name: str, nonfinite: Any) -> None:
-    model = net()
-    with adamw(model, shared, name, nonfinite=nonfinite) as optimizer:
-        loss_of(model, 1).backward()  # type: ignore[no-untyped-call]
-        before = model[2].weight.detach().clone()
-        assert model[2].weight.grad is not None
-        model[2].weight.grad[0, 0] = torch.nan
-        if nonfinite == "raise":
-            with pytest.raises(MuondError, match=re.escape("step 1 was ended without param.2")) as caught:
-                optimizer.step()
-            assert caught.value.code == "GRADIENT_NOT_FINITE"
-            assert tuple(caught.value.fields.refused) == ("param.2",)
-        else:
-            assert [error.fields.parameter for error in optimizer.step().refused] == [2]
-        assert torch.equal(model[2].weight, before)
-        assert optimizer.receipt is not None
-        assert (optimizer.receipt.applied, optimizer.receipt.skipped) == (3, 1)
-        train(model, optimizer, 1, 2)
-        assert optimizer.step_count == 2
-
-
 def test_callbacks_and_step_hooks_are_called(shared: Service, name: str) -> None:
     model = net()
     seen: list[Any] = []

@@ -44,7 +44,7 @@ def resolve_groups(params: Iterable[Any], groups: Sequence[Mapping[str, Any]] | 
             "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
             + torch.typename(params)
         )
-    given = list(params)
+    given = list(params.named_parameters() if isinstance(params, torch.nn.Module) else params)
     if groups is None:
         if all(isinstance(group, dict) for group in given):
             return given
@@ -89,6 +89,7 @@ def complete_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
 
     ``defaults`` are those of the optimizer, and hold for groups of its own algorithm.
     """
+    group = _with_algorithm(group)
     own = defaults.get("algorithm")
     algorithm = group.get("algorithm", own)
     if algorithm not in DEFAULTS:
@@ -100,6 +101,19 @@ def complete_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
     check_values(complete)
     complete["params"] = _named_plainly(group["params"])
     return complete
+
+
+# github.com/KellerJordan/Muon, MuonWithAuxAdam: `use_muon` says which of the two a group gets, with these values of its own.
+_KELLER_JORDAN: Mapping[bool, Mapping[str, Any]] = {
+    True: {"algorithm": "muon", "lr": 0.02, "momentum": 0.95, "weight_decay": 0.0},
+    False: {"algorithm": "adamw", "lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0},
+}
+
+
+def _with_algorithm(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "use_muon" not in group or "algorithm" in group:
+        return group
+    return {**_KELLER_JORDAN[bool(group["use_muon"])], **group}
 
 
 def _warn_of_misspellings(group: Mapping[str, Any], algorithm: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import weakref
@@ -17,7 +18,7 @@ from ..run import Run
 from ..transport.address import Endpoint
 from .opening import new_run_name, open_slots
 from .settings import Settings
-from .slots import Slot, make_slots
+from .slots import Slot, group_names, make_slots
 from .state.fingerprint import content_digest
 from .state.kinds import state_names
 from .state.matching import Loaded
@@ -27,6 +28,9 @@ from .state.tensors import read_begun, read_state, write_state
 from .state.view import State
 
 Groups = Sequence[Mapping[str, Any]]
+
+# How long an optimizer that is dropped waits for the service.
+_GOING_SECONDS = 5.0
 
 _living: weakref.WeakValueDictionary[tuple[str, str], Home] = weakref.WeakValueDictionary()
 """The optimizers of this process that have their run open, by service and run: their state is copied, never taken from them."""
@@ -38,12 +42,16 @@ class Home:
     def __init__(self, settings: Settings, address: Endpoint, groups: Callable[[], Groups]) -> None:
         self.settings = settings
         self.address = address
-        self.name = settings.run or new_run_name()
+        self._own_name = new_run_name()
+        self.name = settings.run or self._own_name
         self.run: Run | None = None
         self.closed = False
         self.slots: list[Slot] = []
+        self.group_names: list[str] = []
+        """What the run calls the param_groups, whatever names they are given later."""
         self.state = State(self)
         self._groups = groups
+        self._goes: weakref.finalize[..., Home] | None = None
         self._listed: list[list[int]] = []
         self._slot_of: dict[torch.Tensor, Slot] = {}
         self._undeclared: list[torch.Tensor] = []
@@ -54,6 +62,8 @@ class Home:
         """Closes the connection; with ``delete`` the run goes as well."""
         was_open = self.run is not None and not self.closed
         self.closed = True
+        if delete and self._goes is not None:
+            self._goes.detach()
         _living.pop((self.address.authority, self.name), None)
         if self.run is not None:
             self.run.close()
@@ -109,7 +119,9 @@ class Home:
         _living.pop((self.address.authority, self.name), None)
         self.run, self.slots, self.name = run, slots, name
         groups = self._groups()
+        self.group_names = group_names(groups)
         self._slot_of = {slot.tensor: slot for slot in slots}
+        self._goes = self._go_with_this(run)
         self._listed = [[id(parameter) for parameter in group["params"]] for group in groups]
         self._undeclared = [p for group in groups for p in group["params"] if p not in self._slot_of and p.numel() > 0]
         _living[self.address.authority, name] = self
@@ -131,6 +143,18 @@ class Home:
             "For an exact state go back to a checkpoint.",
             stacklevel=5,
         )
+
+    def _is_own(self, name: str) -> bool:
+        """Whether this optimizer has made the name up: nobody else knows the run."""
+        return self.settings.run is None and re.fullmatch(re.escape(self._own_name) + r"(\.\d+)?", name) is not None
+
+    def _go_with_this(self, run: Run) -> weakref.finalize[..., Home] | None:
+        """A run that nobody has named and no folder keeps goes with its optimizer, or a sweep would leave one for each trial."""
+        if self._goes is not None:
+            self._goes.detach()
+        if not self._is_own(run.name):
+            return None
+        return weakref.finalize(self, _delete_unkept, os.getpid(), run, self.address)
 
     # What was changed here and is to be changed there
 
@@ -219,7 +243,7 @@ class Home:
     def _let_go(self, old: Run, new: Run) -> None:
         """The run that was left goes, unless somebody has named it and its checkpoints may be wanted."""
         with suppress(MuondError), self.rest() as rest:
-            if self.settings.run is None or not rest.has_checkpoints(old.name):
+            if self._is_own(old.name) or not rest.has_checkpoints(old.name):
                 rest.delete(old.name)
                 return
         warnings.warn(
@@ -377,6 +401,16 @@ def _content(groups: Groups, state: Mapping[torch.Tensor, Mapping[str, Any]]) ->
     """The digest of the service's entries, in the order of the param_groups."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     return content_digest((str(i), state[p]) for i, p in enumerate(parameters) if p in state)
+
+
+def _delete_unkept(process: int, run: Run, address: Endpoint) -> None:
+    if os.getpid() != process:  # pragma: no cover - in a forked child, which is not measured
+        return
+    run.close()
+    # The service may be gone, and nobody waits for this.
+    with suppress(MuondError), Rest(address, timeout_seconds=_GOING_SECONDS) as rest:
+        if not rest.has_checkpoints(run.name):
+            rest.delete(run.name)
 
 
 def _settle_for_import(run: Run) -> None:

@@ -23,13 +23,14 @@ from ..run import Run
 from ..steps.interrupt import interrupt_later
 from ..transport.address import endpoint
 from .checks import check_values
+from .finite import nonfinite
 from .grouping import complete_group, resolve_groups
 from .home import Home
 from .hyperparameters import DEFAULTS, changes
 from .preset import with_preset
 from .progress import Progress
 from .settings import Options, Settings, settings
-from .slots import Slot, group_names, make_slots
+from .slots import Slot, make_slots
 from .staging import Staging
 from .state.kept import Shelf
 from .state.matching import TOKEN, match
@@ -169,6 +170,8 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step: returns the receipt, or with a closure what the closure returned (``receipt`` has the other).
 
+        None for a step that is none: every parameter is frozen, or a gradient has NaN or Inf (``on_nonfinite``).
+
         Raises MuondError. A step that raised can be taken again, as long as the gradients are the same; nothing is applied twice.
         """
         loss = None
@@ -184,6 +187,8 @@ class Optimizer(torch.optim.Optimizer):
                 # Every parameter is frozen: there is nothing that a run could have.
                 return self.receipt
             run = self._prepared()
+            if run is None:
+                return None
             try:
                 # Ctrl-C waits until the step is finished, or the next one could not begin.
                 with interrupt_later(run.hurry):
@@ -197,8 +202,11 @@ class Optimizer(torch.optim.Optimizer):
     def _has_gradients(self) -> bool:
         return any(p.requires_grad or p.grad is not None for group in self.param_groups for p in group["params"])
 
-    def _prepared(self) -> Run:
-        """The run, with its step begun. Raises before anything is sent: a step is not begun that cannot be ended."""
+    def _prepared(self) -> Run | None:
+        """The run, with its step begun; None for a step that is skipped.
+
+        Raises before anything is sent: a step is not begun that cannot be ended.
+        """
         run = self.open()
         if run.in_flight:
             self._check_gradients()
@@ -206,8 +214,32 @@ class Optimizer(torch.optim.Optimizer):
             return run
         run = self._carried_out()
         self._check_gradients()
+        if self._is_skipped(run):
+            return None
         self._begin_step(run)
         return run
+
+    def _is_skipped(self, run: Run) -> bool:
+        """Whether a gradient has NaN or Inf and the step is not to be. Raises MuondError GRADIENT_NOT_FINITE if that is asked for."""
+        if self._settings.overlap or self._settings.on_nonfinite == "skip_parameter":
+            return False
+        names = tuple(slot.name for slot in nonfinite(self._home.slots))
+        if not names:
+            return False
+        step = run.step_count + 1
+        listed = ", ".join(f"'{name}'" for name in names[:3]) + (
+            f" and {len(names) - 3} more" if len(names) > 3 else ""
+        )
+        message = f"the gradient of {listed} for step {step} has NaN or Inf (or has it once it is rounded to its gradient_dtype)"
+        if self._settings.on_nonfinite == "raise":
+            raise MuondError(
+                "GRADIENT_NOT_FINITE",
+                f"{message}: nothing has moved",
+                ErrorFields(step=step, refused=names),
+                status=422,
+            )
+        warnings.warn(f"{message}: the step is skipped, nothing has moved", RuntimeWarning, stacklevel=6)
+        return True
 
     def _carried_out(self) -> Run:
         """The run as param_groups and ``state`` are now."""
@@ -241,7 +273,7 @@ class Optimizer(torch.optim.Optimizer):
             self._progress.show(receipt)
         if self._settings.callback is not None:
             self._settings.callback(receipt)
-        if receipt.refused and self._settings.nonfinite == "raise":
+        if receipt.refused and self._settings.on_nonfinite != "skip_parameter":
             first = receipt.refused[0]
             names = tuple(self._home.slots[error.fields.parameter or 0].name for error in receipt.refused)
             message = f"{first.message}; step {receipt.step} was ended without {', '.join(names)}"
@@ -258,7 +290,7 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _changed_groups(self, run: Run) -> dict[str, dict[str, Any]]:
-        pairs = zip(group_names(self.param_groups), self.param_groups, strict=True)
+        pairs = zip(self._home.group_names, self.param_groups, strict=True)
         changed: dict[str, dict[str, Any]] = {}
         for name, group in pairs:
             values = changes(group, run.groups[name])
@@ -429,8 +461,8 @@ class Optimizer(torch.optim.Optimizer):
         """For pickle. What is secret stays here: key and headers are those of the environment where it is loaded."""
         if self._settings.max_logits is not None:
             raise TypeError(
-                f"{type(self).__name__} of run '{self.run_name}' cannot be pickled: its max_logits measures the modules of this process. "
-                "Save its state_dict()"
+                f"{type(self).__name__} of run '{self.run_name}' cannot be pickled: its max_logits measures the modules of this "
+                "process. Save its state_dict()"
             )
         kept = replace(self._settings, run=None, mode="create", token=None, headers=None, ssl_context=None)
         return self._copied(kept)

@@ -193,8 +193,8 @@ def _check_matrix(name: str, tensor: torch.Tensor, algorithm: str, layout: Mappi
         )
     if len(shape) > 2 and "matrices" not in layout:
         raise ValueError(
-            f"Muon only supports 2D parameters: parameter '{name}' has shape {shape}: say which matrices these are, layouts={{'{name}': {{'matrices': 'flatten'}}}} "
-            "for a convolution, 'batch' for matrices side by side (experts)"
+            f"Muon only supports 2D parameters: parameter '{name}' has shape {shape}: say which matrices these are, "
+            f"layouts={{'{name}': {{'matrices': 'flatten'}}}} for a convolution, 'batch' for matrices side by side (experts)"
         )
 
 

@@ -11,9 +11,15 @@ import torch
 Fingerprint = tuple[str, tuple[int, ...], bytes]
 
 
+def on_host(value: Any) -> torch.Tensor:
+    """A tensor or a number in host memory, in C order, whatever the default device is."""
+    tensor = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+    return tensor.cpu().contiguous()
+
+
 def fingerprint(value: Any) -> Fingerprint:
     """dtype, shape and SHA-256 of the elements of a tensor or a number, wherever it is."""
-    tensor = torch.as_tensor(value).detach().cpu().contiguous()
+    tensor = on_host(value)
     data = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
     return str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(data).digest()
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .fingerprint import on_host
+
 _NAMES: Mapping[str, Sequence[str]] = {
     "muon": ("momentum_buffer",),
     "muonclip": ("momentum_buffer",),
@@ -56,7 +58,7 @@ def complete_entries(
         return {"step": max(step or 1, 1), **given}
     if step:
         return {"step": step, **given}
-    if any(bool(torch.any(torch.as_tensor(value))) for value in given.values()):
+    if any(bool(torch.any(on_host(value))) for value in given.values()):
         raise ValueError(
             f"the state of parameter '{parameter}' has step 0 and {_listed(given)} that are not zero: "
             "set step to 1 or more, or the averages to zero"

@@ -12,6 +12,7 @@ from ...error import MuondError
 from ...rest import Rest, Tensor
 from ...run import Run
 from ..slots import Slot
+from .fingerprint import on_host
 from .kinds import complete_entries
 from .place import require_place
 
@@ -76,7 +77,7 @@ def _to_torch(tensor: Tensor, name: str) -> torch.Tensor:
 
 
 def _from_torch(name: str, value: Any) -> Tensor:
-    tensor = torch.as_tensor(value).detach().cpu().contiguous()
+    tensor = on_host(value)
     if name.endswith(".step"):
         tensor = tensor.to(torch.int64)
     elif tensor.dtype == torch.float64:
