@@ -5,6 +5,7 @@ Importing this package does not import torch; the names that need it are looked 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .declaration import Parameter
@@ -39,13 +40,13 @@ _TORCH = ("AdamW", "MaxLogits", "Muon", "MuonClip", "Optimizer", "suggest")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TORCH:
+    if name not in (*_TORCH, "torch"):
         raise AttributeError(f"module 'muond' has no attribute '{name}'")
     try:
-        from . import torch
+        torch = import_module(".torch", __name__)
     except ModuleNotFoundError as error:  # pragma: no cover - in a process without torch, which is not measured
         # The second one comes with torch.
         if error.name not in ("torch", "typing_extensions"):
             raise
         raise ImportError(f"muond.{name} needs PyTorch, which is not installed: pip install 'muond[torch]'") from error
-    return getattr(torch, name)
+    return torch if name == "torch" else getattr(torch, name)

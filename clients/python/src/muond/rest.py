@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -47,7 +48,14 @@ class Rest:
     RESTORING until it has the run.
     """
 
-    def __init__(self, endpoint: Endpoint, retries: int = 0, backoff: Backoff | None = None) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        retries: int = 0,
+        backoff: Backoff | None = None,
+        *,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+    ) -> None:
         self._endpoint = endpoint
         self._retries = retries
         self._backoff = backoff or Backoff()
@@ -58,10 +66,10 @@ class Rest:
         if endpoint.tls:
             context = endpoint.ssl_context or ssl.create_default_context()
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                endpoint.host, endpoint.port, timeout=TIMEOUT_SECONDS, context=context
+                endpoint.host, endpoint.port, timeout=timeout_seconds, context=context
             )
         else:
-            self._connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=TIMEOUT_SECONDS)
+            self._connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=timeout_seconds)
 
     def __enter__(self) -> Rest:
         return self
@@ -83,13 +91,34 @@ class Rest:
         """Deletes a run and its state."""
         self._again(lambda: self._request("DELETE", f"/v1/runs/{quote(run, safe='')}").read())
 
-    def parameter_state(self, run: str, index: int) -> tuple[list[Tensor], dict[str, str]]:
-        """The state tensors of one parameter, and what the service says of their form."""
-        path = f"/v1/runs/{quote(run, safe='')}/parameters/{index}/state"
+    def has_checkpoints(self, run: str) -> bool:
+        """Whether the service keeps anything of a run on a disk."""
+        try:
+            return bool(self._json("GET", f"/v1/runs/{quote(run, safe='')}/checkpoints")["checkpoints"])
+        except MuondError as error:
+            # A service without a data folder.
+            if error.code != "PARAMETER_INVALID":
+                raise
+            return False
+
+    def checkpoint(self, run: str, checkpoint: str) -> dict[str, Any]:
+        """A checkpoint by its id or tag: its step and digest."""
+        return self._json("GET", f"/v1/runs/{quote(run, safe='')}/checkpoints/{quote(checkpoint, safe='')}")
+
+    def state(self, run: str) -> tuple[list[Tensor], dict[str, str]]:
+        """Every state tensor of a run, the counts first, as ``state.<parameter>.<name>``; and of which step and digest they are."""
+        path = f"/v1/runs/{quote(run, safe='')}/state"
         return self._again(lambda: self._safetensors(path))
 
-    def import_state(self, run: str, tensors: Sequence[Tensor], metadata: dict[str, str]) -> None:
-        """Replaces the whole state of a run."""
+    def counts(self, run: str) -> list[Tensor]:
+        """How many updates each parameter has had: the beginning of what ``state`` reads, and nothing behind it."""
+        path = f"/v1/runs/{quote(run, safe='')}/state"
+        return self._again(lambda: self._safetensors(path, lambda name: name.endswith(".step"))[0])
+
+    def import_state(
+        self, run: str, tensors: Sequence[Tensor], metadata: dict[str, str], *, partial: bool = False
+    ) -> dict[str, Any]:
+        """Replaces the state of a run, or with ``partial`` that of the parameters given; returns ``step`` and ``digest``."""
         head, length = write_header({t.name: (t.dtype, t.shape) for t in tensors}, metadata)
 
         def body() -> Iterator[bytes | memoryview]:
@@ -98,30 +127,44 @@ class Rest:
                 yield tensor.data.data
 
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(len(head) + length)}
-        path = f"/v1/runs/{quote(run, safe='')}/state"
-        self._again(lambda: self._request("PUT", path, body(), headers).read())
+        path = f"/v1/runs/{quote(run, safe='')}/state{'?partial=true' if partial else ''}"
+        return self._json("PUT", path, body, headers)
 
-    def _json(self, method: str, path: str) -> dict[str, Any]:
-        body = self._again(lambda: _whole(self._request(method, path)))
+    def _json(
+        self,
+        method: str,
+        path: str,
+        body: Callable[[], Iterator[bytes | memoryview]] | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        text = self._again(lambda: _whole(self._request(method, path, body() if body else None, headers)))
         try:
-            answer = json.loads(body)
+            answer = json.loads(text)
         except ValueError as error:
             raise MuondError("FRAME_MALFORMED", f"{method} {path} sent what is no JSON: {error}") from error
         if not isinstance(answer, dict):
             raise MuondError("FRAME_MALFORMED", f"{method} {path} answered with a {type(answer).__name__}")
         return answer
 
-    def _safetensors(self, path: str) -> tuple[list[Tensor], dict[str, str]]:
+    def _safetensors(
+        self, path: str, wanted: Callable[[str], bool] = lambda _: True
+    ) -> tuple[list[Tensor], dict[str, str]]:
+        """The tensors up to the first whose name is not ``wanted``."""
         response = self._request("GET", path)
         try:
             (length,) = struct.unpack("<Q", _exactly(response, 8).data)
             if length > HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")  # noqa: TRY301
             described, metadata = read_header(_exactly(response, length).tobytes())
-            tensors = [Tensor(d.name, d.dtype, d.shape, _exactly(response, d.end - d.begin)) for d in described]
+            first = list(takewhile(lambda tensor: wanted(tensor.name), described))
+            tensors = [Tensor(d.name, d.dtype, d.shape, _exactly(response, d.end - d.begin)) for d in first]
         except ValueError as error:
             raise MuondError("FRAME_MALFORMED", f"GET {path} sent what is no safetensors body: {error}") from error
-        response.read()
+        if len(first) == len(described):
+            response.read()
+        else:
+            # The service stops where nobody reads on.
+            self._connection.close()
         return tensors, metadata
 
     def _again(self, request: Callable[[], T]) -> T:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from .declaration import Parameter
 from .error import ErrorFields, MuondError
 from .receipt import Checkpoint, Receipt
+from .rest import Tensor
 from .steps.apply import Weights, apply_update
 from .steps.backoff import Backoff
 from .steps.exchange import Taken
@@ -265,6 +266,18 @@ class Run:
         self._require_idle()
         answer = self._writer.checkpoint(tag)
         return Checkpoint(answer["checkpoint"], answer["step"], answer["digest"], answer["bytes"])
+
+    def import_state(self, tensors: Sequence[Tensor], metadata: dict[str, str], *, partial: bool = False) -> None:
+        """Replaces the state of the run, all of it or nothing, or with ``partial`` that of the parameters given.
+
+        Names and form of the tensors are those of ``PUT /v1/runs/{run}/state``. ``digest`` is that of the new state afterwards, and
+        ``step_count`` the service's. Not while a step is in flight. Raises MuondError, STATE_INVALID for what does not fit the run.
+        """
+        self._require_idle()
+        with self._writer.rest() as rest:
+            answer = rest.import_state(self.name, tensors, metadata, partial=partial)
+        self._writer.moved(answer["step"], answer["digest"])
+        self._updates.next(self.step_count + 1)
 
     def reopen(self, checkpoint: str | None = None) -> None:
         """Opens the run again wherever the service has it now, or goes back to a checkpoint; the weights are the caller's.

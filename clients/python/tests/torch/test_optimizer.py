@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -136,6 +134,7 @@ def test_a_parameter_without_a_gradient_is_left_alone(shared: Service, name: str
             train(model, optimizer, 3, 7)
         assert remote.receipt is not None
         assert (remote.receipt.applied, remote.receipt.skipped) == (2, 2)
+        assert remote.run_name == f"{name}.2", "a thawed parameter is declared in another run"
     follow(ours, theirs)
 
 
@@ -164,14 +163,16 @@ def test_maximize_is_a_step_the_other_way(shared: Service, name: str) -> None:
     follow(ours, theirs)
 
 
-def test_maximize_is_one_for_all_groups(shared: Service, name: str) -> None:
-    model = net()
-    groups = [{"params": [p], "maximize": i == 0} for i, p in enumerate(model.parameters())]
-    with (
-        AdamW(groups, url=shared.url, run=name) as optimizer,
-        pytest.raises(ValueError, match="maximize is True for some"),
-    ):
-        train(model, optimizer, 1)
+def test_maximize_is_each_groups_own(shared: Service, name: str) -> None:
+    ours, theirs = net(), net()
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": [p], "maximize": i % 2 == 0} for i, p in enumerate(model.parameters())]
+
+    with AdamW(groups(ours), lr=1e-2, url=shared.url, run=name, **EXACT) as optimizer:
+        train(ours, optimizer, 5)
+    train(theirs, torch.optim.AdamW(groups(theirs), lr=1e-2), 5)
+    follow(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -390,28 +391,6 @@ def test_rows_of_experts_side_by_side_can_be_clipped(shared: Service, name: str)
     torch.testing.assert_close(weight.detach(), torch.full((2, 3, 4), 0.5))
 
 
-@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
-def test_a_gradient_that_is_not_finite_leaves_its_parameter_out(shared: Service, name: str, nonfinite: Any) -> None:
-    model = net()
-    with adamw(model, shared, name, nonfinite=nonfinite) as optimizer:
-        loss_of(model, 1).backward()  # type: ignore[no-untyped-call]
-        before = model[2].weight.detach().clone()
-        assert model[2].weight.grad is not None
-        model[2].weight.grad[0, 0] = torch.nan
-        if nonfinite == "raise":
-            with pytest.raises(MuondError, match=re.escape("step 1 was ended without param.2")) as caught:
-                optimizer.step()
-            assert caught.value.code == "GRADIENT_NOT_FINITE"
-            assert tuple(caught.value.fields.refused) == ("param.2",)
-        else:
-            assert [error.fields.parameter for error in optimizer.step().refused] == [2]
-        assert torch.equal(model[2].weight, before)
-        assert optimizer.receipt is not None
-        assert (optimizer.receipt.applied, optimizer.receipt.skipped) == (3, 1)
-        train(model, optimizer, 1, 2)
-        assert optimizer.step_count == 2
-
-
 def test_callbacks_and_step_hooks_are_called(shared: Service, name: str) -> None:
     model = net()
     seen: list[Any] = []
@@ -540,23 +519,6 @@ def test_a_run_may_be_deleted_with_its_optimizer(shared: Service, name: str) -> 
         adamw(model, shared, name, mode="resume").open()
 
 
-def test_an_optimizer_cannot_be_copied(shared: Service) -> None:
-    optimizer = Muon(matrices(net()), url=shared.url, run="copied")
-    for act in (copy.deepcopy, copy.copy, pickle.dumps):
-        with pytest.raises(TypeError, match="Muon of run 'copied' cannot be copied or pickled"):
-            act(optimizer)
-
-
-def test_groups_can_be_added_until_the_run_is_open(shared: Service, name: str) -> None:
-    model = net()
-    with AdamW(model[0].parameters(), url=shared.url, run=name) as optimizer:
-        optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.5})
-        train(model, optimizer, 1)
-        assert len(optimizer.run.parameters) == 4
-        with pytest.raises(ValueError, match="is open, and its parameters are fixed"):
-            optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})
-
-
 def test_one_tensor_is_a_group_as_well(shared: Service, name: str) -> None:
     weight = torch.ones(3, requires_grad=True)
     with AdamW([{"params": weight}], lr=0.5, url=shared.url, run=name, **EXACT) as optimizer:
@@ -595,30 +557,12 @@ def conv() -> nn.Parameter:
             "no complex parameters",
         ),
         (lambda: AdamW([torch.zeros(2, dtype=torch.int64)]), ValueError, "is torch.int64, expected a floating point"),
-        (lambda: AdamW([torch.zeros(0, requires_grad=True)]), ValueError, "has shape [0]: no elements"),
         (lambda: AdamW([torch.zeros(2, device="meta", requires_grad=True)]), ValueError, "on the meta device"),
         (lambda: AdamW([torch.zeros(2, 2).to_sparse().requires_grad_()]), ValueError, "expected a dense tensor"),
-        (lambda: AdamW([torch.zeros(2, requires_grad=True)] * 2), ValueError, "is there twice: tied weights are one"),
-        (
-            lambda: AdamW([("a", torch.zeros(2, requires_grad=True)), ("a", torch.ones(2, requires_grad=True))]),
-            ValueError,
-            "two parameters have the name 'a'",
-        ),
-        (lambda: AdamW([torch.zeros(2, requires_grad=True)], lr=-1.0), ValueError, "lr is -1.0, expected 0 or more"),
-        (
-            lambda: AdamW([torch.zeros(2, requires_grad=True)], lr=torch.zeros(2)),
-            ValueError,
-            "lr is a tensor of shape [2]",
-        ),
         (
             lambda: AdamW([torch.zeros(2, requires_grad=True)], capturable=True),
             ValueError,
             "capturable=True is not possible",
-        ),
-        (
-            lambda: AdamW([{"params": [torch.zeros(2)], "weight_decy": 0}]),
-            ValueError,
-            "adamw has no hyperparameter 'weight_decy'",
         ),
         (lambda: AdamW([]), ValueError, "empty parameter list"),
         (lambda: AdamW([torch.zeros(2)], overlp=True), TypeError, "unexpected keyword argument 'overlp'"),
@@ -683,7 +627,7 @@ def test_an_attention_of_another_model_is_refused(
         optimizer.open()
 
 
-def test_sparse_and_misshapen_gradients_are_refused_before_anything_is_sent(shared: Service, name: str) -> None:
+def test_sparse_gradients_are_refused_before_anything_is_sent(shared: Service, name: str) -> None:
     embedding = nn.Embedding(10, 4, sparse=True)
     with AdamW(embedding.named_parameters(), url=shared.url, run=name) as optimizer:
         embedding(torch.tensor([1, 2])).sum().backward()
@@ -691,10 +635,6 @@ def test_sparse_and_misshapen_gradients_are_refused_before_anything_is_sent(shar
             optimizer.step()
         assert not optimizer.run.in_flight
         embedding.weight.grad = None
-        embedding.weight.data = torch.zeros(5, 4)
-        embedding.weight.grad = torch.zeros(5, 4)
-        with pytest.raises(RuntimeError, match=re.escape("'weight' has shape [5, 4], the run has [10, 4]")):
-            optimizer.step()
 
 
 def test_under_autocast_and_compile_nothing_changes(shared: Service, name: str) -> None:

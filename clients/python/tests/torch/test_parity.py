@@ -161,4 +161,4 @@ def test_the_state_loads_into_torchs_own_optimizer(shared: Service, name: str) -
     train(handed_over, local, 10, 11)
     train(theirs, reference, 10, 11)
     assert distance(handed_over, theirs) < 1e-5
-    assert muond.torch.state.TOKEN not in local.state_dict()
+    assert muond.torch.state.matching.TOKEN not in local.state_dict()

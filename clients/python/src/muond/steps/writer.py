@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ..connection import Connection, Listener
 from ..error import ErrorFields, MuondError
+from ..rest import Rest
 from ..transport.address import Endpoint
 from ..wire.frame import Frame, frame_error
 from .attempts import Attempts
@@ -102,6 +103,14 @@ class Writer:
             return answer
 
         return self._outlast(attempt)
+
+    def rest(self) -> Rest:
+        """The service's other interface, as patient as this one."""
+        return Rest(self._host.endpoint, self._host.retries, self._host.backoff)
+
+    def moved(self, step: int, digest: str) -> None:
+        """State was imported into the run: a step is taken from there."""
+        self.step, self.digest = step, digest
 
     def reopen(self, checkpoint: str | None = None) -> None:
         """Opens the run again wherever it is now, or at a checkpoint. Not while a step is in flight. Tried again as a step is."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
+from .checks import check_values
 from .hyperparameters import DEFAULTS
 from .names import plain_name
 from .slots import LAYOUT_KEYS
 
-# Keys of a group beside its hyperparameters. torch's `foreach` and `fused` say how torch computes, not what.
+# torch's own keys that every algorithm has; `foreach` and `fused` say how torch computes, not what.
+_TORCH_KEYS = ("maximize", "foreach", "fused", "capturable", "differentiable")
+# Keys of a group beside its hyperparameters.
 _OTHER_KEYS = frozenset(
     {
         *(
@@ -26,14 +31,20 @@ _OTHER_KEYS = frozenset(
             "layouts",
             *LAYOUT_KEYS,
         ),
-        *("maximize", "foreach", "fused", "capturable", "differentiable", "initial_lr"),
+        *_TORCH_KEYS,
+        *("initial_lr", "use_muon"),
     }
 )
 
 
 def resolve_groups(params: Iterable[Any], groups: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
     """param_groups from ``named_parameters`` and ``groups`` with names or patterns, or those that ``params`` is already."""
-    given = list(params)
+    if isinstance(params, torch.Tensor):
+        raise TypeError(
+            "params argument given to the optimizer should be an iterable of Tensors or dicts, but got "
+            + torch.typename(params)
+        )
+    given = list(params.named_parameters() if isinstance(params, torch.nn.Module) else params)
     if groups is None:
         if all(isinstance(group, dict) for group in given):
             return given
@@ -74,43 +85,52 @@ def _check_cover(named: Mapping[str, torch.Tensor], groups: Sequence[Mapping[str
 
 
 def complete_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A param_group with every hyperparameter of its algorithm. Raises ValueError, naming the key."""
-    algorithm = group.get("algorithm", defaults.get("algorithm"))
+    """A param_group with every hyperparameter of its algorithm, and the other keys that it has. Raises ValueError, TypeError.
+
+    ``defaults`` are those of the optimizer, and hold for groups of its own algorithm.
+    """
+    group = _with_algorithm(group)
+    own = defaults.get("algorithm")
+    algorithm = group.get("algorithm", own)
     if algorithm not in DEFAULTS:
         raise ValueError(f"a param_group has the algorithm {algorithm!r}, expected one of {', '.join(DEFAULTS)}")
-    known = {**DEFAULTS[algorithm], **{key: defaults[key] for key in DEFAULTS[algorithm] if key in defaults}}
-    for key in group:
-        if key not in known and key not in _OTHER_KEYS:
-            raise ValueError(f"{algorithm} has no hyperparameter '{key}', it has {', '.join(known)}")
-    for key in ("capturable", "differentiable"):
-        if group.get(key) or defaults.get(key):
-            raise ValueError(f"{key}=True is not possible: the step is computed by a service")
+    inherited = defaults if algorithm == own else {key: defaults[key] for key in _TORCH_KEYS if key in defaults}
+    known = {**DEFAULTS[algorithm], **inherited}
+    _warn_of_misspellings(group, algorithm)
     complete = {**known, **group, "algorithm": algorithm}
-    _check_values(complete)
-    complete["params"] = _without_duplicates(group["params"])
+    check_values(complete)
+    complete["params"] = _named_plainly(group["params"])
     return complete
 
 
-def _check_values(group: Mapping[str, Any]) -> None:
-    """What torch's constructors check; all the rest is the service's to refuse."""
-    for key in ("lr", "weight_decay", "eps"):
-        value = group.get(key, 0.0)
-        if isinstance(value, torch.Tensor) and value.numel() != 1:
-            raise ValueError(f"{key} is a tensor of shape {list(value.shape)}, expected one element")
-        if not 0.0 <= float(value) < float("inf"):
-            raise ValueError(f"{key} is {float(value)}, expected 0 or more")
+# github.com/KellerJordan/Muon, MuonWithAuxAdam: `use_muon` says which of the two a group gets, with these values of its own.
+_KELLER_JORDAN: Mapping[bool, Mapping[str, Any]] = {
+    True: {"algorithm": "muon", "lr": 0.02, "momentum": 0.95, "weight_decay": 0.0},
+    False: {"algorithm": "adamw", "lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0},
+}
 
 
-def _without_duplicates(params: Any) -> Any:
+def _with_algorithm(group: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "use_muon" not in group or "algorithm" in group:
+        return group
+    return {**_KELLER_JORDAN[bool(group["use_muon"])], **group}
+
+
+def _warn_of_misspellings(group: Mapping[str, Any], algorithm: str) -> None:
+    """Other tools have keys of their own in param_groups, which torch keeps and ignores. One that is nearly ours may be a mistake."""
+    known = [*DEFAULTS[algorithm], *_OTHER_KEYS]
+    for key in group:
+        if key in known or not isinstance(key, str):
+            continue
+        meant = get_close_matches(key, known, n=1, cutoff=0.85)
+        if meant:
+            warnings.warn(
+                f"a param_group of {algorithm} has the key '{key}', which changes nothing: is it '{meant[0]}'?",
+                stacklevel=5,
+            )
+
+
+def _named_plainly(params: Any) -> Any:
     if isinstance(params, (torch.Tensor, set)):
         return params
-    listed = list(params)
-    seen: set[int] = set()
-    for entry in listed:
-        name, tensor = entry if isinstance(entry, tuple) else (None, entry)
-        if id(tensor) in seen:
-            raise ValueError(
-                f"a parameter{f' ({name})' if name else ''} is there twice: tied weights are one parameter"
-            )
-        seen.add(id(tensor))
-    return [(plain_name(entry[0]), entry[1]) if isinstance(entry, tuple) else entry for entry in listed]
+    return [(plain_name(entry[0]), entry[1]) if isinstance(entry, tuple) else entry for entry in params]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 _MUON: dict[str, Any] = {
@@ -36,30 +37,42 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 FIXED = frozenset({"amsgrad", "centered", "momentum_form", "momentum_dtype", "second_momentum"})
 """What a run cannot change: it is part of its state."""
 
+COUPLED = frozenset({"adam", "rmsprop"})
+"""Their weight decay is added to the gradient, as in torch: by this package, which has the weights."""
+
 # torch's names for what the wire calls otherwise.
 _ADJUST = {None: "original", "spectral_unclamped": "spectral"}
 
 
+# torch writes None for a default of its own; for anything else it is a mistake.
+_MAY_BE_NONE = frozenset({"adjust_lr_fn", "ns_steps"})
+
+
 def on_the_wire(name: str, value: Any) -> Any:
-    """A value of a param_group as the service takes it. Schedulers write tensors, torch writes tuples and None."""
+    """A value of a param_group as the service takes it. Raises TypeError for None where no None is possible."""
+    if value is None and name not in _MAY_BE_NONE:
+        raise TypeError(f"{name} is None, expected a value")
     if name == "adjust_lr_fn":
         return _ADJUST.get(value, value)
-    return _plain(value)
+    return plain(value)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        if value.numel() != 1:
+def plain(value: Any) -> Any:
+    """Python's own numbers and lists: schedulers write tensors and numpy's numbers, torch tuples, configurations lists of their own."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        if isinstance(value, torch.Tensor) and value.numel() != 1:
             raise ValueError(f"a hyperparameter is a tensor of shape {list(value.shape)}, expected one element")
-        return value.item()
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return value.item() if value.size == 1 or isinstance(value, torch.Tensor) else plain(value.tolist())
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [plain(item) for item in value]
     return value
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What the service is told of a param_group; other keys of it belong to torch and to schedulers. None: its own default."""
+    """What the service is told of a param_group; other keys of it belong to torch and to other tools. None: its own default."""
     values = {name: on_the_wire(name, group[name]) for name in DEFAULTS[group["algorithm"]]}
+    if group["algorithm"] in COUPLED:
+        values["weight_decay"] = 0.0
     return {name: value for name, value in values.items() if value is not None}
 
 

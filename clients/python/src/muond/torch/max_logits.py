@@ -180,7 +180,7 @@ def _on_its_way(largest: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 def _from_gpu(largest: torch.Tensor) -> Callable[[], torch.Tensor]:  # pragma: no cover - needs a GPU
     # `to` would wait; into page-locked memory the copy is one more piece of work for the stream.
-    pinned = torch.empty(largest.shape, dtype=largest.dtype, pin_memory=True)
+    pinned = torch.empty(largest.shape, dtype=largest.dtype, device="cpu", pin_memory=True)
     pinned.copy_(largest, non_blocking=True)
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(largest.device))

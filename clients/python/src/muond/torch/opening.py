@@ -24,6 +24,9 @@ _ADVICE = {
     "RUN_EXISTS": "give it another name, load a state_dict of it, or go on with mode='resume'",
     "RUN_MISMATCH": "was this run made by another model? Give this one another name",
     "RUN_BUSY": "another trainer is connected; takeover=True takes the run from it",
+    "RUN_NOT_FOUND": "this service has no such run: connect to the one that has (url=), or load a state_dict with state='tensors', "
+    "which goes anywhere",
+    "OVER_CAPACITY": "close(delete=True) and DELETE /v1/runs/RUN free what a run holds; --max-runs says how many there may be",
 }
 
 

@@ -6,10 +6,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from typing_extensions import Unpack
 
 from ..connection import Connection
@@ -19,17 +22,20 @@ from ..rest import Rest
 from ..run import Run
 from ..steps.interrupt import interrupt_later
 from ..transport.address import endpoint
+from .checks import check_values
+from .finite import nonfinite
 from .grouping import complete_group, resolve_groups
-from .hyperparameters import changes
-from .kept import Shelf
-from .opening import new_run_name, open_slots
+from .home import Home
+from .hyperparameters import DEFAULTS, changes
 from .preset import with_preset
 from .progress import Progress
-from .restoring import go_back, import_into, is_at, open_at, require_place
 from .settings import Options, Settings, settings
-from .slots import Slot, group_names, make_slots
+from .slots import Slot, make_slots
 from .staging import Staging
-from .state import TOKEN, read_state
+from .state.kept import Shelf
+from .state.matching import TOKEN, match
+from .state.restoring import go_back
+from .state.view import State
 from .streaming import Streaming
 
 Params = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
@@ -52,27 +58,31 @@ class Optimizer(torch.optim.Optimizer):
         self._begin(resolve_groups(params, groups), {}, settings(options))
 
     def _begin(self, params: Any, defaults: dict[str, Any], given: Settings) -> None:
+        self._ready = False
         self._settings = given
         self._address = endpoint(given.url, token=given.token, headers=given.headers, ssl_context=given.ssl_context)
-        self._run: Run | None = None
-        self._run_name = given.run or new_run_name()
-        self._closed = False
-        self._slots: list[Slot] = []
+        # What belongs to the optimizer must not keep it alive.
+        reference = weakref.ref(self)
+        self._home = Home(given, self._address, lambda: _alive(reference).param_groups)
         self._staging = Staging()
         self._streaming: Streaming | None = None
         self._opening = threading.RLock()
+        self._stepping = threading.RLock()
         self._shelf = Shelf(given.keep_last)
         self._known_presets: Mapping[str, Any] | None = None
         self._begun_with: dict[str, dict[str, Any]] = {}
-        self._progress = Progress(self._run_name) if given.progress else None
+        self._progress = Progress(self._home.name) if given.progress else None
         self.receipt: Receipt | None = None
         """Of the last finished step."""
+        self._inherited = defaults
         super().__init__(params, defaults)
+        self.defaults = defaults or _common(self.param_groups)
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
         make_slots(self.param_groups, given)
         Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
         if given.overlap:
             self._attach()
+        self._ready = True
 
     # Life
 
@@ -91,22 +101,18 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def run_name(self) -> str:
-        return self._run_name
+        """The run's name. Parameters that are added or replaced later make it another run, with the same state."""
+        return self._home.name
 
     @property
     def step_count(self) -> int:
         """The last finished step of the run, 0 before it is open."""
-        return 0 if self._run is None else self._run.step_count
+        return 0 if self._home.run is None else self._home.run.step_count
 
     def open(self) -> Run:
         """Opens the run, which the first step does by itself. Raises MuondError RUN_EXISTS, RUN_MISMATCH, OVER_CAPACITY…"""
         with self._opening:
-            if self._closed:
-                raise MuondError("CLIENT_CLOSED", f"the optimizer of run '{self._run_name}' was closed")
-            if self._run is None:
-                self._run = self._open(self._settings.mode, self._settings.checkpoint)
-                self._settle(self._run)
-            return self._run
+            return self._home.run or self._home.open(self._settings.mode, self._settings.checkpoint)
 
     def close(self, *, delete: bool = False) -> None:
         """Closes the connection; the run and its state stay in the service, unless ``delete``."""
@@ -114,50 +120,39 @@ class Optimizer(torch.optim.Optimizer):
             self._streaming.detach()
         if self._progress is not None:
             self._progress.close()
-        was_open = self._run is not None and not self._closed
-        self._closed = True
-        if self._run is not None:
-            self._run.close()
-        if delete and was_open:
-            with self._rest() as rest:
-                rest.delete(self._run_name)
-
-    def _rest(self) -> Rest:
-        return Rest(self._address, self._settings.retries, self._settings.backoff)
-
-    def _open(self, mode: str, checkpoint: str | None = None) -> Run:
-        self._slots = make_slots(self.param_groups, self._settings)
-        return open_slots(
-            self._run_name,
-            self._slots,
-            self.param_groups,
-            self._address,
-            self._settings,
-            mode=mode,
-            checkpoint=checkpoint,
-        )
-
-    def _settle(self, run: Run) -> None:
-        names = run.settle()
-        if not names:
-            return
-        warnings.warn(
-            f"run '{run.name}' was left in the middle of step {run.step_count}: the momentum of {len(names)} parameters has its "
-            f"gradients, no weight has their updates ({', '.join(names[:3])}{'…' if len(names) > 3 else ''}). "
-            "For an exact state go back to a checkpoint.",
-            stacklevel=4,
-        )
+        self._home.close(delete=delete)
 
     # torch.optim.Optimizer
 
+    @property  # type: ignore[override]
+    def state(self) -> State:
+        """{parameter: {name: tensor}} as torch has it: read from the service, all of it in one request, when it is looked at.
+
+        What is written, deleted or changed in place is carried out before the next step. Entries of other names are the program's
+        own and stay here. Raises MuondError; RuntimeError while a step is under way.
+        """
+        return self._home.state
+
+    @state.setter
+    def state(self, state: Mapping[Any, Any]) -> None:
+        # The constructor of torch.optim.Optimizer sets an empty one, which is no wish.
+        if self._ready:
+            self._home.state.replace(state)
+
+    @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if getattr(self, "_run", None) is not None:
-            raise ValueError(
-                f"run '{self._run_name}' is open, and its parameters are fixed: list them all at first (frozen ones may be among them)"
-            )
+        """As torch. After the first step the next one goes on with these parameters as well, in a run of another name."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         if param_group.get("preset") is not None:
             param_group = with_preset(param_group, self._presets())
-        super().add_param_group(complete_group(param_group, self.defaults))
+        super().add_param_group(complete_group(param_group, self._inherited))
+        try:
+            if self._ready:
+                make_slots(self.param_groups, self._settings)
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
 
     def _presets(self) -> Mapping[str, Any]:
         if self._known_presets is None:
@@ -170,9 +165,12 @@ class Optimizer(torch.optim.Optimizer):
         self._give_up_half_step()
         super().zero_grad(set_to_none)
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step: returns the receipt, or with a closure what the closure returned (``receipt`` has the other).
+
+        None for a step that is none: every parameter is frozen, or a gradient has NaN or Inf (``on_nonfinite``).
 
         Raises MuondError. A step that raised can be taken again, as long as the gradients are the same; nothing is applied twice.
         """
@@ -183,34 +181,90 @@ class Optimizer(torch.optim.Optimizer):
         receipt = self._take_step()
         return receipt if closure is None else loss
 
-    def _take_step(self) -> Receipt:
+    def _take_step(self) -> Receipt | None:
+        with self._stepping:
+            if self._home.run is None and not self._has_gradients():
+                # Every parameter is frozen: there is nothing that a run could have.
+                return self.receipt
+            run = self._prepared()
+            if run is None:
+                return None
+            try:
+                # Ctrl-C waits until the step is finished, or the next one could not begin.
+                with interrupt_later(run.hurry):
+                    return self._took(self._send_and_end(run))
+            finally:
+                self._home.state.moved()
+                if self._streaming is not None:
+                    self._streaming.reset()
+                    self._streaming.attach()
+
+    def _has_gradients(self) -> bool:
+        return any(p.requires_grad or p.grad is not None for group in self.param_groups for p in group["params"])
+
+    def _prepared(self) -> Run | None:
+        """The run, with its step begun; None for a step that is skipped.
+
+        Raises before anything is sent: a step is not begun that cannot be ended.
+        """
         run = self.open()
-        self._check_gradients()
         if run.in_flight:
+            self._check_gradients()
             self._check_unchanged(run)
-        else:
-            self._begin_step(run)
-        try:
-            # Ctrl-C waits until the step is finished, or the next one could not begin.
-            with interrupt_later(run.hurry):
-                return self._took(self._send_and_end(run))
-        finally:
+            return run
+        run = self._carried_out()
+        self._check_gradients()
+        if self._is_skipped(run):
+            return None
+        self._begin_step(run)
+        return run
+
+    def _is_skipped(self, run: Run) -> bool:
+        """Whether a gradient has NaN or Inf and the step is not to be. Raises MuondError GRADIENT_NOT_FINITE if that is asked for."""
+        if self._settings.overlap or self._settings.on_nonfinite == "skip_parameter":
+            return False
+        names = tuple(slot.name for slot in nonfinite(self._home.slots))
+        if not names:
+            return False
+        step = run.step_count + 1
+        listed = ", ".join(f"'{name}'" for name in names[:3]) + (
+            f" and {len(names) - 3} more" if len(names) > 3 else ""
+        )
+        message = f"the gradient of {listed} for step {step} has NaN or Inf (or has it once it is rounded to its gradient_dtype)"
+        if self._settings.on_nonfinite == "raise":
+            raise MuondError(
+                "GRADIENT_NOT_FINITE",
+                f"{message}: nothing has moved",
+                ErrorFields(step=step, refused=names),
+                status=422,
+            )
+        warnings.warn(f"{message}: the step is skipped, nothing has moved", RuntimeWarning, stacklevel=6)
+        return True
+
+    def _carried_out(self) -> Run:
+        """The run as param_groups and ``state`` are now."""
+        if self._home.carry_out():
+            self._staging = Staging()
             if self._streaming is not None:
-                self._streaming.reset()
-                self._streaming.attach()
+                self._streaming.detach()
+                self._attach()
+        return self.run
 
     def _send_and_end(self, run: Run) -> Receipt:
         skipped: list[int] = []
-        for slot in self._slots:
+        for slot in self._home.slots:
             gradient = slot.tensor.grad
             if run.has_gradient(slot.index):
                 continue
             if gradient is None:
                 skipped.append(slot.index)
             else:
-                data, ready = self._staging.put(slot, gradient, borrow=True)
-                run.gradient_bytes(slot.index, data, ready)
+                self._send(run, slot, gradient, borrow=True)
         return run.end(skipped=skipped)
+
+    def _send(self, run: Run, slot: Slot, gradient: torch.Tensor, *, borrow: bool) -> None:
+        data, ready = self._staging.put(slot, gradient, self.param_groups[slot.group], borrow=borrow)
+        run.gradient_bytes(slot.index, data, ready)
 
     def _took(self, receipt: Receipt) -> Receipt:
         self.receipt = receipt
@@ -219,36 +273,35 @@ class Optimizer(torch.optim.Optimizer):
             self._progress.show(receipt)
         if self._settings.callback is not None:
             self._settings.callback(receipt)
-        if receipt.refused and self._settings.nonfinite == "raise":
+        if receipt.refused and self._settings.on_nonfinite != "skip_parameter":
             first = receipt.refused[0]
-            names = tuple(self._slots[error.fields.parameter or 0].name for error in receipt.refused)
+            names = tuple(self._home.slots[error.fields.parameter or 0].name for error in receipt.refused)
             message = f"{first.message}; step {receipt.step} was ended without {', '.join(names)}"
             raise MuondError(first.code, message, ErrorFields(step=receipt.step, refused=names), status=first.status)
         return receipt
 
     def _begin_step(self, run: Run) -> None:
-        maximize = {bool(group.get("maximize")) for group in self.param_groups}
-        if len(maximize) > 1:
-            raise ValueError(
-                "maximize is True for some groups and False for others: gradient_scale is one for the whole step"
-            )
         max_logits = self._settings.max_logits
         self._begun_with = self._changed_groups(run)
         run.begin(
             groups=self._begun_with or None,
-            gradient_scale=-1.0 if True in maximize else None,
             max_logits=None if max_logits is None else max_logits.reading(),
             skip_refused=True,
         )
 
     def _changed_groups(self, run: Run) -> dict[str, dict[str, Any]]:
-        pairs = zip(group_names(self.param_groups), self.param_groups, strict=True)
-        changed = {name: changes(group, run.groups[name]) for name, group in pairs}
-        return {name: values for name, values in changed.items() if values}
+        pairs = zip(self._home.group_names, self.param_groups, strict=True)
+        changed: dict[str, dict[str, Any]] = {}
+        for name, group in pairs:
+            values = changes(group, run.groups[name])
+            if values:
+                check_values(group)
+                changed[name] = values
+        return changed
 
     def _check_gradients(self) -> None:
         """Before anything is sent: a step is not begun that cannot be ended."""
-        for slot in self._slots:
+        for slot in self._home.slots:
             if slot.tensor.grad is not None:
                 _check_gradient(slot, slot.tensor.grad)
 
@@ -264,7 +317,9 @@ class Optimizer(torch.optim.Optimizer):
             optimizer._stream(slot, gradient)
 
         self._streaming = Streaming(
-            make_slots(self.param_groups, self._settings), self._settings.accumulation_steps, send
+            make_slots(self.param_groups, self._settings, known=self._home.slots),
+            self._settings.accumulation_steps,
+            send,
         )
         self._streaming.attach()
         weakref.finalize(self, self._streaming.detach)
@@ -272,11 +327,15 @@ class Optimizer(torch.optim.Optimizer):
     def _stream(self, slot: Slot, gradient: torch.Tensor) -> None:
         with torch.no_grad():
             run = self.open()
-            _check_gradient(slot, gradient)
+            if not run.in_flight:
+                run = self._carried_out()
+            declared = self._home.slot_of(slot.tensor)
+            if declared is None:
+                return
+            _check_gradient(declared, gradient)
             if not run.in_flight:
                 self._begin_step(run)
-            data, ready = self._staging.put(slot, gradient, borrow=False)
-            run.gradient_bytes(slot.index, data, ready)
+            self._send(run, declared, gradient, borrow=False)
 
     def _check_unchanged(self, run: Run) -> None:
         """What was sent during the backward pass is what the trainer still wants, or the step must not be taken."""
@@ -285,6 +344,11 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 f"the gradient of '{names[0]}' was changed after overlap=True had sent it ({len(names)} in all): "
                 "gradient clipping, GradScaler and whatever else changes gradients between backward() and step() need overlap=False"
+            )
+        if self._home.changed():
+            raise RuntimeError(
+                f"parameters or optimizer.state were changed after overlap=True had begun to send step {run.step_count + 1}: "
+                "change them before backward()"
             )
         wanted = self._changed_groups(run)
         if wanted != self._begun_with:
@@ -295,108 +359,71 @@ class Optimizer(torch.optim.Optimizer):
 
     def _give_up_half_step(self) -> None:
         """Ends a step whose backward pass failed with some gradients sent: those parameters take it, the others do not."""
-        run, streaming = self._run, self._streaming
+        run, streaming = self._home.run, self._streaming
         if streaming is None:
             return
         # What was counted of an accumulation goes with its gradients.
         streaming.reset()
         if run is None or run.closed or not run.in_flight:
             return
-        skipped = [slot.index for slot in self._slots if not run.has_gradient(slot.index)]
+        slots = self._home.slots
+        skipped = [slot.index for slot in slots if not run.has_gradient(slot.index)]
         self.receipt = run.end(skipped=skipped)
+        self._home.state.moved()
         warnings.warn(
-            f"step {self.receipt.step} was left with {len(self._slots) - len(skipped)} of {len(self._slots)} gradients sent, "
+            f"step {self.receipt.step} was left with {len(slots) - len(skipped)} of {len(slots)} gradients sent, "
             "and was ended with those",
             stacklevel=3,
         )
 
     # State
 
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, complete in itself: param_groups, and the state read from the service, in host memory.
 
         With ``state="checkpoint"`` the service keeps the state, and the dictionary the checkpoint's id. Raises MuondError.
         """
-        # The first of the post-hooks, so that all the others see what is saved.
-        handle = self.register_state_dict_post_hook(Optimizer._complete, prepend=True)  # type: ignore[arg-type]
-        try:
-            answer: dict[str, Any] = super().state_dict()
-        finally:
-            handle.remove()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        entries, token = self._home.saved()
+        groups, number_of = _packed(self.param_groups)
+        state = {
+            number_of.get(id(key), key) if isinstance(key, torch.Tensor) else key: value
+            for key, value in _in_order(entries, number_of)
+        }
+        answer: dict[str, Any] = {"state": state, "param_groups": groups, **({} if token is None else {TOKEN: token})}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, answer)
+            answer = answer if changed is None else changed
         return answer
 
-    def _complete(self, answer: dict[str, Any]) -> None:
-        run = self._run
-        if run is None:
-            return
-        if run.in_flight:
-            raise RuntimeError(
-                f"step {run.step_count + 1} of run '{run.name}' is under way: take it before its state is saved"
-            )
-        token: dict[str, Any] = {"version": 1, "run": run.name, "step": run.step_count, "digest": run.digest}
-        if self._settings.state == "checkpoint":
-            # Its tag keeps it for as long as the dictionary may be loaded.
-            token["checkpoint"] = run.checkpoint(f"state_dict.{run.step_count}").id
-        else:
-            with self._rest() as rest:
-                require_place(run, rest.run(run.name))
-                answer["state"] = read_state(rest, run.name, self._slots)
-                # Neither a restart of the service nor another trainer may come between the tensors.
-                require_place(run, rest.run(run.name))
-        answer[TOKEN] = token
-
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes to the step of a state_dict, from this package or from the torch optimizer of the same name.
+        """Goes to the state of a state_dict, from this package or from the torch optimizer of the same name.
 
-        If the run is where the dictionary left it, nothing is sent. Else the service goes back to the dictionary's checkpoint, or
-        takes its tensors. Raises MuondError; ValueError if the groups differ.
+        If the service has the very tensors of the dictionary already, nothing is sent; else it goes back to the dictionary's
+        checkpoint, or takes its tensors. A state of another optimizer that lives is copied, into a run of this one's own.
+        Raises MuondError; ValueError if the groups differ. Nothing has changed then.
         """
-        loaded: dict[str, Any] = {}
-
-        def take_state(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(given)
-            return {"state": {}, "param_groups": self._merged(given["param_groups"])}
-
-        def restore(_: Any) -> None:
-            token = loaded.get(TOKEN)
-            if token is not None or loaded["state"]:
-                self._restore(token or {}, loaded["state"])
-
-        # Behind the hooks that may change the dictionary, and before those that look at what was loaded.
-        handles = [
-            self.register_load_state_dict_pre_hook(take_state),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _merged(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """torch's own state_dict says nothing of the keys that only this package has."""
-        ours = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        if len(saved) != len(ours):
-            raise ValueError(f"the state_dict has {len(saved)} param_groups, this optimizer has {len(ours)}")
-        return [{**own, **group} for own, group in zip(ours, saved, strict=True)]
-
-    def _restore(self, token: Mapping[str, Any], state: Mapping[int, Mapping[str, Any]]) -> None:
-        if self._run is not None:
-            self._run.close()
-            self._run = None
-        if self._settings.run is None and "run" in token:
-            self._run_name = token["run"]
-        if "checkpoint" in token:
-            self._run = open_at(self._open, token)
-        else:
-            # The settings' mode is for a run without a history; the service may know the run of a state_dict or not.
-            run = self._open("create_or_resume")
-            if not is_at(run, token.get("step"), token.get("digest")):
-                import_into(run, self._rest(), token, state, self._slots, self.param_groups)
-            self._run = run
-        self._measure_after(self._run.step_count)
+        given = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, given)
+            given = given if changed is None else changed
+        loaded = match(given, self.param_groups)
+        for group in loaded.groups:
+            check_values(group)
+        with self._opening:
+            self._home.load(given.get(TOKEN) or {}, loaded, loaded.groups)
+            self.param_groups = loaded.groups
+        if self._streaming is not None:
+            self._streaming.reset()
+        if self._home.run is not None:
+            self._measure_after(self._home.run.step_count)
         if self._progress is not None:
-            self._progress.start(self._run.step_count)
+            self._progress.start(self.step_count)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     # Checkpoints
 
@@ -405,7 +432,7 @@ class Optimizer(torch.optim.Optimizer):
         run = self.open()
         checkpoint = run.checkpoint(tag) if tag is not None or self._settings.keep is None else None
         if self._settings.keep is not None:
-            checkpoint = self._shelf.keep(run, self._slots, self.param_groups)
+            checkpoint = self._shelf.keep(run, self._home.slots, self.param_groups)
         assert checkpoint is not None
         return checkpoint
 
@@ -419,7 +446,8 @@ class Optimizer(torch.optim.Optimizer):
         kept = go_back(run, self._shelf)
         if self._streaming is not None:
             self._streaming.reset()
-        kept.restore(self._slots, self.param_groups)
+        kept.restore(self._home.slots, self.param_groups)
+        self._home.state = State(self._home)
         self._measure_after(run.step_count)
         return run.step_count
 
@@ -427,15 +455,76 @@ class Optimizer(torch.optim.Optimizer):
         if self._settings.max_logits is not None:
             self._settings.max_logits.reset(step)
 
-    # What an optimizer with a connection cannot do
+    # Copies: each has a run of its own, and the state
 
-    def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            f"{type(self).__name__} of run '{self._run_name}' cannot be copied or pickled: it holds a connection. Save its state_dict()"
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle. What is secret stays here: key and headers are those of the environment where it is loaded."""
+        if self._settings.max_logits is not None:
+            raise TypeError(
+                f"{type(self).__name__} of run '{self.run_name}' cannot be pickled: its max_logits measures the modules of this "
+                "process. Save its state_dict()"
+            )
+        kept = replace(self._settings, run=None, mode="create", token=None, headers=None, ssl_context=None)
+        return self._copied(kept)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.__getstate__()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        kept = replace(self._settings, run=None, mode="create", attentions=deepcopy(self._settings.attentions, memo))
+        state = self._copied(kept)
+        copied.__setstate__({**deepcopy({**state, "settings": None}, memo), "settings": kept})
+        return copied
+
+    def _copied(self, given: Settings) -> dict[str, Any]:
+        entries, _ = self._home.saved(tensors=True)
+        return {"defaults": self._inherited, "param_groups": self.param_groups, "state": entries, "settings": given}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        groups = [
+            {**{k: v for k, v in group.items() if k != "param_names"}, "params": _with_names(group)}
+            for group in state["param_groups"]
+        ]
+        self._begin(groups, state["defaults"], state["settings"])
+        self._home.state.replace(state["state"])
+
+
+def _common(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What schedulers ask an optimizer of groups with values of their own for: the keys that all have, with the first one's values."""
+    shared = set.intersection(*({*DEFAULTS[group["algorithm"]]} for group in groups))
+    return {key: value for key, value in groups[0].items() if key in shared}
+
+
+def _with_names(group: Mapping[str, Any]) -> list[Any]:
+    names = group.get("param_names")
+    return list(group["params"]) if names is None else list(zip(names, group["params"], strict=True))
+
+
+def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:
+    optimizer = reference()
+    assert optimizer is not None, "what asks belongs to it"
+    return optimizer
+
+
+def _packed(groups: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """The param_groups of a state_dict, with a number for each parameter, and {id of a parameter: its number}."""
+    number_of: dict[int, int] = {}
+    packed: list[dict[str, Any]] = []
+    first = 0
+    for group in groups:
+        for number, parameter in enumerate(group["params"], first):
+            number_of.setdefault(id(parameter), number)
+        first += len(group["params"])
+        numbers = [number_of[id(parameter)] for parameter in group["params"]]
+        packed.append({**{key: value for key, value in group.items() if key != "params"}, "params": numbers})
+    return packed, number_of
+
+
+def _in_order(entries: Mapping[Any, Any], number_of: Mapping[int, int]) -> list[tuple[Any, Any]]:
+    """By number; what belongs to a parameter that no group has any more is left out, and keys of the program's own come last."""
+    numbered = [
+        (key, value) for key, value in entries.items() if isinstance(key, torch.Tensor) and id(key) in number_of
+    ]
+    others = [(key, value) for key, value in entries.items() if not isinstance(key, torch.Tensor)]
+    return [*sorted(numbered, key=lambda pair: number_of[id(pair[0])]), *others]
 
 
 def _check_gradient(slot: Slot, gradient: torch.Tensor) -> None:

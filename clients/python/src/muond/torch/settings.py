@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .max_logits import MaxLogits
 
 Mode = Literal["create", "resume", "create_or_resume"]
+OnNonfinite = Literal["skip_step", "skip_parameter", "raise"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 WIRE_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -47,7 +48,7 @@ class Options(TypedDict, total=False):
     max_logits: MaxLogits | None
     overlap: bool
     accumulation_steps: int
-    nonfinite: Literal["raise", "skip"]
+    on_nonfinite: OnNonfinite | None
     state: Literal["tensors", "checkpoint"]
     keep: Literal["cpu"] | None
     keep_last: int
@@ -83,8 +84,13 @@ class Settings:
     """Send each gradient as soon as the backward pass has it."""
     accumulation_steps: int = 1
     """With ``overlap``: backward passes before ``step()``; the gradients of the last one are sent."""
-    nonfinite: Literal["raise", "skip"] = "raise"
-    """A gradient with NaN or Inf: its parameter is left out of the step; ``raise`` then raises as well."""
+    on_nonfinite: OnNonfinite | None = None
+    """What becomes of a step with NaN or Inf in a gradient.
+
+    ``skip_step``: nothing moves, and a warning says whose gradient it was. ``raise``: nothing moves, and ``step()`` raises.
+    ``skip_parameter``: that parameter is left out. Default: ``skip_step``; with ``overlap``, where gradients have left before
+    they are all known, it is left out and ``step()`` raises.
+    """
     state: Literal["tensors", "checkpoint"] = "tensors"
     """What ``state_dict()`` holds: the state itself, or the id of a checkpoint that the service keeps."""
     keep: Literal["cpu"] | None = None
@@ -95,7 +101,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, ("create", "resume", "create_or_resume"))
-        _one_of("nonfinite", self.nonfinite, ("raise", "skip"))
+        _one_of("on_nonfinite", self.on_nonfinite, (None, "skip_step", "skip_parameter", "raise"))
+        if self.overlap and self.on_nonfinite == "skip_step":
+            raise ValueError(
+                "on_nonfinite='skip_step' needs overlap=False: with overlap the other gradients have left already"
+            )
         _one_of("state", self.state, ("tensors", "checkpoint"))
         _one_of("keep", self.keep, (None, "cpu"))
         for name in ("accumulation_steps", "keep_last"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,27 +19,63 @@ _MATRICES = ("muon", "muonclip")
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter of the model and what the run knows it as. ``shape`` is that of the time when the run was opened."""
+    """A parameter of the model and what the run knows it as.
+
+    ``index`` is its place in the run, ``group`` that of its param_group; ``shape`` is that of the time when the run was opened.
+    """
 
     index: int
+    group: int
     name: str
     tensor: torch.Tensor
     shape: tuple[int, ...]
     declaration: Parameter
 
 
-def make_slots(groups: Sequence[Mapping[str, Any]], settings: Settings) -> list[Slot]:
-    """Raises ValueError and TypeError for what no run can have; both name the parameter."""
+def make_slots(
+    groups: Sequence[Mapping[str, Any]],
+    settings: Settings,
+    wanted: Callable[[torch.Tensor], bool] = lambda _: True,
+    known: Sequence[Slot] = (),
+) -> list[Slot]:
+    """The slots of the parameters that are ``wanted`` and have elements; every one is checked.
+
+    A parameter without a name keeps the one it has in ``known``. Raises ValueError and TypeError for what no run can have; both
+    name the parameter.
+    """
     slots: list[Slot] = []
     used: set[str] = set()
-    for group, group_name in zip(groups, group_names(groups), strict=True):
-        names = group.get("param_names") or [f"param.{len(slots) + i}" for i in range(len(group["params"]))]
-        for name, tensor in zip(names, group["params"], strict=True):
+    # torch warns of a parameter that a group lists twice, and takes it.
+    listed: set[int] = set()
+    names = _names(groups, known)
+    for number, (group, group_name) in enumerate(zip(groups, group_names(groups), strict=True)):
+        for tensor in group["params"]:
+            name = next(names)
             layout = _layout(name, group, settings, used)
             declaration = _declare(name, tensor, group, group_name, layout, settings)
-            slots.append(Slot(len(slots), name, tensor, tuple(tensor.shape), declaration))
-    _check_names(slots, settings, used)
+            if wanted(tensor) and tensor.numel() > 0 and id(tensor) not in listed:
+                listed.add(id(tensor))
+                slots.append(Slot(len(slots), number, name, tensor, tuple(tensor.shape), declaration))
+    _check_layouts(settings, used)
     return slots
+
+
+def _names(groups: Sequence[Mapping[str, Any]], known: Sequence[Slot]) -> Iterator[str]:
+    """A name for each parameter, once: two models in one optimizer may have names alike."""
+    before = {id(slot.tensor): slot.name for slot in known}
+    taken: set[str] = set()
+    position = 0
+    for group in groups:
+        given = group.get("param_names")
+        named = given if given is not None and len(given) == len(group["params"]) else None
+        for i, tensor in enumerate(group["params"]):
+            base = named[i] if named else before.get(id(tensor), f"param.{position}")
+            name, number = base, 2
+            while name in taken:
+                name, number = f"{base}.{number}", number + 1
+            taken.add(name)
+            position += 1
+            yield name
 
 
 def group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -142,7 +178,6 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         (lambda: not tensor.is_floating_point(), f"is {tensor.dtype}, expected a floating point dtype"),
         (lambda: tensor.layout != torch.strided, f"is {tensor.layout}, expected a dense tensor"),
         (lambda: tensor.is_meta, "is on the meta device: it has no values yet"),
-        (lambda: tensor.numel() == 0, f"has shape {list(tensor.shape)}: no elements"),
     )
     for holds, why in refusals:
         if holds():
@@ -153,20 +188,17 @@ def _check_matrix(name: str, tensor: torch.Tensor, algorithm: str, layout: Mappi
     shape = list(tensor.shape)
     if len(shape) < 2:
         raise ValueError(
-            f"parameter '{name}' has shape {shape}, {algorithm} is for matrices: give it to AdamW (see muond.torch.suggest)"
+            f"Muon only supports 2D parameters: parameter '{name}' has shape {shape}, {algorithm} is for matrices: "
+            "give it to AdamW (see muond.torch.suggest)"
         )
     if len(shape) > 2 and "matrices" not in layout:
         raise ValueError(
-            f"parameter '{name}' has shape {shape}: say which matrices these are, layouts={{'{name}': {{'matrices': 'flatten'}}}} "
-            "for a convolution, 'batch' for matrices side by side (experts)"
+            f"Muon only supports 2D parameters: parameter '{name}' has shape {shape}: say which matrices these are, "
+            f"layouts={{'{name}': {{'matrices': 'flatten'}}}} for a convolution, 'batch' for matrices side by side (experts)"
         )
 
 
-def _check_names(slots: Sequence[Slot], settings: Settings, used: set[str]) -> None:
-    names = [slot.name for slot in slots]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two parameters have the name '{name}'")
+def _check_layouts(settings: Settings, used: set[str]) -> None:
     for pattern in settings.layouts:
         if pattern not in used:
             raise ValueError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from .hyperparameters import COUPLED, plain
 from .settings import WIRE_DTYPES
 from .slots import Slot
 
@@ -22,10 +23,18 @@ class Staging:
         self._buffers: dict[int, torch.Tensor] = {}
         self._streams: dict[torch.device, Any] = {}
 
-    def put(self, slot: Slot, gradient: torch.Tensor, *, borrow: bool) -> tuple[memoryview, Ready | None]:
-        """The gradient's bytes, and what to call before they are read. ``borrow``: the gradient itself does not change before."""
+    def put(
+        self, slot: Slot, gradient: torch.Tensor, group: Mapping[str, Any], *, borrow: bool
+    ) -> tuple[memoryview, Ready | None]:
+        """The bytes of the gradient as the service takes it, and what to call before they are read.
+
+        ``borrow``: the gradient itself does not change before.
+        """
         dtype = WIRE_DTYPES[slot.declaration.gradient_dtype]
-        gradient = gradient.detach()
+        given = gradient.detach()
+        gradient = _as_taken(given, slot.tensor.detach(), group)
+        # What was computed here is nobody else's to change.
+        borrow = borrow or gradient is not given
         if borrow and gradient.device.type == "cpu" and gradient.dtype == dtype and gradient.is_contiguous():
             return memory_of(gradient), None
         buffer = self._buffer(slot, dtype, pinned=gradient.is_cuda)
@@ -37,7 +46,7 @@ class Staging:
     def _buffer(self, slot: Slot, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
         buffer = self._buffers.get(slot.index)
         if buffer is None:
-            buffer = self._buffers[slot.index] = torch.empty(slot.shape, dtype=dtype, pin_memory=pinned)
+            buffer = self._buffers[slot.index] = torch.empty(slot.shape, dtype=dtype, device="cpu", pin_memory=pinned)
         return buffer
 
     def _copy_from_gpu(self, buffer: torch.Tensor, gradient: torch.Tensor) -> Ready:  # pragma: no cover - needs a GPU
@@ -56,6 +65,14 @@ class Staging:
         return event.synchronize
 
 
+def _as_taken(gradient: torch.Tensor, weights: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
+    """What torch does before anything else: G <- -G where it maximizes, then G + decay · W where the decay is the gradient's."""
+    if group.get("maximize"):
+        gradient = gradient.neg()
+    decay = plain(group["weight_decay"]) if group["algorithm"] in COUPLED else 0
+    return gradient.add(weights, alpha=decay) if decay else gradient
+
+
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor in host memory; bfloat16 has no numpy dtype, bytes have."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -66,6 +83,6 @@ def allocator(slots: list[Slot]) -> Callable[[int], npt.NDArray[np.uint8]]:
     pinned = any(slot.tensor.is_cuda for slot in slots)
 
     def allocate(size: int) -> npt.NDArray[np.uint8]:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned).numpy()
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned).numpy()
 
     return allocate

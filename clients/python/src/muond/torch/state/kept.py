@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ..receipt import Checkpoint
-from ..run import Run
-from .slots import Slot
+from ...receipt import Checkpoint
+from ...run import Run
+from ..slots import Slot
 
 
 class Kept:
