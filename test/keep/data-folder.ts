@@ -3,7 +3,7 @@ import { join } from 'node:path'
 import { type Manifest, openManifest, sealManifest } from '../../src/store/checkpoint/manifest.js'
 import { startService } from '../service.js'
 
-// What the tests of restarts do with a data folder, and with what lies in one.
+// Services on a data folder, and changes to the files in it, for the tests of restarts.
 
 /** A service that keeps its runs in `data`, a checkpoint of every fifth step in several files. */
 export const start = (data: string, settings: Parameters<typeof startService>[0] = {}) =>
@@ -33,7 +33,7 @@ export function flip(path: string, at: number): void {
   writeFileSync(path, bytes)
 }
 
-/** Another manifest, with a hash of its own that is right. */
+/** Changes a manifest and gives it the right hash again. */
 export function reseal(data: string, change: Partial<Manifest> | ((manifest: Manifest) => Partial<Manifest>)): void {
   const path = manifestOf(data, 5)
   const { sha256: _, ...manifest } = openManifest(readFileSync(path, 'utf8'), path) as Manifest & { sha256: string }

@@ -19,7 +19,7 @@ async function startDevice() {
   })
 }
 
-/** A step of the run's place with a gradient of seeded noise. */
+/** Applies a gradient of seeded noise to the run's place. */
 function stepOf(device: Device, step: number) {
   const slot = device.staging.tryReserve(256)!
   device.view(device.stagingBlock).set(new Uint8Array(normal(1, 64).buffer), slot.offset)

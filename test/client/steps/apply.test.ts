@@ -4,7 +4,7 @@ import type { Dtype } from '../../../kernels/dtype.js'
 import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../../../kernels/narrow.js'
 import { applyUpdate, type Update, type Weights } from '../../../src/client/steps/apply.js'
 
-/** The formula, one element at a time, from the bytes. */
+/** The weights after an update by the formula, element by element from the bytes. */
 function expected(weights: Weights, update: Update): number[] {
   const { scale, decay, dtype, data, row_scale } = update
   return Array.from(weights, (stored, i) => {
@@ -23,7 +23,7 @@ function elementOf(data: Uint8Array, dtype: Dtype, i: number): number {
 }
 
 const BYTES = { float32: 4, bfloat16: 2, float16: 2 } as const
-/** Upper byte of an element in the range of ordinary numbers: the formula is not about NaN. */
+/** Upper bytes of an element with an ordinary exponent: the formula says nothing of NaN. */
 const ORDINARY = { float32: [0x3d, 0xbe], bfloat16: [0x3d, 0xbe], float16: [0x2c, 0xb1] } as const
 
 function randomData(dtype: Dtype, elements: number, next: () => number): Uint8Array {
