@@ -12,7 +12,7 @@ import { startService } from './service.js'
 
 const README = readFileSync('README.md', 'utf8')
 const section = (name: string) => README.split(`<!-- ${name} -->\n`)[1]!.split(`<!-- /${name} -->`)[0]!
-/** All but the last triple of these are divided by (s, s³, s⁵), s = 1.05. */
+/** Sets in which all triples but the last one are divided by (s, s³, s⁵), s = 1.05. */
 const PADDED = ['polar_express', 'cubic5']
 const cell = (text: string) => text.replaceAll('|', '\\|')
 
@@ -121,7 +121,7 @@ function floatOf(bits: string): number {
 t.test('docs/protocol.md names the hyperparameters that a resuming open must give alike', async (t) => {
   const [, named] = readFileSync('docs/protocol.md', 'utf8').match(/marks _fixed_: ([^)]*)\)/) ?? []
   const fixed = Object.values(HYPERPARAMETERS).flatMap((table: Table) =>
-    // There is one value of `centered` only.
+    // `centered` has only one value, so a client cannot give another one.
     Object.keys(table).filter((key) => !table[key]!.sticky && key !== 'centered'),
   )
   t.same(new Set([...named!.matchAll(/`(\w+)`/g)].map(([, key]) => key)), new Set(fixed))

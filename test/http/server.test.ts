@@ -21,7 +21,7 @@ function start(argv: string[], env: Record<string, string> = {}): Process {
   })
 }
 
-/** What a process prints until it ends, and its exit code. */
+/** The output of a process until it ends, and its exit code. */
 async function result(child: Process) {
   const [out, err, [code]] = await Promise.all([child.stdout.toArray(), child.stderr.toArray(), once(child, 'exit')])
   return { code, out: Buffer.concat(out).toString(), err: Buffer.concat(err).toString() }
