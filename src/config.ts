@@ -83,6 +83,11 @@ export const SETTINGS = {
   ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),
+  receipts_bytes: integer(
+    2 ** 23,
+    [1, BYTES],
+    'Bytes that the kept receipts of a run may take; the newest one is always kept.',
+  ),
   send_timeout_seconds: seconds(
     60,
     [0.001, DAY],

@@ -79,7 +79,7 @@ export function scalarOf({ plan, gradient_scale }: Job, name: string): number {
 /** Each kernel with each size of a block that it is asked for. */
 export function needsOf(demands: readonly Demand[]): Need[] {
   const needs = new Map<string, Need>()
-  for (const { plan } of demands) {
+  for (const plan of new Set(demands.map(({ plan }) => plan))) {
     // Tasks of one size have one kernel, and a parameter may have a quarter of a million of them.
     const sizes = new Map(plan.tasks.map((task) => [String(task.dims), task]))
     for (const { kernel = plan.kernel, dims } of sizes.values())
