@@ -6,7 +6,10 @@ import { listen } from './service.js'
 
 export type Peer = { url: string; connections: () => number; close: () => void }
 
-/** Gets every frame of the client and the number of its connection, and answers what it likes: also what no service says. */
+/**
+ * Gets every frame of the client and the number of its connection, and answers what it likes: also what no service
+ * says.
+ */
 export type Script = (frame: ClientFrame, socket: WebSocket, connection: number) => void
 
 export async function startPeer(script: Script, host = '127.0.0.1'): Promise<Peer> {

@@ -31,7 +31,9 @@ function modelOf(run: string, lr: number) {
 
 const norm = (values: ArrayLike<number>) => Math.sqrt(Array.from(values, (x) => x * x).reduce((a, b) => a + b))
 
-/** A number for each head that depends on its weights: a factor applied twice, or not at all, shows in every later step. */
+/**
+ * A number for each head that depends on its weights: a factor applied twice, or not at all, shows in every later step.
+ */
 function logitsOf([query, key]: readonly Parameter[], step: number): number[] {
   return Array.from({ length: HEADS }, (_, head) => {
     const rows = [query!, key!].map(({ data }) => norm(data.subarray(96 * head, 96 * (head + 1))))

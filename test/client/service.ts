@@ -20,8 +20,8 @@ export async function startService(settings: Partial<Record<SettingName, string 
 export type Proxy = { url: string; connections: () => number; cut: () => void; close: () => Promise<void> }
 
 /**
- * A TCP proxy that cuts its n-th connection dead after `budgets[n]` bytes, counted over both directions; connections beyond the
- * list live on. It listens on port `at`, 0 for a free one. `cut` ends those that are open.
+ * A TCP proxy that cuts its n-th connection dead after `budgets[n]` bytes, counted over both directions; connections
+ * beyond the list live on. It listens on port `at`, 0 for a free one. `cut` ends those that are open.
  */
 export async function startProxy(port: number, budgets: readonly number[] = [], at = 0): Promise<Proxy> {
   const sockets = new Set<Socket>()
