@@ -73,7 +73,7 @@ const MEMORY_SHARE = 0.75
 const CUDA_FILES = ['libonnxruntime_providers_cuda.so', 'libonnxruntime_providers_shared.so']
 // Lanes on the CPU share its memory bandwidth and its arena of intermediates: more than four gain nothing.
 const MAX_CPU_LANES = 4
-// Measured on an H200: four lanes keep it busy and its copies under way, more gain nothing (README).
+// Measured on an H200: four lanes keep it busy and its copies under way, more gain nothing (docs/measurements.md).
 const CUDA_LANES = 4
 // What a lane holds beside state and scratch: cuBLAS workspaces, machine code, lists of tiles.
 const CUDA_LANE_BYTES = 256 << 20
@@ -81,7 +81,7 @@ const CUDA_LANE_BYTES = 256 << 20
 const CUDA_POOLED_BYTES = 4 * 2 ** 30
 // On the CPU a lane gains nothing from seeing several jobs.
 const ONE: JobGroup = { jobs: 1, bytes: 1 }
-// Small matrices fill a GPU only together; more than these gain nothing, take scratch memory and are copied later (README).
+// Small matrices fill a GPU only together; more than these gain nothing, take scratch memory and are copied later (docs/measurements.md).
 const CUDA_GROUP: JobGroup = { jobs: 4, bytes: 256 << 20 }
 const HOPPER = '9.0'
 const CUDA_13 = 13000
