@@ -1,5 +1,6 @@
 import { DTYPES, type Dtype } from '../../../kernels/dtype.js'
-import { buildKernel, type KernelSpec, kernelIo, kernelKey, type StateIo } from '../../../kernels/kernel.js'
+import { type KernelSpec, kernelIo, kernelKey, type StateIo } from '../../../kernels/kernel.js'
+import { buildKernel } from '../../../kernels/model.js'
 import type { Task } from '../../optimizer/plan.js'
 import { Cache } from '../cache.js'
 import type { Scratch } from '../cuda/cuda-layout.js'
