@@ -7,24 +7,26 @@ import { applyProblem, type GemmMatrix, type GemmProblem, gramProblem, productPr
  * Memory of one Newton-Schulz, all float16: `x` is the input, `y` and `v` are of its shape, the others are square with its
  * shorter side. Nothing but `x` is read before it was written.
  */
-export type Slot = { readonly [Name in (typeof SLOT_WIDE)[number] | (typeof SLOT_SQUARE)[number]]: GemmMatrix }
+export type Workspace = {
+  readonly [Name in (typeof WORKSPACE_WIDE)[number] | (typeof WORKSPACE_SQUARE)[number]]: GemmMatrix
+}
 
-export const SLOT_WIDE = ['x', 'y', 'v'] as const
-export const SLOT_SQUARE = ['r', 't', 'z', 'z2', 'w', 'w2'] as const
+export const WORKSPACE_WIDE = ['x', 'y', 'v'] as const
+export const WORKSPACE_SQUARE = ['r', 't', 'z', 'z2', 'w', 'w2'] as const
 
 /** Products launch by launch: those of one launch do not depend on each other. The result is in `output`. */
 export type Steps = { readonly launches: readonly (readonly GemmProblem[])[]; readonly output: 'y' | 'v' }
 
-/** Newton-Schulz of the slot's x, which is u/‖u‖. Wide and tall matrices alike; the scalars are exact in float32. */
-export function newtonSchulzSteps(slot: Slot, coefficients: readonly Triple[]): Steps {
-  const { rows, cols } = slot.x
+/** Newton-Schulz of the workspace's x, which is u/‖u‖. Wide and tall matrices alike; the scalars are exact in float32. */
+export function newtonSchulzSteps(workspace: Workspace, coefficients: readonly Triple[]): Steps {
+  const { rows, cols } = workspace.x
   const merges = formFor(rows, cols) === 'gram' && coefficients.length >= FIRST_SEGMENT
   const merged = merges ? FIRST_SEGMENT : 0
-  const launches: GemmProblem[][] = merged > 0 ? mergedSteps(slot, coefficients.slice(0, merged)) : []
+  const launches: GemmProblem[][] = merged > 0 ? mergedSteps(workspace, coefficients.slice(0, merged)) : []
   let source: 'x' | 'y' | 'v' = merged > 0 ? 'y' : 'x'
   for (const triple of coefficients.slice(merged)) {
     const target: 'y' | 'v' = source === 'y' ? 'v' : 'y'
-    launches.push(...directSteps(slot, triple, { source, target }))
+    launches.push(...directSteps(workspace, triple, { source, target }))
     source = target
   }
   return { launches, output: source === 'v' ? 'v' : 'y' }
@@ -32,12 +34,12 @@ export function newtonSchulzSteps(slot: Slot, coefficients: readonly Triple[]): 
 
 /** R = XXᵀ, Z = cRR + bR, X' = aX + ZX; a cubic has no Z of its own. */
 function directSteps(
-  slot: Slot,
+  workspace: Workspace,
   [a, b, c]: Triple,
   { source, target }: { source: 'x' | 'y' | 'v'; target: 'y' | 'v' },
 ): GemmProblem[][] {
-  const { r, z } = slot
-  const [from, to] = [slot[source], slot[target]]
+  const { r, z } = workspace
+  const [from, to] = [workspace[source], workspace[target]]
   const apply = (w: GemmMatrix, alpha: number) =>
     applyProblem([w, from], to, { alpha, addends: [{ matrix: from, factor: a }] })
   const gram = gramProblem(from, r, 1)
@@ -49,8 +51,8 @@ function directSteps(
  * With Z_k = (c/a)·R² + (b/a)·R an iteration is X <- a(I + Z)X, and R <- a²(I + Z)R(I + Z). (I + Z_3)(I + Z_2)(I + Z_1) is
  * kept as I + W and applied once: y = Πa·(x + Wx).
  */
-function mergedSteps(slot: Slot, coefficients: readonly Triple[]): GemmProblem[][] {
-  const { x, y, r, t } = slot
+function mergedSteps(workspace: Workspace, coefficients: readonly Triple[]): GemmProblem[][] {
+  const { x, y, r, t } = workspace
   const plain = (left: GemmMatrix, right: GemmMatrix, d: GemmMatrix, factor = 1) =>
     productProblem([left, right], d, { alpha: factor, addends: [{ matrix: right, factor }] })
   const polynomial = ([a, b, c]: Triple, z: GemmMatrix) =>
@@ -63,7 +65,7 @@ function mergedSteps(slot: Slot, coefficients: readonly Triple[]): GemmProblem[]
     return productProblem([z, before], w, { alpha: 1, addends })
   }
   const [first, second, third] = coefficients
-  const { z, z2, w, w2 } = slot
+  const { z, z2, w, w2 } = workspace
   const factor = coefficients.reduce((product, [a]) => product * a, 1)
   return [
     [gramProblem(x, r, 1)],

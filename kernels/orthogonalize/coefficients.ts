@@ -80,7 +80,7 @@ export function expandCoefficients(coefficients: readonly Triple[], ns_steps: nu
 }
 
 /** p(σ): what the iterations, one per triple, make of a singular value. */
-export function composedPolynomial(coefficients: readonly Triple[], sigma: number): number {
+function composedPolynomial(coefficients: readonly Triple[], sigma: number): number {
   return coefficients.reduce((x, [a, b, c]) => x * (a + x * x * (b + x * x * c)), sigma)
 }
 

@@ -1,15 +1,7 @@
 import { ServiceError } from '../errors.js'
-import {
-  type Largest,
-  largest,
-  largestOf,
-  type Scratch,
-  scratchFor,
-  stateInFlight,
-  totalOf,
-  type Work,
-} from './cuda/cuda-layout.js'
-import type { Demand, JobGroup } from './job.js'
+import { type Kernels, type Largest, largest, largestOf, scratchFor, stateInFlight, totalOf } from './cuda/scratch.js'
+import type { Scratch } from './executor.js'
+import type { Demand, GroupLimit } from './job.js'
 import { GROUPS_PER_LANE } from './lanes.js'
 import { type Placement, placement } from './placement.js'
 
@@ -19,13 +11,13 @@ export type Capacity = {
     readonly name: string
     readonly bytes: number
     /** Set where lanes set memory of the unit aside for what they compute. */
-    readonly work?: Work
+    readonly kernels?: Kernels
   }[]
   /** Bytes of host memory for updates; left out where they lie in the unit's own memory. */
   readonly hostBytes?: number
   /** Of each unit. */
   readonly lanes: number
-  readonly group: JobGroup
+  readonly group: GroupLimit
 }
 
 /** What a run was granted. */
@@ -59,7 +51,7 @@ export class Admission {
     const grant: Grant = {
       ...placement(parts, taken),
       hostBytes: hostBytes === undefined ? 0 : sum(demands.map(({ update_bytes }) => update_bytes)),
-      largest: units.map(({ work }) => largestOf(work ? demands : [], work)),
+      largest: units.map(({ kernels }) => largestOf(kernels ? demands : [], kernels)),
     }
     this.#check(grant, what)
     this.#granted.add(grant)
@@ -70,7 +62,7 @@ export class Admission {
   reserve(bytes: readonly number[], what: string): Grant {
     const grant: Grant = {
       ...{ units: [], bytes, hostBytes: 0 },
-      largest: this.#capacity.units.map(({ work }) => largestOf([], work)),
+      largest: this.#capacity.units.map(({ kernels }) => largestOf([], kernels)),
     }
     this.#check(grant, what)
     this.#granted.add(grant)
@@ -113,7 +105,7 @@ export class Admission {
   }
 
   #largest(unit: number, granted: Iterable<Grant>): Largest | undefined {
-    if (!this.#capacity.units[unit].work) return undefined
+    if (!this.#capacity.units[unit].kernels) return undefined
     return largest([...granted].map((grant) => grant.largest[unit]))
   }
 }

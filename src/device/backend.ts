@@ -4,10 +4,10 @@ import { join } from 'node:path'
 import { GEMM_OPTIONS } from '../../kernels/cuda/gemm.js'
 import { CUDA_OPTIONS } from '../../kernels/cuda/source.js'
 import { compileCuda, deviceCount, driverVersion, missingCompiler, missingLibraries, openCuda } from './cuda/cuda.js'
-import type { Work } from './cuda/cuda-layout.js'
+import type { Kernels } from './cuda/scratch.js'
 import { CUDA_SOURCE, GEMM_SOURCE } from './cuda/sources.js'
-import type { JobGroup } from './job.js'
-import type { LaneOptions } from './lane.js'
+import type { LaneOptions } from './executor.js'
+import type { GroupLimit } from './job.js'
 import type { Allocator } from './memory.js'
 import {
   bundledLibraryFolder,
@@ -31,7 +31,7 @@ export type Backend = {
   note: string
   /** Lanes of each unit, and what each is given at a time. */
   lanes: number
-  group: JobGroup
+  group: GroupLimit
   /** Memory that the host and the device share: page-locked where the device asks for it. */
   host: Allocator
   /** Bytes of host memory for updates; left out where the unit's own memory is the host's. */
@@ -50,7 +50,7 @@ export type Unit = {
   /** A copy of state memory. */
   read(pointer: Pointer, bytes: number): Uint8Array<ArrayBuffer>
   /** Set where lanes set memory of the unit aside. */
-  work?: Work
+  kernels?: Kernels
   /** Bytes that there are for runs, and how many of them may be held for nothing but the next allocation. */
   stateBytes: number
   pooledBytes: number
@@ -80,9 +80,9 @@ const CUDA_LANE_BYTES = 256 << 20
 // Freeing device memory waits for all of the device's work: what a step frees is kept for the next one, until it is wanted.
 const CUDA_POOLED_BYTES = 4 * 2 ** 30
 // On the CPU a lane gains nothing from seeing several jobs.
-const ONE: JobGroup = { jobs: 1, bytes: 1 }
-// Small matrices fill a GPU only together; more than these gain nothing, take scratch memory and are copied later (docs/measurements.md).
-const CUDA_GROUP: JobGroup = { jobs: 4, bytes: 256 << 20 }
+const ONE: GroupLimit = { jobs: 1, bytes: 1 }
+// Small matrices fill a GPU only together; more than these gain nothing, take scratch memory and are copied later (README).
+const CUDA_GROUP: GroupLimit = { jobs: 4, bytes: 256 << 20 }
 const HOPPER = '9.0'
 const CUDA_13 = 13000
 
@@ -142,7 +142,7 @@ function cuda(runtime: OnnxRuntime, folder: string, options: BackendOptions): Ba
     return {
       name: `cuda:${gpu} ${cuda.name}`,
       lane: code ? { kind: 'cuda', folder, gpu, ...code } : { kind: 'cuda_onnx', folder, gpu },
-      work: code ? (code.hopper ? 'own' : 'own_but_products') : 'onnx',
+      kernels: code ? (code.hopper ? 'own' : 'own_but_products') : 'onnx',
       state: cuda,
       location: { kind: 'cuda', gpu },
       read: (pointer, bytes) => {

@@ -4,9 +4,9 @@ import { ServiceError } from '../errors.js'
 import type { Task } from '../optimizer/plan.js'
 import { Admission, type Grant } from './admission.js'
 import { type Backend, type BackendOptions, openBackend } from './backend.js'
-import { largestOf, scratchFor } from './cuda/cuda-layout.js'
+import { largestOf, scratchFor } from './cuda/scratch.js'
 import { type Demand, type Job, type JobResult, needsOf } from './job.js'
-import { Lanes, type Ticket, told } from './lanes.js'
+import { Lanes, refusalOf, type Ticket } from './lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 import { Region, Views, wholeOf } from './region.js'
@@ -65,7 +65,11 @@ export class Device {
     this.staging = new Staging(this.allocateHost(options.staging_bytes))
     this.#updates = new Staging(this.allocateHost(UPDATES_PER_STAGING * options.staging_bytes))
     this.stateBytesLimits = backend.units.map(({ stateBytes }) => options.state_bytes_limit || stateBytes)
-    const units = backend.units.map(({ name, work }, unit) => ({ name, work, bytes: this.stateBytesLimits[unit] }))
+    const units = backend.units.map(({ name, kernels }, unit) => ({
+      name,
+      kernels,
+      bytes: this.stateBytesLimits[unit],
+    }))
     const { lanes, group, hostBytes } = backend
     this.#admission = new Admission({ units, lanes, group, hostBytes })
     this.#lanes = backend.units.map(({ lane }) => {
@@ -181,14 +185,14 @@ export class Device {
     try {
       return this.backend.host.allocate(bytes)
     } catch (error) {
-      throw told(error)
+      throw refusalOf(error)
     }
   }
 
   async #warmUp(): Promise<void> {
     const { units, group } = this.backend
     /* c8 ignore next -- needs a GPU: npm run test:gpu */
-    const scratch = units.map(({ work }) => work && scratchFor(largestOf(WARM_UP, work), group))
+    const scratch = units.map(({ kernels }) => kernels && scratchFor(largestOf(WARM_UP, kernels), group))
     await Promise.all(this.#lanes.map((lanes, unit) => lanes.load(needsOf(WARM_UP), scratch[unit])))
   }
 

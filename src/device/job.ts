@@ -1,6 +1,5 @@
 import { type KernelSpec, kernelKey } from '../../kernels/kernel.js'
 import type { Plan } from '../optimizer/plan.js'
-import type { Scratch } from './cuda/cuda-layout.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 import type { Span } from './region.js'
 
@@ -31,8 +30,8 @@ export type JobResult = {
 /** A kernel, and the size of a block that it will be run on. */
 export type Need = { kernel: KernelSpec; dims: readonly number[] }
 
-/** A lane is given jobs together until there are so many or their gradients have so many bytes. */
-export type JobGroup = { readonly jobs: number; readonly bytes: number }
+/** A group of jobs is full, and goes to a lane, when it has this many jobs or its gradients have this many bytes. */
+export type GroupLimit = { readonly jobs: number; readonly bytes: number }
 
 /** What one parameter asks of a device: the plan of a step of it, and how much memory that works on. */
 export type Demand = {
@@ -43,28 +42,6 @@ export type Demand = {
   /** Bytes of an older state that may have to stay beside it: a checkpoint is written while training goes on. */
   readonly held_bytes?: number
 }
-
-/** What a lane computes with: everything of it runs in the lane's own thread. */
-export type Executor = {
-  /** Makes ready for kernels, and for groups of jobs that need no more than `scratch`; undefined where nothing is set aside. */
-  load(needs: readonly Need[], scratch?: Scratch): void
-  /**
-   * Computes jobs that do not depend on each other, and answers in their order. What else is in the list changes no bit.
-   * Throws where the device cannot compute; what is wrong with the numbers is an outcome.
-   */
-  run(jobs: readonly Job[]): JobResult[]
-  /** The allocation of host memory at this address is about to be freed. */
-  forget(pointer: Pointer): void
-  close(): void
-}
-
-export type LaneRequest =
-  | { type: 'load'; id: number; needs: readonly Need[]; scratch?: Scratch }
-  | { type: 'run'; id: number; jobs: readonly Job[] }
-  | { type: 'forget'; pointer: Pointer }
-  | { type: 'stop' }
-
-export type LaneReply = { id: number; results: readonly JobResult[] } | { id: number; error: string }
 
 /** Elements of one run of an elementwise kernel: 1 MiB of float32, so that its intermediates stay in the cache. */
 export const SLICE_ELEMENTS = 1 << 18

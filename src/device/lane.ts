@@ -1,17 +1,11 @@
 import { parentPort, workerData } from 'node:worker_threads'
-import { CudaExecutor, type CudaLane } from './cuda/cuda-executor.js'
+import { CudaExecutor } from './cuda/cuda-executor.js'
 import { cudaSpace } from './cuda/cuda-space.js'
-import type { Executor, JobResult, LaneReply, LaneRequest } from './job.js'
+import type { Executor, LaneOptions, LaneReply, LaneRequest } from './executor.js'
+import type { JobResult } from './job.js'
 import { hostSpace } from './onnx/host-space.js'
 import { OnnxExecutor } from './onnx/onnx-executor.js'
 import { openOnnxRuntime } from './onnx/onnxruntime.js'
-
-/** What a lane is started with; `folder` is that of libonnxruntime. */
-export type LaneOptions =
-  | { kind: 'cpu'; folder: string; threads: number }
-  | CudaLane
-  /** Without kernels of our own. */
-  | { kind: 'cuda_onnx'; folder: string; gpu: number }
 
 const executor = start(workerData)
 

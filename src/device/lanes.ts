@@ -1,25 +1,26 @@
 import { Worker } from 'node:worker_threads'
 import { ServiceError } from '../errors.js'
-import type { Scratch } from './cuda/cuda-layout.js'
-import type { Job, JobGroup, JobResult, LaneReply, LaneRequest, Need } from './job.js'
-import type { LaneOptions } from './lane.js'
+import type { LaneOptions, LaneReply, LaneRequest, Scratch } from './executor.js'
+import type { GroupLimit, Job, JobResult, Need } from './job.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 
 /** A job that waits for a lane. Cancelled before that it costs nothing. */
 export type Ticket = { cancelled: boolean }
 
-type Waiting = { resolve: (results: readonly JobResult[]) => void; reject: (error: unknown) => void }
+/** A request that a lane has not answered yet. */
+type OpenRequest = { resolve: (results: readonly JobResult[]) => void; reject: (error: unknown) => void }
 
-type Pending = {
+/** A job in the queue: it is made when a lane is free for it. */
+type QueuedJob = {
   job: () => Job | undefined
   ticket: Ticket
   resolve: (result: JobResult | undefined) => void
   reject: (error: unknown) => void
 }
 
-type Made = Pending & { made: Job }
+type MadeJob = QueuedJob & { made: Job }
 
-type Lane = { worker: Worker; busy: Map<number, Waiting>; groups: number; exited: Promise<void> }
+type Lane = { worker: Worker; busy: Map<number, OpenRequest>; groups: number; exited: Promise<void> }
 
 // One group computes and one waits in the lane's port, so that a lane never idles for a turn of the event loop.
 export const GROUPS_PER_LANE = 2
@@ -31,16 +32,16 @@ const OUT_OF_MEMORY =
 export class Lanes {
   readonly #fail: (error: Error) => void
   readonly #lanes: Lane[]
-  readonly #group: JobGroup
-  #queue: Pending[] = []
+  readonly #limit: GroupLimit
+  #queue: QueuedJob[] = []
   #nextId = 1
   #failure: ServiceError | undefined
   #dispatching = false
 
   /** `fail` is told of the first error that is no lack of memory; nothing is computed any more after `refuse`. */
-  constructor({ lane, group }: { lane: LaneOptions; group: JobGroup }, count: number, fail: (error: Error) => void) {
+  constructor({ lane, group }: { lane: LaneOptions; group: GroupLimit }, count: number, fail: (error: Error) => void) {
     this.#fail = fail
-    this.#group = group
+    this.#limit = group
     this.#lanes = Array.from({ length: count }, () => this.#start(lane))
   }
 
@@ -71,13 +72,13 @@ export class Lanes {
   /** Refuses everything that waits, and all that comes. */
   refuse(failure: ServiceError): void {
     this.#failure = failure
-    for (const lane of this.#lanes) for (const waiting of lane.busy.values()) waiting.reject(failure)
-    for (const pending of this.#queue.splice(0)) pending.reject(failure)
+    for (const lane of this.#lanes) for (const request of lane.busy.values()) request.reject(failure)
+    for (const queued of this.#queue.splice(0)) queued.reject(failure)
   }
 
   /** Ends the lanes after the jobs that they have; jobs that none has are dropped. */
   async close(): Promise<void> {
-    for (const pending of this.#queue.splice(0)) pending.resolve(undefined)
+    for (const queued of this.#queue.splice(0)) queued.resolve(undefined)
     for (const lane of this.#lanes) this.#post(lane, { type: 'stop' })
     await Promise.all(this.#lanes.map((lane) => lane.exited))
   }
@@ -102,10 +103,10 @@ export class Lanes {
   }
 
   /** The next jobs for one group; those that nobody wants any more are left out. */
-  #take(): Made[] {
-    const group: Made[] = []
+  #take(): MadeJob[] {
+    const group: MadeJob[] = []
     let bytes = 0
-    while (group.length < this.#group.jobs && bytes < this.#group.bytes) {
+    while (group.length < this.#limit.jobs && bytes < this.#limit.bytes) {
       const next = this.#queue.shift()
       if (next === undefined) break
       const made = make(next)
@@ -116,7 +117,7 @@ export class Lanes {
     return group
   }
 
-  #send(lane: Lane, group: readonly Made[]): void {
+  #send(lane: Lane, group: readonly MadeJob[]): void {
     lane.groups += 1
     const jobs = group.map(({ made }) => made)
     this.#ask(lane, (id) => ({ type: 'run', id, jobs }))
@@ -131,7 +132,7 @@ export class Lanes {
   }
 
   // Jobs that lack memory together are tried one by one: what one run asks for is no other run's trouble.
-  #refuseGroup(lane: Lane, group: readonly Made[], error: unknown): void {
+  #refuseGroup(lane: Lane, group: readonly MadeJob[], error: unknown): void {
     const together = group.length > 1 && error instanceof ServiceError && error.code === 'OVER_CAPACITY'
     for (const one of group) {
       if (together) this.#send(lane, [one])
@@ -161,29 +162,29 @@ export class Lanes {
   }
 
   #receive(lane: Lane, reply: LaneReply): void {
-    const waiting = lane.busy.get(reply.id)
+    const request = lane.busy.get(reply.id)
     lane.busy.delete(reply.id)
-    if ('results' in reply) return waiting?.resolve(reply.results)
+    if ('results' in reply) return request?.resolve(reply.results)
     // A lane that runs out of memory has changed nothing: it is that run's trouble alone.
-    if (OUT_OF_MEMORY.test(reply.error)) return waiting?.reject(new ServiceError('OVER_CAPACITY', reply.error))
+    if (OUT_OF_MEMORY.test(reply.error)) return request?.reject(new ServiceError('OVER_CAPACITY', reply.error))
     this.#fail(new Error(reply.error))
-    waiting?.reject(this.#failure)
+    request?.reject(this.#failure)
   }
 }
 
 /** The job, or undefined: its ticket was cancelled, nobody wants it any more, or it cannot be made and is refused. */
-function make({ job, ticket, resolve, reject }: Pending): Job | undefined {
+function make({ job, ticket, resolve, reject }: QueuedJob): Job | undefined {
   try {
     const made = ticket.cancelled ? undefined : job()
     if (made === undefined) resolve(undefined)
     return made
   } catch (error) {
-    reject(told(error))
+    reject(refusalOf(error))
     return undefined
   }
 }
 
-/** What a failing call is told as: memory that cannot be had is the trouble of the run that asked for it, and of no other. */
-export function told(error: unknown): unknown {
+/** The error itself, or OVER_CAPACITY where memory cannot be had: that concerns the run that asked for it, and no other. */
+export function refusalOf(error: unknown): unknown {
   return OUT_OF_MEMORY.test(String(error)) ? new ServiceError('OVER_CAPACITY', String(error)) : error
 }

@@ -11,7 +11,7 @@ type Block = { readonly pointer: Pointer; readonly bytes: number }
 const POOLED_BLOCKS = 512
 
 /** Memory that was given back, for whoever asks for as many bytes next: fresh memory is the dearest thing. */
-export class Pool {
+class Pool {
   readonly #allocator: Allocator
   /** The oldest first. */
   #kept: Block[] = []

@@ -2,7 +2,7 @@ import fc from 'fast-check'
 import t from 'tap'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { Admission, type Capacity } from '../../src/device/admission.js'
-import { largest, scratchFor, totalOf } from '../../src/device/cuda/cuda-layout.js'
+import { largest, scratchFor, totalOf } from '../../src/device/cuda/scratch.js'
 import type { Demand } from '../../src/device/job.js'
 
 const MUON: KernelSpec = {
@@ -10,7 +10,7 @@ const MUON: KernelSpec = {
   ...{ gradient_dtype: 'bfloat16', update_dtype: 'bfloat16' },
 }
 const GPU: Capacity = {
-  units: [{ name: 'cuda:0', bytes: 2 ** 30, work: 'own' }],
+  units: [{ name: 'cuda:0', bytes: 2 ** 30, kernels: 'own' }],
   ...{ hostBytes: 2 ** 24, lanes: 2, group: { jobs: 4, bytes: 2 ** 20 } },
 }
 
@@ -80,7 +80,7 @@ t.test(
         const units = [0, 1].map((gpu) => ({
           name: `cuda:${gpu}`,
           bytes,
-          work: gpu === 0 ? ('own' as const) : ('onnx' as const),
+          kernels: gpu === 0 ? ('own' as const) : ('onnx' as const),
         }))
         const admission = new Admission({ ...GPU, units })
         const held = new Set<ReturnType<Admission['admit']>>()
@@ -109,7 +109,7 @@ t.test(
 )
 
 t.test('memory beside the runs is reserved on each unit by itself, and given back', async (t) => {
-  const units = ['cuda:0', 'cuda:1'].map((name) => ({ name, bytes: 2 ** 20, work: 'own' as const }))
+  const units = ['cuda:0', 'cuda:1'].map((name) => ({ name, bytes: 2 ** 20, kernels: 'own' as const }))
   const admission = new Admission({ ...GPU, units })
   const grant = admission.reserve([1000, 2000], 'state')
   t.same([grant.bytes, grant.hostBytes, admission.bytes], [[1000, 2000], 0, 3000])

@@ -1,6 +1,11 @@
 import t from 'tap'
 import type { GemmMatrix, GemmProblem } from '../../kernels/cuda/gemm-plan.js'
-import { newtonSchulzSteps, SLOT_SQUARE, SLOT_WIDE, type Slot } from '../../kernels/cuda/newton-schulz.js'
+import {
+  newtonSchulzSteps,
+  WORKSPACE_SQUARE,
+  WORKSPACE_WIDE,
+  type Workspace,
+} from '../../kernels/cuda/newton-schulz.js'
 import { expandCoefficients, NAMED_COEFFICIENTS, type Triple } from '../../kernels/orthogonalize/coefficients.js'
 import {
   frobenius,
@@ -14,11 +19,11 @@ import {
 
 const KELLER_JORDAN = expandCoefficients(NAMED_COEFFICIENTS.keller_jordan.coefficients, 5)
 
-function slotOf(rows: number, cols: number): Slot {
+function workspaceOf(rows: number, cols: number): Workspace {
   const side = Math.min(rows, cols)
-  const wide = SLOT_WIDE.map((name, i) => [name, { rows, cols, map: BigInt(i + 1) }] as const)
-  const square = SLOT_SQUARE.map((name, i) => [name, { rows: side, cols: side, map: BigInt(i + 10) }] as const)
-  return Object.fromEntries([...wide, ...square]) as unknown as Slot
+  const wide = WORKSPACE_WIDE.map((name, i) => [name, { rows, cols, map: BigInt(i + 1) }] as const)
+  const square = WORKSPACE_SQUARE.map((name, i) => [name, { rows: side, cols: side, map: BigInt(i + 10) }] as const)
+  return Object.fromEntries([...wide, ...square]) as unknown as Workspace
 }
 
 /** What the kernel would make of the problems, in float64; throws where one reads what was not written before. */
@@ -53,14 +58,14 @@ function check(
   [rows, cols]: readonly [number, number],
   coefficients: readonly Triple[],
 ) {
-  const slot = slotOf(rows, cols)
+  const workspace = workspaceOf(rows, cols)
   const data = gaussian(rows + cols, rows * cols)
   const norm = frobenius(data)
-  const { launches, output } = newtonSchulzSteps(slot, coefficients)
-  const values = new Map([[slot.x.map, { rows, cols, data: data.map((value) => value / norm) }]])
+  const { launches, output } = newtonSchulzSteps(workspace, coefficients)
+  const values = new Map([[workspace.x.map, { rows, cols, data: data.map((value) => value / norm) }]])
   carryOut(launches, values)
   const oracle = orthogonalizeByIteration({ rows, cols, data }, coefficients)
-  const distance = relativeDistance(values.get(slot[output].map)!.data, oracle.data)
+  const distance = relativeDistance(values.get(workspace[output].map)!.data, oracle.data)
   t.ok(distance < 1e-10, `${rows}x${cols}, ${coefficients.length} iterations: distance ${distance}`)
 }
 
@@ -77,11 +82,15 @@ t.test('the products, carried out in float64, are Newton-Schulz', async (t) => {
 
 t.test('a long matrix has three iterations merged, with the same result', async (t) => {
   const [rows, cols] = [512, 1024] as const
-  const { launches } = newtonSchulzSteps(slotOf(rows, cols), KELLER_JORDAN)
+  const { launches } = newtonSchulzSteps(workspaceOf(rows, cols), KELLER_JORDAN)
   const products = launches.flat().filter(({ d }) => d.rows === rows && d.cols === cols)
   t.equal(products.length, 3, 'x is multiplied three times instead of five')
   check(t, [rows, cols], KELLER_JORDAN.slice(0, 3))
-  t.equal(newtonSchulzSteps(slotOf(rows, cols), KELLER_JORDAN.slice(0, 2)).launches.length, 6, 'two are not merged')
+  t.equal(
+    newtonSchulzSteps(workspaceOf(rows, cols), KELLER_JORDAN.slice(0, 2)).launches.length,
+    6,
+    'two are not merged',
+  )
 })
 
 t.test('no launch writes what another of its products reads', async (t) => {
@@ -90,7 +99,7 @@ t.test('no launch writes what another of its products reads', async (t) => {
     [512, 1024],
     [1024, 512],
   ] as const) {
-    for (const problems of newtonSchulzSteps(slotOf(rows, cols), KELLER_JORDAN).launches) {
+    for (const problems of newtonSchulzSteps(workspaceOf(rows, cols), KELLER_JORDAN).launches) {
       const read = problems.flatMap(({ a, b, addends }) =>
         [a, b, ...addends.map(({ matrix }) => matrix)].map(({ map }) => map),
       )

@@ -1,7 +1,8 @@
 import { Tensor } from 'onnxruntime-node'
 import t from 'tap'
 import { DTYPES, type Dtype } from '../../kernels/dtype.js'
-import { buildKernel, type KernelSpec, kernelIo, kernelKey } from '../../kernels/kernel.js'
+import { type KernelSpec, kernelIo, kernelKey } from '../../kernels/kernel.js'
+import { buildKernel } from '../../kernels/model.js'
 import { float32, openSession, values } from './session.js'
 
 const DTYPE_NAMES = Object.keys(DTYPES) as Dtype[]

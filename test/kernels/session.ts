@@ -1,6 +1,7 @@
 import assert from 'node:assert'
 import { InferenceSession, Tensor } from 'onnxruntime-node'
-import { buildKernel, type KernelSpec, kernelIo, type StateIo } from '../../kernels/kernel.js'
+import { type KernelSpec, kernelIo, type StateIo } from '../../kernels/kernel.js'
+import { buildKernel } from '../../kernels/model.js'
 
 export type KernelFeeds = {
   dims: readonly number[]

@@ -3,17 +3,18 @@ import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
 import { fitsGemm } from '../../../kernels/cuda/gemm-plan.js'
 import { MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../../kernels/cuda/source.js'
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
-import { kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
-import { type Executor, type Job, type JobResult, type Need, scalarOf } from '../job.js'
+import { type KernelSpec, kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
+import type { CudaLane, Executor, Scratch } from '../executor.js'
+import { type Job, type JobResult, type Need, scalarOf } from '../job.js'
 import { type Pointer, viewMemory } from '../onnx/onnxruntime.js'
 import { aligned } from '../staging.js'
-import { type Cuda, openCuda, type Stream } from './cuda.js'
+import { type Cuda, type CudaStream, openCuda } from './cuda.js'
+import { Hopper } from './hopper.js'
+import { Orthogonalizer } from './orthogonalizer.js'
 import {
-  ALIGNMENT,
   batchesOf,
   blocksFor,
   checkBlocksOf,
-  type Group,
   isMuon,
   listsOf,
   type MuonSpec,
@@ -21,21 +22,14 @@ import {
   packOf,
   partialBytes,
   piecesOf,
-  type Scratch,
+  type Stack,
   scanBlocks,
-} from './cuda-layout.js'
-import { Hopper } from './hopper.js'
-import { Orthogonalizer } from './orthogonalizer.js'
+} from './pieces.js'
+import { ALIGNMENT } from './scratch.js'
 import { ScratchMemory } from './scratch-memory.js'
 
-/**
- * `cubin` is the machine code of CUDA_SOURCE for this GPU, `hopper` that of GEMM_SOURCE where it can run, `folder` that of
- * libonnxruntime and its CUDA provider.
- */
-export type CudaLane = { kind: 'cuda'; folder: string; gpu: number; cubin: Uint8Array; hopper?: Uint8Array }
-
 /** One job with its device memory. */
-type Work = {
+type GpuJob = {
   job: Job
   pieces: Piece[]
   gradient: Pointer
@@ -47,14 +41,14 @@ type Work = {
   result: number
 }
 
-/** One part of a job on its way; `partials` is where those of each of its groups start. */
-type Part = Piece & { work: Work; partials: Pointer[]; last: boolean }
+/** One part of a job on its way; `partials` is where those of each of its stacks start. */
+type JobPiece = Piece & { gpuJob: GpuJob; partials: Pointer[]; last: boolean }
 
-/** A group of a job, and where its first matrix's partial sums lie. */
-type Placed<G extends Group = Group> = { work: Work; group: G; partials: Pointer }
+/** A stack of a job, and where its first matrix's partial sums lie. */
+type JobStack<Spec extends KernelSpec = KernelSpec> = { gpuJob: GpuJob; stack: Stack<Spec>; partials: Pointer }
 
 /** One matrix on its way through Newton-Schulz. */
-type Matrix = Placed<Group<MuonSpec>> & { index: number }
+type JobMatrix = JobStack<MuonSpec> & { index: number }
 
 const MOST_RESULTS = 64
 // Those of struct Second in CUDA_SOURCE after the output scale; struct Momentum has MOMENTUM_SCALARS, the others kernelIo's.
@@ -70,10 +64,10 @@ const LINES_PER_BLOCK = { row: THREADS / 32, col: 32 }
  */
 export class CudaExecutor implements Executor {
   readonly #cuda: Cuda
-  readonly #stream: Stream
+  readonly #stream: CudaStream
   /** Copies to and from the host have streams of their own: they go on while the products of other jobs are computed. */
-  readonly #copyIn: Stream
-  readonly #copyOut: Stream
+  readonly #copyIn: CudaStream
+  readonly #copyOut: CudaStream
   readonly #find: (name: string) => Pointer
   readonly #kernels = new Map<string, Pointer>()
   readonly #orthogonalizer: Orthogonalizer
@@ -113,14 +107,14 @@ export class CudaExecutor implements Executor {
   run(jobs: readonly Job[]): JobResult[] {
     const started = performance.now()
     try {
-      const batches = batchesOf(this.#lay(jobs).flatMap((work) => this.#partsOf(work)))
+      const batches = batchesOf(this.#lay(jobs).flatMap((gpuJob) => this.#piecesOf(gpuJob)))
       this.#receive(batches[0])
       for (const [index, batch] of batches.entries()) {
         this.#stream.follow(this.#copyIn)
         this.#receive(batches[index + 1] ?? [])
         this.#compute(batch)
         this.#send(batch)
-        for (const { work, last } of batch) if (last) this.#report(work)
+        for (const { gpuJob, last } of batch) if (last) this.#report(gpuJob)
       }
     } finally {
       // Also after a failure: what was queued still writes into memory that the runs are about to give away.
@@ -149,7 +143,7 @@ export class CudaExecutor implements Executor {
   }
 
   /** Gives every job its places in scratch memory. */
-  #lay(jobs: readonly Job[]): Work[] {
+  #lay(jobs: readonly Job[]): GpuJob[] {
     if (jobs.length > MOST_RESULTS) throw new Error(`${jobs.length} jobs at once, at most ${MOST_RESULTS}`)
     const take = this.#scratch.dealer()
     return jobs.map((job, result) => {
@@ -163,22 +157,22 @@ export class CudaExecutor implements Executor {
     })
   }
 
-  #partsOf(work: Work): Part[] {
-    let at = work.checks
-    return work.pieces.map((piece, index) => {
-      const partials = piece.groups.map((group) => {
+  #piecesOf(gpuJob: GpuJob): JobPiece[] {
+    let at = gpuJob.checks
+    return gpuJob.pieces.map((piece, index) => {
+      const partials = piece.stacks.map((stack) => {
         const start = at
-        at += BigInt(group.count * blocksFor(group) * PARTIAL_BYTES)
+        at += BigInt(stack.count * blocksFor(stack) * PARTIAL_BYTES)
         return start
       })
-      return { ...piece, work, partials, last: index === work.pieces.length - 1 }
+      return { ...piece, gpuJob, partials, last: index === gpuJob.pieces.length - 1 }
     })
   }
 
   /** The gradients' way to the device. */
-  #receive(batch: readonly Part[]): void {
-    for (const { work, offset, elements } of batch) {
-      const { job, gradient } = work
+  #receive(batch: readonly JobPiece[]): void {
+    for (const { gpuJob, offset, elements } of batch) {
+      const { job, gradient } = gpuJob
       if (job.gradient.space === 'gpu') continue
       const size = bytesPerElement(job.plan.kernel.gradient_dtype)
       const from = job.gradient.pointer + BigInt(offset * size)
@@ -186,21 +180,21 @@ export class CudaExecutor implements Executor {
     }
   }
 
-  #compute(batch: readonly Part[]): void {
-    const placed = batch.flatMap(({ work, groups, partials }) =>
-      groups.map((group, i): Placed => ({ work, group, partials: partials[i] })),
+  #compute(batch: readonly JobPiece[]): void {
+    const stacks = batch.flatMap(({ gpuJob, stacks, partials }) =>
+      stacks.map((stack, i): JobStack => ({ gpuJob, stack, partials: partials[i] })),
     )
-    for (const one of placed) if (!isMatrices(one)) this.#elementwise(one)
-    const matrices = placed.filter(isMatrices)
+    for (const one of stacks) if (!isMatrices(one)) this.#elementwise(one)
+    const matrices = stacks.filter(isMatrices)
     for (const one of matrices) this.#momentum(one)
     this.#orthogonalize(matrices.flatMap(matricesOf))
   }
 
   /** The updates' way back. */
-  #send(batch: readonly Part[]): void {
+  #send(batch: readonly JobPiece[]): void {
     this.#copyOut.follow(this.#stream)
-    for (const { work, offset, elements } of batch) {
-      const { job, update } = work
+    for (const { gpuJob, offset, elements } of batch) {
+      const { job, update } = gpuJob
       if (job.update.space === 'gpu') continue
       const size = bytesPerElement(job.plan.kernel.update_dtype)
       const to = job.update.pointer + BigInt(offset * size)
@@ -209,7 +203,7 @@ export class CudaExecutor implements Executor {
   }
 
   /** What the gradient and the update say as a whole. */
-  #report({ job, gradient, update, scans, checks, checkBlocks, result }: Work): void {
+  #report({ job, gradient, update, scans, checks, checkBlocks, result }: GpuJob): void {
     const updateScans = scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
     const { gradient_dtype, update_dtype } = job.plan.kernel
     this.#scan(gradient, { bytes: job.gradient.bytes, dtype: gradient_dtype, partials: scans })
@@ -236,34 +230,34 @@ export class CudaExecutor implements Executor {
     return { ...result, outcome: finite ? 'computed' : 'not_finite' }
   }
 
-  #elementwise({ work, group, partials }: Placed): void {
-    const { job, gradient, update } = work
-    const { gradient_dtype, update_dtype } = group.spec
+  #elementwise({ gpuJob, stack, partials }: JobStack): void {
+    const { job, gradient, update } = gpuJob
+    const { gradient_dtype, update_dtype } = stack.spec
     const state = job.next.map((_, i) => job.state?.[i] ?? 0n)
-    const first = { group, index: 0 }
-    this.#launch(CUDA_KERNELS.elementwise(group.spec), { x: blocksFor(group) }, [
+    const first = { stack, index: 0 }
+    this.#launch(CUDA_KERNELS.elementwise(stack.spec), { x: blocksFor(stack) }, [
       at(first, gradient, gradient_dtype),
       ...[...state, ...job.next].map((pointer) => pointer && at(first, pointer, 'float32')),
-      ...[at(first, update, update_dtype), BigInt(group.rows * group.cols)],
-      ...[...kernelIo(group.spec).scalars.map((name) => scalarOf(job, name)), partials],
+      ...[at(first, update, update_dtype), BigInt(stack.rows * stack.cols)],
+      ...[...kernelIo(stack.spec).scalars.map((name) => scalarOf(job, name)), partials],
     ])
   }
 
-  #momentum({ work, group, partials }: Placed<Group<MuonSpec>>): void {
-    const { job, gradient } = work
-    const { gradient_dtype, momentum_dtype = 'float32' } = group.spec
-    const first = { group, index: 0 }
+  #momentum({ gpuJob, stack, partials }: JobStack<MuonSpec>): void {
+    const { job, gradient } = gpuJob
+    const { gradient_dtype, momentum_dtype = 'float32' } = stack.spec
+    const first = { stack, index: 0 }
     const buffer = job.state?.[0] ?? 0n
-    this.#launch(CUDA_KERNELS.momentum(group.spec, packOf(group) > 1), { x: blocksFor(group), y: group.count }, [
+    this.#launch(CUDA_KERNELS.momentum(stack.spec, packOf(stack) > 1), { x: blocksFor(stack), y: stack.count }, [
       ...[at(first, gradient, gradient_dtype), buffer && at(first, buffer, momentum_dtype)],
-      ...[at(first, job.next[0], momentum_dtype), packsOf(group)],
+      ...[at(first, job.next[0], momentum_dtype), packsOf(stack)],
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), partials],
     ])
   }
 
-  #orthogonalize(matrices: readonly Matrix[]): void {
-    const together = matrices.filter(({ group }) => this.#takesHopper(group.rows, group.cols))
-    const alone = matrices.filter(({ group }) => !this.#takesHopper(group.rows, group.cols))
+  #orthogonalize(matrices: readonly JobMatrix[]): void {
+    const together = matrices.filter(({ stack }) => this.#takesHopper(stack.rows, stack.cols))
+    const alone = matrices.filter(({ stack }) => !this.#takesHopper(stack.rows, stack.cols))
     for (const matrix of alone) this.#orthogonalizeAlone(matrix)
     for (const list of listsOf(together)) this.#orthogonalizeTogether(list)
   }
@@ -272,8 +266,8 @@ export class CudaExecutor implements Executor {
     return this.#hopper !== undefined && fitsGemm(rows, cols)
   }
 
-  #orthogonalizeAlone(matrix: Matrix): void {
-    const { rows, cols, spec } = matrix.group
+  #orthogonalizeAlone(matrix: JobMatrix): void {
+    const { rows, cols, spec } = matrix.stack
     const memory = this.#matrices(rows, cols)
     const { input_scale, output_scale } = this.#orthogonalizer.scales(spec.coefficients, memory)
     this.#normalize(matrix, memory.x, input_scale)
@@ -281,53 +275,53 @@ export class CudaExecutor implements Executor {
     this.#finish(matrix, memory.o, output_scale)
   }
 
-  #orthogonalizeTogether(matrices: readonly Matrix[]): void {
+  #orthogonalizeTogether(matrices: readonly JobMatrix[]): void {
     if (!this.#hopper) return
-    const list = matrices.map(({ group }) => ({
-      rows: group.rows,
-      cols: group.cols,
-      coefficients: group.spec.coefficients,
+    const list = matrices.map(({ stack }) => ({
+      rows: stack.rows,
+      cols: stack.cols,
+      coefficients: stack.spec.coefficients,
     }))
-    const places = this.#hopper.places(list)
-    for (const [i, matrix] of matrices.entries()) this.#normalize(matrix, places[i].x, 1)
+    const ends = this.#hopper.ends(list)
+    for (const [i, matrix] of matrices.entries()) this.#normalize(matrix, ends[i].x, 1)
     this.#hopper.run(list)
-    for (const [i, matrix] of matrices.entries()) this.#finish(matrix, places[i].o, 1)
+    for (const [i, matrix] of matrices.entries()) this.#finish(matrix, ends[i].o, 1)
   }
 
-  #normalize(matrix: Matrix, x: Pointer, input_scale: number): void {
-    const { work, group, index, partials } = matrix
-    const { job, gradient } = work
-    const { gradient_dtype, momentum_dtype = 'float32' } = group.spec
-    const blocks = blocksFor(group)
-    this.#launch(CUDA_KERNELS.normalize(group.spec, packOf(group) > 1), { x: blocks }, [
-      ...[at(matrix, gradient, gradient_dtype), at(matrix, job.next[0], momentum_dtype), x, packsOf(group)],
+  #normalize(matrix: JobMatrix, x: Pointer, input_scale: number): void {
+    const { gpuJob, stack, index, partials } = matrix
+    const { job, gradient } = gpuJob
+    const { gradient_dtype, momentum_dtype = 'float32' } = stack.spec
+    const blocks = blocksFor(stack)
+    this.#launch(CUDA_KERNELS.normalize(stack.spec, packOf(stack) > 1), { x: blocks }, [
+      ...[at(matrix, gradient, gradient_dtype), at(matrix, job.next[0], momentum_dtype), x, packsOf(stack)],
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), scalarOf(job, 'eps'), input_scale],
       ...[partials + BigInt(index * blocks * PARTIAL_BYTES), BigInt(blocks)],
     ])
   }
 
-  #finish(matrix: Matrix, o: Pointer, output_scale: number): void {
-    const { work, group } = matrix
-    const { update_dtype, second_momentum } = group.spec
+  #finish(matrix: JobMatrix, o: Pointer, output_scale: number): void {
+    const { gpuJob, stack } = matrix
+    const { update_dtype, second_momentum } = stack.spec
     if (second_momentum) return this.#even(matrix, o, { output_scale, per: second_momentum })
-    this.#launch(CUDA_KERNELS.finish(update_dtype, packOf(group) > 1), { x: blocksFor(group) }, [
-      ...[o, at(matrix, work.update, update_dtype), packsOf(group), group.factor * output_scale],
+    this.#launch(CUDA_KERNELS.finish(update_dtype, packOf(stack) > 1), { x: blocksFor(stack) }, [
+      ...[o, at(matrix, gpuJob.update, update_dtype), packsOf(stack), stack.factor * output_scale],
     ])
   }
 
   /** NorMuon: the second momentum of one matrix, and its update. */
-  #even(matrix: Matrix, o: Pointer, { output_scale, per }: { output_scale: number; per: 'row' | 'col' }): void {
-    const { work, group, index } = matrix
-    const { rows, cols, spec } = group
-    const { state, next } = work.job
-    const offset = BigInt((group.lines + index * Math.max(rows, cols)) * bytesPerElement('float32'))
+  #even(matrix: JobMatrix, o: Pointer, { output_scale, per }: { output_scale: number; per: 'row' | 'col' }): void {
+    const { gpuJob, stack, index } = matrix
+    const { rows, cols, spec } = stack
+    const { state, next } = gpuJob.job
+    const offset = BigInt((stack.lines + index * Math.max(rows, cols)) * bytesPerElement('float32'))
     const blocks = Math.min(MAX_BLOCKS, Math.ceil(Math.max(rows, cols) / LINES_PER_BLOCK[per]))
     this.#launch(CUDA_KERNELS.second(per), { x: blocks }, [
       ...[o, state ? state[1] + offset : 0n, next[1] + offset, BigInt(rows), BigInt(cols), output_scale],
-      ...[...SECOND_SCALARS.map((name) => scalarOf(work.job, name)), this.#lineSums],
+      ...[...SECOND_SCALARS.map((name) => scalarOf(gpuJob.job, name)), this.#lineSums],
     ])
-    this.#launch(CUDA_KERNELS.even(spec.update_dtype, packOf(group) > 1), { x: blocksFor(group) }, [
-      ...[o, at(matrix, work.update, spec.update_dtype), packsOf(group), group.factor * output_scale],
+    this.#launch(CUDA_KERNELS.even(spec.update_dtype, packOf(stack) > 1), { x: blocksFor(stack) }, [
+      ...[o, at(matrix, gpuJob.update, spec.update_dtype), packsOf(stack), stack.factor * output_scale],
       ...[next[1] + offset, BigInt(cols), per === 'row' ? 1n : 0n, this.#lineSums, BigInt(blocks)],
     ])
   }
@@ -350,20 +344,20 @@ export class CudaExecutor implements Executor {
   }
 }
 
-function isMatrices(placed: Placed): placed is Placed<Group<MuonSpec>> {
-  return isMuon(placed.group)
+function isMatrices(one: JobStack): one is JobStack<MuonSpec> {
+  return isMuon(one.stack)
 }
 
-function matricesOf(placed: Placed<Group<MuonSpec>>): Matrix[] {
-  return Array.from({ length: placed.group.count }, (_, index) => ({ ...placed, index }))
+function matricesOf(one: JobStack<MuonSpec>): JobMatrix[] {
+  return Array.from({ length: one.stack.count }, (_, index) => ({ ...one, index }))
 }
 
 /** Where a matrix lies in a tensor of its parameter. */
-function at({ group, index }: Pick<Matrix, 'index'> & { group: Group }, base: Pointer, dtype: Dtype): Pointer {
-  return base + BigInt((group.offset + index * group.rows * group.cols) * bytesPerElement(dtype))
+function at({ stack, index }: Pick<JobMatrix, 'index'> & { stack: Stack }, base: Pointer, dtype: Dtype): Pointer {
+  return base + BigInt((stack.offset + index * stack.rows * stack.cols) * bytesPerElement(dtype))
 }
 
-function packsOf(group: Group): bigint {
-  return BigInt((group.rows * group.cols) / packOf(group))
+function packsOf(stack: Stack): bigint {
+  return BigInt((stack.rows * stack.cols) / packOf(stack))
 }
 /* c8 ignore stop */

@@ -19,7 +19,7 @@ export type Cuda = {
   freeHost(pointer: Pointer): void
   /** Copies synchronously. */
   read(target: Uint8Array, source: Pointer): void
-  createStream(): Stream
+  createStream(): CudaStream
   /** Lets a kernel be launched with so much dynamic shared memory. */
   allowSharedMemory(kernel: Pointer, bytes: number): void
   /** What the copy engine needs to know of a matrix, 128 bytes for device memory. */
@@ -29,7 +29,7 @@ export type Cuda = {
 }
 
 /** A queue of work on one GPU; the calls return before the work is done. Used by one thread only. */
-export type Stream = {
+export type CudaStream = {
   pointer: Pointer
   /** From host to device or back; asynchronous where the host memory is page-locked. */
   copy(to: Pointer, from: Pointer, bytes: number): void
@@ -40,7 +40,7 @@ export type Stream = {
   /** Every argument takes 8 bytes: a bigint is a pointer or a u64, a number is a double. */
   launch(kernel: Pointer, grid: Grid, parameters: readonly (bigint | number)[]): void
   /** Has what is queued from here on wait for all that `other` has queued so far, without the host's waiting. */
-  follow(other: Stream): void
+  follow(other: CudaStream): void
   /** Waits until everything before is done; throws what any of it failed with. */
   synchronize(): void
   destroy(): void
@@ -180,9 +180,9 @@ export function openCuda(index: number): Cuda {
     allocate: (bytes) => pointer(here, 'cuMemAlloc_v2', bytes),
     free: (address) => here('cuMemFree_v2', address),
     allocateHost: (bytes) => {
-      const slot: [Pointer] = [0n]
-      here('cuMemHostAlloc', slot, bytes, PORTABLE)
-      return slot[0]
+      const cell: [Pointer] = [0n]
+      here('cuMemHostAlloc', cell, bytes, PORTABLE)
+      return cell[0]
     },
     freeHost: (address) => here('cuMemFreeHost', address),
     read: (target, source) => here('cuMemcpy', target, source, target.byteLength),
@@ -215,7 +215,7 @@ export function compileCuda(source: string, options: readonly string[]): Uint8Ar
   }
 }
 
-function createStream(call: DriverCall): Stream {
+function createStream(call: DriverCall): CudaStream {
   const stream = pointer(call, 'cuStreamCreate', NON_BLOCKING)
   // A wait takes what the event was recorded for at that moment, so one event serves all of them.
   const event = pointer(call, 'cuEventCreate', WITHOUT_TIMING)
@@ -328,14 +328,14 @@ function bind<Table extends Record<string, readonly string[]>>(file: string, tab
 }
 
 function pointer<Names extends string>(call: Call<Names>, name: Names, ...parameters: unknown[]): Pointer {
-  const slot: [Pointer] = [0n]
-  call(name, slot, ...parameters)
-  return slot[0]
+  const cell: [Pointer] = [0n]
+  call(name, cell, ...parameters)
+  return cell[0]
 }
 
 function number<Names extends string>(call: Call<Names>, name: Names, ...parameters: unknown[]): number {
-  const slot: [number] = [0]
-  call(name, slot, ...parameters)
-  return slot[0]
+  const cell: [number] = [0]
+  call(name, cell, ...parameters)
+  return cell[0]
 }
 /* c8 ignore stop */

@@ -2,28 +2,34 @@
 
 import { GEMM_CLUSTER, GEMM_KERNEL, GEMM_SHARED_BYTES, GEMM_THREADS } from '../../../kernels/cuda/gemm.js'
 import { type GemmMatrix, planGemm } from '../../../kernels/cuda/gemm-plan.js'
-import { newtonSchulzSteps, SLOT_SQUARE, SLOT_WIDE, type Slot } from '../../../kernels/cuda/newton-schulz.js'
+import {
+  newtonSchulzSteps,
+  WORKSPACE_SQUARE,
+  WORKSPACE_WIDE,
+  type Workspace,
+} from '../../../kernels/cuda/newton-schulz.js'
 import type { Triple } from '../../../kernels/orthogonalize/coefficients.js'
 import { Cache } from '../cache.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
 import { aligned } from '../staging.js'
-import type { Cuda, Stream } from './cuda.js'
-import { ALIGNMENT, slotBytes } from './cuda-layout.js'
+import type { Cuda, CudaStream } from './cuda.js'
+import { ALIGNMENT, workspaceBytes } from './scratch.js'
 
-/** One matrix of a list: `x` is to be written before `run`, `o` holds the result after it. */
-export type Place = { x: Pointer; o: Pointer }
+/** Addresses of one matrix of a list: `x` is to be written before `run`, `o` holds the result after it. */
+export type Ends = { x: Pointer; o: Pointer }
 
-type Request = { rows: number; cols: number; coefficients: readonly Triple[] }
+/** A matrix of a list, and what becomes of it. */
+type ListedMatrix = { rows: number; cols: number; coefficients: readonly Triple[] }
 type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
-type Program = { places: Place[]; launches: Launch[]; memory: readonly Pointer[] }
-type Addresses = { [Name in keyof Slot]: Pointer }
+type Program = { ends: Ends[]; launches: Launch[]; memory: readonly Pointer[] }
+type Addresses = { [Name in keyof Workspace]: Pointer }
 
 const HALF_BYTES = 2
 // A list of another composition has another program; a training run has a few dozen.
 const MAX_PROGRAMS = 128
 // A tensor map starts on 64 bytes.
 const PART_ALIGNMENT = 64
-const SLOT_NAMES = [...SLOT_WIDE, ...SLOT_SQUARE]
+const WORKSPACE_NAMES = [...WORKSPACE_WIDE, ...WORKSPACE_SQUARE]
 
 /**
  * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.cu), for GPUs of compute capability 9.0.
@@ -31,13 +37,13 @@ const SLOT_NAMES = [...SLOT_WIDE, ...SLOT_SQUARE]
  */
 export class Hopper {
   readonly #cuda: Cuda
-  readonly #stream: Stream
+  readonly #stream: CudaStream
   readonly #kernel: Pointer
   readonly #clusters: number
   readonly #programs: Cache<Program>
   #memory = 0n
 
-  constructor(cuda: Cuda, stream: Stream, cubin: Uint8Array) {
+  constructor(cuda: Cuda, stream: CudaStream, cubin: Uint8Array) {
     this.#cuda = cuda
     this.#stream = stream
     this.#kernel = cuda.load(cubin)(GEMM_KERNEL)
@@ -49,19 +55,19 @@ export class Hopper {
     })
   }
 
-  /** Has lists lie at another address. It has room for the slots of every list that comes (slotBytes). */
+  /** Has lists lie at another address. It has room for the workspaces of every list that comes (workspaceBytes). */
   moveTo(memory: Pointer): void {
     this.#programs.clear()
     this.#memory = memory
   }
 
   /** Where the matrices of a list lie, in the list's order. */
-  places(list: readonly Request[]): Place[] {
-    return this.#program(list).places
+  ends(list: readonly ListedMatrix[]): Ends[] {
+    return this.#program(list).ends
   }
 
   /** Queues the products of a list whose `x` are written. */
-  run(list: readonly Request[]): void {
+  run(list: readonly ListedMatrix[]): void {
     const grid = { x: this.#clusters * GEMM_CLUSTER, threads: GEMM_THREADS, shared: GEMM_SHARED_BYTES }
     for (const { problems, tiles, rounds } of this.#program(list).launches)
       this.#stream.launch(this.#kernel, grid, [problems, tiles, BigInt(rounds)])
@@ -71,21 +77,21 @@ export class Hopper {
     this.#programs.clear()
   }
 
-  #program(list: readonly Request[]): Program {
+  #program(list: readonly ListedMatrix[]): Program {
     const key = list.map(({ rows, cols, coefficients }) => `${rows}x${cols} ${coefficients}`).join('|')
     return this.#programs.get(key, () => this.#build(list))
   }
 
-  #build(list: readonly Request[]): Program {
+  #build(list: readonly ListedMatrix[]): Program {
     let at = this.#memory
     const addresses = list.map(({ rows, cols }) => {
-      const slot = addressesOf(at, rows, cols)
-      at += BigInt(slotBytes(rows, cols))
-      return slot
+      const own = addressesOf(at, rows, cols)
+      at += BigInt(workspaceBytes(rows, cols))
+      return own
     })
-    const maps = this.#upload(list.flatMap((request, i) => this.#encodeMaps(request, addresses[i])))
-    const slots = list.map((request, i) => slotOf(request, maps.slice(i * SLOT_NAMES.length)))
-    const steps = slots.map((slot, i) => newtonSchulzSteps(slot, list[i].coefficients))
+    const maps = this.#upload(list.flatMap((matrix, i) => this.#encodeMaps(matrix, addresses[i])))
+    const workspaces = list.map((matrix, i) => workspaceOf(matrix, maps.slice(i * WORKSPACE_NAMES.length)))
+    const steps = workspaces.map((workspace, i) => newtonSchulzSteps(workspace, list[i].coefficients))
     const count = Math.max(...steps.map(({ launches }) => launches.length))
     const plans = Array.from({ length: count }, (_, i) => {
       return planGemm(
@@ -95,14 +101,14 @@ export class Hopper {
     })
     const data = this.#upload(plans.flatMap(({ problems, tiles }) => [problems, tiles]))
     return {
-      places: addresses.map((slot, i) => ({ x: slot.x, o: slot[steps[i].output] })),
+      ends: addresses.map((own, i) => ({ x: own.x, o: own[steps[i].output] })),
       launches: plans.map(({ rounds }, i) => ({ problems: data[2 * i], tiles: data[2 * i + 1], rounds })),
       memory: [maps[0], data[0]],
     }
   }
 
-  #encodeMaps({ rows, cols }: Request, addresses: Addresses): Uint8Array[] {
-    return SLOT_NAMES.map((name) =>
+  #encodeMaps({ rows, cols }: ListedMatrix, addresses: Addresses): Uint8Array[] {
+    return WORKSPACE_NAMES.map((name) =>
       this.#cuda.encodeTensorMap({ pointer: addresses[name], ...sizeOf(name, rows, cols) }),
     )
   }
@@ -120,14 +126,14 @@ export class Hopper {
   }
 }
 
-function sizeOf(name: keyof Slot, rows: number, cols: number): { rows: number; cols: number } {
+function sizeOf(name: keyof Workspace, rows: number, cols: number): { rows: number; cols: number } {
   const side = Math.min(rows, cols)
-  return SLOT_WIDE.some((wide) => wide === name) ? { rows, cols } : { rows: side, cols: side }
+  return WORKSPACE_WIDE.some((wide) => wide === name) ? { rows, cols } : { rows: side, cols: side }
 }
 
 function addressesOf(start: Pointer, rows: number, cols: number): Addresses {
   let at = start
-  const entries = SLOT_NAMES.map((name): [string, Pointer] => {
+  const entries = WORKSPACE_NAMES.map((name): [string, Pointer] => {
     const pointer = at
     const size = sizeOf(name, rows, cols)
     at += BigInt(aligned(size.rows * size.cols * HALF_BYTES, ALIGNMENT))
@@ -136,11 +142,11 @@ function addressesOf(start: Pointer, rows: number, cols: number): Addresses {
   return Object.fromEntries(entries) as Addresses
 }
 
-function slotOf({ rows, cols }: Request, maps: readonly Pointer[]): Slot {
-  const entries = SLOT_NAMES.map((name, i): [string, GemmMatrix] => [
+function workspaceOf({ rows, cols }: ListedMatrix, maps: readonly Pointer[]): Workspace {
+  const entries = WORKSPACE_NAMES.map((name, i): [string, GemmMatrix] => [
     name,
     { ...sizeOf(name, rows, cols), map: maps[i] },
   ])
-  return Object.fromEntries(entries) as Slot
+  return Object.fromEntries(entries) as Workspace
 }
 /* c8 ignore stop */

@@ -5,7 +5,7 @@ import type { Triple } from '../../../kernels/orthogonalize/coefficients.js'
 import { buildOrthogonalize, formFor, type OrthogonalizeSpec } from '../../../kernels/orthogonalize/orthogonalize.js'
 import { Cache } from '../cache.js'
 import { type OnnxRuntime, openOnnxRuntime, type Pointer, type Session } from '../onnx/onnxruntime.js'
-import type { Stream } from './cuda.js'
+import type { CudaStream } from './cuda.js'
 
 /** Float16 matrices in device memory: `o` is written with what becomes of `x`. */
 export type Matrices = { x: Pointer; o: Pointer; rows: number; cols: number }
@@ -20,10 +20,10 @@ const MAX_PROGRAMS = 16
 export class Orthogonalizer {
   readonly #runtime: OnnxRuntime
   readonly #gpu: number
-  readonly #stream: Stream
+  readonly #stream: CudaStream
   readonly #programs: Cache<Program>
 
-  constructor(folder: string, gpu: number, stream: Stream) {
+  constructor(folder: string, gpu: number, stream: CudaStream) {
     this.#runtime = openOnnxRuntime(folder)
     this.#gpu = gpu
     this.#stream = stream

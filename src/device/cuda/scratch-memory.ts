@@ -1,31 +1,33 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 
+import type { Scratch } from '../executor.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
 import { aligned } from '../staging.js'
 import type { Cuda } from './cuda.js'
-import { ALIGNMENT, type Scratch } from './cuda-layout.js'
+import { ALIGNMENT } from './scratch.js'
 
-export type Region = 'gradients' | 'updates' | 'partials' | 'products'
+const USES = ['gradients', 'updates', 'partials', 'products'] as const
 
-const REGIONS = ['gradients', 'updates', 'partials', 'products'] as const
+/** What a part of the memory is for. */
+type Use = (typeof USES)[number]
 
-/** The device memory that a lane works in: one allocation with a region for each use. It grows when a run is opened, never in a step. */
+/** The device memory that a lane works in: one allocation with a use for each use. It grows when a run is opened, never in a step. */
 export class ScratchMemory {
   readonly #cuda: Cuda
   #memory: Pointer | undefined
-  #sizes: Record<Region, number> = { gradients: 0, updates: 0, partials: 0, products: 0 }
+  #sizes: Record<Use, number> = { gradients: 0, updates: 0, partials: 0, products: 0 }
 
   constructor(cuda: Cuda) {
     this.#cuda = cuda
   }
 
-  /** Makes every region at least so large; `idle` waits until nobody works in the memory. Answers whether it has moved. */
+  /** Makes every use at least so large; `idle` waits until nobody works in the memory. Answers whether it has moved. */
   growTo(scratch: Scratch, idle: () => void): boolean {
-    if (REGIONS.every((name) => scratch[name] <= this.#sizes[name])) return false
+    if (USES.every((name) => scratch[name] <= this.#sizes[name])) return false
     const sizes = { ...this.#sizes }
-    for (const name of REGIONS) sizes[name] = aligned(Math.max(scratch[name], sizes[name]), ALIGNMENT)
+    for (const name of USES) sizes[name] = aligned(Math.max(scratch[name], sizes[name]), ALIGNMENT)
     // Before the old memory goes: where there is no room, what runs already goes on in what it has.
-    const memory = this.#cuda.allocate(REGIONS.reduce((sum, name) => sum + sizes[name], 0))
+    const memory = this.#cuda.allocate(USES.reduce((sum, name) => sum + sizes[name], 0))
     idle()
     this.free()
     this.#memory = memory
@@ -33,24 +35,24 @@ export class ScratchMemory {
     return true
   }
 
-  start(region: Region): Pointer {
+  start(use: Use): Pointer {
     if (this.#memory === undefined) throw new Error('no scratch memory was set aside')
-    const before = REGIONS.slice(0, REGIONS.indexOf(region))
+    const before = USES.slice(0, USES.indexOf(use))
     return this.#memory + BigInt(before.reduce((sum, name) => sum + this.#sizes[name], 0))
   }
 
-  bytes(region: Region): number {
-    return this.#sizes[region]
+  bytes(use: Use): number {
+    return this.#sizes[use]
   }
 
-  /** Hands out the regions anew, each from its start. */
-  dealer(): (region: Region, bytes: number) => Pointer {
-    const used: Record<Region, number> = { gradients: 0, updates: 0, partials: 0, products: 0 }
-    return (region, bytes) => {
-      const offset = used[region]
-      used[region] += bytes
-      if (used[region] <= this.#sizes[region]) return this.start(region) + BigInt(offset)
-      throw new Error(`${region} need ${used[region]} bytes of scratch memory, ${this.#sizes[region]} are set aside`)
+  /** Hands out the parts anew, each from its start. */
+  dealer(): (use: Use, bytes: number) => Pointer {
+    const used: Record<Use, number> = { gradients: 0, updates: 0, partials: 0, products: 0 }
+    return (use, bytes) => {
+      const offset = used[use]
+      used[use] += bytes
+      if (used[use] <= this.#sizes[use]) return this.start(use) + BigInt(offset)
+      throw new Error(`${use} need ${used[use]} bytes of scratch memory, ${this.#sizes[use]} are set aside`)
     }
   }
 

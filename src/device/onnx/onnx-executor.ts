@@ -1,9 +1,10 @@
 import { DTYPES, type Dtype } from '../../../kernels/dtype.js'
-import { buildKernel, type KernelSpec, kernelIo, kernelKey, type StateIo } from '../../../kernels/kernel.js'
+import { type KernelSpec, kernelIo, kernelKey, type StateIo } from '../../../kernels/kernel.js'
+import { buildKernel } from '../../../kernels/model.js'
 import type { Task } from '../../optimizer/plan.js'
 import { Cache } from '../cache.js'
-import type { Scratch } from '../cuda/cuda-layout.js'
-import { type Executor, type Job, type JobResult, type Need, SLICE_ELEMENTS, scalarOf } from '../job.js'
+import type { Executor, Scratch } from '../executor.js'
+import { type Job, type JobResult, type Need, SLICE_ELEMENTS, scalarOf } from '../job.js'
 import { type Span, Views } from '../region.js'
 import { type OnnxRuntime, type Pointer, type Session, type SessionTarget, viewMemory } from './onnxruntime.js'
 import { createScanner } from './scan.js'
@@ -31,22 +32,22 @@ const FLOAT32 = DTYPES.float32
 const MAX_PROGRAMS = 64
 
 /** A job, and where sessions find its gradient and write its update. */
-type Placed = Job & { memory: { gradient: Pointer; update: Pointer } }
+type JobInSpace = Job & { memory: { gradient: Pointer; update: Pointer } }
 
-/** A kernel's session with one resident tensor for each scalar input and for each check that it answers. */
+/** A kernel's session with one tensor that stays for each scalar input and for each check that it answers. */
 type Program = {
   session: Session
   spec: KernelSpec
   states: readonly StateIo[]
-  scalars: (Resident & { name: string })[]
-  checks: Resident[]
+  scalars: (ScalarTensor & { name: string })[]
+  checks: ScalarTensor[]
 }
 
 /** The part of a tensor that one run works on; `offset` in elements. */
-type Part = { dims: readonly number[]; offset: number; dtype: Dtype }
+type TensorPart = { dims: readonly number[]; offset: number; dtype: Dtype }
 
 /** One float32 of native memory: ONNX Runtime keeps its address, so it must never move. */
-type Resident = { value: Float32Array; tensor: Pointer; pointer: Pointer }
+type ScalarTensor = { value: Float32Array; tensor: Pointer; pointer: Pointer }
 
 /** Computes jobs with ONNX Runtime alone, one at a time in the calling thread; gradient and update are scanned in host memory. */
 export class OnnxExecutor implements Executor {
@@ -108,7 +109,7 @@ export class OnnxExecutor implements Executor {
     return finite
   }
 
-  #computeTask(job: Placed, task: Task, { session, spec, states, scalars, checks }: Program): boolean {
+  #computeTask(job: JobInSpace, task: Task, { session, spec, states, scalars, checks }: Program): boolean {
     for (const scalar of scalars) scalar.value[0] = scalarValue(job, task, scalar.name)
     // Before anything that would have to be released if there is no memory for it.
     const zero = job.state ? 0n : this.#space.zeros(count(task.dims) * FLOAT32.bytes)
@@ -136,7 +137,7 @@ export class OnnxExecutor implements Executor {
     return 'gpu' in target ? target.gpu : undefined
   }
 
-  #tensor(base: Pointer, { dims, offset, dtype }: Part): Pointer {
+  #tensor(base: Pointer, { dims, offset, dtype }: TensorPart): Pointer {
     const { bytes, onnx } = DTYPES[dtype]
     const memory = { pointer: base + BigInt(offset * bytes), bytes: count(dims) * bytes, gpu: this.#gpu }
     return this.#runtime.createTensor(memory, dims, onnx)
@@ -165,12 +166,12 @@ export class OnnxExecutor implements Executor {
       session,
       spec,
       states,
-      scalars: scalars.map((name) => ({ name, ...this.#resident([1]) })),
-      checks: checks.map(() => this.#resident([])),
+      scalars: scalars.map((name) => ({ name, ...this.#scalarTensor([1]) })),
+      checks: checks.map(() => this.#scalarTensor([])),
     }
   }
 
-  #resident(dims: readonly number[]): Resident {
+  #scalarTensor(dims: readonly number[]): ScalarTensor {
     const pointer = this.#runtime.allocate(4)
     const value = new Float32Array(viewMemory(pointer, 4).buffer)
     return { value, pointer, tensor: this.#runtime.createTensor({ pointer, bytes: 4 }, dims, FLOAT32.onnx) }
@@ -200,7 +201,7 @@ function slices(task: Task): Task[] {
 }
 
 /** The part of a state tensor that belongs to a task: its elements, or the numbers of its rows or columns. */
-function statePart({ dims, offset, line_offset = 0 }: Task, { dtype, per }: StateIo): Part {
+function statePart({ dims, offset, line_offset = 0 }: Task, { dtype, per }: StateIo): TensorPart {
   if (per === 'element') return { dims, offset, dtype }
   const [rows, cols] = dims
   return { dims: per === 'row' ? [rows, 1] : [1, cols], offset: line_offset, dtype }

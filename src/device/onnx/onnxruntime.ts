@@ -118,9 +118,9 @@ export function openOnnxRuntime(folder: string = bundledLibraryFolder()): OnnxRu
   const { api, version } = loadApi(folder)
   const call = callers(api)
   const out = (name: CallName, ...parameters: unknown[]): Pointer => {
-    const slot: [Pointer] = [0n]
-    call(name, ...parameters, slot)
-    return slot[0]
+    const cell: [Pointer] = [0n]
+    call(name, ...parameters, cell)
+    return cell[0]
   }
   const env = out('CreateEnv', 3, 'muond')
   const memoryInfo = out('CreateCpuMemoryInfo', 1, 0)

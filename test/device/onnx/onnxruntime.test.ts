@@ -3,7 +3,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import ort from 'onnxruntime-node'
 import t from 'tap'
-import { buildKernel } from '../../../kernels/kernel.js'
+import { buildKernel } from '../../../kernels/model.js'
 import { checkVersion, type OnnxRuntime, openOnnxRuntime, viewMemory } from '../../../src/device/onnx/onnxruntime.js'
 import { gaussian } from '../../reference.js'
 

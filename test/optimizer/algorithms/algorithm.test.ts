@@ -1,5 +1,6 @@
 import t from 'tap'
-import { buildKernel, kernelIo } from '../../../kernels/kernel.js'
+import { kernelIo } from '../../../kernels/kernel.js'
+import { buildKernel } from '../../../kernels/model.js'
 import { NAMED_COEFFICIENTS } from '../../../kernels/orthogonalize/coefficients.js'
 import { planStep } from '../../../src/optimizer/algorithms/algorithm.js'
 import { adjustment } from '../../../src/optimizer/algorithms/muon.js'

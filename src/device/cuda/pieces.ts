@@ -1,0 +1,169 @@
+import { VECTOR } from '../../../kernels/cuda/entry-points.js'
+import { MAX_BLOCKS, PARTIAL_BYTES, THREADS } from '../../../kernels/cuda/source.js'
+import type { KernelSpec } from '../../../kernels/kernel.js'
+import type { Plan, Task } from '../../optimizer/plan.js'
+
+export type MuonSpec = Extract<KernelSpec, { kind: 'muon' }>
+
+/**
+ * `count` matrices of one shape that lie one behind the other; of an elementwise algorithm a range of elements, which is one
+ * matrix of a single column.
+ */
+export type Stack<Spec extends KernelSpec = KernelSpec> = {
+  readonly spec: Spec
+  readonly rows: number
+  readonly cols: number
+  /** Elements of the tensor before the first matrix. */
+  readonly offset: number
+  /** Numbers before those of the first matrix in a state tensor that has one number for each row or column. */
+  readonly lines: number
+  readonly count: number
+  /** The plan's output_scale for these matrices. */
+  readonly factor: number
+}
+
+/** A part of a job that is copied, computed and copied back while others of its parts are on their way. */
+export type Piece = { readonly stacks: readonly Stack[]; readonly offset: number; readonly elements: number }
+
+/** What goes through Newton-Schulz together has at most so many matrices and elements: as much as fills the chip. */
+export const TOGETHER = 32
+export const TOGETHER_ELEMENTS = 64 << 20
+
+// About 0.3 ms of copying: less would be lost in launches.
+const BATCH_ELEMENTS = 8 << 20
+// The second dimension of a grid has at most 65535 blocks.
+const MOST_MATRICES = 1 << 15
+const PACKS_PER_THREAD = 4
+
+/** A plan's parts, in the order of the tensor. How they are cut depends on the plan alone. */
+export function piecesOf(plan: Plan): Piece[] {
+  const pieces: { stacks: Stack[]; offset: number; elements: number }[] = []
+  let matrices = 0
+  for (const stack of stacksOf(plan).flatMap(cut)) {
+    const elements = elementsOf(stack)
+    const last = pieces.at(-1)
+    const joins = last && last.elements + elements <= BATCH_ELEMENTS && matrices + stack.count <= MOST_MATRICES
+    matrices = joins ? matrices + stack.count : stack.count
+    if (!joins) pieces.push({ stacks: [stack], offset: stack.offset, elements })
+    else {
+      last.stacks.push(stack)
+      last.elements += elements
+    }
+  }
+  return pieces
+}
+
+/** Cuts a list where enough elements are together: the copies of one batch overlap with the computation of the others. */
+export function batchesOf<P extends { readonly elements: number }>(pieces: readonly P[]): P[][] {
+  const batches: P[][] = []
+  let elements = BATCH_ELEMENTS
+  for (const piece of pieces) {
+    if (elements >= BATCH_ELEMENTS) {
+      batches.push([])
+      elements = 0
+    }
+    batches.at(-1)?.push(piece)
+    elements += piece.elements
+  }
+  return batches
+}
+
+/** Cuts matrices into lists that go through Newton-Schulz together, the same shapes side by side: few lists are distinct then. */
+export function listsOf<M extends { readonly stack: Stack }>(matrices: readonly M[]): M[][] {
+  const key = ({ stack }: M) => stack.rows * 2 ** 20 + stack.cols
+  const lists: M[][] = []
+  let elements = 0
+  for (const matrix of [...matrices].sort((a, b) => key(a) - key(b))) {
+    const size = matrix.stack.rows * matrix.stack.cols
+    const last = lists.at(-1)
+    const joins = last && last.length < TOGETHER && elements + size <= TOGETHER_ELEMENTS
+    if (joins) last.push(matrix)
+    else lists.push([matrix])
+    elements = (joins ? elements : 0) + size
+  }
+  return lists
+}
+
+export function isMuon(stack: Stack): stack is Stack<MuonSpec> {
+  return stack.spec.kind === 'muon'
+}
+
+/** Elements that a thread takes at once: every matrix has to start and end on a multiple of them. */
+export function packOf({ rows, cols, offset, spec }: Stack): number {
+  return spec.kind === 'muon' && (rows * cols) % VECTOR === 0 && offset % VECTOR === 0 ? VECTOR : 1
+}
+
+/** Blocks of threads for each matrix of a stack. */
+export function blocksFor(stack: Stack): number {
+  return blocksOf((stack.rows * stack.cols) / packOf(stack))
+}
+
+export function scanBlocks(bytes: number): number {
+  return blocksOf(bytes / 16)
+}
+
+/** Partial sums that tell whether a job's result is finite. */
+export function checkBlocksOf(pieces: readonly Piece[]): number {
+  return pieces.flatMap(({ stacks }) => stacks).reduce((sum, stack) => sum + stack.count * blocksFor(stack), 0)
+}
+
+/** Bytes for the partial sums of a job: the scans of its gradient and update, and its checks. */
+export function partialBytes(checkBlocks: number): number {
+  return (2 * MAX_BLOCKS + checkBlocks) * PARTIAL_BYTES
+}
+
+/** Tasks of one shape, kernel and factor that follow each other are one stack. */
+function stacksOf(plan: Plan): Stack[] {
+  const stacks: { -readonly [Key in keyof Stack]: Stack[Key] }[] = []
+  for (const task of plan.tasks) {
+    const factor = task.output_scale ?? plan.scalars.output_scale ?? 1
+    const spec = task.kernel ?? plan.kernel
+    const lines = task.line_offset ?? 0
+    const stack = { ...asMatrix(task), spec, offset: task.offset, lines, count: 1, factor }
+    const last = stacks.at(-1)
+    if (last && follows(last, stack)) last.count += 1
+    else stacks.push(stack)
+  }
+  return stacks
+}
+
+// A task's kernel says no more than its shape does: which way to multiply.
+function follows(last: Stack, { rows, cols, offset, factor }: Stack): boolean {
+  const same = last.rows === rows && last.cols === cols && last.factor === factor
+  return same && offset === last.offset + elementsOf(last)
+}
+
+function asMatrix({ dims }: Task): { rows: number; cols: number } {
+  const [rows, cols = 1] = dims
+  return { rows, cols }
+}
+
+/** A stack in parts that each fit into a piece; a single matrix is never cut, a range of elements anywhere. */
+function cut(stack: Stack): Stack[] {
+  if (!isMuon(stack)) return cutElements(stack)
+  const most = Math.max(1, Math.min(MOST_MATRICES, Math.floor(TOGETHER_ELEMENTS / (stack.rows * stack.cols))))
+  return Array.from({ length: Math.ceil(stack.count / most) }, (_, i) => ({
+    ...stack,
+    offset: stack.offset + i * most * stack.rows * stack.cols,
+    lines: stack.lines + i * most * Math.max(stack.rows, stack.cols),
+    count: Math.min(most, stack.count - i * most),
+  }))
+}
+
+function cutElements(stack: Stack): Stack[] {
+  const elements = elementsOf(stack)
+  return Array.from({ length: Math.ceil(elements / BATCH_ELEMENTS) }, (_, i) => ({
+    ...stack,
+    rows: Math.min(BATCH_ELEMENTS, elements - i * BATCH_ELEMENTS),
+    cols: 1,
+    offset: stack.offset + i * BATCH_ELEMENTS,
+  }))
+}
+
+function elementsOf({ rows, cols, count }: Stack): number {
+  return rows * cols * count
+}
+
+function blocksOf(packs: number): number {
+  return Math.max(1, Math.min(MAX_BLOCKS, Math.ceil(packs / (THREADS * PACKS_PER_THREAD))))
+}

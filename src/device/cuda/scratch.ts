@@ -1,0 +1,141 @@
+import { fitsGemm } from '../../../kernels/cuda/gemm-plan.js'
+import { WORKSPACE_SQUARE, WORKSPACE_WIDE } from '../../../kernels/cuda/newton-schulz.js'
+import { bytesPerElement } from '../../../kernels/dtype.js'
+import type { Scratch } from '../executor.js'
+import { type Demand, type GroupLimit, SLICE_ELEMENTS } from '../job.js'
+import { aligned } from '../staging.js'
+import { checkBlocksOf, isMuon, partialBytes, piecesOf, TOGETHER, TOGETHER_ELEMENTS } from './pieces.js'
+
+/** Memory on the device starts at multiples of this. */
+export const ALIGNMENT = 256
+
+/** Which kernels a lane computes with: our own, our own but for ONNX Runtime's matrix products, or ONNX Runtime's alone. */
+export type Kernels = 'own' | 'own_but_products' | 'onnx'
+
+/** The largest sizes, in bytes, that any job of a lane asks for: each number may come from another job. */
+export type Largest = {
+  /** One gradient. */
+  readonly gradient: number
+  /** One update. */
+  readonly update: number
+  /** The next state, for each byte of the gradient. */
+  readonly stateRatio: number
+  /** The partial sums of one job. */
+  readonly partials: number
+  /** The workspace of one matrix whose products are our own. */
+  readonly workspace: number
+  /** That workspace for each element of its matrix. */
+  readonly workspaceRatio: number
+  /** The workspaces of all such matrices of one job. */
+  readonly workspaces: number
+  /** The input and the output of one matrix, or of one slice of a tensor, that goes through ONNX Runtime alone. */
+  readonly alone: number
+  /** What ONNX Runtime allocates for that matrix or slice. */
+  readonly provider: number
+}
+
+const NOTHING: Largest = {
+  ...{ gradient: 0, update: 0, stateRatio: 0, partials: 0 },
+  ...{ workspace: 0, workspaceRatio: 0, workspaces: 0, alone: 0, provider: 0 },
+}
+
+const HALF_BYTES = 2
+// Each matrix of a workspace may be padded to the next multiple of the alignment.
+const WORKSPACE_PADDING = (WORKSPACE_WIDE.length + WORKSPACE_SQUARE.length) * ALIGNMENT
+// X and the result of an iteration in turn, and two Gram matrices; the arena has room for a second of each.
+const PROVIDER_WIDE = 2
+const PROVIDER_SQUARE = 4
+// Float32 intermediates of a whole kernel for each element.
+const KERNEL_BYTES = 40
+
+/** Bytes of one matrix's Newton-Schulz in a list of them. */
+export function workspaceBytes(rows: number, cols: number): number {
+  const side = Math.min(rows, cols)
+  const matrix = (elements: number) => aligned(elements * HALF_BYTES, ALIGNMENT)
+  return WORKSPACE_WIDE.length * matrix(rows * cols) + WORKSPACE_SQUARE.length * matrix(side * side)
+}
+
+export function largestOf(demands: readonly Demand[], kernels: Kernels = 'onnx'): Largest {
+  return largest(
+    demands.map((demand) => (kernels === 'onnx' ? largestSlice(demand) : largestMatrices(demand, kernels))),
+  )
+}
+
+export function largest(all: readonly Largest[]): Largest {
+  const merge = (a: Largest, b: Largest): Largest => ({
+    gradient: Math.max(a.gradient, b.gradient),
+    update: Math.max(a.update, b.update),
+    stateRatio: Math.max(a.stateRatio, b.stateRatio),
+    partials: Math.max(a.partials, b.partials),
+    workspace: Math.max(a.workspace, b.workspace),
+    workspaceRatio: Math.max(a.workspaceRatio, b.workspaceRatio),
+    workspaces: Math.max(a.workspaces, b.workspaces),
+    alone: Math.max(a.alone, b.alone),
+    provider: Math.max(a.provider, b.provider),
+  })
+  return all.reduce(merge, NOTHING)
+}
+
+/** What a lane needs for any group of jobs that are no larger than these. */
+export function scratchFor(of: Largest, limit: GroupLimit): Scratch {
+  const gradients = gradientsTogether(of, limit)
+  // An update has at most twice the bytes of its gradient.
+  const updates = Math.min(limit.jobs * of.update, 2 * gradients)
+  const padding = limit.jobs * ALIGNMENT
+  const filled = TOGETHER_ELEMENTS * of.workspaceRatio + TOGETHER * WORKSPACE_PADDING
+  const list = Math.min(TOGETHER * of.workspace, limit.jobs * of.workspaces, filled)
+  return {
+    gradients: gradients + padding,
+    updates: updates + padding,
+    partials: limit.jobs * of.partials,
+    products: Math.max(of.workspace, list, of.alone),
+    provider: of.provider,
+  }
+}
+
+/** Bytes of next state that one group of jobs writes before the first of it is committed. */
+export function stateInFlight(of: Largest, limit: GroupLimit): number {
+  return gradientsTogether(of, limit) * of.stateRatio
+}
+
+export function totalOf({ gradients, updates, partials, products, provider }: Scratch): number {
+  return gradients + updates + partials + products + provider
+}
+
+// A group takes one more job as long as its gradients have fewer than `bytes`.
+function gradientsTogether(of: Largest, { jobs, bytes }: GroupLimit): number {
+  return Math.min(jobs * of.gradient, bytes + of.gradient)
+}
+
+function largestMatrices(demand: Demand, kernels: Kernels): Largest {
+  const pieces = piecesOf(demand.plan)
+  const matrices = pieces.flatMap(({ stacks }) => stacks.filter(isMuon))
+  let workspaces = 0
+  const shapes = matrices.map(({ rows, cols, count }) => {
+    if (kernels !== 'own' || !fitsGemm(rows, cols)) return throughProvider(rows, cols)
+    const workspace = workspaceBytes(rows, cols)
+    workspaces += count * workspace
+    return { ...NOTHING, workspace, workspaceRatio: workspace / (rows * cols) }
+  })
+  const own = { ...tensorsOf(demand), partials: partialBytes(checkBlocksOf(pieces)), workspaces }
+  return largest([own, ...shapes])
+}
+
+function throughProvider(rows: number, cols: number): Largest {
+  const [elements, side] = [rows * cols, Math.min(rows, cols)]
+  const provider = HALF_BYTES * (PROVIDER_WIDE * elements + PROVIDER_SQUARE * side * side)
+  return { ...NOTHING, alone: 2 * aligned(elements * HALF_BYTES, ALIGNMENT), provider }
+}
+
+/** ONNX Runtime goes through one task, or one slice of it, at a time; before the first step its state is zeros. */
+function largestSlice(demand: Demand): Largest {
+  const elements = demand.plan.tasks.map(({ dims }) =>
+    dims.length > 1 ? dims.reduce((product, dim) => product * dim, 1) : Math.min(SLICE_ELEMENTS, dims[0]),
+  )
+  const most = elements.reduce((a, b) => Math.max(a, b), 0)
+  return { ...tensorsOf(demand), alone: most * bytesPerElement('float32'), provider: most * KERNEL_BYTES }
+}
+
+function tensorsOf({ gradient_bytes, update_bytes, state_bytes }: Demand): Largest {
+  return { ...NOTHING, gradient: gradient_bytes, update: update_bytes, stateRatio: state_bytes / gradient_bytes }
+}

@@ -1,0 +1,95 @@
+import fc from 'fast-check'
+import t from 'tap'
+import {
+  checkBlocksOf,
+  listsOf,
+  partialBytes,
+  piecesOf,
+  TOGETHER,
+  TOGETHER_ELEMENTS,
+} from '../../../src/device/cuda/pieces.js'
+import {
+  largest,
+  largestOf,
+  scratchFor,
+  stateInFlight,
+  totalOf,
+  workspaceBytes,
+} from '../../../src/device/cuda/scratch.js'
+import type { Plan } from '../../../src/optimizer/plan.js'
+import { ADAMW, matrices, planOf } from './plans.js'
+
+const demand = (plan: Plan, elements: number) => ({
+  plan,
+  ...{ gradient_bytes: 2 * elements, update_bytes: 4 * elements, state_bytes: 8 * elements },
+})
+
+t.test('scratch has room for every group of jobs that is no larger than what was asked for', async () => {
+  const side = fc.integer({ min: 1, max: 96 }).map((n) => n * 8)
+  const shape = fc.record({ rows: side, cols: side, count: fc.integer({ min: 1, max: 5 }) })
+  const limit = { jobs: 8, bytes: 2 ** 22 }
+  fc.assert(
+    fc.property(fc.array(shape, { minLength: 1, maxLength: 12 }), (shapes) => {
+      const demands = shapes.map(({ rows, cols, count }) => demand(matrices(count, rows, cols), rows * cols * count))
+      const { gradients, updates, partials, products } = scratchFor(largestOf(demands, 'own'), limit)
+      const taken: typeof demands = []
+      let bytes = 0
+      for (const next of demands) {
+        if (taken.length === limit.jobs || bytes >= limit.bytes) break
+        taken.push(next)
+        bytes += next.gradient_bytes
+      }
+      const sum = (of: (one: (typeof demands)[number]) => number) => taken.reduce((total, one) => total + of(one), 0)
+      const pieces = taken.map(({ plan }) => piecesOf(plan))
+      const all = pieces
+        .flat()
+        .flatMap(({ stacks }) => stacks.flatMap((stack) => Array.from({ length: stack.count }, () => ({ stack }))))
+      const lists = listsOf(all).map((list) =>
+        list.reduce((total, { stack }) => total + workspaceBytes(stack.rows, stack.cols), 0),
+      )
+      return (
+        sum((one) => Math.ceil(one.gradient_bytes / 256) * 256) <= gradients &&
+        sum((one) => Math.ceil(one.update_bytes / 256) * 256) <= updates &&
+        pieces.reduce((total, of) => total + partialBytes(checkBlocksOf(of)), 0) <= partials &&
+        Math.max(...lists) <= products
+      )
+    }),
+    { seed: 5 },
+  )
+})
+
+t.test(
+  'what goes through ONNX Runtime has room for one matrix, and what that takes beside it is counted',
+  async (t) => {
+    const elements = 33 * 77
+    const of = largestOf([demand(matrices(1, 33, 77), elements)], 'own')
+    const half = Math.ceil((elements * 2) / 256) * 256
+    t.match(of, { workspace: 0, alone: 2 * half, provider: 2 * (2 * elements + 4 * 33 * 33), stateRatio: 4 })
+    t.same(largestOf([demand(matrices(1, 64, 64), 4096)], 'own_but_products').workspace, 0)
+    const scratch = scratchFor(of, { jobs: 1, bytes: 1 })
+    t.equal(scratch.products, 2 * half)
+    t.equal(
+      totalOf(scratch),
+      Object.values(scratch).reduce((sum, bytes) => sum + bytes, 0),
+    )
+    t.equal(stateInFlight(of, { jobs: 3, bytes: 2 ** 30 }), 3 * 8 * elements)
+    t.same(largest([]), largest([largest([])]))
+  },
+)
+
+t.test('ONNX Runtime alone has room for the largest task, or for a slice of it', async (t) => {
+  t.match(largestOf([demand(matrices(3, 33, 77), 3 * 33 * 77)], 'onnx'), {
+    ...{ workspace: 0, gradient: 2 * 3 * 33 * 77, alone: 4 * 33 * 77, provider: 40 * 33 * 77 },
+  })
+  const embedding = planOf(ADAMW, [{ dims: [2 ** 20], offset: 0 }])
+  t.match(largestOf([demand(embedding, 2 ** 20)], 'onnx'), { alone: 4 * 2 ** 18, provider: 40 * 2 ** 18 })
+})
+
+t.test('a list takes no more than its limits allow, however large the matrices are', async (t) => {
+  const elements = 8192 * 8192
+  const { products } = scratchFor(largestOf([demand(matrices(1, 8192, 8192), elements)], 'own'), {
+    ...{ jobs: 8, bytes: 2 ** 28 },
+  })
+  t.ok(products >= workspaceBytes(8192, 8192))
+  t.ok(products <= (workspaceBytes(8192, 8192) / elements) * TOGETHER_ELEMENTS + TOGETHER * 9 * 256)
+})
