@@ -9,6 +9,7 @@ import { SafetensorsError } from '../store/safetensors.js'
 import { betweenSteps } from './checkpoints.js'
 import type { components, operations } from './openapi.js'
 import type { Services } from './operations.js'
+import { paced } from './pace.js'
 
 type Query = Required<NonNullable<operations['putState']['parameters']['query']>>
 type Request = { query: Query; headers: IncomingHttpHeaders; body: Readable; log: Log }
@@ -25,7 +26,7 @@ export async function importState(
     partial,
     ...(momentum_form === 'stated' ? {} : { momentum_form }),
     ...(length === undefined ? {} : { bytes: Number(length) }),
-    body: moving(body, config.send_timeout_seconds),
+    body: paced(body, config),
   }
   return runs.import(run, async () => {
     const incoming = await receiveState(device, run, options).catch((error) => {
@@ -45,21 +46,6 @@ export async function importState(
 
 function counts({ places }: Incoming): { parameters: number } {
   return { parameters: places.filter((place) => place !== undefined).length }
-}
-
-/** A body; it ends with OVERLOADED where nothing of it comes for so long, as memory waits for it. */
-async function* moving(body: Readable, seconds: number): AsyncGenerator<Uint8Array> {
-  const stalled = new ServiceError('OVERLOADED', `no byte of the body came for ${seconds} seconds`)
-  const timer = setTimeout(() => body.destroy(stalled), seconds * 1000)
-  try {
-    // An early end must leave the connection: the refusal is sent on it.
-    for await (const piece of body.iterator({ destroyOnReturn: false })) {
-      timer.refresh()
-      yield piece
-    }
-  } finally {
-    clearTimeout(timer)
-  }
 }
 
 /** What is wrong with the body is the sender's to know. */
