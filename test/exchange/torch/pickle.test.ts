@@ -216,11 +216,6 @@ const HOSTILE: [string, Buffer, RegExp][] = [
     /^the values of the pickle take more than 1073741824 bytes/,
   ],
   [
-    'a memo without end',
-    Buffer.concat([bytes('\x80\x02N'), Buffer.alloc(2 ** 25, '\x94', 'latin1')]),
-    /^the values of the pickle take more than 1073741824 bytes/,
-  ],
-  [
     'a list of lists, each there twice, as the name of a module',
     Buffer.concat([bytes('\x80\x04]'), ...doubled(100), bytes('K\x01\x93.')]),
     /^the pickle names 1 of a list of 2/,
@@ -267,14 +262,9 @@ t.test('hostile pickles are refused by name, and nothing of them runs', async (t
   t.notOk(existsSync(marker))
 })
 
-t.test('lists within each other a million deep are a value like any other', async (t) => {
-  const deep = Buffer.concat([
-    bytes('\x80\x02'),
-    Buffer.alloc(2 ** 20, ']'),
-    Buffer.alloc(2 ** 20 - 1, 'a'),
-    bytes('.'),
-  ])
-  t.ok(Array.isArray(unpickle(deep)))
+t.test('lists within each other a million deep are refused in words', async (t) => {
+  const deep = Buffer.concat([bytes('\x80\x02)'), Buffer.alloc(1_000_000, '\x85', 'latin1'), bytes('.')])
+  t.throws(() => unpickle(deep), { name: 'PickleError', message: 'the pickle is nested more than 256 deep' })
 })
 
 t.test('a memo with a huge index takes no more room than another', async (t) => {
