@@ -627,7 +627,7 @@ t.test('a hostile .pt is refused by what it wants, and nothing of it runs', asyn
           ]),
         ),
       }),
-      /state '7' of parameter 'h\.0' has no name that is a text/,
+      /state 7 of parameter 'h\.0' has no name that is a text/,
     ],
     ['a file that is not there', file('absent.pt'), /absent\.pt cannot be opened: ENOENT/],
   ]
