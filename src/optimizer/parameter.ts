@@ -50,9 +50,10 @@ export function* parsingParameters(
     if (group === undefined) throw fail(`is in group ${show(given.group)}, expected one of ${show([...groups.keys()])}`)
     const { name, ...kind } = given
     const key = JSON.stringify(kind)
-    const form = alike.get(key) ?? formOf(given, { group, fail })
+    const left = MAX_BLOCKS - blocks
+    const form = alike.get(key) ?? formOf(given, { group, blocks: left, fail })
     alike.set(key, form)
-    checkBlocks(form, MAX_BLOCKS - blocks, fail)
+    checkBlocks(form.blocks.length, left, fail)
     blocks += form.blocks.length
     parameters.push({ index, name, ...form })
   }
@@ -79,7 +80,8 @@ export function firstDifference(existing: readonly Parameter[], given: readonly 
 }
 
 type Fail = (message: string, code?: ErrorCode) => ServiceError
-type Context = { group: Group; fail: Fail }
+/** `blocks`: how many blocks the parameter may have, of the MAX_BLOCKS that all parameters share. */
+type Context = { group: Group; blocks: number; fail: Fail }
 /** A parameter without its name and place. */
 type Form = Omit<Parameter, 'index' | 'name'>
 
@@ -140,13 +142,13 @@ function noMatrices(given: ParameterDeclaration, { group: { algorithm }, fail }:
 }
 
 /** Cuts the tensor into matrices and these into blocks of rows. In C order each is contiguous, one behind the other. */
-function matrices(given: ParameterDeclaration, { fail }: Context): Block[] {
+function matrices(given: ParameterDeclaration, { fail, blocks: left }: Context): Block[] {
   const { batch, rows, cols } = matrixShape(given, fail)
   checkRows(given, rows, fail)
   const { split, heads } = given
   const perMatrix = split?.length ?? heads ?? 1
   const blocks = batch * perMatrix
-  checkBlocks({ blocks: { length: blocks } }, MAX_BLOCKS, fail)
+  checkBlocks(blocks, left, fail)
   let offset = 0
   return Array.from({ length: blocks }, (_, i) => {
     const block = { rows: split ? split[i % perMatrix] : rows / perMatrix, cols, offset }
@@ -155,10 +157,9 @@ function matrices(given: ParameterDeclaration, { fail }: Context): Block[] {
   })
 }
 
-/** `left`: how many blocks there are for the parameter, of the MAX_BLOCKS that all parameters share. */
-function checkBlocks({ blocks: { length } }: { blocks: { length: number } }, left: number, fail: Fail): void {
-  if (length <= left) return
-  throw fail(`is cut into ${length} matrices, ${left} are left of ${MAX_BLOCKS} for all parameters`)
+function checkBlocks(blocks: number, left: number, fail: Fail): void {
+  if (blocks <= left) return
+  throw fail(`is cut into ${blocks} matrices, ${left} are left of ${MAX_BLOCKS} for all parameters`)
 }
 
 function matrixShape(
