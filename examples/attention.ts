@@ -46,7 +46,8 @@ export function heads(graph: Graph, sizes: Sizes): Heads {
 }
 
 /**
- *   q = rotated(x wqᵀ), k = rotated(x wkᵀ), v = x wvᵀ ;  s = q kᵀ / sqrt(headDim) + mask ;  p = softmax(s) ;  mixed = p v
+ *   q = rotated(x wqᵀ), k = rotated(x wkᵀ), v = x wvᵀ
+ *   s = q kᵀ / sqrt(headDim) + mask ;  p = softmax(s) ;  mixed = p v
  * per head; `input` is x, [batch * context, width].
  */
 export function attention(

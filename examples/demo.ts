@@ -5,7 +5,7 @@ import { type Lesson, perceptronLesson } from './lesson.js'
 import { SIZE } from './model.js'
 import { linePlot } from './plot.js'
 import { progressBar } from './progress.js'
-import { best, comparison, sweepTable } from './report.js'
+import { best, comparison, conclusion, sweepTable } from './report.js'
 import { startService } from './service.js'
 import { type Corpus, readCorpus } from './text.js'
 import { adamw, last, muon, type Outcome, type Recipe, train } from './train.js'
@@ -50,7 +50,7 @@ async function main(): Promise<void> {
     seed: count('seed', options.seed),
     corpus,
   })
-  console.log(description(lesson, corpus))
+  console.log(`\n${description(lesson, corpus)}\n`)
   const service = await startService(SERVER)
   if (options.sweep) await sweep(service.url, lesson)
   else await compare(service.url, lesson)
@@ -60,9 +60,8 @@ async function main(): Promise<void> {
 async function compare(url: string, lesson: Lesson): Promise<void> {
   const baseline = await trainWithBar(url, lesson, adamw(CHOSEN.adamw))
   const outcomes: [Outcome, Outcome] = [baseline, await trainWithBar(url, lesson, muon(CHOSEN.muon, CHOSEN.adamw))]
-  console.log(`\n${comparison(outcomes)}\n`)
   writeFileSync(options.svg, plotOf(outcomes))
-  console.log(`Both curves: ${options.svg}`)
+  console.log(`\n${comparison(outcomes)}\n\n${conclusion(outcomes)}\nBoth curves: ${options.svg}`)
 }
 
 async function sweep(url: string, lesson: Lesson): Promise<void> {
@@ -79,7 +78,7 @@ async function sweep(url: string, lesson: Lesson): Promise<void> {
 
 function trainWithBar(url: string, lesson: Lesson, recipe: Recipe): Promise<Outcome> {
   const { title, hidden } = recipe
-  const report = progressBar(`${title} ${hidden.lr}`.padEnd(18), lesson.steps)
+  const report = progressBar(`${title}, lr ${hidden.lr}`.padEnd(22), lesson.steps)
   const onStep = (step: number, loss: number) => report(step, `validation loss ${loss.toFixed(3)}`)
   return train(url, lesson, { recipe, name: `demo-${hidden.algorithm}-${hidden.lr}`, onStep })
 }
@@ -93,6 +92,7 @@ function description({ model, steps, seed }: Lesson, corpus: Corpus): string {
   const weights = model.weights.reduce((count, { shape: [rows, columns] }) => count + rows * columns, 0)
   const kilobytes = (bytes: Uint8Array) => `${Math.round(bytes.length / 1000)} kB`
   return [
+    'A small language model is trained twice. A muond service on this machine computes every step of its optimizer.',
     `Model: ${SIZE.context} bytes of context, ${weights} weights. ${steps} steps of ${BATCH} examples, seed ${seed}.`,
     `Text: ${corpus.files} files of this repository, ${kilobytes(corpus.train)} to train on, ${kilobytes(corpus.validation)} held out.`,
   ].join('\n')

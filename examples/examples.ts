@@ -10,11 +10,11 @@ import { readCorpus } from './text.js'
 
 const NAMES = [...EXAMPLES.keys()]
 
-const USAGE = `npm run examples [-- NAME… --quick --out docs/examples --readme FILE]
+const USAGE = `npm run examples [-- NAME… --quick --out docs/examples --tables FILE]
 
 Measures what is claimed of Muon on a small transformer that learns this repository's own sources through the service.
 NAME is one of ${NAMES.join(', ')}; without any, all of them run. Each leaves NAME.json and NAME.svg in --out and prints
-its table, which --readme also puts between <!-- NAME --> and <!-- /NAME --> of FILE. --quick shows how it runs, in seconds.`
+its table, which --tables also puts between <!-- NAME --> and <!-- /NAME --> of FILE. --quick shows how it runs, in seconds.`
 
 const ROOT = fileURLToPath(new URL('../../', import.meta.url))
 const SERVER = fileURLToPath(new URL('../src/server.js', import.meta.url))
@@ -23,7 +23,7 @@ const { values: options, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     out: { type: 'string', default: 'docs/examples' },
-    readme: { type: 'string' },
+    tables: { type: 'string' },
     quick: { type: 'boolean', default: false },
     help: { type: 'boolean', default: false },
   },
@@ -39,8 +39,8 @@ async function main(): Promise<void> {
   if (unknown !== undefined)
     throw new RangeError(`there is no example '${unknown}', expected one of ${NAMES.join(', ')}`)
   const chosen = [...EXAMPLES].filter(([name]) => positionals.length === 0 || positionals.includes(name))
-  // Before anything is measured: a README without its marks is an error now, and not after minutes.
-  for (const [name] of chosen) if (options.readme !== undefined) section(options.readme, name)
+  // What is wrong with that file must not show after minutes of measuring.
+  for (const [name] of chosen) if (options.tables !== undefined) section(options.tables, name)
   const stage: Stage = { server: SERVER, corpus: readCorpus(ROOT), bar: progressBar }
   mkdirSync(options.out, { recursive: true })
   for (const [name, entry] of chosen) await run(name, entry, stage)
@@ -55,7 +55,7 @@ async function run(name: string, entry: Entry, stage: Stage): Promise<void> {
   const [json, picture] = ['json', 'svg'].map((kind) => join(options.out, `${name}.${kind}`))
   writeFileSync(json, `${JSON.stringify({ machine, seconds, results })}\n`)
   writeFileSync(picture, svg)
-  if (options.readme !== undefined) writeFileSync(options.readme, section(options.readme, name).join(`${table}\n`))
+  if (options.tables !== undefined) writeFileSync(options.tables, section(options.tables, name).join(`${table}\n`))
   console.log(`\n${name}, ${seconds} s\n\n${table}\n\n${json}, ${picture}\n`)
 }
 

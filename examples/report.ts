@@ -18,7 +18,17 @@ export function comparison(outcomes: readonly [Outcome, ...Outcome[]]): string {
   ])
 }
 
-/** The sweep as a Markdown table, as the README shows it. */
+/** How the second outcome compares with the first in steps, in a sentence. */
+export function conclusion([{ recipe, curve }, other]: readonly [Outcome, Outcome]): string {
+  const { step, loss } = last(curve)
+  const reached = other.curve.find((evaluation) => evaluation.loss <= loss)?.step
+  const baseline = `${recipe.title}'s final loss`
+  if (reached === undefined)
+    return `${other.recipe.title} did not come to ${baseline} in ${last(other.curve).step} steps.`
+  return `${other.recipe.title} came to ${baseline} after ${reached} of ${step} steps.`
+}
+
+/** The sweep as a Markdown table. */
 export function sweepTable(outcomes: readonly Outcome[]): string {
   const rows = outcomes.map(({ recipe, curve }) => {
     return [recipe.title, String(recipe.hidden.lr), String(recipe.rest.lr), last(curve).loss.toFixed(4)]

@@ -20,7 +20,9 @@ import { type Contract, docs, readContract } from './http/docs.js'
 import { Events } from './http/events.js'
 import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
+import { limitAnswer, limitBody } from './http/pace.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
+import { StateReaders } from './http/readers.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
@@ -92,6 +94,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     metrics,
     contract,
     events: new Events(),
+    readers: new StateReaders(device),
     streams: new Set(),
     unfinished,
   }
@@ -121,6 +124,8 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   app.addHook('onRequest', originGuard(config))
   app.addHook('onRequest', authenticator(config))
   app.addHook('onRequest', refuseOtherUpgrades)
+  app.addHook('preParsing', limitBody(config))
+  app.addHook('onSend', limitAnswer(config))
   app.addHook('onResponse', logRequest)
   app.addHook('onClose', () => close(services))
   answerProblems(app, metrics)

@@ -83,12 +83,26 @@ export const SETTINGS = {
   ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),
+  receipts_bytes: integer(
+    2 ** 23,
+    [1, BYTES],
+    'Bytes that the kept receipts of a run may take; the newest one is always kept.',
+  ),
   send_timeout_seconds: seconds(
     60,
     [0.001, DAY],
     'A stream with updates to send on which no byte moved for so long is closed.',
   ),
-  open_timeout_seconds: seconds(30, [0.001, DAY], 'A stream that has opened no run after so long is closed.'),
+  min_bytes_per_second: integer(
+    2 ** 16,
+    [1, BYTES],
+    'Least rate, over send_timeout_seconds, of a body that REST receives or of an answer; what is slower is ended.',
+  ),
+  open_timeout_seconds: seconds(
+    30,
+    [0.001, DAY],
+    'A connection that has sent no request, or a stream that has opened no run, after so long is closed.',
+  ),
   drain_seconds: seconds(30, [0, DAY], 'How long a shutdown waits for the steps in flight.'),
   api_keys: keys('Comma-separated bearer keys that may do everything; without any key the service is open to all.'),
   read_keys: keys('Comma-separated bearer keys that may only read.'),

@@ -1,7 +1,7 @@
-import { readFileSync, writeFileSync } from 'node:fs'
-import { join, resolve } from 'node:path'
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { dirname, join, resolve } from 'node:path'
 import { pathToFileURL } from 'node:url'
-import t from 'tap'
+import t, { type Test } from 'tap'
 import { NAMED_COEFFICIENTS } from '../kernels/orthogonalize/coefficients.js'
 import { explainCommand } from '../src/commands/explain.js'
 import { SETTINGS } from '../src/config.js'
@@ -11,49 +11,119 @@ import { markdown } from './chaos/table.js'
 import { startService } from './service.js'
 
 const README = readFileSync('README.md', 'utf8')
-const section = (name: string) => README.split(`<!-- ${name} -->\n`)[1]!.split(`<!-- /${name} -->`)[0]!
+const NODE = readFileSync('docs/node.md', 'utf8')
+const section = (file: string, name: string) =>
+  readFileSync(file, 'utf8').split(`<!-- ${name} -->\n`)[1]!.split(`<!-- /${name} -->`)[0]!
+const codeIn = (text: string, language: string) =>
+  [...text.matchAll(new RegExp(`\`\`\`${language}\n([\\s\\S]*?)\`\`\``, 'g'))].map(([, code]) => code!)
+/** The README is read in one go. */
+const MOST_LINES = 150
+const MOST_WORDS = 2000
 /** All but the last triple of these are divided by (s, s³, s⁵), s = 1.05. */
 const PADDED = ['polar_express', 'cubic5']
 const cell = (text: string) => text.replaceAll('|', '\\|')
 
-t.test('the README lists every setting as the service knows it', async (t) => {
+t.test('docs/operations.md lists every setting as the service knows it', async (t) => {
   const rows = Object.entries(SETTINGS).map(([name, setting]) => {
     const value = setting.default === '' ? '' : `\`${setting.default}\``
     const spelled = 'secret' in setting ? `MUOND_${name.toUpperCase()}` : `--${name.replaceAll('_', '-')}`
     return `| \`${spelled}\` | ${value} | ${cell(setting.description)} |\n`
   })
-  t.equal(section('settings'), `| flag | default | meaning |\n|---|---|---|\n${rows.join('')}`)
+  t.equal(section('docs/operations.md', 'settings'), `| flag | default | meaning |\n|---|---|---|\n${rows.join('')}`)
 })
 
-t.test('the README lists every metric of our own with its help text', async (t) => {
+t.test('docs/operations.md lists every metric of our own with its help text', async (t) => {
   const service = await startService()
   const metrics = await service.metrics.registry.getMetricsAsJSON()
   const ours = metrics.filter(({ name }) => !/^muond_(process|nodejs)_/.test(name))
   const rows = ours.map(({ name, type, help }) => `| \`${name}\` | ${type} | ${cell(help)} |\n`)
-  t.equal(section('metrics'), `| metric | type | meaning |\n|---|---|---|\n${rows.join('')}`)
+  t.equal(section('docs/operations.md', 'metrics'), `| metric | type | meaning |\n|---|---|---|\n${rows.join('')}`)
   await service.app.close()
 })
 
-t.test('the trainer of the README runs as it stands', async (t) => {
-  const service = await startService()
-  const [, code] = README.match(/```js\n([\s\S]*?)```/) ?? []
+/** Runs code that uses the Node client against the service. */
+async function runCode(t: Test, code: string, url: string): Promise<void> {
   const client = pathToFileURL(resolve('dist/src/client/client.js')).href
   const file = join(t.testdir({}), 'trainer.mjs')
-  writeFileSync(file, code!.replace('muond/client', client).replace('ws://127.0.0.1:8787', service.url))
-  await t.resolves(import(pathToFileURL(file).href))
+  writeFileSync(file, code.replace('muond/client', client).replace('ws://127.0.0.1:8787', url))
+  await import(pathToFileURL(file).href)
+}
+
+t.test('the README is short, and its picture is what the demo draws', async (t) => {
+  t.ok(README.split('\n').length <= MOST_LINES, `at most ${MOST_LINES} lines`)
+  t.ok(README.split(/\s+/).length <= MOST_WORDS, `at most ${MOST_WORDS} words`)
+  t.match(readFileSync('docs/images/demo.svg', 'utf8'), "AdamW's final loss")
+})
+
+t.test('the Node trainer of the README runs as it stands', async (t) => {
+  const service = await startService()
+  await runCode(t, codeIn(README, 'js')[0]!, service.url)
   t.equal(service.runs.get('first').step, 1)
   await service.app.close()
 })
 
-t.test('the example of muond explain prints what the README shows', async (t) => {
-  const [, open, printed] = section('explain').match(/```json\n([\s\S]*?)```[\s\S]*```text\n([\s\S]*?)\n```/) ?? []
+t.test('the Python trainer of the README is one that the tests of clients/python run', async (t) => {
+  const [trainer] = codeIn(README, 'python')
+  t.ok(codeIn(readFileSync('clients/python/README.md', 'utf8'), 'python').includes(trainer!))
+})
+
+t.test('the code of docs/node.md runs from top to bottom', async (t) => {
+  const service = await startService({ data: t.testdir({ data: {} }) })
+  await runCode(t, codeIn(NODE, 'js').join('\n'), service.url)
+  // Four steps, one with a refused gradient, one that was taken back, and the one after that.
+  t.equal(service.runs.get('node').step, 6)
+  await service.app.close()
+})
+
+/** Files whose links must lead somewhere. */
+const PAGES = ['README.md', 'docs', 'bench', 'clients', 'examples', 'test'].flatMap((place) =>
+  place.endsWith('.md')
+    ? [place]
+    : readdirSync(place, { recursive: true, encoding: 'utf8' })
+        .filter(
+          (name) => name.endsWith('.md') && !/(^|\/)(\.venv|node_modules|site-packages|\.pytest_cache)\//.test(name),
+        )
+        .map((name) => join(place, name)),
+)
+const withoutCode = (text: string) =>
+  text.replace(/^```[\s\S]*?^```/gm, '').replace(/`[^`\n]*`/g, (code) => code.replace(/[[\](]/g, ''))
+
+/** The anchors of a page's headings, as GitHub makes them. */
+function anchorsOf(page: string): string[] {
+  const text = readFileSync(page, 'utf8').replace(/^```[\s\S]*?^```/gm, '')
+  return [...text.matchAll(/^#+ (.*)$/gm)].map(([, heading]) =>
+    heading!
+      .toLowerCase()
+      .replace(/[^\p{L}\p{N}_\- ]/gu, '')
+      .replaceAll(' ', '-'),
+  )
+}
+
+t.test('every link of every page leads to a file, and to a heading that is there', async (t) => {
+  let links = 0
+  for (const page of PAGES) {
+    for (const [, link] of withoutCode(readFileSync(page, 'utf8')).matchAll(/\]\(([^)\s]+)\)/g)) {
+      if (/^https?:/.test(link!)) continue
+      links++
+      const [path, anchor] = link!.split('#')
+      const target = path === '' ? page : join(dirname(page), path!)
+      if (!t.ok(existsSync(target), `${page}: ${link}`) || anchor === undefined) continue
+      t.ok(anchorsOf(target).includes(anchor), `${page}: ${link} has no such heading`)
+    }
+  }
+  t.ok(links > 100, `${links} links`)
+})
+
+t.test('the example of muond explain prints what docs/operations.md shows', async (t) => {
+  const [, open, printed] =
+    section('docs/operations.md', 'explain').match(/```json\n([\s\S]*?)```[\s\S]*```text\n([\s\S]*?)\n```/) ?? []
   const file = join(t.testdir({ 'open.json': open! }), 'open.json')
   t.equal(explainCommand([file], {}), printed)
 })
 
-t.test('the README shows the faults that were tried last', async (t) => {
+t.test('docs/faults.md shows the faults that were tried last', async (t) => {
   const { rows, seed } = JSON.parse(readFileSync('bench/results/chaos.json', 'utf8'))
-  t.equal(section('chaos'), `${markdown(rows)}\n\nSeed ${seed}.\n`)
+  t.equal(section('docs/faults.md', 'chaos'), `${markdown(rows)}\n\nSeed ${seed}.\n`)
   t.ok(rows.every(({ lost }: { lost: number }) => lost === 0))
 })
 

@@ -1,8 +1,8 @@
-// Float64 oracles, written to be read beside the papers: slow, plain, and sharing nothing with kernels/ but the
-// coefficients' type.
+// Float64 oracles, to be read beside the papers: slow and plain. They share nothing with kernels/ but the type of
+// coefficients.
 import type { Triple } from '../kernels/orthogonalize/coefficients.js'
 
-/** Row-major. */
+/** A matrix, row-major. */
 export type Matrix = { rows: number; cols: number; data: Float64Array }
 
 /** Uniform numbers in [0, 1) that depend on the seed only (mulberry32). */
@@ -32,7 +32,7 @@ export function relativeDistance(a: ArrayLike<number>, b: ArrayLike<number>): nu
   return distance === 0 ? 0 : distance / frobenius(b)
 }
 
-/** Scaled by the largest element, so that neither tiny nor huge matrices lose their norm. */
+/** The Frobenius norm, computed after a division by the largest element: no tiny or huge matrix loses its norm. */
 export function frobenius(values: ArrayLike<number>): number {
   let largest = 0
   for (let i = 0; i < values.length; i++) largest = Math.max(largest, Math.abs(values[i]))
@@ -59,14 +59,14 @@ export function multiply(a: Matrix, b: Matrix): Matrix {
   return { rows: a.rows, cols: b.cols, data }
 }
 
-/** p(σ), p the composition of aσ + bσ³ + cσ⁵, the first triple first. */
+/** p(σ) for p the composition of the polynomials aσ + bσ³ + cσ⁵, of which the first triple comes first. */
 export function composed(coefficients: readonly Triple[], sigma: number): number {
   let value = sigma
   for (const [a, b, c] of coefficients) value = a * value + b * value ** 3 + c * value ** 5
   return value
 }
 
-/** The definition: U·p(Σ)·Vᵀ of X/‖X‖_F = UΣVᵀ, for a matrix of full rank. */
+/** Newton-Schulz by its definition: U·p(Σ)·Vᵀ of X/‖X‖_F = UΣVᵀ, for a matrix of full rank. */
 export function orthogonalizeBySvd(x: Matrix, coefficients: readonly Triple[]): Matrix {
   if (x.rows < x.cols) return transpose(orthogonalizeBySvd(transpose(x), coefficients))
   const norm = frobenius(x.data)
@@ -76,7 +76,7 @@ export function orthogonalizeBySvd(x: Matrix, coefficients: readonly Triple[]): 
   return multiply({ ...us, data: us.data.map((value, i) => value * gain[i % us.cols]) }, transpose(v))
 }
 
-/** The same by the iteration itself: A = XXᵀ, X <- aX + (bA + cA²)X. Faster than the SVD on larger matrices. */
+/** Newton-Schulz by its iteration: A = XXᵀ, X <- aX + (bA + cA²)X. Faster than the SVD on larger matrices. */
 export function orthogonalizeByIteration(x: Matrix, coefficients: readonly Triple[]): Matrix {
   if (x.rows > x.cols) return transpose(orthogonalizeByIteration(transpose(x), coefficients))
   const norm = frobenius(x.data)
@@ -148,7 +148,10 @@ function dot(a: Float64Array, b: Float64Array): number {
 
 export type MomentumOptions = { momentum: number; nesterov: boolean; momentum_form: 'ema' | 'heavy_ball' }
 
-/** ema (torch.optim.Muon): B <- μB + (1-μ)G, u = (1-μ)G + μB or B. heavy_ball (Moonlight): B <- μB + G, u = G + μB or B. */
+/**
+ * ema (torch.optim.Muon): B <- μB + (1-μ)G, u = (1-μ)G + μB or B. heavy_ball (Moonlight): B <- μB + G, u = G + μB or
+ * B.
+ */
 export function momentumStep(buffer: Float64Array, gradient: ArrayLike<number>, options: MomentumOptions) {
   const { momentum, nesterov, momentum_form } = options
   const weight = momentum_form === 'ema' ? 1 - momentum : 1
@@ -177,14 +180,17 @@ export function adamwStep(
 }
 
 /**
- * How near to `after` = β·before + (1-β)·G, each with float64, a float32 average can be expected, relative to its norm: 1e-6.
- * Where G cancels most of β·before, the digits that `before` was stored without are that much more of what is left.
+ * The relative error that a float32 average may have against `after` = β·before + (1-β)·G in float64: 1e-6, and more
+ * where G cancels most of β·before, because the rounding of `before` is then a larger part of the result.
  */
 export function averageLimit(before: ArrayLike<number>, after: ArrayLike<number>, beta: number): number {
   return 1e-6 * Math.max(1, (beta * frobenius(before)) / frobenius(after))
 }
 
-/** torch.optim.SGD: the buffer starts as the first gradient (undampened); d = G + μB (nesterov), B, or G without momentum. */
+/**
+ * torch.optim.SGD: the buffer starts as the first gradient (undampened); d = G + μB (nesterov), B, or G without
+ * momentum.
+ */
 export function sgdStep(
   buffer: Float64Array | undefined,
   gradient: Float64Array,

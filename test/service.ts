@@ -26,7 +26,7 @@ export const normal = (seed: number, count: number) => Float32Array.from(gaussia
 export const bytesOf = (values: Float32Array | Uint16Array) =>
   new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
 
-/** A turn of the event loop for the service, which runs in this process. */
+/** Gives the service, which runs in this process, a turn of the event loop. */
 export const turn = () => new Promise((resolve) => setImmediate(resolve))
 
 export async function until(holds: () => boolean): Promise<void> {
@@ -51,7 +51,7 @@ export type ReceivedUpdate = {
 
 type Closed = { type: 'closed'; code: number; reason: string }
 
-/** A client that speaks frames and nothing else: it sends what it is told to, also what is wrong. */
+/** A client for frames only: it sends what a test gives it, also wrong frames. */
 export class RawClient {
   readonly socket: WebSocket
   readonly updates = new Map<number, ReceivedUpdate>()
@@ -93,7 +93,7 @@ export class RawClient {
     }
   }
 
-  /** The next frame that is no update; updates are put together on the side. */
+  /** The next frame that is no update; updates before it are put together in `updates`. */
   next(): Promise<ServerFrame> {
     const frame = this.#frames.shift()
     return frame ? Promise.resolve(frame) : new Promise((resolve) => this.#waiting.push(resolve))

@@ -31,6 +31,10 @@ const OWNERS: Record<string, (file: string) => boolean> = {
   'env-schema': (file) => file === 'src/config.ts',
 }
 const MAX_FUNCTION_LINES = 70
+const MAX_FILE_LINES = 450
+/** The formatter folds code at so many columns, and leaves comments alone. */
+const MAX_COMMENT_COLUMNS = 120
+const COMMENT = /^\s*(\/\/|\/?\*)/
 /** A folder with more is cut by idea, not by kind. */
 const MAX_FOLDER_FILES = 14
 
@@ -39,6 +43,7 @@ const files = ['kernels', 'src'].flatMap((folder) =>
     .filter((name) => name.endsWith('.ts') && !name.endsWith('.d.ts'))
     .map((name) => join(folder, name)),
 )
+const linesOf = (file: string) => readFileSync(file, 'utf8').split('\n')
 const importsOf = (file: string) =>
   [...readFileSync(file, 'utf8').matchAll(/^(?:import|export)[^'"]*?from '([^']+)'/gms)].map(([, name]) => name!)
 const layerOf = (file: string) => LAYERS.findIndex((layer) => file === layer || file.startsWith(`${layer}/`))
@@ -60,6 +65,22 @@ t.test('no folder has more files than a reader can take in', async (t) => {
     const { length } = files.filter((file) => dirname(file) === folder)
     t.ok(length <= MAX_FOLDER_FILES, `${folder} has ${length} files, at most ${MAX_FOLDER_FILES} may be in one`)
   }
+})
+
+t.test('a comment is folded where code is', async (t) => {
+  const long = files.flatMap((file) =>
+    linesOf(file).flatMap((line, i) =>
+      COMMENT.test(line) && line.length > MAX_COMMENT_COLUMNS ? [`${file}:${i + 1} has ${line.length} columns`] : [],
+    ),
+  )
+  t.same(long, [], `a line of a comment has at most ${MAX_COMMENT_COLUMNS} columns`)
+})
+
+t.test('no file is longer than it may be', async (t) => {
+  const long = files
+    .map((file) => ({ file, lines: linesOf(file).length }))
+    .filter(({ lines }) => lines > MAX_FILE_LINES)
+  t.same(long, [], `a file has at most ${MAX_FILE_LINES} lines`)
 })
 
 t.test('a package is known to its owners only', async (t) => {

@@ -93,7 +93,7 @@ class Row:
 
     @property
     def bounded(self) -> bool:
-        """Whether there is a bound. Without a warm-up, differences are up to chance: rounding alone makes large ones."""
+        """Whether there is a bound. Without a warm-up differences are up to chance: rounding alone makes large ones."""
         return self.variation != "no warm-up"
 
     @property

@@ -33,7 +33,8 @@ const RETRIES = 8
 
 /**
  * Connects to a service: `connect('ws://127.0.0.1:8080')`; a URL without a path means `/v1/stream`.
- * @throws MuondError UNAUTHORIZED, FORBIDDEN, CONNECTION_LOST…; the first connection is not retried. The signal's reason if aborted
+ * @throws MuondError UNAUTHORIZED, FORBIDDEN, CONNECTION_LOST…; the first connection is not retried. The signal's
+ *   reason if aborted
  */
 export async function connect(url: string | URL, options: ConnectOptions = {}): Promise<Client> {
   const client = new Client(streamUrl(url), options)

@@ -22,7 +22,10 @@ const MESSAGE_BYTES = 64 << 20
 /** The upgrade is one small message each way. */
 const HANDSHAKE_SECONDS = 30
 
-/** The kernel probes a silent peer; it answers even while the service has paused reading, which a WebSocket ping does not survive. */
+/**
+ * The kernel probes a silent peer; it answers even while the service has paused reading, which a WebSocket ping does
+ * not survive.
+ */
 const KEEPALIVE_SECONDS = 30
 
 /** One WebSocket: whole frames in both directions, and one reason when it is over. */
@@ -79,7 +82,10 @@ export class Connection {
     await this.#room()
   }
 
-  /** As `send`, for a frame that ends in tensor bytes: two fragments, so that the bytes are never copied to follow the header. */
+  /**
+   * As `send`, for a frame that ends in tensor bytes: two fragments, so that the bytes are never copied to follow the
+   * header.
+   */
   async sendData(frame: Omit<GradientFrame, 'data'>, data: Uint8Array): Promise<void> {
     this.#socket.send(encodeHeader(frame, data.byteLength), { fin: false, binary: true })
     this.#socket.send(data, { fin: true, binary: true }, () => this.#wake())

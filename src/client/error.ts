@@ -18,7 +18,10 @@ export type MuondErrorFields = ErrorFields & {
 
 type Origin = { cause?: unknown; retryable?: boolean; status?: number }
 
-/** Everything the client rejects with, except an AbortSignal's own reason. `status` is the HTTP status of the same error, where it has one. */
+/**
+ * Everything the client rejects with, except an AbortSignal's own reason. `status` is the HTTP status of the same
+ * error, where it has one.
+ */
 export class MuondError extends Error {
   readonly code: ClientErrorCode
   readonly status: number | undefined

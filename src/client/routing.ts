@@ -10,15 +10,18 @@ export type Described = {
   readonly matrices?: string
 }
 
-/** Where a parameter goes and why, in a few words; `matrices` is the layout that Muon needs for more than two dimensions. */
+/**
+ * Where a parameter goes and why, in a few words; `matrices` is the layout that Muon needs for more than two
+ * dimensions.
+ */
 export type Routed = { readonly route: Route; readonly why: string; readonly matrices?: 'flatten' | 'batch' }
 
 /** A name that decides. With Muon and more than two dimensions, `matrices` says how, else the shape decides that. */
 export type NameRule = { readonly name: RegExp } & Routed
 
 /**
- * The names that keep a parameter from Muon, whatever its shape. Words are whole parts of a name between dots or underscores;
- * the head is looked for at the end of the name, because `attention.output` is none.
+ * The names that keep a parameter from Muon, whatever its shape. Words are whole parts of a name between dots or
+ * underscores; the head is looked for at the end of the name, because `attention.output` is none.
  */
 export const NAME_RULES: readonly NameRule[] = [
   { name: /(^|[._])(bias|biases|bias_table|relative_attention_bias\.weight)$/i, route: 'adamw', why: 'bias' },
@@ -54,10 +57,10 @@ const WIDEST_KERNEL = 15
 const MOST_CHANNELS = 4
 
 /**
- * Where each parameter goes. A layout that is given is a wish for Muon. Else the first rule whose name matches decides, and
- * then the rank: fewer than two dimensions above 1 go to AdamW, two are a matrix for Muon, and more are a convolution (flatten)
- * or matrices side by side (batch), by name, else by shape. A model that begins with a convolution over at most four
- * channels reads its input there, which makes it AdamW's.
+ * Where each parameter goes. A layout that is given is a wish for Muon. Else the first rule whose name matches decides,
+ * and then the rank: fewer than two dimensions above 1 go to AdamW, two are a matrix for Muon, and more are a
+ * convolution (flatten) or matrices side by side (batch), by name, else by shape. A model that begins with a
+ * convolution over at most four channels reads its input there, which makes it AdamW's.
  */
 export function routeAll(parameters: readonly Described[], rules: readonly NameRule[]): Routed[] {
   const first = parameters.find(({ shape }) => shape.length >= 2)

@@ -61,8 +61,8 @@ export async function openRun(host: Host, { parameters, ...options }: OpenOption
 }
 
 /**
- * One run of the service, and the one place that changes the trainer's weights. One step at a time; a lost connection is
- * replaced and the step sent again from the beginning, so its gradients must not change before its promise settles.
+ * One run of the service, and the one place that changes the trainer's weights. One step at a time; a lost connection
+ * is replaced and the step sent again from the beginning, so its gradients must not change before its promise settles.
  */
 export class Run {
   readonly parameters: readonly Bound[]
@@ -101,16 +101,20 @@ export class Run {
     return this.step_count === this.opened.step ? this.opened.ahead : []
   }
 
-  /** Receipts as they come, from this call on; a reader more than RECEIPTS_KEPT behind loses the oldest. Ends with the client. */
+  /**
+   * Receipts as they come, from this call on; a reader more than RECEIPTS_KEPT behind loses the oldest. Ends with the
+   * client.
+   */
   receipts(): AsyncIterableIterator<Receipt> {
     return this.#receipts.read()
   }
 
   /**
    * Takes one step: sends every gradient and applies every update to the parameters' `data`.
-   * @throws MuondError; `fields.refused` names the parameters whose gradients were refused, the other updates are applied. A step
-   *   that rejected can be taken again: with the same options, and the same gradients for every parameter that is not refused,
-   *   since their updates may be applied on either side. Nothing is applied a second time.
+   * @throws MuondError; `fields.refused` names the parameters whose gradients were refused, the other updates are
+   *   applied. A step that rejected can be taken again: with the same options, and the same gradients for every
+   *   parameter that is not refused, since their updates may be applied on either side. Nothing is applied a second
+   *   time.
    */
   async step(gradients: Gradients, { skipped, ...options }: StepOptions & EndOptions = {}): Promise<Receipt> {
     const step = this.#newStep(options)
@@ -125,8 +129,8 @@ export class Run {
   }
 
   /**
-   * Sends one gradient while the backward pass goes on, and begins the step if it has not begun. What the service or the
-   * network has to say comes with `end`.
+   * Sends one gradient while the backward pass goes on, and begins the step if it has not begun. What the service or
+   * the network has to say comes with `end`.
    * @throws MuondError PARAMETER_UNKNOWN, SHAPE_MISMATCH, DTYPE_UNSUPPORTED, STEP_CONFLICT
    */
   gradient(parameter: string | number, gradient: Gradient): void {
@@ -141,9 +145,10 @@ export class Run {
   }
 
   /**
-   * Has the service write a checkpoint of the last finished step; the next step may be taken at once. Resolves when the checkpoint
-   * is on the service's disk.
-   * @throws MuondError STEP_CONFLICT while a step is in flight, STORAGE_FAILED, PARAMETER_INVALID (the tag), CONNECTION_LOST
+   * Has the service write a checkpoint of the last finished step; the next step may be taken at once. Resolves when the
+   * checkpoint is on the service's disk.
+   * @throws MuondError STEP_CONFLICT while a step is in flight, STORAGE_FAILED, PARAMETER_INVALID (the tag),
+   *   CONNECTION_LOST
    */
   async checkpoint(options: { tag?: string } = {}): Promise<Checkpointed> {
     this.#requireIdle()
@@ -152,12 +157,12 @@ export class Run {
   }
 
   /**
-   * Opens the run again wherever the service has it now, or goes back to a checkpoint, and takes it from whoever holds it.
-   * Afterwards `step_count` and `digest` are the service's, and the weights must be those of that step: bringing them back is
-   * the caller's part. A step in flight is given up and rejects with CLIENT_CLOSED; some of its updates may be applied.
-   * Tried again as a step is; where it rejects, the run takes no step until `reopen` resolves.
-   * @throws MuondError NOT_FOUND (the checkpoint), CHECKPOINT_UNREADABLE, RUN_NOT_FOUND, CONNECTION_LOST, STEP_CONFLICT while
-   *   another `reopen` is under way
+   * Opens the run again wherever the service has it now, or goes back to a checkpoint, and takes it from whoever holds
+   * it. Afterwards `step_count` and `digest` are the service's, and the weights must be those of that step: bringing
+   * them back is the caller's part. A step in flight is given up and rejects with CLIENT_CLOSED; some of its updates
+   * may be applied. Tried again as a step is; where it rejects, the run takes no step until `reopen` resolves.
+   * @throws MuondError NOT_FOUND (the checkpoint), CHECKPOINT_UNREADABLE, RUN_NOT_FOUND, CONNECTION_LOST, STEP_CONFLICT
+   *   while another `reopen` is under way
    */
   async reopen({ checkpoint }: { checkpoint?: string } = {}): Promise<void> {
     if (this.#isReopening) throw conflict(this.step_count + 1, 'is where the run is being opened again')
@@ -175,10 +180,10 @@ export class Run {
   }
 
   /**
-   * Ends a step that an earlier trainer left in the middle, whose gradients nobody has any more. The service has applied them to
-   * the state of the parameters `ahead`; their updates are lost, and all other parameters are skipped. Resolves with the names
-   * of the parameters that lost their update; with none where nothing is ahead, or a step is in flight. For an exact state go
-   * back to a checkpoint with `reopen` instead.
+   * Ends a step that an earlier trainer left in the middle, whose gradients nobody has any more. The service has
+   * applied them to the state of the parameters `ahead`; their updates are lost, and all other parameters are skipped.
+   * Resolves with the names of the parameters that lost their update; with none where nothing is ahead, or a step is in
+   * flight. For an exact state go back to a checkpoint with `reopen` instead.
    */
   async settle(): Promise<string[]> {
     const ahead = new Set(this.ahead)

@@ -1,8 +1,9 @@
 import type { ReceiptFrame, StepFrame } from '../wire/frame.js'
 
 /**
- * The first thing that a `step` frame said and its receipt does not show, in words; undefined where there is none. A service that
- * never saw the frame has computed with other values, and nothing else would tell. A receipt does not name `gradient_scale`.
+ * The first thing that a `step` frame said and its receipt does not show, in words; undefined where there is none. A
+ * service that never saw the frame has computed with other values, and nothing else would tell. A receipt does not name
+ * `gradient_scale`.
  */
 export function unheard({ groups = {}, max_logits = {} }: StepFrame, receipt: ReceiptFrame): string | undefined {
   for (const [group, values] of Object.entries(groups)) {

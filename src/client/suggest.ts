@@ -18,7 +18,9 @@ export type SuggestOptions = {
 /** A parameter as it came, with its group and, where Muon needs one, its layout. */
 export type Suggested<P extends Described> = Omit<P, 'matrices'> & { group: string; matrices?: string }
 
-/** `groups` and `parameters` as `open` takes them, `reasons` in the order of the parameters, and all of it as a table. */
+/**
+ * `groups` and `parameters` as `open` takes them, `reasons` in the order of the parameters, and all of it as a table.
+ */
 export type Suggestion<P extends Described> = {
   groups: GroupDeclaration[]
   parameters: Suggested<P>[]
@@ -28,7 +30,8 @@ export type Suggestion<P extends Described> = {
 
 /**
  * Shares parameters out: embeddings, heads, norms, biases and anything below rank 2 to AdamW, everything else to Muon
- * (docs/algorithms.md, "Who gets Muon"). It decides by name and shape, so look at `table`, and overrule it with `rules`.
+ * (docs/algorithms.md, "Who gets Muon"). It decides by name and shape, so look at `table`, and overrule it with
+ * `rules`.
  */
 export function suggest<P extends Described>(parameters: readonly P[], options: SuggestOptions = {}): Suggestion<P> {
   const routed = routeAll(parameters, [...(options.rules ?? []), ...NAME_RULES])

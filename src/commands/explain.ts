@@ -9,6 +9,7 @@ import { describe, type Parameter } from '../optimizer/parameter.js'
 import { type Declaration, declarationOf, refuseUnsupported } from '../run/declaration.js'
 import { readPresets } from '../store/presets.js'
 import { tableLines } from '../text-table.js'
+import { atOnce } from '../wire/at-once.js'
 import { decodeClientFrame, encodeFrame } from '../wire/codec.js'
 import { OPEN_BYTES, type OpenFrame } from '../wire/frame.js'
 import { amount, decimal } from './amount.js'
@@ -45,7 +46,7 @@ export function explainCommand(argv: readonly string[], env: Environment, width?
   const presets = readPresets(presetsFolder(values, env))
   const frame = readOpenFrame(file)
   refuseUnsupported(frame, false)
-  const declaration = declarationOf(frame, presets)
+  const declaration = atOnce(declarationOf(frame, presets))
   return values.json ? JSON.stringify(jsonOf(declaration), null, 2) : textOf(declaration, width)
 }
 

@@ -3,7 +3,9 @@ import { type Logger, pino } from 'pino'
 import { type App, buildApp } from '../app.js'
 import { type Config, type Environment, readCommand, unknownVariables } from '../config.js'
 
-// How long closing may take after the drain: close frames, and lanes that end their work.
+/** Each is a wish that the service ends. */
+const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT', 'SIGUSR2'] as const
+// What closing needs beyond the drain itself: close frames, lanes that end their work.
 const CLOSE_SECONDS = 10
 // How long the last checkpoints may take beside that. A supervisor that kills the process before loses the steps
 // since the last checkpoint; with a journal it loses none.
@@ -48,16 +50,48 @@ async function listen({ app }: App, { host, port }: Config, logger: Logger): Pro
   return address
 }
 
-function closeOnSignals({ app, drain }: App, { drain_seconds, data }: Config, logger: Logger): void {
+function closeOnSignals(built: App, { drain_seconds, data }: Config, logger: Logger): void {
+  const { app, drain } = built
   const delay = (drain_seconds + CLOSE_SECONDS + (data ? CHECKPOINT_SECONDS : 0)) * 1000
-  closeWithGrace({ delay, logger }, async ({ signal, err }) => {
+  // Its own way with a second signal is to end at once, and with it what no checkpoint has yet.
+  const grace = closeWithGrace({ delay, logger, skip: [...SIGNALS] }, async ({ err }) => {
     if (err) {
       // A bug: nothing can be relied on, so no step is drained. The lanes still have to end before the process.
       logger.fatal({ event: 'crashed', err })
       return app.close()
     }
-    logger.info({ event: 'draining', signal, deadline_seconds: drain_seconds })
     await drain()
     logger.info({ event: 'stopped' })
   })
+  let signals = 0
+  const heard = (signal: NodeJS.Signals) => {
+    signals += 1
+    if (signals > 1) return insist(built, { signal, signals }, logger)
+    logger.info({ event: 'draining', signal, deadline_seconds: drain_seconds })
+    grace.close()
+  }
+  for (const signal of SIGNALS) process.on(signal, heard)
+}
+
+/**
+ * Ends the process for whoever has no patience, unless clients would lose steps that were acknowledged: the second signal says which
+ * ones, and the third is taken at its word. npm hands Ctrl-C on, so that the service gets it twice.
+ */
+function insist(
+  { runs, data }: App,
+  { signal, signals }: { signal: NodeJS.Signals; signals: number },
+  logger: Logger,
+): void {
+  // Without a data folder waiting would keep none.
+  const lost = runs
+    .list()
+    .map((run) => ({ run: run.name, step: run.step, durable_step: runs.durableStep(run) }))
+    .filter(({ step, durable_step }) => data !== undefined && step > durable_step)
+  if (signals > 2 || lost.length === 0) {
+    logger.error({ event: 'ended', signal, signals, lost })
+    return process.exit(1)
+  }
+  const reason =
+    'no checkpoint has these steps yet: they are being written, and a third signal ends the process without them'
+  logger.warn({ event: 'signal_again', signal, reason, lost })
 }

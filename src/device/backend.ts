@@ -73,7 +73,7 @@ const MEMORY_SHARE = 0.75
 const CUDA_FILES = ['libonnxruntime_providers_cuda.so', 'libonnxruntime_providers_shared.so']
 // Lanes on the CPU share its memory bandwidth and its arena of intermediates: more than four gain nothing.
 const MAX_CPU_LANES = 4
-// Measured on an H200: four lanes keep it busy and its copies under way, more gain nothing.
+// Measured on an H200: four lanes keep it busy and its copies under way, more gain nothing (docs/measurements.md).
 const CUDA_LANES = 4
 // Device memory of a lane beside state and scratch: cuBLAS workspaces, machine code, lists of tiles.
 const CUDA_LANE_BYTES = 256 << 20

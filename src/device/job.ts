@@ -56,7 +56,7 @@ export function scalarOf({ plan, gradient_scale }: Job, name: string): number {
 /** Every kernel of the plans, with all dimensions of blocks that it is used on. */
 export function needsOf(demands: readonly Demand[]): Need[] {
   const needs = new Map<string, Need>()
-  for (const { plan } of demands) {
+  for (const plan of new Set(demands.map(({ plan }) => plan))) {
     // Tasks of one size have one kernel, and a parameter may have a quarter of a million tasks.
     const sizes = new Map(plan.tasks.map((task) => [String(task.dims), task]))
     for (const { kernel = plan.kernel, dims } of sizes.values())

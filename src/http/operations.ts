@@ -17,6 +17,7 @@ import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './docs.js'
 import { type Events, receiptBody } from './events.js'
 import type { components, operations } from './openapi.js'
+import type { StateReaders } from './readers.js'
 import { runStateBody, stateBody, stateNorms } from './state.js'
 import { importState } from './state-import.js'
 
@@ -27,6 +28,7 @@ export type Services = {
   presets: Presets
   metrics: Metrics
   events: Events
+  readers: StateReaders
   contract: Contract
 }
 
@@ -57,8 +59,17 @@ export type AnyHandler = { handle(request: FastifyRequest, reply: FastifyReply):
 /** One handler per operationId of openapi.yaml: a missing one does not compile. `/docs` is served by its plugin. */
 export type Handlers = { readonly [Id in Exclude<keyof operations, 'getDocs'>]: Handler<operations[Id]> }
 
-/** Makes the handler of every REST operation. They throw ServiceError, of which problem.ts makes a problem document. */
-export function createHandlers({ config, device, runs, presets, metrics, events, contract }: Services): Handlers {
+/** The handlers of the control plane. They throw ServiceError; app.ts makes routes of them and problem documents of errors. */
+export function createHandlers({
+  config,
+  device,
+  runs,
+  presets,
+  metrics,
+  events,
+  readers,
+  contract,
+}: Services): Handlers {
   return {
     getLivez: () => ({ status: 'ok' }),
     getReadyz: () => {
@@ -89,10 +100,10 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
     getParameter: async ({ params }) => {
       const run = runs.get(params.run)
       const summary = parameterSummary(run, params.index)
-      return { ...summary, state: await stateNorms(device, run, params.index) }
+      return { ...summary, state: await stateNorms(device, { readers, run }, params.index) }
     },
     getState: async ({ params }, reply) => {
-      const { length, body } = await runStateBody(device, runs, runs.get(params.run))
+      const { length, body } = await runStateBody(runs, { readers, run: runs.get(params.run) })
       return reply.type('application/octet-stream').header('content-length', length).send(body)
     },
     putState: ({ params, query, headers, body, log }) => {
@@ -101,7 +112,7 @@ export function createHandlers({ config, device, runs, presets, metrics, events,
       return importState({ runs, device, config }, runs.get(params.run), { query, headers, body, log })
     },
     getParameterState: ({ params }, reply) => {
-      const { length, body } = stateBody(device, runs.get(params.run), params.index)
+      const { length, body } = stateBody(device, { readers, run: runs.get(params.run) }, params.index)
       return reply.type('application/octet-stream').header('content-length', length).send(body)
     },
     listReceipts: ({ params, query }) => ({ receipts: runs.get(params.run).receipts(query.after).map(receiptBody) }),

@@ -11,6 +11,8 @@ import type { Run } from '../run/run.js'
 import { SafetensorsError } from '../store/safetensors.js'
 import { betweenSteps } from './checkpoints.js'
 import type { components, operations } from './openapi.js'
+import type { Services } from './operations.js'
+import { paced } from './pace.js'
 
 type Query = Required<NonNullable<operations['putState']['parameters']['query']>>
 type Request = { query: Query; headers: IncomingHttpHeaders; body: Readable; log: Log }
@@ -30,7 +32,7 @@ export async function importState(
     partial,
     ...(momentum_form === 'stated' ? {} : { momentum_form }),
     ...(length === undefined ? {} : { bytes: Number(length) }),
-    body: moving(body, config.send_timeout_seconds),
+    body: paced(body, config),
   }
   return runs.import(run, async () => {
     const incoming = await receiveState(device, run, options).catch((error) => {
@@ -52,22 +54,7 @@ function counts({ places }: ImportedState): { parameters: number } {
   return { parameters: places.filter((place) => place !== undefined).length }
 }
 
-/** The pieces of a body. Throws OVERLOADED where none comes for `seconds`: the import holds memory meanwhile. */
-async function* moving(body: Readable, seconds: number): AsyncGenerator<Uint8Array> {
-  const stalled = new ServiceError('OVERLOADED', `no byte of the body came for ${seconds} seconds`)
-  const timer = setTimeout(() => body.destroy(stalled), seconds * 1000)
-  try {
-    // A loop that ends early must not destroy the body: the refusal is sent on the same connection.
-    for await (const piece of body.iterator({ destroyOnReturn: false })) {
-      timer.refresh()
-      yield piece
-    }
-  } finally {
-    clearTimeout(timer)
-  }
-}
-
-/** An error of the body as one that the client is told. */
+/** What is wrong with the body is the sender's to know. */
 function refusal(error: unknown): unknown {
   if (error instanceof SafetensorsError) return new ServiceError('REQUEST_INVALID', error.message)
   if (error instanceof BodyTooLargeError) return Object.assign(error, { statusCode: 413 })

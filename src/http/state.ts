@@ -3,20 +3,22 @@ import { setImmediate as turn } from 'node:timers/promises'
 import { bytesPerElement } from '../../kernels/dtype.js'
 import type { Device } from '../device/device.js'
 import type { Runs } from '../keep/runs.js'
-import { stateFile } from '../keep/state-file.js'
 import type { Run } from '../run/run.js'
 import { encodeHeader, SAFETENSORS_NAMES, type TensorEntry } from '../store/safetensors.js'
 import { betweenSteps } from './checkpoints.js'
 import type { components } from './openapi.js'
+import type { StateReaders } from './readers.js'
 
 type StateTensor = components['schemas']['StateTensor']
 type Held = ReturnType<Run['stateTensors']>
 
-/**
- * The state tensors of a parameter with their norms; none before its first step. Between two pieces of a tensor the
- * event loop gets a turn.
- */
-export async function stateNorms(device: Device, run: Run, index: number): Promise<StateTensor[]> {
+/** The state tensors of a parameter with their norms; none before its first step. Reads them turn by turn of the event loop. */
+export async function stateNorms(
+  device: Device,
+  { readers, run }: { readers: StateReaders; run: Run },
+  index: number,
+): Promise<StateTensor[]> {
+  const leave = readers.enter(run)
   const held = run.stateTensors(index)
   try {
     const described: StateTensor[] = []
@@ -28,6 +30,7 @@ export async function stateNorms(device: Device, run: Run, index: number): Promi
     return described
   } finally {
     release(device, held)
+    leave()
   }
 }
 
@@ -35,8 +38,12 @@ export async function stateNorms(device: Device, run: Run, index: number): Promi
  * A safetensors body with the state of one parameter, and its length in bytes.
  * State tensors are immutable, so the references taken here make it the state of one moment however slowly it is read.
  */
-export function stateBody(device: Device, run: Run, index: number): { length: number; body: Readable } {
-  const held = run.stateTensors(index)
+export function stateBody(
+  device: Device,
+  { readers, run }: { readers: StateReaders; run: Run },
+  index: number,
+): { length: number; body: Readable } {
+  const { held, release } = holdParameter(device, { readers, run }, index)
   const { parameter, algorithm, step } = run.place(index)
   const metadata = {
     run: run.name,
@@ -49,17 +56,43 @@ export function stateBody(device: Device, run: Run, index: number): { length: nu
   const header = encodeHeader(entries, metadata)
   const length = entries.reduce((sum, { bytes }) => sum + bytes, header.length)
   const body = Readable.from(pieces(device, header, { held, step }), { objectMode: false })
-  // Not in the generator, which never starts where the reader leaves before the first piece.
-  body.once('close', () => release(device, held))
+  // Not in the generator: a reader that leaves before the first piece never starts it.
+  body.once('close', release)
   return { length, body }
 }
 
 /** A safetensors body with the whole state of a run after its last finished step, and its length in bytes. */
-export async function runStateBody(device: Device, runs: Runs, run: Run): Promise<{ length: number; body: Readable }> {
-  const { bytes, pieces, release } = await betweenSteps(runs, run, async () => stateFile(device, run))
-  const body = Readable.from(pieces, { objectMode: false })
+export async function runStateBody(
+  runs: Runs,
+  { readers, run }: { readers: StateReaders; run: Run },
+): Promise<{ length: number; body: Readable }> {
+  const { file, release } = await betweenSteps(runs, run, async () => readers.file(run))
+  const body = Readable.from(file.pieces(), { objectMode: false })
   body.once('close', release)
-  return { length: bytes, body }
+  return { length: file.bytes, body }
+}
+
+/** A parameter's state tensors and the memory that they may take when the run has gone on. */
+function holdParameter(
+  device: Device,
+  { readers, run }: { readers: StateReaders; run: Run },
+  index: number,
+): { held: Held; release: () => void } {
+  const leave = readers.enter(run)
+  const held = run.stateTensors(index)
+  try {
+    const grant = readers.keep(run, held)
+    const giveBack = () => {
+      release(device, held)
+      device.dismiss(grant)
+      leave()
+    }
+    return { held, release: giveBack }
+  } catch (error) {
+    release(device, held)
+    leave()
+    throw error
+  }
 }
 
 /** The numbers in the bytes of each dtype. A bfloat16 is the upper half of a float32. */

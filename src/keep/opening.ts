@@ -3,13 +3,16 @@ import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithms/algorithm.js'
 import { attentionDifference, parseAttentions } from '../optimizer/attention.js'
 import { type Groups, groupOf, stateBearing } from '../optimizer/hyperparameters.js'
-import { firstDifference, type Parameter, parseParameters, stateBytes } from '../optimizer/parameter.js'
+import { firstDifference, type Parameter, parsingParameters, stateBytes } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import { parseGroups } from '../run/declaration.js'
 import type { Run } from '../run/run.js'
+import { inSlices } from '../run/slices.js'
 import type { OpenFrame } from '../wire/frame.js'
 
 // What an `open` asks for, held against the run that is there.
+
+const PARAMETERS_PER_YIELD = 64
 
 /** Throws RUN_BUSY where a connection has the run and the `open` does not ask to replace it. */
 export function checkFree(run: Run, { takeover }: OpenFrame): void {
@@ -21,7 +24,7 @@ export function checkFree(run: Run, { takeover }: OpenFrame): void {
 }
 
 /** Compares what a resuming `open` gives with what the run has; answers the groups to replace, if any were given. */
-export function checkSame(run: Run, frame: OpenFrame, presets: Presets): Groups | undefined {
+export async function checkSame(run: Run, frame: OpenFrame, presets: Presets): Promise<Groups | undefined> {
   const existing = run.groups
   const groups = frame.groups && parseGroups(frame.groups, presets)
   if (groups) {
@@ -29,7 +32,8 @@ export function checkSame(run: Run, frame: OpenFrame, presets: Presets): Groups 
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
   }
   if (frame.parameters) {
-    const difference = firstDifference(run.parameters, parseParameters(frame.parameters, groups ?? existing))
+    const given = await inSlices(parsingParameters(frame.parameters, groups ?? existing))
+    const difference = firstDifference(run.parameters, given)
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
   }
   if (frame.attentions) {
@@ -50,12 +54,31 @@ function groupDifference(existing: Groups, given: Groups): string | undefined {
   return undefined
 }
 
-/** What a run asks of a device: one step of every parameter. */
-export function demandsOf(parameters: readonly Parameter[], groups: Groups): Demand[] {
-  return parameters.map((parameter) => ({
-    plan: planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false }),
-    gradient_bytes: parameter.gradient_bytes,
-    update_bytes: parameter.update_bytes,
-    state_bytes: stateBytes(parameter),
-  }))
+/** `scales`: bytes of row scales by parameter. `held`: a checkpoint may hold the state of one step beside the next. */
+type Asked = { groups: Groups; scales: ReadonlyMap<number, number>; held: boolean }
+
+/** What a run asks of a device: one step of every parameter. Yields from time to time. */
+export function* demandsOf(
+  parameters: readonly Parameter[],
+  { groups, scales, held }: Asked,
+): Generator<undefined, Demand[]> {
+  // Parameters that are declared alike share the description of their state (parseParameters), and so their plan.
+  const alike = new Map<Parameter['state'], Demand>()
+  const demands: Demand[] = []
+  for (const parameter of parameters) {
+    const { index, state, update_bytes } = parameter
+    if (index % PARAMETERS_PER_YIELD === PARAMETERS_PER_YIELD - 1) yield
+    const demand = alike.get(state) ?? demandOf(parameter, groups, held)
+    alike.set(state, demand)
+    const scale = scales.get(index)
+    demands.push(scale === undefined ? demand : { ...demand, update_bytes: update_bytes + scale })
+  }
+  return demands
+}
+
+function demandOf(parameter: Parameter, groups: Groups, held: boolean): Demand {
+  const { gradient_bytes, update_bytes } = parameter
+  const plan = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
+  const state_bytes = stateBytes(parameter)
+  return { plan, gradient_bytes, update_bytes, state_bytes, held_bytes: held ? state_bytes : 0 }
 }

@@ -1,4 +1,5 @@
 import type { Config } from '../config.js'
+import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
@@ -9,6 +10,7 @@ import { type Declaration, declarationOf, refuseUnsupported } from '../run/decla
 import type { ImportedState } from '../run/imported-state.js'
 import type { Connection, Member } from '../run/member.js'
 import { Run } from '../run/run.js'
+import { inSlices } from '../run/slices.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { OpenFrame } from '../wire/frame.js'
 import { Archive, type Kept } from './archive.js'
@@ -137,32 +139,32 @@ export class Runs {
   }
 
   /** Admits a run and makes the device ready for it. */
-  async build(name: string, { groups, parameters, attentions }: Declaration, created_at?: string): Promise<Run> {
+  async build(name: string, declaration: Declaration, created_at?: string): Promise<Run> {
     const runs = this.#runs.size + this.#creating
     if (runs >= this.#config.max_runs) {
       throw new ServiceError('OVER_CAPACITY', `the service holds ${runs} runs, at most ${this.#config.max_runs}`)
     }
-    this.#checkFits(parameters)
+    this.#checkFits(declaration.parameters)
+    this.#creating += 1
+    try {
+      const grant = await this.#admit(name, declaration)
+      return new Run(this.#device, { name, created_at, ...declaration, grant, receipts: this.#config })
+    } finally {
+      this.#creating -= 1
+    }
+  }
+
+  async #admit(name: string, { groups, parameters, attentions }: Declaration): Promise<Grant> {
     // A slow reader may leave the row scales with their update.
     const scales = rowScaleBytes(attentions, parameters)
-    const demands = demandsOf(parameters, groups).map((demand, index) => {
-      return {
-        ...demand,
-        update_bytes: demand.update_bytes + (scales.get(index) ?? 0),
-        held_bytes: this.#archive ? demand.state_bytes : 0,
-      }
-    })
+    const held = this.#archive !== undefined
+    const demands = await inSlices(demandsOf(parameters, { groups, scales, held }))
     const grant = this.#device.admit(demands, `run '${name}'`)
-    this.#creating += 1
-    const loaded = this.#device.load(demands).finally(() => {
-      this.#creating -= 1
-    })
-    await loaded.catch((error) => {
+    await this.#device.load(demands).catch((error) => {
       this.#device.dismiss(grant)
       throw error
     })
-    const { receipts_kept } = this.#config
-    return new Run(this.#device, { name, created_at, groups, parameters, attentions, grant, receipts_kept })
+    return grant
   }
 
   /**
@@ -266,7 +268,7 @@ export class Runs {
 
   async #resume(run: Run, frame: OpenFrame, connection: Connection, kept?: Kept): Promise<Opened> {
     checkFree(run, frame)
-    const groups = checkSame(run, frame, this.#presets)
+    const groups = await checkSame(run, frame, this.#presets)
     await this.#archive?.opened(run)
     const member = await run.attach(connection)
     const opened = { run, member, resumed: true }
@@ -287,7 +289,7 @@ export class Runs {
     const known = this.#runs.get(name)
     if (!archive || !known) return this.#loadBack(frame, checkpoint, connection)
     checkFree(known, frame)
-    checkSame(known, frame, this.#presets)
+    await checkSame(known, frame, this.#presets)
     const kept = await archive.fetch(known, checkpoint)
     try {
       return await this.#resume(known, frame, connection, kept)
@@ -301,7 +303,7 @@ export class Runs {
     const run = await this.#archive?.load(frame.run, checkpoint)
     if (!run) throw this.#notFound(frame.run)
     try {
-      checkSame(run, frame, this.#presets)
+      await checkSame(run, frame, this.#presets)
       await this.#archive?.goBack(run)
     } catch (error) {
       await this.#drop(run)
@@ -330,7 +332,7 @@ export class Runs {
   }
 
   async #create(frame: OpenFrame, connection: Connection): Promise<Opened> {
-    const run = await this.build(frame.run, declarationOf(frame, this.#presets))
+    const run = await this.build(frame.run, await inSlices(declarationOf(frame, this.#presets)))
     try {
       await this.#archive?.create(run)
     } catch (error) {

@@ -6,8 +6,16 @@ import type { RunRecord } from '../store/checkpoint/manifest.js'
 import { stateMetadata, stateName } from '../store/checkpoint/state-source.js'
 import { encodeHeader, SAFETENSORS_NAMES, type TensorEntry } from '../store/safetensors.js'
 
-/** A run's whole state as one safetensors file: its length, and its bytes, of which one piece's copy is held at a time. */
-export type StateFile = { bytes: number; pieces: Iterable<Uint8Array>; release: () => void }
+/**
+ * A run's whole state as one safetensors file: its length, the tensors that it keeps, and its bytes for one reader, of which
+ * one piece's copy is held at a time.
+ */
+export type StateFile = {
+  bytes: number
+  tensors: readonly Held[]
+  pieces: () => Iterable<Uint8Array>
+  release: () => void
+}
 
 const STEP_BYTES = BigInt64Array.BYTES_PER_ELEMENT
 
@@ -26,7 +34,7 @@ export function stateFile(device: Device, run: Run): StateFile {
     held = []
   }
   const bytes = entries.reduce((sum, entry) => sum + entry.bytes, header.length)
-  return { bytes, pieces: pieces(device, header, { record, tensors }), release }
+  return { bytes, tensors, pieces: () => pieces(device, header, { record, tensors }), release }
 }
 
 /** Every count first, which keeps all behind them aligned. One of 0 says that the parameter has no other state yet. */

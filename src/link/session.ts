@@ -6,7 +6,8 @@ import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
 import type { Connection } from '../run/member.js'
-import { decodeClientFrame, encodeFrame, type GradientHead } from '../wire/codec.js'
+import { inSlices } from '../run/slices.js'
+import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
 import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame } from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
 import { Reception } from './reception.js'
@@ -130,6 +131,11 @@ export class Session implements Connection, GradientSink {
   #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {
     if (!binary) throw new ServiceError('FRAME_MALFORMED', 'a text message, expected are binary ones', { close: 1003 })
     const frame = this.#decode(bytes)
+    if (!(frame instanceof Promise)) return this.#take(frame)
+    return frame.then((decoded) => (this.#leaving ? undefined : this.#take(decoded)))
+  }
+
+  #take(frame: ClientFrame): Promise<void> | undefined {
     const { label } = this.#reception
     if (label !== undefined && frame.type !== 'gradient')
       throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' while ${label} is incomplete`)
@@ -141,12 +147,16 @@ export class Session implements Connection, GradientSink {
   }
 
   // After `open` only a `step` frame can be refused by its bytes without ending the connection.
-  #decode(bytes: Uint8Array): ClientFrame {
-    try {
-      return decodeClientFrame(bytes, this.#context.config)
-    } catch (error) {
+  #decode(bytes: Uint8Array): ClientFrame | Promise<ClientFrame> {
+    const refused = (error: unknown) => {
       this.#joined?.run.refuseAnnouncement(this.#joined.member)
       throw error
+    }
+    try {
+      const frame = inSlices(decodingClientFrame(bytes, this.#context.config))
+      return frame instanceof Promise ? frame.catch(refused) : frame
+    } catch (error) {
+      return refused(error)
     }
   }
 
@@ -173,12 +183,10 @@ export class Session implements Connection, GradientSink {
     log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
     const { chunk_bytes, staging_bytes, max_parameters } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
-    this.#send({
-      type: 'opened',
-      ...run.opened(resumed),
-      limits: { chunk_bytes, staging_bytes, max_parameters },
-      server,
-    })
+    const limits = { chunk_bytes, staging_bytes, max_parameters }
+    const opened = { type: 'opened', ...run.opened(resumed), limits, server } as const
+    const header = await inSlices(encodingOpened(opened, run.describeParameters()))
+    void this.#sender.send({ header })
   }
 
   /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */

@@ -9,8 +9,6 @@ export type Block = { readonly rows: number; readonly cols: number; readonly off
  * other; there are none where the algorithm is elementwise.
  */
 export type LaidParameter = Layout & {
-  readonly index: number
-  readonly name: string
   readonly shape: readonly number[]
   readonly group: string
   readonly gradient_dtype: Dtype

@@ -1,5 +1,6 @@
 import { bytesPerElement, DTYPES, type Dtype, isDtype } from '../../kernels/dtype.js'
 import { type ErrorCode, ServiceError } from '../errors.js'
+import { atOnce } from '../wire/at-once.js'
 import type { Layout, ParameterDeclaration } from '../wire/frame.js'
 import { planStep } from './algorithms/algorithm.js'
 import { checkName, type Group, show } from './hyperparameters.js'
@@ -7,7 +8,11 @@ import type { Block, LaidParameter } from './layout.js'
 import { type StateTensor, stateTensors } from './state.js'
 
 /** A parameter of a run, checked against its group; `state` are the tensors that the service keeps for it. */
-export type Parameter = LaidParameter & { readonly state: readonly StateTensor[] }
+export type Parameter = LaidParameter & {
+  readonly index: number
+  readonly name: string
+  readonly state: readonly StateTensor[]
+}
 
 /** A gradient, an update and two state tensors of 4 bytes per element stay below 2^53 bytes together. */
 const MAX_ELEMENTS = 2 ** 49
@@ -20,10 +25,22 @@ export const MAX_BLOCKS = 2 ** 18
  * Throws PARAMETER_INVALID or DTYPE_UNSUPPORTED with the parameter's name, index and both values.
  */
 export function parseParameters(raw: readonly ParameterDeclaration[], groups: ReadonlyMap<string, Group>): Parameter[] {
+  return atOnce(parsingParameters(raw, groups))
+}
+
+/** Does what `parseParameters` does, and yields from time to time: a model may have 100,000 parameters. */
+export function* parsingParameters(
+  raw: readonly ParameterDeclaration[],
+  groups: ReadonlyMap<string, Group>,
+): Generator<undefined, Parameter[]> {
   if (raw.length === 0) throw new ServiceError('PARAMETER_INVALID', 'there are no parameters, expected at least one')
   const seen = new Map<string, number>()
+  // Parameters that are declared alike but for their names are laid out alike. A model has few such kinds.
+  const alike = new Map<string, Form>()
+  const parameters: Parameter[] = []
   let blocks = 0
-  return raw.map((given, index) => {
+  for (const [index, given] of raw.entries()) {
+    if (index % PARAMETERS_PER_YIELD === PARAMETERS_PER_YIELD - 1) yield
     const fail = refusal(given, index)
     checkName(`parameter ${index}`, given.name)
     const twin = seen.get(given.name)
@@ -31,10 +48,15 @@ export function parseParameters(raw: readonly ParameterDeclaration[], groups: Re
     seen.set(given.name, index)
     const group = groups.get(given.group)
     if (group === undefined) throw fail(`is in group ${show(given.group)}, expected one of ${show([...groups.keys()])}`)
-    const parameter = parse(given, { index, group, blocks: MAX_BLOCKS - blocks, fail })
-    blocks += parameter.blocks.length
-    return parameter
-  })
+    const { name, ...kind } = given
+    const key = JSON.stringify(kind)
+    const form = alike.get(key) ?? formOf(given, { group, fail })
+    alike.set(key, form)
+    checkBlocks(form, MAX_BLOCKS - blocks, fail)
+    blocks += form.blocks.length
+    parameters.push({ index, name, ...form })
+  }
+  return parameters
 }
 
 /** A parameter as `opened` lists it, without its `step` and `algorithm`, which the run knows. */
@@ -57,23 +79,26 @@ export function firstDifference(existing: readonly Parameter[], given: readonly 
 }
 
 type Fail = (message: string, code?: ErrorCode) => ServiceError
-/** `blocks`: how many blocks the parameter may have, of the MAX_BLOCKS that all parameters share. */
-type Context = { index: number; group: Group; blocks: number; fail: Fail }
+type Context = { group: Group; fail: Fail }
+/** A parameter without its name and place. */
+type Form = Omit<Parameter, 'index' | 'name'>
+
+const PARAMETERS_PER_YIELD = 64
 
 function refusal(given: ParameterDeclaration, index: number): Fail {
   return (message, code = 'PARAMETER_INVALID') =>
     new ServiceError(code, `parameter ${show(given.name)} ${message}`, { parameter: index })
 }
 
-function parse(given: ParameterDeclaration, context: Context): Parameter {
-  const { index, fail } = context
-  const { name, group } = given
+function formOf(given: ParameterDeclaration, context: Context): Form {
+  const { fail } = context
+  const { group } = given
   const shape = [...given.shape]
   const elements = count(shape, fail)
   const gradient_dtype = dtype('gradient_dtype', given.gradient_dtype, fail)
   const update_dtype = dtype('update_dtype', given.update_dtype, fail)
   const laid: LaidParameter = {
-    ...{ index, name, shape, group, gradient_dtype, update_dtype, ...layoutOf(given), elements },
+    ...{ shape, group, gradient_dtype, update_dtype, ...layoutOf(given), elements },
     gradient_bytes: elements * bytesPerElement(gradient_dtype),
     update_bytes: elements * bytesPerElement(update_dtype),
     blocks: ['muon', 'muonclip'].includes(context.group.algorithm)
@@ -115,20 +140,25 @@ function noMatrices(given: ParameterDeclaration, { group: { algorithm }, fail }:
 }
 
 /** Cuts the tensor into matrices and these into blocks of rows. In C order each is contiguous, one behind the other. */
-function matrices(given: ParameterDeclaration, { fail, blocks: limit }: Context): Block[] {
+function matrices(given: ParameterDeclaration, { fail }: Context): Block[] {
   const { batch, rows, cols } = matrixShape(given, fail)
   checkRows(given, rows, fail)
   const { split, heads } = given
   const perMatrix = split?.length ?? heads ?? 1
   const blocks = batch * perMatrix
-  if (blocks > limit)
-    throw fail(`is cut into ${blocks} matrices, ${limit} are left of ${MAX_BLOCKS} for all parameters`)
+  checkBlocks({ blocks: { length: blocks } }, MAX_BLOCKS, fail)
   let offset = 0
   return Array.from({ length: blocks }, (_, i) => {
     const block = { rows: split ? split[i % perMatrix] : rows / perMatrix, cols, offset }
     offset += block.rows * cols
     return block
   })
+}
+
+/** `left`: how many blocks there are for the parameter, of the MAX_BLOCKS that all parameters share. */
+function checkBlocks({ blocks: { length } }: { blocks: { length: number } }, left: number, fail: Fail): void {
+  if (length <= left) return
+  throw fail(`is cut into ${length} matrices, ${left} are left of ${MAX_BLOCKS} for all parameters`)
 }
 
 function matrixShape(

@@ -1,5 +1,5 @@
 import { ServiceError } from '../errors.js'
-import { effective, type Groups } from '../optimizer/hyperparameters.js'
+import { effective, type Group, type Groups } from '../optimizer/hyperparameters.js'
 import { clipSummary } from '../optimizer/qk-clip.js'
 import { nextDigest } from './digest.js'
 import type { Receipt } from './history.js'
@@ -49,7 +49,27 @@ export function conclude(step: Step, shard: Shard, { digest, durable }: { digest
   }
 }
 
-/** Every hyperparameter that is in force, by group. */
-export function effectiveGroups(groups: Groups) {
-  return Object.fromEntries([...groups].map(([name, group]) => [name, effective(group)]))
+const known = new WeakMap<Groups, Readonly<Record<string, Effective>>>()
+const knownOfGroup = new WeakMap<Group, Effective>()
+
+type Effective = ReturnType<typeof effective>
+
+/**
+ * Every hyperparameter that is in force, by group. Groups that did not change since another step are the same objects again: a receipt
+ * is kept for long, and most of its bytes would repeat them.
+ */
+export function effectiveGroups(groups: Groups): Readonly<Record<string, Effective>> {
+  const before = known.get(groups)
+  if (before) return before
+  const all = Object.fromEntries([...groups].map(([name, group]) => [name, effectiveGroup(group)]))
+  known.set(groups, all)
+  return all
+}
+
+function effectiveGroup(group: Group): Effective {
+  const before = knownOfGroup.get(group)
+  if (before) return before
+  const values = effective(group)
+  knownOfGroup.set(group, values)
+  return values
 }

@@ -1,7 +1,7 @@
 import { ServiceError } from '../errors.js'
 import { type Attention, parseAttentions } from '../optimizer/attention.js'
 import type { Groups } from '../optimizer/hyperparameters.js'
-import { type Parameter, parseParameters } from '../optimizer/parameter.js'
+import { type Parameter, parsingParameters } from '../optimizer/parameter.js'
 import { type Presets, parsePresetGroup } from '../optimizer/preset.js'
 import type { OpenFrame } from '../wire/frame.js'
 
@@ -29,13 +29,13 @@ export function refuseUnsupported({ protocol, checkpoint, mode }: OpenFrame, kee
     )
 }
 
-/** Checks what an `open` declares of a run that does not exist yet. Throws PARAMETER_INVALID, HYPERPARAMETER_INVALID… */
-export function declarationOf(frame: OpenFrame, presets: Presets): Declaration {
+/** Checks what an `open` declares of a run that does not exist yet. Throws PARAMETER_INVALID, HYPERPARAMETER_INVALID… Yields from time to time. */
+export function* declarationOf(frame: OpenFrame, presets: Presets): Generator<undefined, Declaration> {
   if (!frame.groups || !frame.parameters) {
     throw new ServiceError('PARAMETER_INVALID', `run '${frame.run}' is new: open needs groups and parameters`)
   }
   const groups = parseGroups(frame.groups, presets)
-  const parameters = parseParameters(frame.parameters, groups)
+  const parameters = yield* parsingParameters(frame.parameters, groups)
   return { groups, parameters, attentions: parseAttentions(frame.attentions ?? [], parameters) }
 }
 

@@ -7,6 +7,24 @@ export type Receipt = ReceiptFrame
 /** Events of a run: the receipt of each finished step, and the seconds that the journal took to write a step. */
 export type RunEvents = { receipt: [Receipt]; committed: [number] }
 
+/** The newest receipts are kept: so many, of so many bytes together. */
+export type ReceiptLimits = { readonly receipts_kept: number; readonly receipts_bytes: number }
+
+// About what V8 takes for a receipt, for an entry of one of its maps, and for a hyperparameter.
+const RECEIPT_BYTES = 1024
+const ENTRY_BYTES = 32
+const VALUE_BYTES = 24
+
+/** About the bytes that a receipt takes beside the one before it, whose groups it shares where they did not change. */
+function weigh({ groups, clipped_heads }: Receipt, before: Receipt | undefined): number {
+  const heads = Object.keys(clipped_heads).length * ENTRY_BYTES
+  if (groups === before?.groups) return RECEIPT_BYTES + heads
+  const own = Object.entries(groups).map(([name, values]) => {
+    return ENTRY_BYTES + (values === before?.groups[name] ? 0 : Object.keys(values).length * VALUE_BYTES)
+  })
+  return own.reduce((sum, bytes) => sum + bytes, RECEIPT_BYTES + heads)
+}
+
 /** The finished steps of a run: how many there are, what they come to, and the newest receipts. */
 export class History {
   /** The last finished step. */
@@ -17,17 +35,18 @@ export class History {
   previous = FIRST_DIGEST
   /** Set where the state was imported after the last finished step. */
   imported: ImportRecord | undefined
-  #receipts: Receipt[] = []
-  readonly #kept: number
+  #receipts: { receipt: Receipt; bytes: number }[] = []
+  /** Bytes that the receipts take. */
+  #bytes = 0
+  readonly #limits: ReceiptLimits
 
-  /** The newest `receipts_kept` receipts are kept. */
-  constructor(receipts_kept: number) {
-    this.#kept = receipts_kept
+  constructor(limits: ReceiptLimits) {
+    this.#limits = limits
   }
 
   /** The receipt of the last finished step. */
   get last(): Receipt | undefined {
-    return this.#receipts.at(-1)
+    return this.#receipts.at(-1)?.receipt
   }
 
   /** Of the last finished step itself. */
@@ -36,7 +55,7 @@ export class History {
   }
 
   receipts(after: number): Receipt[] {
-    return this.#receipts.filter((receipt) => receipt.step > after)
+    return this.#receipts.map(({ receipt }) => receipt).filter(({ step }) => step > after)
   }
 
   add(receipt: Receipt): void {
@@ -44,8 +63,7 @@ export class History {
     this.digest = receipt.digest
     this.imported = undefined
     this.step = receipt.step
-    this.#receipts.push(receipt)
-    if (this.#receipts.length > this.#kept) this.#receipts.shift()
+    this.#keep(receipt)
   }
 
   /** The state is another one from now on. */
@@ -56,7 +74,8 @@ export class History {
 
   /** The last finished step was acknowledged with this receipt before. */
   acknowledge(receipt: Receipt): void {
-    this.#receipts.splice(-1, 1, receipt)
+    this.#drop(this.#receipts.length - 1)
+    this.#keep(receipt)
   }
 
   /** Goes to where a checkpoint is; of what came after it nothing is left. */
@@ -65,6 +84,22 @@ export class History {
     this.digest = digest
     this.previous = previous_digest
     this.imported = imported
-    this.#receipts = [...this.#receipts.filter((known) => known.step < step), ...(receipt ? [receipt] : [])]
+    const first = this.#receipts.findIndex((known) => known.receipt.step >= step)
+    while (first >= 0 && this.#receipts.length > first) this.#drop(this.#receipts.length - 1)
+    if (receipt) this.#keep(receipt)
+  }
+
+  /** Keeps a receipt, and lets go of the oldest that are too many or too heavy. The newest is always kept: `end` may ask for it again. */
+  #keep(receipt: Receipt): void {
+    const bytes = weigh(receipt, this.last)
+    this.#receipts.push({ receipt, bytes })
+    this.#bytes += bytes
+    const { receipts_kept, receipts_bytes } = this.#limits
+    while (this.#receipts.length > 1 && (this.#receipts.length > receipts_kept || this.#bytes > receipts_bytes))
+      this.#drop(0)
+  }
+
+  #drop(position: number): void {
+    for (const { bytes } of this.#receipts.splice(position, 1)) this.#bytes -= bytes
   }
 }

@@ -13,11 +13,11 @@ import { checkMaxLogits } from '../optimizer/qk-clip.js'
 import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/checkpoint/manifest.js'
 import type { Journal } from '../store/journal/journal.js'
 import type { EndHead } from '../store/journal/journal-format.js'
-import type { OpenedFrame, StepFrame } from '../wire/frame.js'
+import type { OpenedFrame, ParameterDescription, StepFrame } from '../wire/frame.js'
 import { Boundary } from './boundary.js'
 import { checkComplete, conclude, effectiveGroups } from './conclusion.js'
 import type { DigestRecord } from './digest.js'
-import { History, type Receipt, type RunEvents } from './history.js'
+import { History, type Receipt, type ReceiptLimits, type RunEvents } from './history.js'
 import { importNote, type PendingImport } from './imported-state.js'
 import { type Connection, Member } from './member.js'
 import type { Place } from './place.js'
@@ -53,14 +53,14 @@ export class Run extends EventEmitter<RunEvents> {
   #journal: Journal | undefined
   #inFlight = new Set<Promise<unknown>>()
 
-  constructor(device: Device, { name, created_at, groups, receipts_kept, ...rest }: RunOptions) {
+  constructor(device: Device, { name, created_at, groups, receipts, ...rest }: RunOptions) {
     super()
     // Event streams and requests for checkpoints listen, and both are bounded where they begin.
     this.setMaxListeners(0)
     this.name = name
     this.created_at = created_at ?? new Date().toISOString()
     this.boundary = new Boundary(this)
-    this.#history = new History(receipts_kept)
+    this.#history = new History(receipts)
     this.#shard = new Shard(device, { run: name, ...rest })
     this.#current = new Step(1, groups)
   }
@@ -174,7 +174,8 @@ export class Run extends EventEmitter<RunEvents> {
     while (this.#inFlight.size > 0) await Promise.allSettled(this.#inFlight)
   }
 
-  opened(resumed: boolean): Omit<OpenedFrame, 'type' | 'limits' | 'server'> {
+  /** The answer to an `open` that has found or made the run, but for the parameters. */
+  opened(resumed: boolean): Omit<OpenedFrame, 'type' | 'limits' | 'server' | 'parameters'> {
     return {
       run: this.name,
       epoch: this.epoch,
@@ -182,15 +183,16 @@ export class Run extends EventEmitter<RunEvents> {
       resumed,
       digest: this.digest,
       ahead: this.ahead,
-      parameters: this.#shard.places.map(({ parameter, appliedStep }) => ({
-        ...describe(parameter),
-        step: appliedStep,
-        algorithm: this.#algorithm(parameter),
-      })),
       attentions: this.attentions,
       groups: effectiveGroups(this.groups),
       ...(this.note && { note: this.note }),
     }
+  }
+
+  /** The parameters as `opened` lists them, one at a time: a large model has many. */
+  *describeParameters(): Generator<ParameterDescription> {
+    for (const { parameter, appliedStep } of this.#shard.places)
+      yield { ...describe(parameter), step: appliedStep, algorithm: this.#algorithm(parameter) }
   }
 
   /** Takes a `step` frame: for the step in progress its values, for the last finished one only the values that it had. */
@@ -459,5 +461,5 @@ export type RunOptions = {
   parameters: readonly Parameter[]
   attentions: readonly Attention[]
   grant: Grant
-  receipts_kept: number
+  receipts: ReceiptLimits
 }

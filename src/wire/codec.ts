@@ -1,18 +1,21 @@
 import { Packr } from 'msgpackr'
 import { ServiceError } from '../errors.js'
+import { atOnce } from './at-once.js'
 import {
   CLIENT_FRAMES,
   type ClientFrame,
   type GradientFrame,
   OPEN_BYTES,
+  type OpenedFrame,
   OTHER_KEYS_BYTES,
+  type ParameterDescription,
   PROTOCOL,
   SERVER_FRAMES,
   type ServerFrame,
   STEP_BYTES,
   type UpdateFrame,
 } from './frame.js'
-import { type Cursor, cursorOf, malformed, nextToken, scan, takeBytes } from './msgpack.js'
+import { type Cursor, cursorOf, ITEMS_PER_YIELD, malformed, nextToken, scan, takeBytes } from './msgpack.js'
 import { type MapSchema, quote, readMessage } from './schema.js'
 
 /** In how many bytes of a message `peekGradient` looks for a gradient's keys, which take at most 102 as msgpack. */
@@ -24,20 +27,29 @@ export const PEEK_BYTES = 1024
  * @throws ServiceError FRAME_MALFORMED with the path of the key, FRAME_TOO_LARGE, PROTOCOL_UNSUPPORTED,
  *   HYPERPARAMETER_INVALID (a float where a hyperparameter counts something)
  */
-export function decodeClientFrame(bytes: Uint8Array, limits: { chunk_bytes: number }): ClientFrame {
+export function decodeClientFrame(bytes: Uint8Array, limits: DecodeLimits): ClientFrame {
+  return atOnce(decodingClientFrame(bytes, limits))
+}
+
+/** `max_parameters`: an `open` with more is refused before any of them is looked at. */
+export type DecodeLimits = { chunk_bytes: number; max_parameters?: number }
+
+/** Decodes as `decodeClientFrame` does, and yields from time to time: an `open` of a large model is 16 MiB of small values. */
+export function* decodingClientFrame(bytes: Uint8Array, limits: DecodeLimits): Generator<undefined, ClientFrame> {
   const most = Math.max(OPEN_BYTES, limits.chunk_bytes + OTHER_KEYS_BYTES)
   if (bytes.length > most) throw tooLarge('a message', bytes.length, most)
-  const { cursor, entries, type, schema } = recognize(bytes, CLIENT_FRAMES)
+  const { cursor, entries, type, schema } = yield* recognize(bytes, CLIENT_FRAMES)
   if (type === 'open') {
     checkLength('open', bytes.length, OPEN_BYTES)
     checkProtocol(cursor, entries)
+    checkCount(cursor, entries.get('parameters'), limits.max_parameters)
   } else {
     const dataBytes = type === 'gradient' ? binLength(cursor, entries.get('data')) : 0
     checkLength('gradient.data', dataBytes, limits.chunk_bytes)
     checkLength(`${type} without its data`, bytes.length - dataBytes, type === 'step' ? STEP_BYTES : OTHER_KEYS_BYTES)
   }
   // The schema of this type has held every key and value, and the compiler holds the schema to the type.
-  return readMessage(bytes, schema, type) as ClientFrame
+  return (yield* readMessage(bytes, schema, type)) as ClientFrame
 }
 
 /**
@@ -45,8 +57,8 @@ export function decodeClientFrame(bytes: Uint8Array, limits: { chunk_bytes: numb
  * @throws ServiceError FRAME_MALFORMED
  */
 export function decodeServerFrame(bytes: Uint8Array): ServerFrame {
-  const { type, schema } = recognize(bytes, SERVER_FRAMES)
-  return readMessage(bytes, schema, type) as ServerFrame
+  const { type, schema } = atOnce(recognize(bytes, SERVER_FRAMES))
+  return atOnce(readMessage(bytes, schema, type)) as ServerFrame
 }
 
 /** A gradient frame but for its data, which begins at byte `dataStart` of the message and has `dataLength` bytes. */
@@ -70,6 +82,25 @@ export function encodeFrame(frame: Exclude<ClientFrame, GradientFrame> | ServerF
   return pack(frame)
 }
 
+/**
+ * Encodes `opened` with its parameters, one after the other, as its last key. Yields from time to time: of a large model this
+ * is the one frame of the service that has many bytes.
+ */
+export function* encodingOpened(
+  frame: Omit<OpenedFrame, 'parameters'>,
+  parameters: Iterable<ParameterDescription>,
+): Generator<undefined, Buffer> {
+  const header = pack(frame)
+  // One more pair in the map; `opened` does not reach the 15 at which the count would leave the first byte.
+  header[0] += 1
+  const list: Buffer[] = []
+  for (const parameter of parameters) {
+    list.push(pack(parameter))
+    if (list.length % ITEMS_PER_YIELD === 0) yield
+  }
+  return Buffer.concat([header, PARAMETERS_KEY, listHeader(list.length), ...list])
+}
+
 /** A gradient or update frame but for its `data`. */
 export type DataHeader = Omit<GradientFrame, 'data'> | Omit<UpdateFrame, 'data'>
 
@@ -91,9 +122,12 @@ export function encodeWithData(frame: DataHeader, data: Uint8Array): Buffer {
 
 type Recognized<T> = { cursor: Cursor; entries: Map<string, number>; type: T; schema: MapSchema }
 
-function recognize<T extends string>(bytes: Uint8Array, table: Readonly<Record<T, MapSchema>>): Recognized<T> {
+function* recognize<T extends string>(
+  bytes: Uint8Array,
+  table: Readonly<Record<T, MapSchema>>,
+): Generator<undefined, Recognized<T>> {
   const cursor = cursorOf(bytes)
-  const entries = scan(cursor)
+  const entries = yield* scan(cursor)
   const at = entries.get('type')
   if (at === undefined) throw malformed('the frame has no type')
   cursor.position = at
@@ -118,6 +152,15 @@ function checkProtocol(cursor: Cursor, entries: Map<string, number>): void {
   const { kind, value } = nextToken(cursor)
   if (kind !== 'int' || value === PROTOCOL) return
   throw new ServiceError('PROTOCOL_UNSUPPORTED', `open.protocol is ${value}, this service speaks ${PROTOCOL}`)
+}
+
+/** Refuses an `open` by the length of its list of parameters: to read that would cost more than the refusal is worth. */
+function checkCount(cursor: Cursor, at: number | undefined, most = Number.POSITIVE_INFINITY): void {
+  if (at === undefined) return
+  cursor.position = at
+  const { kind, value } = nextToken(cursor)
+  if (kind !== 'list' || value <= most) return
+  throw new ServiceError('OVER_CAPACITY', `a run holds at most ${most} parameters, given are ${value}`)
 }
 
 /** The bytes of the bin at position `at`; 0 where there is no bin, which the schema refuses afterwards. */
@@ -172,7 +215,9 @@ function readString(cursor: Cursor): string | undefined {
 
 const packr = new Packr({ useRecords: false, variableMapSize: true, encodeUndefinedAsNil: true })
 
-function pack(frame: ClientFrame | ServerFrame | DataHeader): Buffer {
+function pack(
+  frame: ClientFrame | ServerFrame | DataHeader | Omit<OpenedFrame, 'parameters'> | ParameterDescription,
+): Buffer {
   return packr.pack(packable(frame))
 }
 
@@ -189,9 +234,20 @@ function packable(value: unknown): unknown {
   return Object.fromEntries(present.map(([key, item]) => [key, packable(item)]))
 }
 
+/** The shortest header of a msgpack list of `count` items. */
+function listHeader(count: number): Buffer {
+  if (count < 16) return Buffer.of(0x90 | count)
+  if (count < 2 ** 16) return Buffer.of(0xdc, count >> 8, count & 0xff)
+  const header = Buffer.alloc(5, 0xdd)
+  header.writeUInt32BE(count, 1)
+  return header
+}
+
 function isLong(value: number): boolean {
   return Number.isSafeInteger(value) && value !== value >>> 0 && value !== value >> 0
 }
+
+const PARAMETERS_KEY = Buffer.concat([Buffer.of(0xa0 | 'parameters'.length), Buffer.from('parameters')])
 
 const DATA_KEY = Buffer.from([0xa4, 0x64, 0x61, 0x74, 0x61])
 

@@ -7,6 +7,9 @@ export const MAX_DEPTH = 8
 /** Most keys and values of one frame; an `open` of 100 000 parameters has fewer. Bounds what a frame costs to read. */
 export const MAX_VALUES = 2 ** 21
 
+/** After so many items of a long list or map the reader yields: they take a fraction of a millisecond. */
+export const ITEMS_PER_YIELD = 256
+
 /** A reading position in a message. `fault` says why the last token is of kind 'none'; `ended`: bytes were lacking. */
 export type Cursor = { readonly bytes: Buffer; position: number; fault: string; ended: boolean }
 
@@ -55,9 +58,10 @@ export function takeBytes(cursor: Cursor, length: number): Buffer | undefined {
 /**
  * Walks over a whole message without building anything and returns where each value of its map begins. After it every
  * length fits, every map key is UTF-8 text, nothing follows the map, and depth and count are within their caps.
+ * Yields from time to time, so that a long message can be walked over in several turns of the event loop.
  * @throws ServiceError FRAME_MALFORMED, FRAME_TOO_LARGE (more than MAX_VALUES keys and values)
  */
-export function scan(cursor: Cursor): Map<string, number> {
+export function* scan(cursor: Cursor): Generator<undefined, Map<string, number>> {
   const entries = new Map<string, number>()
   const map = nextToken(cursor)
   if (map.kind !== 'map') throw malformed(cursor.fault || `a message is one map, this one is a ${map.kind}`)
@@ -65,7 +69,7 @@ export function scan(cursor: Cursor): Map<string, number> {
   for (let pair = 0; pair < map.value; pair++) {
     const key = skipKey(walk)
     entries.set(key, cursor.position)
-    skipValue(walk, 1)
+    yield* skipLongValue(walk)
   }
   const rest = cursor.bytes.length - cursor.position
   if (rest > 0) throw malformed(`${rest} bytes after the map, which ends at byte ${cursor.position}`)
@@ -86,20 +90,40 @@ function skipKey(walk: Walk): string {
   return skipPayload(cursor, token).toString()
 }
 
+/** A value of the message's own map: only there are lists long enough to be walked over in several turns. */
+function* skipLongValue(walk: Walk): Generator<undefined, void> {
+  const token = skipHead(walk, 1)
+  for (let item = 0; item < itemsOf(token); item++) {
+    if (item % ITEMS_PER_YIELD === ITEMS_PER_YIELD - 1) yield
+    if (token.kind === 'map') skipKey(walk)
+    skipValue(walk, 2)
+  }
+}
+
 function skipValue(walk: Walk, depth: number): void {
+  const token = skipHead(walk, depth)
+  for (let item = 0; item < itemsOf(token); item++) {
+    if (token.kind === 'map') skipKey(walk)
+    skipValue(walk, depth + 1)
+  }
+}
+
+/** Walks over a value, or of a list or map over its head alone. */
+function skipHead(walk: Walk, depth: number): Token {
   const { cursor } = walk
   const at = cursor.position
   const token = countedToken(walk)
   if (token.kind === 'string' || token.kind === 'bin') skipPayload(cursor, token)
-  if (token.kind !== 'list' && token.kind !== 'map') return
+  if (token.kind !== 'list' && token.kind !== 'map') return token
   if (depth === MAX_DEPTH) throw malformed(`the ${token.kind} at byte ${at} is nested deeper than ${MAX_DEPTH}`)
   const least = token.kind === 'map' ? 2 * token.value : token.value
   const left = cursor.bytes.length - cursor.position
   if (least > left) throw malformed(`the ${token.kind} at byte ${at} declares ${token.value} items in ${left} bytes`)
-  for (let item = 0; item < token.value; item++) {
-    if (token.kind === 'map') skipKey(walk)
-    skipValue(walk, depth + 1)
-  }
+  return token
+}
+
+function itemsOf({ kind, value }: Token): number {
+  return kind === 'list' || kind === 'map' ? value : 0
 }
 
 function countedToken(walk: Walk): Token {

@@ -1,5 +1,5 @@
 import { ServiceError } from '../errors.js'
-import { type Cursor, cursorOf, type Kind, malformed, nextToken, type Token } from './msgpack.js'
+import { type Cursor, cursorOf, ITEMS_PER_YIELD, type Kind, malformed, nextToken, type Token } from './msgpack.js'
 
 /**
  * What a value must be. `any` is checked by a later layer. So is `hyperparameter`, but for the difference between 5 and
@@ -40,11 +40,38 @@ const ANY: Schema = { is: 'any' }
 
 /**
  * Reads a message that `scan` has walked over and holds it against the schema. Bins are views of `bytes`; maps are
- * plain objects in which even `__proto__` is a key like any other.
+ * plain objects in which even `__proto__` is a key like any other. Yields from time to time, as `scan` does.
  * @throws ServiceError FRAME_MALFORMED with the path of the value; HYPERPARAMETER_INVALID (a float as a count)
  */
-export function readMessage(bytes: Uint8Array, schema: MapSchema, name: string): unknown {
-  return readValue(cursorOf(bytes), schema, [name])
+export function* readMessage(bytes: Uint8Array, schema: MapSchema, name: string): Generator<undefined, unknown> {
+  const cursor = cursorOf(bytes)
+  const path: Path = [name]
+  const map = new Map<string, unknown>()
+  const pairs = nextToken(cursor).value
+  for (let pair = 0; pair < pairs; pair++) {
+    const key = readKey(cursor, map, path)
+    path.push(key)
+    map.set(key, yield* readLongValue(cursor, schemaOf(schema, key, path), path))
+    path.pop()
+  }
+  checkMissing(map, schema, path)
+  return Object.fromEntries(map)
+}
+
+/** A value of the message's own map: only there are lists long enough to be read in several turns. */
+function* readLongValue(cursor: Cursor, schema: Schema, path: Path): Generator<undefined, unknown> {
+  const { position } = cursor
+  const token = nextToken(cursor)
+  if (schema.is !== 'list' || token.kind !== 'list') {
+    cursor.position = position
+    return readValue(cursor, schema, path)
+  }
+  const list: unknown[] = []
+  for (let index = 0; index < token.value; index++) {
+    if (index % ITEMS_PER_YIELD === ITEMS_PER_YIELD - 1) yield
+    list.push(readItem(cursor, schema.of, { path, index }))
+  }
+  return list
 }
 
 /** A client's text in a message: quoted, its control characters escaped, and never longer than a line. */
@@ -90,19 +117,27 @@ function build(cursor: Cursor, reading: Reading): unknown {
 function buildList(cursor: Cursor, { token, schema, path }: Reading): unknown[] {
   const of = schema.is === 'list' ? schema.of : ANY
   const list: unknown[] = []
-  for (let index = 0; index < token.value; index++) {
-    path.push(index)
-    list.push(readValue(cursor, of, path))
-    path.pop()
-  }
+  for (let index = 0; index < token.value; index++) list.push(readItem(cursor, of, { path, index }))
   return list
+}
+
+function readItem(cursor: Cursor, schema: Schema, { path, index }: { path: Path; index: number }): unknown {
+  path.push(index)
+  const value = readValue(cursor, schema, path)
+  path.pop()
+  return value
+}
+
+function readKey(cursor: Cursor, map: ReadonlyMap<string, unknown>, path: Path): string {
+  const key = payload(cursor, nextToken(cursor).value).toString()
+  if (map.has(key)) throw malformed(`${spell(path)} has the key ${quote(key)} twice`)
+  return key
 }
 
 function buildMap(cursor: Cursor, { token, schema, path }: Reading): Record<string, unknown> {
   const map = new Map<string, unknown>()
   for (let pair = 0; pair < token.value; pair++) {
-    const key = payload(cursor, nextToken(cursor).value).toString()
-    if (map.has(key)) throw malformed(`${spell(path)} has the key ${quote(key)} twice`)
+    const key = readKey(cursor, map, path)
     path.push(key)
     map.set(key, readValue(cursor, schemaOf(schema, key, path), path))
     path.pop()

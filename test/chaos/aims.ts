@@ -7,10 +7,10 @@ import { gradientBytes, LAST } from './model.js'
 import type { Meddle } from './proxy.js'
 import type { Durability } from './site.js'
 
-/** One kill: where it is aimed, and what was seen of it. */
+/** A kill: the step and phase that it is aimed at, and what was observed. */
 export type Shot = {
   random: () => number
-  /** The step that it is aimed at. */
+  /** The step that the kill is aimed at. */
   step: number
   /** The run's folder. */
   folder: string
@@ -27,23 +27,23 @@ export type Shot = {
 export type Aim = {
   name: string
   durabilities: readonly Durability[]
-  /** Sees every frame from the start. */
+  /** Gets every frame of both directions, from the start. */
   meddle?: (shot: Shot) => Meddle
-  /** Is called once the run is open, when its folder is there; ends the watch it answers. */
+  /** Called once the run is open and has its folder; returns a function that ends the watch. */
   watch?: (shot: Shot) => () => void
   /** The service is killed again while it comes back. */
   again?: true
-  /** Whether the kill fell there; left out where it cannot but. */
+  /** Whether the kill fell into the phase; left out where it always does. */
   fell?: (shot: Shot, remains: Remains & { restoring: boolean }) => boolean
 }
 
 const BOTH = ['journal', 'checkpoint'] as const
-// About what the phase takes that a kill is to fall in.
+// About how long each phase takes: a kill falls at a random time in it.
 const COMPUTE_MS = 5
 const RECEIPT_MS = 6
 const RENAME_MS = 1
 const OPEN_MS = 60
-/** Files of a checkpoint before its manifest, with the flags of a site. */
+/** How many files a checkpoint has before its manifest, with the flags of a site. */
 const CHECKPOINT_FILES = 10
 
 const isUnanswered = ({ answers }: Shot) => answers === 0
@@ -167,7 +167,7 @@ function anyTime({ random, seconds, strike }: Shot): () => void {
   return () => clearTimeout(timer)
 }
 
-/** Tells of the files of the `which`th checkpoint that appears, whenever there is another one. */
+/** Calls back with the files of the `which`th new checkpoint, whenever one more of them appears. */
 function watchCheckpoints(folder: string, which: number, seen: (names: string[]) => void): () => void {
   const checkpoints = join(folder, 'checkpoints')
   const known = new Set(readdirSync(checkpoints))
@@ -175,7 +175,7 @@ function watchCheckpoints(folder: string, which: number, seen: (names: string[])
   const follow = (path: string) => {
     const look = () => seen(namesIn(path))
     watchers.push(watch(path, look))
-    // What was there before the watch began.
+    // The checkpoints that were there before the watch began.
     look()
   }
   watchers.push(
@@ -191,7 +191,7 @@ function watchCheckpoints(folder: string, which: number, seen: (names: string[])
   }
 }
 
-/** What a folder holds; nothing where it is gone again by now. */
+/** The names in a folder; none where the folder has been removed meanwhile. */
 function namesIn(path: string): string[] {
   try {
     return readdirSync(path)
@@ -201,7 +201,7 @@ function namesIn(path: string): string[] {
   }
 }
 
-/** Timers are exact to a millisecond: the rest is waited for busily. */
+/** Waits, exact to a fraction of a millisecond: a timer is exact to one, so the rest is a busy loop. */
 async function pause(milliseconds: number): Promise<void> {
   const until = performance.now() + milliseconds
   if (milliseconds >= 1) await delay(Math.floor(milliseconds))

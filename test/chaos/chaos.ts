@@ -29,7 +29,7 @@ explicit error after which it does. Prints a table; --out writes it as JSON, by 
 
 type Chosen = { runs: number; quick: boolean; folder: string }
 
-/** By the name that `--only` takes. */
+/** The faults by the names that `--only` takes. */
 const GROUPS: Readonly<Record<string, (chosen: Chosen) => Fault[]>> = {
   none: undisturbed,
   kill: ({ runs }) => kills({ journal: runs, checkpoint: Math.ceil(runs / 3) }),
@@ -60,7 +60,7 @@ else await main()
 async function main(): Promise<void> {
   const [seed, runs, jobs] = [flags.seed, flags.runs, flags.jobs].map(whole)
   const folder = mkdtempSync(join(tmpdir(), 'muond-chaos-'))
-  // A service that is not root's has to get at its data.
+  // A service that does not run as root needs access to its data.
   chmodSync(folder, 0o755)
   const faults = chosen({ runs, quick: flags.quick, folder })
   const machine = describeMachine()
@@ -94,7 +94,7 @@ function chosen(options: Chosen): Fault[] {
 
 type Means = { folder: string; seed: number; reference: Reference; jobs: number }
 
-/** Some rows at a time, answered in their order. */
+/** Runs a few rows at a time, and returns the results in the order of the rows. */
 async function carryOutAll(
   faults: readonly Fault[],
   { jobs, ...stage }: Means,
@@ -121,7 +121,7 @@ function write(out: string | URL, results: object): void {
   writeFileSync(out, `${JSON.stringify(results, null, 2)}\n`)
 }
 
-/** What failed keeps its folder, with the service's log in it. */
+/** Prints the failures. Their folders stay, with the service's log; without a failure all folders are removed. */
 function conclude(failures: readonly Failure[], folder: string): void {
   if (failures.length === 0) return rmSync(folder, { recursive: true })
   process.exitCode = 1

@@ -1,7 +1,7 @@
 import { readFileSync } from 'node:fs'
 
-// Loaded before a program (`node --import`): its wall clock is off by the milliseconds that a file holds at that moment.
-// Monotonic clocks (performance.now, timers) stay as they are, as they do when a machine's time is set.
+// Loaded before a program (`node --import`), whose wall clock is then off by the milliseconds that a file says at that
+// moment. Monotonic clocks (performance.now, timers) stay as they are, as they do when a machine's time is set.
 
 const file = process.env.CHAOS_CLOCK ?? ''
 const RealDate = Date

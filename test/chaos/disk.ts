@@ -7,12 +7,12 @@ const DISK_BYTES = 4 << 20
 /** A file system of its own, a few megabytes large. */
 export type Disk = {
   path: string
-  /** Takes all room but this. */
+  /** Fills the disk, but for so many bytes. */
   fill: (roomBytes: number) => void
-  /** Gives it back. */
+  /** Makes the room again. */
   clear: () => void
   makeReadOnly: () => void
-  /** Takes the disk away; `keep` is a folder for what is on it. */
+  /** Unmounts the disk; `keep` is a folder that its files are copied to. */
   remove: (keep?: string) => void
 }
 
@@ -51,7 +51,7 @@ export function refusalToMount(folder: string): string | undefined {
   }
 }
 
-/** Writes until nothing fits any more; answers how much did. */
+/** Writes until nothing fits any more; returns how many bytes did. */
 function fillUp(file: number): number {
   const block = Buffer.alloc(4096, 'x')
   for (let size = 0; ; ) {

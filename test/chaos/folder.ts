@@ -3,7 +3,7 @@ import { join } from 'node:path'
 import { listSegments } from '../../src/store/journal/journal.js'
 import { readJournal } from '../../src/store/journal/journal-reader.js'
 
-/** What an interrupted service left in a run's folder: where the kill fell. */
+/** The unfinished files that an interrupted service left in a run's folder: they tell where the kill fell. */
 export type Remains = {
   /** A checkpoint's folder without its manifest. */
   checkpointUnfinished: boolean
@@ -11,7 +11,7 @@ export type Remains = {
   manifestUnnamed: boolean
   /** A journal with bytes behind its last finished step. */
   journalTail: boolean
-  /** Gradients or an end that are not whole. */
+  /** The journal ends with a gradient or an end that is cut off. */
   recordTorn: boolean
 }
 
@@ -37,7 +37,7 @@ export async function inspect(folder: string): Promise<Remains> {
 }
 
 async function tailOf(journal: string) {
-  // The first step that is still there: what came before it is in a checkpoint.
+  // The first step in the journal: a checkpoint has the steps before it.
   const [{ first }] = await listSegments(journal)
   return (await readJournal(journal, first - 1)).tail
 }

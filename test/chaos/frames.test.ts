@@ -5,10 +5,10 @@ import { encodeFrame, encodeHeader } from '../../src/wire/codec.js'
 import { type Frame, FrameSplitter, isControl, labelOf, type Piece, shorten } from './frames.js'
 
 const HEAD = Buffer.from('GET /v1/stream HTTP/1.1\r\nupgrade: websocket\r\n\r\n')
-/** Lengths about those at which a frame's head grows. */
+/** Payload lengths around those from which a frame's head is longer. */
 const LENGTHS = [0, 1, 125, 126, 127, 65_535, 65_536, 70_000]
 
-/** A frame as RFC 6455, section 5.2 draws it. */
+/** The bytes of a frame by the figure of RFC 6455, section 5.2. */
 function frameOf(
   payload: Uint8Array,
   { fin = true, opcode = 2, key }: { fin?: boolean; opcode?: number; key?: Buffer },
@@ -90,7 +90,7 @@ t.test('a shortened frame is a frame with the first bytes of the payload', async
 
 t.test('what ws receives of a shortened frame is its first bytes', async (t) => {
   const server = new WebSocketServer({ noServer: true })
-  // A socket that a frame is pushed into: ws is the oracle of what it means.
+  // The frame is pushed into a socket of ws, which is the oracle of its meaning.
   const { Duplex } = await import('node:stream')
   const stream = new Duplex({ read: () => {}, write: (_chunk, _encoding, done) => done() })
   const upgrade = {

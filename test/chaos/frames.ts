@@ -1,12 +1,12 @@
 import { cursorOf, nextToken, takeBytes } from '../../src/wire/msgpack.js'
 
-/** What one direction of a connection carries: the HTTP upgrade, then WebSocket frames (RFC 6455, section 5.2). */
+/** A piece of one direction of a connection: the HTTP upgrade, then WebSocket frames (RFC 6455, section 5.2). */
 export type Piece = { kind: 'head'; bytes: Buffer } | Frame
 
-/** `bytes` is the frame as it travels, `payload` what it carries, unmasked. */
+/** A frame: `bytes` as it travels, `payload` without the head and the mask. */
 export type Frame = { kind: 'frame'; bytes: Buffer; opcode: number; fin: boolean; payload: Buffer }
 
-/** What the first bytes of a message say it is. */
+/** The keys of a message that its first bytes may say. */
 export type Label = { type: string; parameter?: number; step?: number; offset?: number }
 
 const HEAD_END = '\r\n\r\n'
@@ -23,7 +23,7 @@ export class FrameSplitter {
     return this.#rest
   }
 
-  /** Takes what a read brought and answers the pieces that are whole now. */
+  /** Takes the bytes of a read and returns the pieces that they complete. */
   push(bytes: Buffer): Piece[] {
     this.#rest = Buffer.concat([this.#rest, bytes])
     const pieces: Piece[] = []
@@ -43,7 +43,7 @@ export class FrameSplitter {
   }
 }
 
-/** The frame that bytes begin with; undefined where it is not whole. */
+/** The frame at the beginning of `bytes`; undefined where it is not whole. */
 function readFrame(bytes: Buffer): Frame | undefined {
   if (bytes.length < 2) return undefined
   const short = bytes[1] & 0x7f
@@ -71,7 +71,7 @@ export function isControl({ opcode }: Frame): boolean {
   return opcode >= CONTROL
 }
 
-/** The same frame with the first `length` bytes of its payload only: it is whole by its own head, its message is not. */
+/** The frame with only the first `length` bytes of its payload: its head fits them, but its message is cut off. */
 export function shorten({ bytes, payload }: Frame, length: number): Buffer {
   const masked = bytes[1] & 0x80
   const key = masked ? bytes.subarray(bytes.length - payload.length - MASK_BYTES, bytes.length - payload.length) : []
@@ -83,7 +83,7 @@ export function shorten({ bytes, payload }: Frame, length: number): Buffer {
   return Buffer.concat([Buffer.from([bytes[0], masked | short]), extended, Buffer.from(key), body])
 }
 
-/** Reads what a message is as far as these first bytes of it go; undefined where that is nowhere. */
+/** Reads a message's label from its first bytes, as far as they go; undefined where they say nothing. */
 export function labelOf(payload: Buffer): Label | undefined {
   const cursor = cursorOf(payload)
   const map = nextToken(cursor)
@@ -91,7 +91,7 @@ export function labelOf(payload: Buffer): Label | undefined {
   for (let pair = 0; map.kind === 'map' && pair < map.value; pair++) {
     const key = takeBytes(cursor, nextToken(cursor).value)
     const { kind, value } = nextToken(cursor)
-    // What interests stands before the first value of several parts: every encoder of ours writes it so.
+    // Our encoders write the keys of the label before the first list, map or bin.
     if (key === undefined || (kind !== 'int' && kind !== 'string')) break
     found[String(key)] = kind === 'int' ? value : String(takeBytes(cursor, value))
   }

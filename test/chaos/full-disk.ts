@@ -7,7 +7,7 @@ import type { Case, Fault, Verdict } from './stage.js'
 import type { Outcome, Trainer } from './trainer.js'
 import { askAgain, type Decide, judgeUnwritable, takeCheckpoint } from './unwritable.js'
 
-/** The most that a full disk still takes: less than a checkpoint. */
+/** The bytes that are left on a full disk: fewer than a checkpoint needs. */
 const ROOM_BYTES = 65_536
 
 type Attempt = (site: Site, the: Case, disk: Disk) => Promise<Outcome>
@@ -48,7 +48,7 @@ async function onDisk(the: Case, durability: Durability, attempt: Attempt): Prom
   }
 }
 
-/** The disk is full from some step on; the trainer hears of it, and makes room. */
+/** The disk is full from a random step on; the trainer is told of it, and makes room. */
 function fillDuring(site: Site, the: Case, disk: Disk): Promise<Outcome> {
   const decide = (error: MuondError) => {
     if (error.code === 'STORAGE_FAILED') disk.clear()
@@ -57,7 +57,7 @@ function fillDuring(site: Site, the: Case, disk: Disk): Promise<Outcome> {
   return trainOn(site, the, { disk, decide })
 }
 
-/** As `fillDuring`, and the service is killed before there is room again: it has to come back where it was. */
+/** As `fillDuring`, but the service is killed before there is room again: it has to come back at the same step. */
 function fillAndKill(site: Site, the: Case, disk: Disk): Promise<Outcome> {
   let isKilled = false
   const decide = async (error: MuondError) => {
@@ -72,7 +72,10 @@ function fillAndKill(site: Site, the: Case, disk: Disk): Promise<Outcome> {
   return trainOn(site, the, { disk, decide })
 }
 
-/** Trains on a disk that is full after a random step; the first refusal is the trainer's to hear, not the client's to retry. Without a journal, checkpoints are asked for from there on. */
+/**
+ * Trains on a disk that is full after a random step. The client does not retry the first refusal: the trainer has to be
+ * told of it. Without a journal the trainer asks for checkpoints from there on.
+ */
 function trainOn(site: Site, the: Case, { disk, decide }: { disk: Disk; decide: Decide }): Promise<Outcome> {
   const step = 1 + Math.floor(the.random() * (LAST - 2))
   const onReceipt = async (finished: number, trainer: Trainer) => {
@@ -82,7 +85,7 @@ function trainOn(site: Site, the: Case, { disk, decide }: { disk: Disk; decide: 
   return site.train('run', the.signal, { retries: 0, decide, onReceipt })
 }
 
-/** No run can be opened; then there is room. */
+/** The disk is full before a run is opened, which is refused; then there is room. */
 function fillBefore(site: Site, the: Case, disk: Disk): Promise<Outcome> {
   disk.fill(0)
   const decide = (error: MuondError) => {

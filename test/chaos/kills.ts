@@ -9,7 +9,7 @@ import { type Case, type Fault, judge, lost, type Verdict } from './stage.js'
 /** About how long the service takes to compute a journal's steps again. */
 const RESTORE_MS = 60
 
-/** kill -9 at every phase of a step: so many training runs with a journal and without one, shared out among the aims. */
+/** kill -9 at every phase of a step: training runs with a journal and without one, shared out among the aims. */
 export function kills(runs: Record<Durability, number>): Fault[] {
   return (['journal', 'checkpoint'] as const).flatMap((durability) => {
     const aims = AIMS.filter(({ durabilities }) => durabilities.includes(durability))
@@ -27,7 +27,7 @@ export function kills(runs: Record<Durability, number>): Fault[] {
   })
 }
 
-/** The services of one aim: what comes back after a kill is also the service of the next run. */
+/** The services of an aim: the one that comes back after a kill is also that of the next run. */
 class Range {
   readonly #durability: Durability
   #site: Site | undefined
@@ -38,7 +38,7 @@ class Range {
 
   async shoot(the: Case, aim: Aim): Promise<Verdict> {
     const site = this.#site ?? (await Site.start({ folder: the.folder, durability: this.#durability }))
-    // After a loss everything stays as it is.
+    // After a loss the site is left as it is, for a person to look at.
     this.#site = undefined
     const verdict = await shoot(site, the, aim).catch(async (error) => {
       await site.close()
@@ -67,7 +67,7 @@ async function shoot(site: Site, the: Case, aim: Aim): Promise<Verdict> {
   }
   const trainer = site.trainer(run, the.signal)
   const training = trainer.train()
-  // The kill comes first, or the run is over before: then the service is killed all the same.
+  // Where the run is over before the kill, the service is killed all the same.
   await Promise.race([struck, training.catch(() => undefined)])
   endWatch?.()
   await site.kill()
@@ -109,7 +109,7 @@ function isRestoring(log: string): boolean {
   return !lines.slice(listened).some((line) => line.includes('"event":"run_restored"'))
 }
 
-/** Sees every receipt that the service sent, and where the run was whenever it was opened. */
+/** Records every receipt that the service sent, and the run's step whenever it was opened. */
 class Witness {
   loss: string | undefined
   #acknowledged = 0

@@ -9,17 +9,17 @@ export const LAST = 12
 /** Every parameter's weights, in index order. */
 export type Weights = Float32Array[]
 
-// Large enough that its gradient is many chunks and its Newton-Schulz some milliseconds: there is a phase to hit.
+// A matrix of many chunks and some milliseconds of Newton-Schulz: its phases are long enough for kills to hit.
 const LARGE = { name: 'large', shape: [160, 96], group: 'muon' }
 const DECLARED = [LARGE, ...MODEL.parameters]
 const [ATTENTION] = MODEL.attentions
 const QK = DECLARED.findIndex(({ name }) => name === 'qk')
 const NORM = DECLARED.findIndex(({ name }) => name === 'norm')
 
-/** The client's chunks, in bytes: even a small gradient is several frames. */
+/** The client's chunk size in bytes, so small that small gradients have several frames too. */
 export const CHUNK_BYTES = 1000
 
-/** Where training begins, the same in every run. */
+/** The weights at the beginning, the same in every run. */
 export function firstWeights(): Weights {
   return DECLARED.map(({ shape }, i) => {
     const count = shape.reduce((product, size) => product * size, 1)
@@ -27,7 +27,10 @@ export function firstWeights(): Weights {
   })
 }
 
-/** What `open` declares: every algorithm with every option that keeps state, every layout, QK-clip. Updates are applied to `weights`. */
+/**
+ * The declaration for `open`: every algorithm with every option that keeps state, every layout, and QK-clip. Updates
+ * are applied to `weights`.
+ */
 export function declaration(run: string, weights: Weights): OpenOptions {
   return {
     run,
@@ -37,7 +40,7 @@ export function declaration(run: string, weights: Weights): OpenOptions {
   }
 }
 
-/** A step's gradients. They depend on the weights: an update that is lost or applied twice shows in every later digest. */
+/** A step's gradients. They depend on the weights, so an update lost or applied twice changes every later digest. */
 export function gradientsOf(
   weights: Weights,
   step: number,
@@ -51,7 +54,7 @@ export function gradientsOf(
   return { gradients, skipped }
 }
 
-/** A step's settings: a learning rate, a scale of the gradients and the largest logits of its own. */
+/** A step's own settings: a learning rate, a scale of the gradients and the largest logits. */
 export function settingsOf(step: number): StepOptions {
   return {
     groups: { muon: { lr: 0.02 / step } },
@@ -66,7 +69,7 @@ export function gradientBytes(step: number): number {
   return gradients.reduce((sum, gradient) => sum + (gradient?.byteLength ?? 0), 0)
 }
 
-/** Tells apart weights that differ in one bit. */
+/** A hash of weights, which differs where one bit does. */
 export function hashOf(weights: Weights): string {
   const hash = createHash('sha256')
   for (const { buffer, byteOffset, byteLength } of weights) hash.update(Buffer.from(buffer, byteOffset, byteLength))

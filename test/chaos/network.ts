@@ -8,16 +8,19 @@ import type { Remedy, Trainer } from './trainer.js'
 
 type Means = {
   random: () => number
-  /** Has the frame go on behind the next one of its direction. */
+  /** Sends the frame behind the next one of its direction. */
   keepBack: () => void
 }
 
-/** What is done to one frame; answers what goes on in its place. */
+/** A fault that is done to a frame; returns the bytes that go on in its place. */
 type Trouble = (passing: Passing, means: Means) => Buffer[] | Promise<Buffer[]>
 
 type NetworkFault = { trouble: Trouble; times: number } & Pick<Fault, 'aimed' | 'full' | 'isQuick' | 'note'>
 
-/** A frame that nobody hears of leaves both ends waiting: what a real network does to a silent connection comes sooner here. */
+/**
+ * A swallowed frame leaves both ends waiting. A connection without frames is cut after so long, sooner than by a
+ * network.
+ */
 const SILENCE_MS = 300
 const DELAY_MS = 100
 const REFUSALS = 50
@@ -32,7 +35,7 @@ const FAULTS: readonly NetworkFault[] = [
   { aimed: 'frames reordered', trouble: reorder, full: 40, times: 2, isQuick: true, note: SWALLOWED },
 ]
 
-/** What a network, or a proxy that is not what it should be, does to frames in both directions. */
+/** The faults of a network, or of a proxy with bugs, on frames of both directions. */
 export function network(): Fault[] {
   return FAULTS.map(({ trouble, times, ...row }) => {
     let site: Promise<Site> | undefined
@@ -78,14 +81,17 @@ async function disturb(
   return { ...verdict, fell: struck > 0 }
 }
 
-/** The type of a frame and its number among those: most frames are gradients, and each type is to have its turn. */
+/** A random frame by its type and its number in that type: most frames are gradients, but every type has its turn. */
 function anyFrame({ random, reference: { framesByType } }: Case): string {
   const types = [...framesByType]
   const [type, count] = types[Math.floor(random() * types.length)]
   return `${type} ${1 + Math.floor(random() * count)}`
 }
 
-/** The step can be asked for again, unless the service has begun it with other settings than were said: then it has to be taken back. */
+/**
+ * Asks for the step again, unless the service has begun it with other settings than the client's: then the run goes
+ * back.
+ */
 function decide({ code, fields }: MuondError, { refusals }: Trainer): Remedy {
   if (code === 'INTERNAL' || refusals.length > REFUSALS) return 'give up'
   return code === 'STEP_CONFLICT' && fields.expected_step === undefined ? 'back' : 'again'

@@ -64,7 +64,7 @@ t.test('every frame is shown with its label, its direction and its connection', 
     ['up', 2, 'gradient', false],
     ['up', 2, undefined, true],
     ['down', 2, undefined, true],
-    // The rest of a message has its label.
+    // The further frames of a message have its label.
     ['up', 2, 'gradient', true],
     ['down', 2, 'gradient', true],
   ])

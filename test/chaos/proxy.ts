@@ -1,18 +1,21 @@
 import { type AddressInfo, connect, createServer, type Server, type Socket } from 'node:net'
 import { type Frame, FrameSplitter, isControl, type Label, labelOf, type Piece } from './frames.js'
 
-/** `up` goes to the service, `down` to the client. */
+/** `up` is towards the service, `down` towards the client. */
 export type Direction = 'up' | 'down'
 
-/** A frame on its way; `label` is that of the message that it is a part of. */
+/** A frame that passes the proxy; `label` is its message's. */
 export type Passing = { frame: Frame; label: Label | undefined; direction: Direction; link: Link }
 
-/** Answers what goes on in place of a frame. The frames behind it in its direction wait until it has. */
+/** Returns the bytes that go on in place of a frame. Later frames of its direction wait for the answer. */
 export type Meddle = (passing: Passing) => Buffer[] | Promise<Buffer[]>
 
 const asItIs: Meddle = ({ frame }) => [frame.bytes]
 
-/** A TCP proxy at one address, whose service may come and go: it cuts a connection into frames and lets `meddle` have each. */
+/**
+ * A TCP proxy for a service that may come and go. It cuts each connection into frames and gives `meddle` each of
+ * them.
+ */
 export class FrameProxy {
   readonly url: string
   /** The service's port; connections are refused while there is none. */
@@ -36,7 +39,7 @@ export class FrameProxy {
     server.on('connection', (client) => this.#link(client))
   }
 
-  /** Connections that there have been. */
+  /** How many connections there have been. */
   get connections(): number {
     return this.#connections
   }
@@ -74,7 +77,7 @@ export class FrameProxy {
 export class Link {
   /** Counted from 1. */
   readonly number: number
-  /** When everything that was received has been passed on and both ends are gone. */
+  /** Resolves when all received bytes were passed on and both ends are gone. */
   readonly closed: Promise<unknown>
   readonly #client: Socket
   readonly #service: Socket
@@ -94,7 +97,7 @@ export class Link {
     this.#service.destroy()
   }
 
-  /** From now on the connection is cut as soon as no frame has come for so long: one that was swallowed leaves both ends waiting. */
+  /** From now on the connection is cut once no frame has come for so long: both ends may wait for a swallowed frame. */
   cutWhenSilent(milliseconds: number): void {
     this.#silenceMs = milliseconds
     this.#heard()

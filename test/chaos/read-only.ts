@@ -14,7 +14,7 @@ import { askAgain, judgeUnwritable, takeCheckpoint } from './unwritable.js'
 const NOBODY = 65_534
 const IS_ROOT = process.getuid?.() === 0
 
-/** A data folder that cannot be written to, at the start and during a run. Nothing is forbidden to root: the service is nobody's. */
+/** A data folder that cannot be written to, at the start and during a run. The service runs as nobody: root may all. */
 export function readOnly(folder: string): Fault[] {
   const noMount = refusalToMount(folder)
   const noUser = refusalOfUser()
@@ -52,7 +52,7 @@ async function startWithoutPermission({ folder }: Case): Promise<Verdict> {
   return refusedStart({ data, log: join(folder, 'server.log'), ...asNobody() })
 }
 
-/** The service says in one line what it cannot write to, and ends. */
+/** The service ends with one line, which names the folder that it cannot write to. */
 async function refusedStart(options: { data: string; log: string; uid?: number }): Promise<Verdict> {
   const server = await startServer(options)
   if (server.port !== undefined) {
@@ -66,7 +66,7 @@ async function refusedStart(options: { data: string; log: string; uid?: number }
   return lost(`the service ended with code ${code} and ${JSON.stringify(lines)}`)
 }
 
-/** From some step on no file can be made; after the trainer has heard of it, it can. */
+/** From a random step on no file can be made, until the trainer has been told of it. */
 async function loseThePermission(the: Case, durability: Durability): Promise<Verdict> {
   const data = join(the.folder, 'data')
   mkdirSync(data)
@@ -84,7 +84,7 @@ async function loseThePermission(the: Case, durability: Durability): Promise<Ver
   const onReceipt = async (finished: number, trainer: Trainer) => {
     if (finished === step) allow(0o555)
     if (finished < step) return
-    // Every other time it is a connection that has to be opened again: an `open` is noted on the disk.
+    // Every other time the connection is cut: the new `open` has to be noted on the disk, too.
     if (the.index % 2 === 0) await takeCheckpoint(trainer, decide)
     else site.proxy.cut()
   }

@@ -12,9 +12,9 @@ const PRELOAD = new URL('./clock-shift.js', import.meta.url).href
 export type ServerOptions = {
   data: string
   flags?: readonly string[]
-  /** A file that everything the server says is appended to. */
+  /** A file that the server's output is appended to. */
   log: string
-  /** Runs as this user and group. */
+  /** The user and group that the service runs as. */
   uid?: number
   /** A file that holds the milliseconds by which the wall clock is off; it may change at any time. */
   clock?: string
@@ -29,7 +29,7 @@ export type Server = {
   port: number | undefined
   exited: Promise<Exit>
   signal(signal: NodeJS.Signals): void
-  /** Ends it with this signal and resolves when it has gone. */
+  /** Ends the process with a signal and resolves when it has gone. */
   end(signal: NodeJS.Signals): Promise<Exit>
 }
 
@@ -69,7 +69,7 @@ export function preload(clock: string | undefined): string[] {
   return clock === undefined ? [] : ['--import', PRELOAD]
 }
 
-// One lane: what a kill interrupts is the same on every machine.
+// One lane, so that a kill interrupts the same work on every machine.
 const DEFAULTS = ['--device', 'cpu', '--port', '0', '--lanes', '1', '--threads', '1', '--staging-bytes', '2097152']
 
 function listen(child: ChildProcess, log: string): { port: Promise<number>; errors: string[] } {
@@ -94,7 +94,7 @@ function listen(child: ChildProcess, log: string): { port: Promise<number>; erro
 }
 
 async function exitOf(child: ChildProcess, lines: readonly string[]): Promise<Exit> {
-  // `close` comes after the last byte of its output.
+  // `close` comes after the last byte of the process's output.
   const [code, signal] = await once(child, 'close')
   return { code, signal, lines }
 }

@@ -7,7 +7,7 @@ import { type Case, type Fault, judge, lost, type Verdict } from './stage.js'
 const WAIT = ['--data-wait-seconds', '120']
 const LOOK_MS = 300
 
-/** Two services that are given the same data folder: never both have it. */
+/** Two services with the same data folder: only one of them may have it at a time. */
 export function servers(): Fault[] {
   const fault = 'two servers, one folder'
   return [
@@ -29,7 +29,7 @@ function launchSecond(site: Site, flags: readonly string[] = []) {
   return launchServer({ data: site.data, log: site.log, flags: [...FLAGS, '--durability', site.durability, ...flags] })
 }
 
-/** The second one says in one line who has the folder, and ends; the run goes on. */
+/** The second service ends with one line, which names the holder of the folder; the run goes on. */
 async function refuse({ folder, signal, reference }: Case, isStopped: boolean): Promise<Verdict> {
   const site = await Site.start({ folder, durability: 'journal' })
   const training = site.train('run', signal)
@@ -43,7 +43,7 @@ async function refuse({ folder, signal, reference }: Case, isStopped: boolean): 
   if (code !== 1 || lines.length !== 1 || !line.startsWith(holder))
     return lost(`the second service ended with ${code} and ${JSON.stringify(lines)}`)
   const verdict = judge(outcome, reference, true)
-  // What was refused is the second service; the run has to have noticed nothing.
+  // The second service was refused; the run must not have been disturbed.
   return verdict.result === 'same' ? { result: 'error' } : lost(verdict.reason ?? 'the run was disturbed')
 }
 
@@ -63,7 +63,7 @@ async function race({ folder, signal, reference }: Case): Promise<Verdict> {
   return result === 'same' ? { result: 'error' } : lost(reason ?? 'the run was disturbed')
 }
 
-/** The second one has the folder as soon as the first one has gone, and the run goes on there. */
+/** The second service gets the folder as soon as the first one has gone, and the run goes on there. */
 async function inherit({ folder, random, signal, reference }: Case, how: NodeJS.Signals): Promise<Verdict> {
   const site = await Site.start({ folder, durability: 'journal' })
   const { server, listening } = launchSecond(site, WAIT)

@@ -7,12 +7,12 @@ import { type Outcome, Trainer, type TrainerOptions } from './trainer.js'
 
 export type Durability = 'checkpoint' | 'journal'
 
-/** Small files and many checkpoints: a kill often finds one that is being written. */
+/** Small files and many checkpoints, so that a kill often interrupts the writing of one. */
 export const FLAGS = ['--checkpoint-steps', '2', '--checkpoint-file-bytes', '256', '--chunk-bytes', '4096']
 
 export type SiteOptions = { folder: string; durability: Durability } & Partial<ServerOptions>
 
-/** A service with its data folder, and the proxy that clients reach it through whatever becomes of it. */
+/** A service with its data folder, and a proxy through which clients reach it at one address, also after a restart. */
 export class Site {
   readonly data: string
   readonly log: string
@@ -42,10 +42,10 @@ export class Site {
     throw new Error('the service was not started')
   }
 
-  /** Where REST answers. */
+  /** The address of REST. */
   readonly control = () => `http://127.0.0.1:${this.server.port}`
 
-  /** Starts the service, again on the same folder, and leads the proxy to it. */
+  /** Starts the service on the folder, for the first time or again, and leads the proxy to it. */
   async start(): Promise<Server> {
     const server = await startServer(this.#options)
     this.#server = server
@@ -88,7 +88,7 @@ export class Site {
     await this.proxy.close()
   }
 
-  /** Ends them and removes what they left. */
+  /** Ends service and proxy and removes the folder. */
   async clear(): Promise<void> {
     await this.close()
     rmSync(this.data, { recursive: true, force: true })

@@ -5,7 +5,7 @@ import { LAST } from './model.js'
 import type { Result, Row } from './table.js'
 import type { Outcome } from './trainer.js'
 
-/** What an undisturbed run comes to, how long it takes, and of how many frames it is made: in all, and by what they say they are. */
+/** An undisturbed run: its outcome, its seconds, and the number of its frames, in all and by type. */
 export type Reference = {
   weights: string
   digests: readonly string[]
@@ -14,45 +14,48 @@ export type Reference = {
   framesByType: ReadonlyMap<string, number>
 }
 
-/** One case: its numbers come from its seed, and what it leaves lies in its folder. */
+/** A case: its random numbers come from its seed, and its files lie in its folder. */
 export type Case = {
   index: number
   seed: number
   random: () => number
   folder: string
   reference: Reference
-  /** Ends what waits for something that does not come. */
+  /** Aborts a case that waits for something that does not come. */
   signal: AbortSignal
 }
 
-/** What a case came to, `times` alike; `reason` says what is wrong with it. */
+/** The results of a case, `times` of them alike; `reason` says why it was lost. */
 export type Verdict = { result: Result; fell?: boolean; reason?: string; times?: number }
 
-/** One row of the table: `full` cases in a whole run. */
+/** A row of the table: `full` cases in a whole run. */
 export type Fault = Pick<Row, 'fault' | 'aimed' | 'note'> & {
   full: number
-  /** Whether a quick run has it, too. */
+  /** Whether a quick run has the row, too. */
   isQuick?: boolean
   attempt(the: Case): Promise<Verdict | Verdict[]>
-  /** After the last case. */
+  /** Called after the last case. */
   end?(): Promise<void>
 }
 
 export type Failure = { fault: string; aimed: string; seed: number; reason: string; folder: string }
 
 export type Stage = {
-  /** Everything that the cases leave lies in here. */
+  /** The folder that has the folders of all cases. */
   folder: string
   seed: number
   reference: Reference
-  /** Is told of every case that is over. */
+  /** Called after every case. */
   done: (fault: Fault) => void
 }
 
-// Far more than any case takes.
+// Far longer than any case takes.
 const CASE_MS = 300_000
 
-/** Carries out the cases of a fault, one after the other. What a case throws is a loss, with its seed and folder. */
+/**
+ * Runs the cases of a fault, one after the other. A case that throws is a loss; its reason has the seed and the
+ * folder.
+ */
 export async function carryOut(stage: Stage, fault: Fault, count: number): Promise<{ row: Row; failures: Failure[] }> {
   const started = performance.now()
   const verdicts: Verdict[] = []
@@ -97,7 +100,7 @@ function lostBy(error: unknown): Verdict {
   return lost(error instanceof Error ? `${error.name}: ${error.message}` : String(error))
 }
 
-/** Holds what a training run came to against the undisturbed one; with a journal no acknowledged step may be gone. */
+/** Compares the outcome of a training run with the undisturbed one. With a journal no acknowledged step may be gone. */
 export function judge(outcome: Outcome, { weights, digests }: Reference, journal: boolean): Verdict {
   for (const [step, digest] of outcome.digests) {
     if (digest !== digests[step - 1]) return lost(`step ${step} has digest ${digest}, expected ${digests[step - 1]}`)
@@ -113,7 +116,7 @@ export function judge(outcome: Outcome, { weights, digests }: Reference, journal
   return { result: outcome.refusals.length > 0 ? 'error' : 'same' }
 }
 
-/** 32 bits of a text (FNV-1a). */
+/** A 32-bit hash of a text (FNV-1a). */
 function seedOf(text: string): number {
   let hash = 0x811c9dc5
   for (const byte of Buffer.from(text)) hash = Math.imul(hash ^ byte, 0x01000193) >>> 0

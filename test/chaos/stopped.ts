@@ -8,7 +8,7 @@ import { startTrainer, type TrainerChild } from './trainer-child.js'
 const STOPPED_MS = [50, 400] as const
 const SEND_TIMEOUT = 0.5
 const PAST_TIMEOUT_MS = 1500
-/** Of the gradient in whose middle the client stops. */
+/** Bytes of the gradient in whose middle the client stops. */
 const FRAMES_BEFORE = 10
 
 const FENCED =
@@ -16,7 +16,9 @@ const FENCED =
 
 type Stop = { site: Site; trainer: TrainerChild; the: Case }
 
-/** SIGSTOP and SIGCONT of the service and of the client, alone and with another client that takes the run in between. */
+/**
+ * SIGSTOP and SIGCONT of the service and of the client, alone and with another client that takes the run in between.
+ */
 export function stopped(): Fault[] {
   const fault = 'SIGSTOP, SIGCONT'
   return [
@@ -34,7 +36,7 @@ export function stopped(): Fault[] {
   ]
 }
 
-/** Trains in a process of its own, and has something happen when a random frame passes. */
+/** Trains in a process of its own, and calls back when a random frame passes. */
 async function atAnyFrame(the: Case, happen: (stop: Stop) => Promise<Verdict>): Promise<Verdict> {
   const durability: Durability = the.index % 2 === 0 ? 'journal' : 'checkpoint'
   const site = await Site.start({ folder: the.folder, durability })
@@ -92,7 +94,7 @@ async function takeFromServer({ site, trainer, the }: Stop): Promise<Verdict> {
 /** The first client goes on when the other one is done, or while it trains. */
 async function takeFromClient({ site, trainer, the }: Stop): Promise<Verdict> {
   trainer.signal('SIGSTOP')
-  // What was sent already is still on its way.
+  // Bytes that were sent already are still on their way.
   await delay(between(STOPPED_MS, the.random))
   const other = takeOver(site, trainer, the)
   if (the.index % 4 < 2) await Promise.race([other, delay(the.random() * the.reference.seconds * 1000)])
@@ -101,7 +103,10 @@ async function takeFromClient({ site, trainer, the }: Stop): Promise<Verdict> {
   return fenced({ site, trainer, the }, await other)
 }
 
-/** Past the proxy, with the weights that the first client has told of. A client that the first one fences is followed by another. */
+/**
+ * Trains past the proxy, from the weights that the first client has reported. Where the first client fences a client
+ * off, another one follows.
+ */
 async function takeOver(site: Site, trainer: TrainerChild, { signal }: Case): Promise<Outcome> {
   const url = site.control().replace('http', 'ws')
   const kept = new Map(trainer.kept)
@@ -114,7 +119,7 @@ async function takeOver(site: Site, trainer: TrainerChild, { signal }: Case): Pr
   }
 }
 
-/** The other client comes to the end; the first one is told that it has the run no more, unless it was done with it. */
+/** The other client trains to the end; the first one is told that it lost the run, unless it had ended before. */
 async function fenced({ site, trainer, the }: Stop, outcome: Outcome): Promise<Verdict> {
   const verdict = judge(outcome, the.reference, site.durability === 'journal')
   if (verdict.result === 'lost') return verdict
@@ -125,7 +130,7 @@ async function fenced({ site, trainer, the }: Stop, outcome: Outcome): Promise<V
   return lost(`the first client ended with ${first.code}: ${first.message}, expected TAKEN_OVER or STEP_CONFLICT`)
 }
 
-/** In the middle of a gradient, for longer than the service waits. */
+/** Stops the client in the middle of a gradient, for longer than the service waits. */
 async function stopPastTimeout(the: Case): Promise<Verdict> {
   const flags = ['--send-timeout-seconds', String(SEND_TIMEOUT)]
   const site = await Site.start({ folder: the.folder, durability: 'journal', flags })
@@ -139,7 +144,7 @@ async function stopPastTimeout(the: Case): Promise<Verdict> {
       passed += 1
       if (passed <= FRAMES_BEFORE) return [frame.bytes]
       resolve()
-      // What the client had sent already stays here: the service is to see it stop.
+      // The proxy keeps what the client had sent already, so that the service sees it stop.
       await link.closed
       return []
     }

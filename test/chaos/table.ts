@@ -1,18 +1,18 @@
-/** How one case ended: as if nothing had happened, after an error that named it, or otherwise. */
+/** How a case ended: with the same result, with it after an explicit error, or otherwise. */
 export type Result = 'same' | 'error' | 'lost'
 
-/** Cases of one fault. Each counts once in `same`, `error` or `lost`. */
+/** The cases of a fault. Each counts once in `same`, `error` or `lost`. */
 export type Row = {
   fault: string
   aimed: string
   count: number
-  /** How many fell where they were aimed, as far as can be told; absent where there is nothing to tell. */
+  /** How many kills are known to have fallen where they were aimed; absent for other faults. */
   fell?: number
   same: number
   error: number
   lost: number
   seconds: number
-  /** Why there is no count, or what should be known of it. */
+  /** Why there is no count, or how to read it. */
   note?: string
 }
 

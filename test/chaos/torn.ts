@@ -24,15 +24,15 @@ const IN_PROCESS =
   "The store's own code reads each of these files, in this process; 'same' is the state of the last whole step."
 const REAL = 'A real service is started on each; after an error the whole file is put back and the run goes on.'
 
-/** A file that a torn write may leave, and what the store makes of a run's folder in which it is torn. */
+/** A file that a torn write may leave, and how the store opens a run's folder with it. */
 type Target = {
   name: string
   file: (folder: string) => string
   /** The first byte that may be lacking. */
   from: (base: Base) => number
-  /** Every byte from there on, or every so many. */
+  /** The distance of two cuts, in bytes: 1 for every byte. */
   stride: number
-  /** Whether a real service is started on some of them, too. */
+  /** Whether a real service is started on some of the torn files, too. */
   isReal: boolean
   read: (torn: Torn) => Promise<Verdict>
 }
@@ -112,7 +112,7 @@ function endsOf(steps: readonly StoredStep[]): [number, number] {
   return [first.at - head.length, last.at + last.bytes]
 }
 
-/** Cuts the file off at every byte, and has zeros follow instead: a file may have been given its length before its contents. */
+/** Cuts the file at every byte, also with zeros behind the cut: a file may have its length before its contents. */
 async function tearEverywhere(
   target: Target,
   { the, stride, base }: { the: Case; stride: number; base: Base },
@@ -155,7 +155,7 @@ async function readManifest({ folder, path, files }: Torn): Promise<Verdict> {
   return lost(`the manifest was read, its problem is ${newest.problem}`)
 }
 
-/** Without its name a checkpoint is not there: the one before is the newest, and the whole journal follows it. */
+/** A checkpoint whose manifest lacks its name does not count: the one before is the newest, with the whole journal. */
 async function readUnnamed({ folder, files }: Torn): Promise<Verdict> {
   const { newest } = await RunFolder.open(folder, files)
   if (newest?.step === 0 && !newest.problem) return { result: 'same' }

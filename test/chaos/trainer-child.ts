@@ -12,10 +12,10 @@ const PROGRAM = fileURLToPath(new URL('./trainer-process.js', import.meta.url))
 const SECONDS = 240
 
 export type TrainerChild = {
-  /** Weights by step, as far as it has told. */
+  /** Weights by step, as far as the trainer has reported them. */
   kept: Map<number, Weights>
   signal: (signal: NodeJS.Signals) => void
-  /** How it ended: what it came to, or the code and message of its error. */
+  /** The end of the training: its outcome, or the code and message of its error. */
   ended: Promise<Outcome | { code: string; message: string }>
 }
 

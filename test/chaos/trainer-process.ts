@@ -2,10 +2,10 @@ import { MuondError } from '../../src/client/client.js'
 import type { Weights } from './model.js'
 import { type Outcome, Trainer } from './trainer.js'
 
-/** What the process is to train; the first message to it. */
+/** The training that the process has to do: the first message to it. */
 export type Order = { url: string; control: string; run: string; seconds: number }
 
-/** What it says: weights after each step, and how it ended. */
+/** The process's messages: weights after each step, and the end. */
 export type Report =
   | { type: 'receipt'; step: number; weights: Weights }
   | { type: 'outcome'; outcome: Outcome }

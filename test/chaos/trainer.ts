@@ -9,17 +9,17 @@ import {
 } from '../../src/client/client.js'
 import { CHUNK_BYTES, declaration, firstWeights, gradientsOf, hashOf, LAST, settingsOf, type Weights } from './model.js'
 
-/** What a trainer was told went wrong, at the step that it asked for; 0 at `open`. */
+/** An error that a trainer was told at a step; 0 at `open`. */
 export type Refusal = { code: string; message: string; step: number }
 
-/** A run that came back at an earlier step than one that was acknowledged. */
+/** A run that came back at an earlier step than the last acknowledged one. */
 export type FallBack = { acknowledged: number; resumed: number }
 
-/** What a training run came to. */
+/** The outcome of a training run. */
 export type Outcome = {
   weights: string
   digest: string
-  /** By acknowledged step. */
+  /** The digests by acknowledged step. */
   digests: ReadonlyMap<number, string>
   durable: boolean[]
   refusals: Refusal[]
@@ -31,19 +31,19 @@ export type Outcome = {
 export type Remedy = 'again' | 'reopen' | 'back' | 'give up'
 
 export type TrainerOptions = {
-  /** Of the stream, which may lead through a proxy. */
+  /** The address of the stream, which may lead through a proxy. */
   url: string
   run: string
-  /** Where REST answers now. */
+  /** The present address of REST. */
   control: () => string
   /** Retries within one step, and the longest wait between two. */
   retries?: number
   decide?: (error: MuondError, trainer: Trainer) => Remedy | undefined | Promise<Remedy | undefined>
-  /** After each acknowledged step. */
+  /** Called after each acknowledged step. */
   onReceipt?: (step: number, trainer: Trainer) => void | Promise<void>
   /** Weights by step, of a trainer that had the run before. */
   kept?: Map<number, Weights>
-  /** Ends the training: nothing may wait for ever. */
+  /** Ends the training, so that no wait is endless. */
   signal: AbortSignal
 }
 
@@ -90,7 +90,7 @@ export class Trainer {
   }
 
   async #step(step: number): Promise<void> {
-    // The weights of the step's beginning: those in use may have some of its updates already.
+    // The weights before the step: those in use may have some of its updates already.
     const { gradients, skipped } = gradientsOf(this.#at(step - 1), step)
     try {
       const receipt = await this.run.step(gradients, { ...settingsOf(step), skipped })
@@ -117,7 +117,7 @@ export class Trainer {
     if (remedy === 'back') await this.#goBack()
   }
 
-  /** Opens the run until that succeeds or the signal ends it, and puts the weights where it is. */
+  /** Opens the run, again and again until the signal, and sets the weights to those of its step. */
   async #open(options: Partial<OpenOptions>): Promise<void> {
     const { run, signal } = this.#options
     for (;;) {
@@ -127,7 +127,7 @@ export class Trainer {
         break
       } catch (error) {
         if (!(error instanceof MuondError) || !(await this.#opensAgain(error))) throw error
-        // Whether an earlier `open` succeeded without our hearing of it is not known.
+        // An earlier `open` may have succeeded although its answer was lost.
         options = { ...options, takeover: true }
         await delay(PAUSE_MS, undefined, { signal })
       }
@@ -177,7 +177,7 @@ export class Trainer {
   }
 }
 
-/** The run came back at an earlier step: a trainer goes back with it. Anything else is not for a trainer to mend. */
+/** Goes back with a run that came back at an earlier step. A trainer can mend no other error. */
 function resumesEarlier({ code, fields }: MuondError, step: number): Remedy {
   const earlier = fields.expected_step !== undefined && fields.expected_step < step
   return code === 'STEP_CONFLICT' && earlier ? 'reopen' : 'give up'

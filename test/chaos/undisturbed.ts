@@ -2,12 +2,12 @@ import { mkdirSync } from 'node:fs'
 import { type Durability, Site } from './site.js'
 import { type Fault, judge, type Reference } from './stage.js'
 
-/** What every other run is held against: one that nothing disturbs. */
+/** An undisturbed run, with which every other one is compared. */
 export async function referenceOf(folder: string): Promise<Reference> {
   mkdirSync(folder, { recursive: true })
   const site = await Site.start({ folder, durability: 'journal' })
   const signal = AbortSignal.timeout(60_000)
-  // Once for the code to be compiled: the second run takes as long as those to come.
+  // The first run has the code compiled, so the second one takes as long as later ones.
   await site.train('first', signal)
   const framesByType = new Map<string, number>()
   site.proxy.meddle = ({ frame, label }) => {
@@ -23,7 +23,7 @@ export async function referenceOf(folder: string): Promise<Reference> {
   return { weights, digests: [...digests.values()], seconds, frames, framesByType }
 }
 
-/** Nothing: both modes come to the same. */
+/** No fault: both modes have the same result. */
 export function undisturbed(): Fault[] {
   return (['journal', 'checkpoint'] as const).map((durability: Durability) => ({
     fault: 'none',

@@ -5,13 +5,13 @@ import type { Outcome, Remedy, Trainer } from './trainer.js'
 
 export type Decide = (error: MuondError) => Remedy | undefined | Promise<Remedy | undefined>
 
-/** What a trainer does about a service that cannot write: it asks again. Where the run was lost up to a checkpoint it goes back. */
+/** The remedy for a service that cannot write: ask again, or go back where the run was lost up to a checkpoint. */
 export function askAgain({ code, fields }: MuondError): Remedy | undefined {
   if (code === 'STORAGE_FAILED' || code === 'CONNECTION_LOST') return 'again'
   return fields.expected_step === undefined ? 'give up' : undefined
 }
 
-/** Without a journal it is only a checkpoint that is told it cannot be written. */
+/** Without a journal only the request for a checkpoint is told that it cannot be written. */
 export async function takeCheckpoint(trainer: Trainer, decide: Decide): Promise<void> {
   try {
     await trainer.run.checkpoint()
@@ -22,7 +22,9 @@ export async function takeCheckpoint(trainer: Trainer, decide: Decide): Promise<
   }
 }
 
-/** The end is that of the undisturbed run, and what could not be written was told by its name: or the case has shown nothing. */
+/**
+ * The result must be the undisturbed run's, and an error must have said that writing failed: else nothing was shown.
+ */
 export function judgeUnwritable(outcome: Outcome, reference: Reference, durability: Durability): Verdict {
   const verdict = judge(outcome, reference, durability === 'journal')
   const codes = outcome.refusals.map(({ code }) => code)

@@ -36,7 +36,7 @@ export function modelOf(run: string): OpenOptions & { parameters: Parameter[] } 
   return { run, groups, parameters }
 }
 
-/** Gradients that depend on the weights: an update applied twice, or not at all, shows in every later digest. */
+/** Gradients that depend on the weights, so an update applied twice, or never, changes every later digest. */
 export function gradientsOf(parameters: readonly Parameter[], step: number): Gradient[] {
   const random = randomFrom(1000 + step)
   return parameters.map(({ data, gradient_dtype }) => {

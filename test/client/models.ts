@@ -44,7 +44,7 @@ export const LLAMA: Described[] = [
   tensor('lm_head.weight', 128256, 2048),
 ]
 
-/** Kimi K2's shapes (width 7168, 64 heads, 384 experts of 2048) with one dense and one expert layer, experts stacked. */
+/** Kimi K2's shapes (width 7168, 64 heads, 384 experts of 2048), with a dense and an expert layer, experts stacked. */
 export const KIMI: Described[] = [
   tensor('model.embed_tokens.weight', 163840, 7168),
   ...repeat(2, (i) => [

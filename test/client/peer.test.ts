@@ -29,7 +29,7 @@ async function openAt(peer: Peer, options: ConnectOptions) {
 
 const GRADIENTS = [Float32Array.of(1, 1)]
 
-/** Answers `open` as a service does, and `end` in this way. */
+/** A peer that answers `open` as a service does, and `end` as given. */
 const answering =
   (answer: (socket: WebSocket, connection: number, step: number) => void): Script =>
   (frame: ClientFrame, socket, connection) => {
@@ -37,7 +37,7 @@ const answering =
     if (frame.type === 'end') answer(socket, connection, frame.step)
   }
 
-/** Something that happens once, somewhere else. */
+/** A promise and the function that resolves it, for an event that happens once. */
 class Signal {
   send: () => void = () => {}
   readonly sent = new Promise<void>((resolve) => {
@@ -218,7 +218,7 @@ t.test('bad news between steps ends the connection, and the next step opens anot
       if (frame.type !== 'end') return
       say(socket, { ...UPDATE, step: frame.step }, receipt(frame.step))
       if (frame.step > 1) return
-      // A pong comes after the news: then the client has read them.
+      // A pong that comes behind the frames: the client has read them then.
       say(socket, ...news)
       socket.once('pong', heard.send)
       socket.once('close', heard.send)

@@ -6,7 +6,7 @@ import { listen } from './service.js'
 
 export type Peer = { url: string; connections: () => number; close: () => void }
 
-/** Gets every frame of the client and the number of its connection, and answers what it likes: also what no service says. */
+/** Gets every frame of the client and its connection's number; the answer may be one that no service would send. */
 export type Script = (frame: ClientFrame, socket: WebSocket, connection: number) => void
 
 export async function startPeer(script: Script, host = '127.0.0.1'): Promise<Peer> {

@@ -31,7 +31,7 @@ function modelOf(run: string, lr: number) {
 
 const norm = (values: ArrayLike<number>) => Math.sqrt(Array.from(values, (x) => x * x).reduce((a, b) => a + b))
 
-/** A number for each head that depends on its weights: a factor applied twice, or not at all, shows in every later step. */
+/** A number for each head that depends on its weights, so a factor applied twice, or never, changes all later steps. */
 function logitsOf([query, key]: readonly Parameter[], step: number): number[] {
   return Array.from({ length: HEADS }, (_, head) => {
     const rows = [query!, key!].map(({ data }) => norm(data.subarray(96 * head, 96 * (head + 1))))
@@ -61,7 +61,7 @@ t.test('the rows of clipped heads are scaled after the update, with a gradient a
   t.same([again.step, again.clipped_heads], [2, {}])
 })
 
-/** The weights and the digest of some steps; every second one has no gradient for the key. */
+/** The weights and the digest after some steps, every second of which has no gradient for the key. */
 async function train(client: Client, name: string) {
   const { parameters, ...model } = modelOf(name, 0.01)
   const run = await client.open({ ...model, parameters })

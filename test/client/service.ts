@@ -3,7 +3,7 @@ import { type App, buildApp } from '../../src/app.js'
 import type { ConnectOptions } from '../../src/client/client.js'
 import { configOf, type SettingName } from '../../src/config.js'
 
-/** Waits of milliseconds between a client's attempts. */
+/** Makes a client wait only milliseconds between its attempts. */
 export const QUICK: ConnectOptions = { backoff: { first_seconds: 0.001, most_seconds: 0.01 } }
 
 export type Service = App & { url: string; port: number }
@@ -20,8 +20,8 @@ export async function startService(settings: Partial<Record<SettingName, string 
 export type Proxy = { url: string; connections: () => number; cut: () => void; close: () => Promise<void> }
 
 /**
- * A TCP proxy that cuts its n-th connection dead after `budgets[n]` bytes, counted over both directions; connections beyond the
- * list live on. It listens on port `at`, 0 for a free one. `cut` ends those that are open.
+ * A TCP proxy that cuts its n-th connection dead after `budgets[n]` bytes, counted over both directions; connections
+ * beyond the list live on. It listens on port `at`, 0 for a free one. `cut` ends the open connections.
  */
 export async function startProxy(port: number, budgets: readonly number[] = [], at = 0): Promise<Proxy> {
   const sockets = new Set<Socket>()

@@ -120,7 +120,10 @@ const UPDATE: UpdateFrame = { type: 'update', parameter: 1, step: 1, offset: 0, 
 /** `count`: of the frames of this type, over all connections. */
 type Answer = (frame: ClientFrame, where: { count: number; connection: number }) => ServerFrame[] | 'cut'
 
-/** Takes a step of `w` and `v` that may leave out what is refused: the frames that the peer got after `open`, and the outcome. */
+/**
+ * Takes a step of `w` and `v` that may leave out what is refused: the frames that the peer got after `open`, and the
+ * outcome.
+ */
 async function stepAt(t: Tap, answer: Answer, step = 0) {
   const frames: ClientFrame[] = []
   const one = opened().parameters[0]!

@@ -20,7 +20,7 @@ export type TakeStep = (run: Run, gradients: ReturnType<typeof gradientsOf>) => 
 
 export const stepAll: TakeStep = (run, gradients) => run.step(gradients)
 
-/** Where `STEPS` undisturbed steps lead. */
+/** The weights and the digest after `STEPS` undisturbed steps. */
 export async function train(client: Client, name: string, takeStep = stepAll) {
   const model = modelOf(name)
   const run = await client.open(model)
@@ -32,5 +32,5 @@ let count = 0
 /** A name that no run has yet. */
 export const fresh = () => `run-${count++}`
 
-/** A turn of the event loop, in which sockets are read and written. */
+/** Waits a turn of the event loop, in which sockets are read and written. */
 export const turn = () => new Promise((resolve) => setImmediate(resolve))

@@ -126,7 +126,7 @@ t.test('torch-dcp is a file of torch files, one behind the other, and a pickle t
   const metadata = readFileSync(join(out, '.metadata')).toString('latin1')
   const stored = metadata.split('_StorageInfo').length - 1
   t.equal(data.split('PK\x05\x06').length - 1, stored)
-  // 7 counts, 12 tensors, and for every parameter each hyperparameter and the algorithm.
+  // Items: 7 counts, 12 tensors, and for every parameter its hyperparameters and its algorithm.
   t.ok(stored > 7 + 12 + 7 * 6, `${stored} items`)
   for (const name of ['state.m.momentum_buffer', 'state.scalar.max_exp_avg_sq', 'param_groups.qk.momentum_form'])
     t.match(metadata, name)
@@ -167,7 +167,7 @@ t.test('a torch file for each class of optimizer, with the order of its paramete
     ].join('\n'),
   )
   t.same(readdirSync(folder).sort(), ['o.AdamW.pt', 'o.Muon.pt'])
-  // One class alone has the name that was asked for.
+  // The file of a single class has the name that was asked for.
   const only = await opened(service, 'only', { groups: TORCH.groups, parameters: [TORCH.parameters[1]!] })
   await exporting(service, 'only', '--to', 'torch-optimizer', '--out', join(folder, 'only.pt'))
   t.ok(existsSync(join(folder, 'only.pt')))

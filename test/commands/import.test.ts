@@ -36,7 +36,7 @@ const f32 = (shape: readonly number[], seed: number): Values => ({
   ),
 })
 
-/** A file of safetensors. */
+/** Writes a safetensors file. */
 function writeTensors(path: string, tensors: Record<string, Values>, metadata: Record<string, string> = {}): string {
   const entries = Object.entries(tensors).map(([name, { dtype = 'F32', shape, data }]) => ({
     name,
@@ -51,7 +51,7 @@ function writeTensors(path: string, tensors: Record<string, Values>, metadata: R
   return path
 }
 
-/** A file as torch.save writes it; a value is a tensor or a node. */
+/** Writes a file as torch.save does; a value is a tensor or a node of a pickle. */
 async function writeTorch(
   path: string,
   state: readonly (readonly [Picklable, Record<string, Values | Picklable>])[],
@@ -118,7 +118,7 @@ t.test(
     for (const [i, source] of sources.entries()) {
       const run = `b${i}`
       runs.push(await opened(service, run, MODEL))
-      // The index alone does not say what the buffers are.
+      // The index alone does not say the momentum_form of the buffers.
       const form = i === 2 ? ['--momentum-form', 'ema'] : []
       const printed = await importing(service, run, source, '--from', 'muond', ...form)
       t.match(
@@ -130,7 +130,7 @@ t.test(
       const { updates } = await trainStep(client, step)
       for (const i of [0, 1, 3]) t.equal((await trainStep(runs[i]!, step - 5, step)).updates, updates)
     }
-    // As ema, the heavy ball of b2 was taken for a twentieth of what it is.
+    // The import into b2 took a heavy ball for an ema, so its buffer has another value.
     const [own, other] = [await tensorsOf(service, 'b1'), await tensorsOf(service, 'b2')]
     t.not(own['state.qk.momentum_buffer']![0], other['state.qk.momentum_buffer']![0])
     await t.rejects(importing(service, 'b2', sources[2]!, '--from', 'muond'), {
@@ -259,7 +259,7 @@ t.test('KellerJordan’s state is an average, and its matrices may be sorted by 
   await service.app.close()
 })
 
-/** A file as numpy.savez writes it. */
+/** Writes a file as numpy.savez does. */
 async function writeNumpy(
   path: string,
   arrays: Record<
@@ -627,7 +627,7 @@ t.test('a hostile .pt is refused by what it wants, and nothing of it runs', asyn
           ]),
         ),
       }),
-      /state '7' of parameter 'h\.0' has no name that is a text/,
+      /state 7 of parameter 'h\.0' has no name that is a text/,
     ],
     ['a file that is not there', file('absent.pt'), /absent\.pt cannot be opened: ENOENT/],
   ]
@@ -717,7 +717,7 @@ t.test('files of the wrong kind, and indices that lead elsewhere, are refused', 
   for (const [name, from, message] of CASES) {
     await t.rejects(importing(service, 'r', path(name), '--from', from), { name: 'ConfigError', message }, name)
   }
-  // Of safetensors, a parameter that the file has is there wholly.
+  // In safetensors, a parameter has all of its tensors or none.
   await t.rejects(importing(service, 'r', path('a.safetensors'), '--from', 'torch-optimizer'), {
     message: /no state of 'e', 'h\.1', 'conv', 'n' of run 'r'; with partial/,
   })
@@ -783,7 +783,7 @@ t.test('a service that goes away, or refuses in the middle, is told in one line'
     parseSafetensors(readFileSync(zeros)).tensors,
     'it came in many pieces',
   )
-  // Its first piece is refused while most of the 16 MiB is still to come.
+  // The first piece of the body is refused while most of its 16 MiB is still to come.
   await t.rejects(importing(large, 'r', file, '--from', 'muond'), {
     name: 'ConfigError',
     message: /has NaN as element 5/,

@@ -7,24 +7,24 @@ import { EXAMPLES } from '../../examples/catalog.js'
 
 const PROGRAM = fileURLToPath(new URL('../../examples/examples.js', import.meta.url))
 const examples = (...flags: string[]) => promisify(execFile)(process.execPath, [PROGRAM, ...flags])
-const README = '# one\n<!-- overhead -->\nold\n<!-- /overhead -->\nrest\n'
+const PAGE = '# one\n<!-- overhead -->\nold\n<!-- /overhead -->\nrest\n'
 
 t.test('an example runs by name, prints its table and leaves results, picture and section', async (t) => {
-  const folder = t.testdir({ 'README.md': README })
-  const { stdout, stderr } = await examples('overhead', '--quick', '--out', folder, '--readme', `${folder}/README.md`)
+  const folder = t.testdir({ 'examples.md': PAGE })
+  const { stdout, stderr } = await examples('overhead', '--quick', '--out', folder, '--tables', `${folder}/examples.md`)
   const { machine, seconds, results } = JSON.parse(readFileSync(`${folder}/overhead.json`, 'utf8'))
   const { table, svg } = EXAMPLES.get('overhead')!.show(results)
   t.match(stdout, `overhead, ${seconds} s\n\n${table}\n`)
   t.equal(readFileSync(`${folder}/overhead.svg`, 'utf8'), svg)
-  t.equal(readFileSync(`${folder}/README.md`, 'utf8'), README.replace('old', table))
+  t.equal(readFileSync(`${folder}/examples.md`, 'utf8'), PAGE.replace('old', table))
   t.match(machine, { node: process.version, date: /^\d{4}-/ })
   t.match(stderr, /overhead {3}\[#+\] 12\/12/)
 })
 
 t.test('a file without the section is refused', async (t) => {
-  const folder = t.testdir({ 'README.md': README.replace('<!-- /overhead -->', '') })
-  const run = examples('overhead', '--quick', '--out', folder, '--readme', `${folder}/README.md`)
-  await t.rejects(run, /README.md has no section <!-- overhead --> … <!-- \/overhead -->/)
+  const folder = t.testdir({ 'examples.md': PAGE.replace('<!-- /overhead -->', '') })
+  const run = examples('overhead', '--quick', '--out', folder, '--tables', `${folder}/examples.md`)
+  await t.rejects(run, /examples.md has no section <!-- overhead --> … <!-- \/overhead -->/)
 })
 
 t.test('a name that is none is refused before anything is measured', async (t) => {

@@ -3,7 +3,7 @@ import type { Size } from '../../examples/transformer.js'
 
 type Weights = Record<string, Float64Array>
 
-/** What the transformer gives for one batch, in nats per byte; `maxLogits` [layer][head]. */
+/** The transformer's results for a batch: the loss in nats per byte, and `maxLogits` [layer][head]. */
 type Outputs = { loss: number; maxLogits: number[][] }
 
 /** The transformer once more in float64 and plain loops, one sequence and one position at a time. */
@@ -32,7 +32,7 @@ export function referenceTransformer(weights: Weights, examples: Examples, size:
   return { loss, maxLogits }
 }
 
-/** What all heads attend to, side by side; `maxLogits` grows to the largest logit of each head. */
+/** The mixed values of all heads, side by side; `maxLogits` is raised to the largest logit of each head. */
 function mix(
   weights: Weights,
   inputs: number[][],
@@ -56,7 +56,7 @@ function mix(
   )
 }
 
-/** Rotary embedding as multiplication by e^(iθ) of the complex numbers x_i + i·x_(i + d/2), θ = position · 10000^(-2i / d). */
+/** Rotary embedding: multiplies the complex numbers x_i + i·x_(i + d/2) by e^(iθ), θ = position · 10000^(-2i / d). */
 function turned(x: number[], position: number): number[] {
   const half = x.length / 2
   const turn = (i: number): [number, number] => {

@@ -1,5 +1,5 @@
 import t from 'tap'
-import { best, comparison, sweepTable } from '../../examples/report.js'
+import { best, comparison, conclusion, sweepTable } from '../../examples/report.js'
 import { adamw, muon, type Outcome, type Recipe } from '../../examples/train.js'
 
 function outcome(recipe: Recipe, losses: number[]): Outcome {
@@ -32,6 +32,15 @@ t.test('the comparison says when each run reached the final loss of the first', 
   t.same(row(table, 'update RMS, hidden matrices'), ['0.063', '0.063', '0.063'])
   t.end()
 })
+
+t.test(
+  'the conclusion says after how many steps the second run came to the final loss of the first, if it did',
+  (t) => {
+    t.equal(conclusion([BASELINE, FASTER]), "Muon + AdamW came to AdamW's final loss after 10 of 20 steps.")
+    t.equal(conclusion([BASELINE, SLOWER]), "Muon + AdamW did not come to AdamW's final loss in 20 steps.")
+    t.end()
+  },
+)
 
 t.test('the best of a sweep has the lowest final loss', (t) => {
   t.equal(best([BASELINE, FASTER, SLOWER]), FASTER)

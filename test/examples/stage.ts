@@ -5,7 +5,7 @@ const TEXT = Buffer.from(
   'The optimizer is a service, and the service is the optimizer: it keeps what the steps share. '.repeat(20),
 )
 
-/** A stage with the real service and a text that no commit changes; `notes` collects what the bars were told. */
+/** A stage with the real service and a text that no commit changes; `notes` collects the notes of progress. */
 export function stageWithNotes(): { stage: Stage; notes: string[] } {
   const notes: string[] = []
   const bar = (label: string, total: number) => (done: number, note: string) =>
@@ -14,7 +14,7 @@ export function stageWithNotes(): { stage: Stage; notes: string[] } {
   return { stage: { server, corpus: { train: TEXT, validation: TEXT, files: 1 }, bar }, notes }
 }
 
-/** The cells of a Markdown table, its rule left out. */
+/** The cells of a Markdown table, without the line below its header. */
 export function cellsOf(table: string): string[][] {
   const rows = table.split('\n').map((line) =>
     line

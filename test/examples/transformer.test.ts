@@ -9,7 +9,7 @@ const BATCH = 3
 const TEXT = Buffer.from('Every byte attends to those before it, and to itself. '.repeat(4))
 const model = await loadTransformer(SIZE, BATCH)
 
-// Queries and keys are made large, so that the softmax is far from even and its gradient matters.
+// Queries and keys are large, so that the softmax is far from uniform and its gradient matters.
 function weightsAndExamples(count = BATCH): { weights: Tensors; examples: Examples } {
   const positions = fixedPositions(TEXT, { count, context: SIZE.context })
   const weights = initialWeights(weightsOf(SIZE), seededRandom(7))
@@ -51,7 +51,8 @@ t.test('every gradient is the central difference of the float64 loss', async (t)
   }
 })
 
-// A difference costs two forward passes in plain loops: of long tensors the largest elements, and as many spread evenly.
+// A difference costs two forward passes in plain loops. Of a long tensor only some elements are checked: the largest,
+// and as many spread evenly.
 function sampleOf(gradient: Float32Array): number[] {
   const indices = [...gradient.keys()]
   if (indices.length <= 100) return indices
@@ -86,8 +87,8 @@ t.test('the same weights and examples give the same bits', async (t) => {
 })
 
 t.test('operations are counted as the products need them', async (t) => {
-  // One layer, width 2, inner width 3, two tokens: 4·4 + 2·6 weights in layers and 512 in the head, three products each;
-  // 512 in the embedding, one; scores and mixture 2·2·2·2 operations each, three times.
+  // One layer, width 2, inner width 3, two tokens: 4·4 + 2·6 weights in layers and 512 in the head, three products
+  // each; 512 in the embedding, one; scores and mixture 2·2·2·2 operations each, three times.
   const flops = transformerFlops({ context: 2, width: 2, heads: 1, mlp: [3] }, 1)
   t.equal(flops, 2 * 2 * (3 * (16 + 12 + 512) + 512) + 3 * 2 * 16)
 })

@@ -6,7 +6,7 @@ import { connect, openRun, startService } from './service.js'
 const KEYS = { api_keys: 'all-1,all-2', read_keys: 'read-1' }
 const bearer = (key: string) => ({ authorization: `Bearer ${key}` })
 
-/** The status and the problem with which an upgrade is refused. */
+/** The status and the problem document of an upgrade that is refused. */
 async function refusedUpgrade(url: string, options: { protocols?: string[]; headers?: Record<string, string> } = {}) {
   const socket = new WebSocket(`${url.replace('http', 'ws')}/v1/stream`, options.protocols ?? [], {
     headers: options.headers,

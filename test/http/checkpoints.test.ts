@@ -28,7 +28,7 @@ t.test('a checkpoint is taken, listed, tagged and deleted', async (t) => {
   t.match(taken, { status: 201, body: { checkpoint: id(1), step: 1, digest: receipt.digest, tags: ['best'] } })
   t.ok(taken.body.bytes > 4 * (6 + 3 + 3 + 4))
   t.same((await call(`${checkpoints}/best`, 'GET')).body, taken.body)
-  // Of the same step there is one already: only the tag is new.
+  // The step has a checkpoint already: only the tag is new.
   t.same((await call<Checkpoint>(checkpoints, 'POST', { tag: 'also' })).body.tags, ['best', 'also'])
   t.same((await call<Checkpoint>(checkpoints, 'POST', { tag: 'also' })).body.tags, ['best', 'also'])
   t.same((await call<Checkpoint>(checkpoints, 'POST')).body.tags, ['best', 'also'])
@@ -42,7 +42,7 @@ t.test('a checkpoint is taken, listed, tagged and deleted', async (t) => {
     [1, 3, 4],
     'the tagged one and the two newest',
   )
-  // A tag leads to the newest that has it; the one before is kept for its other tag.
+  // A tag leads to the newest checkpoint with it; the one before is kept for its other tag.
   t.same((await call<Checkpoint>(checkpoints, 'POST', { tag: 'best' })).body.step, 4)
   t.match(await call(`${checkpoints}/best`, 'GET'), { body: { step: 4 } })
   t.match(await call(`${checkpoints}/also`, 'GET'), { body: { step: 1 } })
@@ -111,7 +111,7 @@ t.test('the stream takes checkpoints between two steps, and the next step does n
   trainer.send({ type: 'checkpoint', tag: 'one' })
   trainer.sendStep(2, GRADIENTS)
   t.match(await trainer.next('checkpointed'), { checkpoint: id(1), step: 1, digest: first.digest })
-  // Two in a row: the second waits until the first is on the disk.
+  // Two checkpoints in a row: the second one waits until the first is on the disk.
   trainer.sendStep(3, GRADIENTS)
   trainer.send({ type: 'checkpoint' })
   trainer.sendStep(4, GRADIENTS)

@@ -21,7 +21,7 @@ function start(argv: string[], env: Record<string, string> = {}): Process {
   })
 }
 
-/** What a process prints until it ends, and its exit code. */
+/** The output of a process until it ends, and its exit code. */
 async function result(child: Process) {
   const [out, err, [code]] = await Promise.all([child.stdout.toArray(), child.stderr.toArray(), once(child, 'exit')])
   return { code, out: Buffer.concat(out).toString(), err: Buffer.concat(err).toString() }
@@ -125,6 +125,59 @@ t.test('the first log line names the address, and a signal ends the service once
   t.match(await trainer.step(1, GRADIENTS), { step: 1, applied: 3 })
   t.equal((await closed)[0], 1012)
   t.same(await once(child, 'exit'), [0, null])
+})
+
+/** A service that drains: a step of its run was acknowledged, and another is in flight. */
+async function draining(t: { teardown(fn: () => void): void }, argv: string[]) {
+  const { child, first, next } = await serve(t, argv)
+  const trainer = await openRun(first.address, 'a')
+  await trainer.step(1, GRADIENTS)
+  trainer.sendStep(2, GRADIENTS.slice(0, 1))
+  await trainer.next('error')
+  const event = async (name: string) => {
+    for (;;) {
+      const entry = await next()
+      if (entry.event === name) return entry
+    }
+  }
+  child.kill('SIGTERM')
+  t.teardown(() => trainer.socket.terminate())
+  await trainer.next('draining')
+  return { child, trainer, event }
+}
+
+t.test('a second signal says which acknowledged steps it would lose, and loses none', async (t) => {
+  const folder = `${t.testdir()}/state`
+  const { child, trainer, event } = await draining(t, ['--data', folder])
+  child.kill('SIGTERM')
+  t.match(await event('signal_again'), {
+    level: 40,
+    signal: 'SIGTERM',
+    lost: [{ run: 'a', step: 1, durable_step: 0 }],
+    reason: /a third signal ends the process without them/,
+  })
+  t.match(await trainer.step(2, GRADIENTS), { step: 2 })
+  t.same(await once(child, 'exit'), [0, null])
+  const again = await serve(t, ['--data', folder])
+  t.match(await again.next(), { event: 'run_restored', step: 2 })
+  again.child.kill('SIGTERM')
+  await once(again.child, 'exit')
+})
+
+t.test('a third signal ends the process, and so does a second one that loses nothing', async (t) => {
+  const folder = t.testdir()
+  const impatient = await draining(t, ['--data', `${folder}/checkpoints`])
+  impatient.child.kill('SIGINT')
+  await impatient.event('signal_again')
+  impatient.child.kill('SIGINT')
+  t.match(await impatient.event('ended'), { signals: 3, lost: [{ run: 'a' }] })
+  t.same(await once(impatient.child, 'exit'), [1, null])
+  for (const argv of [['--data', `${folder}/journal`, '--durability', 'journal'], []]) {
+    const { child, event } = await draining(t, argv)
+    child.kill('SIGINT')
+    t.match(await event('ended'), { signals: 2, lost: [] })
+    t.same(await once(child, 'exit'), [1, null])
+  }
 })
 
 t.test('device auto says why it took the cpu', async (t) => {

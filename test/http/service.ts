@@ -23,9 +23,9 @@ export type Trainer = {
   send(frame: Exclude<ClientFrame, GradientFrame>): void
   /** Sends the gradients of one step and its end. */
   sendStep(step: number, gradients: readonly Float32Array[]): void
-  /** The next frame of a type; what comes before it is dropped. */
+  /** The next frame of a type; frames before it are dropped. */
   next<T extends ServerFrame['type']>(type: T): Promise<Extract<ServerFrame, { type: T }>>
-  /** One whole step. */
+  /** Sends a whole step and waits for its receipt. */
   step(step: number, gradients: readonly Float32Array[]): Promise<ReceiptFrame>
 }
 

@@ -44,7 +44,7 @@ function bodyOf(tensors: readonly Given[], metadata: Record<string, string> = {}
   return Buffer.concat([encodeHeader(entries, metadata), ...tensors.map(({ data }) => data)])
 }
 
-/** A body, taken apart, changed and put together again. */
+/** A safetensors body with changes to its header or its tensors. */
 function changed(body: Uint8Array, change: (tensors: Map<string, StoredTensor>) => void): Buffer {
   const { metadata, tensors } = parseSafetensors(body)
   change(tensors)
@@ -71,7 +71,7 @@ t.test('a run goes on from another run’s exported state, bit for bit, with eve
 
   const other = await RawClient.connect(service.url)
   await other.open({ run: 'b', ...MODEL })
-  // Its own steps first: they are replaced.
+  // The run takes steps of its own first, whose state is replaced.
   await trainStep(other, 1, 99)
   const answer = await imported(service, 'b', body)
   t.match(answer, { status: 200, body: { step: 1, parameters: 7, checkpoint: undefined } })
@@ -108,7 +108,7 @@ t.test('before the first step every count is 0, and that can be imported too', a
   await service.app.close()
 })
 
-/** One matrix of each form, an embedding and a vector; a step of plain numbers. */
+/** A matrix of each momentum_form, an embedding and a vector; a step of plain numbers. */
 const PLAIN = {
   groups: [
     { name: 'ema', algorithm: 'muon', momentum: 0.9 },
@@ -135,7 +135,7 @@ function plainState(dtype: 'F32' | 'BF16' | 'F16', seed = 1): Given[] {
   return [...SHAPES].flatMap(([name, shape], i) => {
     const count = shape.reduce((a, b) => a * b, 1)
     const values = normal(seed + i, count)
-    // Any 16 bits with a moderate exponent are a number in both types.
+    // 16 bits with a moderate exponent are a finite number in both types.
     const halves = Uint16Array.from(values, (value) => (Math.round(value * 100) & 0x80ff) | 0x3c00)
     return [
       { name: `state.${name}.step`, dtype: 'I64', shape: [], data: int64(3 + i) },
@@ -144,7 +144,7 @@ function plainState(dtype: 'F32' | 'BF16' | 'F16', seed = 1): Given[] {
   })
 }
 
-/** The numbers of a tensor, with an oracle of our own for 16 bits. */
+/** The numbers of a tensor, by code that shares nothing with the service. */
 function numbers({ dtype, data }: Pick<StoredTensor, 'dtype' | 'data'>): number[] {
   const view = new DataView(new Uint8Array(data).buffer)
   if (dtype === 'F32') return Array.from({ length: data.length / 4 }, (_, i) => view.getFloat32(4 * i, true))
@@ -232,7 +232,7 @@ t.test('what a body lacks stays as it is with partial, and is refused without', 
   t.equal(service.runs.get('r').stateBytes, 15 * 4)
   const rest = await imported(service, 'r', bodyOf(whole.slice(2)), '?partial=true')
   t.match(rest, { status: 200, body: { parameters: 3 } })
-  // In two parts or as one: the state, and so the digest, is the same.
+  // Imported in two parts or as one, the state is the same, and so is the digest.
   t.equal((await imported(service, 'r', bodyOf(whole))).body.digest, rest.body.digest)
   await client.close()
   await service.app.close()
@@ -267,7 +267,7 @@ t.test('the digest of an import is what docs/protocol.md says', async (t) => {
   await service.app.close()
 })
 
-/** What a body is refused for; nothing of it is kept. */
+/** Bodies that are refused, and why; nothing of them is kept. */
 const REFUSED: [string, Uint8Array, { status: number; code: string; detail: RegExp }][] = (() => {
   const body = bodyOf(plainState('F32'))
   const put = (name: string, tensor: Partial<StoredTensor>) =>
@@ -502,7 +502,7 @@ t.test('no bytes make an import fail in a way that is not told', async (t) => {
   await service.app.close()
 })
 
-/** A request whose body is written as the test says. */
+/** A request whose body the test writes piece by piece. */
 function upload(service: Service, run: string, headers: Record<string, string | number> = {}) {
   const outgoing = request(urlOf(service, run), {
     method: 'PUT',
@@ -622,7 +622,7 @@ t.test('an import waits for the end of a step, and the step after it waits for t
   t.match(answer, { status: 200, body: { step: 4 } })
   t.not(answer.body.digest, digest)
   t.same(parseSafetensors(await exported(service, 'r')).tensors, parseSafetensors(body).tensors)
-  // The step that was finished before has its receipt, but nothing of it can be computed again.
+  // The step before the import still has its receipt, but its updates cannot be computed again.
   client.gradient(0, 4, { values: normal(1, 24 * 16) })
   t.match(await client.expect('error'), {
     code: 'STEP_CONFLICT',

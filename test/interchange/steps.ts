@@ -1,5 +1,6 @@
-// node steps.js URL RUN SPEC.json FIRST LAST OUT.safetensors: takes steps of a run, which is created with SPEC where it does not
-// exist, with seeded gradients, and writes these and the updates for torch to compare with.
+// node steps.js URL RUN SPEC.json FIRST LAST OUT.safetensors: takes steps FIRST to LAST of a run with seeded
+// gradients, and writes gradients and updates, which torch's are compared with. Creates the run by SPEC where there
+// is none.
 import { readFileSync, writeFileSync } from 'node:fs'
 import { encodeHeader, type TensorEntry } from '../../src/store/safetensors.js'
 import type { OpenFrame } from '../../src/wire/frame.js'

@@ -14,7 +14,7 @@ t.before(async () => {
   await service.app.close()
 })
 
-/** What is broken in the newest checkpoint, and what the client and REST are told. */
+/** Damages of the newest checkpoint, and the errors that the client and REST are told. */
 const BREAKAGES: [string, (data: string) => void, RegExp][] = [
   [
     'a flipped bit in a tensor',
@@ -116,7 +116,7 @@ t.test('a checkpoint that is not what was written is refused with its file; the 
       next.send({ type: 'open', protocol: 1, run: 'r', mode: 'create', ...MODEL })
       t.match(await next.expect('error'), { code: 'RUN_EXISTS' })
       if (!name.startsWith('a run.json')) {
-        // An older checkpoint is still a way on, if one asks for it.
+        // An older checkpoint is still readable: a client that asks for it goes on from there.
         next.send({ type: 'open', protocol: 1, run: 'r', mode: 'resume', checkpoint: id(5) })
         t.match(await next.expect('error'), { code: 'CHECKPOINT_UNREADABLE', message })
         t.match(await next.open({ run: 'r', mode: 'resume', checkpoint: id(0) }), { step: 0, resumed: true })

@@ -29,7 +29,7 @@ t.test('a refused open that was to go back loses no step of a journal', async (t
   const first = await start(data)
   for (const run of ['a', 'r']) await (await train(first, { run, last: 3 })).client.close()
   await first.app.close()
-  // Only one fits: `r` stays on the disk.
+  // Only one run fits into the memory: `r` stays on the disk.
   const second = await start(data, { max_runs: 1 })
   await second.restored
   await fetch(`${second.http}/v1/runs/a`, { method: 'DELETE' })

@@ -21,7 +21,7 @@ async function imported({ http }: Service, body: Uint8Array) {
   return { status: response.status, body: (await response.json()) as Record<string, unknown> }
 }
 
-/** A state to import, and what run `r` comes to that has it imported after step 5 and goes on to step 9. */
+/** A state to import, and the steps 6 to 9 of a run `r` that has imported it after step 5. */
 let body: Buffer
 let digest: unknown
 let reference: Trace[]
@@ -95,7 +95,7 @@ t.test('one goes back to a checkpoint before an import, or to one with it', asyn
   const back = await train(service, { last: 6, open: { ...steps, checkpoint: `${id(5)}.2` } })
   t.match(back.opened, { step: 5, digest, note: 'its state was imported after step 5' })
   t.same(known(back.traces), known(reference.slice(0, 1)))
-  // .3 has the same state: which of the two it was is not to be told, and need not be.
+  // .2 and .3 have the same state, so both may stay: nobody can tell which of them was asked for.
   t.same(checkpoints(data), [id(0), id(5), `${id(5)}.1`, `${id(5)}.2`, `${id(5)}.3`])
   await back.client.close()
   const before = await train(service, { last: 6, open: { ...steps, checkpoint: id(5) } })
@@ -131,7 +131,7 @@ t.test('ten imports after one step are listed in their order', async (t) => {
   await again.app.close()
 })
 
-/** What a manifest says of an import that is not so; its seal is right. */
+/** False records of an import in a manifest whose hash is right. */
 const LIES: [string, (manifest: Manifest) => Partial<Manifest>, RegExp][] = [
   [
     'another hash',
@@ -192,7 +192,7 @@ t.test('an import that the disk cannot take is no import', async (t) => {
   await service.app.close()
 })
 
-/** An import that has begun: the last byte is still to come. */
+/** Begins an import: all of it is sent but the last byte. */
 function begin({ http }: Service) {
   const outgoing = request(`${http}/v1/runs/r/state`, {
     method: 'PUT',
@@ -267,7 +267,7 @@ t.test('a connection that takes the run over while an import waits for it has th
   await service.app.close()
 })
 
-/** An import that waits, once all of it was received, until `release` is called: something else has the run's folder. */
+/** An import that was received and waits for the run's folder, which is in use until `release` is called. */
 async function heldImport(service: Service) {
   const keeper = service.runs.keeper('r')
   let release = () => {}
@@ -290,7 +290,7 @@ async function heldImport(service: Service) {
   return { answer, release: () => release(), held }
 }
 
-/** Once the service has got all that a client has sent. */
+/** Resolves once the service has received all that a client has sent. */
 async function allReceived(client: RawClient): Promise<void> {
   client.socket.ping()
   await once(client.socket, 'pong')

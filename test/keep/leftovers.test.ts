@@ -23,7 +23,7 @@ t.test('runs that are deleted at the same time are all gone', async (t) => {
   const service = await start(data)
   const runs = Array.from({ length: 12 }, (_, i) => `r${i}`)
   for (const run of runs) await (await train(service, { run, last: 0 })).client.close()
-  // Within one millisecond, or after the clock was set back.
+  // The clock stands still, as within a millisecond, or where it was set back.
   const { now } = Date
   Date.now = () => 1
   t.teardown(() => {
@@ -41,7 +41,7 @@ t.test('runs that are deleted at the same time are all gone', async (t) => {
 t.test('an open that cannot be noted leaves no run behind, in memory or on the disk', async (t) => {
   const data = t.testdir({})
   const folder = runFolder(data)
-  // Between a new run's first checkpoint and the note that it was opened.
+  // Writing fails between a new run's first checkpoint and the note that it was opened.
   const write = (line: string) => {
     if (line.includes('checkpoint_written') && existsSync(folder)) mkdirSync(join(folder, 'run.json.new'))
   }
@@ -147,7 +147,7 @@ t.test('no checkpoint is taken while a step that skips every parameter is on its
   const segment = join(runFolder(data), 'journal', '000000000001.journal')
   const { size } = statSync(segment)
   client.send({ type: 'end', step: 2, skipped: [...MODEL.parameters.keys()] })
-  // The step's record is written, and not yet synced.
+  // At this moment the step's record is written, and not yet synced.
   await until(() => statSync(segment).size > size)
   t.equal(run.step, 1)
   await t.rejects(service.runs.keeper('r').take(), { code: 'STEP_INCOMPLETE' })
@@ -198,7 +198,7 @@ t.test('a run whose device has failed is not told to be gone', async (t) => {
   next.send({ type: 'open', protocol: 1, run: 'r', mode: 'resume', takeover: true })
   t.match(await next.expect('error'), { code: 'DEVICE_FAILED', retryable: true })
   await next.close()
-  // One that was admitted just before.
+  // A run that was admitted just before the failure.
   const admitted = device.admittedBytes
   const groups = parseGroups([{ name: 'g', algorithm: 'sgd' }], new Map())
   const declaration = { groups, parameters: parseParameters([{ name: 'w', shape: [2], group: 'g' }], groups) }

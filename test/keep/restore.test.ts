@@ -15,7 +15,7 @@ t.before(async () => {
   await service.app.close()
 })
 
-/** The service as after a crash: nothing is drained, nothing is taken to the disk. */
+/** Ends the service as a crash does: no step is drained, and nothing more is written to the disk. */
 async function restart(
   service: Service,
   data: string,
@@ -52,7 +52,7 @@ t.test('a cold run is another one', async (t) => {
   const service = await startService()
   const client = await RawClient.connect(service.url)
   await client.open({ run: 'cold', ...MODEL })
-  // Step 1 with the gradients of step 2: no momentum, no moments.
+  // Step 1 with the gradients of step 2: a fresh run has neither momentum nor moments.
   const gradients = gradientsOf(2)
   for (const [i, values] of gradients.entries()) client.gradient(i, 1, { values: values! })
   client.send({ type: 'end', step: 1 })
@@ -128,7 +128,7 @@ t.test('groups that a connection replaced hold after a restart, though no step h
     epoch: 3,
     groups: { sgd: { lr: 0.5 }, muon: { lr: 0.02 } },
   })
-  // From the step after the one that has begun.
+  // The groups hold from the step after the one that has begun.
   third.gradient(0, 3, { values: gradientsOf(3)[0]! })
   await until(() => again.runs.get('r').ahead.length === 1)
   await third.close()
@@ -160,7 +160,7 @@ t.test('a run goes back to a checkpoint; what came after it is dropped', async (
     const service = await start(data, { durability })
     const { client } = await train(service, { last: LAST })
     t.same(checkpoints(data), [id(0), id(5), id(10)])
-    // The connection has a step under way, and another one takes the run.
+    // A connection has begun a step, and another one takes the run over.
     client.gradient(0, LAST + 1, { values: gradientsOf(LAST + 1)[0]! })
     const back = await train(service, { last: 7, open: { mode: 'resume', checkpoint: id(5), takeover: true } })
     t.match(await client.closed(), { code: 4409 })
@@ -299,7 +299,7 @@ t.test('another kind of device goes on from a checkpoint and a journal, and says
     digest: reference[6]!.digest,
     note: /^restored from step-0{11}5: its last steps were computed on cuda:0 NVIDIA H200 with ONNX Runtime 1\.30\.0, here is cpu .*: results may differ in their last bits$/,
   })
-  // It was the same kind in truth, so the bits are those of the undisturbed run.
+  // In truth the device was the same, so the bits are those of the undisturbed run.
   t.same(known(after.traces), known(reference.slice(7)))
   t.match(await (await fetch(`${again.http}/v1/runs/r`)).json(), { note: /^restored from/, durable_step: LAST })
   await after.client.close()

@@ -13,11 +13,11 @@ import { gradientsOf, known, MODEL, type Trace, train, trainStep, undisturbed } 
 import { RawClient, startService, until } from '../service.js'
 import { checkpoints, id, runFolder, start } from './data-folder.js'
 
-// A disk that is full, without one: no file of this process may grow beyond a size (setrlimit(2), RLIMIT_FSIZE).
+// Simulates a full disk: no file of this process may grow beyond a size (setrlimit(2), RLIMIT_FSIZE).
 const setrlimit = koffi.load(null).func('setrlimit', 'int', ['int', 'void *'])
 const RLIMIT_FSIZE = 1
 const NO_LIMIT = 2n ** 64n - 1n
-// The system's signal for it ends a process that does not listen.
+// The system then sends SIGXFSZ, which ends a process that has no handler for it.
 process.on('SIGXFSZ', () => {})
 function limitFiles(bytes?: number): void {
   t.equal(setrlimit(RLIMIT_FSIZE, BigUint64Array.of(bytes === undefined ? NO_LIMIT : BigInt(bytes), NO_LIMIT)), 0)
@@ -54,7 +54,7 @@ t.test('a step that the journal has no room for is not finished; sent again it i
   client.send({ type: 'end', step: 3, skipped: [5] })
   t.match(await client.expect('error'), { code: 'STORAGE_FAILED', message: /have to be sent again$/ })
   await client.close()
-  // What this client sent had other settings than the undisturbed run: it begins the step anew.
+  // The client sent other settings than the undisturbed run had, so it begins the step anew.
   const again = await RawClient.connect(service.url)
   t.match(await again.open({ run: 'r', mode: 'resume' }), { step: 2, ahead: [0, 1, 2, 3, 4, 6] })
   for (const [i, values] of gradientsOf(3).entries()) if (values) again.gradient(i, 3, { values })
@@ -167,7 +167,7 @@ t.test('a checkpoint that is due and cannot be written is logged, and taken afte
     checkpoints(data).filter((name) => name !== id(2)),
     [id(0)],
   )
-  // Somebody has removed a checkpoint by hand: the next one is written all the same, only not tidied up after.
+  // A person has removed a checkpoint by hand: the next one is written all the same, only no old one is removed.
   rmSync(join(runFolder(data), 'checkpoints', id(0)), { recursive: true })
   await trainStep(client, 3)
   await trainStep(client, 4)

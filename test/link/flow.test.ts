@@ -12,7 +12,7 @@ const sizes = (bytes: number[]) => bytes.map((size, i) => ({ name: `p${i}`, shap
 const gradientsOf = (parameters: { shape: number[] }[], seed: number) =>
   parameters.map(({ shape }, i) => normal(seed * 1000 + i, shape[0]!))
 
-/** What the kernel takes for a socket that nobody reads stays below this on any machine. */
+/** More bytes than the kernel takes, on any machine, for a socket that nobody reads. */
 const MORE_THAN_SOCKETS_HOLD = 32 * MiB
 
 function chunk(client: RawClient, parameter: number, step: number, [offset, data]: [number, Uint8Array]): void {
@@ -132,7 +132,8 @@ t.test('a lost connection in the middle of a gradient frees its place in the are
   await heir.open({ run: 'second', takeover: true })
   t.equal((await second.closed()).code, 4409)
   t.equal(device.staging.waiting, 1, 'one that is fenced off leaves the queue')
-  // A paused socket does not tell that its peer is gone: the place comes first, then the end, and the place is free again.
+  // The service does not read `third`, so it learns only after it has given it a place that its peer is gone. The
+  // place is free again then.
   third.socket.terminate()
   first.socket.terminate()
   await until(() => !runs.get('first').connected && !runs.get('third').connected)
@@ -196,7 +197,7 @@ t.test('what the step frame set holds for the rest of a step that a lost connect
   await lost.open({ run: 'r', groups, parameters })
   lost.send(setting)
   lost.gradient(0, 1, { values: gradients[0]! })
-  // The arena is free again when the lane is done, so here the lane is at work.
+  // The gradient has room in the arena until the lane is done, so here the lane is at work.
   await until(() => service.device.staging.used > 0)
   lost.socket.terminate()
   await until(() => !service.runs.get('r').connected)
@@ -270,7 +271,7 @@ t.test('a drain lets the step in flight end, closes everybody else, and takes no
   begun.send({ type: 'end', step: 1, skipped: [1] })
   t.match(await begun.expect('receipt'), { step: 1, skipped: 1 })
   t.equal((await begun.closed()).code, 1012)
-  // Its gradient turns out too long, which leaves no step in flight: to begin again is to begin a step.
+  // A gradient that is too long is refused, and no step is in flight then: the next gradient would begin a new one.
   chunk(broken, 0, 1, [64, new Uint8Array(8192)])
   t.match(await broken.expect('error'), { code: 'SHAPE_MISMATCH' })
   broken.gradient(0, 1, { values: gradients[0]! })
@@ -376,7 +377,7 @@ const STEPS = [1, 2, 3]
 
 type Course = { order: number[]; chunk: number; cut: number }
 
-/** Sends a step in the given order and chunks, and answers whether it came to the receipt before the cut. */
+/** Sends a step in the given order and chunks, and returns whether its receipt came before the cut. */
 async function tryStep(client: RawClient, step: number, { order, chunk, cut }: Course): Promise<string | undefined> {
   let left = cut
   const { socket } = client
@@ -514,7 +515,7 @@ t.test('a run whose connection was told to go can be taken over before it has go
   const parameters = sizes([4096])
   const client = await RawClient.connect(service.url)
   await client.open({ run: 'r', groups: ADAMW, parameters })
-  // It does not read, so it does not answer the close frame either.
+  // The client does not read, so it does not answer the close frame either.
   client.socket.pause()
   client.socket.send('text')
   while ((await told(service, 'FRAME_MALFORMED')) === 0) await new Promise((resolve) => setImmediate(resolve))

@@ -29,8 +29,8 @@ import { rawFrame } from './websocket/raw-frame.js'
 
 const ROUNDS = 6
 const WARM_UP_ROUNDS = 2
-// The client lives in the same process, and the table sends 40 MiB each round: buffers that wait for the collector may
-// stay, the bytes of four rounds may not.
+// The client is in the same process, and a round of the table sends 40 MiB: the limit allows buffers that wait for the
+// garbage collector, but not the bytes of four rounds.
 const RSS_GROWTH_BYTES = 128 << 20
 
 const SETTINGS = { staging_bytes: 2 ** 20, chunk_bytes: 65_536, state_bytes_limit: 2 ** 28, lanes: 1, threads: 1 }
@@ -49,7 +49,7 @@ const MATRIX = normal(1, 8 * 16)
 
 type OpenFrame = Extract<ClientFrame, { type: 'open' }>
 type Message = Uint8Array | string
-/** What is sent, what the service answers, and the close code that follows; without one the connection stays open. */
+/** The bytes of a case, the service's answer, and its close code; without one the connection stays open. */
 type Case = [what: string, messages: Message[], code: ErrorCode | undefined, close?: number]
 
 const frame = (given: Exclude<ClientFrame, GradientFrame>) => encodeFrame(given)
@@ -89,7 +89,7 @@ const attention = (what: string, keys: object): Case[] => [
   [what, open({ ...PAIR, attentions: [{ ...ATTENTION, ...keys }] }), 'PARAMETER_INVALID'],
 ]
 
-/** On a connection that has opened nothing. */
+/** Cases on a connection that has opened no run. */
 const FRESH: Case[] = [
   ['a gradient before open', [whole(0, bytes(4))], 'FRAME_UNEXPECTED', 1002],
   ['a step before open', [step({})], 'FRAME_UNEXPECTED', 1002],
@@ -260,7 +260,7 @@ const FRESH: Case[] = [
   ['a checkpoint to go back to', healthy({ mode: 'resume', checkpoint: 'c1' }), 'PARAMETER_INVALID'],
 ]
 
-/** On a connection that has opened run `h`, at step 1. */
+/** Cases on a connection that has opened run `h`, at step 1. */
 const OPENED: Case[] = [
   ['a second open', open(), 'FRAME_UNEXPECTED', 1002],
   ['an index out of range', [whole(4, bytes(4))], 'PARAMETER_UNKNOWN'],
@@ -352,7 +352,7 @@ function say(client: RawClient, messages: readonly Message[]): void {
   for (const message of messages) client.socket.send(message)
 }
 
-/** Sends one case on a connection of its own and holds what comes back against the table. */
+/** Sends a case on a connection of its own and compares the answer with the table. */
 async function play(
   t: Test,
   { url }: Service,
@@ -379,7 +379,7 @@ async function play(
   await client.close()
 }
 
-/** A run that always gets the same gradients: `step` answers the digest. */
+/** A run that gets the same gradients in every step; `step` returns the digest. */
 async function steadyRun(url: string, run: string) {
   const client = await RawClient.connect(url)
   await client.open({ run, groups: GROUPS, parameters: PARAMETERS })
@@ -481,7 +481,7 @@ t.test('random bytes and damaged frames never get INTERNAL, and the service goes
     const client = await RawClient.connect(service.url)
     if (opens)
       client.send({ type: 'open', protocol: 1, run: 'fuzz', groups: GROUPS, parameters: PARAMETERS, takeover: true })
-    // A text comes after all of it: the connection ends when everything before was looked at.
+    // A text message comes last: the service ends the connection for it once it has handled everything before.
     say(client, [...messages, 'the end'])
     const { code } = await client.closed()
     steps += 1
@@ -507,7 +507,7 @@ t.test('random bytes and damaged frames never get INTERNAL, and the service goes
 const flood = (first: number, payload: Uint8Array, count: number) =>
   Buffer.concat(new Array<Buffer>(count).fill(rawFrame(first, payload, new Uint8Array(4))))
 
-/** What is answered to a client that does not read. */
+/** Messages that the service answers, for a client that does not read the answers. */
 const FLOODS = {
   refusals: flood(0x82, end(1), 100),
   pings: flood(0x89, bytes(125), 500),

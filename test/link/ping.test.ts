@@ -8,7 +8,7 @@ const MASK = Uint8Array.from([0x5a, 0, 0xff, 0x13])
 const CHUNK = 100_000
 const VALUES = normal(1, CHUNK)
 const BYTES = bytesOf(VALUES)
-/** As many bytes as a ping may hold, none included. */
+/** The numbers of bytes that a ping may have, from none on. */
 const SIZES = Array.from({ length: 126 }, (_, size) => size)
 
 const ping = (size: number) => rawFrame(0x89, Buffer.alloc(size, size + 1), MASK)

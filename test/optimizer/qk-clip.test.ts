@@ -14,7 +14,7 @@ const BASE = { name: 'a', threshold: 64, query: { parameter: 0 }, key: { paramet
 const FOUR = { ...BASE, query_heads: 4, head_dim: 2 }
 const TWO_KEYS = { ...FOUR, key_value_heads: 2 }
 
-/** The factors of each parameter's rows, [] where none comes. */
+/** The factors of each parameter's rows, [] where there are none. */
 function scales(given: AttentionDeclaration, logits: readonly number[]): number[][] {
   const attentions = parseAttentions([given], PARAMETERS)
   const claims = claimsByParameter(attentions)

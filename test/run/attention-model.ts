@@ -1,4 +1,4 @@
-// Attention logits in float64, with rotary embeddings: what QK-clip's statements are about, computed from the definitions.
+// Attention logits in float64, with rotary embeddings, computed from the definitions: the numbers that QK-clip bounds.
 import type { AttentionDeclaration } from '../../src/wire/frame.js'
 import { normal } from '../service.js'
 
@@ -7,7 +7,7 @@ const WIDTH = 12
 
 export type Values = readonly ArrayLike<number>[]
 
-/** A declared attention, the shapes of its parameters, and the logits of each query head for all pairs of tokens. */
+/** A declared attention, its parameters' shapes, and the logits of each query head for all pairs of tokens. */
 export type Model = {
   attention: AttentionDeclaration
   shapes: readonly (readonly number[])[]
@@ -42,22 +42,22 @@ function pairs(queries: readonly number[][], keys: readonly number[][], scale: n
   return Float64Array.from(queries.flatMap((query) => keys.map((key) => scale * dot(query, key))))
 }
 
-type Placed = { parameter: number; first_row: number }
+type FirstRow = { parameter: number; first_row: number }
 type Simple = {
   query_heads: number
   key_value_heads: number
   head_dim: number
-  query: Placed
-  key: Placed
-  query_bias?: Placed
-  key_bias?: Placed
+  query: FirstRow
+  key: FirstRow
+  query_bias?: FirstRow
+  key_bias?: FirstRow
 }
 
 /** Every rule but mla: rotary embeddings over the whole head. */
 function simple(attention: AttentionDeclaration & Simple, shapes: Model['shapes']): Model {
   const { query_heads, key_value_heads, head_dim, query, key, query_bias, key_bias } = attention
   const tokens = inputs(900, WIDTH)
-  const side = (values: Values, [weights, bias]: [Placed, Placed | undefined], head: number) => {
+  const side = (values: Values, [weights, bias]: [FirstRow, FirstRow | undefined], head: number) => {
     const from = bias && Float64Array.from(values[bias.parameter]!).subarray(bias.first_row)
     const rows = {
       weights: Float64Array.from(values[weights.parameter]!).subarray(WIDTH * weights.first_row),
@@ -75,7 +75,9 @@ function simple(attention: AttentionDeclaration & Simple, shapes: Model['shapes'
   return { attention, shapes, logits }
 }
 
-/** DeepSeek-V2 (arXiv 2405.04434, section 2.1): q = [nope, rotated rope] per head, k = [nope, one rotated key for all heads]. */
+/**
+ * DeepSeek-V2 (arXiv 2405.04434, section 2.1): q = [nope, rotated rope] per head, k = [nope, a rotated key for all].
+ */
 function latent(name: string, { biased }: { biased: boolean }): Model {
   const [heads, nope_dim, rope_dim, value_dim] = [3, 4, 2, 5]
   const [query, key] = [
@@ -106,7 +108,7 @@ function latent(name: string, { biased }: { biased: boolean }): Model {
   return { attention: { ...attention, ...biases }, shapes: [...weights, [queryHeight], [keyHeight]], logits }
 }
 
-const at = (parameter: number, first_row = 0): Placed => ({ parameter, first_row })
+const at = (parameter: number, first_row = 0): FirstRow => ({ parameter, first_row })
 const HEADS = { query_heads: 6, key_value_heads: 2, head_dim: 4 }
 const SEPARATE = { query: at(0), key: at(1) }
 const SHAPES = [

@@ -9,7 +9,7 @@ const RECORD: DigestRecord = {
   decay: 0.001,
 }
 
-// From Python's hashlib and struct.pack('<IBdQQdd', …), not from this code.
+// The expected digest was computed with Python's hashlib and struct.pack('<IBdQQdd', …).
 t.test('known values, so that another implementation can be held against them', async (t) => {
   t.equal(FIRST_DIGEST, '264045523ea2fdaeace36e36b63301bbfdf40ef7fe9a9005211987b0600ba864')
   t.equal(nextDigest(FIRST_DIGEST, 1, []), '8dc1c1d9a34b24e54fa54af1ed00773f23f5ffa3d9d0a19632ce21fab0fd595c')
@@ -21,7 +21,8 @@ t.test('known values, so that another implementation can be held against them', 
 
 const scales = (...factors: number[]) => new Uint8Array(Float32Array.from(factors).buffer)
 
-// The same, with flags 3 and 2 and struct.pack('<I2f', 2, 0.5, 1.0) behind the record and the skipped parameter's place.
+// Computed the same way, with flags 3 and 2, and with struct.pack('<I2f', 2, 0.5, 1.0) behind the record and behind the
+// place of the skipped parameter.
 t.test('row scales are known values too, with and without a gradient', async (t) => {
   const row_scale = scales(0.5, 1)
   t.equal(

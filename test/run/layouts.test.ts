@@ -68,7 +68,7 @@ for (const [algorithm, options] of Object.entries(OPTIONS)) {
     t.test(`${algorithm}: ${name} is the separate matrices, bit for bit`, async (t) => {
       const run = `run-${runs++}`
       const client = await RawClient.connect(service.url)
-      // The factor of adjust_lr_fn goes into `data` where the blocks have different ones, into `scale` where they share it.
+      // The factor of adjust_lr_fn is in `scale` where all blocks have the same one, and in `data` otherwise.
       const groups = [{ name: 'g', algorithm: 'muon', adjust_lr_fn: 'none', ...options }]
       const separate = blocks.map((shape, i) => ({ name: `block ${i}`, shape, group: 'g' }))
       const parameters = [{ name: 'whole', group: 'g', ...layout }, ...separate]

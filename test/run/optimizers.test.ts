@@ -27,17 +27,17 @@ type State = Record<string, Float64Array>
 type Input = {
   step: number
   gradient: Float64Array
-  /** What the service keeps after the step, as REST says. */
+  /** The state that the service has after the step, read over REST. */
   kept: State
 }
-/** The float64 step: the update's data, and what the service must keep where that is not to be taken from `kept`. */
+/** A step in float64: the update's data, and the state that the service must have, unless `kept` is taken as right. */
 type Oracle = (input: Input) => { data: Float64Array; state: State }
-/** `factor` is f, 1 unless given: scale is -lr·f. */
+/** A case; `factor` is f, 1 unless given: scale is -lr·f. */
 type Case = { name: string; shape: number[]; group: Record<string, unknown>; factor?: number; oracle: () => Oracle }
 
 const LR = 0.25
 const WEIGHT_DECAY = 0.5
-/** torch adds the decay of these to the gradient, which needs the weights. */
+/** Algorithms whose decay torch adds to the gradient, which needs the weights. */
 const WITHOUT_DECAY = ['adam', 'rmsprop']
 
 const zeros = (count: number) => new Float64Array(count)
@@ -116,7 +116,7 @@ function sgdCase(options: Record<string, unknown> = {}): Case {
     let buffer: Float64Array | undefined
     return ({ gradient }) => {
       const { data, buffer: next } = sgdStep(buffer, gradient, settings)
-      // Without momentum torch keeps nothing; the service keeps the zeros it began with.
+      // Without momentum torch keeps no buffer; the service keeps the zeros of the beginning.
       buffer = settings.momentum === 0 ? zeros(gradient.length) : next
       return { data, state: { momentum_buffer: buffer } }
     }
@@ -126,7 +126,7 @@ function sgdCase(options: Record<string, unknown> = {}): Case {
 
 const NORMUON = { second_momentum: 'normuon' }
 const BFLOAT16 = { momentum_dtype: 'bfloat16' }
-// Its own defaults are what is to be seen.
+// muonclip without hyperparameters, to test its own defaults.
 const MUONCLIP = { name: 'muonclip', group: { algorithm: 'muonclip' }, factor: 0.2 * Math.sqrt(30) }
 const CASES: Case[] = [
   muonCase('muon', [20, 30]),
@@ -226,7 +226,7 @@ t.test('sgd leaves its buffer alone while momentum is 0, so a schedule may turn 
     const [step, gradient] = [i + 1, normal(i, 17)]
     client.send({ type: 'step', step, groups: { g: { momentum } } })
     await client.step(step, [gradient])
-    // torch makes its buffer at the first step with momentum and touches it in no step without.
+    // torch makes its buffer at the first step with momentum, and changes it in no step without.
     const expected = sgdStep(buffer, Float64Array.from(gradient), { momentum, dampening: 0, nesterov: false })
     if (momentum > 0) buffer = expected.buffer
     const first = client.updates.get(0)!
@@ -240,7 +240,7 @@ t.test('sgd leaves its buffer alone while momentum is 0, so a schedule may turn 
   await client.close()
 })
 
-/** Rounded to nearest even. */
+/** A number rounded to bfloat16, ties to even. */
 function bfloat16(x: number): number {
   const [word] = new Uint32Array(Float32Array.of(x).buffer)
   const rounded = (word! + 0x7fff + ((word! >>> 16) & 1)) & 0xffff0000
@@ -257,7 +257,7 @@ async function checkRounding(t: Test, options: Record<string, unknown>): Promise
     const kept = numbers(tensor)
     const wrong = kept.filter((b, i) => {
       const [old, g] = [0.95 * before[i]!, 0.05 * values[i]!]
-      // What float32 makes of the sum may lie on the other side of a tie.
+      // The float32 sum may lie on the other side of a tie than the float64 one.
       const slack = 2 ** -22 * (Math.abs(old) + Math.abs(g))
       return ![old + g - slack, old + g + slack].map(bfloat16).includes(b)
     })

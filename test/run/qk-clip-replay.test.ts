@@ -13,7 +13,7 @@ const DECLARATION = {
 }
 const gradientOf = (parameter: number, step: number) => normal(10 * step + parameter, 12)
 
-/** Sends one gradient and answers its update: its row scales, whether it was replayed, and all of it as text. */
+/** Sends a gradient and returns its update: the row scales, whether it was replayed, and all of it as text. */
 async function answerTo(client: RawClient, parameter: number, step: number) {
   client.updates.delete(parameter)
   client.gradient(parameter, step, { values: gradientOf(parameter, step) })

@@ -41,13 +41,13 @@ async function openModel(model: Model, options: { threshold: number; lr?: number
 
 const stateOf = async (run: string, index: number) => {
   const answer = await fetch(`${service.http}/v1/runs/${run}/parameters/${index}/state`)
-  // The run's name stands in the header, and is of the same length for all runs here.
+  // The header has the run's name, which has the same length for all runs here.
   return Buffer.from(await answer.arrayBuffer())
     .toString('latin1')
     .replace(run, '')
 }
 
-/** γ of each head, and what its logits are multiplied with by the rule. */
+/** γ of each head, and the factor on its logits by the rule. */
 function expectedFactors({ attention }: Model, largestLogits: readonly number[], threshold: number): number[] {
   const { rule, query_heads, key_value_heads = query_heads } = attention
   const gammas = largestLogits.map((logit) => (logit > threshold ? threshold / logit : 1))
@@ -210,7 +210,7 @@ t.test('a skipped parameter gets its row scales without data, with the receipt a
   t.same(client.updates.get(1), { ...scaled, row_scale: Buffer.from(factors) })
   t.same(client.updates.get(0)!.row_scale, Buffer.from(factors))
   t.not(await stateOf(run, 0), queryState)
-  // The header says which step of the run it is read at.
+  // The header has the step of the run at which the state is read.
   const withoutStep = (state: string) => state.replace(/"run_step":"\d"/, '')
   t.equal(withoutStep(await stateOf(run, 1)), withoutStep(keyState), 'its state and count are what they were')
 
@@ -240,7 +240,7 @@ t.test('a step without any gradient clips, and only what its rule scales', async
   t.same([...client.updates.keys()], [0])
   const scales = client.updates.get(0)!.row_scale!
   t.same([...floats(scales)], [...new Array(4).fill(0.25), ...new Array(16).fill(1), ...new Array(4).fill(0.5)])
-  // docs/protocol.md, Digest: d_0, the step, then index, flags, and the row scales of what has some.
+  // docs/protocol.md, Digest: d_0, the step, then each parameter's index, flags, and row scales if it has any.
   const [clipped, calm] = ['00000000 02 18000000', '01000000 00'].map((hex) =>
     Buffer.from(hex.replaceAll(' ', ''), 'hex'),
   )
@@ -334,7 +334,7 @@ const STEPS = [1, 2, 3, 4]
 
 type Course = { order: number[]; chunk: number; cut: number; says: boolean }
 
-/** One attempt at a step: undefined if it was cut before its receipt. */
+/** An attempt at a step; returns undefined where it was cut before its receipt. */
 async function attempt(client: RawClient, step: number, course: Course): Promise<string | undefined> {
   let { cut } = course
   const skipped = SKIPPED[step] ?? []
@@ -369,13 +369,14 @@ t.test('any order, chunks and cuts give the row scales and the digest of the und
       client.updates.clear()
       let digest = await attempt(client, step, { ...next(), says: true })
       while (digest === undefined) {
-        // What was sent is read before the close frame: an end that was on its way counts, and only its receipt is lost.
+        // The service reads all frames before the close frame: an `end` among them counts, and only its receipt is
+        // lost.
         await client.close()
         client = await connect()
         const opened = await client.open({ run, takeover: true, attentions: PAIR.attentions })
         const course = next()
         const begun = opened.step === step || opened.ahead.length > 0
-        // Where the service has begun the step it holds the max_logits already: they need not be said again.
+        // Where the service has begun the step it has the max_logits already, and they need not be sent again.
         digest = await attempt(client, step, { ...course, says: course.says || !begun })
       }
       clipped += [...client.updates.values()].filter(({ row_scale }) => row_scale).length

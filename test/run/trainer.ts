@@ -2,7 +2,7 @@ import { createHash } from 'node:crypto'
 import type { OpenFrame, ReceiptFrame } from '../../src/wire/frame.js'
 import { normal, RawClient, type Service } from '../service.js'
 
-/** Every algorithm, with every option that keeps state, and every layout. Attentions for QK-clip lie in the fused rows. */
+/** Every algorithm with every option that keeps state, and every layout; QK-clip's attentions lie in fused rows. */
 export const MODEL = {
   groups: [
     { name: 'muon', algorithm: 'muon', lr: 0.02 },
@@ -36,15 +36,15 @@ export const MODEL = {
 
 const COUNTS = MODEL.parameters.map(({ shape }) => shape.reduce((product, size) => product * size, 1))
 
-/** What one step came to: its receipt, and a hash of every update's bytes and factors. */
+/** The trace of a step: its receipt, and a hash of every update's bytes and factors. */
 export type Trace = { step: number; digest: string; durable: boolean; updates: string }
 
-/** The gradients of a step, the same in every run. The norm has none in every third step. */
+/** The gradients of a step, the same in every run. The parameter `norm` has none in every third step. */
 export function gradientsOf(step: number): (Float32Array | undefined)[] {
   return COUNTS.map((count, i) => (i === 5 && step % 3 === 0 ? undefined : normal(step * 100 + i, count)))
 }
 
-/** One step: settings of its own, gradients in an order of its own, and what came of it. `as`: those of another step. */
+/** Takes a step with settings and an order of gradients of its own; `as` takes those, and the gradients, of another. */
 export async function trainStep(client: RawClient, step: number, as = step): Promise<Trace> {
   client.updates.clear()
   const max_logits = { a: [as % 4 === 0 ? -Infinity : 5 + 3 * as, 8] }
@@ -72,7 +72,7 @@ export function traceOf(client: RawClient, { step, digest, durable }: ReceiptFra
   return { step, digest, durable, updates: hash.digest('hex') }
 }
 
-/** Opens run `name` of MODEL, or opens it again, and takes the steps from the one that it is at up to `last`. */
+/** Opens run `name` of MODEL, or opens it again, and takes its next steps up to `last`. */
 export async function train(
   service: Service,
   { run = 'r', last, open = {} }: { run?: string; last: number; open?: Partial<OpenFrame> },
@@ -82,18 +82,18 @@ export async function train(
   const traces: Trace[] = []
   for (let step = opened.step + 1; step <= last; step++) {
     traces.push(await trainStep(client, step))
-    // The next step would be over before the checkpoint is.
+    // Waits for the checkpoint, as the next step would be over before it.
     if (service.data) await service.runs.keeper(run).settled()
   }
   return { client, opened, traces }
 }
 
-/** The traces of the steps 1 to `last`, undisturbed and kept nowhere. */
+/** The traces of the steps 1 to `last` of an undisturbed run without a data folder. */
 export async function undisturbed(service: Service, last: number): Promise<Trace[]> {
   const { client, traces } = await train(service, { run: 'undisturbed', last })
   await client.close()
   return traces
 }
 
-/** Equal but for whether the disk had it. */
+/** Traces without `durable`, which depends on the data folder. */
 export const known = (traces: readonly Trace[]) => traces.map(({ durable: _, ...rest }) => rest)

@@ -40,7 +40,7 @@ t.test('what is not finite, or below zero, is found with its place', async (t) =
     index: 2,
     value: Math.fround(-1e-45),
   })
-  // 1, infinity and NaN in bfloat16.
+  // The bfloat16 patterns of 1, infinity and NaN.
   t.same(firstRefused(Uint16Array.of(0x3f80, 0x7f80), signed), { index: 1, value: Infinity })
   t.same(firstRefused(Uint16Array.of(0x7fc0), signed), { index: 0, value: NaN })
   t.equal(firstRefused(new Uint16Array(0), signed), undefined)

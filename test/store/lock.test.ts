@@ -6,7 +6,7 @@ import { pathToFileURL } from 'node:url'
 import t, { type Test } from 'tap'
 import { lockFolder } from '../../src/store/lock.js'
 
-/** Another process that has the lock of a folder; it says so, and keeps it until it is killed. */
+/** Starts a process that locks a folder, and waits until it says so. It keeps the lock until it is killed. */
 async function holder(t: Test, folder: string) {
   const module = pathToFileURL(new URL('../../src/store/lock.js', import.meta.url).pathname).href
   const script = join(folder, 'holder.mjs')

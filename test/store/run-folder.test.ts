@@ -142,7 +142,7 @@ t.test(
     const folder = await start(t)
     await folder.write(snapshot(1), nothing)
     const tasks = readdirSync('/proc/self/task').map((task) => readFileSync(`/proc/self/task/${task}/stat`, 'utf8'))
-    // The 17th number behind the name, which may hold anything.
+    // The nice value is the 17th field behind the name, which may have any character.
     const nices = tasks.map((stat) => Number(stat.slice(stat.lastIndexOf(')') + 2).split(' ')[16]))
     const own = Math.min(...nices)
     t.equal(nices.filter((nice) => nice === 10 && nice > own).length, 1)

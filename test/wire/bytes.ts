@@ -1,4 +1,4 @@
-/** Hand-made msgpack for tests: also what no encoder would write. */
+/** Hand-made msgpack for tests, also such as no encoder would write. */
 
 export const hex = (text: string) => Buffer.from(text.replace(/\s/g, ''), 'hex')
 
@@ -9,7 +9,10 @@ export const str = (text: string) => {
     : Buffer.concat([Buffer.from([0xda, bytes.length >> 8, bytes.length & 0xff]), bytes])
 }
 
-/** A map of key and value bytes, as given: repeated keys stay repeated. A number, text or hex Buffer is encoded as itself. */
+/**
+ * A map of the given keys and values: repeated keys stay repeated. A number, a text or a hex Buffer is encoded as
+ * itself.
+ */
 export const raw = (...pairs: [string | Buffer, Value][]) =>
   Buffer.concat([
     Buffer.from([0x80 | pairs.length]),
@@ -30,7 +33,7 @@ export const uint32 = (number: number) => {
   return bytes
 }
 
-/** A `step`, `gradient`, `open` or its first parameter, with one key as given. */
+/** A `step`, a `gradient`, an `open` or its first parameter, with one key replaced. */
 export const step = (key: string, item: Value) => raw(['type', 'step'], ['step', 1], [key, item])
 export const gradient = (key: string, item: Value) => {
   const pairs: [string, Value][] = [

@@ -102,7 +102,7 @@ const other: fc.Arbitrary<Other> = fc.oneof(
 const header = fc.record({ type: fc.constant('gradient' as const), parameter: count, step: count, offset: count })
 const payload = fc.oneof(fc.uint8Array({ maxLength: 400 }), fc.constant(new Uint8Array(4096).fill(7)))
 
-/** What arrives: undefined keys are gone. */
+/** The frame that arrives: undefined keys are gone. */
 const arrived = (frame: object) => JSON.parse(JSON.stringify(frame))
 
 t.test('every frame of a client arrives as it was sent', async (t) => {
@@ -348,7 +348,7 @@ t.test('null and undefined in a list become nil, which the other side refuses by
   }
 })
 
-/** Decoding ends in a frame or a ServiceError, never in anything else. */
+/** Decodes a message, which must give a frame or throw a ServiceError. */
 function survives(bytes: Uint8Array): boolean {
   try {
     decodeClientFrame(bytes, LIMITS)

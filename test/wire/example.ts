@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 import type { ClientFrame, ServerFrame } from '../../src/wire/frame.js'
 
-/** The step of the worked example in docs/protocol.md: one 2 x 2 parameter, sgd at lr 0.5, so the update is the gradient. */
+/** The step of the example in docs/protocol.md: one 2 x 2 parameter, sgd at lr 0.5, so the update is the gradient. */
 
 const MASK = 2n ** 64n - 1n
 const GRADIENT = Buffer.from(Float32Array.of(1, 2, 3, 4).buffer)

@@ -19,7 +19,7 @@ function section(heading: string): string {
   return documentation.slice(start, end < 0 ? undefined : end)
 }
 
-/** The bytes of the hex block under a heading; what follows # on a line is its explanation. */
+/** The bytes of the hex block under a heading; text behind # on a line explains them. */
 function bytesUnder(heading: string): Buffer {
   const block = /```text\n([\s\S]*?)```/.exec(section(heading))
   const lines = block?.[1].split('\n') ?? []

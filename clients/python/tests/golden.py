@@ -1,4 +1,4 @@
-"""Updates and the bits that they lead to: test/golden/apply.json of the repository, which the Node client's tests read too."""
+"""test/golden/apply.json: updates and the bits of the weights after them. The Node client's tests read it too."""
 
 from __future__ import annotations
 

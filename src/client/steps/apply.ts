@@ -5,7 +5,10 @@ import { MuondError } from '../error.js'
 /** A parameter's values: float32, or bfloat16 as its raw bits. */
 export type Weights = Float32Array | Uint16Array
 
-/** One complete update: `scale`, `decay` and the bytes as the service sent them; no `data` means no change but the rows'. */
+/**
+ * One complete update: `scale`, `decay` and the bytes as the service sent them; no `data` means no change but the
+ * rows'.
+ */
 export type Update = {
   scale: number
   decay: number
@@ -20,9 +23,9 @@ export type Update = {
 const BLOCK = 4096
 
 /**
- * W <- row_scale ⊙ ((1 - decay) · W + scale · data), in place, with the roundings of docs/protocol.md ("Arithmetic"): every
- * factor, product and sum is rounded to float32, and the result to the weights' own type. The sizes are checked before
- * anything is written.
+ * W <- row_scale ⊙ ((1 - decay) · W + scale · data), in place, with the roundings of docs/protocol.md ("Arithmetic"):
+ * every factor, product and sum is rounded to float32, and the result to the weights' own type. The sizes are checked
+ * before anything is written.
  * @throws MuondError SHAPE_MISMATCH
  */
 export function applyUpdate(weights: Weights, update: Update): void {
@@ -62,10 +65,10 @@ function applyRows(weights: Weights, update: Update, rows: Rows): void {
 const { fround } = Math
 
 /**
- * Math.fround of a product or a sum of two float32 numbers, which JavaScript computes in float64, is that operation rounded once
- * to float32: the product is exact in float64, and a sum rounded to 53 bits and then to 24 is the sum rounded to 24 (S. A.
- * Figueroa, "When is double rounding innocuous?", 1995: from 2 · 24 + 2 bits on). Storing in a Float32Array rounds alike.
- * Without values nothing is added, since -0 + 0 is 0; a product with 1 changes no bit.
+ * Math.fround of a product or a sum of two float32 numbers, which JavaScript computes in float64, is that operation
+ * rounded once to float32: the product is exact in float64, and a sum rounded to 53 bits and then to 24 is the sum
+ * rounded to 24 (S. A. Figueroa, "When is double rounding innocuous?", 1995: from 2 · 24 + 2 bits on). Storing in a
+ * Float32Array rounds alike. Without values nothing is added, since -0 + 0 is 0; a product with 1 changes no bit.
  */
 function blend(weights: Float32Array, values: Float32Array | undefined, { keep, scale, factor }: Factors): void {
   if (values === undefined) {

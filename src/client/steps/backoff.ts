@@ -17,8 +17,8 @@ export const BACKOFF: Backoff = {
 }
 
 /**
- * Seconds before attempt `attempt` (from 0): half of an exponentially growing bound is certain, half is random, so that the
- * clients of a service that restarted do not all come back at once.
+ * Seconds before attempt `attempt` (from 0): half of an exponentially growing bound is certain, half is random, so that
+ * the clients of a service that restarted do not all come back at once.
  */
 export function backoffSeconds(attempt: number, backoff: Backoff, atLeast = 0): number {
   const bound = Math.min(backoff.most_seconds, backoff.first_seconds * 2 ** attempt)

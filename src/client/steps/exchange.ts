@@ -29,8 +29,8 @@ export class Exchange {
 
   /**
    * Resolves with the receipt, once every update is applied. Rejects with the reason the connection ended, or with the
-   * service's error; if gradients were refused that the step cannot leave out, only when all the others were answered, so that
-   * nothing is applied afterwards and `fields.refused` names them all.
+   * service's error; if gradients were refused that the step cannot leave out, only when all the others were answered,
+   * so that nothing is applied afterwards and `fields.refused` names them all.
    */
   static run(parts: Parts): Promise<ReceiptFrame> {
     return new Promise((resolve, reject) => {
@@ -131,8 +131,8 @@ export class Exchange {
   }
 
   /**
-   * Whether STEP_INCOMPLETE answers an `end` that crossed a refusal on its way. Then `end` is sent again without that gradient,
-   * or the step rejects with the refusal, which says more.
+   * Whether STEP_INCOMPLETE answers an `end` that crossed a refusal on its way. Then `end` is sent again without that
+   * gradient, or the step rejects with the refusal, which says more.
    */
   #crossed(): boolean {
     const { step } = this.#parts

@@ -3,7 +3,9 @@ import type { OpenedFrame, ParameterDeclaration } from '../../wire/frame.js'
 import { MuondError } from '../error.js'
 import type { Weights } from './apply.js'
 
-/** A parameter as the trainer declares it: what `open` sends, and the array that its updates are applied to, in place. */
+/**
+ * A parameter as the trainer declares it: what `open` sends, and the array that its updates are applied to, in place.
+ */
 export type Parameter = ParameterDeclaration & { readonly data: Weights }
 
 /** float32, or bfloat16 or float16 as raw bits, in C order. */
@@ -19,7 +21,9 @@ export type Bound = {
   readonly update_dtype: Dtype
 }
 
-/** What goes into the open frame. @throws MuondError SHAPE_MISMATCH when `data` does not have the elements of `shape` */
+/**
+ * What goes into the open frame. @throws MuondError SHAPE_MISMATCH when `data` does not have the elements of `shape`
+ */
 export function declarationOf({ data, ...declaration }: Parameter): ParameterDeclaration {
   const { name, shape } = declaration
   const size = sizeOf(shape)

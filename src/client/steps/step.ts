@@ -8,15 +8,15 @@ export type StepOptions = {
   /** {attention: the largest softmax input of each query head over the whole batch}; left out, nothing is clipped. */
   max_logits?: StepFrame['max_logits']
   /**
-   * End the step without the gradients that the service refuses because they are not finite; `refused` of its receipt has their
-   * errors. Default false: a refused gradient rejects the step.
+   * End the step without the gradients that the service refuses because they are not finite; `refused` of its receipt
+   * has their errors. Default false: a refused gradient rejects the step.
    */
   skip_refused?: boolean
 }
 
 /**
- * What the trainer said about one step, kept until its receipt so that all of it can be sent again. Gradients are held by
- * reference. It grows while it is being sent: `more` tells the sender.
+ * What the trainer said about one step, kept until its receipt so that all of it can be sent again. Gradients are held
+ * by reference. It grows while it is being sent: `more` tells the sender.
  */
 export class Step {
   readonly number: number
@@ -25,8 +25,8 @@ export class Step {
   /** Parameter index and bytes, in the order the trainer gave them. */
   readonly gradients: [parameter: number, bytes: Uint8Array][] = []
   /**
-   * The refusals that the step is ended without, by parameter; those of earlier connections too. Such a gradient is not sent
-   * again: once the step has ended without it, the service would refuse it with STEP_CONFLICT.
+   * The refusals that the step is ended without, by parameter; those of earlier connections too. Such a gradient is not
+   * sent again: once the step has ended without it, the service would refuse it with STEP_CONFLICT.
    */
   readonly leftOut = new Map<number, ErrorFrame>()
   #end: EndFrame | undefined

@@ -11,15 +11,18 @@ type Incoming = { update: Update; chunks: Assembly; buffer: Uint8Array<ArrayBuff
 const NOTHING = new Uint8Array(0)
 
 /**
- * Applies each parameter's update of the step in progress once, however often the service sends it: an update is applied
- * only when it is complete, and the parameter is remembered until the step is over, past any number of connections.
+ * Applies each parameter's update of the step in progress once, however often the service sends it: an update is
+ * applied only when it is complete, and the parameter is remembered until the step is over, past any number of
+ * connections.
  */
 export class Updates {
   readonly #parameters: readonly Bound[]
   readonly #incoming = new Map<number, Incoming>()
   readonly #applied = new Set<number>()
   #step: number
-  /** The buffer of the last finished update, for the next: memory touched for the first time is the dearest there is. */
+  /**
+   * The buffer of the last finished update, for the next: memory touched for the first time is the dearest there is.
+   */
   #spare = new ArrayBuffer(0)
 
   /** `step` is the step in progress. */
@@ -55,7 +58,8 @@ export class Updates {
 
   /**
    * Takes one frame; true if it was the last of its update.
-   * @throws MuondError, ServiceError FRAME_UNEXPECTED, SHAPE_MISMATCH, PARAMETER_UNKNOWN: what no service sends; nothing was applied
+   * @throws MuondError, ServiceError FRAME_UNEXPECTED, SHAPE_MISMATCH, PARAMETER_UNKNOWN: what no service sends;
+   *   nothing was applied
    */
   take(frame: UpdateFrame): boolean {
     const { parameter, step, offset, data = NOTHING } = frame

@@ -76,8 +76,8 @@ export class Writer {
   }
 
   /**
-   * Opens the run again wherever the service has it now, or at a checkpoint. Not while a step is in flight: `release` ends one.
-   * Tried again as a step is.
+   * Opens the run again wherever the service has it now, or at a checkpoint. Not while a step is in flight: `release`
+   * ends one. Tried again as a step is.
    */
   async reopen(checkpoint: string | undefined): Promise<void> {
     this.#stop = new AbortController()
@@ -90,8 +90,8 @@ export class Writer {
   }
 
   /**
-   * Takes a step, again and again over new connections as long as the trouble is worth a retry. Never rejects: a step whose
-   * gradients are still to come has nobody yet who would listen.
+   * Takes a step, again and again over new connections as long as the trouble is worth a retry. Never rejects: a step
+   * whose gradients are still to come has nobody yet who would listen.
    */
   async take(step: Step, updates: Updates): Promise<Outcome> {
     try {
@@ -101,7 +101,10 @@ export class Writer {
     }
   }
 
-  /** Does `attempt` until it succeeds; rejects with what is not worth a retry. An attempt that brought updates counts as the first. */
+  /**
+   * Does `attempt` until it succeeds; rejects with what is not worth a retry. An attempt that brought updates counts as
+   * the first.
+   */
   async #outlast<T>(attempt: () => Promise<T>, updates?: Updates): Promise<T> {
     const signal = AbortSignal.any([this.#host.signal, this.#stop.signal])
     for (let failures = 0; ; ) {
@@ -147,7 +150,10 @@ export class Writer {
     return { ...frame, mode: 'resume', takeover: true }
   }
 
-  /** @throws MuondError RUN_NOT_FOUND with the step that the run was at, which tells a service that forgot it from a wrong name */
+  /**
+   * @throws MuondError RUN_NOT_FOUND with the step that the run was at, which tells a service that forgot it from a
+   * wrong name
+   */
   async #handshake(frame: OpenFrame): Promise<Handshake> {
     const connection = await this.#host.dial(this.#stop.signal)
     try {
@@ -160,7 +166,9 @@ export class Writer {
     }
   }
 
-  /** The service may have finished the step whose receipt was lost; anything else is not where this client left the run. */
+  /**
+   * The service may have finished the step whose receipt was lost; anything else is not where this client left the run.
+   */
   #parted({ run, step, digest }: OpenedFrame, number: number): MuondError | undefined {
     if (step === number || (step === this.#step && digest === this.#digest)) return undefined
     const message =
@@ -172,8 +180,8 @@ export class Writer {
 }
 
 /**
- * Whether only `reopen` opens the run again. A run taken by another client is not taken back unasked: the two would go on for
- * ever. After a `reopen` that failed the trainer's weights may be those of another step.
+ * Whether only `reopen` opens the run again. A run taken by another client is not taken back unasked: the two would go
+ * on for ever. After a `reopen` that failed the trainer's weights may be those of another step.
  */
 function isFinal(reason: unknown): boolean {
   return reason instanceof MuondError && (reason.code === 'TAKEN_OVER' || reason.code === 'CLIENT_CLOSED')

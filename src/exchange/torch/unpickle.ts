@@ -5,9 +5,12 @@
 import { named, result, storage } from './globals.js'
 import { PickleError, type PickleValue, shown } from './pickle-value.js'
 
-/** Enough values for the state of half a million parameters; each takes some hundred bytes of memory. */
+/** Enough for the state of half a million parameters, each reference to a shared value counted. */
 const MOST_VALUES = 2 ** 24
 const MOST_DEEP = 256
+/** Memory that values may take, about: an operation of one byte makes a dict of some hundred. */
+const MOST_BYTES = 2 ** 30
+const [DICT_BYTES, KEPT_BYTES, LIST_BYTES, VALUE_BYTES] = [256, 96, 64, 32]
 
 /** The value of a pickle. Throws PickleError, with the name, for anything that a state dict does not need. */
 export function unpickle(bytes: Uint8Array): PickleValue {
@@ -18,7 +21,8 @@ class Unpickler {
   readonly #bytes: Buffer
   #at = 0
   #values = 0
-  /** The values on the stack, in a list for each open mark; the innermost one is last. */
+  #memory = 0
+  /** The innermost list of values last. A mark opens another one. */
   #stacks: PickleValue[][] = [[]]
   readonly #memo = new Map<number, PickleValue>()
 
@@ -30,7 +34,7 @@ class Unpickler {
     for (;;) {
       const at = this.#at
       const op = String.fromCharCode(this.#byte())
-      if (op === '.') return this.#pop()
+      if (op === '.') return bounded(this.#pop())
       const work = OPS[op]
       if (work === undefined)
         throw new PickleError(`byte ${at} is operation ${JSON.stringify(op)}, which no state dict needs`)
@@ -43,6 +47,7 @@ class Unpickler {
         top: () => this.#top(),
         mark: () => this.#mark(),
         popMark: () => this.#popMark(),
+        keep: (key, value) => this.#keep(key, value),
         memo: this.#memo,
       })
     }
@@ -78,7 +83,18 @@ class Unpickler {
   #push(value: PickleValue): void {
     this.#values += 1
     if (this.#values > MOST_VALUES) throw new PickleError(`the pickle has more than ${MOST_VALUES} values`)
+    this.#takeMemory(bytesOf(value))
     this.#stack.push(value)
+  }
+
+  #keep(key: number, value: PickleValue): void {
+    this.#takeMemory(KEPT_BYTES)
+    this.#memo.set(key, value)
+  }
+
+  #takeMemory(bytes: number): void {
+    this.#memory += bytes
+    if (this.#memory > MOST_BYTES) throw new PickleError(`the values of the pickle take more than ${MOST_BYTES} bytes`)
   }
 
   #pop(): PickleValue {
@@ -116,7 +132,8 @@ type Machine = {
   mark(): void
   /** The values that were pushed since the last mark. */
   popMark(): PickleValue[]
-  memo: Map<number, PickleValue>
+  keep(key: number, value: PickleValue): void
+  memo: ReadonlyMap<number, PickleValue>
 }
 
 const OPS: Readonly<Record<string, (machine: Machine) => void>> = {
@@ -162,15 +179,18 @@ const OPS: Readonly<Record<string, (machine: Machine) => void>> = {
     if (values.length % 2 !== 0) throw new PickleError(`a dict is given ${values.length} keys and values`)
     for (let i = 0; i < values.length; i += 2) target.set(values[i], values[i + 1])
   },
-  q: ({ byte, top, memo }) => void memo.set(byte(), top()),
-  r: ({ take, top, memo }) => void memo.set(take(4).readUInt32LE(), top()),
-  '\x94': ({ top, memo }) => void memo.set(memo.size, top()),
+  q: ({ byte, top, keep }) => keep(byte(), top()),
+  r: ({ take, top, keep }) => keep(take(4).readUInt32LE(), top()),
+  '\x94': ({ top, keep, memo }) => keep(memo.size, top()),
   h: ({ byte, push, memo }) => push(recalled(memo, byte())),
   j: ({ take, push, memo }) => push(recalled(memo, take(4).readUInt32LE())),
   c: ({ line, push }) => push(named(line(), line())),
   '\x93': ({ pop, push }) => {
     const [name, module] = [pop(), pop()]
-    push(named(String(module), String(name)))
+    // Nothing else becomes text: a list that holds another one twice, which does the same, would be of any length.
+    if (typeof module !== 'string' || typeof name !== 'string')
+      throw new PickleError(`the pickle names ${shown(name)} of ${shown(module)}`)
+    push(named(module, name))
   },
   R: ({ pop, push }) => {
     const [args, callable] = [pop(), pop()]
@@ -184,7 +204,43 @@ const OPS: Readonly<Record<string, (machine: Machine) => void>> = {
   Q: ({ pop, push }) => push(storage(pop())),
 }
 
-/** A little-endian integer in two's complement, of any length. */
+function bytesOf(value: PickleValue): number {
+  if (value instanceof Map) return DICT_BYTES
+  return Array.isArray(value) ? LIST_BYTES : VALUE_BYTES
+}
+
+/**
+ * A value that can be walked over: it neither holds itself nor is it deep, and it is not long even where what it shares is
+ * counted each time. Throws PickleError.
+ */
+function bounded(value: PickleValue): PickleValue {
+  measure(value, 1, new Map())
+  return value
+}
+
+type Measure = { values: number; height: number }
+
+function measure(value: PickleValue, depth: number, known: Map<PickleValue, Measure | 'open'>): Measure {
+  if (!Array.isArray(value) && !(value instanceof Map)) return { values: 1, height: 1 }
+  const before = known.get(value)
+  if (before === 'open') throw new PickleError(`the pickle has ${shown(value)} that holds itself`)
+  if (depth + (before?.height ?? 1) > MOST_DEEP + 1)
+    throw new PickleError(`the pickle is nested more than ${MOST_DEEP} deep`)
+  if (before) return before
+  known.set(value, 'open')
+  const whole: Measure = { values: 1, height: 1 }
+  for (const part of Array.isArray(value) ? value : [...value.keys(), ...value.values()]) {
+    const { values, height } = measure(part, depth + 1, known)
+    whole.values += values
+    whole.height = Math.max(whole.height, height + 1)
+    if (whole.values > MOST_VALUES)
+      throw new PickleError(`the pickle has more than ${MOST_VALUES} values, shared ones counted each time`)
+  }
+  known.set(value, whole)
+  return whole
+}
+
+/** Little-endian, with a sign, of any length. */
 function long(bytes: Buffer): number | bigint {
   let value = 0n
   for (const [i, byte] of bytes.entries()) value |= BigInt(byte) << BigInt(8 * i)

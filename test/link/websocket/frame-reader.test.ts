@@ -159,7 +159,7 @@ function receive(stream: Buffer, splits: readonly number[], refused: ReadonlySet
   return events
 }
 
-/** Does what a socket does: fills the buffers it is given. */
+/** Fills the buffers that it is given, as a socket does. */
 function feed(reader: FrameReader, bytes: Uint8Array): void {
   for (let at = 0; at < bytes.length; ) {
     const buffer = reader.next()

@@ -1,6 +1,6 @@
 import { encodeHeader } from '../../../src/wire/codec.js'
 
-/** The bytes of one WebSocket frame (RFC 6455, section 5.2); `first` holds FIN, RSV and opcode; without `mask` it is unmasked. */
+/** The bytes of a WebSocket frame (RFC 6455, section 5.2). `first` has FIN, RSV and opcode; `mask` may be left out. */
 export function rawFrame(first: number, payload: Uint8Array, mask?: Uint8Array): Buffer {
   const { length } = payload
   const form = length < 126 ? 0 : length < 65_536 ? 2 : 8
@@ -25,7 +25,7 @@ export function rawGradient(
     : rawFrame(0x82, Buffer.concat([header, data]), mask)
 }
 
-/** xorshift32: the same bytes for the same seed. */
+/** Random bytes by a seed (xorshift32). */
 export function randomBytes(length: number, seed: number): Uint8Array {
   let x = Math.imul(seed + 1, 2654435761)
   return Uint8Array.from({ length }, () => {

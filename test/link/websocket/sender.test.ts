@@ -6,7 +6,7 @@ import { Sender } from '../../../src/link/websocket/sender.js'
 
 const MiB = 2 ** 20
 const header = (text: string) => Buffer.from(text)
-// More than the window and the kernel's socket buffers hold together.
+// More bytes than the sender's window and the kernel's socket buffers hold together.
 const MUCH = 20
 
 /** Two ends of one WebSocket, the server's with a sender. */

@@ -251,7 +251,7 @@ function encode({ kind, mask, fragments }: Frame, index: number, data: Uint8Arra
   return { bytes: rawFrame(0x81, text, mask), event: `text ${sha1(text)}` }
 }
 
-/** Writes down everything that arrives, in order, and pauses for a turn of the event loop when told to. */
+/** Records everything that arrives, in order, and pauses for a turn of the event loop where a test says so. */
 function record(connection: InPlaceWebSocket, wanted: (head: { parameter: number }) => boolean = () => true) {
   const log = Object.assign(new EventEmitter(), { events: [] as string[], placed: 0 })
   const note = (event: string) => {
@@ -309,7 +309,7 @@ async function listen(t: Test, { options, plain = false }: { options?: ServerOpt
   return { server: `ws://127.0.0.1:${(wss.address() as AddressInfo).port}`, accept }
 }
 
-/** A Node whose sockets have no such fields. */
+/** A Node whose sockets lack the internal fields that InPlaceWebSocket uses. */
 function hideReadFields(socket: object): void {
   for (const symbol of Object.getOwnPropertySymbols(socket)) {
     if (symbol.description === 'kBuffer') Reflect.deleteProperty(socket, symbol)

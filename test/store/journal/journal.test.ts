@@ -59,7 +59,7 @@ async function write(journal: Journal, step: number, sizes: readonly number[]): 
   await journal.commit(end(step), [...sizes.keys()])
 }
 
-/** Three steps in one segment, and where each of them ends. */
+/** Three steps in one segment, and the byte at which each of them ends. */
 async function three(folder: string): Promise<number[]> {
   const journal = await open(folder)
   const ends: number[] = []
@@ -149,7 +149,7 @@ t.test('one damaged byte is an error that names the record, or a tail; it is nev
         return
       }
       const { steps, tail } = read as Awaited<ReturnType<typeof readJournal>>
-      // Whether the bytes of a gradient are those that were sent is told by their fingerprint.
+      // Only the fingerprint tells whether a gradient's bytes were changed.
       t.same(
         steps.map(({ step }) => step),
         tail ? [1, 2] : [1, 2, 3],
@@ -164,7 +164,7 @@ t.test('one damaged byte is an error that names the record, or a tail; it is nev
 t.test('the search for a step behind a damaged record crosses the pieces that it reads', async (t) => {
   const folder = t.testdir({})
   const journal = await open(folder)
-  // Both gradients have bytes that look like the begin of a record.
+  // Both gradients have bytes that look like the beginning of a record.
   const first = payload(1, 0, 2 ** 22 - 300)
   first.set(Buffer.from('MJ1\nMJ1\n'), 1000)
   void journal.append(gradient(1, 0), first)
@@ -188,7 +188,7 @@ t.test('segments follow each other; the old ones are dropped, and what is missin
   await journal.rotate(2)
   await journal.rotate(2)
   await write(journal, 2, [2])
-  // Appended before the rotation is done: in its order all the same.
+  // Records that are appended before the rotation is done keep their order all the same.
   const rotated = journal.rotate(3)
   const appended = journal.append(gradient(3, 0), payload(3, 0, 9))
   await rotated

@@ -24,8 +24,8 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
 def apply_update(weights: Weights, update: Update) -> None:
     """Applies an update in place: float64, float32, float16, or bfloat16 (see ``is_bfloat16``), of any strides.
 
-    The bits are those of docs/protocol.md ("Arithmetic"): factors, products and sum are rounded one by one, to float64 for float64
-    weights, else to float32, and the result to the weights' own type.
+    The bits are those of docs/protocol.md ("Arithmetic"): factors, products and sum are rounded one by one, to float64
+    for float64 weights, else to float32, and the result to the weights' own type.
     """
     if not weights.flags.c_contiguous:
         copy = np.ascontiguousarray(weights)

@@ -15,10 +15,11 @@ from .slots import Slot
 
 @torch.no_grad()
 def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
-    """Applies updates in place, with the operations and roundings of torch's own optimizers; their memory is free afterwards.
+    """Applies updates in place, with the operations and roundings of torch's own optimizers.
 
-    float32 and float64 weights are those of docs/protocol.md ("Arithmetic"), but that torch may fuse product and sum. bfloat16
-    and float16 weights are rounded after the decay as well as after the sum.
+    The memory of the updates is free afterwards. float32 and float64 weights have the bits of docs/protocol.md
+    ("Arithmetic"), but where torch fuses product and sum. bfloat16 and float16 weights are rounded after the decay as
+    well as after the sum.
     """
     alike: defaultdict[tuple[float, float, torch.device, torch.dtype, str], list[Update]] = defaultdict(list)
     for update in updates:
@@ -43,7 +44,8 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
 
 def _multiply(tensors: list[torch.Tensor], factor: float) -> None:
     if tensors[0].device.type == "cpu":
-        # `_foreach_mul_` rounds its factor to bfloat16 there, which makes 0.998 to 0.9961: twice the decay. It is a loop as well.
+        # On a CPU `_foreach_mul_` rounds the factor to the tensors' dtype: 0.998 becomes bfloat16's 0.9961, twice the
+        # decay. It is a loop over the tensors there, so this one costs no more.
         for tensor in tensors:
             tensor.mul_(factor)
     else:  # pragma: no cover - needs a GPU

@@ -1,0 +1,113 @@
+import type { Readable } from 'node:stream'
+import { setTimeout as delay } from 'node:timers/promises'
+import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { Config } from '../config.js'
+import { ServiceError } from '../errors.js'
+
+// Whoever holds memory of the service by sending or reading gives it back by being too slow: `send_timeout_seconds` is a window, in
+// which at least `min_bytes_per_second` for each of its seconds must move.
+
+type Pace = Pick<Config, 'send_timeout_seconds' | 'min_bytes_per_second'>
+
+// A client that was refused before its body ended has so long to read that, and to stop.
+const LINGER_MS = 5000
+
+/**
+ * The preParsing hook of bodies that are read whole before their handler is called: one that comes too slowly is refused with
+ * OVERLOADED. Streamed ones are their handler's, see `paced`.
+ */
+export function limitBody(pace: Pace): (request: FastifyRequest, reply: FastifyReply, body: Readable) => Promise<void> {
+  return async ({ routeOptions, raw: { socket } }, _reply, body) => {
+    if (routeOptions.config.streamed) return
+    const stop = watch(
+      pace,
+      () => socket.bytesRead,
+      (moved) => body.emit('error', tooSlow(pace, moved)),
+    )
+    body.once('close', stop).once('end', stop).once('error', stop)
+  }
+}
+
+/** The onSend hook that cuts the connection of a client that reads its answer too slowly. */
+export function limitAnswer(pace: Pace): (request: FastifyRequest, reply: FastifyReply) => Promise<void> {
+  return async ({ log, raw }, reply) => {
+    const { socket } = raw
+    const stop = watch(
+      pace,
+      () => socket.bytesWritten,
+      (moved) => {
+        log.info({ event: 'reader_too_slow', reason: tooSlow(pace, moved).message })
+        socket.destroy()
+      },
+    )
+    reply.raw.once('close', () => {
+      stop()
+      // What it still sends is read and thrown away, so that the refusal is not lost with its connection, but not for ever.
+      if (!raw.complete) setTimeout(() => !raw.complete && socket.destroy(), LINGER_MS).unref()
+    })
+  }
+}
+
+/** A body as it comes; it ends with OVERLOADED where it comes too slowly. Only waiting for it counts: its reader may be slow. */
+export async function* paced(body: Readable, pace: Pace): AsyncGenerator<Uint8Array> {
+  // An early end must leave the connection: the refusal is sent on it.
+  const pieces: AsyncIterator<Uint8Array> = body.iterator({ destroyOnReturn: false })
+  const windowMs = pace.send_timeout_seconds * 1000
+  let [bytes, waited] = [0, 0]
+  let next: ReturnType<typeof pieces.next> | undefined
+  try {
+    for (;;) {
+      next ??= pieces.next()
+      const started = performance.now()
+      const piece = await within(next, windowMs - waited)
+      waited += performance.now() - started
+      bytes += piece?.value?.length ?? 0
+      if (!piece || waited >= windowMs) {
+        if (bytes < leastOf(pace) && !piece?.done) throw tooSlow(pace, bytes)
+        ;[bytes, waited] = [0, 0]
+      }
+      if (!piece) continue
+      next = undefined
+      if (piece.done) return
+      yield piece.value
+    }
+  } finally {
+    // It would wait for the piece that does not come.
+    if (next === undefined) await pieces.return?.()
+  }
+}
+
+/** What a promise gives, or undefined where it takes longer. */
+async function within<T>(promise: Promise<T>, milliseconds: number): Promise<T | undefined> {
+  const over = new AbortController()
+  const timeout = delay(milliseconds, undefined, { signal: over.signal }).catch(() => undefined)
+  try {
+    return await Promise.race([promise, timeout])
+  } finally {
+    over.abort()
+    // Whoever does not wait any longer does not want to hear of its failure either.
+    promise.catch(() => {})
+  }
+}
+
+function leastOf({ send_timeout_seconds, min_bytes_per_second }: Pace): number {
+  return send_timeout_seconds * min_bytes_per_second
+}
+
+function tooSlow(pace: Pace, moved: number): ServiceError {
+  const message = `${moved} bytes moved within ${pace.send_timeout_seconds} seconds, at least ${Math.ceil(leastOf(pace))} must`
+  return new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 })
+}
+
+/** Calls `slow` once, at the end of the first window in which too little moved; answers what stops that. */
+function watch(pace: Pace, count: () => number, slow: (moved: number) => void): () => void {
+  let before = count()
+  const timer = setInterval(() => {
+    const moved = count() - before
+    before += moved
+    if (moved >= leastOf(pace)) return
+    clearInterval(timer)
+    slow(moved)
+  }, pace.send_timeout_seconds * 1000).unref()
+  return () => clearInterval(timer)
+}

@@ -1,0 +1,306 @@
+import { once } from 'node:events'
+import { request } from 'node:http'
+import { connect, type Socket } from 'node:net'
+import { setTimeout as delay } from 'node:timers/promises'
+import { encodeFrame, encodeHeader } from '../../src/wire/codec.js'
+import type { OpenFrame } from '../../src/wire/frame.js'
+import { rawFrame } from '../link/websocket/raw-frame.js'
+
+/** The service under attack, until `signal`. `reader` may only read. */
+export type Target = { url: string; token: string; reader: string; signal: AbortSignal }
+
+export type Attack = {
+  name: string
+  /** Bytes that the settings allow it to hold. */
+  allowed: number
+  isQuick: boolean
+  /** Answers how much was tried. */
+  attack: (target: Target) => Promise<string>
+}
+
+const MIB = 2 ** 20
+const ZERO = new Uint8Array(4)
+const MOST_UNFINISHED = 32 * MIB
+/** What every service is started with. */
+export const SETTINGS = {
+  MUOND_STAGING_BYTES: String(16 * MIB),
+  MUOND_UNFINISHED_BYTES: String(MOST_UNFINISHED),
+  MUOND_STATE_BYTES_LIMIT: String(256 * MIB),
+  MUOND_SEND_TIMEOUT_SECONDS: '2',
+  MUOND_OPEN_TIMEOUT_SECONDS: '5',
+}
+const ELEMENTS = 2 * MIB
+const SOCKETS = 64
+
+export const ATTACKS: readonly Attack[] = [
+  { name: 'nothing', allowed: 0, isQuick: true, attack: nothing },
+  { name: 'keyless upgrades of /livez, 16 MiB behind each', allowed: 0, isQuick: true, attack: keylessUpgrades },
+  { name: 'streams whose messages do not end', allowed: MOST_UNFINISHED, isQuick: true, attack: unfinished },
+  { name: 'messages in fragments of a byte', allowed: MOST_UNFINISHED, isQuick: true, attack: fragments },
+  { name: 'sockets that say nothing', allowed: 0, isQuick: false, attack: silence },
+  { name: 'JSON bodies that do not end', allowed: 0, isQuick: true, attack: endlessJson },
+  { name: 'state that is not read while steps go on', allowed: 16 * ELEMENTS, isQuick: true, attack: unreadState },
+  { name: 'requests of foreign pages', allowed: 0, isQuick: true, attack: foreignPages },
+  { name: 'an arena held by a dripping gradient', allowed: 0, isQuick: false, attack: heldArena },
+  { name: 'opens of 100,001 parameters', allowed: 0, isQuick: false, attack: largeOpens },
+  { name: 'opens of 12 MB of unknown keys', allowed: 0, isQuick: false, attack: unknownKeys },
+  { name: 'pings that are not awaited', allowed: 0, isQuick: true, attack: pings },
+]
+
+async function nothing({ signal }: Target): Promise<string> {
+  await ended(signal)
+  return ''
+}
+
+async function keylessUpgrades(target: Target): Promise<string> {
+  return holding(target, async () => {
+    const socket = dial(target)
+    socket.write(upgrade('/livez'))
+    await once(socket, 'data')
+    socket.write(beginning(15 * MIB))
+    return socket
+  })
+}
+
+async function unfinished(target: Target): Promise<string> {
+  return holding(target, async () => {
+    const socket = await stream(target)
+    socket.write(beginning(15 * MIB))
+    return socket
+  })
+}
+
+async function fragments(target: Target): Promise<string> {
+  const many = Buffer.concat(new Array<Buffer>(10_000).fill(rawFrame(0x00, Buffer.alloc(1), ZERO)))
+  return holding(target, async () => {
+    const socket = await stream(target)
+    socket.write(rawFrame(0x02, Buffer.alloc(1), ZERO))
+    for (let round = 0; round < 12; round++) socket.write(many)
+    return socket
+  })
+}
+
+async function silence(target: Target): Promise<string> {
+  return holding(
+    target,
+    async () => {
+      const socket = dial(target)
+      await once(socket, 'connect')
+      return socket
+    },
+    2000,
+  )
+}
+
+async function endlessJson(target: Target): Promise<string> {
+  const { url, token } = target
+  let sent = 0
+  const work = async () => {
+    const headers = { authorization: `Bearer ${token}`, 'content-type': 'application/json' }
+    const outgoing = request(`${url}/v1/runs/bystander/checkpoints`, { method: 'POST', agent: false, headers })
+    outgoing.on('error', () => {})
+    outgoing.on('response', (response) => response.resume())
+    outgoing.write(`{"tag":"${'x'.repeat(60_000)}`)
+    sent += 1
+    await Promise.race([once(outgoing, 'close').catch(() => {}), ended(target.signal)])
+    outgoing.destroy()
+  }
+  await parallel(target, work)
+  return `${sent} bodies`
+}
+
+/** A run of 16 MiB of state with a step after each reader has begun. */
+async function unreadState(target: Target): Promise<string> {
+  const socket = await stream(target)
+  const heard = followed(socket)
+  const groups = [{ name: 'g', algorithm: 'adamw' }]
+  const parameters = [
+    { name: 'w', shape: [ELEMENTS], group: 'g', gradient_dtype: 'bfloat16', update_dtype: 'bfloat16' },
+  ]
+  send(socket, { type: 'open', protocol: 1, run: 'large', groups, parameters })
+  await heard('opened')
+  const readers: Socket[] = []
+  let step = 0
+  while (!target.signal.aborted) {
+    step += 1
+    const data = new Uint8Array(2 * ELEMENTS)
+    const header = encodeHeader({ type: 'gradient', parameter: 0, step, offset: 0 }, 4 * MIB)
+    socket.write(rawFrame(0x82, Buffer.concat([header, data]), ZERO))
+    socket.write(rawFrame(0x82, encodeFrame({ type: 'end', step }), ZERO))
+    await Promise.race([heard('receipt'), ended(target.signal)])
+    if (readers.length >= SOCKETS) continue
+    const reader = dial(target)
+    reader.write(
+      `GET /v1/runs/large/state HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer ${target.reader}\r\n\r\n`,
+    )
+    await Promise.race([once(reader, 'data'), ended(target.signal)]).catch(() => {})
+    reader.pause()
+    readers.push(reader)
+  }
+  for (const one of [socket, ...readers]) one.destroy()
+  return `${readers.length} readers, ${step} steps`
+}
+
+async function foreignPages(target: Target): Promise<string> {
+  const { url, token, signal } = target
+  const statuses = new Map<number, number>()
+  const work = async () => {
+    const headers = { authorization: `Bearer ${token}`, origin: 'http://evil.example' }
+    const outgoing = request(`${url}/v1/runs`, { agent: false, headers }).end()
+    const answered = once(outgoing, 'response').then(([response]) => {
+      response.resume()
+      statuses.set(response.statusCode, (statuses.get(response.statusCode) ?? 0) + 1)
+    })
+    await Promise.race([answered, ended(signal)]).catch(() => {})
+    await delay(20)
+  }
+  await parallel(target, work, 4)
+  return [...statuses].map(([status, count]) => `${count} answered ${status}`).join(', ')
+}
+
+async function heldArena(target: Target): Promise<string> {
+  const socket = await stream(target)
+  const heard = followed(socket)
+  const elements = 4 * MIB
+  const parameters = [{ name: 'w', shape: [elements], group: 'g' }]
+  send(socket, { type: 'open', protocol: 1, run: 'holder', groups: [{ name: 'g', algorithm: 'sgd' }], parameters })
+  await heard('opened')
+  const chunk = (offset: number, bytes: number) => {
+    const header = encodeHeader({ type: 'gradient', parameter: 0, step: 1, offset }, bytes)
+    return rawFrame(0x82, Buffer.concat([header, new Uint8Array(bytes)]), ZERO)
+  }
+  let offset = 0
+  while (!target.signal.aborted && !socket.destroyed) {
+    socket.write(chunk(offset, 4))
+    offset += 4
+    await Promise.race([delay(100), ended(target.signal)])
+  }
+  socket.destroy()
+  return `${offset} of ${4 * elements} bytes`
+}
+
+async function largeOpens(target: Target): Promise<string> {
+  const parameters = Array.from({ length: 100_001 }, (_, i) => ({ name: `w${i}`, shape: [4], group: 'g' }))
+  const open = frameOf({
+    type: 'open',
+    protocol: 1,
+    run: 'huge',
+    groups: [{ name: 'g', algorithm: 'sgd' }],
+    parameters,
+  })
+  return repeated(target, open)
+}
+
+async function unknownKeys(target: Target): Promise<string> {
+  const keys = Object.fromEntries(Array.from({ length: 600_000 }, (_, i) => [`key-${i}-xxxxxxx`, 1]))
+  return repeated(target, frameOf({ type: 'open', protocol: 1, run: 'r', ...keys } as OpenFrame))
+}
+
+async function pings(target: Target): Promise<string> {
+  const many = Buffer.concat(new Array<Buffer>(500).fill(rawFrame(0x89, Buffer.alloc(125), ZERO)))
+  let sent = 0
+  const work = async () => {
+    const socket = await stream(target)
+    socket.pause()
+    while (!socket.destroyed && !target.signal.aborted) {
+      if (!socket.write(many)) await Promise.race([once(socket, 'drain'), once(socket, 'close'), ended(target.signal)])
+      sent += 500
+    }
+    socket.destroy()
+  }
+  await parallel(target, work, 8)
+  return `${sent} pings`
+}
+
+/** Sends a message again and again, on a new connection where it ended the last. */
+async function repeated(target: Target, message: Buffer): Promise<string> {
+  let sent = 0
+  while (!target.signal.aborted) {
+    const socket = await stream(target)
+    socket.write(message)
+    sent += 1
+    await Promise.race([once(socket, 'data').catch(() => {}), once(socket, 'close'), ended(target.signal)])
+    socket.destroy()
+  }
+  return `${sent} opens`
+}
+
+/** Keeps so many sockets open that `begin` makes, and makes another for each that is closed. */
+async function holding(target: Target, begin: () => Promise<Socket>, count = SOCKETS): Promise<string> {
+  let begun = 0
+  const work = async () => {
+    const socket = await begin()
+    begun += 1
+    if (!socket.destroyed) await Promise.race([once(socket, 'close'), ended(target.signal)])
+    socket.destroy()
+  }
+  await parallel(target, work, count)
+  return `${begun} sockets, ${count} at a time`
+}
+
+async function parallel({ signal }: Target, work: () => Promise<void>, count = SOCKETS): Promise<void> {
+  const worker = async () => {
+    while (!signal.aborted) await Promise.race([work(), ended(signal)]).catch(() => delay(10))
+  }
+  await Promise.all(Array.from({ length: count }, worker))
+}
+
+function dial({ url, signal }: Target): Socket {
+  const socket = connect(Number(new URL(url).port), '127.0.0.1')
+  socket.on('error', () => {})
+  signal.addEventListener('abort', () => socket.destroy(), { once: true })
+  return socket
+}
+
+async function stream(target: Target): Promise<Socket> {
+  const socket = dial(target)
+  socket.write(upgrade('/v1/stream', target.token))
+  await once(socket, 'data')
+  socket.resume()
+  return socket
+}
+
+function upgrade(path: string, token?: string): string {
+  const lines = [
+    `GET ${path} HTTP/1.1`,
+    'Host: localhost',
+    'Upgrade: websocket',
+    'Connection: Upgrade',
+    'Sec-WebSocket-Version: 13',
+    'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==',
+    ...(token === undefined ? [] : [`Authorization: Bearer ${token}`]),
+  ]
+  return `${lines.join('\r\n')}\r\n\r\n`
+}
+
+/** The first bytes of a binary message that has 16 MiB. */
+function beginning(bytes: number): Buffer {
+  const frame = rawFrame(0x82, Buffer.alloc(bytes), ZERO)
+  frame.writeBigUInt64BE(BigInt(16 * MIB), 2)
+  return frame
+}
+
+function frameOf(open: OpenFrame): Buffer {
+  return rawFrame(0x82, encodeFrame(open), ZERO)
+}
+
+function send(socket: Socket, open: OpenFrame): void {
+  socket.write(frameOf(open))
+}
+
+/** Resolves when the bytes of a frame's type have come. */
+function followed(socket: Socket): (type: string) => Promise<void> {
+  let text = ''
+  socket.on('data', (bytes) => {
+    text = (text + bytes.toString('latin1')).slice(-100_000)
+  })
+  return async (type) => {
+    while (!text.includes(`\xa4type${String.fromCharCode(0xa0 + type.length)}${type}`)) await once(socket, 'data')
+    text = ''
+  }
+}
+
+function ended(signal: AbortSignal): Promise<void> {
+  if (signal.aborted) return Promise.resolve()
+  return new Promise((resolve) => signal.addEventListener('abort', () => resolve(), { once: true }))
+}

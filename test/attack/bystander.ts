@@ -1,0 +1,94 @@
+import { readFileSync } from 'node:fs'
+import { request } from 'node:http'
+import { setTimeout as delay } from 'node:timers/promises'
+import { parentPort, workerData } from 'node:worker_threads'
+import { connect, MuondError } from '../../src/client/client.js'
+
+// A thread that does nothing wrong while its process attacks: it trains, asks for /livez and looks at the service's memory.
+
+/** Whom it watches; `pid` is the service's. */
+export type Watched = { url: string; pid: number; token: string }
+
+/** What was seen since the last report. */
+export type Seen = { rss: number; most: number; livezMs: number; steps: number; seconds: number; problem: string }
+
+const POLL_MS = 20
+const PAGE_BYTES = 4096
+const ELEMENTS = 4096
+const LIVEZ_TIMEOUT_MS = 30_000
+
+const { url, pid, token }: Watched = workerData
+const state = { most: 0, livezMs: 0, steps: 0, since: performance.now(), problem: '' }
+const stop = new AbortController()
+
+parentPort?.on('message', (message: 'report' | 'stop') => {
+  if (message === 'stop') return stop.abort()
+  const rss = rssOf(pid)
+  const seconds = (performance.now() - state.since) / 1000
+  const { livezMs, steps, problem } = state
+  const seen: Seen = { rss, most: Math.max(rss, state.most), livezMs, steps, seconds, problem }
+  Object.assign(state, { most: 0, livezMs: 0, steps: 0, since: performance.now() })
+  parentPort?.postMessage(seen)
+})
+await Promise.all([watchMemory(), watchLivez(), train()])
+parentPort?.close()
+
+async function watchMemory(): Promise<void> {
+  while (!stop.signal.aborted) {
+    state.most = Math.max(state.most, rssOf(pid))
+    await delay(POLL_MS)
+  }
+}
+
+async function watchLivez(): Promise<void> {
+  while (!stop.signal.aborted) {
+    const started = performance.now()
+    await livez()
+    state.livezMs = Math.max(state.livezMs, performance.now() - started)
+    await delay(POLL_MS)
+  }
+}
+
+/** A connection of its own each time, as supervisors make them. */
+function livez(): Promise<void> {
+  return new Promise((resolve) => {
+    const outgoing = request(`${url}/livez`, { agent: false, timeout: LIVEZ_TIMEOUT_MS })
+    outgoing.on('response', (response) => response.resume().once('end', resolve))
+    outgoing.on('timeout', () => outgoing.destroy(new Error('no answer')))
+    outgoing.on('error', (error) => {
+      state.problem ||= `/livez: ${error.message}`
+      resolve()
+    })
+    outgoing.end()
+  })
+}
+
+async function train(): Promise<void> {
+  const client = await connect(url.replace('http', 'ws'), { token })
+  const data = new Float32Array(ELEMENTS).fill(1)
+  const run = await client.open({
+    run: 'bystander',
+    groups: [{ name: 'g', algorithm: 'adamw', lr: 0.001 }],
+    parameters: [{ name: 'w', shape: [ELEMENTS], group: 'g', data }],
+  })
+  const gradient = new Float32Array(ELEMENTS).fill(0.5)
+  while (!stop.signal.aborted) {
+    try {
+      await run.step({ w: gradient })
+      state.steps += 1
+    } catch (error) {
+      state.problem ||= error instanceof MuondError ? `${error.code}: ${error.message}` : String(error)
+      break
+    }
+  }
+  await client.close()
+}
+
+function rssOf(process: number): number {
+  try {
+    return Number(readFileSync(`/proc/${process}/statm`, 'utf8').split(' ')[1]) * PAGE_BYTES
+  } catch {
+    state.problem ||= 'the service has ended'
+    return 0
+  }
+}
