@@ -11,7 +11,6 @@ import type { Run } from '../run/run.js'
 import { SafetensorsError } from '../store/safetensors.js'
 import { betweenSteps } from './checkpoints.js'
 import type { components, operations } from './openapi.js'
-import type { Services } from './operations.js'
 import { paced } from './pace.js'
 
 type Query = Required<NonNullable<operations['putState']['parameters']['query']>>

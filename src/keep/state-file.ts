@@ -12,7 +12,7 @@ import { encodeHeader, SAFETENSORS_NAMES, type TensorEntry } from '../store/safe
  */
 export type StateFile = {
   bytes: number
-  tensors: readonly Held[]
+  tensors: readonly HeldTensor[]
   pieces: () => Iterable<Uint8Array>
   release: () => void
 }

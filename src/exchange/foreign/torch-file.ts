@@ -105,7 +105,7 @@ async function stateOf(
     const owner = `parameter '${of.name ?? of.key}'`
     if (typeof name !== 'string') throw new ForeignError(`state ${shown(name)} of ${owner} has no name that is a text`)
     const what = `'${name}' of ${owner}`
-    const tensor = isKind(value, 'tensor') ? placed(value, places, what) : undefined
+    const tensor = isKind(value, 'tensor') ? tensorIn(value, archive, what) : undefined
     if (name === 'step' && tensor) count = await readNumber(tensor, what)
     else if (name === 'step' && typeof value === 'number') count = value
     else if (tensor) tensors.set(name, tensor)
