@@ -1,4 +1,4 @@
-/** The tensor types a frame may carry: bytes per element and the element type's number in ONNX's TensorProto.DataType. */
+/** The element types that a frame may carry: `bytes` of one element, and its number in ONNX's TensorProto.DataType. */
 export const DTYPES = {
   float32: { bytes: 4, onnx: 1 },
   bfloat16: { bytes: 2, onnx: 16 },

@@ -1,6 +1,6 @@
 /**
- * The fingerprint of a tensor's bytes (docs/protocol.md, Fingerprint). With words w_i (64 bits, little-endian, the last one
- * padded with zeros), modulo 2^64:
+ * The fingerprint of a tensor's bytes (docs/protocol.md, Fingerprint). The bytes are words w_i of 64 bits,
+ * little-endian, the last one padded with zeros; all arithmetic is modulo 2^64:
  *
  *     fingerprint = mix(byte length) + Σ mix(w_i + (i + 1)·step)
  *     mix(x): x ^= x >>> 32; x *= first; x ^= x >>> 29; x *= second; x ^= x >>> 32

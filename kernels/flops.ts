@@ -7,10 +7,13 @@ import type { Triple } from './orthogonalize/coefficients.js'
  */
 const PER_ELEMENT: Readonly<Record<KernelSpec['kind'], number>> = { muon: 13, adamw: 12, rmsprop: 11, sgd: 7 }
 
-/** NorMuon squares and sums the elements and scales them, and has nine operations for each line with a statistic. */
+/** NorMuon squares, sums and scales each element, and has nine operations for each row or column with a statistic. */
 const NORMUON = { element: 3, line: 9 } as const
 
-/** Floating point operations of one run of a kernel on a block of `dims`: the elementwise part and, for Muon, Newton-Schulz. */
+/**
+ * Floating point operations of one run of a kernel on a block of `dims`: those of the elementwise part, and for Muon
+ * those of Newton-Schulz.
+ */
 export function kernelFlops(kernel: KernelSpec, dims: readonly number[]): number {
   const elements = dims.reduce((product, size) => product * size, 1)
   const elementwise = PER_ELEMENT[kernel.kind] * elements
@@ -21,8 +24,8 @@ export function kernelFlops(kernel: KernelSpec, dims: readonly number[]): number
 }
 
 /**
- * The products of Newton-Schulz as the CPU executes them, every product in full. For m the shorter side and n the longer, an
- * iteration is XXᵀ (2m²n), A² (2m³, none where c is 0) and the product with X (2m²n).
+ * Operations of Newton-Schulz's products as the CPU executes them: also a symmetric one in full. With m the shorter
+ * side and n the longer, an iteration is XXᵀ (2m²n), A² (2m³, none where c is 0) and the product with X (2m²n).
  */
 export function newtonSchulzFlops(coefficients: readonly Triple[], dims: readonly number[]): number {
   const [shorter, longer] = [Math.min(...dims), Math.max(...dims)]

@@ -3,20 +3,22 @@ import type { Triple } from './orthogonalize/coefficients.js'
 
 type Dtypes = { gradient_dtype: Dtype; update_dtype: Dtype }
 
-/** What `muon` may be told beside its coefficients; left out: a float32 momentum buffer, no second momentum. */
+/**
+ * The options of `muon`. Without `momentum_dtype` the buffer is float32, without `second_momentum` Muon is not NorMuon.
+ */
 export type MuonOptions = {
   coefficients: readonly Triple[]
-  /** rows > cols. */
+  /** Whether the matrix has more rows than columns. */
   tall: boolean
   momentum_dtype?: StateIo['dtype']
-  /** NorMuon: which side of the matrix has a statistic for each of its lines. */
+  /** NorMuon keeps a statistic for each row or for each column of the matrix. */
   second_momentum?: 'row' | 'col'
 }
 
 /**
- * Names one ONNX graph: everything that is fixed when a model is built. Sizes are symbolic and numbers that change
- * from step to step are inputs, so one spec serves every parameter of its kind.
- * `coefficients` holds one triple per iteration. `adamw` without decay is Adam.
+ * Everything that is fixed when a kernel's ONNX model is built. Sizes are symbolic and numbers that change from step to
+ * step are inputs, so one spec serves every parameter of its kind. `coefficients` holds one triple per iteration.
+ * `adamw` without decay is Adam.
  */
 export type KernelSpec =
   | ({ kind: 'muon' } & MuonOptions & Dtypes)
@@ -41,6 +43,7 @@ export const MOMENTUM_SCALARS = ['gradient_scale', 'c_m', 'c_g', 'n_m', 'n_g'] a
 const CHECKS = ['magnitude']
 
 /**
+ * The inputs and outputs of a kernel's model.
  * Inputs, in order: `gradient` (gradient_dtype), each state, each scalar (float32, [1]).
  * Outputs, in order: `<state>_next` for each state, `data` (update_dtype), each check (float32, []):
  * `magnitude` is finite exactly when the next state and the direction are.
@@ -78,10 +81,13 @@ function elementwise(...names: readonly string[]): StateIo[] {
   return names.map((name) => ({ name, dtype: 'float32', per: 'element' }))
 }
 
-/** What a kernel adds to the graph: the next states in the order of kernelIo, the update and what must be finite. */
+/**
+ * The values that an algorithm adds to a graph: the next states in the order of kernelIo, the update, and the value
+ * that must be finite for the step to count.
+ */
 export type KernelValues = { next: readonly string[]; data: string; checked: string }
 
-/** One text per distinct kernel, to find a loaded one by. */
+/** A text that is the same for equal kernels only: the key under which a lane finds a loaded one. */
 export function kernelKey(spec: KernelSpec): string {
   const dtypes = `${spec.gradient_dtype}>${spec.update_dtype}`
   const state = kernelIo(spec).state.map(({ name, dtype, per }) => `${name}:${dtype}:${per}`)

@@ -7,9 +7,9 @@ import { rmsprop } from './rmsprop.js'
 import { sgd } from './sgd.js'
 
 /**
- * The ONNX model of a kernel. Its tensors have the shape [rows, cols] for muon ([rows, 1] or [1, cols] for what is kept
- * per row or column) and [n] for the others. The kernels read their states and scalars by the names of kernelIo. `half`: matrix
- * products are of float16.
+ * The ONNX model of a kernel. Its tensors have the shape [n]; those of muon [rows, cols], or [rows, 1] and [1, cols]
+ * where a state has one number for each row or column. The algorithms read their states and scalars by the names of
+ * kernelIo. With `half` matrix products are of float16.
  */
 export function buildKernel(spec: KernelSpec, { half = false } = {}): Uint8Array {
   const graph = new Graph(spec.kind)

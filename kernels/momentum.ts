@@ -9,7 +9,7 @@ import type { Graph } from './graph/graph.js'
  * replay, where B is already B': c = (1, 0) and n as the first time. Then 1·B' + 0·G is B' bit for bit, the sign of
  * a zero included, because 0·G and c_g·G have the same sign.
  *
- * A buffer of bfloat16 is B' rounded to nearest even, and u is made of the rounded one: a replay finds nothing else.
+ * A buffer of bfloat16 is B' rounded to nearest even, and u is made of the rounded B', because a replay has no other.
  */
 export function momentum(
   graph: Graph,

@@ -6,8 +6,8 @@ import { halfIterations, plainIterations } from './orthogonalize/exact-scalars.j
 import { newtonSchulz, normalize } from './orthogonalize/newton-schulz.js'
 
 /**
- * Muon: momentum, then the orthogonalized direction, by NorMuon's statistic if there is one, times `output_scale`.
- * Formulas: momentum.ts, newton-schulz.ts, normuon.ts.
+ * Muon: the momentum's direction, orthogonalized, divided by NorMuon's statistic where there is one, times
+ * `output_scale`. Formulas: momentum.ts, newton-schulz.ts, normuon.ts.
  */
 export function muon(
   graph: Graph,
@@ -25,7 +25,7 @@ export function muon(
   return { next: even ? [buffer, even.next] : [buffer], data, checked: direction }
 }
 
-/** Float32 in and out, float16 between. */
+/** Newton-Schulz in float16 of a float32 matrix, with a float32 result. */
 function halfNewtonSchulz(
   graph: Graph,
   x: string,

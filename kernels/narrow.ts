@@ -1,4 +1,4 @@
-/** Sixteen-bit floating point numbers as raw bits: bfloat16 and IEEE 754 binary16. */
+// Sixteen-bit floating point numbers as raw bits: bfloat16 and IEEE 754 binary16.
 
 const bits = new Uint32Array(1)
 const float = new Float32Array(bits.buffer)

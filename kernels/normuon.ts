@@ -5,11 +5,12 @@ import { SMALLEST_NORMAL } from './orthogonalize/newton-schulz.js'
 export const SECOND_MOMENTUM_FLOOR = 1e-10
 
 /**
- * NorMuon (arXiv 2510.05491): v = mean of O² over each row (`row`) or each column (`col`), V' = b_v·V + b_g·v,
- * data = O/√max(V', 1e-10), rescaled to the Frobenius norm of O. V is the input `second_momentum`; a replay has b = (1, 0).
+ * NorMuon (arXiv 2510.05491): v = mean of O² over each row (`row`) or each column (`col`), V' = b_v·V + b_g·v, and
+ * data = O/√max(V', 1e-10), rescaled to the Frobenius norm of O. V is the input `second_momentum`; a replay has
+ * b = (1, 0).
  *
- * ‖O‖² is Σv and ‖data‖² before the rescaling Σ v/max(V', 1e-10), both times the length of a line: no second pass over
- * the matrix takes part in it. A zero matrix has both zero and stays zero.
+ * The rescaling needs no second pass over the matrix: with n the length of a row (or column), ‖O‖² = n·Σv, and before
+ * the rescaling ‖data‖² = n·Σ v/max(V', 1e-10). For a zero matrix both are zero, and it stays zero.
  */
 export function normuon(graph: Graph, o: string, per: 'row' | 'col'): { next: string; data: string } {
   const v = graph.reduce('ReduceMean', graph.mul(o, o), { axes: [per === 'row' ? 1 : 0], keepdims: true })

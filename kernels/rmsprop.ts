@@ -12,7 +12,7 @@ export function rmsprop(graph: Graph, gradient: string): KernelValues {
   const eps = graph.node('Max', ['eps', graph.constant(SMALLEST_NORMAL)])
   const step = graph.div(gradient, graph.add(graph.node('Sqrt', [v]), eps))
   const buffer = graph.add(graph.mul('momentum_buffer', 'c_m'), graph.mul(step, 'c_g'))
-  // Halves, so that the sum of two finite numbers stays finite.
+  // Each is halved, so that the sum of two finite numbers stays finite.
   const half = graph.constant(0.5)
   const checked = graph.add(graph.mul(v, half), graph.mul(graph.node('Abs', [buffer]), half))
   return { next: [v, buffer], data: buffer, checked }

@@ -4,13 +4,13 @@ import type { KernelSpec, StateIo } from '../kernel.js'
 /** How the CUDA sources name an element type. */
 const TYPE_NAMES = { float32: 'f32', float16: 'f16', bfloat16: 'bf16' } as const satisfies Record<Dtype, string>
 
-/** Elements that a thread takes at a time from matrices whose number of elements is a multiple of it; one from others. */
+/** Elements that a thread takes at a time: from every matrix whose number of elements is a multiple of it; else one. */
 export const VECTOR = 4
 
 /** The gradient's type, and that of the momentum buffer where it is not float32. */
 type MomentumTypes = { readonly gradient_dtype: Dtype; readonly momentum_dtype?: StateIo['dtype'] }
 
-/** The name of each kernel that can be launched. Every parameter of every kernel has 8 bytes: a pointer, a u64 or a double. */
+/** The names of the kernels. Each of their parameters has 8 bytes: a pointer, a u64 or a double. */
 export const CUDA_KERNELS = {
   scan: (dtype: Dtype) => `scan_${TYPE_NAMES[dtype]}`,
   momentum: (types: MomentumTypes, vector: boolean) => `momentum_${momentumTypes(types)}_${packOf(vector)}`,
@@ -37,7 +37,7 @@ const TYPES = ['float32', 'float16', 'bfloat16'] as const
 const BUFFER_TYPES = ['float32', 'bfloat16'] as const
 const VECTORS = [false, true] as const
 
-/** The kernels of scan.cu and muon.cu for every type, size of a pack and type of the momentum buffer. */
+/** The kernels of scan.cu and muon.cu for every element type, pack size and type of the momentum buffer. */
 export function muonEntryPoints(): string {
   return lines(
     TYPES.flatMap((type) => [scanEntryPoint(type), '', ...VECTORS.flatMap((v) => matrixEntryPoints(type, v))]),
@@ -45,26 +45,24 @@ export function muonEntryPoints(): string {
 }
 
 /**
- * Those of normuon.cu: NorMuon (kernels/normuon.ts) after Newton-Schulz. `second_row` or `second_col` makes V' of O, which
- * is `o` times `output_scale`, and `even` the update; each is launched for one matrix at a time. `second`, the V before, is
- * null before the first step.
+ * The kernels of normuon.cu: NorMuon (kernels/normuon.ts) after Newton-Schulz, each launched for one matrix at a time.
+ * O is `o` times `output_scale`; `second_row` or `second_col` makes V' of it, and `even` the update. `second` is V,
+ * which is null before the first step.
  */
 export function normuonEntryPoints(): string {
   return lines(TYPES.flatMap((type) => VECTORS.map((vector) => evenEntryPoint(type, vector))))
 }
 
 /**
- * Those of elementwise.cu, for every pair of a gradient's type and an update's: the algorithms without matrix products. The
- * formulas and their order of operations are those of kernels/adamw.ts, kernels/rmsprop.ts and kernels/sgd.ts. A state
- * pointer is null before the first step.
+ * The kernels of elementwise.cu, the algorithms without matrix products, for every pair of a gradient's type and an
+ * update's. Their formulas and the order of operations are those of kernels/adamw.ts, kernels/rmsprop.ts and
+ * kernels/sgd.ts. A state pointer is null before the first step.
  */
 export function elementwiseEntryPoints(): string {
   return lines(TYPES.flatMap((from) => TYPES.flatMap((to) => elementwiseEntryPointsOf(from, to))))
 }
 
-/**
- * A kernel of that name, which passes its parameters on to a template, or the expressions that are `given` in their place.
- */
+/** The text of a kernel that calls a template: with its own parameters, or with the expressions in `given`. */
 function entryPoint(
   name: string,
   template: string,

@@ -3,7 +3,7 @@ import { GEMM_MODES, GEMM_TILE } from './gemm.js'
 /** A float16 matrix, row-major; `map` is the device address of its tensor map. */
 export type GemmMatrix = { readonly rows: number; readonly cols: number; readonly map: bigint }
 
-/** D = alpha·AB + Σ factor·addend. Only what lies on and below the diagonal of a symmetric D is computed, then mirrored. */
+/** D = alpha·AB + Σ factor·addend. Of a symmetric D the part on and below the diagonal is computed, then mirrored. */
 export type GemmProblem = {
   readonly mode: keyof typeof GEMM_MODES
   readonly a: GemmMatrix
@@ -19,10 +19,10 @@ export type GemmProblem = {
 
 export type GemmAddend = { readonly matrix: GemmMatrix; readonly factor: number }
 
-/** What the kernel reads: problems and tiles as bytes, `rounds` tiles for each cluster. */
+/** A launch as the kernel reads it: the bytes of its problems and tiles, with `rounds` tiles for each cluster. */
 export type GemmPlan = { readonly problems: Uint8Array; readonly tiles: Uint8Array; readonly rounds: number }
 
-/** Whether tensor maps can describe a matrix and its Gram matrix: rows start on 16 bytes. */
+/** Whether tensor maps can describe a matrix and its Gram matrix: every row has to start on a multiple of 16 bytes. */
 export const fitsGemm = (rows: number, cols: number) => rows % 8 === 0 && cols % 8 === 0
 
 const isTall = (x: GemmMatrix) => x.rows > x.cols
@@ -55,9 +55,9 @@ export function applyProblem(
 const PROBLEM_BYTES = 56
 const TILE_BYTES = 16
 const NONE = 0xffffffff
-// What a tile costs beside its sums, in slices of k.
+// The time of a tile beside its sums, counted in slices of k.
 const TILE_COST = 4
-// Tiles of so many rows come one after the other, so that what runs at a time shares rows and columns in the cache.
+// Tiles are dealt in bands of this many rows: those that run at a time then share rows and columns in the cache.
 const BAND = 8
 
 type Tile = { problem: number; row: number; col: number }
@@ -80,7 +80,7 @@ export function planGemm(problems: readonly GemmProblem[], clusters: number): Ge
 
 const slices = ({ depth }: GemmProblem) => Math.ceil(depth / GEMM_TILE.depth)
 
-// A tile is square, so those that touch the lower half of a symmetric D are the ones on and below the tiles' diagonal.
+// Tiles are square: of a symmetric D only those on and below the diagonal of tiles touch the lower half.
 function tilesOf({ d, symmetric }: GemmProblem): { row: number; col: number }[] {
   const rows = Math.ceil(d.rows / GEMM_TILE.rows)
   const cols = Math.ceil(d.cols / GEMM_TILE.cols)
@@ -93,12 +93,12 @@ function tilesOf({ d, symmetric }: GemmProblem): { row: number; col: number }[] 
   return symmetric ? all.filter(({ row, col }) => col <= row) : all
 }
 
-// struct Problem of the kernel.
+// As `struct Problem` in gemm.cu.
 function problemBytes(problems: readonly GemmProblem[]): Uint8Array {
   const view = new DataView(new ArrayBuffer(problems.length * PROBLEM_BYTES))
   for (const [index, { a, b, d, alpha, addends }] of problems.entries()) {
     const at = index * PROBLEM_BYTES
-    // The last addend's place in memory is where D is written, so it is the kernel's C and one before it is E.
+    // The kernel writes D over the addend that it reads last, its C; a first one of two is its E.
     const [c, e] = addends.toReversed()
     for (const [i, matrix] of [a, b, d, c?.matrix, e?.matrix].entries()) {
       view.setBigUint64(at + i * 8, matrix?.map ?? 0n, true)
@@ -109,7 +109,7 @@ function problemBytes(problems: readonly GemmProblem[]): Uint8Array {
   return new Uint8Array(view.buffer)
 }
 
-// struct Tile of the kernel, round by round, one tile for each cluster.
+// As `struct Tile` in gemm.cu, round by round, one tile for each cluster.
 function tileBytes(problems: readonly GemmProblem[], lists: readonly (readonly Tile[])[], rounds: number): Uint8Array {
   const view = new DataView(new ArrayBuffer(rounds * lists.length * TILE_BYTES))
   for (let index = 0; index < rounds * lists.length; index++) {

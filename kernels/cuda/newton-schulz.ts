@@ -4,8 +4,8 @@ import { formFor } from '../orthogonalize/orthogonalize.js'
 import { applyProblem, type GemmMatrix, type GemmProblem, gramProblem, productProblem } from './gemm-plan.js'
 
 /**
- * Memory of one Newton-Schulz, all float16: `x` is the input, `y` and `v` are of its shape, the others are square with its
- * shorter side. Nothing but `x` is read before it was written.
+ * The matrices that one Newton-Schulz works in, all of float16: `x` is the input, `y` and `v` have its shape, the
+ * others are square with its shorter side. No matrix but `x` is read before it was written.
  */
 export type Workspace = {
   readonly [Name in (typeof WORKSPACE_WIDE)[number] | (typeof WORKSPACE_SQUARE)[number]]: GemmMatrix
@@ -14,10 +14,12 @@ export type Workspace = {
 export const WORKSPACE_WIDE = ['x', 'y', 'v'] as const
 export const WORKSPACE_SQUARE = ['r', 't', 'z', 'z2', 'w', 'w2'] as const
 
-/** Products launch by launch: those of one launch do not depend on each other. The result is in `output`. */
+/**
+ * Products, launch by launch: those of one launch do not depend on each other. The last one writes the matrix `output`.
+ */
 export type Steps = { readonly launches: readonly (readonly GemmProblem[])[]; readonly output: 'y' | 'v' }
 
-/** Newton-Schulz of the workspace's x, which is u/‖u‖. Wide and tall matrices alike; the scalars are exact in float32. */
+/** Newton-Schulz of a workspace's x, which is u/‖u‖, wide or tall. Its scalars are float32, so none needs a search. */
 export function newtonSchulzSteps(workspace: Workspace, coefficients: readonly Triple[]): Steps {
   const { rows, cols } = workspace.x
   const merges = formFor(rows, cols) === 'gram' && coefficients.length >= FIRST_SEGMENT
@@ -32,7 +34,7 @@ export function newtonSchulzSteps(workspace: Workspace, coefficients: readonly T
   return { launches, output: source === 'v' ? 'v' : 'y' }
 }
 
-/** R = XXᵀ, Z = cRR + bR, X' = aX + ZX; a cubic has no Z of its own. */
+/** R = XXᵀ, Z = cRR + bR, X' = aX + ZX. For a cubic c is 0, and X' = aX + bRX needs no Z. */
 function directSteps(
   workspace: Workspace,
   [a, b, c]: Triple,
@@ -48,8 +50,12 @@ function directSteps(
 }
 
 /**
- * With Z_k = (c/a)·R² + (b/a)·R an iteration is X <- a(I + Z)X, and R <- a²(I + Z)R(I + Z). (I + Z_3)(I + Z_2)(I + Z_1) is
- * kept as I + W and applied once: y = Πa·(x + Wx).
+ * Three iterations on R = XXᵀ alone. With Z = (c/a)·R² + (b/a)·R an iteration is
+ *
+ *     X <- a(I + Z)X
+ *     R <- a²(I + Z)R(I + Z)
+ *
+ * The product (I + Z_3)(I + Z_2)(I + Z_1) is kept as I + W and applied once: y = Πa·(x + Wx).
  */
 function mergedSteps(workspace: Workspace, coefficients: readonly Triple[]): GemmProblem[][] {
   const { x, y, r, t } = workspace

@@ -1,14 +1,20 @@
 import { FINGERPRINT } from '../fingerprint.js'
 import { elementwiseEntryPoints, muonEntryPoints, normuonEntryPoints } from './entry-points.js'
 
-/** Threads of a block, and the most blocks for one matrix or tensor: partial sums, and with them every bit, do not depend on the card. */
+/**
+ * Threads of a block, and the most blocks for one matrix or tensor. They are the same on every card, so that partial
+ * sums, and with them all bits of a result, do not depend on it.
+ */
 export const THREADS = 256
 export const MAX_BLOCKS = 512
-/** Sizes of `Partial` (common.cu) and `Result` (collect.cu). */
+/** Bytes of `struct Partial` (common.cu) and `struct Result` (collect.cu). */
 export const PARTIAL_BYTES = 32
 export const RESULT_BYTES = 40
 
-/** How to compile `cudaSource` for a compute capability such as `9.0`. */
+/**
+ * NVRTC's options for `cudaSource` and a compute capability such as `9.0`. Without contraction to fused multiply-adds a
+ * replay's 1·B + 0·G is B, and results are those of the ONNX form.
+ */
 export const CUDA_OPTIONS = (computeCapability: string) => [
   `--gpu-architecture=sm_${computeCapability.replace('.', '')}`,
   '--std=c++17',
@@ -19,11 +25,12 @@ export const CUDA_OPTIONS = (computeCapability: string) => [
 type Read = (name: `${string}.cu`) => string
 
 /**
- * The elementwise parts of every algorithm in CUDA C++, compiled at start-up. No header is needed. To be compiled without
- * contraction to fused multiply-adds, so that a replay's 1·B + 0·G is B and the results are those of the ONNX form.
+ * The elementwise parts of every algorithm in CUDA C++, which includes no header. It is compiled for the card at
+ * start-up.
  *
- * `normalize` writes what the matrix products read, and `finish` or `even` reads what they write. The products themselves
- * are gemm.cu's on Hopper, and ONNX Runtime's on other cards.
+ * Muon's matrix products are no part of it: they read the float16 matrix that `normalize` writes, and `finish` or
+ * `even` reads their result. On Hopper they are those of gemm.cu, on other cards, and for sides that are no multiple of
+ * 8, those of ONNX Runtime.
  */
 export function cudaSource(read: Read): string {
   return joined([
@@ -40,7 +47,7 @@ export function cudaSource(read: Read): string {
   ])
 }
 
-/** The matrix products for Hopper (gemm.ts). */
+/** The matrix products for Hopper in CUDA C++ (gemm.ts). */
 export function gemmSource(read: Read): string {
   return joined([read('gemm.cu')])
 }

@@ -27,28 +27,28 @@ export class Graph {
     this.#name = name
   }
 
-  /** A tensor the caller feeds; names among `dims` are symbolic sizes. */
+  /** A tensor that the caller of the model gives; names among `dims` are symbolic sizes. */
   input(name: string, dtype: ElementType, dims: readonly Dim[]): string {
     this.#inputs.push({ name: this.#claim(name), dtype, dims })
     return name
   }
 
-  /** Gives `value` a name the caller reads it by. Without `dims` its shape is left to inference. */
+  /** Names a value as an output of the model. Without `dims` its shape is left to inference. */
   output(name: string, value: string, type: { dtype?: ElementType; dims?: readonly Dim[] } = {}): void {
     const { dtype = 'float32', ...shape } = type
     this.#outputs.push({ name: this.#claim(name), dtype, ...shape })
-    // Renaming costs nothing at run time, where an Identity node would copy the tensor; only an input, a constant
-    // and a value that is an output already need one.
+    // An Identity node copies the tensor at run time, renaming it costs nothing. Only inputs, constants and values that
+    // are outputs already need the node.
     const renamable = !this.#renamed.has(value) && this.#nodes.some((node) => node.outputs.includes(value))
     this.#renamed.set(renamable ? value : this.node('Identity', [value]), name)
   }
 
-  /** One operator with one result. An input left out is ''. */
+  /** Adds an operator with one result. An optional input that is left out is ''. */
   node(op: string, inputs: readonly string[], attributes: Attributes = {}): string {
     return this.#append(op, inputs, { attributes, outputs: [this.#fresh(op)] })[0]
   }
 
-  /** One operator with `count` results, such as Split. */
+  /** Adds an operator with `count` results, such as Split. */
   nodeWithOutputs(
     op: string,
     inputs: readonly string[],
@@ -112,7 +112,7 @@ export class Graph {
     return this.node('Cast', [value], { to: { int: ELEMENT_TYPES[dtype] } })
   }
 
-  /** ReduceSum, ReduceMax, ReduceMean… over the given axes; over all of them, to a scalar, without. */
+  /** ReduceSum, ReduceMax, ReduceMean… over the given axes; without `axes` over all of them, to a scalar. */
   reduce(op: string, value: string, options: { axes?: readonly number[]; keepdims?: boolean } = {}): string {
     const { axes, keepdims = false } = options
     return this.node(op, axes === undefined ? [value] : [value, this.ints(axes)], {

@@ -14,7 +14,7 @@ export type ElementType = keyof typeof ELEMENT_TYPES
 /** A number is a fixed dimension, a name a symbolic one: equal names are equal sizes within one run. */
 export type Dim = number | string
 
-/** ONNX tells integers from floats where JavaScript does not, so an attribute says which one it is. */
+/** An attribute says whether its number is an integer or a float: ONNX tells them apart, JavaScript does not. */
 export type Attribute = { float: number } | { int: number } | { ints: readonly number[] } | { string: string }
 
 export type OnnxNode = {
@@ -28,7 +28,7 @@ export type OnnxNode = {
 /** A constant: raw little-endian bytes in C order. */
 export type OnnxInitializer = { name: string; dtype: ElementType; dims: readonly number[]; data: Uint8Array }
 
-/** A graph input or output; without `dims` even the rank is open. */
+/** An input or output of a graph; without `dims` its rank is open, too. */
 export type OnnxValue = { name: string; dtype: ElementType; dims?: readonly Dim[] }
 
 export type OnnxModel = {
@@ -105,7 +105,8 @@ function encodeShape(dims: readonly Dim[]): Uint8Array {
   return message(...dims.map((dim) => bytes(1, typeof dim === 'number' ? int(1, dim) : text(2, dim))))
 }
 
-// Protobuf's wire format: each field is a tag (number << 3 | wire type) and a varint (0), a length and bytes (2) or 4 bytes (5).
+// Protobuf's wire format: a field is a tag (number << 3 | wire type), then by its wire type a varint (0), a length and
+// as many bytes (2), or 4 bytes (5).
 
 function message(...fields: readonly Uint8Array[]): Uint8Array {
   return Buffer.concat(fields)

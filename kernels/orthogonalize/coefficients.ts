@@ -8,14 +8,14 @@ export type CoefficientSet = {
 }
 
 /**
- * Divides the input of the polynomial by s: σ/s instead of σ. It keeps a singular value that rounding put slightly
- * above 1 inside the interval the set was optimized for.
+ * The polynomial of σ/s instead of σ: a singular value that rounding put slightly above 1 stays inside the interval
+ * that the coefficients were optimized for.
  */
 const padded = (s: number, [a, b, c]: Triple): Triple => [a / s, b / s ** 3, c / s ** 5]
 
 const KELLER_JORDAN: Triple = [3.4445, -4.775, 2.0315]
 
-/** The sets a client may ask for by name, each with the number of iterations it gets unless told otherwise. */
+/** The sets that a client may ask for by name, each with the number of iterations that is its default. */
 export const NAMED_COEFFICIENTS = {
   keller_jordan: {
     source:
@@ -36,7 +36,8 @@ export const NAMED_COEFFICIENTS = {
     ],
   },
   polar_express: {
-    // The paper's Algorithm 1 pads with s = 1.01; on a rank-1 gradient half-precision rounding can give σ = 1.02, which then explodes.
+    // The paper's Algorithm 1 pads with s = 1.01. Half-precision rounding of a rank-1 gradient can give σ = 1.02, and
+    // iterations that are padded with 1.01 make that explode.
     source: 'Amsel, Persson, Musco, Gower, The Polar Express (arXiv 2505.16932), Algorithm 1, padded with s = 1.05',
     ns_steps: 5,
     coefficients: [
@@ -56,7 +57,7 @@ export const NAMED_COEFFICIENTS = {
     coefficients: [...new Array<Triple>(8).fill(KELLER_JORDAN), [2, -1.5, 0.5], [2, -1.5, 0.5]],
   },
   cubic5: {
-    // As published the composition turns negative just above 1; hence the padding.
+    // As published the composed polynomial turns negative just above 1; hence the padding.
     // The numbers are those of programs that cite the paper, to 7 digits; the paper's own table was not at hand.
     source: 'Huang, How Much Orthogonalization Does Muon Need? (arXiv 2606.00371), padded with s = 1.05',
     ns_steps: 5,
@@ -72,31 +73,31 @@ export const NAMED_COEFFICIENTS = {
 
 export type CoefficientsName = keyof typeof NAMED_COEFFICIENTS
 
-/** One triple per iteration: the first `ns_steps` of a longer list, the last one repeated for a shorter one. */
+/** One triple for each of `ns_steps` iterations: a longer list is cut, the last triple of a shorter one is repeated. */
 export function expandCoefficients(coefficients: readonly Triple[], ns_steps: number): Triple[] {
   const last = coefficients.at(-1)
   if (last === undefined) throw new Error('ns_coefficients is an empty list, expected at least one triple')
   return Array.from({ length: ns_steps }, (_, index) => coefficients[index] ?? last)
 }
 
-/** p(σ): what the iterations, one per triple, make of a singular value. */
+/** The composed polynomial p(σ): the singular value that σ becomes by the iterations, one per triple. */
 function composedPolynomial(coefficients: readonly Triple[], sigma: number): number {
   return coefficients.reduce((x, [a, b, c]) => x * (a + x * x * (b + x * x * c)), sigma)
 }
 
-// Normalized singular values lie in (0, 1]; half-precision rounding of the norm can lift one to 1.02.
+// Normalized singular values lie in (0, 1]. Half-precision rounding of the norm can lift one to 1.02.
 const LARGEST_SIGMA = 1.02
 const LARGEST_RESULT = 1.5
 // A² holds fourth powers of singular values, and float16 ends at 65504 < 16⁴.
 const LARGEST_INTERMEDIATE = 16
 
 /**
- * Why a set must not be used, with the point and the value, or undefined for a safe one. `coefficients` is the
- * expanded list, one triple per iteration.
+ * The reason why coefficients must not be used, with the point and the value; undefined for safe ones. `coefficients`
+ * is the expanded list, one triple per iteration.
  *
- * Safe: no iteration flips the sign of a singular value of (0, 1.02] or lifts it to 16, the last one keeps it below 1.5.
- * The check is exact, not sampled: a polynomial takes (0, h] to an interval whose end is the largest of its values at
- * h and at its critical points, and what one iteration reaches is what the next one starts from.
+ * Coefficients are safe when no iteration flips the sign of a singular value in (0, 1.02] or lifts it to 16, and the
+ * last one keeps it below 1.5. The check is exact, not sampled: a polynomial takes (0, h] to an interval whose end is
+ * the largest of its values at h and at its critical points, and the next iteration starts from that interval.
  */
 export function checkCoefficients(coefficients: readonly Triple[]): string | undefined {
   let largest = LARGEST_SIGMA
@@ -113,9 +114,9 @@ export function checkCoefficients(coefficients: readonly Triple[]): string | und
   return undefined
 }
 
-/** Where aσ + bσ³ + cσ⁵ can be extreme on (0, largest]: its end, and the roots of a + 3bσ² + 5cσ⁴. */
+/** The points of (0, largest] at which aσ + bσ³ + cσ⁵ can be extreme: the end, and the roots of a + 3bσ² + 5cσ⁴. */
 function extremePoints([a, b, c]: Triple, largest: number): number[] {
-  // The root pair q/5c, a/q does not cancel and covers c = 0, where the first one is infinite.
+  // The roots as the pair q/5c and a/q: nothing cancels, and with c = 0 the first is infinite and the second right.
   const q = (-3 * b - (b < 0 ? -1 : 1) * Math.sqrt(9 * b * b - 20 * a * c)) / 2
   const roots = [Math.sqrt(q / (5 * c)), Math.sqrt(a / q)]
   return [largest, ...roots.filter((root) => root > 0 && root < largest)]

@@ -2,7 +2,7 @@ import type { Triple } from './coefficients.js'
 
 /**
  * One Newton-Schulz iteration as matrix products carry it out: A = α·YYᵀ, Z = γ·AA + β·A, Y' = δ·Y + ZY.
- * With α = 1, β = b, γ = c, δ = a that is the iteration of the triple (a, b, c) itself.
+ * With α = 1, β = b, γ = c and δ = a this is the iteration of the triple (a, b, c).
  */
 export type Iteration = {
   readonly alpha: number
@@ -12,8 +12,8 @@ export type Iteration = {
 }
 
 /**
- * Iterations on Y = X: the last Y times `output_scale` is the orthogonalized matrix. `error` is the largest relative
- * difference of a scalar from the one that the coefficients ask for.
+ * Iterations that begin with Y = X: the last Y times `output_scale` is the orthogonalized matrix. `error` is the
+ * largest relative difference between a scalar and the one that the coefficients ask for.
  */
 export type Iterations = {
   readonly iterations: readonly Iteration[]
@@ -21,19 +21,20 @@ export type Iterations = {
   readonly error: number
 }
 
-/** The iterations as published, for float32 arithmetic, whose scalars need no care. */
+/** The published iterations, for float32 arithmetic: its scalars need no search. */
 export function plainIterations(coefficients: readonly Triple[]): Iteration[] {
   return coefficients.map(([a, b, c]) => ({ alpha: 1, beta: b, gamma: c, delta: a }))
 }
 
-// Float16 keeps ten bits behind the leading one: so many of its numbers lie between two powers of two.
+// Float16 keeps ten bits behind the leading one: 1024 of its numbers lie between two powers of two.
 const PER_BINADE = 1024
-// A thousandth of what rounding a product to float16 costs: a better candidate would not show.
+// A thousandth of the error of rounding a product to float16: closer scalars would make no difference.
 const GOOD_ENOUGH = 5e-7
 
 /**
- * Iterations whose every scalar is a float16 number. cuBLAS rounds alpha and beta of a half-precision product to float16:
- * with the published coefficients that alone moves the result by 4e-3 to 7e-3, several times what the arithmetic costs.
+ * Iterations whose every scalar is a float16 number. cuBLAS rounds alpha and beta of a half-precision product to
+ * float16: of the published coefficients this rounding alone moves the result by 4e-3 to 7e-3, several times the
+ * arithmetic's error.
  *
  * The scale of Y and the factor of A are free, so exact scalars can be searched for: with X = sY and X' = s'Y',
  * δ = a·s/s', βα = b·s²·δ/a and γα² = c·s⁴·δ/a. A grid over α and δ finds β and γ that are nearly float16 numbers.
@@ -82,7 +83,9 @@ export function halfError(x: number): number {
   return x === 0 ? 0 : Math.abs(toHalf(x) / x - 1)
 }
 
-/** The nearest number of eleven significant bits (Veltkamp's splitting), a float16 number where |x| lies in its normal range. */
+/**
+ * The nearest number of eleven significant bits (Veltkamp's splitting): a float16 number if |x| is in the normal range.
+ */
 export function toHalf(x: number): number {
   const spread = x * (2 ** 42 + 1)
   return spread - (spread - x)

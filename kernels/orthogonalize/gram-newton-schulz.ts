@@ -9,8 +9,8 @@ import { halfError, halvesAround, toHalf } from './exact-scalars.js'
  *     R_{k+1} = ρ_k·(I + Z_k)·R_k·(I + Z_k)
  *     X' = output·(I + Z_n)…(I + Z_1)·X
  *
- * The identity is never added inside a matrix that is rounded: I + W is kept as W. Each product here is of the shorter
- * side alone, but the first and the last: for cols = 4·rows a third fewer operations than iterating on X.
+ * I + W is kept as W: the identity is never added to a matrix that is rounded. All products but the first and the last
+ * are of the shorter side alone. For cols = 4·rows that is a third fewer operations than with iterations on X.
  */
 export type Segment = {
   readonly alpha: number
@@ -18,7 +18,7 @@ export type Segment = {
   readonly output: number
 }
 
-/** As `Iterations` of exact-scalars.ts; `input_scale` is what X has to be multiplied with first. */
+/** As `Iterations` of exact-scalars.ts; X has to be multiplied with `input_scale` first. */
 export type Segments = {
   readonly segments: readonly Segment[]
   readonly input_scale: number
@@ -30,8 +30,8 @@ export type Segments = {
  * Iterations of the first segment; every later one has a single iteration, which is the direct form.
  *
  * Measured with float16 rounding of every product (Gaussian, 768x3072, distance to float64): 3, 1, 1 iterations 1.3e-3,
- * the direct form 1.3e-3, 2 and 3 iterations 4e-3 to 7e-3. While singular values are small W is, too; merged with an
- * iteration that brings large ones down to 1 it cancels, and its rounding is not undone by what follows.
+ * the direct form 1.3e-3, 2 and 3 iterations 4e-3 to 7e-3. While singular values are small W is small, too. Merged with
+ * an iteration that brings large ones down to 1, W cancels, and no later iteration undoes its rounding.
  */
 export const FIRST_SEGMENT = 3
 const NEXT_SEGMENTS = 1
@@ -58,8 +58,8 @@ function applySegment(graph: Graph, x: string, { segment, tall }: { segment: Seg
 }
 
 /**
- * Segments whose every scalar is a float16 number, or nearly (see halfIterations). With X = sY and R = α·YYᵀ an
- * iteration (a, b, c) has β = (b/a)·u and γ = (c/a)·u² for u = s²/α; afterwards s is a·s, and u is a²·u/ρ.
+ * Segments whose every scalar is a float16 number, or close to one, for the reason of halfIterations. With X = sY and
+ * R = α·YYᵀ an iteration (a, b, c) has β = (b/a)·u and γ = (c/a)·u² for u = s²/α; afterwards s is a·s, and u is a²·u/ρ.
  */
 export function halfSegments(coefficients: readonly Triple[]): Segments {
   const segments: Segment[] = []
@@ -70,7 +70,7 @@ export function halfSegments(coefficients: readonly Triple[]): Segments {
     const triples = coefficients.slice(first, first + (first === 0 ? FIRST_SEGMENT : NEXT_SEGMENTS))
     const found = searchSegment(triples, scale)
     const before = segments.pop()
-    // What the segment wants to start from is the output factor of the one before it.
+    // The factor that this segment wants its Y multiplied with becomes the output factor of the segment before.
     if (before === undefined) input_scale = found.factor
     else segments.push({ ...before, output: found.factor })
     segments.push({ ...found.segment, output: 1 })
@@ -86,10 +86,10 @@ export function halfSegments(coefficients: readonly Triple[]): Segments {
 
 type Found = { factor: number; segment: Omit<Segment, 'output'>; error: number }
 
-// One free number for two conditions in each iteration: what a grid of a thousand finds.
+// Each iteration has one free number for two conditions: a grid of a thousand candidates comes this close to both.
 const GOOD_ENOUGH = 5e-6
 
-/** Looks for a factor to multiply Y with at the start and for α, ρ… that make every β and γ of the segment half numbers. */
+/** Searches the first factor of Y, α and every ρ for values that make each β and γ of the segment a float16 number. */
 function searchSegment(triples: readonly Triple[], scale: number): Found {
   let best: Found = { factor: scale, segment: { alpha: 1, iterations: [] }, error: Number.POSITIVE_INFINITY }
   for (const factor of halvesAround(scale)) {
@@ -105,7 +105,7 @@ function searchSegment(triples: readonly Triple[], scale: number): Found {
   return best
 }
 
-/** The iterations of one segment from u on, each with the ρ that suits the next one best. */
+/** The iterations of one segment that starts with u, each with the ρ that suits the next iteration best. */
 function follow(triples: readonly Triple[], start: number): { iterations: Segment['iterations']; error: number } {
   let u = start
   let error = 0

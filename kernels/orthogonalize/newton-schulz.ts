@@ -7,9 +7,9 @@ export const SMALLEST_NORMAL = 2 ** -126
 /**
  * X = u / ‖u‖_F for u of any scale; a zero matrix stays zero.
  *
- * u is first divided by its largest absolute value: a square sum over the raw numbers would underflow below 1e-23
- * and overflow above 1e19. After it the norm lies between 1 and √(rows·cols), so an `eps` below 1 never shows.
- * Mul and ReduceSum rather than ReduceL2, which wants cuDNN on CUDA.
+ * u is first divided by its largest absolute value: the sum of squares of the raw numbers would underflow below 1e-23
+ * and overflow above 1e19. The norm of the quotient lies between 1 and √(rows·cols), so an `eps` below 1 changes
+ * nothing. The norm is made of Mul and ReduceSum, because ReduceL2 needs cuDNN on CUDA.
  */
 export function normalize(graph: Graph, u: string, eps: string): string {
   const largest = graph.reduce('ReduceMax', graph.node('Abs', [u]))
@@ -24,7 +24,7 @@ export function normalize(graph: Graph, u: string, eps: string): string {
  *
  * For X = UΣVᵀ the result is U·p(Σ)·Vᵀ, p the composition of the odd polynomials of the iterations.
  * A `tall` X iterates from the right with A = XᵀX, so A is always of the shorter side and nothing is transposed.
- * The sums ride in the Gemms (alpha·AB + beta·C): no elementwise pass over X or A.
+ * The Gemms add the sums (alpha·AB + beta·C): no elementwise pass over X or A is needed.
  */
 export function newtonSchulz(
   graph: Graph,
@@ -36,7 +36,7 @@ export function newtonSchulz(
 
 function iterate(graph: Graph, x: string, { alpha, beta, gamma, delta, tall }: Iteration & { tall: boolean }): string {
   const gram = graph.gemm(x, x, tall ? { alpha, transA: true } : { alpha, transB: true })
-  // A cubic needs no A²; the factor β then rides in the last product.
+  // A cubic needs no A², and the last product takes the factor β.
   const [polynomial, factor] = gamma === 0 ? [gram, beta] : [graph.gemm(gram, gram, { c: gram, alpha: gamma, beta }), 1]
   const scaled = { c: x, alpha: factor, beta: delta }
   return tall ? graph.gemm(x, polynomial, scaled) : graph.gemm(polynomial, x, scaled)

@@ -4,21 +4,21 @@ import { halfIterations } from './exact-scalars.js'
 import { gramNewtonSchulz, halfSegments } from './gram-newton-schulz.js'
 import { newtonSchulz } from './newton-schulz.js'
 
-/** Names one half-precision Newton-Schulz: `tall` says rows > cols, `form` what is iterated on (X itself, or XXᵀ). */
+/** One half-precision Newton-Schulz: `tall` says rows > cols; the `direct` form iterates on X, `gram` on XXᵀ. */
 export type OrthogonalizeSpec = {
   readonly coefficients: readonly Triple[]
   readonly tall: boolean
   readonly form: 'direct' | 'gram'
 }
 
-/** The ONNX model of an OrthogonalizeSpec. Its input is X = u/‖u‖ times `input_scale`, its output times `output_scale` is O. */
+/** The model of an OrthogonalizeSpec: its input is u/‖u‖ times `input_scale`, O is its output times `output_scale`. */
 export type Orthogonalize = {
   readonly model: Uint8Array
   readonly input_scale: number
   readonly output_scale: number
 }
 
-/** Input `x` and output `o`: float16 [rows, cols]. */
+/** The model's input `x` and its output `o` are float16 [rows, cols]. */
 export function buildOrthogonalize({ coefficients, tall, form }: OrthogonalizeSpec): Orthogonalize {
   const graph = new Graph(`newton_schulz_${form}`)
   const dims = ['rows', 'cols']
@@ -36,9 +36,9 @@ export function buildOrthogonalize({ coefficients, tall, form }: OrthogonalizeSp
   return finish(newtonSchulz(graph, x, { iterations, tall }), { input_scale: 1, output_scale })
 }
 
-// The Gram form trades products with the longer side for products of the shorter: it pays from this aspect ratio on.
+// The Gram form has products of the shorter side in place of products with the longer: it is faster from this ratio on.
 const GRAM_ASPECT = 2
-// On smaller matrices it is less exact than the direct form (64x256: 3.6e-3 for 1.7e-3), and their time is launches.
+// Of smaller matrices the Gram form is less exact (64x256: 3.6e-3, direct 1.7e-3), and launches take most of the time.
 const GRAM_FROM = 512
 
 /** The faster form for a matrix of rows x cols. */

@@ -5,29 +5,29 @@ import type { Demand, GroupLimit } from './job.js'
 import { GROUPS_PER_LANE } from './lanes.js'
 import { type Placement, placement } from './placement.js'
 
-/** What a device has for runs. */
+/** The memory and the lanes that a device has for runs. */
 export type Capacity = {
   readonly units: readonly {
     readonly name: string
     readonly bytes: number
-    /** Set where lanes set memory of the unit aside for what they compute. */
+    /** The kernels of the unit's lanes; left out where lanes set no memory of the unit aside. */
     readonly kernels?: Kernels
   }[]
-  /** Bytes of host memory for updates; left out where they lie in the unit's own memory. */
+  /** Bytes of host memory for updates; left out where updates lie in the unit's own memory. */
   readonly hostBytes?: number
-  /** Of each unit. */
+  /** Lanes of each unit. */
   readonly lanes: number
   readonly group: GroupLimit
 }
 
-/** What a run was granted. */
+/** The memory that a run was granted. */
 export type Grant = Placement & {
   readonly hostBytes: number
-  /** Of its jobs, for each unit; where that sets no memory aside, of none. */
+  /** For each unit the largest sizes of the run's jobs; of no jobs where the unit's lanes set no memory aside. */
   readonly largest: readonly Largest[]
 }
 
-/** Grants runs their memory before they begin, so that none of them meets the end of it in a step. */
+/** Grants runs their memory before they begin, so that no run lacks memory in the middle of a step. */
 export class Admission {
   readonly #capacity: Capacity
   readonly #granted = new Set<Grant>()
@@ -36,12 +36,14 @@ export class Admission {
     this.#capacity = capacity
   }
 
-  /** Bytes of state, and of updates where they lie beside it, that were granted on all units. */
+  /** Bytes that were granted on all units: of state, and of updates where they lie beside the state. */
   get bytes(): number {
     return sum([...this.#granted].flatMap(({ bytes }) => bytes))
   }
 
-  /** Grants what `what` asks for, or refuses with OVER_CAPACITY and the numbers. */
+  /**
+   * Grants memory for `demands`, or refuses with OVER_CAPACITY and the numbers; `what` names the run in the refusal.
+   */
   admit(demands: readonly Demand[], what: string): Grant {
     const { units, hostBytes } = this.#capacity
     const parts = demands.map(({ state_bytes, held_bytes = 0, update_bytes }) => {
@@ -58,7 +60,7 @@ export class Admission {
     return grant
   }
 
-  /** Grants state memory beside that of the runs, so many bytes of each unit, or refuses with OVER_CAPACITY and the numbers. */
+  /** Grants state memory beside the runs', `bytes[i]` of unit i, or refuses as `admit` does. */
   reserve(bytes: readonly number[], what: string): Grant {
     const grant: Grant = {
       ...{ units: [], bytes, hostBytes: 0 },
@@ -73,7 +75,7 @@ export class Admission {
     this.#granted.delete(grant)
   }
 
-  /** What each lane of a unit is to set aside for all that was granted; undefined where lanes set nothing aside. */
+  /** The scratch memory that each lane of a unit needs for all runs; undefined where lanes set no memory aside. */
   scratch(unit: number): Scratch | undefined {
     const all = this.#largest(unit, this.#granted)
     return all && scratchFor(all, this.#capacity.group)
@@ -90,7 +92,7 @@ export class Admission {
     refuse(what, { where: 'of the host for updates', needs: grant.hostBytes, left })
   }
 
-  /** State, the next state of what is computed at one time, and what the lanes set aside. */
+  /** Bytes of state, of the next state of jobs that are computed at one time, and of the lanes' scratch memory. */
   #needed(unit: number, granted: Iterable<Grant>): number {
     const { lanes, group } = this.#capacity
     const state = this.#state(unit, granted)

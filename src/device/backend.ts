@@ -18,26 +18,26 @@ import {
 } from './onnx/onnxruntime.js'
 import type { StateLocation } from './state-access.js'
 
-/** What kind of device computes, and where its memory comes from. */
+/** A device before it is started: its units, its memory and how its lanes are to compute. */
 export type Backend = {
   kind: 'cpu' | 'cuda'
-  /** Text for people, such as `cpu` or `cuda:0 NVIDIA H200`. */
+  /** A name for people, such as `cpu` or `cuda:0 NVIDIA H200`. */
   name: string
   /** The version of ONNX Runtime. */
   version: string
-  /** The processor's model where that decides the last bits and `name` does not tell it. */
+  /** The processor's model where results depend on it in their last bits and `name` does not say it; else empty. */
   processor: string
-  /** Why `auto` did not take a GPU, or a GPU does without kernels of our own; empty where nothing was left aside. */
+  /** Why `auto` took no GPU, or why a GPU computes without kernels of our own; else empty. */
   note: string
-  /** Lanes of each unit, and what each is given at a time. */
+  /** Lanes of each unit, and the limit of a group of jobs that a lane is given at a time. */
   lanes: number
   group: GroupLimit
   /** Memory that the host and the device share: page-locked where the device asks for it. */
   host: Allocator
-  /** Bytes of host memory for updates; left out where the unit's own memory is the host's. */
+  /** Bytes of host memory for updates; left out where the units' own memory is the host's. */
   hostBytes?: number
   units: readonly Unit[]
-  /** Lets go of ONNX Runtime: what is left of it when the process ends is taken down after CUDA is gone. */
+  /** Releases ONNX Runtime, which would otherwise be destroyed at the end of the process, when CUDA is gone already. */
   close(): void
 }
 
@@ -47,11 +47,11 @@ export type Unit = {
   lane: LaneOptions
   state: Allocator
   location: StateLocation
-  /** A copy of state memory. */
+  /** Copies bytes of state memory to the host. */
   read(pointer: Pointer, bytes: number): Uint8Array<ArrayBuffer>
-  /** Set where lanes set memory of the unit aside. */
+  /** The kernels of the unit's lanes; left out where lanes set no memory of the unit aside. */
   kernels?: Kernels
-  /** Bytes that there are for runs, and how many of them may be held for nothing but the next allocation. */
+  /** Bytes that runs may have, and how many bytes that were freed may be kept for the next allocation. */
   stateBytes: number
   pooledBytes: number
 }
@@ -61,27 +61,27 @@ export type BackendOptions = {
   device: string
   /** The folder of libonnxruntime; empty: the one inside onnxruntime-node. */
   onnxruntime_dir: string
-  /** Worker threads that compute, and intra-op threads of each on the CPU; 0: by the device. */
+  /** Worker threads that compute, and on the CPU the intra-op threads of each; 0: the device's default. */
   lanes: number
   threads: number
-  /** Jobs that a lane of a GPU is given at once; left out: what was measured to be best. */
+  /** The most jobs that a lane of a GPU is given at once; left out: the number that was measured to be best. */
   group_jobs?: number
 }
 
-// Of the host's memory, what runs may have.
+// The share of the host's memory that runs may have.
 const MEMORY_SHARE = 0.75
 const CUDA_FILES = ['libonnxruntime_providers_cuda.so', 'libonnxruntime_providers_shared.so']
 // Lanes on the CPU share its memory bandwidth and its arena of intermediates: more than four gain nothing.
 const MAX_CPU_LANES = 4
 // Measured on an H200: four lanes keep it busy and its copies under way, more gain nothing (docs/measurements.md).
 const CUDA_LANES = 4
-// What a lane holds beside state and scratch: cuBLAS workspaces, machine code, lists of tiles.
+// Device memory of a lane beside state and scratch: cuBLAS workspaces, machine code, lists of tiles.
 const CUDA_LANE_BYTES = 256 << 20
-// Freeing device memory waits for all of the device's work: what a step frees is kept for the next one, until it is wanted.
+// Freeing device memory waits for all work of the device: memory that a step frees is kept for the next step instead.
 const CUDA_POOLED_BYTES = 4 * 2 ** 30
 // On the CPU a lane gains nothing from seeing several jobs.
 const ONE: GroupLimit = { jobs: 1, bytes: 1 }
-// Small matrices fill a GPU only together; more than these gain nothing, take scratch memory and are copied later (README).
+// Small matrices fill a GPU only together. Larger groups gain nothing, take scratch memory and are copied later.
 const CUDA_GROUP: GroupLimit = { jobs: 4, bytes: 256 << 20 }
 const HOPPER = '9.0'
 const CUDA_13 = 13000
@@ -110,7 +110,7 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     location: { kind: 'host' },
     read: (pointer, bytes) => viewMemory(pointer, bytes).slice(),
     stateBytes: Math.floor(totalmem() * MEMORY_SHARE),
-    // Small tensors cost no allocation this way. A pool must not keep an embedding.
+    // Enough that small tensors need no allocation, and too little to keep an embedding.
     pooledBytes: 64 << 20,
   }
   const { version } = runtime
@@ -177,9 +177,9 @@ function compiled(computeCapability: string): { cubin: Uint8Array; hopper?: Uint
 }
 /* c8 ignore stop */
 
-/** The first thing that keeps `device` from being used, with the way to get it; undefined where nothing does. */
+/** The first thing that `device` lacks to be usable, with the way to get it; undefined where it lacks nothing. */
 function cudaProblem(folder: string, device: string): string | undefined {
-  // The library that npm ships names the CUDA provider among its own but does not carry its files: only the folder tells.
+  // npm's library lists the CUDA provider as available and does not carry its files: only the folder tells.
   const absent = CUDA_FILES.filter((name) => !existsSync(join(folder, name)))
   if (absent.length > 0) {
     const where = 'the Python wheel onnxruntime-gpu carries them in onnxruntime/capi'

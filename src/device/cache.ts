@@ -1,11 +1,11 @@
-/** Values by key, made when they are asked for; the least recently used one is dropped for one too many. */
+/** Values by key, made when they are first asked for. Of too many the least recently used one is dropped. */
 export class Cache<Value> {
   readonly #most: number
   readonly #drop: (value: Value) => void
   // A Map keeps the order of insertion, so its first entry is the least recently used one.
   readonly #values = new Map<string, Value>()
 
-  /** `drop` gives back what a value holds. */
+  /** Holds `most` values; `drop` releases the resources of a value. */
   constructor(most: number, drop: (value: Value) => void) {
     this.#most = most
     this.#drop = drop

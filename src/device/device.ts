@@ -18,13 +18,13 @@ export type { Ticket } from './lanes.js'
 export type DeviceOptions = BackendOptions & {
   /** Bytes of the arena that gradients are received into. */
   staging_bytes: number
-  /** Bytes that the runs' state and updates may take on each unit; 0: what the backend has. */
+  /** Bytes that the runs' state and updates may take on each unit; 0: as many as the backend has. */
   state_bytes_limit: number
 }
 
-// Updates wait for their client longer than gradients for a lane. What is never needed is never touched: it takes no memory.
+// An update waits for its client longer than a gradient for a lane. Pages that no update touches take no memory.
 const UPDATES_PER_STAGING = 2
-// About a millisecond of copying.
+// Copying this many bytes takes about a millisecond.
 const READ_BYTES = 4 << 20
 
 const { coefficients, ns_steps } = NAMED_COEFFICIENTS.keller_jordan
@@ -38,24 +38,24 @@ const WARM_UP: readonly Demand[] = [
 ]
 
 /**
- * Where plans run: lanes, the staging arena and state memory. The only owner of device memory. A device has one or more
- * units (GPUs); a parameter's state and work stay on one of them.
+ * Computes jobs: the lanes, the staging arena and the state memory. It is the only owner of device memory. A device has
+ * one or more units (the CPU, or GPUs); a parameter's state and its jobs stay on one of them.
  */
 export class Device {
   readonly backend: Backend
   readonly memory: StateMemory
   readonly staging: Staging
-  /** Bytes that there are for runs on every unit. */
+  /** Bytes that runs may have on each unit. */
   readonly stateBytesLimits: readonly number[]
-  /** Set once the device has failed; every later call is refused with it. */
+  /** The reason why the device has failed, once it has: later jobs are refused with it. */
   failed: Error | undefined
   /** Called once when the device fails. */
   onFailure: (error: Error) => void = () => {}
-  /** Where updates lie while there is room: the same warm memory again and again. */
+  /** The arena of updates: warm memory that is used again and again. */
   readonly #updates: Staging
   readonly #admission: Admission
   #lanes: Lanes[]
-  /** The event loop's way to write each unit's state, once it has been needed. */
+  /** The event loop's access to each unit's state, opened when it is first needed. */
   #accesses: StateAccess[] = []
   readonly #views = new Views()
 
@@ -77,7 +77,7 @@ export class Device {
     })
   }
 
-  /** Starts every lane and has each compute once; throws an Error that says what is missing. */
+  /** Starts every lane and has each compute once. Throws an Error that says what is missing. */
   static async start(options: DeviceOptions): Promise<Device> {
     const device = new Device(openBackend(options), options)
     try {
@@ -89,18 +89,18 @@ export class Device {
     }
   }
 
-  /** What computes, as far as it decides the bits of a result. */
+  /** The parts of this device that decide the bits of a result. */
   get record(): { kind: string; name: string; onnxruntime: string; processor: string } {
     const { kind, name, version, processor } = this.backend
     return { kind, name, onnxruntime: version, processor }
   }
 
-  /** Where each unit's state lies, for another thread. */
+  /** Where each unit's state lies, as plain data, which another thread can be sent. */
   get locations(): StateLocation[] {
     return this.backend.units.map(({ location }) => location)
   }
 
-  /** Lanes of all units. */
+  /** The number of lanes of all units. */
   get lanes(): number {
     return this.#lanes.reduce((sum, { count }) => sum + count, 0)
   }
@@ -109,17 +109,17 @@ export class Device {
     return this.#admission.bytes
   }
 
-  /** Bytes that there are for runs in all. */
+  /** Bytes that runs may have on all units. */
   get stateBytesLimit(): number {
     return total(this.stateBytesLimits)
   }
 
-  /** Grants a run memory for all that its parameters demand, or refuses with OVER_CAPACITY and the numbers. */
+  /** Grants a run the memory that its parameters demand, or refuses with OVER_CAPACITY and the numbers. */
   admit(demands: readonly Demand[], what: string): Grant {
     return this.#admission.admit(demands, what)
   }
 
-  /** Grants state memory beside that of the runs, so many bytes of each unit, as `admit` does. */
+  /** Grants state memory beside the runs', `bytes[i]` of unit i, as `admit` does. */
   reserve(bytes: readonly number[], what: string): Grant {
     return this.#admission.reserve(bytes, what)
   }
@@ -130,8 +130,8 @@ export class Device {
   }
 
   /**
-   * An allocation of memory that host and device share (page-locked where the device asks for it), not cleared. When it is
-   * released nothing may use its bytes any more: not a socket, not a lane's job.
+   * Allocates memory that host and device share (page-locked where the device asks for it), not cleared. Its last
+   * release frees it: no socket and no job of a lane may use its bytes any more.
    */
   allocateHost(bytes: number): Region {
     const pointer = this.#allocate(bytes)
@@ -142,39 +142,39 @@ export class Device {
     })
   }
 
-  /** Memory for one update. Clients that read slowly may hold the arena: then it gets memory of its own. */
+  /** Memory for one update: of the arena, or an allocation of its own while clients that read slowly fill the arena. */
   takeUpdate(bytes: number): Region {
     return this.#updates.tryReserve(bytes) ?? this.allocateHost(bytes)
   }
 
-  /** Copies of a state tensor's bytes, piece by piece: the event loop can turn in between. The caller holds a reference. */
+  /** Copies of a state tensor's bytes in pieces: the event loop can turn in between. The caller has a reference. */
   *read({ unit, pointer, bytes }: Tensor): Generator<Uint8Array<ArrayBuffer>> {
     const { read } = this.backend.units[unit]
     for (let offset = 0; offset < bytes; offset += READ_BYTES)
       yield read(pointer + BigInt(offset), Math.min(READ_BYTES, bytes - offset))
   }
 
-  /** Writes into a state tensor that nobody else knows yet. */
+  /** Writes into a state tensor that no job and no other reader has yet. */
   write({ unit, pointer }: Tensor, offset: number, source: Uint8Array): void {
     this.#accesses[unit] ??= openStateAccess(this.backend.units[unit].location)
     this.#accesses[unit].write(pointer + BigInt(offset), source)
   }
 
-  /** Makes every lane ready for what was admitted, so that no step waits for it. */
+  /** Makes every lane ready for parameters that were admitted, so that no step waits for a kernel to be built. */
   async load(demands: readonly Demand[]): Promise<void> {
     const needs = needsOf(demands)
     await Promise.all(this.#lanes.map((lanes, unit) => lanes.load(needs, this.#admission.scratch(unit))))
   }
 
   /**
-   * Computes on a unit, in the order of the calls. `job` is asked for when a lane is free, so a cancelled ticket or an
-   * undefined job costs nothing; then the result is undefined.
+   * Computes on a unit, in the order of the calls. `job` is called when a lane is free: a cancelled ticket, or a job
+   * that is undefined by then, costs nothing, and the result is undefined.
    */
   run(job: () => Job | undefined, ticket: Ticket, unit = 0): Promise<JobResult | undefined> {
     return this.#lanes[unit].run(job, ticket)
   }
 
-  /** Ends the lanes after the jobs that they have; jobs that none has are dropped. */
+  /** Ends the lanes after the jobs that they were given; jobs in the queue are dropped, their results undefined. */
   async close(): Promise<void> {
     await Promise.all(this.#lanes.map((lanes) => lanes.close()))
     for (const access of Object.values(this.#accesses)) access.close()

@@ -7,15 +7,17 @@ export type LaneOptions = CpuLane | CudaLane | CudaOnnxLane
 export type CpuLane = { kind: 'cpu'; folder: string; threads: number }
 
 /**
- * With kernels of our own: `cubin` is the machine code of CUDA_SOURCE for this GPU, `hopper` that of GEMM_SOURCE where the
- * GPU can run it.
+ * A GPU with kernels of our own: `cubin` is the machine code of CUDA_SOURCE, `hopper` that of GEMM_SOURCE, which is
+ * left out where the GPU cannot run it.
  */
 export type CudaLane = { kind: 'cuda'; folder: string; gpu: number; cubin: Uint8Array; hopper?: Uint8Array }
 
-/** Without kernels of our own. */
+/** A GPU with ONNX Runtime's kernels alone. */
 export type CudaOnnxLane = { kind: 'cuda_onnx'; folder: string; gpu: number }
 
-/** Bytes of device memory that a lane sets aside, use by use, and of what ONNX Runtime allocates beside it. */
+/**
+ * Bytes of device memory that a lane sets aside for each use, and (`provider`) that ONNX Runtime allocates beside them.
+ */
 export type Scratch = {
   readonly gradients: number
   readonly updates: number
@@ -24,13 +26,13 @@ export type Scratch = {
   readonly provider: number
 }
 
-/** What a lane computes with, all of it in the lane's own thread. */
+/** Computes a lane's jobs, in the lane's own thread. */
 export type Executor = {
-  /** Makes ready for kernels, and for groups of jobs that need no more than `scratch`; undefined where nothing is set aside. */
+  /** Prepares the kernels that jobs will need, and sets `scratch` aside; undefined where lanes set no memory aside. */
   load(needs: readonly Need[], scratch?: Scratch): void
   /**
-   * Computes jobs that do not depend on each other, and answers in their order. What else is in the list changes no bit.
-   * Throws where the device cannot compute; an outcome tells of wrong numbers.
+   * Computes jobs that do not depend on each other, and answers in their order. The bits of a result do not depend on
+   * the other jobs of the list. Throws where the device cannot compute; numbers that are not finite are an outcome.
    */
   run(jobs: readonly Job[]): JobResult[]
   /** The allocation of host memory at this address is about to be freed. */
@@ -38,11 +40,12 @@ export type Executor = {
   close(): void
 }
 
-/** What a device's thread asks of a lane's, and the answer to the request with the same `id`. */
+/** A message from the device's thread to a lane's. */
 export type LaneRequest =
   | { type: 'load'; id: number; needs: readonly Need[]; scratch?: Scratch }
   | { type: 'run'; id: number; jobs: readonly Job[] }
   | { type: 'forget'; pointer: Pointer }
   | { type: 'stop' }
 
+/** The answer to the request with the same `id`. */
 export type LaneReply = { id: number; results: readonly JobResult[] } | { id: number; error: string }

@@ -3,7 +3,7 @@ import type { Plan } from '../optimizer/plan.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 import type { Span } from './region.js'
 
-/** One parameter's step as a lane computes it. It reads `state` and writes `next`: what becomes of them is the run's decision. */
+/** One parameter's step as a lane computes it. It reads `state` and writes `next`; the run decides which one stays. */
 export type Job = {
   plan: Plan
   gradient: Span
@@ -12,52 +12,52 @@ export type Job = {
   state: readonly Pointer[] | undefined
   next: readonly Pointer[]
   update: Span
-  /** A replay computes only if the gradient has this fingerprint. */
+  /** Set for a replay, which is computed only if the gradient has this fingerprint. */
   expected?: bigint
 }
 
 export type JobResult = {
-  /** 'computed': `next` and the update are ready. Otherwise nothing may be committed. */
+  /** 'computed': `next` and the update are ready. With any other outcome nothing may be committed. */
   outcome: 'computed' | 'other_gradient' | 'not_finite'
   gradientFingerprint: bigint
   updateFingerprint: bigint
-  /** Sum of squares of the gradient as received (before gradient_scale) and of the update's data. */
+  /** Sums of squares: of the gradient as received (before gradient_scale), and of the update's data. */
   gradientSquare: number
   updateSquare: number
   computeSeconds: number
 }
 
-/** A kernel, and the size of a block that it will be run on. */
+/** A kernel, and the dimensions of a block that it will be run on. */
 export type Need = { kernel: KernelSpec; dims: readonly number[] }
 
 /** A group of jobs is full, and goes to a lane, when it has this many jobs or its gradients have this many bytes. */
 export type GroupLimit = { readonly jobs: number; readonly bytes: number }
 
-/** What one parameter asks of a device: the plan of a step of it, and how much memory that works on. */
+/** What one parameter demands of a device: the plan of its step, and the bytes that a step works on. */
 export type Demand = {
   readonly plan: Plan
   readonly gradient_bytes: number
   readonly update_bytes: number
   readonly state_bytes: number
-  /** Bytes of an older state that may have to stay beside it: a checkpoint is written while training goes on. */
+  /** Bytes of an older state that may have to stay beside the new one, because a checkpoint of it is being written. */
   readonly held_bytes?: number
 }
 
-/** Elements of one run of an elementwise kernel: 1 MiB of float32, so that its intermediates stay in the cache. */
+/** The most elements of one run of an elementwise kernel: 1 MiB of float32, so that intermediates stay in the cache. */
 export const SLICE_ELEMENTS = 1 << 18
 
-/** A scalar input of the kernel as the job has it; a task may have its own `output_scale`. */
+/** The value of a kernel's scalar input in a job; a task's own `output_scale` comes before it. */
 export function scalarOf({ plan, gradient_scale }: Job, name: string): number {
   const value = name === 'gradient_scale' ? gradient_scale : plan.scalars[name]
   if (value === undefined) throw new Error(`the plan gives no ${name}`)
   return value
 }
 
-/** Each kernel with each size of a block that it is asked for. */
+/** Every kernel of the plans, with all dimensions of blocks that it is used on. */
 export function needsOf(demands: readonly Demand[]): Need[] {
   const needs = new Map<string, Need>()
   for (const plan of new Set(demands.map(({ plan }) => plan))) {
-    // Tasks of one size have one kernel, and a parameter may have a quarter of a million of them.
+    // Tasks of one size have one kernel, and a parameter may have a quarter of a million tasks.
     const sizes = new Map(plan.tasks.map((task) => [String(task.dims), task]))
     for (const { kernel = plan.kernel, dims } of sizes.values())
       needs.set(`${kernelKey(kernel)} ${dims}`, { kernel, dims })

@@ -48,7 +48,8 @@ function answer(id: number, work: () => JobResult[]): LaneReply {
   }
 }
 
-// The worker ends by itself once nothing listens: ending it from outside while a run is in flight would crash the process.
+// The worker ends by itself once nothing listens.
+// Ending it from outside while a run is in flight would crash the process.
 function stop(): undefined {
   executor.close()
   parentPort?.close()

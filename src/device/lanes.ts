@@ -4,13 +4,13 @@ import type { LaneOptions, LaneReply, LaneRequest, Scratch } from './executor.js
 import type { GroupLimit, Job, JobResult, Need } from './job.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 
-/** A job that waits for a lane. Cancelled before that it costs nothing. */
+/** By its ticket a job is cancelled, as long as no lane has it. */
 export type Ticket = { cancelled: boolean }
 
 /** A request that a lane has not answered yet. */
 type OpenRequest = { resolve: (results: readonly JobResult[]) => void; reject: (error: unknown) => void }
 
-/** A job in the queue: it is made when a lane is free for it. */
+/** A job in the queue; `job` makes it when a lane is free. */
 type QueuedJob = {
   job: () => Job | undefined
   ticket: Ticket
@@ -24,11 +24,11 @@ type Lane = { worker: Worker; busy: Map<number, OpenRequest>; groups: number; ex
 
 // One group computes and one waits in the lane's port, so that a lane never idles for a turn of the event loop.
 export const GROUPS_PER_LANE = 2
-// ONNX Runtime, CUDA and V8 tell them from other errors by their words only.
+// A lane's error arrives as text: only its words tell a lack of memory from other failures.
 const OUT_OF_MEMORY =
   /failed to allocate memory|bad_alloc|CUDA_ERROR_OUT_OF_MEMORY|array length|array buffer allocation failed/i
 
-/** The worker threads that compute on one unit of a device, and the queue before them. */
+/** The worker threads that compute on one unit of a device, and the queue of jobs before them. */
 export class Lanes {
   readonly #fail: (error: Error) => void
   readonly #lanes: Lane[]
@@ -38,7 +38,7 @@ export class Lanes {
   #failure: ServiceError | undefined
   #dispatching = false
 
-  /** `fail` is told of the first error that is no lack of memory; nothing is computed any more after `refuse`. */
+  /** `fail` is called with each error that is no lack of memory. After `refuse` no job is computed any more. */
   constructor({ lane, group }: { lane: LaneOptions; group: GroupLimit }, count: number, fail: (error: Error) => void) {
     this.#fail = fail
     this.#limit = group
@@ -49,13 +49,13 @@ export class Lanes {
     return this.#lanes.length
   }
 
-  /** Makes every lane ready for what is needed. */
+  /** Has every lane prepare the kernels and set the scratch memory aside. */
   async load(needs: readonly Need[], scratch?: Scratch): Promise<void> {
     if (this.#failure) throw this.#failure
     await Promise.all(this.#lanes.map((lane) => this.#ask(lane, (id) => ({ type: 'load', id, needs, scratch }))))
   }
 
-  /** Computes in the order of the calls; undefined where the ticket was cancelled or no job was wanted any more. */
+  /** Computes in the order of the calls; undefined where the ticket was cancelled or `job` answered undefined. */
   run(job: () => Job | undefined, ticket: Ticket): Promise<JobResult | undefined> {
     if (this.#failure) return Promise.reject(this.#failure)
     return new Promise((resolve, reject) => {
@@ -69,14 +69,14 @@ export class Lanes {
     for (const lane of this.#lanes) this.#post(lane, { type: 'forget', pointer })
   }
 
-  /** Refuses everything that waits, and all that comes. */
+  /** Rejects every job that was not answered yet, and all later ones. */
   refuse(failure: ServiceError): void {
     this.#failure = failure
     for (const lane of this.#lanes) for (const request of lane.busy.values()) request.reject(failure)
     for (const queued of this.#queue.splice(0)) queued.reject(failure)
   }
 
-  /** Ends the lanes after the jobs that they have; jobs that none has are dropped. */
+  /** Ends the lanes after the jobs that they were given; jobs in the queue are dropped, their results undefined. */
   async close(): Promise<void> {
     for (const queued of this.#queue.splice(0)) queued.resolve(undefined)
     for (const lane of this.#lanes) this.#post(lane, { type: 'stop' })
@@ -102,7 +102,7 @@ export class Lanes {
     }
   }
 
-  /** The next jobs for one group; those that nobody wants any more are left out. */
+  /** Makes the next jobs of one group; cancelled and undefined ones are left out. */
   #take(): MadeJob[] {
     const group: MadeJob[] = []
     let bytes = 0
@@ -131,7 +131,7 @@ export class Lanes {
       })
   }
 
-  // Jobs that lack memory together are tried one by one: what one run asks for is no other run's trouble.
+  // Jobs that lack memory together are tried one by one, so that only the run with too large a job is refused.
   #refuseGroup(lane: Lane, group: readonly MadeJob[], error: unknown): void {
     const together = group.length > 1 && error instanceof ServiceError && error.code === 'OVER_CAPACITY'
     for (const one of group) {
@@ -165,14 +165,14 @@ export class Lanes {
     const request = lane.busy.get(reply.id)
     lane.busy.delete(reply.id)
     if ('results' in reply) return request?.resolve(reply.results)
-    // A lane that runs out of memory has changed nothing: it is that run's trouble alone.
+    // A lane that lacks memory has changed nothing: only the run that asked is refused, and the device goes on.
     if (OUT_OF_MEMORY.test(reply.error)) return request?.reject(new ServiceError('OVER_CAPACITY', reply.error))
     this.#fail(new Error(reply.error))
     request?.reject(this.#failure)
   }
 }
 
-/** The job, or undefined: its ticket was cancelled, nobody wants it any more, or it cannot be made and is refused. */
+/** Makes a job; undefined where its ticket was cancelled, it is not wanted any more, or making it failed. */
 function make({ job, ticket, resolve, reject }: QueuedJob): Job | undefined {
   try {
     const made = ticket.cancelled ? undefined : job()
@@ -184,7 +184,7 @@ function make({ job, ticket, resolve, reject }: QueuedJob): Job | undefined {
   }
 }
 
-/** The error itself, or OVER_CAPACITY where memory cannot be had: that concerns the run that asked for it, and no other. */
+/** OVER_CAPACITY for a lack of memory, which concerns the run that asked for it and no other; else the error itself. */
 export function refusalOf(error: unknown): unknown {
   return OUT_OF_MEMORY.test(String(error)) ? new ServiceError('OVER_CAPACITY', String(error)) : error
 }

@@ -1,19 +1,19 @@
 import type { Pointer } from './onnx/onnxruntime.js'
 
-/** A state tensor: immutable once a step was committed, and shared by reference (a reader keeps it alive). */
+/** A state tensor, immutable once its step was committed. It is shared, and lives as long as it has a reference. */
 export type Tensor = { readonly unit: number; readonly pointer: Pointer; readonly bytes: number; references: number }
 
-/** Where the memory comes from; for state on CUDA this is the device's allocator. */
+/** A source of memory: the host's allocator, or a GPU's. */
 export type Allocator = { allocate(bytes: number): Pointer; free(pointer: Pointer): void }
 
 type Block = { readonly pointer: Pointer; readonly bytes: number }
 
 const POOLED_BLOCKS = 512
 
-/** Memory that was given back, for whoever asks for as many bytes next: fresh memory is the dearest thing. */
+/** Keeps freed blocks for the next request of the same size, because fresh memory is expensive. */
 class Pool {
   readonly #allocator: Allocator
-  /** The oldest first. */
+  /** The block that was freed first is the first. */
   #kept: Block[] = []
   #bytes = 0
   readonly #largest: number
@@ -23,7 +23,7 @@ class Pool {
     this.#largest = largest
   }
 
-  /** `bytes` bytes; their contents are whatever was there. */
+  /** A block of `bytes` bytes, not cleared. */
   take(bytes: number): Block {
     const at = this.#kept.findLastIndex((block) => block.bytes === bytes)
     if (at < 0) return { pointer: this.#allocate(bytes), bytes }
@@ -38,12 +38,12 @@ class Pool {
     while (this.#bytes > this.#largest || this.#kept.length > POOLED_BLOCKS) this.#dropOldest()
   }
 
-  /** Gives the memory back that nobody uses. */
+  /** Frees every block that is kept. */
   trim(): void {
     while (this.#kept.length > 0) this.#dropOldest()
   }
 
-  // What is kept for the next one may be all that there is left.
+  // The blocks that are kept may be all memory that is left: without them the allocation is tried again.
   #allocate(bytes: number): Pointer {
     try {
       return this.#allocator.allocate(bytes)
@@ -61,18 +61,18 @@ class Pool {
   }
 }
 
-/** Device memory of state tensors, with counted references. */
+/** The memory of state tensors, with counted references. */
 export class StateMemory {
-  /** Bytes of all live tensors, without the pools. */
+  /** Bytes of all live tensors; blocks that a pool keeps do not count. */
   bytes = 0
   readonly #pools: readonly Pool[]
 
-  /** On every unit at most `pooledBytes` that nobody uses are kept for the next who asks. */
+  /** On each unit the pool keeps at most `pooledBytes`. */
   constructor(units: readonly { state: Allocator; pooledBytes: number }[]) {
     this.#pools = units.map(({ state, pooledBytes }) => new Pool(state, pooledBytes))
   }
 
-  /** A tensor of `bytes` on a unit with one reference; its contents are whatever was there. */
+  /** A tensor of `bytes` bytes on a unit, with one reference, not cleared. */
   allocate(bytes: number, unit = 0): Tensor {
     const { pointer } = this.#pools[unit].take(bytes)
     this.bytes += bytes
@@ -91,7 +91,7 @@ export class StateMemory {
     this.#pools[tensor.unit].give(tensor)
   }
 
-  /** Gives the pooled memory back, for when a run has gone. */
+  /** Frees the memory that the pools keep, for when a run has gone. */
   trim(): void {
     for (const pool of this.#pools) pool.trim()
   }

@@ -1,9 +1,9 @@
-/** Which unit of the device each part goes to, and how many bytes every unit gets. */
+/** The unit of the device that each part goes to, and the bytes that each unit gets. */
 export type Placement = { readonly units: readonly number[]; readonly bytes: readonly number[] }
 
 /**
- * Shares parts out by their bytes: the largest first, each to the unit that holds the least, counting what it has `taken`
- * already. Equal arguments give equal placements.
+ * Shares parts out by their bytes: the largest first, each to the unit that has the fewest bytes, with those that it
+ * has `taken` before. Equal arguments give equal placements.
  */
 export function placement(parts: readonly number[], taken: readonly number[]): Placement {
   const units = new Array<number>(parts.length).fill(0)

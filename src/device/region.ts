@@ -1,7 +1,7 @@
 import assert from 'node:assert'
 import { type Pointer, viewMemory } from './onnx/onnxruntime.js'
 
-/** The host's memory, or that of the GPU that computes, where nothing has to be copied. */
+/** The host's memory, or that of the GPU that computes: a lane copies nothing from there or to it. */
 export type Space = 'host' | 'gpu'
 
 /** Memory that is allocated and freed as a whole. */
@@ -41,9 +41,9 @@ export class Views {
 }
 
 /**
- * A range of memory that somebody holds. It is made with one reference; whoever needs it beside its holder retains it, and
- * each reference is released once. With the last one the memory goes back to where it came from, and nobody may use the
- * region any more. A lane is sent the span alone: structured clone leaves private fields behind.
+ * A range of memory with counted references. It is made with one; whoever needs it beside its holder retains it, and
+ * each reference is released once. The last release gives the memory back, and nobody may use the region any more. A
+ * lane is sent the span alone, because structured clone leaves private fields behind.
  */
 export class Region implements Span {
   readonly space: Space
@@ -55,7 +55,7 @@ export class Region implements Span {
   readonly #views: Views
   readonly #free: () => void
 
-  /** `views` are those of the thread that holds the region; `free` is called once, with the last release. */
+  /** `views` are those of the thread that holds the region; the last release calls `free`. */
   constructor({ space, pointer, bytes, owner }: Span, views: Views, free: () => void) {
     this.space = space
     this.pointer = pointer
@@ -65,7 +65,7 @@ export class Region implements Span {
     this.#free = free
   }
 
-  /** The bytes themselves, in the thread that holds the region; no reference of its own. */
+  /** The bytes, without a copy. They are good as long as the caller has a reference. */
   get view(): Uint8Array<ArrayBuffer> {
     this.#assertHeld()
     this.#view ??= this.#views.of(this)
@@ -78,7 +78,7 @@ export class Region implements Span {
     return this.view.subarray(offset, offset + bytes)
   }
 
-  /** A region of its own for `bytes` bytes from `offset` on. This one outlives it: only an arena deals its memory out. */
+  /** Makes a region of `bytes` bytes from `offset` on. For arenas, whose whole memory outlives what they deal out. */
   carve(offset: number, bytes: number, free: () => void): Region {
     this.#assertHeld()
     this.#assertInside(offset, bytes)

@@ -2,14 +2,14 @@ import type { Region } from './region.js'
 
 type Waiter = { bytes: number; resolve: (region: Region) => void }
 
-/** A part of the arena that nobody has, from `offset` on. */
+/** A free part of the arena, from `offset` on. */
 type Gap = { offset: number; bytes: number }
 
-// Tensors start on a cache line, which also keeps every dtype aligned.
+// A cache line: a tensor that starts on one is aligned for every dtype, too.
 const ALIGNMENT = 64
 
 /**
- * Hands out regions of one arena of fixed size, first fit, so that memory which was touched before is used again.
+ * Deals out regions of one arena of fixed size, first fit, so that memory which was touched before is used again.
  * Reservations are granted strictly in the order in which they were asked for: no tensor starves behind smaller ones.
  */
 export class Staging {
@@ -18,7 +18,7 @@ export class Staging {
   #free: Gap[]
   #waiters: Waiter[] = []
 
-  /** Deals out the memory of `whole`, which is the arena's from now on. */
+  /** Takes over `whole`, the memory of the arena. */
   constructor(whole: Region) {
     this.#whole = whole
     this.#free = [{ offset: 0, bytes: whole.bytes }]
@@ -33,12 +33,12 @@ export class Staging {
     return this.#waiters.length
   }
 
-  /** Whether a tensor of `bytes` can ever be held. */
+  /** Whether the arena is large enough for a tensor of `bytes`. */
   fits(bytes: number): boolean {
     return aligned(bytes) <= this.capacity
   }
 
-  /** Reserves `bytes` as soon as everybody before has been served; undefined where the signal aborts first. */
+  /** Reserves `bytes` after earlier reservations and when there is room; undefined if the signal aborts first. */
   async reserve(bytes: number, signal: AbortSignal): Promise<Region | undefined> {
     if (signal.aborted) return undefined
     const region = this.tryReserve(bytes)
@@ -59,7 +59,7 @@ export class Staging {
     })
   }
 
-  /** Reserves `bytes` now, or answers undefined: there is no room, or somebody waits already. */
+  /** Reserves `bytes` now; undefined where there is no room, or another reservation waits. */
   tryReserve(bytes: number): Region | undefined {
     return this.#waiters.length > 0 ? undefined : this.#take(bytes)
   }

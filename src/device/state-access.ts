@@ -1,20 +1,20 @@
 import { openCuda } from './cuda/cuda.js'
 import { type Pointer, viewMemory } from './onnx/onnxruntime.js'
 
-/** Where a unit's state lies, in words that another thread can be sent. */
+/** Where a unit's state lies, as plain data, which another thread can be sent. */
 export type StateLocation = { kind: 'host' } | { kind: 'cuda'; gpu: number }
 
-/** A thread's way to a unit's state memory. */
+/** One thread's access to a unit's state memory. */
 export type StateAccess = {
-  /** The bytes at an address; good until the next call of `read`. */
+  /** The bytes at an address; they are good until the next call of `read`. */
   read(pointer: Pointer, bytes: number): Uint8Array
   write(pointer: Pointer, source: Uint8Array): void
-  /** The memory at an address itself, where the host can have it. */
+  /** The bytes at an address without a copy; left out where the host cannot see them. */
   view?(pointer: Pointer, bytes: number): Uint8Array
   close(): void
 }
 
-/** Addresses are valid in every thread of the process, GPU contexts are not: each thread opens its own. */
+/** Opens this thread's access: addresses are valid in every thread of the process, a GPU's context is not. */
 export function openStateAccess(location: StateLocation): StateAccess {
   /* c8 ignore next -- needs a GPU: npm run test:gpu */
   if (location.kind === 'cuda') return gpuAccess(location.gpu)

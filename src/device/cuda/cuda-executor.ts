@@ -28,44 +28,46 @@ import {
 import { ALIGNMENT } from './scratch.js'
 import { ScratchMemory } from './scratch-memory.js'
 
-/** One job with its device memory. */
+/** A job with its addresses in device memory. */
 type GpuJob = {
   job: Job
   pieces: Piece[]
   gradient: Pointer
   update: Pointer
-  /** Partial sums of the scans of gradient and update, and of what must be finite. */
+  /** Where the partial sums lie: those of both scans (gradient, update), and those that must be finite. */
   scans: Pointer
   checks: Pointer
   checkBlocks: number
   result: number
 }
 
-/** One part of a job on its way; `partials` is where those of each of its stacks start. */
+/** One piece of a job; `partials` are the addresses of each stack's partial sums. */
 type JobPiece = Piece & { gpuJob: GpuJob; partials: Pointer[]; last: boolean }
 
-/** A stack of a job, and where its first matrix's partial sums lie. */
+/** A stack of a job; `partials` is the address of its first matrix's partial sums. */
 type JobStack<Spec extends KernelSpec = KernelSpec> = { gpuJob: GpuJob; stack: Stack<Spec>; partials: Pointer }
 
-/** One matrix on its way through Newton-Schulz. */
+/** One matrix that goes through Newton-Schulz: number `index` of its stack. */
 type JobMatrix = JobStack<MuonSpec> & { index: number }
 
 const MOST_RESULTS = 64
-// Those of struct Second in CUDA_SOURCE after the output scale; struct Momentum has MOMENTUM_SCALARS, the others kernelIo's.
+// The members of `struct Second` (normuon.cu) after output_scale. Those of `struct Momentum` (muon.cu) are
+// MOMENTUM_SCALARS, those of the structs in elementwise.cu the scalars of kernelIo.
 const SECOND_SCALARS = ['b_v', 'b_g']
-// What a block of second_row or second_col takes at a time.
+// Rows that a block of second_row takes at a time, and columns that one of second_col does.
 const LINES_PER_BLOCK = { row: THREADS / 32, col: 32 }
 
 /**
- * Computes jobs on a GPU: gradients and updates in page-locked host memory, state in device memory. The elementwise parts
- * are kernels of our own. The matrix products are our own too on Hopper, where lists of matrices go through them together;
- * ONNX Runtime has them on other cards and for sides that are no multiple of 8. All of it is queued on one stream, and a
- * list of jobs waits for it once. Which way a matrix goes depends on its shape alone. Scratch memory is set aside by `load`.
+ * Computes jobs on a GPU. Gradients and updates lie in page-locked host memory or on the GPU, state on the GPU. The
+ * elementwise parts are kernels of our own. The matrix products are kernels of our own on Hopper, which take lists of
+ * matrices; on other cards, and for sides that are no multiple of 8, they are ONNX Runtime's. Which products a matrix
+ * gets depends on its shape alone. All work is queued on streams, and a list of jobs waits for them once. `load` sets
+ * the scratch memory aside.
  */
 export class CudaExecutor implements Executor {
   readonly #cuda: Cuda
   readonly #stream: CudaStream
-  /** Copies to and from the host have streams of their own: they go on while the products of other jobs are computed. */
+  /** Copies have streams of their own, and so go on while the products of other jobs are computed. */
   readonly #copyIn: CudaStream
   readonly #copyOut: CudaStream
   readonly #find: (name: string) => Pointer
@@ -74,7 +76,7 @@ export class CudaExecutor implements Executor {
   readonly #hopper: Hopper | undefined
   readonly #results: { pointer: Pointer; view: DataView }
   readonly #scratch: ScratchMemory
-  /** Partial sums of one matrix's second momentum. */
+  /** Where the partial sums of one matrix's second momentum lie. */
   readonly #lineSums: Pointer
 
   constructor({ folder, gpu, cubin, hopper }: CudaLane) {
@@ -117,7 +119,7 @@ export class CudaExecutor implements Executor {
         for (const { gpuJob, last } of batch) if (last) this.#report(gpuJob)
       }
     } finally {
-      // Also after a failure: what was queued still writes into memory that the runs are about to give away.
+      // Also after a failure: queued work still writes into memory that the runs are about to give away.
       for (const stream of [this.#copyIn, this.#stream, this.#copyOut]) stream.synchronize()
     }
     const computeSeconds = (performance.now() - started) / 1000 / jobs.length
@@ -136,13 +138,13 @@ export class CudaExecutor implements Executor {
     for (const stream of [this.#copyIn, this.#stream, this.#copyOut]) stream.destroy()
   }
 
-  // Lists that are built know where their matrices lie.
+  // The programs of Hopper hold addresses in the memory that has moved.
   #setAside(scratch: Scratch): void {
     if (!this.#scratch.growTo(scratch, () => this.#stream.synchronize())) return
     this.#hopper?.moveTo(this.#scratch.start('products'))
   }
 
-  /** Gives every job its places in scratch memory. */
+  /** Gives every job its addresses in scratch memory. */
   #lay(jobs: readonly Job[]): GpuJob[] {
     if (jobs.length > MOST_RESULTS) throw new Error(`${jobs.length} jobs at once, at most ${MOST_RESULTS}`)
     const take = this.#scratch.dealer()
@@ -169,7 +171,7 @@ export class CudaExecutor implements Executor {
     })
   }
 
-  /** The gradients' way to the device. */
+  /** Queues the copies of gradients to the device. */
   #receive(batch: readonly JobPiece[]): void {
     for (const { gpuJob, offset, elements } of batch) {
       const { job, gradient } = gpuJob
@@ -190,7 +192,7 @@ export class CudaExecutor implements Executor {
     this.#orthogonalize(matrices.flatMap(matricesOf))
   }
 
-  /** The updates' way back. */
+  /** Queues the copies of updates to the host. */
   #send(batch: readonly JobPiece[]): void {
     this.#copyOut.follow(this.#stream)
     for (const { gpuJob, offset, elements } of batch) {
@@ -202,7 +204,7 @@ export class CudaExecutor implements Executor {
     }
   }
 
-  /** What the gradient and the update say as a whole. */
+  /** Queues the scans of a job's whole gradient and whole update, and the sums of all its partial sums. */
   #report({ job, gradient, update, scans, checks, checkBlocks, result }: GpuJob): void {
     const updateScans = scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
     const { gradient_dtype, update_dtype } = job.plan.kernel
@@ -309,7 +311,7 @@ export class CudaExecutor implements Executor {
     ])
   }
 
-  /** NorMuon: the second momentum of one matrix, and its update. */
+  /** Queues NorMuon's part for one matrix: the second momentum and the update. */
   #even(matrix: JobMatrix, o: Pointer, { output_scale, per }: { output_scale: number; per: 'row' | 'col' }): void {
     const { gpuJob, stack, index } = matrix
     const { rows, cols, spec } = stack
@@ -336,7 +338,7 @@ export class CudaExecutor implements Executor {
     this.#stream.launch(kernel, { ...grid, threads: THREADS }, parameters)
   }
 
-  /** Scratch for one matrix before and after its orthogonalization by ONNX Runtime. */
+  /** The scratch memory of one matrix before and after its orthogonalization by ONNX Runtime. */
   #matrices(rows: number, cols: number): { x: Pointer; o: Pointer; rows: number; cols: number } {
     const bytes = aligned(rows * cols * bytesPerElement('float16'), ALIGNMENT)
     const take = this.#scratch.dealer()
@@ -352,7 +354,7 @@ function matricesOf(one: JobStack<MuonSpec>): JobMatrix[] {
   return Array.from({ length: one.stack.count }, (_, index) => ({ ...one, index }))
 }
 
-/** Where a matrix lies in a tensor of its parameter. */
+/** The address of a matrix in a tensor of its parameter that starts at `base`. */
 function at({ stack, index }: Pick<JobMatrix, 'index'> & { stack: Stack }, base: Pointer, dtype: Dtype): Pointer {
   return base + BigInt((stack.offset + index * stack.rows * stack.cols) * bytesPerElement(dtype))
 }

@@ -5,7 +5,7 @@ import type { Span } from '../region.js'
 import { openCuda } from './cuda.js'
 import { ScratchMemory } from './scratch-memory.js'
 
-/** Tensors in a GPU's memory, where nothing but ONNX Runtime computes: every step of a job is waited for. */
+/** Tensors in the memory of a GPU on which ONNX Runtime alone computes: each step of a job waits for the one before. */
 export function cudaSpace(gpu: number): TensorSpace {
   const cuda = openCuda(gpu)
   const stream = cuda.createStream()

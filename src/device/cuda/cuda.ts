@@ -5,43 +5,43 @@ import type { Pointer } from '../onnx/onnxruntime.js'
 /** A failed call of the CUDA driver or of NVRTC, with the name that CUDA gives the error. */
 export class CudaError extends Error {}
 
-/** One GPU through the CUDA driver API, in its primary context (the one that ONNX Runtime uses). Every failing call throws CudaError. */
+/** One GPU through the CUDA driver API, in the context that ONNX Runtime uses, too. Failing calls throw CudaError. */
 export type Cuda = {
   name: string
-  /** Such as `9.0`. */
+  /** The compute capability, such as `9.0`. */
   computeCapability: string
   multiprocessors: number
   memory(): { free: number; total: number }
   allocate(bytes: number): Pointer
   free(pointer: Pointer): void
-  /** Page-locked host memory that every GPU may read and write. */
+  /** Allocates page-locked host memory that every GPU may read and write. */
   allocateHost(bytes: number): Pointer
   freeHost(pointer: Pointer): void
-  /** Copies synchronously. */
+  /** Copies from device memory, synchronously. */
   read(target: Uint8Array, source: Pointer): void
   createStream(): CudaStream
   /** Lets a kernel be launched with so much dynamic shared memory. */
   allowSharedMemory(kernel: Pointer, bytes: number): void
-  /** What the copy engine needs to know of a matrix, 128 bytes for device memory. */
+  /** The tensor map of a matrix, for the copy engine: 128 bytes that have to lie in device memory. */
   encodeTensorMap(matrix: TensorMap): Uint8Array
-  /** Loads machine code into this GPU; what it answers finds a kernel by its name. */
+  /** Loads machine code into this GPU; the function that it returns finds a kernel by its name. */
   load(cubin: Uint8Array): (name: string) => Pointer
 }
 
 /** A queue of work on one GPU; the calls return before the work is done. Used by one thread only. */
 export type CudaStream = {
   pointer: Pointer
-  /** From host to device or back; asynchronous where the host memory is page-locked. */
+  /** Copies from host to device or back; asynchronously where the host memory is page-locked. */
   copy(to: Pointer, from: Pointer, bytes: number): void
-  /** From memory of JavaScript's own, which may change again when this returns. */
+  /** Copies from memory that JavaScript owns, which may change again when this returns. */
   upload(to: Pointer, bytes: Uint8Array): void
   /** Sets bytes of device memory to zero. */
   clear(pointer: Pointer, bytes: number): void
-  /** Every argument takes 8 bytes: a bigint is a pointer or a u64, a number is a double. */
+  /** Launches a kernel. Each parameter takes 8 bytes: a bigint is a pointer or a u64, a number is a double. */
   launch(kernel: Pointer, grid: Grid, parameters: readonly (bigint | number)[]): void
-  /** Has what is queued from here on wait for all that `other` has queued so far, without the host's waiting. */
+  /** Makes work that is queued later wait for all work that `other` has queued so far; the host does not wait. */
   follow(other: CudaStream): void
-  /** Waits until everything before is done; throws what any of it failed with. */
+  /** Waits until all queued work is done; throws the error of the first that failed. */
   synchronize(): void
   destroy(): void
 }
@@ -117,7 +117,7 @@ const loaded: unknown[] = []
 
 type Library = readonly [file: string, source: string]
 
-// What ONNX Runtime's CUDA provider is linked to, and what ships it.
+// The libraries that ONNX Runtime's CUDA provider is linked to, and what ships each.
 const LIBRARIES: readonly Library[] = [
   ['libcuda.so.1', 'the NVIDIA driver'],
   ['libcudart.so.13', 'CUDA 13, nvidia-cuda-runtime on PyPI'],
@@ -127,7 +127,7 @@ const LIBRARIES: readonly Library[] = [
 ]
 const NVRTC_LIBRARY: Library = ['libnvrtc.so.13', 'CUDA 13, nvidia-cuda-nvrtc on PyPI']
 
-/** Which libraries cannot be loaded, each with the reason and what brings it. LD_LIBRARY_PATH names their folders. */
+/** The libraries that cannot be loaded, each with the reason and what ships it. LD_LIBRARY_PATH names their folders. */
 export function missingLibraries(): string[] {
   /* c8 ignore next -- one that is there needs CUDA's libraries: npm run test:gpu */
   return LIBRARIES.flatMap((library) => missing(library) ?? [])
@@ -150,12 +150,12 @@ function missing([file, source]: Library): string | undefined {
 }
 
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
-/** Which GPU driver libcuda belongs to, such as 13000 for CUDA 13.0; throws where there is no driver. */
+/** The version of CUDA that the GPU's driver supports, such as 13000 for 13.0. Throws where there is no driver. */
 export function driverVersion(): number {
   return number(openDriver(), 'cuDriverGetVersion')
 }
 
-/** How many GPUs there are. */
+/** The number of GPUs. */
 export function deviceCount(): number {
   return number(openDriver(), 'cuDeviceGetCount')
 }
@@ -217,9 +217,9 @@ export function compileCuda(source: string, options: readonly string[]): Uint8Ar
 
 function createStream(call: DriverCall): CudaStream {
   const stream = pointer(call, 'cuStreamCreate', NON_BLOCKING)
-  // A wait takes what the event was recorded for at that moment, so one event serves all of them.
+  // A wait keeps the state that the event has at that moment, so one event serves all waits.
   const event = pointer(call, 'cuEventCreate', WITHOUT_TIMING)
-  // Launches copy their parameters, so one buffer serves all of them. The list that points to it never changes.
+  // A launch copies its parameters, so one buffer serves all launches, and the list that points to it never changes.
   const buffer = koffi.alloc('uint64_t', MAX_PARAMETERS)
   const size = koffi.alloc('uint64_t', 1)
   const values = new DataView(koffi.view(buffer, MAX_PARAMETERS * 8))
@@ -252,7 +252,7 @@ function createStream(call: DriverCall): CudaStream {
   }
 }
 
-// A tensor map is written where a multiple of 64 bytes is.
+// cuTensorMapEncodeTiled writes to an address that is a multiple of 64.
 const MAP_ALIGNMENT = 64
 
 function encodeTensorMap(call: DriverCall, { pointer: address, rows, cols }: TensorMap): Uint8Array {

@@ -15,25 +15,25 @@ import { aligned } from '../staging.js'
 import type { Cuda, CudaStream } from './cuda.js'
 import { ALIGNMENT, workspaceBytes } from './scratch.js'
 
-/** Addresses of one matrix of a list: `x` is to be written before `run`, `o` holds the result after it. */
+/** Addresses for one matrix of a list: the caller writes `x` before `run`, and `o` has the result after it. */
 export type Ends = { x: Pointer; o: Pointer }
 
-/** A matrix of a list, and what becomes of it. */
+/** The shape of a matrix of a list, and the coefficients of its Newton-Schulz. */
 type ListedMatrix = { rows: number; cols: number; coefficients: readonly Triple[] }
 type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
 type Program = { ends: Ends[]; launches: Launch[]; memory: readonly Pointer[] }
 type Addresses = { [Name in keyof Workspace]: Pointer }
 
 const HALF_BYTES = 2
-// A list of another composition has another program; a training run has a few dozen.
+// Lists of other shapes or coefficients have other programs; a training run has a few dozen.
 const MAX_PROGRAMS = 128
 // A tensor map starts on 64 bytes.
 const PART_ALIGNMENT = 64
 const WORKSPACE_NAMES = [...WORKSPACE_WIDE, ...WORKSPACE_SQUARE]
 
 /**
- * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.cu), for GPUs of compute capability 9.0.
- * The matrices of a list lie one behind the other in memory that every list uses anew.
+ * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.cu), for GPUs of compute capability
+ * 9.0. The workspaces of a list lie one behind the other in memory that every list uses anew.
  */
 export class Hopper {
   readonly #cuda: Cuda
@@ -55,18 +55,18 @@ export class Hopper {
     })
   }
 
-  /** Has lists lie at another address. It has room for the workspaces of every list that comes (workspaceBytes). */
+  /** Sets the address of the workspaces, which have room for every list that comes (workspaceBytes). */
   moveTo(memory: Pointer): void {
     this.#programs.clear()
     this.#memory = memory
   }
 
-  /** Where the matrices of a list lie, in the list's order. */
+  /** The addresses of a list's matrices, in the list's order. */
   ends(list: readonly ListedMatrix[]): Ends[] {
     return this.#program(list).ends
   }
 
-  /** Queues the products of a list whose `x` are written. */
+  /** Queues the products of a list, whose every `x` has been written. */
   run(list: readonly ListedMatrix[]): void {
     const grid = { x: this.#clusters * GEMM_CLUSTER, threads: GEMM_THREADS, shared: GEMM_SHARED_BYTES }
     for (const { problems, tiles, rounds } of this.#program(list).launches)
@@ -113,7 +113,9 @@ export class Hopper {
     )
   }
 
-  /** Copies of the parts in device memory, one behind the other; the first one starts the allocation. */
+  /**
+   * Copies the parts into one allocation of device memory, and answers their addresses; the first is the allocation's.
+   */
   #upload(parts: readonly Uint8Array[]): Pointer[] {
     const sizes = parts.map(({ length }) => aligned(length, PART_ALIGNMENT))
     let at = this.#cuda.allocate(sizes.reduce((sum, size) => sum + size, 0))

@@ -7,7 +7,7 @@ import { Cache } from '../cache.js'
 import { type OnnxRuntime, openOnnxRuntime, type Pointer, type Session } from '../onnx/onnxruntime.js'
 import type { CudaStream } from './cuda.js'
 
-/** Float16 matrices in device memory: `o` is written with what becomes of `x`. */
+/** Two float16 matrices in device memory: the orthogonalization of `x` is written into `o`. */
 export type Matrices = { x: Pointer; o: Pointer; rows: number; cols: number }
 
 type Program = { session: Session; input_scale: number; output_scale: number }
@@ -16,7 +16,7 @@ const HALF = DTYPES.float16
 // A step frame may change the coefficients and with them the graph: the least recently used session makes room.
 const MAX_PROGRAMS = 16
 
-/** Newton-Schulz on one stream of a GPU, with ONNX Runtime's CUDA provider. */
+/** Newton-Schulz by ONNX Runtime's CUDA provider, on one stream of a GPU. */
 export class Orthogonalizer {
   readonly #runtime: OnnxRuntime
   readonly #gpu: number
@@ -33,12 +33,12 @@ export class Orthogonalizer {
     })
   }
 
-  /** X is to be u/‖u‖ times `input_scale`; what `run` makes of it times `output_scale` is O. */
+  /** X has to be u/‖u‖ times `input_scale`; the result of `run` times `output_scale` is O. */
   scales(coefficients: readonly Triple[], { rows, cols }: Matrices): { input_scale: number; output_scale: number } {
     return this.#program({ coefficients, tall: rows > cols, form: formFor(rows, cols) })
   }
 
-  /** Queues one orthogonalization. */
+  /** Queues the orthogonalization of one matrix. */
   run(coefficients: readonly Triple[], { x, o, rows, cols }: Matrices): void {
     const { session } = this.#program({ coefficients, tall: rows > cols, form: formFor(rows, cols) })
     const memory = { bytes: rows * cols * HALF.bytes, gpu: this.#gpu }

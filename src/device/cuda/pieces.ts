@@ -6,8 +6,8 @@ import type { Plan, Task } from '../../optimizer/plan.js'
 export type MuonSpec = Extract<KernelSpec, { kind: 'muon' }>
 
 /**
- * `count` matrices of one shape that lie one behind the other; of an elementwise algorithm a range of elements, which is one
- * matrix of a single column.
+ * `count` matrices of one shape that lie one behind the other. A range of elements of an elementwise algorithm is one
+ * matrix with a single column.
  */
 export type Stack<Spec extends KernelSpec = KernelSpec> = {
   readonly spec: Spec
@@ -22,20 +22,20 @@ export type Stack<Spec extends KernelSpec = KernelSpec> = {
   readonly factor: number
 }
 
-/** A part of a job that is copied, computed and copied back while others of its parts are on their way. */
+/** A part of a job, which is copied and computed while other parts of the job are copied to the device or back. */
 export type Piece = { readonly stacks: readonly Stack[]; readonly offset: number; readonly elements: number }
 
-/** What goes through Newton-Schulz together has at most so many matrices and elements: as much as fills the chip. */
+/** The most matrices, and the most elements, that go through Newton-Schulz together: as many as fill the GPU. */
 export const TOGETHER = 32
 export const TOGETHER_ELEMENTS = 64 << 20
 
-// About 0.3 ms of copying: less would be lost in launches.
+// Copying them takes about 0.3 ms. Smaller batches would spend the gain on launches.
 const BATCH_ELEMENTS = 8 << 20
 // The second dimension of a grid has at most 65535 blocks.
 const MOST_MATRICES = 1 << 15
 const PACKS_PER_THREAD = 4
 
-/** A plan's parts, in the order of the tensor. How they are cut depends on the plan alone. */
+/** The pieces of a plan, in the order of the tensor. The cuts depend on the plan alone. */
 export function piecesOf(plan: Plan): Piece[] {
   const pieces: { stacks: Stack[]; offset: number; elements: number }[] = []
   let matrices = 0
@@ -53,7 +53,7 @@ export function piecesOf(plan: Plan): Piece[] {
   return pieces
 }
 
-/** Cuts a list where enough elements are together: the copies of one batch overlap with the computation of the others. */
+/** Cuts pieces into batches of enough elements: the copies of one batch overlap with the computation of others. */
 export function batchesOf<P extends { readonly elements: number }>(pieces: readonly P[]): P[][] {
   const batches: P[][] = []
   let elements = BATCH_ELEMENTS
@@ -68,7 +68,7 @@ export function batchesOf<P extends { readonly elements: number }>(pieces: reado
   return batches
 }
 
-/** Cuts matrices into lists that go through Newton-Schulz together, the same shapes side by side: few lists are distinct then. */
+/** Cuts matrices into lists that go through Newton-Schulz together, sorted by shape so that few lists are distinct. */
 export function listsOf<M extends { readonly stack: Stack }>(matrices: readonly M[]): M[][] {
   const key = ({ stack }: M) => stack.rows * 2 ** 20 + stack.cols
   const lists: M[][] = []
@@ -88,12 +88,12 @@ export function isMuon(stack: Stack): stack is Stack<MuonSpec> {
   return stack.spec.kind === 'muon'
 }
 
-/** Elements that a thread takes at once: every matrix has to start and end on a multiple of them. */
+/** The elements that a thread takes at once: a number such that every matrix starts and ends on a multiple of it. */
 export function packOf({ rows, cols, offset, spec }: Stack): number {
   return spec.kind === 'muon' && (rows * cols) % VECTOR === 0 && offset % VECTOR === 0 ? VECTOR : 1
 }
 
-/** Blocks of threads for each matrix of a stack. */
+/** The blocks of threads for each matrix of a stack. */
 export function blocksFor(stack: Stack): number {
   return blocksOf((stack.rows * stack.cols) / packOf(stack))
 }
@@ -102,7 +102,7 @@ export function scanBlocks(bytes: number): number {
   return blocksOf(bytes / 16)
 }
 
-/** Partial sums that tell whether a job's result is finite. */
+/** The number of a job's partial sums that tell whether its result is finite. */
 export function checkBlocksOf(pieces: readonly Piece[]): number {
   return pieces.flatMap(({ stacks }) => stacks).reduce((sum, stack) => sum + stack.count * blocksFor(stack), 0)
 }
@@ -112,7 +112,7 @@ export function partialBytes(checkBlocks: number): number {
   return (2 * MAX_BLOCKS + checkBlocks) * PARTIAL_BYTES
 }
 
-/** Tasks of one shape, kernel and factor that follow each other are one stack. */
+/** The tasks of a plan as stacks: tasks of one shape and factor that follow each other are one. */
 function stacksOf(plan: Plan): Stack[] {
   const stacks: { -readonly [Key in keyof Stack]: Stack[Key] }[] = []
   for (const task of plan.tasks) {
@@ -127,7 +127,7 @@ function stacksOf(plan: Plan): Stack[] {
   return stacks
 }
 
-// A task's kernel says no more than its shape does: which way to multiply.
+// Tasks of one shape have one kernel: kernels differ only in `tall` and in `second_momentum`, which the shape decides.
 function follows(last: Stack, { rows, cols, offset, factor }: Stack): boolean {
   const same = last.rows === rows && last.cols === cols && last.factor === factor
   return same && offset === last.offset + elementsOf(last)
@@ -138,7 +138,7 @@ function asMatrix({ dims }: Task): { rows: number; cols: number } {
   return { rows, cols }
 }
 
-/** A stack in parts that each fit into a piece; a single matrix is never cut, a range of elements anywhere. */
+/** Cuts a stack into stacks that each fit into a piece: between matrices, and a range of elements anywhere. */
 function cut(stack: Stack): Stack[] {
   if (!isMuon(stack)) return cutElements(stack)
   const most = Math.max(1, Math.min(MOST_MATRICES, Math.floor(TOGETHER_ELEMENTS / (stack.rows * stack.cols))))

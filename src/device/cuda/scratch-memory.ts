@@ -8,10 +8,10 @@ import { ALIGNMENT } from './scratch.js'
 
 const USES = ['gradients', 'updates', 'partials', 'products'] as const
 
-/** What a part of the memory is for. */
+/** The use of one part of the memory. */
 type Use = (typeof USES)[number]
 
-/** The device memory that a lane works in: one allocation with a use for each use. It grows when a run is opened, never in a step. */
+/** A lane's device memory: one allocation with a part for each use. It grows when a run is opened, never in a step. */
 export class ScratchMemory {
   readonly #cuda: Cuda
   #memory: Pointer | undefined
@@ -21,12 +21,12 @@ export class ScratchMemory {
     this.#cuda = cuda
   }
 
-  /** Makes every use at least so large; `idle` waits until nobody works in the memory. Answers whether it has moved. */
+  /** Grows every part to `scratch` or more; `idle` waits until no work uses the memory. True where it has moved. */
   growTo(scratch: Scratch, idle: () => void): boolean {
     if (USES.every((name) => scratch[name] <= this.#sizes[name])) return false
     const sizes = { ...this.#sizes }
     for (const name of USES) sizes[name] = aligned(Math.max(scratch[name], sizes[name]), ALIGNMENT)
-    // Before the old memory goes: where there is no room, what runs already goes on in what it has.
+    // The new memory is allocated before the old is freed: if that fails, runs that are open go on in the old.
     const memory = this.#cuda.allocate(USES.reduce((sum, name) => sum + sizes[name], 0))
     idle()
     this.free()
@@ -45,7 +45,7 @@ export class ScratchMemory {
     return this.#sizes[use]
   }
 
-  /** Hands out the parts anew, each from its start. */
+  /** Deals out the memory of every part anew, each from its start. */
   dealer(): (use: Use, bytes: number) => Pointer {
     const used: Record<Use, number> = { gradients: 0, updates: 0, partials: 0, products: 0 }
     return (use, bytes) => {

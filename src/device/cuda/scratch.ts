@@ -6,13 +6,15 @@ import { type Demand, type GroupLimit, SLICE_ELEMENTS } from '../job.js'
 import { aligned } from '../staging.js'
 import { checkBlocksOf, isMuon, partialBytes, piecesOf, TOGETHER, TOGETHER_ELEMENTS } from './pieces.js'
 
-/** Memory on the device starts at multiples of this. */
+/** Matrices and tensors in scratch memory start at multiples of this many bytes. */
 export const ALIGNMENT = 256
 
-/** Which kernels a lane computes with: our own, our own but for ONNX Runtime's matrix products, or ONNX Runtime's alone. */
+/**
+ * Which kernels a lane computes with: our own, our own but for ONNX Runtime's matrix products, or ONNX Runtime's alone.
+ */
 export type Kernels = 'own' | 'own_but_products' | 'onnx'
 
-/** The largest sizes, in bytes, that any job of a lane asks for: each number may come from another job. */
+/** The largest sizes, in bytes, among the jobs of a lane: each number may come from another job. */
 export type Largest = {
   /** One gradient. */
   readonly gradient: number
@@ -42,13 +44,14 @@ const NOTHING: Largest = {
 const HALF_BYTES = 2
 // Each matrix of a workspace may be padded to the next multiple of the alignment.
 const WORKSPACE_PADDING = (WORKSPACE_WIDE.length + WORKSPACE_SQUARE.length) * ALIGNMENT
-// X and the result of an iteration in turn, and two Gram matrices; the arena has room for a second of each.
+// Matrices that ONNX Runtime's arena holds for Newton-Schulz: X and an iteration's result, and two Gram matrices, each
+// with room for a second one.
 const PROVIDER_WIDE = 2
 const PROVIDER_SQUARE = 4
-// Float32 intermediates of a whole kernel for each element.
+// Bytes of float32 intermediates that a whole kernel has for each element.
 const KERNEL_BYTES = 40
 
-/** Bytes of one matrix's Newton-Schulz in a list of them. */
+/** Bytes of the workspace of one matrix. */
 export function workspaceBytes(rows: number, cols: number): number {
   const side = Math.min(rows, cols)
   const matrix = (elements: number) => aligned(elements * HALF_BYTES, ALIGNMENT)
@@ -76,7 +79,7 @@ export function largest(all: readonly Largest[]): Largest {
   return all.reduce(merge, NOTHING)
 }
 
-/** What a lane needs for any group of jobs that are no larger than these. */
+/** The scratch memory that is enough for any group of jobs of at most these sizes. */
 export function scratchFor(of: Largest, limit: GroupLimit): Scratch {
   const gradients = gradientsTogether(of, limit)
   // An update has at most twice the bytes of its gradient.
@@ -93,7 +96,7 @@ export function scratchFor(of: Largest, limit: GroupLimit): Scratch {
   }
 }
 
-/** Bytes of next state that one group of jobs writes before the first of it is committed. */
+/** The most bytes of next state that one group of jobs writes before any of it is committed. */
 export function stateInFlight(of: Largest, limit: GroupLimit): number {
   return gradientsTogether(of, limit) * of.stateRatio
 }
@@ -102,7 +105,7 @@ export function totalOf({ gradients, updates, partials, products, provider }: Sc
   return gradients + updates + partials + products + provider
 }
 
-// A group takes one more job as long as its gradients have fewer than `bytes`.
+// The most bytes that the gradients of a group can have: it takes one more job as long as they have fewer than `bytes`.
 function gradientsTogether(of: Largest, { jobs, bytes }: GroupLimit): number {
   return Math.min(jobs * of.gradient, bytes + of.gradient)
 }

@@ -1,7 +1,7 @@
 import type { TensorSpace } from './onnx-executor.js'
 import type { OnnxRuntime } from './onnxruntime.js'
 
-/** Tensors in the memory that the host's bytes are in already; sessions of `threads` threads. */
+/** Tensors where the host has them, without a copy, for sessions of `threads` threads. */
 export function hostSpace(runtime: OnnxRuntime, threads: number): TensorSpace {
   let zeros = new Uint8Array(0)
   return {
@@ -10,7 +10,7 @@ export function hostSpace(runtime: OnnxRuntime, threads: number): TensorSpace {
     updateOf: ({ pointer }) => pointer,
     send: () => {},
     wait: () => {},
-    // The system backs memory that nobody has written with one page of zeros. Sessions only read it.
+    // Sessions only read it, and the system backs memory that nobody has written with one page of zeros.
     zeros: (bytes) => {
       if (zeros.byteLength < bytes) zeros = new Uint8Array(bytes)
       return runtime.addressOf(zeros)

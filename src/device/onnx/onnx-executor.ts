@@ -9,20 +9,20 @@ import { type Span, Views } from '../region.js'
 import { type OnnxRuntime, type Pointer, type Session, type SessionTarget, viewMemory } from './onnxruntime.js'
 import { createScanner } from './scan.js'
 
-/** Where the tensors of a lane lie while it computes. */
+/** The memory in which the tensors of a lane lie while it computes. */
 export type TensorSpace = {
   readonly target: SessionTarget
-  /** Where sessions find a gradient. */
+  /** Brings a gradient there, and answers its address. */
   receive(gradient: Span): Pointer
-  /** Where sessions write an update. */
+  /** The address where sessions write an update. */
   updateOf(update: Span): Pointer
-  /** Returns once the host sees the update that lies there. */
+  /** Returns once the update, which sessions have written there, lies in its own memory. */
   send(update: Span): void
-  /** Returns once the host sees what a run has told it. */
+  /** Returns once the host sees the checks that a session has written. */
   wait(): void
-  /** Zeros: the state before the first step. */
+  /** The address of `bytes` zeros, which are the state before the first step. */
   zeros(bytes: number): Pointer
-  /** Sets memory aside. */
+  /** Sets the lane's scratch memory aside. */
   load(scratch: Scratch | undefined): void
   close(): void
 }
@@ -31,10 +31,10 @@ const FLOAT32 = DTYPES.float32
 // A step frame may change the coefficients and with them the graph: the least recently used session makes room.
 const MAX_PROGRAMS = 64
 
-/** A job, and where sessions find its gradient and write its update. */
+/** A job, with the addresses where sessions read its gradient and write its update. */
 type JobInSpace = Job & { memory: { gradient: Pointer; update: Pointer } }
 
-/** A kernel's session with one tensor that stays for each scalar input and for each check that it answers. */
+/** A kernel's session, with a tensor of its own for each scalar input and for each check. */
 type Program = {
   session: Session
   spec: KernelSpec
@@ -43,13 +43,13 @@ type Program = {
   checks: ScalarTensor[]
 }
 
-/** The part of a tensor that one run works on; `offset` in elements. */
+/** The part of a tensor that one run of a session works on; `offset` in elements. */
 type TensorPart = { dims: readonly number[]; offset: number; dtype: Dtype }
 
-/** One float32 of native memory: ONNX Runtime keeps its address, so it must never move. */
+/** One float32 in native memory: ONNX Runtime keeps its address, so it must never move. */
 type ScalarTensor = { value: Float32Array; tensor: Pointer; pointer: Pointer }
 
-/** Computes jobs with ONNX Runtime alone, one at a time in the calling thread; gradient and update are scanned in host memory. */
+/** Computes jobs with ONNX Runtime alone, one at a time. Gradients and updates are scanned in host memory. */
 export class OnnxExecutor implements Executor {
   readonly #space: TensorSpace
   readonly #runtime: OnnxRuntime
@@ -58,7 +58,7 @@ export class OnnxExecutor implements Executor {
   readonly #programs = new Cache<Program>(MAX_PROGRAMS, (program) => this.#release(program))
   readonly #views = new Views()
 
-  /** `half`: matrix products are of float16. */
+  /** With `half` matrix products are of float16. */
   constructor(runtime: OnnxRuntime, space: TensorSpace, { half }: { half: boolean }) {
     this.#space = space
     this.#half = half
@@ -94,10 +94,10 @@ export class OnnxExecutor implements Executor {
     return finish(update.finite ? 'computed' : 'not_finite')
   }
 
-  /** Runs every task of the plan; false where a check says that the next state would not be finite. */
+  /** Runs every task of the plan; false once a check says that the next state is not finite. */
   #computeTasks(job: Job): boolean {
     const memory = { gradient: this.#space.receive(job.gradient), update: this.#space.updateOf(job.update) }
-    // A plan names few kernels and names them often: each is looked up once.
+    // A plan has few kernels and may have many tasks: each kernel is looked up once.
     const found = new Map<KernelSpec, Program>()
     const finite = job.plan.tasks.flatMap(slices).every((task) => {
       const spec = task.kernel ?? job.plan.kernel
@@ -111,7 +111,7 @@ export class OnnxExecutor implements Executor {
 
   #computeTask(job: JobInSpace, task: Task, { session, spec, states, scalars, checks }: Program): boolean {
     for (const scalar of scalars) scalar.value[0] = scalarValue(job, task, scalar.name)
-    // Before anything that would have to be released if there is no memory for it.
+    // Zeros come first: nothing has to be released yet if there is no memory for them.
     const zero = job.state ? 0n : this.#space.zeros(count(task.dims) * FLOAT32.bytes)
     const { dims, offset } = task
     const parts = states.map((io) => statePart(task, io))
@@ -188,7 +188,7 @@ export class OnnxExecutor implements Executor {
   }
 }
 
-// Elementwise kernels go through a large tensor in slices: their intermediates then stay small and in the cache.
+// Elementwise kernels go through a large tensor in slices, so that their intermediates stay in the cache.
 function slices(task: Task): Task[] {
   const [elements, ...rest] = task.dims
   if (rest.length > 0 || elements <= SLICE_ELEMENTS) return [task]

@@ -6,15 +6,17 @@ import koffi from 'koffi'
 /** An address in this process. It is valid in every thread; 0n is null. */
 export type Pointer = bigint
 
-/** A session's graph with the names of its inputs and outputs in the order in which `run` takes their values. */
+/** A loaded model, with the names of its inputs and outputs in the order in which `run` takes their values. */
 export type Session = { handle: Pointer; inputs: NameList; outputs: NameList; runOptions: Pointer | null }
 
-/** Where a session computes: on `threads` cores, or on a GPU as part of the work of a stream, for which `run` does not wait. */
+/**
+ * Where a session computes: on `threads` cores, or on a GPU, where `run` queues its work on `stream` and does not wait.
+ */
 export type SessionTarget = { threads: number } | { gpu: number; stream: Pointer }
 
 type NameList = { pointers: BigUint64Array; texts: Buffer[] }
 
-/** What this binding needs of ONNX Runtime's C API. Every failing call throws OnnxRuntimeError with the library's message. */
+/** The part of ONNX Runtime's C API that lanes use. Failing calls throw OnnxRuntimeError with the library's message. */
 export type OnnxRuntime = {
   version: string
   providers(): string[]
@@ -24,26 +26,26 @@ export type OnnxRuntime = {
     target: SessionTarget,
   ): Session
   releaseSession(session: Session): void
-  /** Wraps memory that the caller keeps alive, of the host or of a GPU, as a tensor of `dims` elements of the ONNX type `type`. */
+  /** Wraps memory of the host or of a GPU as a tensor of the ONNX type `type`. The caller keeps the memory alive. */
   createTensor(
     memory: { pointer: Pointer; bytes: number; gpu?: number },
     dims: readonly number[],
     type: number,
   ): Pointer
   releaseTensor(tensor: Pointer): void
-  /** Runs in the calling thread, on the CPU synchronously; outputs are written into the memory of the given tensors. */
+  /** Runs in the calling thread, on the CPU synchronously. Outputs are written into the memory of the given tensors. */
   run(session: Session, inputs: readonly Pointer[], outputs: readonly Pointer[]): void
-  /** Memory from the CPU provider's allocator, aligned to 64 bytes, not cleared. */
+  /** Allocates host memory, aligned to 64 bytes, not cleared. */
   allocate(bytes: number): Pointer
   free(pointer: Pointer): void
-  /** The address of memory that JavaScript owns: good as long as the caller holds `memory`. */
+  /** The address of memory that JavaScript owns; it is good as long as the caller holds `memory`. */
   addressOf(memory: Uint8Array): Pointer
   close(): void
 }
 
 export class OnnxRuntimeError extends Error {}
 
-// The C API's table is append only, so version 29 of it is right on 1.29 and everything later.
+// The C API's table is append-only: version 29 of it is right on ONNX Runtime 1.29 and every later one.
 const API_VERSION = 29
 const MINIMUM_VERSION = [1, 29] as const
 
@@ -60,7 +62,7 @@ const prototype = (name: string, result: string, parameters: string[]) => koffi.
 const getApiType = prototype('OrtGetApi', 'void *', ['uint32_t'])
 const textType = prototype('OrtText', 'const char *', [])
 
-/** index in the API's table (offset / 8), parameters, and whether the call returns a status. */
+/** Of each function its index in the API's table (offset / 8), its parameters, and whether it returns a status. */
 const CALLS = {
   GetErrorMessage: [2, ['void *'], 'const char *'],
   CreateEnv: [3, ['int', 'const char *', '_Out_ void **'], STATUS_CALL],
@@ -172,7 +174,7 @@ export function openOnnxRuntime(folder: string = bundledLibraryFolder()): OnnxRu
   }
 }
 
-/** The bytes at an address as an ArrayBuffer without a copy; the memory must outlive every use of it. About 30 µs. */
+/** The bytes at an address, without a copy: the memory must outlive every use of them. It takes about 30 µs. */
 export function viewMemory(pointer: Pointer, bytes: number): Uint8Array<ArrayBuffer> {
   return new Uint8Array(koffi.view(pointer, bytes))
 }
@@ -189,7 +191,7 @@ function loadApi(folder: string): { api: Pointer; version: string } {
   return { api: koffi.decode(koffi.decode(base, 0, 'void *'), getApiType)(API_VERSION), version }
 }
 
-/** Throws where the library's version is too old for the table that we ask it for, or of another major version. */
+/** Throws where the library is too old for the table's version, or of another major version. */
 export function checkVersion(version: string, folder: string): void {
   const [major, minor] = version.split('.').map(Number)
   if (major === MINIMUM_VERSION[0] && minor >= MINIMUM_VERSION[1]) return
@@ -221,7 +223,7 @@ type Out = (name: CallName, ...rest: unknown[]) => Pointer
 function cpuOptions(call: Caller, out: Out, threads: number): Pointer {
   const options = out('CreateSessionOptions')
   call('SetIntraOpNumThreads', options, threads)
-  // A pattern is one block for all intermediates of a shape: larger, and on top of what the arena holds for other shapes.
+  // A memory pattern is one block for all intermediates of a shape, beside the arena's blocks for other shapes.
   call('DisableMemPattern', options)
   // Spinning threads of several sessions would take the cores from the lane that has work.
   call('AddSessionConfigEntry', options, 'session.intra_op.allow_spinning', '0')
@@ -229,7 +231,7 @@ function cpuOptions(call: Caller, out: Out, threads: number): Pointer {
 }
 
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
-// Fallbacks to the CPU would hide copies; TF32 would round float32 products to ten bits.
+// A node that falls back to the CPU would hide copies; TF32 would round float32 products to ten bits.
 const CUDA_OPTIONS = { arena_extend_strategy: 'kSameAsRequested', use_tf32: '0' }
 
 function cudaOptions(call: Caller, out: Out, { gpu, stream }: { gpu: number; stream: Pointer }): Pointer {
@@ -243,7 +245,7 @@ function cudaOptions(call: Caller, out: Out, { gpu, stream }: { gpu: number; str
     call('UpdateCUDAProviderOptionsWithValue', provider, 'user_compute_stream', stream)
     call('SessionOptionsAppendExecutionProvider_CUDA_V2', options, provider)
     call('AddSessionConfigEntry', options, 'session.disable_cpu_ep_fallback', '1')
-    // Its fast reductions add in whatever order the blocks end: a replay would have other bits.
+    // The provider's fast reductions add in the order in which blocks end: a replay would have other bits.
     call('SetDeterministicCompute', options, true)
     return options
   } finally {
@@ -251,7 +253,7 @@ function cudaOptions(call: Caller, out: Out, { gpu, stream }: { gpu: number; str
   }
 }
 
-/** Run options under which a run on a GPU returns once its work is queued. */
+/** Options with which a run on a GPU returns once its work is queued. */
 function unsynchronized(call: Caller, out: Out): Pointer {
   const options = out('CreateRunOptions')
   call('AddRunConfigEntry', options, 'disable_synchronize_execution_providers', '1')
@@ -269,7 +271,7 @@ function availableProviders(call: Caller): string[] {
   return names
 }
 
-// ONNX Runtime takes `const char *const *`; the texts live as long as the list does.
+// An array of C strings (`const char *const *`); the strings live as long as the list that holds them.
 function nameList(names: readonly string[]): NameList {
   const texts = names.map((name) => Buffer.from(`${name}\0`))
   return { texts, pointers: BigUint64Array.from(texts, (text) => koffi.address(text)) }

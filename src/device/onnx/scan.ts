@@ -2,19 +2,19 @@ import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
 import { FINGERPRINT, mix } from '../../../kernels/fingerprint.js'
 import { assemble, type Code, i32, i64, instantiate, local, type ValueType, v128, whileLoop } from './wasm.js'
 
-/** What one pass over a tensor's bytes tells. `squareSum` means nothing unless `finite`. */
+/** The result of one pass over a tensor's bytes. `squareSum` means nothing unless `finite`. */
 export type Scan = {
-  /** 64 bits over every bit and its position (kernels/fingerprint.ts). */
+  /** 64 bits that depend on every bit and its position (kernels/fingerprint.ts). */
   fingerprint: bigint
-  /** No element is NaN or infinite. */
+  /** Whether no element is NaN or infinite. */
   finite: boolean
-  /** Σ x² in float64, added in an order that only the length and the dtype decide: equal bytes give equal bits. */
+  /** Σ x² in float64. The order of the sum depends on length and dtype alone: equal bytes give equal bits. */
   squareSum: number
 }
 
-/** Holds 128 KiB of its own; one per thread. */
+/** Scans tensors in 128 KiB of memory of its own; a thread needs one. */
 export type Scanner = {
-  /** Reads `bytes` (little-endian elements, any alignment, any memory) once. Throws RangeError if they cut an element. */
+  /** Reads `bytes` (little-endian, any alignment) once. Throws RangeError if the last element is incomplete. */
   scan: (bytes: Uint8Array, dtype: Dtype) => Scan
 }
 
@@ -22,7 +22,7 @@ const WINDOW = 65_536
 const BLOCK = 64
 const ACCUMULATORS = 4
 
-// The second page, in bytes: what a run over many windows carries along.
+// Offsets in the second page of the memory: the values that go from one window to the next.
 const STATE = {
   sum: WINDOW,
   key: WINDOW + 8,
@@ -56,7 +56,7 @@ const LOCALS: readonly ValueType[] = [
   ...Array.from({ length: ACCUMULATORS }, () => 'v128' as const),
 ]
 
-/** Float32 lanes out of 16 loaded bytes, and the largest magnitude pattern that is still finite. */
+/** For each dtype how 16 loaded bytes become float32 lanes, and the bits of a magnitude and of infinity. */
 const DECODE = {
   float32: { lanes: (loaded: Code) => [loaded], magnitude: 0x7fffffff, wide: true, infinity: 0x7f800000 },
   bfloat16: { lanes: bfloat16Lanes, magnitude: 0x7fff7fff, wide: false, infinity: 0x7f80 },
@@ -112,7 +112,7 @@ function squareSum(state: DataView): number {
   return sum
 }
 
-/** scan(blocksEnd, end): whole blocks up to `blocksEnd`, then words up to `end`, continuing from the state page. */
+/** The body of scan(blocksEnd, end): whole blocks up to `blocksEnd`, then words up to `end`, from the state page on. */
 function scanWindow(dtype: Dtype): Code {
   const block = Array.from({ length: BLOCK / 16 }, (_, part) => [
     ...fingerprintWord(part * 16),
@@ -146,7 +146,7 @@ function fingerprintWord(offset: number): Code {
   ]
 }
 
-/** Squares of the loaded elements in float64, whose range no square of the three dtypes leaves; `turn` rotates the accumulators. */
+/** Adds the squares of the loaded elements in float64, in which none overflows; `turn` chooses the accumulators. */
 function squares(dtype: Dtype, turn: number): Code {
   const { lanes, magnitude, wide } = DECODE[dtype]
   const larger = wide ? v128.i32x4.maxSigned : v128.i16x8.maxSigned
@@ -173,8 +173,9 @@ function bfloat16Lanes(loaded: Code): readonly Code[] {
 }
 
 /**
- * |x| of a float16: its bits at a float32's place need an exponent 112 higher. A subnormal one gets one exponent
- * more and loses the implied bit 2^-14 again: exact, and no subnormal operand slows the processor down.
+ * |x| of each float16 as float32: the bits, moved to their place in a float32, need an exponent that is 112 higher. For
+ * a subnormal number the exponent is one higher still, and the implied bit 2^-14 is subtracted again: the result is
+ * exact, and no subnormal operand slows the processor down.
  */
 function float16Lanes(loaded: Code): readonly Code[] {
   const mask = v128.splat(0x7fff << 13)
@@ -197,7 +198,7 @@ function loadState(): Code {
   return [
     ...word(SUM, STATE.sum),
     ...word(KEY, STATE.key),
-    // Loaded, because the engine would rebuild a constant of 64 bits at every use.
+    // The constants are loaded from memory, because the engine would rebuild one of 64 bits at every use.
     ...word(STEP_LOCAL, STATE.step),
     ...word(FIRST_LOCAL, STATE.first),
     ...word(SECOND_LOCAL, STATE.second),

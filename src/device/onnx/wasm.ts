@@ -5,7 +5,7 @@
  */
 export type Code = readonly number[]
 
-/** Exported by its name; returns nothing: results go through the memory. Locals count on from the parameters. */
+/** A function, exported by its name. Its results go through the memory. Locals are numbered after the parameters. */
 export type WasmFunction = {
   name: string
   parameters: readonly ValueType[]
@@ -22,7 +22,7 @@ const VALUE_TYPES = { i32: 0x7f, i64: 0x7e, v128: 0x7b } as const
 
 export type ValueType = keyof typeof VALUE_TYPES
 
-/** Compiles and instantiates `module` (from `assemble`); throws WebAssembly.CompileError where the engine has no SIMD. */
+/** Compiles and instantiates a module of `assemble`. Throws WebAssembly.CompileError where the engine has no SIMD. */
 export function instantiate(module: Uint8Array): WasmInstance {
   const { exports } = new WebAssembly.Instance(new WebAssembly.Module(module))
   const { memory } = exports
@@ -35,7 +35,7 @@ export function instantiate(module: Uint8Array): WasmInstance {
   return { memory: new Uint8Array(memory.buffer), call }
 }
 
-/** The bytes of a module that exports `memory`, of `pages` 64 KiB pages that never grow, and the functions by name. */
+/** The bytes of a module that exports the functions and `memory`, which has `pages` pages of 64 KiB and never grows. */
 export function assemble(pages: number, functions: readonly WasmFunction[]): Uint8Array {
   const types = functions.map(({ parameters }) => [
     0x60,
@@ -77,13 +77,13 @@ export const i64 = {
 
 export const v128 = {
   load: access([0xfd, 0x00], 4),
-  /** Eight bytes into the low half, zeros into the high half. */
+  /** Loads eight bytes into the low half and zeros into the high half. */
   loadLow: access([0xfd, 0x5d], 3),
   store: access([0xfd, 0x0b], 4),
-  /** Four equal 32-bit lanes. */
+  /** A constant of four equal 32-bit lanes. */
   splat: (lane: number): Code => [0xfd, 0x0c, ...[0, 1, 2, 3].flatMap(() => littleEndian32(lane))],
   and: vectorOperation(0x4e),
-  /** The high half moved into both halves. */
+  /** The high half in both halves. */
   high: (value: Code): Code => [
     ...value,
     ...value,
@@ -103,7 +103,7 @@ export const v128 = {
   f64x2: { promoteLow: vectorOperation(0x5f), add: vectorOperation(0xf0), mul: vectorOperation(0xf2) },
 }
 
-/** Runs `body`, and again, for as long as `condition` (an i32) holds; not at all if it does not hold at first. */
+/** Runs `body` as long as `condition` (an i32) holds; not at all if it does not hold at first. */
 export function whileLoop(condition: Code, body: Code): Code {
   return [...condition, 0x04, 0x40, 0x03, 0x40, ...body, ...condition, 0x0d, 0x00, 0x0b, 0x0b]
 }
@@ -148,7 +148,7 @@ function unsigned(value: number): Code {
   return value < 0x80 ? [value] : [(value & 0x7f) | 0x80, ...unsigned(value >>> 7)]
 }
 
-/** Signed LEB128: it ends where the rest is only the sign of the last byte's bit 6. */
+/** Signed LEB128: it ends where all bits that are left equal bit 6 of the last byte, its sign. */
 function signed(value: bigint): Code {
   const low = Number(value & 0x7fn)
   const rest = value >> 7n
