@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from models import saved_and_loaded
 from torch import nn
 
 from muond import MuondError
+from muond.rest import Rest
 from muond.torch import AdamW, Muon, MuonClip, Optimizer
-from service import Service
+from service import Service, damage
 
 Edit = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -195,14 +197,12 @@ def test_a_state_of_an_optimizer_that_lives_is_copied(shared: Service, takeover:
 
 
 def test_a_state_whose_run_another_process_has_is_copied_too(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    import muond.torch.home
-
     pair = made(shared, "adamw")
     module = model()
     one = pair.ours(module.parameters())
     steps(module, one, 3)
     saved = one.state_dict()
-    monkeypatch.setattr(muond.torch.home, "_living", {})
+    monkeypatch.setattr("muond.torch.living._owners", {})
     two = pair.ours(model().parameters())
     two.load_state_dict(saved)
     assert two.run_name != one.run_name
@@ -390,3 +390,57 @@ def test_a_half_step_is_over_when_a_state_is_loaded(shared: Service) -> None:
     module(torch.ones(2, 8)).sum().backward()
     optimizer.step()
     assert float(optimizer.state[module[2].weight]["step"]) == 2
+
+
+def test_entries_of_the_program_alone_are_no_state(shared: Service) -> None:
+    module = model()
+    optimizer = made(shared, "adamw").ours(module.parameters())
+    saved = {"state": {0: {"mine": [1, 2]}}, "param_groups": optimizer.state_dict()["param_groups"]}
+    optimizer.load_state_dict(saved)
+    entries = optimizer.state[module[0].weight]
+    assert entries["mine"] == [1, 2]
+    assert entries["mine"] is not saved["state"][0]["mine"]
+    steps(module, optimizer, 1)
+    assert set(optimizer.state[module[0].weight]) == {"mine", "step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_the_run_where_it_is(
+    durable: Callable[..., Service], name: str, tmp_path: Path
+) -> None:
+    module, alone = model(), model()
+    pair = made(durable(), "adamw")
+    optimizer = pair.ours(module.parameters(), run=name, state="checkpoint")
+    steps(module, optimizer, 1)
+    saved = optimizer.state_dict()
+    steps(module, optimizer, 1, 2)
+    damage(tmp_path, name, saved["muond"]["checkpoint"])
+    with pytest.raises(MuondError, match="CHECKPOINT_UNREADABLE"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.step_count == 2
+    steps(module, optimizer, 1, 3)
+    other = pair.ours(alone.parameters())
+    steps(alone, other, 3)
+    assert apart(module, alone) == 0.0
+
+
+def test_an_optimizer_without_a_name_goes_over_to_the_run_of_a_checkpoint(
+    durable: Callable[..., Service], name: str
+) -> None:
+    pair = made(durable(), "adamw")
+    module = model()
+    first = pair.ours(module.parameters(), run=name, state="checkpoint")
+    steps(module, first, 2)
+    saved = first.state_dict()
+    first.close()
+    second = pair.ours((again := model()).parameters())
+    steps(again, second, 1)
+    left = second.run_name
+    second.load_state_dict(saved)
+    assert (second.run_name, second.step_count) == (name, 2)
+    with Rest(second.run.address) as rest, pytest.raises(MuondError, match="RUN_NOT_FOUND"):
+        rest.run(left)
+    third = pair.ours(model().parameters())
+    steps(again, second, 1, 3)
+    saved = second.state_dict()
+    third.load_state_dict(saved)
+    assert third.run_name != name, "a living optimizer has it"

@@ -13,7 +13,7 @@ from torch import nn
 
 from muond import MuondError
 from muond.rest import Rest
-from muond.torch import AdamW
+from muond.torch import AdamW, suggest
 from service import Service
 
 
@@ -135,6 +135,26 @@ def test_parameters_of_several_groups_change_places(shared: Service) -> None:
         first, second = optimizer.param_groups
         first["params"], second["params"] = second["params"], first["params"]
         pull(optimizer, [a, b], 3)
+        ends.append((a, b))
+    assert all(relative(x, y) < 1e-5 for x, y in zip(ends[1], ends[0], strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "sgd"])
+def test_a_parameter_that_was_taken_out_comes_back_with_its_state(shared: Service, algorithm: str) -> None:
+    pair = made(shared, algorithm)
+    ends = []
+    for make in pair.both:
+        a, b = leaf(4), leaf(5, seed=1)
+        optimizer = make([a, b])
+        pull(optimizer, [a, b], 3)
+        optimizer.state[b]["own"] = 1
+        optimizer.param_groups[0]["params"] = [a]
+        pull(optimizer, [a], 2)
+        b.grad = None
+        assert optimizer.state[b]["own"] == 1
+        optimizer.param_groups[0]["params"] = [a, b]
+        pull(optimizer, [a, b], 2)
+        assert optimizer.state[b]["own"] == 1
         ends.append((a, b))
     assert all(relative(x, y) < 1e-5 for x, y in zip(ends[1], ends[0], strict=True))
 
@@ -288,3 +308,86 @@ def test_a_step_with_every_parameter_frozen_is_none(shared: Service) -> None:
     steps(module, optimizer, 1)
     assert optimizer.step_count == 1
     assert len(optimizer.run.opened["parameters"]) == 2
+
+
+def test_suggest_says_what_is_frozen() -> None:
+    module = model()
+    module[0].weight.requires_grad_(False)
+    table = str(suggest(module, quiet=True))
+    assert [line.endswith("matrix, frozen") for line in table.splitlines()[1:]] == [True, False]
+
+
+# What was kept of a run with other parameters
+
+
+def test_a_checkpoint_of_other_parameters_is_not_gone_back_to(durable: Callable[..., Service], name: str) -> None:
+    service = durable()
+    a, b = leaf(4), leaf(5)
+    with AdamW([a], url=service.url, run=name, state="checkpoint", keep="cpu") as optimizer:
+        pull(optimizer, [a], 1)
+        optimizer.checkpoint()
+        saved = optimizer.state_dict()
+        optimizer.param_groups[0]["params"].append(b)
+        with pytest.raises(ValueError, match="loaded state dict contains a parameter group"):
+            optimizer.load_state_dict(saved)
+        optimizer.param_groups[0]["params"] = [b]
+        with pytest.raises(ValueError, match=f"the parameters are not those of run '{name}' any more"):
+            optimizer.load_state_dict(saved)
+        optimizer.param_groups[0]["params"] = [a, b]
+        with pytest.warns(UserWarning, match=f"its state goes on in run '{name}.2'"):
+            pull(optimizer, [a, b], 1)
+        with pytest.raises(MuondError, match="has no weights kept here"):
+            optimizer.rollback()
+
+
+def test_a_checkpoint_is_gone_back_to_in_the_middle_of_a_step(durable: Callable[..., Service], name: str) -> None:
+    service = durable()
+    module = model()
+    with AdamW(module.parameters(), url=service.url, run=name, state="checkpoint", overlap=True) as optimizer:
+        steps(module, optimizer, 1)
+        saved = optimizer.state_dict()
+        optimizer.zero_grad()
+        module(torch.ones(1, 8)).sum().backward()
+        optimizer.load_state_dict(saved)
+        assert optimizer.step_count == 1
+        steps(module, optimizer, 1, 2)
+        assert optimizer.step_count == 2
+
+
+def test_where_nothing_was_computed_yet_nothing_is_carried_over(shared: Service) -> None:
+    a, b = leaf(4), leaf(5)
+    optimizer = made(shared, "adamw").ours([a])
+    optimizer.open()
+    optimizer.add_param_group({"params": [b]})
+    pull(optimizer, [a, b], 1)
+    assert optimizer.step_count == 1
+
+
+def test_a_service_without_room_for_both_runs_says_so_before_anything_moves(
+    start: Callable[..., Service], name: str
+) -> None:
+    service = start("--max-runs", "1")
+    a, b = leaf(4), leaf(5)
+    with AdamW([a], url=service.url, run=name) as optimizer:
+        pull(optimizer, [a], 1)
+        before = a.detach().clone()
+        optimizer.add_param_group({"params": [b]})
+        with pytest.raises(MuondError, match="OVER_CAPACITY"):
+            pull(optimizer, [a, b], 1)
+        assert torch.equal(a, before)
+        optimizer.param_groups.pop()
+        pull(optimizer, [a], 1)
+        assert (optimizer.run_name, optimizer.step_count) == (name, 2)
+
+
+def test_a_hook_of_a_parameter_that_was_taken_out_sends_nothing(shared: Service) -> None:
+    a, b = leaf(4), leaf(5)
+    optimizer = made(shared, "adamw").ours([a, b], overlap=True)
+    pull(optimizer, [a, b], 1)
+    optimizer.param_groups[0]["params"] = [a]
+    optimizer.zero_grad()
+    before = b.detach().clone()
+    ((b * b).sum() + (a * a).sum()).backward()
+    optimizer.step()
+    assert torch.equal(b, before)
+    assert len(optimizer.run.parameters) == 1

@@ -30,6 +30,20 @@ def zero_in_place(optimizer: Any) -> None:
                 value.zero_()
 
 
+def zero_all(optimizer: Any) -> None:
+    """The count as well: what begins anew begins where torch does."""
+    for p in parameters(optimizer):
+        for value in optimizer.state[p].values():
+            value.zero_()
+
+
+def put_back_what_is_there(optimizer: Any) -> None:
+    """Nothing changes."""
+    optimizer.state = optimizer.state
+    for p in parameters(optimizer):
+        optimizer.state[p] = optimizer.state[p]
+
+
 def zero_through_data(optimizer: Any) -> None:
     for p in parameters(optimizer):
         for name, value in optimizer.state[p].items():
@@ -99,6 +113,8 @@ def to_the_device(optimizer: Any) -> None:
 
 CHANGES: list[Change] = [
     zero_in_place,
+    zero_all,
+    put_back_what_is_there,
     zero_through_data,
     zero_through_numpy,
     prune,
@@ -130,7 +146,7 @@ def test_what_is_done_to_the_state_is_done_as_in_torch(shared: Service, algorith
     steps(untouched, other, 8)
     assert apart(ours, theirs) < pair.tolerance
     assert state_apart(optimizer, reference) < pair.tolerance
-    if change is not to_the_device:
+    if change not in (to_the_device, put_back_what_is_there):
         assert apart(theirs, untouched) > 4 * pair.tolerance, "the change makes a difference"
     optimizer.close(delete=True)
 
@@ -204,6 +220,10 @@ def test_what_is_not_there_is_said_without_the_tensor_in_it(shared: Service) -> 
         optimizer.state.pop("other")
     assert optimizer.state.pop("other", 3) == 3
     assert optimizer.state.get("other") is None
+    assert optimizer.state.setdefault("other", {"x": 1}) == optimizer.state.get("other") == {"x": 1}
+    assert optimizer.state.setdefault("other") == {"x": 1}
+    assert optimizer.state.setdefault(module[0].weight) == {}
+    del optimizer.state["other"], optimizer.state[module[0].weight]
     assert "0 keys" in repr(optimizer.state)
 
 
@@ -245,6 +265,18 @@ def test_state_that_is_written_before_the_first_step_is_what_it_begins_with(shar
             }
         steps(module, optimizer, 2)
     assert apart(modules[1], modules[0]) < 1e-5
+
+
+def test_a_first_step_that_cannot_begin_can_be_taken_again(shared: Service, name: str) -> None:
+    module = model()
+    optimizer = made(shared, "sgd").ours(module.parameters(), run=name)
+    optimizer.state[module[0].weight]["momentum_buffer"] = torch.zeros(3)
+    with pytest.raises(MuondError, match="SHAPE_MISMATCH"):
+        steps(module, optimizer, 1)
+    assert optimizer.step_count == 0
+    del optimizer.state[module[0].weight]["momentum_buffer"]
+    steps(module, optimizer, 1)
+    assert optimizer.step_count == 1
 
 
 def test_a_state_that_no_optimizer_could_go_on_from_is_refused_before_anything_moves(shared: Service) -> None:
@@ -304,6 +336,7 @@ def test_entries_do_what_a_dict_does(shared: Service) -> None:
     assert set(entries.keys()) == set(entries.copy()) == set({**entries}) == names | {"own"}
     assert len(entries.values()) == 3
     assert "own" in repr(entries)
+    assert entries.get("nothing", 5) == 5
     entries.update({"more": 2}, most=3)
     assert entries.pop("most") == 3
     assert entries.pop("most", None) is None

@@ -305,6 +305,10 @@ def test_what_cannot_be_pickled_or_computed_is_refused_when_it_is_made(shared: S
     for values in ({"lr": float("nan")}, {"lr": -1.0}):
         with pytest.raises(ValueError, match="Invalid learning rate"):
             ours(shared, "SGD", weight, **values)
+    with pytest.raises(ValueError, match=r"a hyperparameter is a tensor of shape \[2\], expected one element"):
+        ours(shared, "SGD", weight, momentum=torch.ones(2))
+    with pytest.raises(TypeError, match="lr is None"):
+        ours(shared, "AdamW", weight, lr=None)
     with pytest.raises(TypeError, match="momentum is None"):
         ours(shared, "SGD", weight, momentum=None)
     for params in (None, [None], [{"params": None}], [{"params": [None]}]):

@@ -41,3 +41,15 @@ def test_it_lists_every_option() -> None:
         r"`(\w+)`", " ".join(row.split("|")[1] for row in re.findall(r"^\| `.*", section, re.MULTILINE))
     )
     assert sorted(listed) == sorted(Settings.__dataclass_fields__)
+
+
+def test_its_table_of_promises_names_tests_that_are_there() -> None:
+    section = README.split("## What torch promises")[1].split("\n## ")[0]
+    lines = re.findall(r"^\| (?!promise)(.*) \|$", section, re.MULTILINE)
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert len(rows) == 40
+    there = {path.stem for path in Path(__file__).parents[1].rglob("test_*.py")}
+    for promise, kept, otherwise, tests in rows:
+        assert kept in ("yes", "no"), promise
+        assert (kept == "yes") or otherwise, promise
+        assert {*tests.split(", ")} <= there, promise

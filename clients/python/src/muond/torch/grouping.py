@@ -134,3 +134,15 @@ def _named_plainly(params: Any) -> Any:
     if isinstance(params, (torch.Tensor, set)):
         return params
     return [(plain_name(entry[0]), entry[1]) if isinstance(entry, tuple) else entry for entry in params]
+
+
+def common_values(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What schedulers ask an optimizer of groups with values of their own for: the keys that all have, with the first one's values."""
+    shared = set.intersection(*({*DEFAULTS[group["algorithm"]]} for group in groups))
+    return {key: value for key, value in groups[0].items() if key in shared}
+
+
+def with_names(group: Mapping[str, Any]) -> list[Any]:
+    """The parameters of a group as they were given: with their names, if they have some."""
+    names = group.get("param_names")
+    return list(group["params"]) if names is None else list(zip(names, group["params"], strict=True))

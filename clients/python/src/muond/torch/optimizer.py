@@ -24,17 +24,20 @@ from ..steps.interrupt import interrupt_later
 from ..transport.address import endpoint
 from .checks import check_values
 from .finite import nonfinite
-from .grouping import complete_group, resolve_groups
+from .grouping import common_values, complete_group, resolve_groups, with_names
 from .home import Home
-from .hyperparameters import DEFAULTS, changes
+from .hyperparameters import changes
 from .preset import with_preset
 from .progress import Progress
 from .settings import Options, Settings, settings
 from .slots import Slot, make_slots
 from .staging import Staging
 from .state.kept import Shelf
+from .state.loading import load
 from .state.matching import TOKEN, match
+from .state.packing import in_order, packed
 from .state.restoring import go_back
+from .state.saving import saved
 from .state.view import State
 from .streaming import Streaming
 
@@ -76,7 +79,7 @@ class Optimizer(torch.optim.Optimizer):
         """Of the last finished step."""
         self._inherited = defaults
         super().__init__(params, defaults)
-        self.defaults = defaults or _common(self.param_groups)
+        self.defaults = defaults or common_values(self.param_groups)
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
         make_slots(self.param_groups, given)
         Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
@@ -245,6 +248,8 @@ class Optimizer(torch.optim.Optimizer):
         """The run as param_groups and ``state`` are now."""
         if self._home.carry_out():
             self._staging = Staging()
+            # What was kept is of another run, with other parameters.
+            self._shelf = Shelf(self._settings.keep_last)
             if self._streaming is not None:
                 self._streaming.detach()
                 self._attach()
@@ -386,11 +391,11 @@ class Optimizer(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        entries, token = self._home.saved()
-        groups, number_of = _packed(self.param_groups)
+        entries, token = saved(self._home)
+        groups, number_of = packed(self.param_groups)
         state = {
             number_of.get(id(key), key) if isinstance(key, torch.Tensor) else key: value
-            for key, value in _in_order(entries, number_of)
+            for key, value in in_order(entries, number_of)
         }
         answer: dict[str, Any] = {"state": state, "param_groups": groups, **({} if token is None else {TOKEN: token})}
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -414,7 +419,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in loaded.groups:
             check_values(group)
         with self._opening:
-            self._home.load(given.get(TOKEN) or {}, loaded, loaded.groups)
+            load(self._home, given.get(TOKEN) or {}, loaded, loaded.groups)
             self.param_groups = loaded.groups
         if self._streaming is not None:
             self._streaming.reset()
@@ -447,7 +452,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._streaming is not None:
             self._streaming.reset()
         kept.restore(self._home.slots, self.param_groups)
-        self._home.state = State(self._home)
+        self._home.state.moved()
         self._measure_after(run.step_count)
         return run.step_count
 
@@ -475,27 +480,16 @@ class Optimizer(torch.optim.Optimizer):
         return copied
 
     def _copied(self, given: Settings) -> dict[str, Any]:
-        entries, _ = self._home.saved(tensors=True)
+        entries, _ = saved(self._home, tensors=True)
         return {"defaults": self._inherited, "param_groups": self.param_groups, "state": entries, "settings": given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         groups = [
-            {**{k: v for k, v in group.items() if k != "param_names"}, "params": _with_names(group)}
+            {**{k: v for k, v in group.items() if k != "param_names"}, "params": with_names(group)}
             for group in state["param_groups"]
         ]
         self._begin(groups, state["defaults"], state["settings"])
         self._home.state.replace(state["state"])
-
-
-def _common(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What schedulers ask an optimizer of groups with values of their own for: the keys that all have, with the first one's values."""
-    shared = set.intersection(*({*DEFAULTS[group["algorithm"]]} for group in groups))
-    return {key: value for key, value in groups[0].items() if key in shared}
-
-
-def _with_names(group: Mapping[str, Any]) -> list[Any]:
-    names = group.get("param_names")
-    return list(group["params"]) if names is None else list(zip(names, group["params"], strict=True))
 
 
 def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:
@@ -504,35 +498,8 @@ def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:
     return optimizer
 
 
-def _packed(groups: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, int]]:
-    """The param_groups of a state_dict, with a number for each parameter, and {id of a parameter: its number}."""
-    number_of: dict[int, int] = {}
-    packed: list[dict[str, Any]] = []
-    first = 0
-    for group in groups:
-        for number, parameter in enumerate(group["params"], first):
-            number_of.setdefault(id(parameter), number)
-        first += len(group["params"])
-        numbers = [number_of[id(parameter)] for parameter in group["params"]]
-        packed.append({**{key: value for key, value in group.items() if key != "params"}, "params": numbers})
-    return packed, number_of
-
-
-def _in_order(entries: Mapping[Any, Any], number_of: Mapping[int, int]) -> list[tuple[Any, Any]]:
-    """By number; what belongs to a parameter that no group has any more is left out, and keys of the program's own come last."""
-    numbered = [
-        (key, value) for key, value in entries.items() if isinstance(key, torch.Tensor) and id(key) in number_of
-    ]
-    others = [(key, value) for key, value in entries.items() if not isinstance(key, torch.Tensor)]
-    return [*sorted(numbered, key=lambda pair: number_of[id(pair[0])]), *others]
-
-
 def _check_gradient(slot: Slot, gradient: torch.Tensor) -> None:
     if gradient.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of '{slot.name}' is sparse ({gradient.layout}): muond takes dense ones (sparse=False)"
-        )
-    if tuple(gradient.shape) != slot.shape:
-        raise RuntimeError(
-            f"the gradient of '{slot.name}' has shape {list(gradient.shape)}, the run has {list(slot.shape)}"
         )

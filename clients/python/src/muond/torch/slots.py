@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -47,7 +47,7 @@ def make_slots(
     used: set[str] = set()
     # torch warns of a parameter that a group lists twice, and takes it.
     listed: set[int] = set()
-    names = _names(groups, known)
+    names = iter(_names(groups, known))
     for number, (group, group_name) in enumerate(zip(groups, group_names(groups), strict=True)):
         for tensor in group["params"]:
             name = next(names)
@@ -60,10 +60,11 @@ def make_slots(
     return slots
 
 
-def _names(groups: Sequence[Mapping[str, Any]], known: Sequence[Slot]) -> Iterator[str]:
+def _names(groups: Sequence[Mapping[str, Any]], known: Sequence[Slot]) -> list[str]:
     """A name for each parameter, once: two models in one optimizer may have names alike."""
     before = {id(slot.tensor): slot.name for slot in known}
-    taken: set[str] = set()
+    # As an ordered set.
+    taken: dict[str, None] = {}
     position = 0
     for group in groups:
         given = group.get("param_names")
@@ -73,9 +74,9 @@ def _names(groups: Sequence[Mapping[str, Any]], known: Sequence[Slot]) -> Iterat
             name, number = base, 2
             while name in taken:
                 name, number = f"{base}.{number}", number + 1
-            taken.add(name)
+            taken[name] = None
             position += 1
-            yield name
+    return list(taken)
 
 
 def group_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:

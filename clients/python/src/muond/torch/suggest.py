@@ -142,7 +142,8 @@ def _table(
     for name, parameter in named:
         layout = ", ".join(f"{key} {value}" for key, value in layouts.get(name, {}).items())
         shape = "x".join(str(size) for size in parameter.shape) or "scalar"
-        rows.append((name, shape, routed[name].route, layout, routed[name].why))
+        why = routed[name].why if parameter.requires_grad else f"{routed[name].why}, frozen"
+        rows.append((name, shape, routed[name].route, layout, why))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

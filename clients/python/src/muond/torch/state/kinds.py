@@ -54,16 +54,15 @@ def complete_entries(
         raise ValueError(
             f"the state of parameter '{parameter}' has {_listed(given)} but no {_listed(lacking)}: {algorithm} needs all of it, or none"
         )
-    if algorithm not in _COUNTING:
-        return {"step": max(step or 1, 1), **given}
-    if step:
-        return {"step": step, **given}
-    if any(bool(torch.any(on_host(value))) for value in given.values()):
+    # SGD's first step is another one than that of a buffer of zeros.
+    if step == 0 and algorithm != "sgd" and not any(bool(torch.any(on_host(value))) for value in given.values()):
+        return {"step": 0}
+    if step == 0 and algorithm in _COUNTING:
         raise ValueError(
             f"the state of parameter '{parameter}' has step 0 and {_listed(given)} that are not zero: "
             "set step to 1 or more, or the averages to zero"
         )
-    return {"step": 0}
+    return {"step": step or 1, **given}
 
 
 def _count(parameter: str, step: Any) -> int | None:

@@ -38,7 +38,7 @@ def open_at(open_run: Callable[[str, str | None], Run], rest: Rest, token: Mappi
 
 def go_to(run: Run, rest: Rest, token: Mapping[str, Any]) -> None:
     """Brings an open run to the checkpoint of a state_dict. Raises MuondError; the run is where it was then."""
-    if is_at(run, token["step"], token["digest"]):
+    if is_at(run, token["step"], token["digest"]) and not run.in_flight:
         return
     checkpoint = token["checkpoint"]
     # The id of a checkpoint says its step; another history has others of the same id.

@@ -86,7 +86,8 @@ class State(MutableMapping[Any, dict[str, Any]]):
 
     def contents(self) -> dict[torch.Tensor, dict[str, Any]]:
         """The service's entries of every parameter as they should be: what it has, with the changes."""
-        return {**self._look(), **self.changes()}
+        there = {parameter: entries for parameter, entries in self._look().items() if parameter not in self._removed}
+        return {**there, **self.changes()}
 
     def own(self) -> dict[Any, dict[str, Any]]:
         """The program's own entries and keys; nothing is read for them."""
@@ -122,6 +123,11 @@ class State(MutableMapping[Any, dict[str, Any]]):
                 del self._entries[key]
         self._marks.clear()
         self._removed.clear()
+
+    def keep(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
+        """The state of parameters that the service does not have any more."""
+        for parameter, entries in state.items():
+            self._entries[parameter] = {**self._entries.get(parameter, {}), **entries}
 
     def replace(self, state: Mapping[Any, Any]) -> None:
         """As an assignment to ``optimizer.state``."""

@@ -1,0 +1,128 @@
+"""Bringing an optimizer's run to where a state_dict says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...error import MuondError
+from ...run import Run
+from ..living import lives
+from ..slots import Slot
+from .matching import Loaded
+from .place import is_at
+from .restoring import go_to, open_at
+from .saving import content_of
+from .view import State
+
+if TYPE_CHECKING:
+    from ..home import Groups, Home
+
+
+def load(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: Groups) -> None:
+    """Goes to the state of a state_dict that was matched; ``groups`` are the param_groups as they are to be.
+
+    Raises ValueError and MuondError; run and state are as they were then.
+    """
+    if home.closed:
+        raise MuondError("CLIENT_CLOSED", f"the optimizer of run '{home.name}' was closed")
+    if "checkpoint" in token:
+        _load_checkpoint(home, token, groups)
+    elif home.run is not None or token or loaded.state or home.settings.mode != "create":
+        _load_content(home, token, loaded, groups)
+    home.state = State(home)
+    for key, entries in loaded.own.items():
+        if isinstance(key, torch.Tensor):
+            home.state[key].update(entries)
+        else:
+            home.state[key] = entries
+
+
+def _load_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> None:
+    name = str(token["run"]) if _may_take(home, str(token["run"])) else home.name
+    if home.run is not None and home.run.name == name:
+        if not home.is_declared():
+            raise ValueError(
+                f"the parameters are not those of run '{name}' any more, whose checkpoint the state dict has"
+            )
+        with home.rest() as rest:
+            go_to(home.run, rest, token)
+        return
+    made: list[list[Slot]] = []
+
+    def open_it(mode: str, checkpoint: str | None) -> Run:
+        run, slots = home.open_run(name, mode, checkpoint, groups, {})
+        made.append(slots)
+        return run
+
+    with home.rest() as rest:
+        run = open_at(open_it, rest, token)
+    old = home.run
+    home.adopt(run, made[-1], name)
+    if old is not None:
+        old.close()
+        home.let_go(old)
+
+
+def _may_take(home: Home, name: str) -> bool:
+    """Whether a state_dict of this run is one of this optimizer's own, under the name it has or one that followed it."""
+    given = home.settings.run
+    return given is None or re.fullmatch(re.escape(given) + r"(\.\d+)?", name) is not None
+
+
+def _load_content(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: Groups) -> None:
+    old = home.run
+    if old is None:
+        run, slots = _open_for(home, token, groups, loaded.state)
+    elif home.is_declared() and loaded.state.keys() <= home.declared():
+        run, slots = old, home.slots
+    else:
+        run, slots = home.open_next(old.name, loaded.state)
+    try:
+        if not _has_content(home, run, token, loaded, groups):
+            _settle_for_import(run)
+            home.write(run, slots, loaded.state)
+    except BaseException:
+        if run is not old:
+            home.leave(run)
+        raise
+    home.adopt(run, slots, run.name)
+    if old is not None and old is not run:
+        old.close()
+        home.followed(old, run)
+
+
+def _has_content(home: Home, run: Run, token: Mapping[str, Any], loaded: Loaded, groups: Groups) -> bool:
+    """Whether the run has the very tensors of the dictionary: it is where they were read, and they are unchanged since."""
+    return (
+        is_at(run, token.get("step"), token.get("digest"))
+        and not run.in_flight
+        and not (home.state.replaced or home.state.changes())
+        and token.get("content") == content_of(groups, loaded.state)
+    )
+
+
+def _open_for(
+    home: Home, token: Mapping[str, Any], groups: Groups, loaded: Mapping[torch.Tensor, Any]
+) -> tuple[Run, list[Slot]]:
+    """The run of the dictionary where it is this optimizer's to take; else one of its own, which gets a copy."""
+    name = str(token.get("run", home.name))
+    if name != home.name and _may_take(home, name) and not lives(home.address, name):
+        try:
+            return home.open_run(name, "create_or_resume", None, groups, loaded)
+        except MuondError as error:
+            if error.code not in ("RUN_BUSY", "RUN_MISMATCH"):
+                raise
+    # The settings' mode is for a run without a history; the service may know this one or not.
+    return home.open_run(home.name, "create_or_resume", None, groups, loaded)
+
+
+def _settle_for_import(run: Run) -> None:
+    """A step that was begun, here or by an earlier trainer, is not waited for: all of its state is replaced."""
+    if run.in_flight:
+        run.reopen()
+    if run.ahead:
+        run.settle()

@@ -1,0 +1,47 @@
+"""What a state_dict holds of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .fingerprint import content_digest
+
+if TYPE_CHECKING:
+    from ..home import Groups, Home
+
+
+def saved(home: Home, *, tensors: bool = False) -> tuple[dict[torch.Tensor, dict[str, Any]], dict[str, Any] | None]:
+    """What a state_dict holds: the entries of each parameter, and the token that says what they are of.
+
+    ``tensors``: the state itself, also where the settings say ``checkpoint``.
+    """
+    own = home.state.own()
+    if home.readable() is None:
+        return _together(home.state.contents(), own), None
+    home.carry_out()
+    run = home.run
+    assert run is not None
+    token: dict[str, Any] = {"version": 1, "run": run.name, "step": run.step_count, "digest": run.digest}
+    if home.settings.state == "checkpoint" and not tensors:
+        # Its tag keeps it for as long as the dictionary may be loaded.
+        token["checkpoint"] = run.checkpoint(f"state_dict.{run.step_count}").id
+        return own, token
+    state = home.read()
+    token["content"] = content_of(home.groups(), state)
+    return _together(state, own), token
+
+
+def content_of(groups: Groups, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> str:
+    """The digest of the service's entries, in the order of the param_groups."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return content_digest((str(i), state[p]) for i, p in enumerate(parameters) if p in state)
+
+
+def _together(state: Mapping[torch.Tensor, Mapping[str, Any]], own: Mapping[Any, Any]) -> dict[Any, Any]:
+    joined: dict[Any, Any] = {parameter: dict(entries) for parameter, entries in state.items() if entries}
+    for key, entries in own.items():
+        joined[key] = {**joined.get(key, {}), **entries} if isinstance(key, torch.Tensor) else entries
+    return joined
