@@ -23,7 +23,6 @@ const SHARED = ['src/errors.ts', 'src/config.ts', 'src/metrics.ts', 'src/text-ta
 /** Packages that only these files may know. */
 const OWNERS: Record<string, (file: string) => boolean> = {
   koffi: (file) => /^src\/(device\/(onnx\/onnxruntime|cuda\/cuda)|store\/lock)\.ts$/.test(file),
-  msgpackr: (file) => file === 'src/wire/codec.ts',
   ws: (file) =>
     /^src\/(app|link\/(session|websocket\/(sender|socket|unfinished))|client\/(steps\/)?\w+)\.ts$/.test(file),
   fastify: (file) => /^src\/(app|http\/\w+|link\/session)\.ts$/.test(file),

@@ -1,4 +1,3 @@
-import { Packr } from 'msgpackr'
 import { ServiceError } from '../errors.js'
 import { atOnce } from './at-once.js'
 import {
@@ -8,6 +7,7 @@ import {
   OPEN_BYTES,
   type OpenedFrame,
   OTHER_KEYS_BYTES,
+  PARAMETER_DESCRIPTION,
   type ParameterDescription,
   PROTOCOL,
   SERVER_FRAMES,
@@ -16,14 +16,15 @@ import {
   type UpdateFrame,
 } from './frame.js'
 import { type Cursor, cursorOf, ITEMS_PER_YIELD, malformed, nextToken, scan, takeBytes } from './msgpack.js'
+import { binHead, listHead, pack } from './pack.js'
 import { type MapSchema, quote, readMessage } from './schema.js'
 
 /** In how many bytes of a message `peekGradient` looks for a gradient's keys, which take at most 102 as msgpack. */
 export const PEEK_BYTES = 1024
 
 /**
- * Decodes one message of a client. `data` is a view of `bytes`. Decoding is our own strict reader and not msgpackr's,
- * which takes duplicate keys, dates and records in silence and forgets whether a number was sent as 1 or as 1.0.
+ * Decodes one message of a client. `data` is a view of `bytes`. The reader is our own and strict: others take duplicate keys and
+ * extensions in silence, and forget whether a number was sent as 1 or as 1.0.
  * @throws ServiceError FRAME_MALFORMED with the path of the key, FRAME_TOO_LARGE, PROTOCOL_UNSUPPORTED,
  *   HYPERPARAMETER_INVALID (a float where a hyperparameter counts something)
  */
@@ -77,9 +78,9 @@ export function peekGradient(head: Uint8Array): GradientHead | 'more' | undefine
   return cursor.ended && head.length < PEEK_BYTES ? 'more' : undefined
 }
 
-/** Encodes a frame as it stands, keys that are undefined left out. */
+/** Encodes a frame as it stands, keys that are undefined left out, and every float as a float64. */
 export function encodeFrame(frame: Exclude<ClientFrame, GradientFrame> | ServerFrame): Buffer {
-  return pack(frame)
+  return pack(frame, schemaOf(frame))
 }
 
 /**
@@ -90,15 +91,15 @@ export function* encodingOpened(
   frame: Omit<OpenedFrame, 'parameters'>,
   parameters: Iterable<ParameterDescription>,
 ): Generator<undefined, Buffer> {
-  const header = pack(frame)
+  const header = pack(frame, SERVER_FRAMES.opened)
   // One more pair in the map; `opened` does not reach the 15 at which the count would leave the first byte.
   header[0] += 1
   const list: Buffer[] = []
   for (const parameter of parameters) {
-    list.push(pack(parameter))
+    list.push(pack(parameter, PARAMETER_DESCRIPTION))
     if (list.length % ITEMS_PER_YIELD === 0) yield
   }
-  return Buffer.concat([header, PARAMETERS_KEY, listHeader(list.length), ...list])
+  return Buffer.concat([header, PARAMETERS_KEY, listHead(list.length), ...list])
 }
 
 /** A gradient or update frame but for its `data`. */
@@ -109,7 +110,7 @@ export type DataHeader = Omit<GradientFrame, 'data'> | Omit<UpdateFrame, 'data'>
  * after it as a fragment of its own, so no tensor is copied.
  */
 export function encodeHeader(frame: DataHeader, dataLength: number): Buffer {
-  const header = Buffer.concat([pack(frame), DATA_KEY, binHeader(dataLength)])
+  const header = Buffer.concat([pack(frame, schemaOf(frame)), DATA_KEY, binHead(dataLength)])
   // One more pair in the map; no frame reaches the 15 at which the count would leave the first byte.
   header[0] += 1
   return header
@@ -213,48 +214,9 @@ function readString(cursor: Cursor): string | undefined {
   return kind === 'string' ? takeBytes(cursor, value)?.toString() : undefined
 }
 
-const packr = new Packr({ useRecords: false, variableMapSize: true, encodeUndefinedAsNil: true })
-
-function pack(
-  frame: ClientFrame | ServerFrame | DataHeader | Omit<OpenedFrame, 'parameters'> | ParameterDescription,
-): Buffer {
-  return packr.pack(packable(frame))
-}
-
-/**
- * A value as msgpackr must see it: undefined keys dropped, typed arrays as Buffer (others it would write wrongly), and
- * integers beyond 32 bits as bigint, since it writes a plain number of that size as a float.
- */
-function packable(value: unknown): unknown {
-  if (typeof value === 'number') return isLong(value) ? BigInt(value) : value
-  if (ArrayBuffer.isView(value)) return Buffer.from(value.buffer, value.byteOffset, value.byteLength)
-  if (Array.isArray(value)) return value.map(packable)
-  if (typeof value !== 'object' || value === null) return value
-  const present = Object.entries(value).filter(([, item]) => item !== undefined)
-  return Object.fromEntries(present.map(([key, item]) => [key, packable(item)]))
-}
-
-/** The shortest header of a msgpack list of `count` items. */
-function listHeader(count: number): Buffer {
-  if (count < 16) return Buffer.of(0x90 | count)
-  if (count < 2 ** 16) return Buffer.of(0xdc, count >> 8, count & 0xff)
-  const header = Buffer.alloc(5, 0xdd)
-  header.writeUInt32BE(count, 1)
-  return header
-}
-
-function isLong(value: number): boolean {
-  return Number.isSafeInteger(value) && value !== value >>> 0 && value !== value >> 0
-}
-
 const PARAMETERS_KEY = Buffer.concat([Buffer.of(0xa0 | 'parameters'.length), Buffer.from('parameters')])
-
 const DATA_KEY = Buffer.from([0xa4, 0x64, 0x61, 0x74, 0x61])
 
-function binHeader(length: number): Buffer {
-  if (length < 0x100) return Buffer.from([0xc4, length])
-  if (length < 0x10000) return Buffer.from([0xc5, length >> 8, length & 0xff])
-  const header = Buffer.from([0xc6, 0, 0, 0, 0])
-  header.writeUInt32BE(length, 1)
-  return header
+function schemaOf({ type }: ClientFrame | ServerFrame | DataHeader): MapSchema {
+  return isKey(type, CLIENT_FRAMES) ? CLIENT_FRAMES[type] : SERVER_FRAMES[type]
 }

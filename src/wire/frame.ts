@@ -277,7 +277,8 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
   checkpoint: map<CheckpointFrame>({ type: string }, { tag: string }),
 }
 
-const description = openMap<ParameterDescription>(
+/** The schema of a parameter in `opened`. */
+export const PARAMETER_DESCRIPTION = openMap<ParameterDescription>(
   {
     index: uint,
     name: string,
@@ -307,9 +308,9 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       resumed: bool,
       digest: string,
       ahead: list(uint),
-      parameters: list(description),
+      parameters: list(PARAMETER_DESCRIPTION),
       attentions: list(attentionDescription),
-      groups: dictionary(dictionary(anything)),
+      groups: dictionary(dictionary(hyperparameter)),
       limits: openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {}),
       server: openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {}),
     },
@@ -335,7 +336,7 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       applied: uint,
       skipped: uint,
       gradient_norm: float,
-      groups: dictionary(dictionary(anything)),
+      groups: dictionary(dictionary(hyperparameter)),
       clipped_heads: dictionary(uint),
       digest: string,
       durable: bool,

@@ -18,8 +18,8 @@ export type MapSchema = {
   readonly rest?: Schema
 }
 
-/** Hyperparameters that count something: 5.0 is refused for them. */
-const INTEGER_HYPERPARAMETERS: readonly string[] = ['ns_steps']
+/** Hyperparameters that count something: 5.0 is refused for them, and the service writes them as integers. */
+export const INTEGER_HYPERPARAMETERS: readonly string[] = ['ns_steps']
 
 const EXPECTED: Readonly<Record<Schema['is'], { kinds: readonly Kind[]; words: string }>> = {
   string: { kinds: ['string'], words: 'a string' },

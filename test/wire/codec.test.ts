@@ -9,7 +9,9 @@ import {
   encodeWithData,
   peekGradient,
 } from '../../src/wire/codec.js'
-import type { ClientFrame, GradientFrame, ServerFrame } from '../../src/wire/frame.js'
+import { type ClientFrame, type GradientFrame, SERVER_FRAMES, type ServerFrame } from '../../src/wire/frame.js'
+import { type Cursor, cursorOf, nextToken, takeBytes } from '../../src/wire/msgpack.js'
+import type { Schema } from '../../src/wire/schema.js'
 import {
   array,
   bin,
@@ -322,6 +324,84 @@ for (const frame of server) {
     t.same(decodeServerFrame(encodeFrame(frame)), frame)
   })
 }
+
+/** Where each number of a message lies that its schema calls a float, with its first byte; `groups` hold hyperparameters. */
+function floatBytes(cursor: Cursor, schema: Schema, path: string): [string, number][] {
+  const [at, { kind, value }] = [cursor.position, nextToken(cursor)]
+  const isCount = path.endsWith('.ns_steps')
+  if (kind === 'int' || kind === 'float')
+    return schema.is === 'float' || (schema.is === 'hyperparameter' && !isCount) ? [[path, cursor.bytes[at]!]] : []
+  if (kind === 'string' || kind === 'bin') takeBytes(cursor, value)
+  const of = schema.is === 'list' || schema.is === 'dictionary' ? schema.of : schema
+  if (kind === 'list') return Array.from({ length: value }, (_, i) => floatBytes(cursor, of, `${path}[${i}]`)).flat()
+  if (kind !== 'map') return []
+  return Array.from({ length: value }, () => {
+    const key = String(takeBytes(cursor, nextToken(cursor).value))
+    const keys = schema.is === 'map' ? { ...schema.required, ...schema.optional } : {}
+    const inner = schema.is === 'map' ? (keys[key] ?? schema.rest ?? { is: 'any' as const }) : of
+    return floatBytes(cursor, inner, `${path}.${key}`)
+  }).flat()
+}
+
+t.test('every float of the service is a float64, whole or not', async (t) => {
+  const whole = fc.integer().map((value) => value * 1)
+  const of = fc.oneof(whole, fc.double(), fc.constantFrom(0, -0, 1, -1, 2 ** 40))
+  const values = fc.dictionary(
+    fc.constantFrom('lr', 'betas', 'momentum', 'ns_coefficients', 'nesterov'),
+    fc.oneof(of, fc.array(of), fc.array(fc.array(of)), fc.boolean()),
+  )
+  const property = fc.property(of, values, fc.integer({ min: 1, max: 9 }), (x, hyperparameters, ns_steps) => {
+    const groups = { g: { ...hyperparameters, ns_steps, algorithm: 'muon' } }
+    const frames: ServerFrame[] = server.map((frame) => {
+      switch (frame.type) {
+        case 'opened':
+          return { ...frame, groups, attentions: frame.attentions.map((one) => ({ ...one, threshold: x })) }
+        case 'update':
+          return { ...frame, scale: x, decay: x, gradient_norm: x, update_rms: x }
+        case 'receipt':
+          return {
+            ...frame,
+            groups,
+            gradient_norm: x,
+            max_logit: x,
+            seconds: { receive: x, queue: x, compute: x, send: x },
+          }
+        case 'error':
+          return { ...frame, retry_after_seconds: x }
+        case 'draining':
+          return { ...frame, deadline_seconds: x }
+        default:
+          return frame
+      }
+    })
+    for (const frame of frames) {
+      const bytes = encodeFrame(frame)
+      const found = floatBytes(cursorOf(bytes), SERVER_FRAMES[frame.type], frame.type)
+      if (frame.type !== 'checkpointed') t.ok(found.length > 0)
+      for (const [path, byte] of found) if (byte !== 0xcb) t.fail(`${path} begins with ${byte.toString(16)}`)
+      t.same(decodeServerFrame(bytes), frame)
+    }
+  })
+  fc.assert(property, { numRuns: 50, seed })
+})
+
+t.test('lengths of every width are read again', async (t) => {
+  for (const length of [0, 15, 16, 31, 32, 255, 256, 65_535, 65_536]) {
+    const keys = Object.fromEntries(Array.from({ length: Math.min(length, 3000) }, (_, i) => [`k${i}`, 1]))
+    const row_scale = Buffer.alloc(length, 1)
+    t.same(decodeServerFrame(encodeFrame({ type: 'update', parameter: 0, step: 1, offset: 0, row_scale })), {
+      type: 'update',
+      parameter: 0,
+      step: 1,
+      offset: 0,
+      row_scale,
+    })
+    const receipt = { ...server[2]!, digest: 'ä'.repeat(length), clipped_heads: keys } as ServerFrame
+    t.same(decodeServerFrame(encodeFrame(receipt)), receipt)
+    const opened = { ...server[0]!, ahead: new Array(length).fill(7) } as ServerFrame
+    t.same(decodeServerFrame(encodeFrame(opened)), opened)
+  }
+})
 
 t.test('a client passes on keys it does not know and refuses what it needs and lacks', async (t) => {
   t.match(decodeServerFrame(raw(['type', 'draining'], ['deadline_seconds', 1], ['reason', 'x'])), { reason: 'x' })
