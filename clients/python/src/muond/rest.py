@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import ssl
 import struct
@@ -27,6 +28,7 @@ from .wire.safetensors import HEADER_BYTES, read_header, write_header
 # A state of gigabytes is read and written by the service before it answers.
 TIMEOUT_SECONDS = 600.0
 _SMALL_BYTES = 1 << 26
+_TOGETHER_BYTES = 1 << 20
 
 T = TypeVar("T")
 
@@ -121,14 +123,9 @@ class Rest:
         """Replaces the state of a run, or with ``partial`` that of the parameters given; returns ``step`` and ``digest``."""
         head, length = write_header({t.name: (t.dtype, t.shape) for t in tensors}, metadata)
 
-        def body() -> Iterator[bytes | memoryview]:
-            yield head
-            for tensor in tensors:
-                yield tensor.data.data
-
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(len(head) + length)}
         path = f"/v1/runs/{quote(run, safe='')}/state{'?partial=true' if partial else ''}"
-        return self._json("PUT", path, body, headers)
+        return self._json("PUT", path, lambda: _pieces(head, tensors), headers)
 
     def _json(
         self,
@@ -151,13 +148,15 @@ class Rest:
     ) -> tuple[list[Tensor], dict[str, str]]:
         """The tensors up to the first whose name is not ``wanted``."""
         response = self._request("GET", path)
+        # Small tensors are read together: a system call for each takes longer than its bytes.
+        body = io.BufferedReader(response, _TOGETHER_BYTES)
         try:
-            (length,) = struct.unpack("<Q", _exactly(response, 8).data)
+            (length,) = struct.unpack("<Q", _exactly(body, 8, response).data)
             if length > HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")  # noqa: TRY301
-            described, metadata = read_header(_exactly(response, length).tobytes())
+            described, metadata = read_header(_exactly(body, length, response).tobytes())
             first = list(takewhile(lambda tensor: wanted(tensor.name), described))
-            tensors = [Tensor(d.name, d.dtype, d.shape, _exactly(response, d.end - d.begin)) for d in first]
+            tensors = [Tensor(d.name, d.dtype, d.shape, _exactly(body, d.end - d.begin, response)) for d in first]
         except ValueError as error:
             raise MuondError("FRAME_MALFORMED", f"GET {path} sent what is no safetensors body: {error}") from error
         if len(first) == len(described):
@@ -211,11 +210,29 @@ def _whole(response: http.client.HTTPResponse) -> bytes:
     return body
 
 
-def _exactly(response: http.client.HTTPResponse, count: int) -> npt.NDArray[np.uint8]:
+def _pieces(head: bytes, tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
+    """A body in pieces: small tensors go together, for the same reason."""
+    waiting = bytearray(head)
+    for tensor in tensors:
+        if len(tensor.data) < _TOGETHER_BYTES:
+            waiting += tensor.data.data
+            if len(waiting) < _TOGETHER_BYTES:
+                continue
+            yield bytes(waiting)
+        else:
+            yield bytes(waiting)
+            yield tensor.data.data
+        waiting.clear()
+    yield bytes(waiting)
+
+
+def _exactly(
+    body: io.BufferedReader[http.client.HTTPResponse], count: int, response: http.client.HTTPResponse
+) -> npt.NDArray[np.uint8]:
     data = np.empty(count, np.uint8)
     view = data.data
     while len(view) > 0:
-        received = response.readinto(view)
+        received = body.readinto(view)
         if received == 0:
             missing = f"the body ends {len(view)} bytes early"
             # Less than the answer's own length came: it was cut off, which is not the service's word.

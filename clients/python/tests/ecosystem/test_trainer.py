@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from muond.rest import Rest
-from muond.torch import AdamW
+from muond.torch import AdamW, Optimizer, suggest
 from muond.transport.address import endpoint
 from service import ROOT, Proxy, Service
 
@@ -78,6 +78,21 @@ def test_losses_are_those_with_torchs_optimizer(
         assert optimizer.step_count == 12
     assert losses == pytest.approx(expected, rel=2e-3 if "bf16" in more else 1e-5)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_trainer_may_make_the_optimizer_itself(shared: Service, name: str, tmp_path: Path) -> None:
+    model = gpt2()
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, save_strategy="no", report_to=[], use_cpu=True, dataloader_pin_memory=False
+    )
+    given: dict[str, Any] = {"model": model, "groups": suggest(model, quiet=True), "url": shared.url, "run": name}
+    trainer = Trainer(model, arguments, train_dataset=Windows(), optimizer_cls_and_kwargs=(Optimizer, given))
+    trainer.train()
+    with Rest(endpoint(shared.url)) as rest:
+        assert rest.run(name)["step"] == 2
+        assert set(rest.run(name)["groups"]) == {"muon", "adamw"}
 
 
 STEPS, EVERY, EPOCH = 24, 5, 20

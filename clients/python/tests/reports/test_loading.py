@@ -392,6 +392,35 @@ def test_a_half_step_is_over_when_a_state_is_loaded(shared: Service) -> None:
     assert float(optimizer.state[module[2].weight]["step"]) == 2
 
 
+def test_a_service_without_room_for_a_loaded_state_says_so(
+    shared: Service, start: Callable[..., Service], name: str
+) -> None:
+    service = start("--max-runs", "1")
+    pair = made(shared, "adamw")
+    first = pair.ours((module := model()).parameters())
+    steps(module, first, 1)
+    with AdamW(model().parameters(), url=service.url, run=name) as only:
+        only.open()
+        second = AdamW(model().parameters(), url=service.url)
+        with pytest.raises(MuondError, match="OVER_CAPACITY"):
+            second.load_state_dict(first.state_dict())
+    assert second.step_count == 0
+
+
+def test_a_checkpoint_of_an_optimizer_that_lives_is_not_taken_from_it(
+    durable: Callable[..., Service], name: str
+) -> None:
+    pair = made(durable(), "adamw")
+    module = model()
+    one = pair.ours(module.parameters(), run=name, state="checkpoint", takeover=True)
+    steps(module, one, 1)
+    two = pair.ours(model().parameters(), takeover=True)
+    with pytest.raises(MuondError, match="save it with state='tensors'") as caught:
+        two.load_state_dict(one.state_dict())
+    assert caught.value.code == "RUN_BUSY"
+    steps(module, one, 1, 2)
+
+
 def test_entries_of_the_program_alone_are_no_state(shared: Service) -> None:
     module = model()
     optimizer = made(shared, "adamw").ours(module.parameters())

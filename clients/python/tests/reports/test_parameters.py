@@ -387,7 +387,8 @@ def test_a_hook_of_a_parameter_that_was_taken_out_sends_nothing(shared: Service)
     optimizer.param_groups[0]["params"] = [a]
     optimizer.zero_grad()
     before = b.detach().clone()
-    ((b * b).sum() + (a * a).sum()).backward()
+    # What was computed last has its gradient first.
+    ((a * a).sum() + (b * b).sum()).backward()
     optimizer.step()
     assert torch.equal(b, before)
     assert len(optimizer.run.parameters) == 1

@@ -172,6 +172,23 @@ def test_one_cycle_finds_what_it_cycles(shared: Service) -> None:
     torch.optim.lr_scheduler.OneCycleLR(mixed, max_lr=[0.2, 0.1], total_steps=10, cycle_momentum=False)
 
 
+def test_averages_of_weights_beside_it(shared: Service) -> None:
+    ends = []
+    for make in made(shared, "adamw").both:
+        module = model()
+        optimizer = make(module.parameters())
+        averaged = torch.optim.swa_utils.AveragedModel(
+            module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        )
+        schedule = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05, anneal_epochs=2)
+        for step in range(1, 5):
+            steps(module, optimizer, 1, step)
+            averaged.update_parameters(module)
+            schedule.step()
+        ends.append(averaged.module)
+    assert apart(ends[1], ends[0]) < 1e-5
+
+
 # Where it runs
 
 

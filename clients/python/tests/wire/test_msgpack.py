@@ -132,6 +132,12 @@ def test_a_head_that_is_not_all_there_is_incomplete(frame: dict[str, Any], data:
         decode_head(head[: data.draw(st.integers(0, len(head) - 1))])
 
 
+def test_a_head_of_more_keys_than_the_short_form_has() -> None:
+    frame = {f"key {i}": i for i in range(20)}
+    head = encode_head(frame, 3)
+    assert decode_head(head + b"abc") == (frame, len(head), 3)
+
+
 def test_a_message_without_data_last_has_no_head() -> None:
     assert decode_head(encode({"a": 1})) is None
     assert decode_head(encode({"data": b"1", "a": 1})) is None

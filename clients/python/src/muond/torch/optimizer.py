@@ -241,7 +241,7 @@ class Optimizer(torch.optim.Optimizer):
                 ErrorFields(step=step, refused=names),
                 status=422,
             )
-        warnings.warn(f"{message}: the step is skipped, nothing has moved", RuntimeWarning, stacklevel=6)
+        warnings.warn(f"{message}: the step is skipped, nothing has moved", RuntimeWarning, stacklevel=9)
         return True
 
     def _carried_out(self) -> Run:

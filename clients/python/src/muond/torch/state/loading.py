@@ -51,6 +51,11 @@ def _load_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> No
         with home.rest() as rest:
             go_to(home.run, rest, token)
         return
+    if lives(home.address, name):
+        raise MuondError(
+            "RUN_BUSY",
+            f"run '{name}' belongs to an optimizer of this process, and its checkpoint cannot be copied: save it with state='tensors'",
+        )
     made: list[list[Slot]] = []
 
     def open_it(mode: str, checkpoint: str | None) -> Run:
