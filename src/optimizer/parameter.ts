@@ -26,6 +26,9 @@ export type Parameter = Laid & { readonly state: readonly StateTensor[] }
 /** A gradient, an update and two states of 4 bytes each stay below 2^53 bytes together. */
 const MAX_ELEMENTS = 2 ** 49
 
+/** torch has no tensor with more. */
+export const MAX_DIMENSIONS = 64
+
 /** Blocks of all parameters of one `open`: `heads` makes a billion of them out of twenty bytes. */
 export const MAX_BLOCKS = 2 ** 18
 
@@ -99,6 +102,7 @@ function parse(given: ParameterDeclaration, context: Context): Parameter {
 }
 
 function count(shape: readonly number[], fail: Fail): number {
+  if (shape.length > MAX_DIMENSIONS) throw fail(`has ${shape.length} dimensions, expected at most ${MAX_DIMENSIONS}`)
   const bad = shape.find((size) => !isPositive(size))
   if (bad !== undefined) throw fail(`has ${bad} in its shape ${show(shape)}, expected integers from 1 on`)
   const elements = product(shape)
