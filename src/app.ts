@@ -2,6 +2,7 @@ import assert from 'node:assert'
 import { setTimeout as delay } from 'node:timers/promises'
 import { promisify } from 'node:util'
 import websocket, { type WebsocketPluginOptions } from '@fastify/websocket'
+import { Ajv, type ValidateFunction } from 'ajv'
 import fastify, {
   type FastifyBaseLogger,
   type FastifyInstance,
@@ -61,6 +62,9 @@ const MAX_MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
 const MAX_BODY_BYTES = 65_536
 // The router answers 404 to a longer path parameter. A run name that is too long should get a better answer than that.
 const MAX_PATH_PARAMETER = 1024
+// Paths and queries are text, whatever they mean. A body says itself what is a number.
+const COERCING = new Ajv({ coerceTypes: true, useDefaults: true, strict: false })
+const EXACT = new Ajv({ useDefaults: true, strict: false })
 // How often node looks for sockets whose request does not come.
 const CHECK_MS = 1000
 // A peer that does not answer our close frame is cut off after this.
@@ -113,10 +117,10 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
     return503OnClosing: false,
     http: { connectionsCheckingInterval: CHECK_MS },
     routerOptions: { maxParamLength: MAX_PATH_PARAMETER },
-    ajv: { customOptions: { removeAdditional: false, coerceTypes: true } },
     clientErrorHandler: answerClientError,
     frameworkErrors: (error, request, reply) => sendProblem(error, { request, reply, metrics }),
   })
+  app.setValidatorCompiler(({ schema, httpPart }) => validatorOf(schema, httpPart))
   observe(app, services)
   limitSockets(app, services)
   // First, because its hooks end the connection of an upgrade that any later hook refuses.
@@ -124,6 +128,7 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   app.addHook('onRequest', originGuard(config))
   app.addHook('onRequest', authenticator(config))
   app.addHook('onRequest', refuseOtherUpgrades)
+  app.addHook('preParsing', refuseEncodings)
   app.addHook('preParsing', limitBody(config))
   app.addHook('onSend', limitAnswer(config))
   app.addHook('onResponse', logRequest)
@@ -159,6 +164,8 @@ async function registerWebSocket(app: FastifyInstance, { events }: AppServices):
   const options: WebsocketPluginOptions['options'] = {
     maxPayload: MAX_MESSAGE_BYTES,
     perMessageDeflate: false,
+    // Text is refused in words by the stream, also where it is msgpack that a client has sent as text by mistake.
+    skipUTF8Validation: true,
     // The stream answers pings: ws cuts a connection on which 60 of its own answers wait.
     autoPong: false,
     handleProtocols: chooseSubprotocol,
@@ -222,11 +229,33 @@ function routeOf(id: string, handler: AnyHandler | undefined, services: AppServi
 /** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
 const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])
 
-/** Gives the body of an import to its handler unread: it may be of any length, and only the handler knows the run's. */
+/** Names of headers come in small letters. */
+function validatorOf(schema: object, part = ''): ValidateFunction {
+  if (part === 'body') return EXACT.compile(schema)
+  if (part !== 'headers') return COERCING.compile(schema)
+  const properties = Object.entries(Reflect.get(schema, 'properties') ?? {}).map(
+    ([name, of]) => [name.toLowerCase(), of] as const,
+  )
+  return COERCING.compile({ ...schema, properties: Object.fromEntries(properties) })
+}
+
+/** What a coded body is of is not known before it was decoded, and nobody here does that. */
+async function refuseEncodings({ headers }: FastifyRequest): Promise<void> {
+  const coding = headers['content-encoding'] ?? 'identity'
+  if (coding === 'identity') return
+  const message = `the body has Content-Encoding ${coding}, expected none: send the bytes as they are`
+  throw Object.assign(new Error(message), { statusCode: 415 })
+}
+
+/** State comes as a stream of any length: its handler reads it, and holds it against what the run can have. */
 function takeStreams(scope: FastifyInstance): void {
   scope.addContentTypeParser('application/octet-stream', (request, payload, done) => {
     if (request.routeOptions.config.streamed) return done(null, payload)
-    done(Object.assign(new Error('Unsupported Media Type'), { statusCode: 415 }))
+    done(
+      Object.assign(new Error('Content-Type is application/octet-stream, expected application/json'), {
+        statusCode: 415,
+      }),
+    )
   })
 }
 

@@ -63,7 +63,7 @@ export const SETTINGS = {
     [2 ** 20, BYTES],
     'Arena that received gradients wait in; the largest gradient must fit. Updates have one of twice the size.',
   ),
-  chunk_bytes: integer(2 ** 22, [1, 2 ** 24], 'Largest `data` of one gradient or update frame.'),
+  chunk_bytes: integer(2 ** 22, [4, 2 ** 24], 'Largest `data` of one gradient or update frame.'),
   state_bytes_limit: integer(
     0,
     [0, BYTES],

@@ -16,7 +16,7 @@ export const ERRORS = {
   FRAME_UNEXPECTED: { status: 400, close: 1002, retryable: false },
   FRAME_TOO_LARGE: { status: 413, close: 1009, retryable: false },
   PARAMETER_INVALID: { status: 422, retryable: false },
-  PARAMETER_UNKNOWN: { status: 422, retryable: false },
+  PARAMETER_UNKNOWN: { status: 404, retryable: false },
   SHAPE_MISMATCH: { status: 422, retryable: false },
   DTYPE_UNSUPPORTED: { status: 422, retryable: false },
   HYPERPARAMETER_INVALID: { status: 422, retryable: false },
@@ -45,24 +45,22 @@ export type ErrorFields = {
   retry_after_seconds?: number
 }
 
-/** An error for a client. Its message names the thing and both values; `close` overrides the table's close code. */
+/** An error that a client is told. The message names the thing and both values; `close` and `status` override the table's. */
 export class ServiceError extends Error {
   readonly code: ErrorCode
   readonly fields: ErrorFields
   readonly close: number | undefined
+  readonly status: number
 
-  constructor(code: ErrorCode, message: string, fields: ErrorFields & { close?: number } = {}) {
+  constructor(code: ErrorCode, message: string, fields: ErrorFields & { close?: number; status?: number } = {}) {
     super(message)
     this.name = 'ServiceError'
-    const { close, ...rest } = fields
+    const { close, status, ...rest } = fields
     const row: { status: number; close?: number } = ERRORS[code]
     this.code = code
     this.fields = rest
     this.close = close ?? row.close
-  }
-
-  get status(): number {
-    return ERRORS[this.code].status
+    this.status = status ?? row.status
   }
 
   get retryable(): boolean {

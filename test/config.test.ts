@@ -27,8 +27,8 @@ t.test('without flags and variables every setting has its default', async (t) =>
 })
 
 t.test('flags win over variables, variables over defaults, and an empty variable is absent', async (t) => {
-  const config = configFrom(['--port', '1', '--chunk-bytes=2'], { MUOND_PORT: '5', MUOND_LANES: '3', MUOND_HOST: '' })
-  t.match(config, { port: 1, chunk_bytes: 2, lanes: 3, host: '127.0.0.1' })
+  const config = configFrom(['--port', '1', '--chunk-bytes=8'], { MUOND_PORT: '5', MUOND_LANES: '3', MUOND_HOST: '' })
+  t.match(config, { port: 1, chunk_bytes: 8, lanes: 3, host: '127.0.0.1' })
 })
 
 t.test('key lists are split at commas', async (t) => {

@@ -9,6 +9,9 @@ export const MAX_EVENT_STREAMS = 64
 /** A reader that leaves more bytes unread is cut off. It can connect again with Last-Event-ID. */
 export const MAX_BEHIND_BYTES = 1 << 20
 
+/** So often something is sent, so that nobody on the way takes the connection for dead. */
+const HEARTBEAT_MS = 15_000
+
 type Reader = { run: Run; end: () => void }
 
 /** Server-sent events: sends every receipt of a run to each reader of the run. */
@@ -36,7 +39,9 @@ export class Events {
     this.#readers.add(reader)
     for (const receipt of run.receipts(after)) send(receipt)
     run.on('receipt', send)
+    const heartbeat = setInterval(() => raw.write(': nothing new\n\n'), HEARTBEAT_MS).unref()
     raw.once('close', () => {
+      clearInterval(heartbeat)
       run.off('receipt', send)
       this.#readers.delete(reader)
     })

@@ -4,6 +4,23 @@
  */
 
 export interface paths {
+    "/": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** What this is, and where to go from here */
+        get: operations["getRoot"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/livez": {
         parameters: {
             query?: never;
@@ -30,7 +47,7 @@ export interface paths {
         };
         /**
          * Whether new steps are accepted
-         * @description 503 with RESTORING while runs on the disk are restored, with DRAINING during a shutdown, with DEVICE_FAILED once the device has failed.
+         * @description 503 with RESTORING while runs on the disk are restored, with DRAINING during a shutdown, with STORAGE_FAILED while the data folder cannot be written, with DEVICE_FAILED once the device has failed.
          */
         get: operations["getReadyz"];
         put?: never;
@@ -692,6 +709,35 @@ export interface components {
 }
 export type $defs = Record<string, never>;
 export interface operations {
+    getRoot: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Links. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": {
+                        /** @constant */
+                        name: "muond";
+                        version: string;
+                        /** @description Paths by what they lead to. */
+                        links: {
+                            [key: string]: string;
+                        };
+                    };
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
     getLivez: {
         parameters: {
             query?: never;
@@ -1099,6 +1145,8 @@ export interface operations {
                 content: {
                     "application/json": {
                         checkpoints: components["schemas"]["Checkpoint"][];
+                        /** @description Why there are none and will be none; absent where a data folder keeps them. */
+                        reason?: string;
                     };
                 };
             };

@@ -11,6 +11,7 @@ import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
 import type { Run } from '../run/run.js'
+import type { DataFolder } from '../store/data-folder.js'
 import type { CheckpointEntry } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
@@ -30,6 +31,8 @@ export type Services = {
   events: Events
   readers: StateReaders
   contract: Contract
+  /** Where runs are kept; undefined where they are not. */
+  data: DataFolder | undefined
 }
 
 type Schemas = components['schemas']
@@ -60,26 +63,48 @@ export type AnyHandler = { handle(request: FastifyRequest, reply: FastifyReply):
 export type Handlers = { readonly [Id in Exclude<keyof operations, 'getDocs'>]: Handler<operations[Id]> }
 
 /** The handlers of the control plane. They throw ServiceError; app.ts makes routes of them and problem documents of errors. */
-export function createHandlers({
+export function createHandlers(services: Services): Handlers {
+  return {
+    ...serviceHandlers(services),
+    ...runHandlers(services),
+    ...checkpointHandlers(services),
+    openStream: (_request, reply) => {
+      reply.header('upgrade', 'websocket').header('connection', 'upgrade')
+      throw Object.assign(new Error('this is a WebSocket: the request needs `Upgrade: websocket`'), { statusCode: 426 })
+    },
+  }
+}
+
+type ServiceOperation = 'getRoot' | 'getLivez' | 'getReadyz' | 'getMetrics' | 'getCapabilities' | 'getOpenapi'
+type CheckpointOperation = 'listCheckpoints' | 'getCheckpoint' | 'createCheckpoint' | 'deleteCheckpoint'
+type RunOperation = Exclude<keyof Handlers, ServiceOperation | CheckpointOperation | 'openStream'>
+
+function serviceHandlers({
   config,
   device,
   runs,
   presets,
   metrics,
-  events,
-  readers,
   contract,
-}: Services): Handlers {
+  data,
+}: Services): Pick<Handlers, ServiceOperation> {
   return {
     getLivez: () => ({ status: 'ok' }),
-    getReadyz: () => {
+    getRoot: () => ({ name: 'muond', version: VERSION, links: LINKS }),
+    getReadyz: async () => {
       checkReady(device, runs)
+      await checkDisk(data)
       return { status: 'ok' }
     },
     getMetrics: async (_request, reply) =>
       reply.type(metrics.registry.contentType).send(await metrics.registry.metrics()),
     getCapabilities: () => capabilities({ config, device, presets }),
     getOpenapi: (_request, reply) => reply.type('application/yaml').send(contract.text),
+  }
+}
+
+function runHandlers({ config, device, runs, events, readers }: Services): Pick<Handlers, RunOperation> {
+  return {
     listRuns: () => ({
       runs: runs.list().map((run) => runSummary(runs, run)),
       stored: [...runs.stored].map(storedRun),
@@ -121,7 +146,16 @@ export function createHandlers({
       events.open(run, reply, Number(headers['last-event-id'] ?? run.step))
       return reply
     },
-    listCheckpoints: ({ params }) => ({ checkpoints: runs.keeper(params.run).folder.checkpoints.map(checkpointBody) }),
+  }
+}
+
+function checkpointHandlers({ runs, data }: Services): Pick<Handlers, CheckpointOperation> {
+  return {
+    listCheckpoints: ({ params }) => {
+      const { name } = runs.get(params.run)
+      if (!data) return { checkpoints: [], reason: 'this service keeps none: it was started without a data folder' }
+      return { checkpoints: runs.keeper(name).folder.checkpoints.map(checkpointBody) }
+    },
     getCheckpoint: ({ params }) => checkpointBody(findCheckpoint(runs.keeper(params.run).folder, params)),
     createCheckpoint: async ({ params, body }, reply) => {
       const keeper = runs.keeper(params.run)
@@ -133,11 +167,26 @@ export function createHandlers({
       await runs.keeper(params.run).remove(findCheckpoint(runs.keeper(params.run).folder, params))
       return reply.code(204).send()
     },
-    openStream: (_request, reply) => {
-      reply.header('upgrade', 'websocket').header('connection', 'upgrade')
-      throw Object.assign(new Error('this is a WebSocket: the request needs `Upgrade: websocket`'), { statusCode: 426 })
-    },
   }
+}
+
+/** Where to go from `/`. */
+const LINKS = {
+  documentation: '/docs',
+  contract: '/openapi.yaml',
+  capabilities: '/v1/capabilities',
+  runs: '/v1/runs',
+  stream: '/v1/stream',
+  metrics: '/metrics',
+  health: '/livez',
+  readiness: '/readyz',
+}
+
+/** A service that cannot write acknowledges no step that it promises to keep. */
+async function checkDisk(data: DataFolder | undefined): Promise<void> {
+  const problem = await data?.problem()
+  if (problem !== undefined)
+    throw new ServiceError('STORAGE_FAILED', `the data folder cannot be written: ${problem}`, { status: 503 })
 }
 
 function checkReady(device: Device, runs: Runs): void {

@@ -68,11 +68,16 @@ function statusOf(error: unknown): number {
     : 500
 }
 
-/** The message of a fastify error; for a query parameter that the contract does not have, one that names it. */
-function explain(error: Error & Partial<Pick<FastifyError, 'validation'>>): string {
+/** fastify's message, and where the contract knows no such key the place and its name. */
+function explain(error: Error & Partial<Pick<FastifyError, 'validation' | 'validationContext' | 'code'>>): string {
+  if (error.code === 'FST_ERR_CTP_INVALID_MEDIA_TYPE')
+    return `${error.message}, expected application/json, or application/octet-stream for the state of a run`
   const [first] = error.validation ?? []
   const unknown = first?.params.additionalProperty
-  return unknown === undefined ? error.message : `unknown query parameter '${unknown}'`
+  if (unknown === undefined) return error.message
+  return error.validationContext === 'body'
+    ? `unknown key '${unknown}' in the body`
+    : `unknown query parameter '${unknown}'`
 }
 
 function path({ method, url }: FastifyRequest): string {

@@ -17,7 +17,10 @@ export type Parameter = LaidParameter & {
 /** A gradient, an update and two state tensors of 4 bytes per element stay below 2^53 bytes together. */
 const MAX_ELEMENTS = 2 ** 49
 
-/** Most blocks of all parameters of one `open`: twenty bytes, such as `heads: 1000000000`, may ask for a billion. */
+/** torch has no tensor with more. */
+export const MAX_DIMENSIONS = 64
+
+/** Blocks of all parameters of one `open`: `heads` makes a billion of them out of twenty bytes. */
 export const MAX_BLOCKS = 2 ** 18
 
 /**
@@ -113,6 +116,7 @@ function formOf(given: ParameterDeclaration, context: Context): Form {
 }
 
 function count(shape: readonly number[], fail: Fail): number {
+  if (shape.length > MAX_DIMENSIONS) throw fail(`has ${shape.length} dimensions, expected at most ${MAX_DIMENSIONS}`)
   const bad = shape.find((size) => !isPositive(size))
   if (bad !== undefined) throw fail(`has ${bad} in its shape ${show(shape)}, expected integers from 1 on`)
   const elements = product(shape)

@@ -1,19 +1,25 @@
-import { access, constants, readdir, rm } from 'node:fs/promises'
+import { access, constants, readdir, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
 import { CheckpointFiles } from './checkpoint/checkpoint-files.js'
-import { makeFolder, syncFolder } from './durable.js'
+import { FILE_MODE, makeFolder, syncFolder } from './durable.js'
 import { type FolderLock, lockFolder } from './lock.js'
 import { RunFolder } from './run-folder.js'
 
-/** The folder of the setting `data`: it has a folder for each run, and a lock that keeps other services out. */
+const PROBE_MS = 1000
+const PROBE_BYTES = 4096
+
+/** The folder of the setting `data`: a folder per run, and the lock that keeps other services out. */
 export class DataFolder {
   /** The names of the runs that were in the folder when it was opened. */
   readonly names: readonly string[]
   readonly #runs: string
   readonly #lock: FolderLock
   readonly #files = new CheckpointFiles()
+  readonly #path: string
+  #probedAt = Number.NEGATIVE_INFINITY
+  #probe: Promise<string | undefined> = Promise.resolve(undefined)
 
   /** Opens and locks a folder. Throws ConfigError where it cannot be written to, or another service has it locked. */
   static async open(path: string, wait_seconds: number): Promise<DataFolder> {
@@ -31,16 +37,26 @@ export class DataFolder {
     // A name with a dot is of a run that was being deleted.
     for (const name of names.filter((name) => name.startsWith('.'))) await rm(join(runs, name), { recursive: true })
     return new DataFolder(
-      runs,
+      path,
       lock,
       names.filter((name) => !name.startsWith('.')),
     )
   }
 
-  private constructor(runs: string, lock: FolderLock, names: readonly string[]) {
-    this.#runs = runs
+  private constructor(path: string, lock: FolderLock, names: readonly string[]) {
+    this.#path = path
+    this.#runs = join(path, 'runs')
     this.#lock = lock
     this.names = names
+  }
+
+  /** Why nothing can be written, undefined where something can; tried at most once a second. */
+  problem(): Promise<string | undefined> {
+    if (performance.now() - this.#probedAt > PROBE_MS) {
+      this.#probedAt = performance.now()
+      this.#probe = probe(this.#path)
+    }
+    return this.#probe
   }
 
   create(run: string): Promise<RunFolder> {
@@ -55,5 +71,18 @@ export class DataFolder {
   async close(): Promise<void> {
     await this.#files.close()
     this.#lock.release()
+  }
+}
+
+/** Writes a block and takes it away again. */
+async function probe(folder: string): Promise<string | undefined> {
+  const file = join(folder, 'probe')
+  try {
+    await writeFile(file, new Uint8Array(PROBE_BYTES), { mode: FILE_MODE })
+    await rm(file)
+    return undefined
+  } catch (error) {
+    await rm(file, { force: true }).catch(() => undefined)
+    return errorText(error)
   }
 }

@@ -3,10 +3,17 @@ import { ServiceError } from '../errors.js'
 /** A contiguous part of a tensor, in bytes; `offset` counts from the tensor's first byte. */
 export type Chunk = { readonly offset: number; readonly length: number }
 
-/** Cuts a tensor of `bytes` bytes into consecutive chunks of at most `chunk_bytes`. A cut may lie inside an element. */
+/** No element of a gradient or update has more. */
+const ELEMENT_BYTES = 4
+
+/**
+ * Cuts a tensor of `bytes` bytes into consecutive chunks of at most `chunk_bytes`. No cut falls inside an element unless a
+ * chunk has less room than one.
+ */
 export function* chunksOf(bytes: number, chunk_bytes: number): Generator<Chunk> {
-  for (let offset = 0; offset < bytes; offset += chunk_bytes) {
-    yield { offset, length: Math.min(chunk_bytes, bytes - offset) }
+  const most = chunk_bytes < ELEMENT_BYTES ? chunk_bytes : chunk_bytes - (chunk_bytes % ELEMENT_BYTES)
+  for (let offset = 0; offset < bytes; offset += most) {
+    yield { offset, length: Math.min(most, bytes - offset) }
   }
 }
 

@@ -265,7 +265,7 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
       attentions: list(attention),
       takeover: bool,
       checkpoint: string,
-      client: string,
+      client: { is: 'name', pattern: /^.{0,256}$/su },
     },
   ),
   step: map<StepFrame>(

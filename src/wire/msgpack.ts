@@ -64,7 +64,7 @@ export function takeBytes(cursor: Cursor, length: number): Buffer | undefined {
 export function* scan(cursor: Cursor): Generator<undefined, Map<string, number>> {
   const entries = new Map<string, number>()
   const map = nextToken(cursor)
-  if (map.kind !== 'map') throw malformed(cursor.fault || `a message is one map, this one is a ${map.kind}`)
+  if (map.kind !== 'map') throw malformed(notAMap(cursor, map))
   const walk: Walk = { cursor, values: 0 }
   for (let pair = 0; pair < map.value; pair++) {
     const key = skipKey(walk)
@@ -78,6 +78,14 @@ export function* scan(cursor: Cursor): Generator<undefined, Map<string, number>>
 
 export function malformed(message: string): ServiceError {
   return new ServiceError('FRAME_MALFORMED', message)
+}
+
+const [BRACE, BRACKET] = [0x7b, 0x5b]
+
+function notAMap({ bytes, fault }: Cursor, { kind }: Token): string {
+  const isJson = [BRACE, BRACKET].includes(bytes[0])
+  if (isJson) return 'the message is JSON, expected is one msgpack map: pack the same keys with msgpack'
+  return fault || `a message is one msgpack map, this one is a ${kind}`
 }
 
 type Walk = { readonly cursor: Cursor; values: number }
@@ -183,7 +191,10 @@ const FORMS: Partial<Record<number, Form>> = {
 function longToken(cursor: Cursor, byte: number): Token {
   const { bytes, position } = cursor
   const form = FORMS[byte]
-  if (form === undefined) return none(cursor, `type byte 0x${byte.toString(16)} at byte ${position - 1} is not allowed`)
+  if (form === undefined) {
+    const what = `type byte 0x${byte.toString(16)} at byte ${position - 1}`
+    return none(cursor, `${what} is not allowed: no frame has extension types, such as timestamps`)
+  }
   if (position + form.width > bytes.length) return short(cursor)
   const value = form.read(bytes, position)
   cursor.position += form.width

@@ -119,7 +119,7 @@ t.test('a reader that does not read is cut off, and holds up nobody', async (t) 
   const run = runs.get('a')
   const without = run.listenerCount('receipt')
   const reader = connectSocket(Number(new URL(url).port), '127.0.0.1')
-  reader.write('GET /v1/runs/a/events HTTP/1.1\r\nhost: x\r\n\r\n')
+  reader.write('GET /v1/runs/a/events HTTP/1.1\r\nhost: localhost\r\n\r\n')
   await once(reader, 'readable')
   const skipped = parameters.map((_, index) => index)
   let step = 0

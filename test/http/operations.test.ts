@@ -167,7 +167,7 @@ t.test('a parameter shows the norms of its state', async (t) => {
   const { state } = await get<Schemas['Parameter']>(`${url}/v1/runs/a/parameters/2`)
   t.same(state, [{ name: 'momentum_buffer', dtype: 'float32', shape: [4], norm: 5, rms: 2.5 }])
   const missing = await fetch(`${url}/v1/runs/a/parameters/3`)
-  t.match([missing.status, await missing.json()], [422, { code: 'PARAMETER_UNKNOWN', parameter: 3 }])
+  t.match([missing.status, await missing.json()], [404, { code: 'PARAMETER_UNKNOWN', parameter: 3 }])
   trainer.socket.close()
 })
 

@@ -89,13 +89,17 @@ const attention = (what: string, keys: object): Case[] => [
   [what, open({ ...PAIR, attentions: [{ ...ATTENTION, ...keys }] }), 'PARAMETER_INVALID'],
 ]
 
-/** Cases on a connection that has opened no run. */
+/** msgpack as a text message, which it is not: no UTF-8. It is told apart by what it is, as every case has messages of its own. */
+const TEXT_OPEN = raw(['type', 'open'], ['run', hex('a1ff')])
+
+/** On a connection that has opened nothing. */
 const FRESH: Case[] = [
   ['a gradient before open', [whole(0, bytes(4))], 'FRAME_UNEXPECTED', 1002],
   ['a step before open', [step({})], 'FRAME_UNEXPECTED', 1002],
   ['an end before open', [end(1)], 'FRAME_UNEXPECTED', 1002],
   ['a checkpoint before open', [frame({ type: 'checkpoint' })], 'FRAME_UNEXPECTED', 1002],
   ['a text message', ['{"type":"open"}'], 'FRAME_MALFORMED', 1003],
+  ['an open that was sent as text', [TEXT_OPEN], 'FRAME_MALFORMED', 1003],
   ['an empty message', [bytes(0)], 'FRAME_MALFORMED', 1002],
   ['JSON in a binary message', [Buffer.from('{"type":"open"}')], 'FRAME_MALFORMED', 1002],
   ['a list', [hex('90')], 'FRAME_MALFORMED', 1002],
@@ -129,6 +133,7 @@ const FRESH: Case[] = [
   ['an open without a run', [raw(['type', 'open'], ['protocol', 1])], 'FRAME_MALFORMED', 1002],
   ['a path as a run name', open({ run: '../etc/passwd' }), 'FRAME_MALFORMED', 1002],
   ['a run name of 129 letters', open({ run: 'x'.repeat(129) }), 'FRAME_MALFORMED', 1002],
+  ['a client of 257 characters', open({ client: 'x'.repeat(257) }), 'FRAME_MALFORMED', 1002],
   ['an unknown mode', [opening(['mode', 'destroy'])], 'FRAME_MALFORMED', 1002],
   [
     'a float in a shape',
@@ -203,6 +208,7 @@ const FRESH: Case[] = [
   ['a layout on adamw', parameter({ group: 'adamw', heads: 2 }), 'PARAMETER_INVALID'],
   ['a 0 in a shape', parameter({ shape: [8, 0] }), 'PARAMETER_INVALID'],
   ['a negative size', parameter({ shape: [-8, -16] }), 'PARAMETER_INVALID'],
+  ['a shape of a million dimensions', parameter({ shape: new Array(1_000_000).fill(1) }), 'PARAMETER_INVALID'],
   ['more elements than a number counts', parameter({ shape: [2 ** 40, 2 ** 40] }), 'PARAMETER_INVALID'],
   ['a billion heads', parameter({ shape: [1e9, 1], heads: 1e9 }), 'PARAMETER_INVALID'],
   ['an unknown gradient_dtype', parameter({ gradient_dtype: 'float64' }), 'DTYPE_UNSUPPORTED'],
@@ -349,7 +355,8 @@ async function answer(client: RawClient): Promise<ServerFrame | undefined> {
 }
 
 function say(client: RawClient, messages: readonly Message[]): void {
-  for (const message of messages) client.socket.send(message)
+  for (const message of messages)
+    client.socket.send(message, { binary: typeof message !== 'string' && message !== TEXT_OPEN })
 }
 
 /** Sends a case on a connection of its own and compares the answer with the table. */

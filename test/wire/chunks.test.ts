@@ -11,6 +11,7 @@ t.test('the chunks of a tensor are what its receiver accepts', async (t) => {
       for (const chunk of chunksOf(bytes, chunk_bytes)) {
         t.notOk(assembly.complete)
         t.ok(chunk.length > 0 && chunk.length <= chunk_bytes)
+        if (chunk_bytes >= 4) t.equal(chunk.offset % 4, 0, 'elements are whole')
         assembly.accept(chunk)
       }
       t.ok(assembly.complete)

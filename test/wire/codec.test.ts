@@ -343,6 +343,26 @@ function floatBytes(cursor: Cursor, schema: Schema, path: string): [string, numb
   }).flat()
 }
 
+/** A frame in which each float is `x`. */
+function withFloats(frame: ServerFrame, groups: Record<string, Record<string, unknown>>, x: number): ServerFrame {
+  switch (frame.type) {
+    case 'opened':
+      return { ...frame, groups, attentions: frame.attentions.map((one) => ({ ...one, threshold: x })) }
+    case 'update':
+      return { ...frame, scale: x, decay: x, gradient_norm: x, update_rms: x }
+    case 'receipt': {
+      const seconds = { receive: x, queue: x, compute: x, send: x }
+      return { ...frame, groups, gradient_norm: x, max_logit: x, seconds }
+    }
+    case 'error':
+      return { ...frame, retry_after_seconds: x }
+    case 'draining':
+      return { ...frame, deadline_seconds: x }
+    case 'checkpointed':
+      return frame
+  }
+}
+
 t.test('every float of the service is a float64, whole or not', async (t) => {
   const whole = fc.integer().map((value) => value * 1)
   const of = fc.oneof(whole, fc.double(), fc.constantFrom(0, -0, 1, -1, 2 ** 40))
@@ -352,28 +372,7 @@ t.test('every float of the service is a float64, whole or not', async (t) => {
   )
   const property = fc.property(of, values, fc.integer({ min: 1, max: 9 }), (x, hyperparameters, ns_steps) => {
     const groups = { g: { ...hyperparameters, ns_steps, algorithm: 'muon' } }
-    const frames: ServerFrame[] = server.map((frame) => {
-      switch (frame.type) {
-        case 'opened':
-          return { ...frame, groups, attentions: frame.attentions.map((one) => ({ ...one, threshold: x })) }
-        case 'update':
-          return { ...frame, scale: x, decay: x, gradient_norm: x, update_rms: x }
-        case 'receipt':
-          return {
-            ...frame,
-            groups,
-            gradient_norm: x,
-            max_logit: x,
-            seconds: { receive: x, queue: x, compute: x, send: x },
-          }
-        case 'error':
-          return { ...frame, retry_after_seconds: x }
-        case 'draining':
-          return { ...frame, deadline_seconds: x }
-        default:
-          return frame
-      }
-    })
+    const frames = server.map((frame) => withFloats(frame, groups, x))
     for (const frame of frames) {
       const bytes = encodeFrame(frame)
       const found = floatBytes(cursorOf(bytes), SERVER_FRAMES[frame.type], frame.type)

@@ -21,8 +21,15 @@ const LIMITS = { chunk_bytes: 4096 }
 
 const refused: [what: string, bytes: Uint8Array, code: ErrorCode, message: RegExp][] = [
   ['nothing', hex(''), 'FRAME_MALFORMED', /ends at byte 0/],
-  ['text that is no msgpack', Buffer.from('{"type":"open"}'), 'FRAME_MALFORMED', /one map.* int/],
-  ['a list', hex('90'), 'FRAME_MALFORMED', /one map.* list/],
+  [
+    'JSON',
+    Buffer.from('{"type":"open"}'),
+    'FRAME_MALFORMED',
+    /is JSON, expected is one msgpack map: pack the same keys/,
+  ],
+  ['a list of JSON', Buffer.from('[1]'), 'FRAME_MALFORMED', /is JSON, expected is one msgpack map/],
+  ['text that is no msgpack', Buffer.from('open'), 'FRAME_MALFORMED', /one msgpack map.* int/],
+  ['a list', hex('90'), 'FRAME_MALFORMED', /one msgpack map.* list/],
   ['the byte that msgpack never uses', hex('c1'), 'FRAME_MALFORMED', /0xc1 at byte 0/],
   ['an empty map', hex('80'), 'FRAME_MALFORMED', /no type/],
   ['a type that is no text', raw(['type', 7]), 'FRAME_MALFORMED', /type of the frame/],

@@ -5,7 +5,7 @@ import { ServiceError } from '../../errors.js'
 import { encodeFrame } from '../../wire/codec.js'
 
 // A piece of a message is a Buffer of its own, which takes so much beside its bytes.
-const PIECE_BYTES = 256
+const PIECE_BYTES = 512
 
 /**
  * The memory of messages that have begun to arrive and not ended, over all connections. ws keeps each of them until its last
