@@ -2,7 +2,7 @@
 # They listen on every address, so they start with keys only (MUOND_API_KEYS, or a file: MUOND_API_KEYS_FILE) or with MUOND_INSECURE=true.
 # `npm run test:image` carries these steps out in plain folders (deploy/dockerfile.test.ts).
 
-FROM node:20-bookworm-slim AS build
+FROM node:24-bookworm-slim AS build
 WORKDIR /muond
 COPY package.json package-lock.json .npmrc ./
 RUN npm ci
@@ -18,7 +18,7 @@ ENV MUOND_ONNXRUNTIME_DIR=/opt/onnxruntime
 COPY deploy/onnxruntime-gpu.sh deploy/
 RUN sh deploy/onnxruntime-gpu.sh "$MUOND_ONNXRUNTIME_DIR"
 
-FROM node:20-bookworm-slim AS cpu
+FROM node:24-bookworm-slim AS cpu
 WORKDIR /muond
 ENV MUOND_HOST=0.0.0.0 MUOND_DEVICE=cpu NODE_ENV=production
 COPY --from=build /muond/package.json /muond/openapi.yaml ./

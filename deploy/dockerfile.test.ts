@@ -73,6 +73,11 @@ t.test('the cuda image differs from the cpu image in its base, provider and sett
   t.match(cuda!.instructions.find(({ name }) => name === 'USER')?.value, /^1000/)
 })
 
+t.test('the images run the newest line of Node that package.json names', async (t) => {
+  const [newest] = JSON.parse(readFileSync('package.json', 'utf8')).engines.node.match(/\d+(?=\.0\.0$)/)
+  for (const name of ['build', 'cpu']) t.match(stages.find((stage) => stage.name === name)?.base, `node:${newest}-`)
+})
+
 /** Carries out a stage's instructions; throws where one fails. */
 function build(name: string): Image {
   const stage = stages.find((candidate) => candidate.name === name)!

@@ -153,7 +153,8 @@ export class Lanes {
   }
 
   #start(workerData: LaneOptions): Lane {
-    const worker = new Worker(new URL('./lane.js', import.meta.url), { workerData })
+    // Modules that `--import` preloads (an agent, a test runner) are the service's: in each lane they would start anew.
+    const worker = new Worker(new URL('./lane.js', import.meta.url), { workerData, execArgv: [] })
     const exited = new Promise<void>((resolve) => worker.once('exit', () => resolve()))
     const lane: Lane = { worker, busy: new Map(), groups: 0, exited }
     worker.on('message', (reply: LaneReply) => this.#receive(lane, reply))

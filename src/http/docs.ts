@@ -1,25 +1,7 @@
-import { readFileSync } from 'node:fs'
 import swagger from '@fastify/swagger'
 import swaggerUi from '@fastify/swagger-ui'
 import type { FastifyInstance } from 'fastify'
-import { parse } from 'yaml'
-
-/** openapi.yaml as text and parsed. */
-export type Contract = { readonly text: string; readonly document: Document }
-
-type Parameter = { readonly in: string; readonly schema: object }
-type Operation = { operationId?: string; security?: readonly unknown[]; parameters?: readonly Parameter[] }
-type Document = {
-  openapi: string
-  info: { title: string; version: string }
-  paths: Record<string, Record<string, Operation>>
-}
-
-/** Reads openapi.yaml, the contract that every route is made from. It lies beside package.json. */
-export function readContract(): Contract {
-  const text = readFileSync(new URL('../../../openapi.yaml', import.meta.url), 'utf8')
-  return { text, document: parse(text) }
-}
+import type { Contract } from './contract.js'
 
 // Swagger UI styles its elements inline and has its icons in data URLs; all else is the service's own.
 const CONTENT_SECURITY_POLICY =

@@ -21,8 +21,9 @@ export type SessionContext = Means & {
   bytesRead: () => number
 }
 
-// A peer that was told to go gets this long to take the last frames before its socket is cut.
-const GRACE_MS = 1000
+// A peer that was told to go gets this long to take the last frames before its socket is cut: with up to 32 MiB before
+// them a busy one needs seconds, and one that is cut never learns why.
+const GRACE_MS = 10_000
 // What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
 const UNREAD_BYTES = 32 << 20
 // A pong in waiting takes far more memory than its bytes. One read of 64 KiB brings up to 10923 pings.

@@ -550,7 +550,7 @@ t.test('a body may come in chunks of any size and without its length', async (t)
 })
 
 t.test('one import at a time; one that stalls or is left gives everything back', async (t) => {
-  const service = await startService({ ...SMALL, send_timeout_seconds: 0.2 })
+  const service = await startService({ ...SMALL, send_timeout_seconds: 2 })
   const client = await plainRun(service)
   const body = bodyOf(plainState('F32'))
   const granted = service.device.admittedBytes

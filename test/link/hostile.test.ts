@@ -165,7 +165,7 @@ const FRESH: Case[] = [
   ],
   ['resuming a run that is not', open({ mode: 'resume' }), 'RUN_NOT_FOUND'],
   ['creating a run that is', open({ run: 'healthy', mode: 'create' }), 'RUN_EXISTS'],
-  ['a run that has a writer', open({ run: 'healthy' }), 'RUN_BUSY'],
+  ['a run that has a connection', open({ run: 'healthy' }), 'RUN_BUSY'],
   [
     'resuming with another shape',
     healthy({ parameters: [{ name: 'matrix', shape: [8, 15], group: 'muon' }] }),

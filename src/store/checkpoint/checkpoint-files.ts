@@ -17,7 +17,7 @@ export class CheckpointFiles {
   #nextId = 1
 
   constructor() {
-    this.#worker = new Worker(new URL('./checkpoint-thread.js', import.meta.url))
+    this.#worker = new Worker(new URL('./checkpoint-thread.js', import.meta.url), { execArgv: [] })
     this.#exited = new Promise((resolve) => this.#worker.once('exit', () => resolve()))
     this.#worker.on('message', (reply: ThreadReply) => this.#receive(reply))
   }
