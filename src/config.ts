@@ -115,8 +115,8 @@ export const SETTINGS = {
 } as const satisfies Record<string, Setting>
 
 /**
- * A JSON schema and three words of our own: `expected` says what a value must be where the schema cannot, `list` splits it, and
- * a `secret` has no flag, as command lines are read by all, and stays out of messages.
+ * A JSON schema and three words of our own: `expected` says what a value must be where the schema cannot, `list`
+ * splits it, and a `secret` has no flag, as command lines are read by all, and stays out of messages.
  */
 type Setting = {
   type: 'string' | 'integer' | 'number' | 'boolean'
@@ -164,7 +164,10 @@ export function readCommand(argv: readonly string[], env: Environment): Command 
   return { kind: 'serve', config: check({ ...fromVariables(env), ...fromFlags(flags) }) }
 }
 
-/** A config of the defaults and the given settings (lists comma separated), checked like flags. For tests and embedding. */
+/**
+ * A config of the defaults and the given settings (lists comma separated), checked like flags. For tests and
+ * embedding.
+ */
 export function configOf(settings: Partial<Record<SettingName, string | number | boolean>> = {}): Config {
   const sources: Sources = {}
   for (const name of NAMES) {
@@ -253,7 +256,9 @@ function refuseSecrets(argv: readonly string[]): void {
   throw new ConfigError(`there is no --${flagOf(name)}, as everybody can read command lines: use ${ways}`)
 }
 
-/** Splits the arguments of a command into its flags and the rest; `-h` is `--help`. Throws ConfigError with one line. */
+/**
+ * Splits the arguments of a command into its flags and the rest; `-h` is `--help`. Throws ConfigError with one line.
+ */
 export function readArguments(
   argv: readonly string[],
   flags: Readonly<Record<string, 'string' | 'boolean'>>,

@@ -45,7 +45,10 @@ export type ErrorFields = {
   retry_after_seconds?: number
 }
 
-/** An error that a client is told. The message names the thing and both values; `close` and `status` override the table's. */
+/**
+ * An error that a client is told. The message names the thing and both values; `close` and `status` override the
+ * table's.
+ */
 export class ServiceError extends Error {
   readonly code: ErrorCode
   readonly fields: ErrorFields

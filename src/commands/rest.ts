@@ -11,8 +11,8 @@ export type ServiceAddress = { url: string; token: string | undefined }
 const DEFAULT_URL = 'http://127.0.0.1:8787'
 
 /**
- * What `--url` says, with the key in the file of `--token-file` or in the variable MUOND_TOKEN: command lines can be read by all.
- * Throws ConfigError for what is no URL, and for a file that cannot be read.
+ * What `--url` says, with the key in the file of `--token-file` or in the variable MUOND_TOKEN: command lines can be
+ * read by all. Throws ConfigError for what is no URL, and for a file that cannot be read.
  */
 export function serviceOf(flags: Flags, { MUOND_TOKEN }: Environment): ServiceAddress {
   const { url = DEFAULT_URL, 'token-file': file } = flags

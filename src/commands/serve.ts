@@ -74,8 +74,8 @@ function closeOnSignals(built: App, { drain_seconds, data }: Config, logger: Log
 }
 
 /**
- * Ends the process for whoever has no patience, unless clients would lose steps that were acknowledged: the second signal says which
- * ones, and the third is taken at its word. npm hands Ctrl-C on, so that the service gets it twice.
+ * Ends the process for whoever has no patience, unless clients would lose steps that were acknowledged: the second
+ * signal says which ones, and the third is taken at its word. npm hands Ctrl-C on, so that the service gets it twice.
  */
 function insist(
   { runs, data }: App,

@@ -16,7 +16,9 @@ declare module 'fastify' {
   }
 }
 
-/** The subprotocol that the service chooses. Who offers a key as another one offers this too, as keys are not echoed. */
+/**
+ * The subprotocol that the service chooses. Who offers a key as another one offers this too, as keys are not echoed.
+ */
 export const SUBPROTOCOL = 'muond.v1'
 const KEY_SUBPROTOCOL = 'bearer.'
 
@@ -44,7 +46,10 @@ export function authenticator({
   }
 }
 
-/** Chooses the subprotocol of an upgrade from those offered. Clients drop a connection for which none of those offered is chosen. */
+/**
+ * Chooses the subprotocol of an upgrade from those offered. Clients drop a connection for which none of those offered
+ * is chosen.
+ */
 export function chooseSubprotocol(offered: ReadonlySet<string>): string | false {
   return offered.has(SUBPROTOCOL) && SUBPROTOCOL
 }

@@ -7,6 +7,8 @@ import { ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
 import type { Metrics } from '../metrics.js'
+import { explain } from '../optimizer/explanation.js'
+import { groupOf } from '../optimizer/hyperparameters.js'
 import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
@@ -62,7 +64,10 @@ export type AnyHandler = { handle(request: FastifyRequest, reply: FastifyReply):
 /** One handler per operationId of openapi.yaml: a missing one does not compile. `/docs` is served by its plugin. */
 export type Handlers = { readonly [Id in Exclude<keyof operations, 'getDocs'>]: Handler<operations[Id]> }
 
-/** The handlers of the control plane. They throw ServiceError; app.ts makes routes of them and problem documents of errors. */
+/**
+ * The handlers of the control plane. They throw ServiceError; app.ts makes routes of them and problem documents of
+ * errors.
+ */
 export function createHandlers(services: Services): Handlers {
   return {
     ...serviceHandlers(services),
@@ -278,7 +283,7 @@ function runBody(runs: Runs, run: Run): Schemas['Run'] {
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {
   const { parameter, algorithm, step, state_bytes } = run.place(index)
-  const plan = run.explain(index)
+  const plan = explain(parameter, groupOf(parameter, run.groups))
   const { shape, split, ...rest } = describe(parameter)
   const layout = { shape: [...shape], ...(split && { split: [...split] }) }
   return { ...rest, ...layout, algorithm, step, state_bytes, plan: { ...plan, blocks: [...plan.blocks] } }

@@ -7,10 +7,10 @@ const ANY = '*'
 const LOOPBACK_NAMES = /^(localhost|127\.\d+\.\d+\.\d+|\[::1\])$/
 
 /**
- * The onRequest hook that refuses what a web page sends on behalf of somebody who only looks at it. A browser names the page in
- * `Origin`: pages of another origin must be listed. A page whose own name was made to lead here (DNS rebinding) is of the same
- * origin, but its `Host` is no name of this service. Upgrades are held to both, as browsers open WebSockets to any
- * origin. Throws FORBIDDEN.
+ * The onRequest hook that refuses what a web page sends on behalf of somebody who only looks at it. A browser names
+ * the page in `Origin`: pages of another origin must be listed. A page whose own name was made to lead here (DNS
+ * rebinding) is of the same origin, but its `Host` is no name of this service. Upgrades are held to both, as browsers
+ * open WebSockets to any origin. Throws FORBIDDEN.
  */
 export function originGuard({
   host,

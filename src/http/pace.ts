@@ -4,8 +4,8 @@ import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { Config } from '../config.js'
 import { ServiceError } from '../errors.js'
 
-// Whoever holds memory of the service by sending or reading gives it back by being too slow: `send_timeout_seconds` is a window, in
-// which at least `min_bytes_per_second` for each of its seconds must move.
+// Whoever holds memory of the service by sending or reading gives it back by being too slow: `send_timeout_seconds`
+// is a window, in which at least `min_bytes_per_second` for each of its seconds must move.
 
 type Pace = Pick<Config, 'send_timeout_seconds' | 'min_bytes_per_second'>
 
@@ -13,8 +13,8 @@ type Pace = Pick<Config, 'send_timeout_seconds' | 'min_bytes_per_second'>
 const LINGER_MS = 5000
 
 /**
- * The preParsing hook of bodies that are read whole before their handler is called: one that comes too slowly is refused with
- * OVERLOADED. Streamed ones are their handler's, see `paced`.
+ * The preParsing hook of bodies that are read whole before their handler is called: one that comes too slowly is
+ * refused with OVERLOADED. Streamed ones are their handler's, see `paced`.
  */
 export function limitBody(pace: Pace): (request: FastifyRequest, reply: FastifyReply, body: Readable) => Promise<void> {
   return async ({ routeOptions, raw: { socket } }, _reply, body) => {
@@ -42,13 +42,17 @@ export function limitAnswer(pace: Pace): (request: FastifyRequest, reply: Fastif
     )
     reply.raw.once('close', () => {
       stop()
-      // What it still sends is read and thrown away, so that the refusal is not lost with its connection, but not for ever.
+      // What it still sends is read and thrown away, so that the refusal is not lost with its connection, but not for
+      // ever.
       if (!raw.complete) setTimeout(() => !raw.complete && socket.destroy(), LINGER_MS).unref()
     })
   }
 }
 
-/** A body as it comes; it ends with OVERLOADED where it comes too slowly. Only waiting for it counts: its reader may be slow. */
+/**
+ * A body as it comes; it ends with OVERLOADED where it comes too slowly. Only waiting for it counts: its reader may
+ * be slow.
+ */
 export async function* paced(body: Readable, pace: Pace): AsyncGenerator<Uint8Array> {
   // An early end must leave the connection: the refusal is sent on it.
   const pieces: AsyncIterator<Uint8Array> = body.iterator({ destroyOnReturn: false })

@@ -11,8 +11,9 @@ export const MOST_READERS = 8
 type Shared = { key: string; file: StateFile; grant: Grant; readers: number }
 
 /**
- * Who reads state over REST. The memory that they keep from being given back is admitted like a run's: a run's state is kept once for
- * all its readers, as it is after one step, and until the last of them has gone nobody reads that of another step.
+ * Who reads state over REST. The memory that they keep from being given back is admitted like a run's: a run's state
+ * is kept once for all its readers, as it is after one step, and until the last of them has gone nobody reads that of
+ * another step.
  */
 export class StateReaders {
   readonly #device: Device
@@ -36,7 +37,10 @@ export class StateReaders {
     })
   }
 
-  /** Keeps memory beside that of the runs, which tensors of a run may take when it has gone on; the answer gives it back. Throws OVER_CAPACITY. */
+  /**
+   * Keeps memory beside that of the runs, which tensors of a run may take when it has gone on; the answer gives it
+   * back. Throws OVER_CAPACITY.
+   */
   keep(run: Run, tensors: readonly { tensor: { unit: number; bytes: number } }[]): Grant {
     const needed = run.grant.bytes.map(() => 0)
     for (const { tensor } of tensors) needed[tensor.unit] += tensor.bytes
@@ -44,8 +48,8 @@ export class StateReaders {
   }
 
   /**
-   * The state of a run after its last finished step; `release` when it was read. Throws STEP_INCOMPLETE where a step has begun,
-   * OVERLOADED where others read that of another step, and OVER_CAPACITY.
+   * The state of a run after its last finished step; `release` when it was read. Throws STEP_INCOMPLETE where a step
+   * has begun, OVERLOADED where others read that of another step, and OVER_CAPACITY.
    */
   file(run: Run): { file: StateFile; release: () => void } {
     const leave = this.enter(run)

@@ -12,7 +12,10 @@ import type { StateReaders } from './readers.js'
 type StateTensor = components['schemas']['StateTensor']
 type Held = ReturnType<Run['stateTensors']>
 
-/** The state tensors of a parameter with their norms; none before its first step. Reads them turn by turn of the event loop. */
+/**
+ * The state tensors of a parameter with their norms; none before its first step. Reads them turn by turn of the event
+ * loop.
+ */
 export async function stateNorms(
   device: Device,
   { readers, run }: { readers: StateReaders; run: Run },

@@ -50,7 +50,10 @@ export class Archive {
     return this.#shelf(name).keeper
   }
 
-  /** Gives a new run its folder, and a first checkpoint: from here on it is never lost without a word. Notes that it was opened. */
+  /**
+   * Gives a new run its folder, and a first checkpoint: from here on it is never lost without a word. Notes that it
+   * was opened.
+   */
   async create(run: Run): Promise<void> {
     const folder = await this.#means.data.create(run.name).catch((error) => {
       throw this.#failed(run.name, error)
@@ -72,7 +75,10 @@ export class Archive {
     await this.#identify(run, { epoch: run.epoch + 1 })
   }
 
-  /** Notes the groups that an `open` gives, before they hold: from the step in progress on if nothing was applied for it. */
+  /**
+   * Notes the groups that an `open` gives, before they hold: from the step in progress on if nothing was applied for
+   * it.
+   */
   async replaced(run: Run, groups: Groups): Promise<void> {
     const [given, before] = [groups, run.groupsBefore].map(groupRecords)
     const { step } = run
@@ -81,8 +87,9 @@ export class Archive {
   }
 
   /**
-   * Restores a run from its newest checkpoint and the journal behind it, or as it was at another checkpoint: that changes nothing
-   * on the disk yet, see `goBack`. Undefined: there is none. Throws CHECKPOINT_UNREADABLE and leaves nothing behind.
+   * Restores a run from its newest checkpoint and the journal behind it, or as it was at another checkpoint: that
+   * changes nothing on the disk yet, see `goBack`. Undefined: there is none. Throws CHECKPOINT_UNREADABLE and leaves
+   * nothing behind.
    */
   async load(name: string, checkpoint?: string): Promise<Run | undefined> {
     if (!this.#stored.has(name)) return undefined
@@ -315,8 +322,8 @@ function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): Che
 }
 
 /**
- * Replaces what no step has been computed with yet of the groups that a connection gave. Those that were given at another step are
- * in the checkpoint, or of steps that are lost: they are answered no more.
+ * Replaces what no step has been computed with yet of the groups that a connection gave. Those that were given at
+ * another step are in the checkpoint, or of steps that are lost: they are answered no more.
  */
 function replaceGroups(run: Run, { replacement, ...rest }: Identity): Identity {
   if (replacement === undefined) return rest

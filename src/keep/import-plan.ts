@@ -9,7 +9,10 @@ import { type Header, SAFETENSORS_NAMES, type TensorRange } from '../store/safet
 
 export type MomentumForm = 'ema' | 'heavy_ball'
 
-/** `partial`: a parameter that nothing is given of keeps what it has. `momentum_form` undefined: what the header says, if it does. */
+/**
+ * `partial`: a parameter that nothing is given of keeps what it has. `momentum_form` undefined: what the header says,
+ * if it does.
+ */
 export type ImportOptions = { partial: boolean; momentum_form?: MomentumForm }
 
 /** Where a given tensor goes: a parameter's count, or one of its state tensors, by its position among them. */
@@ -18,7 +21,10 @@ export type Target = { parameter: Parameter } & (
   | { position: number; kept: StateTensor; conversion: Conversion }
 )
 
-/** What is to be done with a file's tensors, by their names, and the indices of the parameters that they bring state tensors of. */
+/**
+ * What is to be done with a file's tensors, by their names, and the indices of the parameters that they bring state
+ * tensors of.
+ */
 export type ImportPlan = { targets: ReadonlyMap<string, Target>; given: ReadonlySet<number> }
 
 type CountDtype = (typeof COUNT_DTYPES)[number]
@@ -27,8 +33,8 @@ const COUNT_DTYPES = ['I64', 'F32'] as const
 const NAMES_IN_MESSAGE = 10
 
 /**
- * Holds the header of a file against a run. Throws STATE_INVALID for a name that the run has nothing of and for one that is
- * lacking, SHAPE_MISMATCH and DTYPE_UNSUPPORTED.
+ * Holds the header of a file against a run. Throws STATE_INVALID for a name that the run has nothing of and for one
+ * that is lacking, SHAPE_MISMATCH and DTYPE_UNSUPPORTED.
  */
 export function planImport(run: Run, header: Header, options: ImportOptions): ImportPlan {
   const form = options.momentum_form ? () => options.momentum_form : formsIn(header)

@@ -23,9 +23,9 @@ const FLOAT32_BYTES = 4
 const COUNT_BYTES = 8
 
 /**
- * Receives state for a run as a safetensors file, into memory of its own: the run does not change. `bytes` is the file's length,
- * where its sender has said. Throws ServiceError where the state does not fit the run, SafetensorsError where the file is none
- * and BodyTooLargeError where it cannot be one for this run.
+ * Receives state for a run as a safetensors file, into memory of its own: the run does not change. `bytes` is the
+ * file's length, where its sender has said. Throws ServiceError where the state does not fit the run,
+ * SafetensorsError where the file is none and BodyTooLargeError where it cannot be one for this run.
  */
 export async function receiveState(
   device: Device,
@@ -125,7 +125,10 @@ function tensorSink(
   }
 }
 
-/** A count is torch's `step`: an integer, which torch itself keeps as a float32. It is 0 exactly where there is no other state. */
+/**
+ * A count is torch's `step`: an integer, which torch itself keeps as a float32. It is 0 exactly where there is no
+ * other state.
+ */
 function countSink(place: ImportedPlace, { name, dtype }: { name: string; dtype: 'I64' | 'F32' }): TensorSink {
   const bytes = Buffer.alloc(SAFETENSORS_DTYPES[dtype])
   let filled = 0
@@ -143,8 +146,8 @@ function countSink(place: ImportedPlace, { name, dtype }: { name: string; dtype:
 }
 
 /**
- * The import of `state`, and the digest that the run will have with it. State that stays is read again, turn by turn of the event loop:
- * nothing may move it meanwhile.
+ * The import of `state`, and the digest that the run will have with it. State that stays is read again, turn by turn
+ * of the event loop: nothing may move it meanwhile.
  */
 export async function pendingImport(device: Device, run: Run, state: ImportedState): Promise<PendingImport> {
   const places: { hashes: readonly string[]; count: number }[] = []

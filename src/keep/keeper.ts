@@ -21,8 +21,8 @@ export type KeeperMeans = {
 }
 
 /**
- * Decides when a run's checkpoints are taken, and has them written while the next steps go on: the state is immutable, so a
- * checkpoint is a list of references. One at a time, so that at most one older state is held.
+ * Decides when a run's checkpoints are taken, and has them written while the next steps go on: the state is
+ * immutable, so a checkpoint is a list of references. One at a time, so that at most one older state is held.
  */
 export class Keeper {
   readonly folder: RunFolder
@@ -51,9 +51,9 @@ export class Keeper {
   }
 
   /**
-   * Begins a checkpoint of the last finished step. Call it between two steps; it resolves when the next one may begin, which is
-   * at once unless an older checkpoint is still being written. `written` rejects with STORAGE_FAILED. Throws STEP_INCOMPLETE
-   * where a step has begun.
+   * Begins a checkpoint of the last finished step. Call it between two steps; it resolves when the next one may
+   * begin, which is at once unless an older checkpoint is still being written. `written` rejects with STORAGE_FAILED.
+   * Throws STEP_INCOMPLETE where a step has begun.
    */
   async begin(tag?: string): Promise<{ written: Promise<CheckpointEntry> }> {
     // Looked at again here, not in a function that is awaited: of several that wait only one finds it free.
@@ -66,8 +66,8 @@ export class Keeper {
   }
 
   /**
-   * Has the run go on from an import once that is on the disk, so that a crash leaves either all of it or nothing. Call it while
-   * the run is held between two steps. Rejects with STORAGE_FAILED, and nothing was imported.
+   * Has the run go on from an import once that is on the disk, so that a crash leaves either all of it or nothing.
+   * Call it while the run is held between two steps. Rejects with STORAGE_FAILED, and nothing was imported.
    */
   async import(pending: PendingImport): Promise<CheckpointEntry> {
     while (this.#writing) await this.settled()
@@ -197,7 +197,10 @@ export class Keeper {
 
 const COUNT_BYTES = BigInt64Array.BYTES_PER_ELEMENT
 
-/** The step counts first: 8 bytes each keep every tensor behind them aligned. Names are those of torch's flattened optimizer state. */
+/**
+ * The step counts first: 8 bytes each keep every tensor behind them aligned. Names are those of torch's flattened
+ * optimizer state.
+ */
 function entriesOf(tensors: readonly HeldTensor[]): StateEntry[] {
   const counts = new Map(tensors.map(({ parameter, count }) => [parameter.name, count]))
   return [

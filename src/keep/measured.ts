@@ -1,7 +1,10 @@
 import { type Metrics, PHASES } from '../metrics.js'
 import type { Run } from '../run/run.js'
 
-/** Has the metrics count every step that a run finishes from here on: steps that a restart computes again were counted before. */
+/**
+ * Has the metrics count every step that a run finishes from here on: steps that a restart computes again were counted
+ * before.
+ */
 export function measure(run: Run, metrics: Metrics): void {
   run.on('receipt', ({ seconds, clipped_heads, max_logit }) => {
     metrics.steps_total.inc()

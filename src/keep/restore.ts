@@ -32,7 +32,10 @@ export function keptDeclaration(record: RunRecord): Declaration {
 
 type Declared = { parameters: readonly Parameter[]; attentions: readonly Attention[] }
 
-/** Holds a checkpoint's digest against what its last step was applied with, or what was imported after that. Throws UnreadableError with both. */
+/**
+ * Holds a checkpoint's digest against what its last step was applied with, or what was imported after that. Throws
+ * UnreadableError with both.
+ */
 export function checkDigest(record: RunRecord, declared: Declared): void {
   const { run, step, digest, last, places, imported } = record
   const of = (what: string, actual: string, expected: string) => {
@@ -77,8 +80,8 @@ function describe({ kind, name, onnxruntime, processor }: DeviceRecord): string 
 }
 
 /**
- * The state tensors of a checkpoint, in memory of the device; undefined for a parameter that has none yet. Every file of the
- * checkpoint is held against its hash. Throws UnreadableError.
+ * The state tensors of a checkpoint, in memory of the device; undefined for a parameter that has none yet. Every file
+ * of the checkpoint is held against its hash. Throws UnreadableError.
  */
 export async function readTensors(
   device: Device,
@@ -109,8 +112,8 @@ export async function readTensors(
 const JOURNAL: Connection = { fence: () => {}, expel: () => {} }
 
 /**
- * Computes a journal's steps again, each from the gradients that it was computed from, and holds every update and digest against
- * what was acknowledged; `elsewhere` only the gradients. Throws UnreadableError that names the record.
+ * Computes a journal's steps again, each from the gradients that it was computed from, and holds every update and
+ * digest against what was acknowledged; `elsewhere` only the gradients. Throws UnreadableError that names the record.
  */
 export async function replay(
   run: Run,

@@ -142,7 +142,11 @@ export class Runs {
   async build(name: string, declaration: Declaration, created_at?: string): Promise<Run> {
     const runs = this.#runs.size + this.#creating
     if (runs >= this.#config.max_runs) {
-      throw new ServiceError('OVER_CAPACITY', `the service holds ${runs} runs, at most ${this.#config.max_runs}`)
+      const remedy = 'delete one (DELETE /v1/runs/{run}), or start the service with a larger --max-runs'
+      throw new ServiceError(
+        'OVER_CAPACITY',
+        `the service holds ${runs} runs, at most ${this.#config.max_runs}: ${remedy}`,
+      )
     }
     this.#checkFits(declaration.parameters)
     this.#creating += 1
@@ -168,8 +172,8 @@ export class Runs {
   }
 
   /**
-   * Does the `work` of an import into a run, one at a time. Throws DRAINING, and RUN_BUSY where another one is under way. A
-   * shutdown waits for it.
+   * Does the `work` of an import into a run, one at a time. Throws DRAINING, and RUN_BUSY where another one is under
+   * way. A shutdown waits for it.
    */
   async import<T>(run: Run, work: () => Promise<T>): Promise<T> {
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and imports nothing')
@@ -185,8 +189,9 @@ export class Runs {
   }
 
   /**
-   * Has a run go on from state that was received for it, once that is on the disk where there is one; answers where it goes on.
-   * Throws STEP_INCOMPLETE where a step has begun, STORAGE_FAILED, and RUN_NOT_FOUND where the run is gone.
+   * Has a run go on from state that was received for it, once that is on the disk where there is one; answers where
+   * it goes on. Throws STEP_INCOMPLETE where a step has begun, STORAGE_FAILED, and RUN_NOT_FOUND where the run is
+   * gone.
    */
   takeOver(run: Run, state: ImportedState): Promise<Imported> {
     return this.#turns.take(run.name, async () => {

@@ -7,8 +7,8 @@ import { stateMetadata, stateName } from '../store/checkpoint/state-source.js'
 import { encodeHeader, SAFETENSORS_NAMES, type TensorEntry } from '../store/safetensors.js'
 
 /**
- * A run's whole state as one safetensors file: its length, the tensors that it keeps, and its bytes for one reader, of which
- * one piece's copy is held at a time.
+ * A run's whole state as one safetensors file: its length, the tensors that it keeps, and its bytes for one reader,
+ * of which one piece's copy is held at a time.
  */
 export type StateFile = {
   bytes: number
@@ -20,8 +20,8 @@ export type StateFile = {
 const STEP_BYTES = BigInt64Array.BYTES_PER_ELEMENT
 
 /**
- * The state after the last finished step. State tensors are immutable, so the references taken here make it the state of one
- * moment however slowly it is read; `release` gives them back. Throws STEP_INCOMPLETE where a step has begun.
+ * The state after the last finished step. State tensors are immutable, so the references taken here make it the state
+ * of one moment however slowly it is read; `release` gives them back. Throws STEP_INCOMPLETE where a step has begun.
  */
 export function stateFile(device: Device, run: Run): StateFile {
   run.checkBetween('its state is read between two steps')
@@ -61,7 +61,9 @@ function* pieces(
 
 const SLACK_BYTES = 65_536
 const ENTRY_BYTES = 512
-/** A character that JSON escapes takes six bytes, and another writer may escape every one; twice, within the metadata. */
+/**
+ * A character that JSON escapes takes six bytes, and another writer may escape every one; twice, within the metadata.
+ */
 const ESCAPED = 12
 
 /** Most bytes that the header of a file with a run's state may have, whoever wrote it. */

@@ -1,4 +1,7 @@
-/** Work by name: of one name it is done one after the other, in the order of the calls; of different names side by side. */
+/**
+ * Work by name: of one name it is done one after the other, in the order of the calls; of different names side by
+ * side.
+ */
 export class Turns {
   readonly #last = new Map<string, Promise<unknown>>()
 

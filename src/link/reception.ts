@@ -25,7 +25,9 @@ export type ReceptionParts = {
   abandoned(): void
 }
 
-/** The gradient that a connection is sending: its chunks go into a region of the arena that is reserved for all of it. */
+/**
+ * The gradient that a connection is sending: its chunks go into a region of the arena that is reserved for all of it.
+ */
 export class Reception implements GradientSink {
   /** Whether the client is kept from sending because the arena has no room. */
   waits = false
@@ -69,7 +71,9 @@ export class Reception implements GradientSink {
     this.#stored(this.#incomplete, dataLength)
   }
 
-  /** Takes a chunk that has come the ordinary way; a promise where nothing else may be looked at before it is stored. */
+  /**
+   * Takes a chunk that has come the ordinary way; a promise where nothing else may be looked at before it is stored.
+   */
   take(joined: Joined, frame: GradientFrame): Promise<void> | undefined {
     const { parameter, step, offset } = frame
     if (this.#dropped?.parameter === parameter && this.#dropped.step === step && offset > 0) return undefined

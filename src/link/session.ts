@@ -91,7 +91,10 @@ export class Session implements Connection, GradientSink {
     if (!this.#stepInFlight) this.#leave(1012, 'the service shuts down')
   }
 
-  /** Where the next chunk of the gradient in reception goes. Everything else, and whatever is wrong, goes the ordinary way. */
+  /**
+   * Where the next chunk of the gradient in reception goes. Everything else, and whatever is wrong, goes the ordinary
+   * way.
+   */
   destination(head: GradientHead): Uint8Array | undefined {
     return this.#pumping || this.#leaving ? undefined : this.#reception.destination(head)
   }

@@ -33,7 +33,10 @@ export class Boundary {
     return this.#held
   }
 
-  /** Does `work`, holding the run between two steps until it is done. Throws STEP_INCOMPLETE, which says `what` had to wait. */
+  /**
+   * Does `work`, holding the run between two steps until it is done. Throws STEP_INCOMPLETE, which says `what` had to
+   * wait.
+   */
   async between<T>(what: string, work: () => Promise<T>): Promise<T> {
     assert(this.#held === undefined, 'one thing at a time is done between two steps')
     const working = this.#run.settled().then(() => {
@@ -49,8 +52,9 @@ export class Boundary {
   }
 
   /**
-   * Does `work`; where that throws STEP_INCOMPLETE the end of the step is waited for, and it is tried again. Throws the errors of
-   * `work`, STEP_INCOMPLETE too where the step does not end in time or `closing` aborts, and OVERLOADED where MOST_WAITING wait already.
+   * Does `work`; where that throws STEP_INCOMPLETE the end of the step is waited for, and it is tried again. Throws
+   * the errors of `work`, STEP_INCOMPLETE too where the step does not end in time or `closing` aborts, and OVERLOADED
+   * where MOST_WAITING wait already.
    */
   async reach<T>(work: () => Promise<T>, closing: AbortSignal): Promise<T> {
     const signal = AbortSignal.any([AbortSignal.timeout(MOST_MS), closing])

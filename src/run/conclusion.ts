@@ -55,8 +55,8 @@ const knownOfGroup = new WeakMap<Group, Effective>()
 type Effective = ReturnType<typeof effective>
 
 /**
- * Every hyperparameter that is in force, by group. Groups that did not change since another step are the same objects again: a receipt
- * is kept for long, and most of its bytes would repeat them.
+ * Every hyperparameter that is in force, by group. Groups that did not change since another step are the same objects
+ * again: a receipt is kept for long, and most of its bytes would repeat them.
  */
 export function effectiveGroups(groups: Groups): Readonly<Record<string, Effective>> {
   const before = known.get(groups)

@@ -29,7 +29,10 @@ export function refuseUnsupported({ protocol, checkpoint, mode }: OpenFrame, kee
     )
 }
 
-/** Checks what an `open` declares of a run that does not exist yet. Throws PARAMETER_INVALID, HYPERPARAMETER_INVALID… Yields from time to time. */
+/**
+ * Checks what an `open` declares of a run that does not exist yet. Throws PARAMETER_INVALID, HYPERPARAMETER_INVALID…
+ * Yields from time to time.
+ */
 export function* declarationOf(frame: OpenFrame, presets: Presets): Generator<undefined, Declaration> {
   if (!frame.groups || !frame.parameters) {
     throw new ServiceError('PARAMETER_INVALID', `run '${frame.run}' is new: open needs groups and parameters`)

@@ -9,7 +9,10 @@ export type DigestRecord = {
   decay: number
 }
 
-/** What one parameter adds to a step's digest: a skipped one nothing but its place, unless QK-clip scales its rows (float32 bytes). */
+/**
+ * What one parameter adds to a step's digest: a skipped one nothing but its place, unless QK-clip scales its rows
+ * (float32 bytes).
+ */
 export type StepRecord = { applied?: DigestRecord; row_scale?: Uint8Array }
 
 const APPLIED = 1
@@ -19,8 +22,8 @@ const HAS_ROW_SCALE = 2
 export const FIRST_DIGEST = createHash('sha256').update('muond digest 1').digest('hex')
 
 /**
- * SHA-256 over the digest before, the step's number and one record per parameter in index order (docs/protocol.md, Digest).
- * It holds neither the run's name nor a time: equal inputs give equal digests.
+ * SHA-256 over the digest before, the step's number and one record per parameter in index order (docs/protocol.md,
+ * Digest). It holds neither the run's name nor a time: equal inputs give equal digests.
  */
 export function nextDigest(previous: string, step: number, records: Iterable<StepRecord>): string {
   const hash = createHash('sha256').update(previous, 'hex')
@@ -34,12 +37,15 @@ export function nextDigest(previous: string, step: number, records: Iterable<Ste
   return hash.digest('hex')
 }
 
-/** An import's state of one parameter: SHA-256 of each state tensor's bytes as they are kept, in the kernel's order, and its count. */
+/**
+ * An import's state of one parameter: SHA-256 of each state tensor's bytes as they are kept, in the kernel's order,
+ * and its count.
+ */
 export type ImportedHashes = { hashes: readonly string[]; count: number }
 
 /**
- * SHA-256 over the digest of the last finished step and the whole state that the run has from now on (docs/protocol.md, Digest). To
- * import something else before the next step, or the same again, is to import that.
+ * SHA-256 over the digest of the last finished step and the whole state that the run has from now on
+ * (docs/protocol.md, Digest). To import something else before the next step, or the same again, is to import that.
  */
 export function importDigest(stepDigest: string, places: Iterable<ImportedHashes>): string {
   const hash = createHash('sha256').update('muond import').update(stepDigest, 'hex')

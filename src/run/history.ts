@@ -89,7 +89,10 @@ export class History {
     if (receipt) this.#keep(receipt)
   }
 
-  /** Keeps a receipt, and lets go of the oldest that are too many or too heavy. The newest is always kept: `end` may ask for it again. */
+  /**
+   * Keeps a receipt, and lets go of the oldest that are too many or too heavy. The newest is always kept: `end` may
+   * ask for it again.
+   */
   #keep(receipt: Receipt): void {
     const bytes = weigh(receipt, this.last)
     this.#receipts.push({ receipt, bytes })

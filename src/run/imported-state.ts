@@ -3,7 +3,10 @@ import type { Device } from '../device/device.js'
 import type { Tensor } from '../device/memory.js'
 import type { ImportRecord } from '../store/checkpoint/manifest.js'
 
-/** One parameter's imported state: its count, and, unless that is 0, its state tensors with SHA-256 of each one's bytes. */
+/**
+ * One parameter's imported state: its count, and, unless that is 0, its state tensors with SHA-256 of each one's
+ * bytes.
+ */
 export type ImportedPlace = { count: number; tensors: Tensor[]; hashes: string[] }
 
 /** State that was received for a run. A parameter without a place keeps its own. Whoever has it last disposes of it. */
@@ -32,7 +35,10 @@ export class ImportedState {
   }
 }
 
-/** An import that a run has not gone over to yet: the state, the digest that the run will have, and the hashes that this follows from. */
+/**
+ * An import that a run has not gone over to yet: the state, the digest that the run will have, and the hashes that
+ * this follows from.
+ */
 export type PendingImport = { state: ImportedState; digest: string; imported: ImportRecord }
 
 /** The note of a run that goes on from an import. */

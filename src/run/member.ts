@@ -9,7 +9,10 @@ export type Connection = {
   expel(error: ServiceError): void
 }
 
-/** One connection's place in a run, from the `open` that gave it until it is lost. Its jobs are computed as long as it lasts. */
+/**
+ * One connection's place in a run, from the `open` that gave it until it is lost. Its jobs are computed as long as it
+ * lasts.
+ */
 export class Member {
   /** Cancelled when the member is lost: jobs that no lane has begun are dropped. */
   readonly ticket: Ticket = { cancelled: false }

@@ -74,7 +74,9 @@ export class Place {
     return { count, applied_step: appliedStep, gradient_square: gradientSquare, ...last }
   }
 
-  /** Takes over what a checkpoint has of it; the tensors, undefined where all are zero, are this place's from now on. */
+  /**
+   * Takes over what a checkpoint has of it; the tensors, undefined where all are zero, are this place's from now on.
+   */
   restore(kept: PlaceRecord, tensors: Tensor[] | undefined, elsewhere: boolean): void {
     this.dispose()
     this.#tensors = tensors
@@ -86,8 +88,8 @@ export class Place {
   }
 
   /**
-   * Takes over state that no step of this run has made; the tensors are this place's from now on, undefined where all are zero.
-   * What the last step came to stays known, but cannot be computed again.
+   * Takes over state that no step of this run has made; the tensors are this place's from now on, undefined where all
+   * are zero. What the last step came to stays known, but cannot be computed again.
    */
   takeOver(tensors: Tensor[] | undefined, count: number): void {
     this.dispose()
@@ -95,7 +97,10 @@ export class Place {
     this.count = count
   }
 
-  /** Holds the last step against what it came to when it was first computed; `elsewhere` that was on another kind of device. */
+  /**
+   * Holds the last step against what it came to when it was first computed; `elsewhere` that was on another kind of
+   * device.
+   */
   acknowledge(first: DigestRecord, elsewhere: boolean): void {
     const record = this.record
     assert(record, 'the step was computed again')
@@ -120,8 +125,8 @@ export class Place {
   }
 
   /**
-   * Computes and commits this parameter's part of a step, or computes it again where the step has applied it. Undefined: the ticket was
-   * cancelled before a lane began.
+   * Computes and commits this parameter's part of a step, or computes it again where the step has applied it.
+   * Undefined: the ticket was cancelled before a lane began.
    */
   async compute(step: Step, { gradient, ticket }: Asked): Promise<Update | undefined> {
     const { settings } = step
@@ -212,7 +217,10 @@ export class Place {
   }
 }
 
-/** What a job writes into. It is taken when a lane is there for the job: what waits holds no memory but its gradient's. */
+/**
+ * What a job writes into. It is taken when a lane is there for the job: what waits holds no memory but its
+ * gradient's.
+ */
 class Outputs {
   next: Tensor[] = []
   readonly #device: Device

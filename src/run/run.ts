@@ -2,11 +2,9 @@ import assert from 'node:assert'
 import { EventEmitter } from 'node:events'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
-import type { Tensor } from '../device/memory.js'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
-import { type Explanation, explain } from '../optimizer/explanation.js'
 import { type Groups, groupOf } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
 import { checkMaxLogits } from '../optimizer/qk-clip.js'
@@ -17,13 +15,15 @@ import type { OpenedFrame, ParameterDescription, StepFrame } from '../wire/frame
 import { Boundary } from './boundary.js'
 import { checkComplete, conclude, effectiveGroups } from './conclusion.js'
 import type { DigestRecord } from './digest.js'
-import { History, type Receipt, type ReceiptLimits, type RunEvents } from './history.js'
+import { History, type Receipt, type RunEvents } from './history.js'
 import { importNote, type PendingImport } from './imported-state.js'
 import { type Connection, Member } from './member.js'
 import type { Place } from './place.js'
 import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
+import type { RestoredState, RunOptions } from './run-options.js'
 import { type HeldTensor, type ScaledUpdate, Shard } from './shard.js'
 import { Step, type StepSettings } from './step.js'
+import { Steps } from './steps.js'
 
 type PlaceRow = {
   parameter: Parameter
@@ -43,10 +43,7 @@ export class Run extends EventEmitter<RunEvents> {
   readonly boundary: Boundary
   readonly #shard: Shard
   readonly #history: History
-  /** The step in progress. */
-  #current: Step
-  /** The last finished step. Undefined before the first one. */
-  #finished: Step | undefined
+  readonly #steps: Steps
   #member: Member | undefined
   #epoch = 0
   #note = ''
@@ -62,7 +59,7 @@ export class Run extends EventEmitter<RunEvents> {
     this.boundary = new Boundary(this)
     this.#history = new History(receipts)
     this.#shard = new Shard(device, { run: name, ...rest })
-    this.#current = new Step(1, groups)
+    this.#steps = new Steps(name, new Step(1, groups))
   }
 
   /** How often the run was opened: a connection of an older epoch has lost it. */
@@ -105,15 +102,17 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** The groups with the hyperparameters of the step in progress. */
   get groups(): Groups {
-    return this.#current.settings.groups
+    return this.#steps.current.settings.groups
   }
 
   /** The groups as they were when the step in progress began. */
   get groupsBefore(): Groups {
-    return this.#current.groupsBefore
+    return this.#steps.current.groupsBefore
   }
 
-  /** The journal that has every step before it is acknowledged; undefined where a step is only in the next checkpoint. */
+  /**
+   * The journal that has every step before it is acknowledged; undefined where a step is only in the next checkpoint.
+   */
   get journal(): Journal | undefined {
     return this.#journal
   }
@@ -135,17 +134,17 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** The indices that are applied for the step in progress already. */
   get ahead(): number[] {
-    return this.#current.applied
+    return this.#steps.current.applied
   }
 
   /** Whether the step in progress is more than announced: it may lack nothing but its end. */
   get begun(): boolean {
-    return this.#current.begun
+    return this.#steps.current.begun
   }
 
   /**
-   * Makes a connection the run's only member. The jobs of the one before settle first: the parameters that they applied show in
-   * `ahead`, and their values hold for the step; with nothing applied the values are forgotten.
+   * Makes a connection the run's only member. The jobs of the one before settle first: the parameters that they
+   * applied show in `ahead`, and their values hold for the step; with nothing applied the values are forgotten.
    */
   async attach(connection: Connection): Promise<Member> {
     const older = this.#member
@@ -153,7 +152,7 @@ export class Run extends EventEmitter<RunEvents> {
     this.#member = member
     older?.fence()
     await this.settled()
-    this.#current.forget()
+    this.#steps.current.forget()
     this.#epoch += 1
     return member
   }
@@ -195,9 +194,11 @@ export class Run extends EventEmitter<RunEvents> {
       yield { ...describe(parameter), step: appliedStep, algorithm: this.#algorithm(parameter) }
   }
 
-  /** Takes a `step` frame: for the step in progress its values, for the last finished one only the values that it had. */
+  /**
+   * Takes a `step` frame: for the step in progress its values, for the last finished one only the values that it had.
+   */
   announce(member: Member, { step: number, groups = {}, gradient_scale = 1, max_logits = {} }: StepFrame): void {
-    const step = this.#stepOf(number, `a step frame for step ${number}`)
+    const step = this.#steps.of(number, `a step frame for step ${number}`)
     step.refuse(member)
     step.announce(member, {
       ...{ groups, gradient_scale },
@@ -205,12 +206,18 @@ export class Run extends EventEmitter<RunEvents> {
     })
   }
 
-  /** A frame of this member that announces a step could not be read: nothing is taken for that step before another one comes. */
+  /**
+   * A frame of this member that announces a step could not be read: nothing is taken for that step before another one
+   * comes.
+   */
   refuseAnnouncement(member: Member): void {
-    this.#current.refuse(member)
+    this.#steps.current.refuse(member)
   }
 
-  /** Answers the step that a member's gradient is to be applied in, or computed again. Throws STEP_CONFLICT where neither can be. */
+  /**
+   * Answers the step that a member's gradient is to be applied in, or computed again. Throws STEP_CONFLICT where
+   * neither can be.
+   */
   expect(member: Member, index: number, number: number): Step {
     const step = this.#stepOfGradient(index, number)
     step.checkAccepted(member)
@@ -219,8 +226,9 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * Computes and commits, or replays, one parameter's part of a step. Takes the gradient's region over, and releases it when the lane and
-   * the journal have read it, whatever comes of it. Undefined: the member that sent it has lost the run.
+   * Computes and commits, or replays, one parameter's part of a step. Takes the gradient's region over, and releases
+   * it when the lane and the journal have read it, whatever comes of it. Undefined: the member that sent it has lost
+   * the run.
    */
   async compute(
     member: Member,
@@ -240,22 +248,26 @@ export class Run extends EventEmitter<RunEvents> {
     }
   }
 
-  /** The row scales of parameters that the last finished step skipped: QK-clip does not wait for a gradient. One at a time. */
+  /**
+   * The row scales of parameters that the last finished step skipped: QK-clip does not wait for a gradient. One at a
+   * time.
+   */
   skippedRowScales(): Generator<{ parameter: number; row_scale: Uint8Array }> {
-    assert(this.#finished, 'a step was finished')
-    return this.#shard.skippedRowScales(this.#finished)
+    assert(this.#steps.finished, 'a step was finished')
+    return this.#shard.skippedRowScales(this.#steps.finished)
   }
 
   /**
-   * Finishes a step whose every parameter was applied or is skipped, or answers a finished one's receipt again. With a journal
-   * the step is on the disk first; where it cannot be, STORAGE_FAILED is thrown and the step is not finished.
+   * Finishes a step whose every parameter was applied or is skipped, or answers a finished one's receipt again. With
+   * a journal the step is on the disk first; where it cannot be, STORAGE_FAILED is thrown and the step is not
+   * finished.
    */
   async end(member: Member, number: number, skipped: readonly number[]): Promise<Receipt> {
     if (this.boundary.held) await this.boundary.held
-    const step = this.#stepOf(number, `end for step ${number}`)
+    const step = this.#steps.of(number, `end for step ${number}`)
     step.checkAccepted(member)
     const { last } = this.#history
-    if (step === this.#finished && last) return { ...last, replayed: true }
+    if (step === this.#steps.finished && last) return { ...last, replayed: true }
     checkComplete(step, this.#shard, new Set(skipped))
     const durable = this.#journal !== undefined
     const receipt = conclude(step, this.#shard, { digest: this.digest, durable })
@@ -269,7 +281,7 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** Throws STEP_INCOMPLETE where a parameter was applied for the next step already. */
   checkBetween(what: string): void {
-    const { number: step, begun } = this.#current
+    const { number: step, begun } = this.#steps.current
     if (!begun) return
     throw new ServiceError('STEP_INCOMPLETE', `step ${step} of run '${this.name}' has begun, ${what}`, { step })
   }
@@ -286,23 +298,23 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * Puts the groups of an `open` in force: from the step in progress on where nothing was applied for it, otherwise, or if asked, from
-   * the next.
+   * Puts the groups of an `open` in force: from the step in progress on where nothing was applied for it, otherwise,
+   * or if asked, from the next.
    */
   replaceGroups(groups: Groups, from?: 'this' | 'next'): void {
-    this.#current.replace(groups, from)
+    this.#steps.current.replace(groups, from)
   }
 
   /**
-   * All that a checkpoint is made of, as of the last finished step, or with an import after it; the caller releases the tensors.
-   * No parameter may be applied for the next step yet.
+   * All that a checkpoint is made of, as of the last finished step, or with an import after it; the caller releases
+   * the tensors. No parameter may be applied for the next step yet.
    */
   snapshot(pending?: PendingImport): { record: RunRecord; tensors: HeldTensor[] } {
     assert(!this.begun, 'a checkpoint is taken between two steps')
     const { step, previous, last: receipt } = this.#history
     const { digest, imported } = pending ?? this.#history
     const { places, tensors } = this.#shard.hold(pending?.state.places)
-    const last = this.#finished?.settings
+    const last = this.#steps.finished?.settings
     const record: RunRecord = {
       ...{ run: this.name, created_at: this.created_at, epoch: this.epoch, step, digest, previous_digest: previous },
       parameters: this.parameters.map((parameter) => describe(parameter)),
@@ -329,8 +341,8 @@ export class Run extends EventEmitter<RunEvents> {
     this.#shard.restore(record.places, { tensors, elsewhere })
     this.#history.restore(record)
     const applied = record.places.flatMap(({ applied_step }, index) => (applied_step === record.step ? [index] : []))
-    this.#finished = record.last && Step.finished(record.step, settingsOf(record.last), applied)
-    this.#current = new Step(record.step + 1, groupsOf(record.groups))
+    const finished = record.last && Step.finished(record.step, settingsOf(record.last), applied)
+    this.#steps.restore(finished, new Step(record.step + 1, groupsOf(record.groups)))
     this.#note = note
   }
 
@@ -341,18 +353,21 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** The step in progress is one of a journal: it is computed with the values that it had. */
   repeat(settings: StepSettings): void {
-    this.#current.repeat(settings)
+    this.#steps.current.repeat(settings)
   }
 
   /**
-   * A step of a journal, computed again: the gradient of a parameter was applied with this before. Throws UnreadableError where it
-   * comes out otherwise, unless another kind of device had computed it.
+   * A step of a journal, computed again: the gradient of a parameter was applied with this before. Throws
+   * UnreadableError where it comes out otherwise, unless another kind of device had computed it.
    */
   acknowledge(index: number, applied: AppliedRecord, elsewhere: boolean): void {
     this.#shard.acknowledge(index, applied, elsewhere)
   }
 
-  /** Ends a step of a journal, which was acknowledged with this receipt. Throws UnreadableError where its digest is another one. */
+  /**
+   * Ends a step of a journal, which was acknowledged with this receipt. Throws UnreadableError where its digest is
+   * another one.
+   */
   async endAgain(member: Member, { step, skipped, digest, receipt }: EndHead): Promise<void> {
     const computed = await this.end(member, step, skipped)
     if (computed.digest !== digest)
@@ -366,13 +381,10 @@ export class Run extends EventEmitter<RunEvents> {
     return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes }
   }
 
-  /** What the step in progress is for a parameter. */
-  explain(index: number): Explanation {
-    const { parameter } = this.#shard.place(index)
-    return explain(parameter, groupOf(parameter, this.groups))
-  }
-
-  /** References to a parameter's state tensors, none before its first step. The caller releases them with `Device.memory`. */
+  /**
+   * References to a parameter's state tensors, none before its first step. The caller releases them with
+   * `Device.memory`.
+   */
   stateTensors(index: number): ReturnType<Place['stateTensors']> {
     return this.#shard.place(index).stateTensors()
   }
@@ -382,25 +394,12 @@ export class Run extends EventEmitter<RunEvents> {
     this.#shard.dispose()
   }
 
-  /** The step in progress or the last finished one, whichever has the number. Throws STEP_CONFLICT with the one that is expected. */
-  #stepOf(number: number, what: string): Step {
-    const step = [this.#current, this.#finished].find((known) => known?.number === number)
-    if (step) return step
-    throw this.#conflict(what, { step: number })
-  }
-
   #stepOfGradient(index: number, number: number): Step {
-    const { parameter } = this.#shard.place(index)
-    const what = `a gradient of '${parameter.name}' for step ${number}`
-    if (number === this.#current.number) return this.#current
-    const replayed = number === this.#finished?.number && this.#finished.hasApplied(index) ? this.#finished : undefined
-    if (replayed && !this.#history.imported) return replayed
-    throw this.#conflict(what, { step: number, index, since: replayed ? ', and its state was imported since' : '' })
+    return this.#steps.ofGradient(this.parameter(index), number, this.#history.imported !== undefined)
   }
 
   #finish(receipt: Receipt): Receipt {
-    this.#finished = this.#current
-    this.#current = this.#current.finish()
+    this.#steps.finish()
     this.#history.add(receipt)
     this.emit('receipt', receipt)
     return receipt
@@ -410,7 +409,7 @@ export class Run extends EventEmitter<RunEvents> {
   #store({ number: step }: Step, index: number, gradient: Region): void {
     const journal = this.#journal
     const { record } = this.#shard.place(index)
-    if (journal === undefined || step !== this.#current.number || journal.holds(index)) return
+    if (journal === undefined || step !== this.#steps.current.number || journal.holds(index)) return
     assert(record, 'what was computed has a record')
     const kept = gradient.retain()
     void journal
@@ -420,7 +419,7 @@ export class Run extends EventEmitter<RunEvents> {
 
   async #commit(journal: Journal, receipt: Receipt, skipped: readonly number[]): Promise<void> {
     const started = performance.now()
-    const step = this.#current
+    const step = this.#steps.current
     const { digest } = receipt
     const settings = settingsRecord(step.settings)
     await step.end(() =>
@@ -438,28 +437,4 @@ export class Run extends EventEmitter<RunEvents> {
   #algorithm(parameter: Parameter): string {
     return groupOf(parameter, this.groups).algorithm
   }
-
-  #conflict(what: string, { step, index, since = '' }: { step: number; index?: number; since?: string }): ServiceError {
-    const expected_step = this.#current.number
-    const hint = step < 1 ? '; steps count from 1' : ''
-    return new ServiceError(
-      'STEP_CONFLICT',
-      `${what}: run '${this.name}' has finished step ${this.step}${since}, expected is step ${expected_step}${hint}`,
-      { step, expected_step, ...(index === undefined ? {} : { parameter: index }) },
-    )
-  }
-}
-
-/** The state of a checkpoint: `tensors` has those of each parameter, undefined where it has none; `elsewhere`: of another kind of device. */
-export type RestoredState = { tensors: readonly (Tensor[] | undefined)[]; elsewhere: boolean; note: string }
-
-/** `grant` is the memory that the device has admitted: the run gives it back. */
-export type RunOptions = {
-  name: string
-  created_at?: string
-  groups: Groups
-  parameters: readonly Parameter[]
-  attentions: readonly Attention[]
-  grant: Grant
-  receipts: ReceiptLimits
 }

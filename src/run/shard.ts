@@ -65,7 +65,10 @@ export class Shard {
     throw new ServiceError('PARAMETER_UNKNOWN', message, { parameter: index })
   }
 
-  /** Computes a parameter's part of a step, or computes it again. Undefined: the ticket was cancelled before a lane began. */
+  /**
+   * Computes a parameter's part of a step, or computes it again. Undefined: the ticket was cancelled before a lane
+   * began.
+   */
   async compute(
     step: Step,
     index: number,
@@ -101,7 +104,9 @@ export class Shard {
     }
   }
 
-  /** References to all state, or to what `imported` puts in its place. The caller releases them with `Device.memory`. */
+  /**
+   * References to all state, or to what `imported` puts in its place. The caller releases them with `Device.memory`.
+   */
   hold(imported?: readonly (ImportedPlace | undefined)[]): { places: PlaceRecord[]; tensors: HeldTensor[] } {
     const held = this.#places.map((place, i) => ({ place, ...stateOf(imported?.[i] ?? place) }))
     return {
@@ -123,8 +128,8 @@ export class Shard {
   }
 
   /**
-   * Takes over the state of a checkpoint: `tensors` has those of each parameter, undefined where it has none yet; with `elsewhere`
-   * another kind of device computed the last step.
+   * Takes over the state of a checkpoint: `tensors` has those of each parameter, undefined where it has none yet;
+   * with `elsewhere` another kind of device computed the last step.
    */
   restore(
     records: readonly PlaceRecord[],

@@ -4,8 +4,8 @@ import { setImmediate as turn } from 'node:timers/promises'
 const SLICE_MS = 10
 
 /**
- * Does work that yields from time to time. Short work is done when the call returns, and its result is returned; longer work goes on in
- * later turns of the event loop, and its result is promised.
+ * Does work that yields from time to time. Short work is done when the call returns, and its result is returned;
+ * longer work goes on in later turns of the event loop, and its result is promised.
  */
 export function inSlices<T>(work: Generator<undefined, T>): T | Promise<T> {
   const slice = nextSlice(work)

@@ -25,15 +25,17 @@ export type Seconds = { -readonly [Phase in keyof StepSeconds]: number }
  * - `announced`: its values are fixed, by its `step` frame or by its first gradient.
  * - `applying`: a gradient was applied, so the values cannot be forgotten any more.
  * - `ending`: every parameter was applied or skipped, and the journal is writing the step.
- * - `finished`: it has a receipt. It is kept, because its gradients may be sent again: a replay computes with its values.
+ * - `finished`: it has a receipt. It is kept, because its gradients may be sent again: a replay computes with its
+ *   values.
  */
 export type StepState = 'untouched' | 'announced' | 'applying' | 'ending' | 'finished'
 
 const NO_VALUES: StepValues = { groups: {}, gradient_scale: 1, max_logits: new Map() }
 
 /**
- * One step of a run, from its first frame to its receipt: its values, the parameters that were applied for it, what its members were
- * refused, and where its time went. Hyperparameters are sticky: the values of a `step` frame hold for the steps after it, too.
+ * One step of a run, from its first frame to its receipt: its values, the parameters that were applied for it, what
+ * its members were refused, and where its time went. Hyperparameters are sticky: the values of a `step` frame hold
+ * for the steps after it, too.
  */
 export class Step {
   readonly number: number
@@ -56,7 +58,9 @@ export class Step {
     this.#settings = { frame: NO_VALUES, groups, gradient_scale: 1 }
   }
 
-  /** A step that was finished before this process has known of it, with the indices of the parameters that it applied. */
+  /**
+   * A step that was finished before this process has known of it, with the indices of the parameters that it applied.
+   */
   static finished(number: number, settings: StepSettings, applied: Iterable<number>): Step {
     const step = new Step(number, settings.groups)
     step.#settings = settings
@@ -98,8 +102,9 @@ export class Step {
   }
 
   /**
-   * Takes the values of a member's `step` frame. Once the values are fixed a frame that says the same is accepted, another one is
-   * refused with STEP_CONFLICT; HYPERPARAMETER_INVALID is thrown for values that no step can have. A refusal changes no value.
+   * Takes the values of a member's `step` frame. Once the values are fixed a frame that says the same is accepted,
+   * another one is refused with STEP_CONFLICT; HYPERPARAMETER_INVALID is thrown for values that no step can have. A
+   * refusal changes no value.
    */
   announce(member: Member, values: StepValues): void {
     this.refuse(member)
@@ -113,7 +118,10 @@ export class Step {
     this.#refused.add(member)
   }
 
-  /** Throws STEP_CONFLICT after a refused `step` frame: what was streamed behind it must not be applied with older values. */
+  /**
+   * Throws STEP_CONFLICT after a refused `step` frame: what was streamed behind it must not be applied with older
+   * values.
+   */
   checkAccepted(member: Member): void {
     if (!this.#refused.has(member)) return
     const { number: step, expected: expected_step } = this
@@ -142,14 +150,20 @@ export class Step {
     this.#state = 'applying'
   }
 
-  /** The member whose frames fixed the values is gone. Unless something was applied with them, another may give others. */
+  /**
+   * The member whose frames fixed the values is gone. Unless something was applied with them, another may give
+   * others.
+   */
   forget(): void {
     if (this.#state !== 'announced') return
     this.#state = 'untouched'
     this.#settings = { frame: NO_VALUES, groups: this.#before, gradient_scale: 1 }
   }
 
-  /** Puts other groups in force: from this step on where nothing was applied for it, otherwise, or if asked, from the next. */
+  /**
+   * Puts other groups in force: from this step on where nothing was applied for it, otherwise, or if asked, from the
+   * next.
+   */
   replace(groups: Groups, from: 'this' | 'next' = this.#applied.size === 0 ? 'this' : 'next'): void {
     if (from === 'next') {
       this.#replacement = groups

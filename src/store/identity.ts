@@ -3,7 +3,10 @@ import { FORMAT, type GroupRecord, seal, UnreadableError, unseal } from './check
 /** What a run remembers beside its checkpoints: how often it was opened, and groups that a connection gave anew. */
 export type Identity = { run: string; epoch: number; replacement?: Replacement | undefined }
 
-/** Groups that were given when `step` was the last finished one: for the next step, and those for the steps after that. */
+/**
+ * Groups that were given when `step` was the last finished one: for the next step, and those for the steps after
+ * that.
+ */
 export type Replacement = { step: number; groups: GroupRecord[]; later?: GroupRecord[] }
 
 /** The text of a run's `run.json`. */

@@ -29,7 +29,8 @@ export async function lockFolder(folder: string, wait_seconds: number): Promise<
 }
 
 /**
- * The folder itself is locked as well as its file `lock`: whoever removes that while a service runs does not let another one in.
+ * The folder itself is locked as well as its file `lock`: whoever removes that while a service runs does not let
+ * another one in.
  */
 async function take(folder: string, wait_seconds: number): Promise<FolderLock> {
   const file = join(folder, 'lock')

@@ -7,8 +7,8 @@ export type Chunk = { readonly offset: number; readonly length: number }
 const ELEMENT_BYTES = 4
 
 /**
- * Cuts a tensor of `bytes` bytes into consecutive chunks of at most `chunk_bytes`. No cut falls inside an element unless a
- * chunk has less room than one.
+ * Cuts a tensor of `bytes` bytes into consecutive chunks of at most `chunk_bytes`. No cut falls inside an element
+ * unless a chunk has less room than one.
  */
 export function* chunksOf(bytes: number, chunk_bytes: number): Generator<Chunk> {
   const most = chunk_bytes < ELEMENT_BYTES ? chunk_bytes : chunk_bytes - (chunk_bytes % ELEMENT_BYTES)

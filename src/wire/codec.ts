@@ -23,8 +23,8 @@ import { type MapSchema, quote, readMessage } from './schema.js'
 export const PEEK_BYTES = 1024
 
 /**
- * Decodes one message of a client. `data` is a view of `bytes`. The reader is our own and strict: others take duplicate keys and
- * extensions in silence, and forget whether a number was sent as 1 or as 1.0.
+ * Decodes one message of a client. `data` is a view of `bytes`. The reader is our own and strict: others take
+ * duplicate keys and extensions in silence, and forget whether a number was sent as 1 or as 1.0.
  * @throws ServiceError FRAME_MALFORMED with the path of the key, FRAME_TOO_LARGE, PROTOCOL_UNSUPPORTED,
  *   HYPERPARAMETER_INVALID (a float where a hyperparameter counts something)
  */
@@ -35,7 +35,10 @@ export function decodeClientFrame(bytes: Uint8Array, limits: DecodeLimits): Clie
 /** `max_parameters`: an `open` with more is refused before any of them is looked at. */
 export type DecodeLimits = { chunk_bytes: number; max_parameters?: number }
 
-/** Decodes as `decodeClientFrame` does, and yields from time to time: an `open` of a large model is 16 MiB of small values. */
+/**
+ * Decodes as `decodeClientFrame` does, and yields from time to time: an `open` of a large model is 16 MiB of small
+ * values.
+ */
 export function* decodingClientFrame(bytes: Uint8Array, limits: DecodeLimits): Generator<undefined, ClientFrame> {
   const most = Math.max(OPEN_BYTES, limits.chunk_bytes + OTHER_KEYS_BYTES)
   if (bytes.length > most) throw tooLarge('a message', bytes.length, most)
@@ -84,8 +87,8 @@ export function encodeFrame(frame: Exclude<ClientFrame, GradientFrame> | ServerF
 }
 
 /**
- * Encodes `opened` with its parameters, one after the other, as its last key. Yields from time to time: of a large model this
- * is the one frame of the service that has many bytes.
+ * Encodes `opened` with its parameters, one after the other, as its last key. Yields from time to time: of a large
+ * model this is the one frame of the service that has many bytes.
  */
 export function* encodingOpened(
   frame: Omit<OpenedFrame, 'parameters'>,
@@ -155,7 +158,9 @@ function checkProtocol(cursor: Cursor, entries: Map<string, number>): void {
   throw new ServiceError('PROTOCOL_UNSUPPORTED', `open.protocol is ${value}, this service speaks ${PROTOCOL}`)
 }
 
-/** Refuses an `open` by the length of its list of parameters: to read that would cost more than the refusal is worth. */
+/**
+ * Refuses an `open` by the length of its list of parameters: to read that would cost more than the refusal is worth.
+ */
 function checkCount(cursor: Cursor, at: number | undefined, most = Number.POSITIVE_INFINITY): void {
   if (at === undefined) return
   cursor.position = at

@@ -1,8 +1,9 @@
 import { INTEGER_HYPERPARAMETERS, type MapSchema, type Schema } from './schema.js'
 
 /**
- * Encodes a frame as msgpack, keys that are undefined left out. What a number becomes is its schema's to say: where a float is meant it is
- * a float64, whole or not, as typed decoders read nothing else there. Where any value may stand, a whole number is an integer.
+ * Encodes a frame as msgpack, keys that are undefined left out. What a number becomes is its schema's to say: where a
+ * float is meant it is a float64, whole or not, as typed decoders read nothing else there. Where any value may stand,
+ * a whole number is an integer.
  */
 export function pack(frame: object, schema: MapSchema): Buffer {
   const writer = new Writer()

@@ -210,8 +210,8 @@ function bytesOf(value: PickleValue): number {
 }
 
 /**
- * A value that can be walked over: it neither holds itself nor is it deep, and it is not long even where what it shares is
- * counted each time. Throws PickleError.
+ * A value that can be walked over: it neither holds itself nor is it deep, and it is not long even where what it
+ * shares is counted each time. Throws PickleError.
  */
 function bounded(value: PickleValue): PickleValue {
   measure(value, 1, new Map())

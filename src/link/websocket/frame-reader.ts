@@ -22,8 +22,9 @@ const BATCH_BYTES = 32_768
 type Payload = { head: GradientHead; key: Uint8Array; target: Uint8Array | undefined; position: number; length: number }
 
 /**
- * Cuts a stream of WebSocket frames into gradient payloads, which are read into their destinations, and the rest, which is
- * forwarded. Who reads the socket asks `next` for a buffer, fills it from its start, and says with `read` how far.
+ * Cuts a stream of WebSocket frames into gradient payloads, which are read into their destinations, and the rest,
+ * which is forwarded. Who reads the socket asks `next` for a buffer, fills it from its start, and says with `read`
+ * how far.
  */
 export class FrameReader {
   readonly #options: FrameReaderOptions
@@ -78,7 +79,10 @@ export class FrameReader {
     this.#held = end - at
   }
 
-  /** Decides about the frame that begins here: how many bytes of it are done with, undefined if more are needed to tell. */
+  /**
+   * Decides about the frame that begins here: how many bytes of it are done with, undefined if more are needed to
+   * tell.
+   */
   #begin(bytes: Buffer): number | undefined {
     const found = recognize(bytes.subarray(0, UNDECIDED_BYTES), this.#fragmented, this.#options.maxPayload)
     if (found.kind === 'more') return undefined

@@ -6,7 +6,10 @@ export const IN_PLACE_BYTES = 65_536
 /** No more bytes than this are ever needed to decide about a frame: two frame headers and what may be peeked at. */
 export const UNDECIDED_BYTES = 2 * 14 + PEEK_BYTES
 
-/** Tensor bytes from `start` to `end`, counted from the message's first byte; `key` unmasks the byte at `start` with its first byte. */
+/**
+ * Tensor bytes from `start` to `end`, counted from the message's first byte; `key` unmasks the byte at `start` with
+ * its first byte.
+ */
 export type GradientPayload = { kind: 'gradient'; head: GradientHead; start: number; end: number; key: Uint8Array }
 
 export type Recognized =
@@ -16,10 +19,10 @@ export type Recognized =
   | GradientPayload
 
 /**
- * Decides about the WebSocket frame (RFC 6455, section 5.2) at the start of `bytes`, before the rest of it is here. A gradient is
- * recognized when it is one binary frame, or its header is one fragment and its data exactly the second and last. It must be
- * masked, at least IN_PLACE_BYTES and at most `maxPayload` (0: no limit) long, and must not need any rule of
- * the protocol enforced: everything else is ordinary, right or wrong.
+ * Decides about the WebSocket frame (RFC 6455, section 5.2) at the start of `bytes`, before the rest of it is here. A
+ * gradient is recognized when it is one binary frame, or its header is one fragment and its data exactly the second
+ * and last. It must be masked, at least IN_PLACE_BYTES and at most `maxPayload` (0: no limit) long, and must not need
+ * any rule of the protocol enforced: everything else is ordinary, right or wrong.
  */
 export function recognize(bytes: Buffer, fragmented: boolean, maxPayload: number): Recognized {
   const frame = readFrameHeader(bytes, 0)

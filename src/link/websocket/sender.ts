@@ -28,8 +28,8 @@ export class Sender {
   }
 
   /**
-   * Resolves true when the message was handed to the kernel whole, false when it was dropped. A header alone is small and
-   * does not wait for the window: an error must reach the socket before the close that follows it.
+   * Resolves true when the message was handed to the kernel whole, false when it was dropped. A header alone is small
+   * and does not wait for the window: an error must reach the socket before the close that follows it.
    */
   send(message: Message): Promise<boolean> {
     if (!this.busy) this.movedAt = performance.now()

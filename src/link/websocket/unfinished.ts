@@ -8,9 +8,9 @@ import { encodeFrame } from '../../wire/codec.js'
 const PIECE_BYTES = 512
 
 /**
- * The memory of messages that have begun to arrive and not ended, over all connections. ws keeps each of them until its last
- * byte, so a limit for one message is none for the process. Beyond `limit` bytes the connection that keeps most is ended with
- * OVERLOADED, whichever brought the last byte: those that send whole messages are let be.
+ * The memory of messages that have begun to arrive and not ended, over all connections. ws keeps each of them until
+ * its last byte, so a limit for one message is none for the process. Beyond `limit` bytes the connection that keeps
+ * most is ended with OVERLOADED, whichever brought the last byte: those that send whole messages are let be.
  */
 export class UnfinishedMessages {
   readonly #limit: number
@@ -68,7 +68,10 @@ export class UnfinishedMessages {
   }
 }
 
-/** What ws' receiver holds back: pieces of the present frame, and the frames of a message before it (ws 8, lib/receiver.js). */
+/**
+ * What ws' receiver holds back: pieces of the present frame, and the frames of a message before it (ws 8,
+ * lib/receiver.js).
+ */
 function keptBytes(socket: WebSocket): number {
   const receiver: object = Reflect.get(socket, '_receiver')
   const [pieces, frames]: unknown[][] = [Reflect.get(receiver, '_buffers'), Reflect.get(receiver, '_fragments')]

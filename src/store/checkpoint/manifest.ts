@@ -118,7 +118,10 @@ export function seal(record: object): string {
   return `${body}${SEAL}${sha256(body)}"\n}\n`
 }
 
-/** Reads what `seal` wrote. Throws UnreadableError with both hashes where one byte is not what was written, and for another format. */
+/**
+ * Reads what `seal` wrote. Throws UnreadableError with both hashes where one byte is not what was written, and for
+ * another format.
+ */
 export function unseal(text: string, file: string): { format: number } {
   const at = text.lastIndexOf(SEAL)
   const [, said] = /^([0-9a-f]{64})"\n}\n$/.exec(text.slice(at + SEAL.length)) ?? []
