@@ -8,9 +8,9 @@ import { type Parameter, parseParameters } from '../optimizer/parameter.js'
 import { claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
 import type { Declaration } from '../run/declaration.js'
 import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
-import { type Connection, Member } from '../run/member.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
+import { type Connection, Member } from '../run/step/member.js'
 import {
   type DeviceRecord,
   type Manifest,

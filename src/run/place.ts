@@ -12,7 +12,7 @@ import type { StateTensor } from '../optimizer/state.js'
 import { type PlaceRecord, UnreadableError } from '../store/checkpoint/manifest.js'
 import type { DigestRecord } from './digest.js'
 import { appliedOf, appliedRecord, fingerprintText } from './record.js'
-import type { Step } from './step.js'
+import type { Step } from './step/step.js'
 
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {

@@ -1,7 +1,7 @@
 import { type Group, type Groups, restoreGroup } from '../optimizer/hyperparameters.js'
 import type { AppliedRecord, GroupRecord, SettingsRecord } from '../store/checkpoint/manifest.js'
 import type { DigestRecord } from './digest.js'
-import type { StepSettings } from './step.js'
+import type { StepSettings } from './step/step.js'
 
 // What of a run is written to a checkpoint or a journal, and read back.
 

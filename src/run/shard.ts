@@ -12,7 +12,7 @@ import type { StepRecord } from './digest.js'
 import type { ImportedPlace } from './imported-state.js'
 import { Place, type Update } from './place.js'
 import { appliedOf } from './record.js'
-import type { Step } from './step.js'
+import type { Step } from './step/step.js'
 
 /** An update with the factor of each row that QK-clip scales (float32 bytes); undefined where none is scaled. */
 export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined }

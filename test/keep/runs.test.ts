@@ -1,7 +1,7 @@
 import t from 'tap'
 import type { ServiceError } from '../../src/errors.js'
 import type { Plan } from '../../src/optimizer/plan.js'
-import type { Connection } from '../../src/run/member.js'
+import type { Connection } from '../../src/run/step/member.js'
 import type { OpenFrame } from '../../src/wire/frame.js'
 import { normal, RawClient, startService } from '../service.js'
 

@@ -3,7 +3,7 @@ import { Device } from '../../src/device/device.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
 import { parseParameters } from '../../src/optimizer/parameter.js'
 import { Place } from '../../src/run/place.js'
-import { Step } from '../../src/run/step.js'
+import { Step } from '../../src/run/step/step.js'
 import { normal } from '../service.js'
 
 const GROUPS = new Map([['g', parseGroup({ name: 'g', algorithm: 'adamw' })]])

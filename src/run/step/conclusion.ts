@@ -1,9 +1,9 @@
-import { ServiceError } from '../errors.js'
-import { effective, type Group, type Groups } from '../optimizer/hyperparameters.js'
-import { clipSummary } from '../optimizer/qk-clip.js'
-import { nextDigest } from './digest.js'
-import type { Receipt } from './history.js'
-import type { Shard } from './shard.js'
+import { ServiceError } from '../../errors.js'
+import { effective, type Group, type Groups } from '../../optimizer/hyperparameters.js'
+import { clipSummary } from '../../optimizer/qk-clip.js'
+import { nextDigest } from '../digest.js'
+import type { Receipt } from '../history.js'
+import type { Shard } from '../shard.js'
 import type { Step } from './step.js'
 
 // The end of a step: whether it is complete, and the receipt that says what it came to.

@@ -1,5 +1,5 @@
-import type { Ticket } from '../device/device.js'
-import type { ServiceError } from '../errors.js'
+import type { Ticket } from '../../device/device.js'
+import type { ServiceError } from '../../errors.js'
 
 /** The connection that a member speaks through. */
 export type Connection = {

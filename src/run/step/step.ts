@@ -1,9 +1,9 @@
 import assert from 'node:assert'
 import { isDeepStrictEqual } from 'node:util'
-import { ServiceError } from '../errors.js'
-import { type Groups, updateGroup } from '../optimizer/hyperparameters.js'
-import type { MaxLogits } from '../optimizer/qk-clip.js'
-import type { StepSeconds } from '../wire/frame.js'
+import { ServiceError } from '../../errors.js'
+import { type Groups, updateGroup } from '../../optimizer/hyperparameters.js'
+import type { MaxLogits } from '../../optimizer/qk-clip.js'
+import type { StepSeconds } from '../../wire/frame.js'
 import type { Member } from './member.js'
 
 /** The values of a `step` frame with its defaults filled in: two frames that mean the same compare equal. */

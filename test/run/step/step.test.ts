@@ -1,8 +1,8 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { parseGroup } from '../../src/optimizer/hyperparameters.js'
-import { Member } from '../../src/run/member.js'
-import { Step, type StepValues } from '../../src/run/step.js'
+import { parseGroup } from '../../../src/optimizer/hyperparameters.js'
+import { Member } from '../../../src/run/step/member.js'
+import { Step, type StepValues } from '../../../src/run/step/step.js'
 
 const groupsOf = (lr: number) =>
   new Map([

@@ -1,4 +1,4 @@
-import { ServiceError } from '../errors.js'
+import { ServiceError } from '../../errors.js'
 import type { Step } from './step.js'
 
 /** The two steps of a run that may still be asked for: the one in progress, and the last finished one. */
