@@ -494,6 +494,33 @@ def test_a_receipt_that_was_lost_is_sent_again() -> None:
     assert step_against(script) == (None, [-1.0, -1.0], 2)
 
 
+def test_a_step_that_was_ended_without_a_refused_gradient_is_not_sent_it_again() -> None:
+    """The receipt is lost: the service would refuse the gradient with STEP_CONFLICT, since the step ended without it."""
+    refusal = {**ERROR, "code": "GRADIENT_NOT_FINITE", "status": 422, "parameter": 0, "step": 1}
+    heard: list[list[str]] = []
+
+    def script(talk: Talk) -> None:
+        talk.opened(**({"step": 1, "digest": "d1", "resumed": True} if talk.number else {}))
+        heard.append([])
+        while (frame := talk.hear()).get("skipped") != [0]:
+            heard[-1].append(frame["type"])
+            if frame["type"] == "gradient":
+                talk.say(**refusal)
+            else:
+                talk.say(**{**ERROR, "code": "STEP_INCOMPLETE", "status": 409})
+        if talk.number == 0:
+            return talk.socket.close(1001)
+        talk.say(**{**RECEIPT, "replayed": True, "applied": 0, "skipped": 1})
+        return talk.until_closed()
+
+    with Peer(script) as peer:
+        parameters = [Parameter("w", "all", np.zeros(2, np.float32))]
+        with muond.open_run(peer.url, run="r", parameters=parameters, backoff=QUICK, retries=2) as run:
+            receipt = run.step([np.full(2, np.nan, np.float32)], skip_refused=True)
+    assert [error.fields.parameter for error in receipt.refused] == [0]
+    assert heard[1] == [], "the second connection is sent nothing but the end"
+
+
 def test_a_receipt_right_before_the_end_of_the_connection_counts() -> None:
     def script(talk: Talk) -> None:
         talk.opened()

@@ -37,6 +37,7 @@ class Exchange(Listener):
         self._changed = step.changed
         self._unanswered: set[int] = set()
         self._refused: list[Frame] = []
+        """Refusals that the step cannot be ended without."""
         self._incomplete: Frame | None = None
         self._receipt: Frame | None = None
         self._failure: BaseException | None = None
@@ -58,7 +59,7 @@ class Exchange(Listener):
             sent += len(gradients)
         receipt = self._end()
         self._connection.listen()
-        return Taken(receipt, tuple(frame_error(frame) for frame in self._refused))
+        return Taken(receipt, tuple(frame_error(frame) for frame in self._step.left_out.values()))
 
     def _next(self, sent: int) -> list[Gradient]:
         """The next gradients, as soon as the trainer has one; none after the last."""
@@ -79,8 +80,9 @@ class Exchange(Listener):
             if gradient.ready is not None:
                 gradient.ready()
         with self._changed:
-            self._unanswered.update(gradient.parameter for gradient in gradients)
-        frames = (frame for gradient in gradients for frame in self._chunks(gradient))
+            sent = [gradient for gradient in gradients if gradient.parameter not in self._step.left_out]
+            self._unanswered.update(gradient.parameter for gradient in sent)
+        frames = (frame for gradient in sent for frame in self._chunks(gradient))
         at_once = min(max(1, _BATCH_BYTES // self._chunk_bytes), _BATCH_FRAMES)
         while batch := list(islice(frames, at_once)):
             self._connection.send_data(batch)
@@ -92,9 +94,10 @@ class Exchange(Listener):
 
     def _end(self) -> Frame:
         while True:
-            known = len(self._refused)
             self._raise_if_refused()
-            skipped = [*(self._step.skipped or ()), *(frame["parameter"] for frame in self._refused[:known])]
+            with self._changed:
+                left_out = list(self._step.left_out)
+            skipped = [*(self._step.skipped or ()), *left_out]
             self._connection.send(
                 {"type": "end", "step": self._step.number, **({"skipped": skipped} if skipped else {})}
             )
@@ -105,18 +108,17 @@ class Exchange(Listener):
                 return self._receipt
             # An `end` that crossed a refusal on its way is answered with STEP_INCOMPLETE; the refusal is known by now.
             incomplete, self._incomplete = self._incomplete, None
-            if len(self._refused) == known and incomplete is not None:
+            if len(self._step.left_out) == len(left_out) and incomplete is not None:
                 raise frame_error(incomplete)
 
     def _raise_if_refused(self) -> None:
-        """Unless the step may be ended without: what is not finite can be skipped, other bytes than were applied cannot."""
+        """Raises the first refusal that the step cannot be ended without, once every gradient was answered."""
         with self._changed:
-            refused = list(self._refused)
-        if not refused or (self._step.skip_refused and all(f["code"] == "GRADIENT_NOT_FINITE" for f in refused)):
-            return
+            if not self._refused:
+                return
         self._wait(lambda: not self._unanswered)
-        names = tuple(self._updates.name(frame["parameter"]) for frame in self._refused)
-        raise frame_error(self._refused[0], refused=names)
+        refused = [*self._step.left_out, *(frame["parameter"] for frame in self._refused)]
+        raise frame_error(self._refused[0], refused=tuple(self._updates.name(parameter) for parameter in refused))
 
     def _wait(self, holds: Callable[[], bool]) -> None:
         with self._changed:
@@ -163,7 +165,7 @@ class Exchange(Listener):
                 self._changed.notify_all()
 
     def _take_receipt(self, receipt: Frame) -> None:
-        refused = {frame["parameter"] for frame in self._refused}
+        refused = {frame["parameter"] for frame in self._refused} | set(self._step.left_out)
         missing = [
             g.parameter
             for g in self._step.gradients
@@ -180,7 +182,11 @@ class Exchange(Listener):
         with self._changed:
             if _is_refusal(frame):
                 self._unanswered.discard(frame["parameter"])
-                self._refused.append(frame)
+                # A gradient that is not finite can be left out of its step; one that differs from the applied one cannot.
+                if self._step.skip_refused and frame["code"] == "GRADIENT_NOT_FINITE":
+                    self._step.left_out[frame["parameter"]] = frame
+                else:
+                    self._refused.append(frame)
             elif frame["code"] == "STEP_INCOMPLETE":
                 self._incomplete = frame
             else:

@@ -43,6 +43,9 @@ class Step:
         self.gradients: list[Gradient] = []
         self.skipped: Sequence[int] | None = None
         """Parameters without a gradient; set once all gradients are there."""
+        self.left_out: dict[int, Frame] = {}
+        """The refusals of gradients that the step is ended without, by parameter, also those of earlier connections. Such a
+        gradient is not sent again: once the step has ended without it, the service would refuse it with STEP_CONFLICT."""
         self._parameters: set[int] = set()
 
     def frame(self) -> Frame | None:
