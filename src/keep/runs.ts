@@ -14,10 +14,10 @@ import type { Connection, Member } from '../run/step/member.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { OpenFrame } from '../wire/frame.js'
 import { Archive, type Kept } from './archive.js'
-import { pendingImport } from './import.js'
 import type { Keeper, Log } from './keeper.js'
 import { measure } from './measured.js'
 import { checkFree, checkSame, demandsOf } from './opening.js'
+import { pendingImport } from './receive-state.js'
 import { Turns } from './turns.js'
 
 /** The run that an `open` gave, the connection's place in it, and whether the run existed before. */

@@ -13,8 +13,8 @@ export function pack(frame: object, schema: MapSchema): Buffer {
 
 const ANY: Schema = { is: 'any' }
 
-/** What stands under `key` must be. */
-type Place = { schema: Schema; key: string }
+/** What a value must be, and the key that it stands under. */
+type Expected = { schema: Schema; key: string }
 
 const FIRST_BYTES = 256
 
@@ -56,17 +56,17 @@ class Writer {
   }
 }
 
-function writeValue(writer: Writer, value: unknown, place: Place): void {
-  if (typeof value === 'number') return writeNumber(writer, value, place)
+function writeValue(writer: Writer, value: unknown, expected: Expected): void {
+  if (typeof value === 'number') return writeNumber(writer, value, expected)
   if (typeof value === 'string') return writeText(writer, value)
   if (typeof value === 'boolean') return writer.head(value ? 0xc3 : 0xc2)
-  if (Array.isArray(value)) return writeList(writer, value, place)
+  if (Array.isArray(value)) return writeList(writer, value, expected)
   if (ArrayBuffer.isView(value)) return writeBin(writer, value)
-  if (typeof value === 'object' && value !== null) return writeMap(writer, value, place)
+  if (typeof value === 'object' && value !== null) return writeMap(writer, value, expected)
   writer.head(0xc0)
 }
 
-function writeNumber(writer: Writer, value: number, { schema, key }: Place): void {
+function writeNumber(writer: Writer, value: number, { schema, key }: Expected): void {
   const isFloat = schema.is === 'float' || (schema.is === 'hyperparameter' && !INTEGER_HYPERPARAMETERS.includes(key))
   if (isFloat || !Number.isSafeInteger(value) || Object.is(value, -0))
     return writer.head(0xcb, 8, (bytes, at) => bytes.writeDoubleBE(value, at))
@@ -119,14 +119,14 @@ function writeListHead(writer: Writer, items: number): void {
   else writeLength(writer, items, { byte: 0xdc, widths: [2, 4] })
 }
 
-function writeList(writer: Writer, items: readonly unknown[], { schema, key }: Place): void {
+function writeList(writer: Writer, items: readonly unknown[], { schema, key }: Expected): void {
   writeListHead(writer, items.length)
   // A list of numbers under a hyperparameter is of its kind: betas, coefficients.
   const of = schema.is === 'list' ? schema.of : schema.is === 'hyperparameter' ? schema : ANY
   for (const item of items) writeValue(writer, item, { schema: of, key })
 }
 
-function writeMap(writer: Writer, map: object, { schema }: Place): void {
+function writeMap(writer: Writer, map: object, { schema }: Expected): void {
   const present = Object.entries(map).filter(([, value]) => value !== undefined)
   if (present.length < 0x10) writer.head(0x80 + present.length)
   else writeLength(writer, present.length, { byte: 0xde, widths: [2, 4] })

@@ -6,7 +6,7 @@ import { applyUpdate, type Update } from './apply.js'
 import type { Bound } from './parameter.js'
 
 /** An update whose first chunk came and whose last did not. */
-type Incoming = { update: Update; chunks: Assembly; buffer: Uint8Array<ArrayBuffer> }
+type IncomingUpdate = { update: Update; chunks: Assembly; buffer: Uint8Array<ArrayBuffer> }
 
 const NOTHING = new Uint8Array(0)
 
@@ -17,7 +17,7 @@ const NOTHING = new Uint8Array(0)
  */
 export class Updates {
   readonly #parameters: readonly Bound[]
-  readonly #incoming = new Map<number, Incoming>()
+  readonly #incoming = new Map<number, IncomingUpdate>()
   readonly #applied = new Set<number>()
   #step: number
   /**
@@ -76,7 +76,7 @@ export class Updates {
     return incoming.chunks.complete && this.#finish(incoming, bound)
   }
 
-  #begin(frame: UpdateFrame, { name, size, update_dtype }: Bound): Incoming {
+  #begin(frame: UpdateFrame, { name, size, update_dtype }: Bound): IncomingUpdate {
     const { scale, decay, row_scale } = frame
     if (scale === undefined || decay === undefined) throw unexpected(frame, 'no scale or decay')
     const chunks = new Assembly(size * bytesPerElement(update_dtype), `update of '${name}'`)
@@ -86,7 +86,7 @@ export class Updates {
     return { update: { scale, decay, dtype: update_dtype, row_scale: rows, data }, chunks, buffer }
   }
 
-  #finish({ update, buffer }: Incoming, { index, data }: Bound): true {
+  #finish({ update, buffer }: IncomingUpdate, { index, data }: Bound): true {
     this.#incoming.delete(index)
     if (!this.#applied.has(index)) applyUpdate(data, update)
     this.#applied.add(index)

@@ -14,14 +14,14 @@ const PIECE_BYTES = 512
  */
 export class UnfinishedMessages {
   readonly #limit: number
-  readonly #told: (error: ServiceError) => void
+  readonly #ended: (error: ServiceError) => void
   readonly #kept = new Map<WebSocket, { bytes: number; stream: Socket }>()
   #bytes = 0
 
-  /** `told` hears of every connection that was ended. */
-  constructor(limit: number, told: (error: ServiceError) => void) {
+  /** `ended` hears of every connection that was ended. */
+  constructor(limit: number, ended: (error: ServiceError) => void) {
     this.#limit = limit
-    this.#told = told
+    this.#ended = ended
   }
 
   /** Bytes that wait for the end of their messages. */
@@ -64,7 +64,7 @@ export class UnfinishedMessages {
     socket.close(error.close, code)
     // Its memory must be free before the next connection grows: nothing more is read, not even the answer to the close.
     stream.destroySoon()
-    this.#told(error)
+    this.#ended(error)
   }
 }
 
