@@ -10,10 +10,11 @@ import { startService } from './service.js'
 import { type Corpus, readCorpus } from './text.js'
 import { adamw, last, muon, type Outcome, type Recipe, train } from './train.js'
 
-const USAGE = `node dist/examples/demo.js [--steps 800] [--seed 1] [--svg demo.svg] [--sweep]
+const USAGE = `node dist/examples/demo.js [--steps 800] [--quick] [--seed 1] [--svg demo.svg] [--sweep]
 
 Trains a small language model of this repository's own sources twice, the optimizer being a service: AdamW for
-everything, then Muon for the hidden matrices. --sweep tries the learning rates that the demo's were chosen from.`
+everything, then Muon for the hidden matrices. --quick takes 20 steps: enough to see that all of it works, too few to
+compare anything. --sweep tries the learning rates that the demo's were chosen from.`
 
 /** The learning rates of a sweep. AdamW comes first: its best rate is then AdamW's part of the recipes with Muon. */
 const SWEEP = { adamw: [0.002, 0.004, 0.006, 0.008, 0.016], muon: [0.01, 0.02, 0.03, 0.04, 0.08] } as const
@@ -21,6 +22,8 @@ const SWEEP = { adamw: [0.002, 0.004, 0.006, 0.008, 0.016], muon: [0.01, 0.02, 0
 /** The best learning rates of `--sweep`. */
 const CHOSEN = { adamw: 0.006, muon: 0.02 } as const
 
+const STEPS = '800'
+const QUICK_STEPS = '20'
 const BATCH = 256
 const VALIDATION_POSITIONS = 4096
 const ROOT = fileURLToPath(new URL('../../', import.meta.url))
@@ -29,7 +32,8 @@ const COLOURS = ['#c2571a', '#1f5fbf'] as const
 
 const { values: options } = parseArgs({
   options: {
-    steps: { type: 'string', default: '800' },
+    steps: { type: 'string' },
+    quick: { type: 'boolean', default: false },
     seed: { type: 'string', default: '1' },
     svg: { type: 'string', default: 'demo.svg' },
     sweep: { type: 'boolean', default: false },
@@ -46,7 +50,7 @@ async function main(): Promise<void> {
     size: SIZE,
     batch: BATCH,
     validation: VALIDATION_POSITIONS,
-    steps: count('steps', options.steps),
+    steps: count('steps', options.steps ?? (options.quick ? QUICK_STEPS : STEPS)),
     seed: count('seed', options.seed),
     corpus,
   })

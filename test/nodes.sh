@@ -39,7 +39,7 @@ for line in 20 22 24; do
   node=$home/node_modules/node-$platform/bin/node
   version=$("$node" --version)
   check "$version: types and build" "$node" node_modules/typescript/bin/tsc
-  check "$version: demo" "$node" dist/examples/demo.js --steps 4 --svg demo.svg
+  check "$version: demo" "$node" dist/examples/demo.js --quick --svg demo.svg
   for file in test/link/*.test.ts test/link/websocket/*.test.ts; do
     check "$version: $file" env TAP_TIMEOUT=600 "$node" "dist/${file%.ts}.js"
   done

@@ -9,11 +9,11 @@ const demo = (...flags: string[]) => promisify(execFile)(process.execPath, [DEMO
 
 t.test('the demo trains twice, prints the comparison and draws both curves', async (t) => {
   const svg = `${t.testdir()}/demo.svg`
-  const { stdout, stderr } = await demo('--steps', '4', '--svg', svg)
+  const { stdout, stderr } = await demo('--quick', '--svg', svg)
   t.match(stdout, /final validation loss, nats per byte +\d\.\d{4} +\d\.\d{4}\n/)
-  t.match(stdout, /4 steps of 256 examples, seed 1/)
+  t.match(stdout, / 20 steps of 256 examples, seed 1/)
   t.match(stdout, /Muon \+ AdamW (came|did not come) to AdamW's final loss/)
-  t.match(stderr, /AdamW, lr 0\.006 .* 4\/4 {2}validation loss/)
+  t.match(stderr, /AdamW, lr 0\.006 .* 20\/20 {2}validation loss/)
   t.equal(readFileSync(svg, 'utf8').match(/<polyline/g)?.length, 2)
 })
 
