@@ -70,6 +70,8 @@ const EXACT = new Ajv({ useDefaults: true, strict: false, validateSchema: false 
 const CHECK_MS = 1000
 // A peer that does not answer our close frame is cut off after this.
 const CLOSE_GRACE_MS = 1000
+// A peer that is silent for so long is asked by TCP whether it is still there: one that lost its power never says so.
+const KEEPALIVE_MS = 60_000
 
 /**
  * Starts the device and builds the app on it. Throws the device's reason where it cannot start, and ConfigError for a
@@ -227,7 +229,7 @@ const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterStat
 function validatorOf(schema: object, part = ''): ValidateFunction {
   if (part === 'body') return EXACT.compile(schema)
   if (part !== 'headers') return COERCING.compile(schema)
-  const properties = Object.entries(Reflect.get(schema, 'properties') ?? {}).map(
+  const properties = Object.entries(Reflect.get(schema, 'properties')).map(
     ([name, of]) => [name.toLowerCase(), of] as const,
   )
   return COERCING.compile({ ...schema, properties: Object.fromEntries(properties) })
@@ -295,6 +297,7 @@ function openStream(
   const stream = new Session(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
   streams.add(stream)
   unfinished.watch(socket, raw.socket)
+  raw.socket.setKeepAlive(true, KEEPALIVE_MS)
   socket.once('close', () => streams.delete(stream))
   if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()
 }

@@ -45,8 +45,7 @@ function knowsHost(names: ReadonlySet<string>, name: string, localAddress = ''):
 
 /** The name or address in a Host header, without its port. */
 function nameOf(authority: string): string {
-  const [, name = authority] = /^(\[[^\]]*\]|[^:]*)(?::\d*)?$/.exec(authority) ?? []
-  return name.toLowerCase()
+  return authority.replace(/:\d*$/, '').toLowerCase()
 }
 
 /** Host and port of an origin; undefined for `null`, the origin of files and of sandboxed frames. */

@@ -10,7 +10,7 @@ import type { Declaration } from '../run/declaration.js'
 import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
-import { type Connection, Member } from '../run/step/member.js'
+import { Member } from '../run/step/member.js'
 import {
   type DeviceRecord,
   type Manifest,
@@ -108,9 +108,6 @@ export async function readTensors(
   }
 }
 
-/** The journal sends its steps as a member of the run that nobody else knows. */
-const JOURNAL: Connection = { fence: () => {}, expel: () => {} }
-
 /**
  * Computes a journal's steps again, each from the gradients that it was computed from, and holds every update and
  * digest against what was acknowledged; `elsewhere` only the gradients. Throws UnreadableError that names the record.
@@ -121,7 +118,7 @@ export async function replay(
   { steps, elsewhere }: { steps: readonly StoredStep[]; elsewhere: boolean },
 ): Promise<void> {
   const files = new Map<string, Promise<FileHandle>>()
-  const member = new Member(JOURNAL)
+  const member = new Member()
   try {
     for (const stored of steps) {
       run.repeat(settingsOf(stored.end.settings))

@@ -35,12 +35,10 @@ export class DataFolder {
     await syncFolder(path)
     const names = (await readdir(runs)).sort()
     // A name with a dot is of a run that was being deleted.
-    for (const name of names.filter((name) => name.startsWith('.'))) await rm(join(runs, name), { recursive: true })
-    return new DataFolder(
-      path,
-      lock,
-      names.filter((name) => !name.startsWith('.')),
-    )
+    const deleted = names.filter((name) => name.startsWith('.'))
+    await Promise.all(deleted.map((name) => rm(join(runs, name), { recursive: true })))
+    const kept = names.filter((name) => !deleted.includes(name))
+    return new DataFolder(path, lock, kept)
   }
 
   private constructor(path: string, lock: FolderLock, names: readonly string[]) {

@@ -10,8 +10,8 @@ export async function makeFolder(path: string): Promise<void> {
   try {
     await mkdir(path, FOLDER_MODE)
   } catch (error) {
-    if (codeOf(error) === 'EEXIST' && (await stat(path)).isDirectory()) return
-    if (codeOf(error) !== 'ENOENT') throw error
+    if (hasCode(error, 'EEXIST') && (await stat(path)).isDirectory()) return
+    if (!hasCode(error, 'ENOENT')) throw error
     // The option `recursive` of node tries for ever where a folder that exists lets none be made in it, as /proc does.
     await makeFolder(dirname(path))
     await mkdir(path, FOLDER_MODE)
@@ -42,6 +42,6 @@ export async function syncFolder(folder: string): Promise<void> {
   }
 }
 
-function codeOf(error: unknown): string | undefined {
-  return error instanceof Error && 'code' in error ? String(error.code) : undefined
+function hasCode(error: unknown, code: string): boolean {
+  return error instanceof Error && 'code' in error && error.code === code
 }

@@ -50,7 +50,8 @@ export function* decodingClientFrame(bytes: Uint8Array, limits: DecodeLimits): G
   } else {
     const dataBytes = type === 'gradient' ? binLength(cursor, entries.get('data')) : 0
     checkLength('gradient.data', dataBytes, limits.chunk_bytes)
-    checkLength(`${type} without its data`, bytes.length - dataBytes, type === 'step' ? STEP_BYTES : OTHER_KEYS_BYTES)
+    const most = type === 'step' || type === 'end' ? STEP_BYTES : OTHER_KEYS_BYTES
+    checkLength(`${type} without its data`, bytes.length - dataBytes, most)
   }
   // The schema of this type has held every key and value, and the compiler holds the schema to the type.
   return (yield* readMessage(bytes, schema, type)) as ClientFrame

@@ -7,7 +7,10 @@ export const PROTOCOL = 1
 /** Most bytes of all that is not `data` in one frame. */
 export const OTHER_KEYS_BYTES = 64 * 1024
 
-/** Most bytes of a `step`: it has one number of nine bytes for each query head, of which DeepSeek-V3 has 7808. */
+/**
+ * Most bytes of a `step` or an `end`. A `step` has a number of nine bytes for each query head, of which DeepSeek-V3 has
+ * 7808; an `end` up to five bytes for each skipped parameter, and a run may have 100,000.
+ */
 export const STEP_BYTES = 1024 * 1024
 
 /** Most bytes of an `open`, whose lists grow with the model. */

@@ -65,6 +65,26 @@ t.test('a body that drips is refused, and its connection goes', async (t) => {
   await service.app.close()
 })
 
+t.test('a body that keeps the least rate is read to its end, however long that takes', async (t) => {
+  const { service, client } = await started({ send_timeout_seconds: 0.1, min_bytes_per_second: 1 })
+  const headers = { 'content-type': 'application/octet-stream' }
+  const outgoing = request(`${service.http}/v1/runs/r/state`, { method: 'PUT', agent: false, headers })
+  outgoing.write(new Uint8Array(BigInt64Array.of(1000n).buffer))
+  let written = 0
+  const timer = setInterval(() => {
+    written += 1
+    if (written < 40) return void outgoing.write(' ')
+    clearInterval(timer)
+    outgoing.end()
+  }, 10)
+  const [response] = await once(outgoing, 'response')
+  await response.toArray()
+  t.equal(response.statusCode, 400, 'it is no safetensors file, and was not told to hurry')
+  t.equal(written, 40)
+  await client.close()
+  await service.app.close()
+})
+
 t.test('state that nobody reads is kept once, for so many readers', async (t) => {
   const { service, client } = await started()
   const path = '/v1/runs/r/state'
@@ -109,8 +129,9 @@ t.test('the state of one parameter is admitted too', async (t) => {
   t.equal(statuses[0], 200)
   t.equal(statuses.at(-1), 507, `${statuses}`)
   t.match(readers.at(-1)!.head, /OVER_CAPACITY/)
+  t.match(await unread(service, '/v1/runs/r/state'), { status: 507, head: /OVER_CAPACITY/ })
   for (const { socket } of readers) socket.destroy()
-  t.equal(await told(service, 'OVER_CAPACITY'), statuses.filter((status) => status === 507).length)
+  t.equal(await told(service, 'OVER_CAPACITY'), statuses.filter((status) => status === 507).length + 1)
   await client.close()
   await service.app.close()
 })

@@ -1,6 +1,8 @@
+import { once } from 'node:events'
 import t from 'tap'
 import { encodeFrame } from '../../src/wire/codec.js'
-import { RawClient, startService } from '../service.js'
+import { OTHER_KEYS_BYTES } from '../../src/wire/frame.js'
+import { RawClient, startService, until } from '../service.js'
 
 const GROUPS = [{ name: 'g', algorithm: 'adamw' }]
 const parametersOf = (count: number) =>
@@ -44,6 +46,21 @@ t.test('an open with too many parameters is refused before any of them is looked
   await app.close()
 })
 
+t.test('a long frame of a client that is fenced while it is read is taken by nobody', async (t) => {
+  const service = await startService({ lanes: 1, threads: 1 })
+  const client = await RawClient.connect(service.url)
+  const parameters = parametersOf(2)
+  await client.open({ run: 'r', groups: GROUPS, parameters })
+  const sockets = service.app.websocketServer.clients
+  client.send({ type: 'end', step: 1, skipped: [0, 1, ...new Array(200_000).fill(1)] })
+  await until(() => [...sockets].some(({ isPaused }) => isPaused))
+  const frame = { type: 'open', protocol: 1, run: 'r', takeover: true } as const
+  await service.runs.open(frame, { fence: () => {}, expel: () => {} })
+  const [code] = await once(client.socket, 'close')
+  t.match([code, service.runs.get('r').step, service.runs.get('r').epoch], [4409, 0, 2])
+  await service.app.close()
+})
+
 t.test('a client that leaves while its open is read has opened nothing', async (t) => {
   const { app, url, runs } = await startService({ lanes: 1, threads: 1 })
   const client = await RawClient.connect(url)
@@ -53,5 +70,18 @@ t.test('a client that leaves while its open is read has opened nothing', async (
   await other.open({ run: 'other', groups: GROUPS, parameters: parametersOf(2) })
   for (const run of runs.list()) if (run.name === 'gone') t.notOk(run.connected)
   await other.close()
+  await app.close()
+})
+
+t.test('a step may skip as many parameters as a run may have', async (t) => {
+  const count = 30_000
+  const { app, url } = await startService({ lanes: 1, threads: 1 })
+  const client = await RawClient.connect(url)
+  await client.open({ run: 'sparse', groups: GROUPS, parameters: parametersOf(count) })
+  const end = { type: 'end', step: 1, skipped: Array.from({ length: count }, (_, i) => i) } as const
+  t.ok(encodeFrame(end).length > OTHER_KEYS_BYTES, 'it is longer than other frames may be')
+  client.send(end)
+  t.match(await client.expect('receipt'), { step: 1, applied: 0, skipped: count })
+  await client.close()
   await app.close()
 })

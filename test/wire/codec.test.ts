@@ -384,6 +384,14 @@ t.test('every float of the service is a float64, whole or not', async (t) => {
   fc.assert(property, { numRuns: 50, seed })
 })
 
+t.test('integers of every width are read again where any value may stand', async (t) => {
+  const opened = server.find((frame) => frame.type === 'opened')!
+  const numbers = [0, 127, 128, 255, 256, 65_535, 65_536, 2 ** 32 - 1, 2 ** 32, Number.MAX_SAFE_INTEGER]
+  const below = [-1, -32, -33, -128, -129, -32_768, -32_769, -(2 ** 31), -(2 ** 31) - 1, Number.MIN_SAFE_INTEGER]
+  const frame = { ...opened, limits: { chunk_bytes: 1, numbers: [...numbers, ...below] } }
+  t.same(decodeServerFrame(encodeFrame(frame)), frame)
+})
+
 t.test('lengths of every width are read again', async (t) => {
   for (const length of [0, 15, 16, 31, 32, 255, 256, 65_535, 65_536]) {
     const keys = Object.fromEntries(Array.from({ length: Math.min(length, 3000) }, (_, i) => [`k${i}`, 1]))

@@ -109,6 +109,7 @@ export class Writer {
     const signal = AbortSignal.any([this.#host.signal, this.#stop.signal])
     for (let failures = 0; ; ) {
       const before = updates?.applied ?? 0
+      let wait: number
       try {
         return await attempt()
       } catch (error) {
@@ -116,8 +117,9 @@ export class Writer {
         updates?.forget()
         failures = updates !== undefined && updates.applied > before ? 1 : failures + 1
         if (!(error instanceof MuondError && error.retryable) || failures > this.#host.retries) throw error
-        await sleep(backoffSeconds(failures - 1, this.#host.backoff, error.fields.retry_after_seconds), signal)
+        wait = backoffSeconds(failures - 1, this.#host.backoff, error.fields.retry_after_seconds)
       }
+      await sleep(wait, signal)
     }
   }
 

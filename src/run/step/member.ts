@@ -16,9 +16,10 @@ export type Connection = {
 export class Member {
   /** Cancelled when the member is lost: jobs that no lane has begun are dropped. */
   readonly ticket: Ticket = { cancelled: false }
-  readonly #connection: Connection
+  readonly #connection: Connection | undefined
 
-  constructor(connection: Connection) {
+  /** A journal whose steps are computed again is a member without a connection: nobody can take its place. */
+  constructor(connection?: Connection) {
     this.#connection = connection
   }
 
@@ -34,11 +35,11 @@ export class Member {
   /** Another connection has taken its place. */
   fence(): void {
     this.lose()
-    this.#connection.fence()
+    this.#connection?.fence()
   }
 
   /** Tells the connection why it has to go. */
   expel(error: ServiceError): void {
-    this.#connection.expel(error)
+    this.#connection?.expel(error)
   }
 }
