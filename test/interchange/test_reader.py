@@ -81,4 +81,4 @@ def test_what_is_not_what_was_written_is_refused_with_both_hashes(checkpoint, tm
 
 
 def test_without_a_folder_it_says_how_it_is_called():
-    assert read().stderr.startswith("Holds a checkpoint of muond against its hashes")
+    assert read().stderr.startswith("Checks the hashes of a checkpoint of muond")

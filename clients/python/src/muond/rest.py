@@ -95,13 +95,7 @@ class Rest:
 
     def has_checkpoints(self, run: str) -> bool:
         """Whether the service keeps anything of a run on a disk."""
-        try:
-            return bool(self._json("GET", f"/v1/runs/{quote(run, safe='')}/checkpoints")["checkpoints"])
-        except MuondError as error:
-            # A service without a data folder.
-            if error.code != "PARAMETER_INVALID":
-                raise
-            return False
+        return bool(self._json("GET", f"/v1/runs/{quote(run, safe='')}/checkpoints")["checkpoints"])
 
     def checkpoint(self, run: str, checkpoint: str) -> dict[str, Any]:
         """A checkpoint by its id or tag: its step and digest."""

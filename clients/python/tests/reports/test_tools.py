@@ -308,7 +308,7 @@ def test_a_sweep_leaves_no_runs(start: Callable[..., Service]) -> None:
     gc.collect()
     with Rest(endpoint(service.url)) as rest:
         assert [rest.run(name)["step"] for name in kept] == [1, 1, 1]
-    words = r"at most 3 \(close\(delete=True\) and DELETE /v1/runs/RUN .*--max-runs"
+    words = r"at most 3: .*DELETE /v1/runs/.*--max-runs \(close\(delete=True\)"
     with pytest.raises(MuondError, match=words) as caught:
         trial()
     assert caught.value.code == "OVER_CAPACITY"

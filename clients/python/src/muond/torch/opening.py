@@ -26,7 +26,7 @@ _ADVICE = {
     "RUN_BUSY": "another trainer is connected; takeover=True takes the run from it",
     "RUN_NOT_FOUND": "this service has no such run: connect to the one that has (url=), or load a state_dict with state='tensors', "
     "which goes anywhere",
-    "OVER_CAPACITY": "close(delete=True) and DELETE /v1/runs/RUN free what a run holds; --max-runs says how many there may be",
+    "OVER_CAPACITY": "close(delete=True) frees what an optimizer's run holds",
 }
 
 
