@@ -22,8 +22,8 @@ const SWEEP = { adamw: [0.002, 0.004, 0.006, 0.008, 0.016], muon: [0.01, 0.02, 0
 /** The best learning rates of `--sweep`. */
 const CHOSEN = { adamw: 0.006, muon: 0.02 } as const
 
-const STEPS = '800'
-const QUICK_STEPS = '20'
+/** Of a whole round, and of a quick one. */
+const STEPS = { false: '800', true: '20' } as const
 const BATCH = 256
 const VALIDATION_POSITIONS = 4096
 const ROOT = fileURLToPath(new URL('../../', import.meta.url))
@@ -50,7 +50,7 @@ async function main(): Promise<void> {
     size: SIZE,
     batch: BATCH,
     validation: VALIDATION_POSITIONS,
-    steps: count('steps', options.steps ?? (options.quick ? QUICK_STEPS : STEPS)),
+    steps: count('steps', options.steps ?? STEPS[`${options.quick}`]),
     seed: count('seed', options.seed),
     corpus,
   })

@@ -66,14 +66,13 @@ export async function* paced(body: Readable, pace: Pace): AsyncGenerator<Uint8Ar
       const piece = await within(next, windowMs - waited)
       waited += performance.now() - started
       bytes += piece?.value?.length ?? 0
+      if (piece) next = undefined
+      if (piece?.done) return
       if (!piece || waited >= windowMs) {
-        if (bytes < leastOf(pace) && !piece?.done) throw tooSlow(pace, bytes)
+        if (bytes < leastOf(pace)) throw tooSlow(pace, bytes)
         ;[bytes, waited] = [0, 0]
       }
-      if (!piece) continue
-      next = undefined
-      if (piece.done) return
-      yield piece.value
+      if (piece) yield piece.value
     }
   } finally {
     // It would wait for the piece that does not come.

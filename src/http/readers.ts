@@ -17,7 +17,7 @@ type Shared = { key: string; file: StateFile; grant: Grant; readers: number }
  */
 export class StateReaders {
   readonly #device: Device
-  readonly #counts = new Map<Run, number>()
+  readonly #counts = new Map<Run, { readers: number }>()
   readonly #shared = new Map<Run, Shared>()
 
   constructor(device: Device) {
@@ -26,14 +26,14 @@ export class StateReaders {
 
   /** Counts one more reader of a run; the answer counts it out, once. Throws OVERLOADED over MOST_READERS. */
   enter(run: Run): () => void {
-    const count = this.#counts.get(run) ?? 0
-    if (count >= MOST_READERS)
-      throw overloaded(`${count} readers have state of run '${run.name}', at most ${MOST_READERS} may`)
-    this.#counts.set(run, count + 1)
+    const counted = this.#counts.get(run) ?? { readers: 0 }
+    if (counted.readers >= MOST_READERS)
+      throw overloaded(`${counted.readers} readers have state of run '${run.name}', at most ${MOST_READERS} may`)
+    counted.readers += 1
+    this.#counts.set(run, counted)
     return once(() => {
-      const left = (this.#counts.get(run) ?? 0) - 1
-      if (left > 0) this.#counts.set(run, left)
-      else this.#counts.delete(run)
+      counted.readers -= 1
+      if (counted.readers === 0) this.#counts.delete(run)
     })
   }
 

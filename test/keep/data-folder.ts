@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { mkdirSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Manifest, openManifest, sealManifest } from '../../src/store/checkpoint/manifest.js'
@@ -37,7 +38,7 @@ export function flip(path: string, at: number): void {
 export function rewrite(path: string, what: string | RegExp, other: string): void {
   const text = readFileSync(path, 'utf8')
   const changed = text.replace(what, other)
-  if (changed === text) throw new Error(`${path} has no ${what}: ${text}`)
+  assert.notEqual(changed, text, `${path} has no ${what}: ${text}`)
   writeFileSync(path, changed)
 }
 

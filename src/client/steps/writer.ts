@@ -107,7 +107,8 @@ export class Writer {
    */
   async #outlast<T>(attempt: () => Promise<T>, updates?: Updates): Promise<T> {
     const signal = AbortSignal.any([this.#host.signal, this.#stop.signal])
-    for (let failures = 0; ; ) {
+    let failures = 0
+    for (;;) {
       const before = updates?.applied ?? 0
       let wait: number
       try {
