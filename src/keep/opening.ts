@@ -3,7 +3,13 @@ import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithms/algorithm.js'
 import { attentionDifference, parseAttentions } from '../optimizer/attention.js'
 import { type Groups, groupOf, stateBearing } from '../optimizer/hyperparameters.js'
-import { firstDifference, type Parameter, parsingParameters, stateBytes } from '../optimizer/parameter.js'
+import {
+  firstDifference,
+  PARAMETERS_PER_YIELD,
+  type Parameter,
+  parsingParameters,
+  stateBytes,
+} from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import { parseGroups } from '../run/declaration.js'
 import type { Run } from '../run/run.js'
@@ -11,8 +17,6 @@ import { inSlices } from '../run/slices.js'
 import type { OpenFrame } from '../wire/frame.js'
 
 // What an `open` asks for, held against the run that is there.
-
-const PARAMETERS_PER_YIELD = 64
 
 /** Throws RUN_BUSY where a connection has the run and the `open` does not ask to replace it. */
 export function checkFree(run: Run, { takeover }: OpenFrame): void {

@@ -88,7 +88,8 @@ type Context = { group: Group; blocks: number; fail: Fail }
 /** A parameter without its name and place. */
 type Form = Omit<Parameter, 'index' | 'name'>
 
-const PARAMETERS_PER_YIELD = 64
+/** Work over all parameters yields after so many of them, so that others have the event loop in between. */
+export const PARAMETERS_PER_YIELD = 64
 
 function refusal(given: ParameterDeclaration, index: number): Fail {
   return (message, code = 'PARAMETER_INVALID') =>
