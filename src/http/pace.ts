@@ -17,8 +17,9 @@ const LINGER_MS = 5000
  * refused with OVERLOADED. Streamed ones are their handler's, see `paced`.
  */
 export function limitBody(pace: Pace): (request: FastifyRequest, reply: FastifyReply, body: Readable) => Promise<void> {
-  return async ({ routeOptions, raw: { socket } }, _reply, body) => {
-    if (routeOptions.config.streamed) return
+  return async ({ routeOptions, ws, raw: { socket } }, _reply, body) => {
+    // The request of an upgrade never ends: its connection would be watched, and kept, after its socket was closed.
+    if (routeOptions.config.streamed || ws) return
     const stop = watch(
       pace,
       () => socket.bytesRead,
