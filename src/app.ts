@@ -1,4 +1,5 @@
 import assert from 'node:assert'
+import type { Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { promisify } from 'node:util'
 import websocket, { type WebsocketPluginOptions } from '@fastify/websocket'
@@ -294,12 +295,26 @@ function openStream(
   { raw, log }: FastifyRequest,
   { config, device, runs, metrics, streams, unfinished }: AppServices,
 ): void {
-  const stream = new Session(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
+  const local = isLocal(raw.socket)
+  const stream = new Session(socket, {
+    config,
+    device,
+    runs,
+    metrics,
+    log,
+    bytesRead: () => raw.socket.bytesRead,
+    local,
+  })
   streams.add(stream)
   unfinished.watch(socket, raw.socket)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)
   socket.once('close', () => streams.delete(stream))
   if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()
+}
+
+/** Whether a peer is on this host: only such a one can share memory. Sockets of files have no address. */
+function isLocal({ remoteAddress }: Socket): boolean {
+  return remoteAddress === undefined || /^(::ffff:)?127\.|^::1$/.test(remoteAddress)
 }
 
 /** Closes all that streams use, which are closed already. Runs go first: they need the data folder and the device. */

@@ -42,6 +42,11 @@ export function createMetrics(registry = new Registry()) {
     step_phase_seconds: phaseHistogram(registry),
     received_bytes_total: counter('received_bytes_total', 'Bytes of gradient data received.'),
     sent_bytes_total: counter('sent_bytes_total', 'Bytes of update data sent.'),
+    transports_total: counter<'kind'>(
+      'transports_total',
+      'Streams that offered to share memory, by the transport that was taken; websocket is none of those offered.',
+      ['kind'],
+    ),
     refused_gradients_total: counter<'code'>('refused_gradients_total', 'Gradients refused, by error code.', ['code']),
     errors_total: counter<'code'>('errors_total', 'Errors told to clients on the stream or over REST, by code.', [
       'code',

@@ -1,11 +1,16 @@
 import assert from 'node:assert'
+import { setImmediate as turn } from 'node:timers/promises'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import { Assembly } from '../wire/chunks.js'
 import type { GradientHead } from '../wire/codec.js'
-import type { GradientFrame } from '../wire/frame.js'
+import type { GradientFrame, GradientsFrame } from '../wire/frame.js'
 import { type Answers, countRefused, type Gradient, type Joined, type Means } from './answers.js'
+import type { SharedArenas } from './transport.js'
 import type { GradientSink } from './websocket/socket.js'
+
+// To begin so many takes a few milliseconds.
+const GRADIENTS_PER_TURN = 256
 
 /** A gradient of which some chunks have come. */
 type Incomplete = Gradient & { assembly: Assembly; startedAt: number }
@@ -19,6 +24,8 @@ export type ReceptionParts = {
   answers: Answers
   /** Aborted when the connection ends. */
   gone: AbortSignal
+  /** Told of a gradient in shared memory that is not taken; the frame's others are. */
+  refused(error: unknown): void
   /** Throws where no gradient may begin at all. */
   checkOpen(gradient: Dropped): void
   /** Told when the memory that `destination` has named may not be written any more. */
@@ -81,6 +88,45 @@ export class Reception implements GradientSink {
     if (!this.#incomplete) return this.#begin(joined, frame)
     this.#continue(this.#incomplete, frame)
     return undefined
+  }
+
+  /**
+   * Takes gradients that lie in memory that the client shares, one after the other, each with a refusal of its own. A
+   * promise where nothing else may be looked at before all of them have begun.
+   */
+  async takeShared(joined: Joined, { step, parameters }: GradientsFrame, arenas: SharedArenas): Promise<void> {
+    for (const [i, parameter] of parameters.entries()) {
+      if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await turn()
+      if (this.#parts.gone.aborted) return
+      try {
+        await this.#beginShared(joined, { parameter, step }, arenas)
+      } catch (error) {
+        countRefused(this.#means.metrics, error)
+        this.#parts.refused(error)
+      }
+    }
+  }
+
+  /** A promise where the gradient has to wait. */
+  #beginShared(joined: Joined, { parameter, step: number }: Dropped, arenas: SharedArenas): Promise<void> | undefined {
+    const { run, member } = joined
+    const { gradient_bytes } = run.parameter(parameter)
+    this.#parts.checkOpen({ parameter, step: number })
+    const step = run.expect(member, parameter, number)
+    const begin = (places: { region: Region; source?: Region }) => {
+      this.#means.metrics.received_bytes_total.inc(gradient_bytes)
+      this.#parts.answers.begin({ run, member, step, parameter, ...places, target: () => arenas.update(parameter) })
+    }
+    const outstanding = this.#parts.answers.outstanding(parameter)
+    /* c8 ignore next 4 -- needs a GPU: npm run test:gpu */
+    if (this.#means.device.copiesShared && run.journal === undefined) {
+      const direct = () => begin({ region: arenas.gradient(parameter) })
+      return outstanding ? outstanding.then(direct) : void direct()
+    }
+    // The host computes on bytes that nobody changes, and the journal keeps the same.
+    const copied = (region: Region) => begin({ region, source: arenas.gradient(parameter) })
+    const region = outstanding ? undefined : this.#means.device.staging.tryReserve(gradient_bytes)
+    return region ? void copied(region) : this.#startWhenFree(outstanding, gradient_bytes, copied)
   }
 
   /** Another frame has come: later chunks belong to no refused gradient any more. */

@@ -5,12 +5,14 @@ import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
+import type { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
 import type { Connection } from '../run/step/member.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
-import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame } from '../wire/frame.js'
+import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame, TransportAnswer } from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
 import { Reception } from './reception.js'
+import { agree, type SharedArenas } from './transport.js'
 import { Sender } from './websocket/sender.js'
 import { type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
 
@@ -19,6 +21,8 @@ export type SessionContext = Means & {
   log: FastifyBaseLogger
   /** How many bytes the connection has read so far, from the socket below the WebSocket. */
   bytesRead: () => number
+  /** Whether the client is on this host. */
+  local: boolean
 }
 
 // A peer that was told to go gets this long to take the last frames before its socket is cut: with up to 32 MiB before
@@ -39,6 +43,8 @@ export class Session implements Connection, GradientSink {
   readonly #gone = new AbortController()
   /** The run that this connection has opened; undefined before, and once the run is gone. */
   #joined: Joined | undefined
+  /** Memory that the client shares; undefined where all of its tensors come over the socket. */
+  #arenas: SharedArenas | undefined
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
   #leaving = false
@@ -57,6 +63,7 @@ export class Session implements Connection, GradientSink {
     this.#reception = new Reception(context, {
       answers: this.#answers,
       gone: this.#gone.signal,
+      refused: (error) => this.#report(error),
       checkOpen: (gradient) => this.#checkOpen(gradient),
       abandoned: () => this.#abandoned(),
     })
@@ -170,6 +177,9 @@ export class Session implements Connection, GradientSink {
         return void joined.run.announce(joined.member, frame)
       case 'gradient':
         return this.#reception.take(joined, frame)
+      case 'gradients':
+        if (this.#arenas) return this.#reception.takeShared(joined, frame, this.#arenas)
+        throw new ServiceError('FRAME_UNEXPECTED', "a frame 'gradients' on a connection that shares no memory")
       case 'end':
         return this.#end(joined, frame)
       case 'checkpoint':
@@ -188,9 +198,20 @@ export class Session implements Connection, GradientSink {
     const { chunk_bytes, staging_bytes, max_parameters } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
     const limits = { chunk_bytes, staging_bytes, max_parameters }
-    const opened = { type: 'opened', ...run.opened(resumed), limits, server } as const
+    const transport = this.#agree(frame, run)
+    const opened = { type: 'opened', ...run.opened(resumed), ...transport, limits, server } as const
     const header = await inSlices(encodingOpened(opened, run.describeParameters()))
     void this.#sender.send({ header })
+  }
+
+  /** The transport as `opened` has it; nothing where the client has offered none. */
+  #agree({ transport }: OpenFrame, run: Run): { transport?: TransportAnswer } {
+    if (!transport) return {}
+    const { device, metrics, local } = this.#context
+    const { arenas, answer } = agree(transport, { device, run, local })
+    this.#arenas = arenas
+    metrics.transports_total.inc({ kind: answer.kind })
+    return { transport: answer }
   }
 
   /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
@@ -300,6 +321,7 @@ export class Session implements Connection, GradientSink {
     this.#reception.abandon()
     this.#gone.abort()
     this.#joined?.run.detach(this.#joined.member)
+    this.#arenas?.close()
   }
 
   #abandoned(): void {

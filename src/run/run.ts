@@ -16,7 +16,7 @@ import { Boundary } from './boundary.js'
 import type { DigestRecord } from './digest.js'
 import { History, type Receipt, type RunEvents } from './history.js'
 import { importNote, type PendingImport } from './imported-state.js'
-import type { Place } from './place.js'
+import type { GradientPlaces, Place } from './place.js'
 import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import type { RestoredState, RunOptions } from './run-options.js'
 import { type HeldTensor, type ScaledUpdate, Shard } from './shard.js'
@@ -226,13 +226,13 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * Computes and commits, or replays, one parameter's part of a step. Takes the gradient's region over, and releases
-   * it when the lane and the journal have read it, whatever comes of it. Undefined: the member that sent it has lost
-   * the run.
+   * Computes and commits, or replays, one parameter's part of a step. Takes the gradient's regions over, and releases
+   * them when the lane and the journal have read them, whatever comes of it. Undefined: the member that sent it has
+   * lost the run.
    */
   async compute(
     member: Member,
-    { step, index, gradient }: { step: Step; index: number; gradient: Region },
+    { step, index, gradient, source, target }: { step: Step; index: number } & GradientPlaces,
   ): Promise<ScaledUpdate | undefined> {
     try {
       if (this.boundary.held) await this.boundary.held
@@ -240,11 +240,12 @@ export class Run extends EventEmitter<RunEvents> {
       // An import may have come between the gradient's first chunk and its last.
       this.#stepOfGradient(index, step.number)
       const { ticket } = member
-      const update = await this.#track(this.#shard.compute(step, index, { gradient, ticket }))
+      const update = await this.#track(this.#shard.compute(step, index, { gradient, source, target, ticket }))
       if (update) this.#store(step, index, gradient)
       return update
     } finally {
       gradient.release()
+      source?.release()
     }
   }
 

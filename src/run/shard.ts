@@ -1,7 +1,6 @@
 import type { Grant } from '../device/admission.js'
 import type { Device, Ticket } from '../device/device.js'
 import type { Tensor } from '../device/memory.js'
-import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import type { Parameter } from '../optimizer/parameter.js'
@@ -10,7 +9,7 @@ import type { StateTensor } from '../optimizer/state.js'
 import type { AppliedRecord, PlaceRecord } from '../store/checkpoint/manifest.js'
 import type { StepRecord } from './digest.js'
 import type { ImportedPlace } from './imported-state.js'
-import { Place, type Update } from './place.js'
+import { type GradientPlaces, Place, type Update } from './place.js'
 import { appliedOf } from './record.js'
 import type { Step } from './step/step.js'
 
@@ -72,11 +71,11 @@ export class Shard {
   async compute(
     step: Step,
     index: number,
-    { gradient, ticket }: { gradient: Region; ticket: Ticket },
+    asked: GradientPlaces & { ticket: Ticket },
   ): Promise<ScaledUpdate | undefined> {
     const place = this.place(index)
     const { max_logits } = step.settings.frame
-    const update = await place.compute(step, { gradient, ticket })
+    const update = await place.compute(step, asked)
     return update && { ...update, row_scale: rowScale(place.parameter, this.#claims, max_logits) }
   }
 
