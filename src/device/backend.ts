@@ -100,8 +100,9 @@ const CUDA_LANES = 4
 const CUDA_LANE_BYTES = 256 << 20
 // Freeing device memory waits for all work of the device: memory that a step frees is kept for the next step instead.
 const CUDA_POOLED_BYTES = 4 * 2 ** 30
-// On the CPU a lane gains nothing from seeing several jobs.
-const ONE: GroupLimit = { jobs: 1, bytes: 1 }
+// A lane of the CPU computes its jobs one after the other. Small ones go together, because a message to a thread takes
+// longer than their work.
+const CPU_GROUP: GroupLimit = { jobs: 64, bytes: 512 << 10 }
 // Small matrices fill a GPU only together. Larger groups gain nothing, take scratch memory and are copied later.
 const CUDA_GROUP: GroupLimit = { jobs: 4, bytes: 256 << 20 }
 const HOPPER = '9.0'
@@ -142,7 +143,7 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     processor: [...new Set(cpus().map(({ model }) => model))].join(', '),
     note: options.note,
     lanes,
-    group: ONE,
+    group: CPU_GROUP,
     host: runtime,
     units: [unit],
     close: runtime.close,

@@ -4,13 +4,13 @@ import type { Job, JobResult } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
-import { planStep } from '../optimizer/algorithms/algorithm.js'
 import { groupOf } from '../optimizer/hyperparameters.js'
 import type { Parameter } from '../optimizer/parameter.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { StateTensor } from '../optimizer/state.js'
 import { type PlaceRecord, UnreadableError } from '../store/checkpoint/manifest.js'
 import type { DigestRecord } from './digest.js'
+import type { Plans } from './plans.js'
 import { appliedOf, appliedRecord, fingerprintText } from './record.js'
 import type { Step } from './step/step.js'
 
@@ -46,12 +46,14 @@ export class Place {
   /** Whether another kind of device computed the last step: its update has other bits here. */
   #elsewhere = false
   readonly #device: Device
+  readonly #plans: Plans
   /** Undefined before its first step, when its state is all zeros. */
   #tensors: Tensor[] | undefined
 
-  /** `unit` of the device has its state and computes its steps. */
-  constructor(device: Device, parameter: Parameter, unit = 0) {
+  /** `unit` of the device has its state and computes its steps; `plans` are those of the whole run. */
+  constructor(device: Device, plans: Plans, { parameter, unit = 0 }: { parameter: Parameter; unit?: number }) {
     this.#device = device
+    this.#plans = plans
     this.unit = unit
     this.parameter = parameter
   }
@@ -138,7 +140,7 @@ export class Place {
     const { settings } = step
     const replayed = step.hasApplied(this.parameter.index)
     const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
-    const plan = planStep(this.parameter, groupOf(this.parameter, settings.groups), at)
+    const plan = this.#plans.of(this.parameter, groupOf(this.parameter, settings.groups), at)
     const outputs = new Outputs(this.#device, this.unit, target)
     const queuedAt = performance.now()
     const job = () => {

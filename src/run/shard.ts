@@ -10,6 +10,7 @@ import type { AppliedRecord, PlaceRecord } from '../store/checkpoint/manifest.js
 import type { StepRecord } from './digest.js'
 import type { ImportedPlace } from './imported-state.js'
 import { type GradientPlaces, Place, type Update } from './place.js'
+import { Plans } from './plans.js'
 import { appliedOf } from './record.js'
 import type { Step } from './step/step.js'
 
@@ -44,7 +45,8 @@ export class Shard {
     this.parameters = parameters
     this.attentions = attentions
     this.#claims = claimsByParameter(attentions)
-    this.#places = parameters.map((parameter, i) => new Place(device, parameter, grant.units[i]))
+    const plans = new Plans()
+    this.#places = parameters.map((parameter, i) => new Place(device, plans, { parameter, unit: grant.units[i] }))
   }
 
   get places(): readonly Place[] {

@@ -3,6 +3,7 @@ import { Device } from '../../src/device/device.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
 import { parseParameters } from '../../src/optimizer/parameter.js'
 import { Place } from '../../src/run/place.js'
+import { Plans } from '../../src/run/plans.js'
 import { Step } from '../../src/run/step/step.js'
 import { normal } from '../service.js'
 
@@ -29,7 +30,7 @@ function gradientOf(device: Device) {
 
 t.test('a step for whose update there is no memory is refused and leaves nothing behind', async (t) => {
   const device = await startDevice()
-  const place = new Place(device, { ...PARAMETER!, update_bytes: 2 ** 48 })
+  const place = new Place(device, new Plans(), { parameter: { ...PARAMETER!, update_bytes: 2 ** 48 } })
   const step = new Step(1, GROUPS)
   step.begin()
   await t.rejects(place.compute(step, gradientOf(device)), { code: 'OVER_CAPACITY', fields: { parameter: 0, step: 1 } })

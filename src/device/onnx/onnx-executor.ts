@@ -43,6 +43,9 @@ type Program = {
   checks: ScalarTensor[]
 }
 
+/** The keys of kernels that were met before. */
+type Keys = Map<KernelSpec, string>
+
 /** The part of a tensor that one run of a session works on; `offset` in elements. */
 type TensorPart = { dims: readonly number[]; offset: number; dtype: Dtype }
 
@@ -71,10 +74,12 @@ export class OnnxExecutor implements Executor {
   }
 
   run(jobs: readonly Job[]): JobResult[] {
-    return jobs.map((job) => this.#run(job))
+    // Jobs of one message, and the tasks of a plan, have few kernels: the key of each is made once.
+    const keys = new Map<KernelSpec, string>()
+    return jobs.map((job) => this.#run(job, keys))
   }
 
-  #run(job: Job): JobResult {
+  #run(job: Job, keys: Keys): JobResult {
     const started = performance.now()
     if (job.source) this.#views.of(job.gradient).set(this.#views.of(job.source))
     const gradient = this.#scanner.scan(this.#views.of(job.gradient), job.plan.kernel.gradient_dtype)
@@ -88,7 +93,7 @@ export class OnnxExecutor implements Executor {
       return { ...result, outcome, computeSeconds: (performance.now() - started) / 1000 }
     }
     if (job.expected !== undefined && job.expected !== gradient.fingerprint) return finish('other_gradient')
-    if (!gradient.finite || !this.#computeTasks(job)) return finish('not_finite')
+    if (!gradient.finite || !this.#computeTasks(job, keys)) return finish('not_finite')
     const update = this.#scanner.scan(this.#views.of(job.update), job.plan.kernel.update_dtype)
     result.updateFingerprint = update.fingerprint
     result.updateSquare = update.squareSum
@@ -96,15 +101,13 @@ export class OnnxExecutor implements Executor {
   }
 
   /** Runs every task of the plan; false once a check says that the next state is not finite. */
-  #computeTasks(job: Job): boolean {
+  #computeTasks(job: Job, keys: Keys): boolean {
     const memory = { gradient: this.#space.receive(job.gradient), update: this.#space.updateOf(job.update) }
-    // A plan has few kernels and may have many tasks: each kernel is looked up once.
-    const found = new Map<KernelSpec, Program>()
     const finite = job.plan.tasks.flatMap(slices).every((task) => {
       const spec = task.kernel ?? job.plan.kernel
-      const known = found.get(spec) ?? this.#program(spec)
-      found.set(spec, known)
-      return this.#computeTask({ ...job, memory }, task, known)
+      const key = keys.get(spec) ?? kernelKey(spec)
+      keys.set(spec, key)
+      return this.#computeTask({ ...job, memory }, task, this.#program(spec, key))
     })
     if (finite) this.#space.send(job.update)
     return finite
@@ -144,8 +147,8 @@ export class OnnxExecutor implements Executor {
     return this.#runtime.createTensor(memory, dims, onnx)
   }
 
-  #program(spec: KernelSpec): Program {
-    return this.#programs.get(kernelKey(spec), () => this.#makeProgram(spec))
+  #program(spec: KernelSpec, key = kernelKey(spec)): Program {
+    return this.#programs.get(key, () => this.#makeProgram(spec))
   }
 
   #release({ session, scalars, checks }: Program): void {

@@ -1,3 +1,4 @@
+import type { Duplex } from 'node:stream'
 import type { WebSocket } from 'ws'
 
 /** One message: a header alone, or a header followed by a payload that is sent from where it lies. */
@@ -17,6 +18,7 @@ export class Sender {
   #inSocket = 0
   /** Messages in the socket. Node calls back for each of them, also when the connection is lost. */
   #flying = 0
+  #gathers = false
 
   constructor(socket: WebSocket) {
     this.#socket = socket
@@ -71,7 +73,21 @@ export class Sender {
       this.#flush()
     }
     if (item.payload === undefined) return this.#socket.send(item.header, { binary: true }, done)
+    this.#gather()
     this.#socket.send(item.header, { binary: true, fin: false })
     this.#socket.send(item.payload, { binary: true, fin: true }, done)
+  }
+
+  /** Has all that is written in this turn of the event loop leave in one system call. */
+  #gather(): void {
+    if (this.#gathers) return
+    this.#gathers = true
+    // ws has no cork of its own, and @types/ws leaves the stream below out.
+    const stream: Duplex = Reflect.get(this.#socket, '_socket')
+    stream.cork()
+    setImmediate(() => {
+      this.#gathers = false
+      stream.uncork()
+    })
   }
 }

@@ -1,5 +1,6 @@
 import { once } from 'node:events'
 import type { AddressInfo } from 'node:net'
+import type { Duplex } from 'node:stream'
 import t, { type Test } from 'tap'
 import { WebSocket, WebSocketServer } from 'ws'
 import { Sender } from '../../../src/link/websocket/sender.js'
@@ -46,6 +47,21 @@ t.test('messages arrive whole and in their order, and the sender is not busy aft
       [1, 'b'],
       [3, 'c'],
     ],
+  )
+})
+
+t.test('updates that are sent in one turn of the event loop leave together', async (t) => {
+  const { client, socket, sender, received } = await pair(t)
+  const stream: Duplex = Reflect.get(socket, '_socket')
+  const sent = ['a', 'b', 'c'].map((text) => sender.send({ header: header(text), payload: new Uint8Array(8) }))
+  t.equal(stream.writableCorked, 1)
+  t.ok(stream.writableLength >= 3 * 9, 'all three wait')
+  t.same(await Promise.all(sent), [true, true, true])
+  t.equal(stream.writableCorked, 0)
+  while (received.length < 3) await once(client, 'message')
+  t.same(
+    received.map((data) => data.subarray(0, 1).toString()),
+    ['a', 'b', 'c'],
   )
 })
 
