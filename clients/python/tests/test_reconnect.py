@@ -40,7 +40,7 @@ def test_a_cut_anywhere_changes_nothing(
 ) -> None:
     trainer = Trainer()
     cutting = proxy(shared.port, [budget, 15_000, 40_000, 75_000])
-    with trainer.open(cutting.url, name, retries=20, chunk_bytes=5_000) as run:
+    with trainer.open(cutting.url, name, retries=20, chunk_bytes=5_000, transport="websocket") as run:
         assert trainer.train(run, STEPS) == alone[0]
     assert trainer.bytes() == alone[1]
     assert cutting.connections > 1
@@ -51,7 +51,7 @@ def test_many_cuts_at_random_change_nothing(
 ) -> None:
     budgets = np.random.default_rng(7).integers(3_000, 80_000, 40).tolist()
     trainer = Trainer()
-    with trainer.open(proxy(shared.port, budgets).url, name, retries=50) as run:
+    with trainer.open(proxy(shared.port, budgets).url, name, retries=50, transport="websocket") as run:
         assert trainer.train(run, STEPS) == alone[0]
     assert trainer.bytes() == alone[1]
 
@@ -77,7 +77,7 @@ def test_a_step_that_was_given_up_can_be_taken_again(
 ) -> None:
     trainer = Trainer()
     cutting = proxy(shared.port, [40_000, 0, 0, 30_000, 0, 0])
-    with trainer.open(cutting.url, name, retries=1) as run:
+    with trainer.open(cutting.url, name, retries=1, transport="websocket") as run:
         gradients = trainer.gradients(1)
         failures = 0
         while run.step_count == 0:

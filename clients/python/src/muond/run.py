@@ -21,11 +21,13 @@ from .steps.backoff import Backoff
 from .steps.exchange import Taken
 from .steps.gradient import bytes_of
 from .steps.interrupt import interrupt_later
-from .steps.parameter import Bound, bind, check_bytes
+from .steps.parameter import Bound, bind, check_bytes, sizes_of
 from .steps.step import Gradient, MaxLogits, Step
 from .steps.updates import Bytes, Memory, Update, Updates
 from .steps.writer import RETRIES, Failed, Host, Writer
 from .transport.address import Endpoint, endpoint
+from .transport.arenas import Arenas, HostArenas
+from .transport.choice import MakeArenas, Transport
 from .wire.frame import PROTOCOL, Frame
 
 Key = int | str
@@ -58,6 +60,8 @@ def open_run(
     retries: int = RETRIES,
     backoff: Backoff | None = None,
     chunk_bytes: int = 1 << 24,
+    transport: str = "auto",
+    gpu_arenas: MakeArenas | None = None,
     apply: Apply | None = None,
     allocate: Callable[[int], Bytes] | None = None,
 ) -> Run:
@@ -66,6 +70,8 @@ def open_run(
     ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
     ``groups``: maps of ``name``, ``algorithm`` or ``preset``, and hyperparameters. ``checkpoint``: with ``resume``, go back to it.
     ``retries``: consecutive failed attempts at one step that brought nothing new, before it raises; 0 for none.
+    ``transport``: ``shm`` shares memory with a service on this host, ``websocket`` sends everything, ``auto`` tries and falls
+    back; ``cuda-ipc`` shares that of a GPU, which ``gpu_arenas`` makes, as ``muond.torch`` does.
     ``apply``: what to do with updates instead. ``allocate``: memory for updates, by bytes.
 
     Raises MuondError RUN_EXISTS, RUN_NOT_FOUND, RUN_BUSY (see ``takeover``), RUN_MISMATCH, PARAMETER_INVALID…, UNAUTHORIZED,
@@ -74,9 +80,10 @@ def open_run(
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, at least 1")
     address = endpoint(url, token=token, headers=headers, ssl_context=ssl_context)
+    declared = [parameter.declaration() for parameter in parameters]
     given: Frame = {
         "groups": None if groups is None else [dict(group) for group in groups],
-        "parameters": [parameter.declaration() for parameter in parameters],
+        "parameters": declared,
         "attentions": None if attentions is None else [dict(attention) for attention in attentions],
         "takeover": takeover or None,
         "checkpoint": checkpoint,
@@ -84,7 +91,12 @@ def open_run(
     }
     frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": mode}
     frame.update({key: value for key, value in given.items() if value is not None})
-    writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes), frame)
+    shared = Transport.choose(transport, address, sizes_of(declared), gpu_arenas)
+    try:
+        writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes, shared), frame)
+    except BaseException:
+        shared.close()
+        raise
     memory = Memory() if allocate is None else Memory(allocate)
     try:
         return Run(writer, parameters, address, apply, memory)
@@ -140,6 +152,16 @@ class Run:
     def opened(self) -> Frame:
         """The service's answer to the newest ``open``: epoch, groups, limits, device and more."""
         return self._writer.opened
+
+    @property
+    def arenas(self) -> Arenas | None:
+        """The memory that is shared with the service now; None where everything goes over the socket."""
+        return self._writer.arenas
+
+    @property
+    def transport(self) -> str:
+        """How gradients and updates travel now: ``cuda-ipc``, ``shm`` or ``websocket``."""
+        return "websocket" if self.arenas is None else self.arenas.kind
 
     @property
     def step_count(self) -> int:
@@ -233,6 +255,12 @@ class Run:
         """
         check_bytes(self._find(index), len(data))
         self._add(self._growing(), Gradient(index, data, ready))
+
+    def gradient_placed(self, indices: Iterable[int], ready: Callable[[], None] | None = None) -> None:
+        """As ``gradient_bytes``, for gradients that lie in their slots of ``arenas``, all of them once ``ready`` returns."""
+        step, arenas = self._growing(), self.arenas
+        for index in indices:
+            self._add(step, Gradient(index, None, ready, arenas))
 
     def has_gradient(self, index: int) -> bool:
         """Whether the step in flight has a gradient of this parameter already."""
@@ -376,7 +404,7 @@ class Run:
             return
         self._apply(updates)
         for update in updates:
-            self._memory.give(update.data)
+            self._give(update)
 
     def _abandon(self) -> None:
         """Lets go of a step in flight: its connection ends, and what it still brings is not applied."""
@@ -384,8 +412,12 @@ class Run:
             return
         self._writer.release()
         while isinstance(event := self._events.get(), Update):
-            self._memory.give(event.data)
+            self._give(event)
         self._flight = None
+
+    def _give(self, update: Update) -> None:
+        if not update.shared:
+            self._memory.give(update.data)
 
     # What the trainer says
 
@@ -400,7 +432,11 @@ class Run:
 
     def _gradient(self, key: Key, gradient: npt.ArrayLike) -> Gradient:
         parameter = self._find(key)
-        return Gradient(parameter.index, bytes_of(gradient, parameter))
+        data, arenas = bytes_of(gradient, parameter), self.arenas
+        if not isinstance(arenas, HostArenas):
+            return Gradient(parameter.index, data)
+        arenas.gradient(parameter.index)[:] = data
+        return Gradient(parameter.index, None, arenas=arenas)
 
     def _add(self, step: Step, gradient: Gradient) -> None:
         if step.has(gradient.parameter):

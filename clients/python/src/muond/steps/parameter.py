@@ -49,6 +49,17 @@ def bind(descriptions: Sequence[Mapping[str, Any]]) -> list[Bound]:
     ]
 
 
+def sizes_of(declarations: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Bytes of each parameter's gradient, and of each one's update. A dtype that is not known is the service's to refuse."""
+    counts = [math.prod(declaration["shape"]) for declaration in declarations]
+
+    def of(key: str) -> list[int]:
+        bytes_per_element = [BYTES_PER_ELEMENT.get(declaration[key], 4) for declaration in declarations]
+        return [count * size for count, size in zip(counts, bytes_per_element, strict=True)]
+
+    return of("gradient_dtype"), of("update_dtype")
+
+
 def _dtype(name: str) -> str:
     if name in BYTES_PER_ELEMENT:
         return name

@@ -34,12 +34,12 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
         if decay != 0:
             _multiply(tensors, 1 - decay)
         torch._foreach_add_(tensors, data, alpha=scale)
-        if device.type == "cuda":  # pragma: no cover - needs a GPU
+        if device.type == "cuda" and any(not update.shared for update in those):  # pragma: no cover - needs a GPU
             # The page-locked memory is used again once this returns.
             torch.cuda.current_stream(device).synchronize()
     for update in updates:
         if update.row_scale is not None:
-            _scale_rows(slots[update.parameter.index].tensor, torch.tensor(update.row_scale))
+            _scale_rows(slots[update.parameter.index].tensor, torch.tensor(update.row_scale, device="cpu"))
 
 
 def _multiply(tensors: list[torch.Tensor], factor: float) -> None:
@@ -53,8 +53,8 @@ def _multiply(tensors: list[torch.Tensor], factor: float) -> None:
 
 
 def _data(update: Update, tensor: torch.Tensor) -> torch.Tensor:
-    assert update.data is not None
-    return torch.from_numpy(update.data).view(WIRE_DTYPES[update.parameter.update_dtype]).view(tensor.shape)
+    data = update.data if isinstance(update.data, torch.Tensor) else torch.from_numpy(update.data)
+    return data.view(WIRE_DTYPES[update.parameter.update_dtype]).view(tensor.shape)
 
 
 def _scale_rows(tensor: torch.Tensor, factors: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from ..run import Run, open_run
 from ..steps.updates import Update
 from ..transport.address import Endpoint
 from .apply import apply_updates
+from .gpu_arenas import arenas_of
 from .settings import Settings
 from .slots import Slot, attention_declarations, group_declarations
 from .staging import allocator
@@ -62,6 +63,8 @@ def open_slots(
             retries=given.retries,
             backoff=given.backoff,
             chunk_bytes=given.chunk_bytes,
+            transport=given.transport,
+            gpu_arenas=arenas_of(slots),
             apply=apply,
             allocate=allocator(slots),
         )

@@ -256,20 +256,10 @@ class Optimizer(torch.optim.Optimizer):
         return self.run
 
     def _send_and_end(self, run: Run) -> Receipt:
-        skipped: list[int] = []
-        for slot in self._home.slots:
-            gradient = slot.tensor.grad
-            if run.has_gradient(slot.index):
-                continue
-            if gradient is None:
-                skipped.append(slot.index)
-            else:
-                self._send(run, slot, gradient, borrow=True)
-        return run.end(skipped=skipped)
-
-    def _send(self, run: Run, slot: Slot, gradient: torch.Tensor, *, borrow: bool) -> None:
-        data, ready = self._staging.put(slot, gradient, self.param_groups[slot.group], borrow=borrow)
-        run.gradient_bytes(slot.index, data, ready)
+        missing = [slot for slot in self._home.slots if not run.has_gradient(slot.index)]
+        rows = [(slot, slot.tensor.grad, self.param_groups[slot.group]) for slot in missing]
+        self._staging.send(run, [(slot, grad, group) for slot, grad, group in rows if grad is not None], borrow=True)
+        return run.end(skipped=[slot.index for slot, grad, _ in rows if grad is None])
 
     def _took(self, receipt: Receipt) -> Receipt:
         self.receipt = receipt
@@ -340,7 +330,7 @@ class Optimizer(torch.optim.Optimizer):
             _check_gradient(declared, gradient)
             if not run.in_flight:
                 self._begin_step(run)
-            self._send(run, declared, gradient, borrow=False)
+            self._staging.send(run, [(declared, gradient, self.param_groups[declared.group])], borrow=False)
 
     def _check_unchanged(self, run: Run) -> None:
         """What was sent during the backward pass is what the trainer still wants, or the step must not be taken."""
