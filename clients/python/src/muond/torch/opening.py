@@ -15,7 +15,7 @@ from ..error import MuondError
 from ..run import Run, open_run
 from ..steps.updates import Update
 from ..transport.address import Endpoint
-from .apply import apply_updates
+from .apply import Views, apply_updates
 from .settings import Settings
 from .slots import Slot, attention_declarations, group_declarations
 from .staging import allocator
@@ -42,8 +42,10 @@ def open_slots(
 ) -> Run:
     """Opens a run whose updates are applied to the slots' tensors. Raises MuondError, with what a trainer can do about it."""
 
+    views: Views = {}
+
     def apply(updates: Sequence[Update]) -> None:
-        apply_updates(slots, updates)
+        apply_updates(slots, updates, views)
 
     try:
         return open_run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from types import TracebackType
@@ -21,6 +21,7 @@ from ..receipt import Checkpoint, Receipt
 from ..rest import Rest
 from ..run import Run
 from ..steps.interrupt import interrupt_later
+from ..steps.step import Gradient
 from ..transport.address import endpoint
 from .checks import check_values
 from .finite import nonfinite
@@ -40,6 +41,9 @@ from .state.restoring import go_back
 from .state.saving import saved
 from .state.view import State
 from .streaming import Streaming
+
+# Elements of gradients that are given to the run at a time, but for a larger one.
+_TOGETHER = 1 << 18
 
 Params = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
 
@@ -256,20 +260,22 @@ class Optimizer(torch.optim.Optimizer):
         return self.run
 
     def _send_and_end(self, run: Run) -> Receipt:
-        skipped: list[int] = []
-        for slot in self._home.slots:
-            gradient = slot.tensor.grad
-            if run.has_gradient(slot.index):
-                continue
-            if gradient is None:
-                skipped.append(slot.index)
-            else:
-                self._send(run, slot, gradient, borrow=True)
+        left = [slot for slot in self._home.slots if not run.has_gradient(slot.index)]
+        skipped = [slot.index for slot in left if slot.tensor.grad is None]
+        given = [(slot, slot.tensor.grad) for slot in left if slot.tensor.grad is not None]
+        # The first ones leave while the others are rounded.
+        for together in _together(given):
+            self._send(run, together, borrow=True)
         return run.end(skipped=skipped)
 
-    def _send(self, run: Run, slot: Slot, gradient: torch.Tensor, *, borrow: bool) -> None:
-        data, ready = self._staging.put(slot, gradient, self.param_groups[slot.group], borrow=borrow)
-        run.gradient_bytes(slot.index, data, ready)
+    def _send(self, run: Run, gradients: Sequence[tuple[Slot, torch.Tensor]], *, borrow: bool) -> None:
+        groups, staging = self.param_groups, self._staging
+        run.gradients_bytes(
+            [
+                Gradient(slot.index, *staging.put(slot, gradient, groups[slot.group], borrow=borrow))
+                for slot, gradient in gradients
+            ]
+        )
 
     def _took(self, receipt: Receipt) -> Receipt:
         self.receipt = receipt
@@ -340,7 +346,7 @@ class Optimizer(torch.optim.Optimizer):
             _check_gradient(declared, gradient)
             if not run.in_flight:
                 self._begin_step(run)
-            self._send(run, declared, gradient, borrow=False)
+            self._send(run, [(declared, gradient)], borrow=False)
 
     def _check_unchanged(self, run: Run) -> None:
         """What was sent during the backward pass is what the trainer still wants, or the step must not be taken."""
@@ -496,6 +502,19 @@ def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:
     optimizer = reference()
     assert optimizer is not None, "what asks belongs to it"
     return optimizer
+
+
+def _together(gradients: Sequence[tuple[Slot, torch.Tensor]]) -> Iterator[list[tuple[Slot, torch.Tensor]]]:
+    together: list[tuple[Slot, torch.Tensor]] = []
+    elements = 0
+    for slot, gradient in gradients:
+        together.append((slot, gradient))
+        elements += gradient.numel()
+        if elements >= _TOGETHER:
+            yield together
+            together, elements = [], 0
+    if together:
+        yield together
 
 
 def _check_gradient(slot: Slot, gradient: torch.Tensor) -> None:

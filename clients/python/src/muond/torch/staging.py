@@ -20,7 +20,7 @@ class Staging:
     """One buffer per parameter, used again in every step: its bytes must stay until the step's receipt, to be sent again."""
 
     def __init__(self) -> None:
-        self._buffers: dict[int, torch.Tensor] = {}
+        self._buffers: dict[int, tuple[torch.Tensor, memoryview]] = {}
         self._streams: dict[torch.device, Any] = {}
 
     def put(
@@ -37,17 +37,17 @@ class Staging:
         borrow = borrow or gradient is not given
         if borrow and gradient.device.type == "cpu" and gradient.dtype == dtype and gradient.is_contiguous():
             return memory_of(gradient), None
-        buffer = self._buffer(slot, dtype, pinned=gradient.is_cuda)
+        buffer, memory = self._buffer(slot, dtype, pinned=gradient.is_cuda)
         if gradient.is_cuda:  # pragma: no cover - needs a GPU
-            return memory_of(buffer), self._copy_from_gpu(buffer, gradient)
+            return memory, self._copy_from_gpu(buffer, gradient)
         buffer.copy_(gradient)
-        return memory_of(buffer), None
+        return memory, None
 
-    def _buffer(self, slot: Slot, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-        buffer = self._buffers.get(slot.index)
-        if buffer is None:
-            buffer = self._buffers[slot.index] = torch.empty(slot.shape, dtype=dtype, device="cpu", pin_memory=pinned)
-        return buffer
+    def _buffer(self, slot: Slot, dtype: torch.dtype, *, pinned: bool) -> tuple[torch.Tensor, memoryview]:
+        if slot.index not in self._buffers:
+            buffer = torch.empty(slot.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+            self._buffers[slot.index] = buffer, memory_of(buffer)
+        return self._buffers[slot.index]
 
     def _copy_from_gpu(self, buffer: torch.Tensor, gradient: torch.Tensor) -> Ready:  # pragma: no cover - needs a GPU
         """Copies on a stream of its own, behind what computes the gradient: neither backward nor its stream waits."""
