@@ -61,3 +61,12 @@ def test_the_roundings_are_those_of_torchs_own_optimizers(golden: Golden) -> Non
     expected.mul_(1 - update.decay).add_(data, alpha=update.scale)
     apply_updates(cast(Any, [SimpleNamespace(tensor=weights)]), [replace(update, row_scale=None)], {})
     assert weights.equal(expected)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    golden = next(golden for golden in GOLDEN if golden.update.row_scale is not None and golden.dtype == "float32")
+    weights, beside = tensor_of(golden.weights, golden.dtype), tensor_of(golden.weights, golden.dtype)
+    apply_updates(cast(Any, [SimpleNamespace(tensor=weights)]), [golden.update], {})
+    with torch.device("meta"):
+        apply_updates(cast(Any, [SimpleNamespace(tensor=beside)]), [golden.update], {})
+    assert beside.equal(weights)

@@ -34,6 +34,7 @@ from .settings import Options, Settings, settings
 from .slots import Slot, make_slots
 from .staging import Staging
 from .state.kept import Shelf
+from .state.late_momentum import begin_late_momentum
 from .state.loading import load
 from .state.matching import TOKEN, match
 from .state.packing import in_order, packed
@@ -250,6 +251,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _carried_out(self) -> Run:
         """The run as param_groups and ``state`` are now."""
+        begin_late_momentum(self._home)
         if self._home.carry_out():
             self._staging = Staging()
             # What was kept is of another run, with other parameters.

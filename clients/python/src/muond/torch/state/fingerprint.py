@@ -18,7 +18,10 @@ def on_host(value: Any) -> torch.Tensor:
 
 
 def fingerprint(value: Any) -> Fingerprint:
-    """dtype, shape and SHA-256 of the elements of a tensor or a number, wherever it is."""
+    """dtype, shape and SHA-256 of the elements of a tensor or a number, wherever it is, or of None."""
+    if value is None:
+        # torch's SGD writes it for a buffer that there is none of.
+        return "None", (), b""
     tensor = on_host(value)
     # numpy has no bfloat16.
     elements = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
