@@ -134,9 +134,7 @@ def _is_left(home: Home, token: Mapping[str, Any]) -> bool:
             found = rest.run(str(token["run"]))
     except MuondError as error:
         # It is made anew under its name: this service was started again without its state, or is another one.
-        if error.code != "RUN_NOT_FOUND":
-            raise
-        return True
+        return error.code == "RUN_NOT_FOUND"
     return (found["step"], found["digest"], found["ahead"]) == (token["step"], token["digest"], [])
 
 
