@@ -73,10 +73,10 @@ def test_a_lost_connection_sends_the_step_again_from_the_same_memory(
             np.testing.assert_array_equal(mine[key], kept[key])
 
 
-@pytest.mark.parametrize("budget", [600, 750, 900, 1100, 1400, 1900, 2500])
+@pytest.mark.parametrize("budget", [3000, 3150, 3300, 3500, 3800, 4300, 5500])
 def test_a_cut_anywhere_changes_nothing(shared: Service, proxy: Callable[..., Proxy], name: str, budget: int) -> None:
     calm, kept = opened(shared.url, f"{name}-calm", "shm")
-    cutting = proxy(shared.port, [budget, 1300, 1700, 2300])
+    cutting = proxy(shared.port, [budget, 3100, 3700, 4300])
     one, mine = opened(cutting.url, name, "shm", retries=20)
     with calm, one:
         for step in range(1, 7):

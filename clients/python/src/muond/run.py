@@ -217,8 +217,7 @@ class Run:
         given = [self._gradient(key, array) for key, array in pairs if array is not None]
         skip = self._indices(skipped)
         step = self._new_step(groups, gradient_scale, max_logits, skip_refused=skip_refused)
-        for gradient in given:
-            self._add(step, gradient)
+        self._add(step, given)
         self._check_complete(step, skip)
         step.finish(skip)
         self._start(step)
@@ -246,21 +245,26 @@ class Run:
         What the service or the network has to say comes with ``end``. Raises MuondError PARAMETER_UNKNOWN, SHAPE_MISMATCH,
         STEP_CONFLICT.
         """
-        self._add(self._growing(), self._gradient(key, gradient))
+        given = self._gradient(key, gradient)
+        self._add(self._growing(), [given])
 
     def gradient_bytes(self, index: int, data: memoryview, ready: Callable[[], None] | None = None) -> None:
         """As ``gradient``, for bytes in the parameter's ``gradient_dtype``.
 
         ``ready`` returns once they are there; another thread calls it.
         """
-        check_bytes(self._find(index), len(data))
-        self._add(self._growing(), Gradient(index, data, ready))
+        self.gradients_bytes([Gradient(index, data, ready)])
+
+    def gradients_bytes(self, gradients: Sequence[Gradient]) -> None:
+        """As ``gradient_bytes``, for many at once: thousands of small ones cost less so."""
+        for gradient in gradients:
+            check_bytes(self._find(gradient.parameter), len(gradient.bytes))
+        self._add(self._growing(), gradients)
 
     def gradient_placed(self, indices: Iterable[int], ready: Callable[[], None] | None = None) -> None:
         """As ``gradient_bytes``, for gradients that lie in their slots of ``arenas``, all of them once ``ready`` returns."""
         step, arenas = self._growing(), self.arenas
-        for index in indices:
-            self._add(step, Gradient(index, None, ready, arenas))
+        self._add(step, [Gradient(index, None, ready, arenas) for index in indices])
 
     def has_gradient(self, index: int) -> bool:
         """Whether the step in flight has a gradient of this parameter already."""
@@ -438,10 +442,14 @@ class Run:
         arenas.gradient(parameter.index)[:] = data
         return Gradient(parameter.index, None, arenas=arenas)
 
-    def _add(self, step: Step, gradient: Gradient) -> None:
-        if step.has(gradient.parameter):
-            raise _conflict(step, f"has a gradient of '{self.parameters[gradient.parameter].name}' already")
-        step.add(gradient)
+    def _add(self, step: Step, gradients: Sequence[Gradient]) -> None:
+        """All of them or none."""
+        seen: set[int] = set()
+        for gradient in gradients:
+            if gradient.parameter in seen or step.has(gradient.parameter):
+                raise _conflict(step, f"has a gradient of '{self.parameters[gradient.parameter].name}' already")
+            seen.add(gradient.parameter)
+        step.add(gradients)
 
     def _check_complete(self, step: Step, skipped: Sequence[int]) -> None:
         """Every parameter must be accounted for, once."""

@@ -426,6 +426,28 @@ def test_a_checkpoint_of_an_optimizer_that_lives_is_not_taken_from_it(
     steps(module, one, 1, 2)
 
 
+def test_an_older_dictionary_does_not_take_a_run_back(shared: Service) -> None:
+    pair = made(shared, "adamw")
+    module = model()
+    first = pair.ours(module.parameters())
+    steps(module, first, 2)
+    older, weights = first.state_dict(), copy.deepcopy(module)
+    steps(module, first, 1, 3)
+    newest = first.state_dict()
+    # The process that had it is gone, as far as the service knows.
+    first.close()
+    second = pair.ours(weights.parameters())
+    second.load_state_dict(older)
+    assert second.run_name != first.run_name
+    steps(weights, second, 1, 3)
+    assert apart(weights, module) == 0.0
+    with Rest(endpoint(shared.url)) as rest:
+        assert rest.run(first.run_name)["digest"] == newest["muond"]["digest"]
+    third = pair.ours(model().parameters())
+    third.load_state_dict(newest)
+    assert third.run_name == first.run_name, "nobody has taken it further"
+
+
 def test_entries_of_the_program_alone_are_no_state(shared: Service) -> None:
     module = model()
     optimizer = made(shared, "adamw").ours(module.parameters())

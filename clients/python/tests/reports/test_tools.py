@@ -314,6 +314,22 @@ def test_a_sweep_leaves_no_runs(start: Callable[..., Service]) -> None:
     assert caught.value.code == "OVER_CAPACITY"
 
 
+def test_an_optimizer_that_only_a_cycle_holds_makes_room(start: Callable[..., Service]) -> None:
+    service = start("--max-runs", "1")
+    gc.disable()
+    try:
+        for _ in range(3):
+            module = model()
+            optimizer = AdamW(module.parameters(), url=service.url)
+            steps(module, optimizer, 1)
+            # As the error of a trial that failed holds its frame.
+            cycle: list[Any] = [optimizer]
+            cycle.append(cycle)
+            del optimizer, cycle
+    finally:
+        gc.enable()
+
+
 def test_a_run_that_a_folder_keeps_stays(durable: Callable[..., Service]) -> None:
     service = durable()
     module = model()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from ..error import ErrorFields, MuondError
@@ -22,15 +23,15 @@ class Bound:
     gradient_dtype: str
     update_dtype: str
 
-    @property
+    @cached_property
     def size(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def gradient_bytes(self) -> int:
         return self.size * BYTES_PER_ELEMENT[self.gradient_dtype]
 
-    @property
+    @cached_property
     def update_bytes(self) -> int:
         return self.size * BYTES_PER_ELEMENT[self.update_dtype]
 

@@ -68,10 +68,10 @@ class Step:
     def has(self, parameter: int) -> bool:
         return parameter in self._parameters
 
-    def add(self, gradient: Gradient) -> None:
+    def add(self, gradients: Sequence[Gradient]) -> None:
         with self.changed:
-            self._parameters.add(gradient.parameter)
-            self.gradients.append(gradient)
+            self._parameters.update(gradient.parameter for gradient in gradients)
+            self.gradients.extend(gradients)
             self.changed.notify_all()
 
     def finish(self, skipped: Sequence[int]) -> None:

@@ -12,12 +12,17 @@ from ..steps.updates import Update
 from .settings import WIRE_DTYPES
 from .slots import Slot
 
+Views = dict[tuple[int, str, torch.Size], torch.Tensor]
+"""The memory of updates as tensors, by its id, dtype and shape: a run uses the same memory in every step."""
+
 
 @torch.no_grad()
-def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
+def apply_updates(slots: Sequence[Slot], updates: Sequence[Update], views: Views) -> None:
     """Applies updates in place, with the operations and roundings of torch's own optimizers.
 
-    The memory of the updates is free afterwards. float32 and float64 weights have the bits of docs/protocol.md
+    The memory of the updates is free afterwards; ``views`` are kept for as long as it is used again.
+
+    float32 and float64 weights have the bits of docs/protocol.md
     ("Arithmetic"), but where torch fuses product and sum. bfloat16 and float16 weights are rounded after the decay as
     well as after the sum.
     """
@@ -29,7 +34,8 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
     for (scale, decay, device, _, _), those in alike.items():
         tensors = [slots[update.parameter.index].tensor for update in those]
         data = [
-            _data(update, tensor).to(device, non_blocking=True) for update, tensor in zip(those, tensors, strict=True)
+            _data(update, tensor, views).to(device, non_blocking=True)
+            for update, tensor in zip(those, tensors, strict=True)
         ]
         if decay != 0:
             _multiply(tensors, 1 - decay)
@@ -43,18 +49,24 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update]) -> None:
 
 
 def _multiply(tensors: list[torch.Tensor], factor: float) -> None:
-    if tensors[0].device.type == "cpu":
+    if tensors[0].device.type == "cpu" and tensors[0].dtype in (torch.bfloat16, torch.float16):
         # On a CPU `_foreach_mul_` rounds the factor to the tensors' dtype: 0.998 becomes bfloat16's 0.9961, twice the
-        # decay. It is a loop over the tensors there, so this one costs no more.
+        # decay.
         for tensor in tensors:
             tensor.mul_(factor)
-    else:  # pragma: no cover - needs a GPU
+    else:
         torch._foreach_mul_(tensors, factor)
 
 
-def _data(update: Update, tensor: torch.Tensor) -> torch.Tensor:
-    data = update.data if isinstance(update.data, torch.Tensor) else torch.from_numpy(update.data)
-    return data.view(WIRE_DTYPES[update.parameter.update_dtype]).view(tensor.shape)
+def _data(update: Update, tensor: torch.Tensor, views: Views) -> torch.Tensor:
+    dtype = update.parameter.update_dtype
+    if isinstance(update.data, torch.Tensor):  # pragma: no cover - needs a GPU
+        return update.data.view(WIRE_DTYPES[dtype]).view(tensor.shape)
+    key = (id(update.data), dtype, tensor.shape)
+    if key not in views:
+        # The view keeps the array, and with it its id.
+        views[key] = torch.from_numpy(update.data).view(WIRE_DTYPES[dtype]).view(tensor.shape)
+    return views[key]
 
 
 def _scale_rows(tensor: torch.Tensor, factors: torch.Tensor) -> None:

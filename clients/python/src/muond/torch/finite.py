@@ -13,14 +13,15 @@ from .slots import Slot
 
 def nonfinite(slots: Sequence[Slot]) -> list[Slot]:
     """The slots whose gradient has a NaN or an infinity, as it is or as it travels; one answer for each device."""
-    alike: defaultdict[tuple[torch.device, str], list[tuple[Slot, torch.Tensor]]] = defaultdict(list)
+    alike: defaultdict[tuple[torch.device, torch.dtype, str], list[tuple[Slot, torch.Tensor]]] = defaultdict(list)
     for slot in slots:
-        if slot.tensor.grad is not None:
-            alike[slot.tensor.grad.device, slot.declaration.gradient_dtype].append((slot, slot.tensor.grad.detach()))
+        gradient = slot.tensor.grad
+        if gradient is not None:
+            alike[gradient.device, gradient.dtype, slot.declaration.gradient_dtype].append((slot, gradient.detach()))
     found: list[Slot] = []
-    for (_, dtype), pairs in alike.items():
+    for (_, _, dtype), pairs in alike.items():
         largest = torch._foreach_norm([gradient for _, gradient in pairs], float("inf"))
         # What is finite in float32 may not be so in the dtype it travels in.
-        finite = torch.stack([each.double() for each in largest]).to(WIRE_DTYPES[dtype]).isfinite().tolist()
+        finite = torch.stack(largest).to(WIRE_DTYPES[dtype]).isfinite().tolist()
         found += [slot for (slot, _), fine in zip(pairs, finite, strict=True) if not fine]
     return found

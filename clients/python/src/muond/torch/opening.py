@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..error import MuondError
 from ..run import Run, open_run
 from ..steps.updates import Update
 from ..transport.address import Endpoint
-from .apply import apply_updates
+from .apply import Views, apply_updates
 from .gpu_arenas import arenas_of
 from .settings import Settings
 from .slots import Slot, attention_declarations, group_declarations
@@ -43,10 +44,12 @@ def open_slots(
 ) -> Run:
     """Opens a run whose updates are applied to the slots' tensors. Raises MuondError, with what a trainer can do about it."""
 
-    def apply(updates: Sequence[Update]) -> None:
-        apply_updates(slots, updates)
+    views: Views = {}
 
-    try:
+    def apply(updates: Sequence[Update]) -> None:
+        apply_updates(slots, updates, views)
+
+    def open_it() -> Run:
         return open_run(
             address.url,
             run=run,
@@ -68,12 +71,27 @@ def open_slots(
             apply=apply,
             allocate=allocator(slots),
         )
+
+    try:
+        return _with_room(open_it)
     except MuondError as error:
         advice = _ADVICE.get(error.code)
         if advice is None:
             raise
         message = f"{error.message} ({advice})"
         raise MuondError(error.code, message, error.fields, status=error.status, retryable=error.retryable) from error
+
+
+def _with_room(open_it: Callable[[], Run]) -> Run:
+    """Opens a run; a service that is full is asked again once the optimizers are gone that only a cycle still holds."""
+    try:
+        return open_it()
+    except MuondError as error:
+        if error.code != "OVER_CAPACITY":
+            raise
+    # The error of a trial that failed holds its frame, and that its optimizer: their runs go with them.
+    gc.collect()
+    return open_it()
 
 
 def new_run_name() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from types import TracebackType
@@ -33,6 +33,7 @@ from .settings import Options, Settings, settings
 from .slots import Slot, make_slots
 from .staging import Staging
 from .state.kept import Shelf
+from .state.late_momentum import begin_late_momentum
 from .state.loading import load
 from .state.matching import TOKEN, match
 from .state.packing import in_order, packed
@@ -40,6 +41,9 @@ from .state.restoring import go_back
 from .state.saving import saved
 from .state.view import State
 from .streaming import Streaming
+
+# Elements of gradients that are given to the run at a time, but for a larger one.
+_TOGETHER = 1 << 18
 
 Params = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
 
@@ -246,6 +250,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _carried_out(self) -> Run:
         """The run as param_groups and ``state`` are now."""
+        begin_late_momentum(self._home)
         if self._home.carry_out():
             self._staging = Staging()
             # What was kept is of another run, with other parameters.
@@ -256,10 +261,17 @@ class Optimizer(torch.optim.Optimizer):
         return self.run
 
     def _send_and_end(self, run: Run) -> Receipt:
-        missing = [slot for slot in self._home.slots if not run.has_gradient(slot.index)]
-        rows = [(slot, slot.tensor.grad, self.param_groups[slot.group]) for slot in missing]
-        self._staging.send(run, [(slot, grad, group) for slot, grad, group in rows if grad is not None], borrow=True)
-        return run.end(skipped=[slot.index for slot, grad, _ in rows if grad is None])
+        left = [slot for slot in self._home.slots if not run.has_gradient(slot.index)]
+        skipped = [slot.index for slot in left if slot.tensor.grad is None]
+        given = [(slot, slot.tensor.grad) for slot in left if slot.tensor.grad is not None]
+        # The first ones leave while the others are rounded; a GPU rounds all of them at once.
+        for together in [given] if run.transport == "cuda-ipc" else _together(given):
+            self._send(run, together, borrow=True)
+        return run.end(skipped=skipped)
+
+    def _send(self, run: Run, gradients: Sequence[tuple[Slot, torch.Tensor]], *, borrow: bool) -> None:
+        rows = [(slot, gradient, self.param_groups[slot.group]) for slot, gradient in gradients]
+        self._staging.send(run, rows, borrow=borrow)
 
     def _took(self, receipt: Receipt) -> Receipt:
         self.receipt = receipt
@@ -330,7 +342,7 @@ class Optimizer(torch.optim.Optimizer):
             _check_gradient(declared, gradient)
             if not run.in_flight:
                 self._begin_step(run)
-            self._staging.send(run, [(declared, gradient, self.param_groups[declared.group])], borrow=False)
+            self._send(run, [(declared, gradient)], borrow=False)
 
     def _check_unchanged(self, run: Run) -> None:
         """What was sent during the backward pass is what the trainer still wants, or the step must not be taken."""
@@ -486,6 +498,19 @@ def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:
     optimizer = reference()
     assert optimizer is not None, "what asks belongs to it"
     return optimizer
+
+
+def _together(gradients: Sequence[tuple[Slot, torch.Tensor]]) -> Iterator[list[tuple[Slot, torch.Tensor]]]:
+    together: list[tuple[Slot, torch.Tensor]] = []
+    elements = 0
+    for slot, gradient in gradients:
+        together.append((slot, gradient))
+        elements += gradient.numel()
+        if elements >= _TOGETHER:
+            yield together
+            together, elements = [], 0
+    if together:
+        yield together
 
 
 def _check_gradient(slot: Slot, gradient: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from ..run import Run
+from ..steps.step import Gradient
 from ..transport.arenas import Arenas, HostArenas
 from .hyperparameters import COUPLED, plain
 from .settings import WIRE_DTYPES
@@ -30,7 +31,8 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[int, torch.Tensor] = {}
+        self._buffers: dict[int, tuple[torch.Tensor, memoryview]] = {}
+        self._slots: dict[int, torch.Tensor] = {}
         self._streams: dict[torch.device, Any] = {}
         self._arenas: Arenas | None = None
 
@@ -40,13 +42,13 @@ class Staging:
             return
         if run.arenas is not self._arenas:
             self._arenas = run.arenas
-            self._buffers.clear()
+            self._slots.clear()
         if self._arenas is not None:
             run.gradient_placed([slot.index for slot, _, _ in rows], self._place(self._arenas, rows))
             return
-        for slot, gradient, group in rows:
-            data, ready = self.put(slot, gradient, group, borrow=borrow)
-            run.gradient_bytes(slot.index, data, ready)
+        run.gradients_bytes(
+            [Gradient(slot.index, *self.put(slot, gradient, group, borrow=borrow)) for slot, gradient, group in rows]
+        )
 
     def _place(self, arenas: Arenas, rows: Sequence[Row]) -> Ready | None:
         """Copies gradients to their slots; what to call before anybody else reads those."""
@@ -71,13 +73,13 @@ class Staging:
         return waits[-1]
 
     def _slot(self, arenas: Arenas, slot: Slot) -> torch.Tensor:
-        buffer = self._buffers.get(slot.index)
-        if buffer is None:
+        place = self._slots.get(slot.index)
+        if place is None:
             given = arenas.gradient(slot.index)
             whole = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-            buffer = whole.view(WIRE_DTYPES[slot.declaration.gradient_dtype]).view(slot.shape)
-            self._buffers[slot.index] = buffer
-        return buffer
+            place = whole.view(WIRE_DTYPES[slot.declaration.gradient_dtype]).view(slot.shape)
+            self._slots[slot.index] = place
+        return place
 
     def put(
         self, slot: Slot, gradient: torch.Tensor, group: Mapping[str, Any], *, borrow: bool
@@ -93,17 +95,17 @@ class Staging:
         borrow = borrow or gradient is not given
         if borrow and gradient.device.type == "cpu" and gradient.dtype == dtype and gradient.is_contiguous():
             return memory_of(gradient), None
-        buffer = self._buffer(slot, dtype, pinned=gradient.is_cuda)
+        buffer, memory = self._buffer(slot, dtype, pinned=gradient.is_cuda)
         if gradient.is_cuda:  # pragma: no cover - needs a GPU
-            return memory_of(buffer), self._copy_from_gpu(buffer, gradient)
+            return memory, self._copy_from_gpu(buffer, gradient)
         buffer.copy_(gradient)
-        return memory_of(buffer), None
+        return memory, None
 
-    def _buffer(self, slot: Slot, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-        buffer = self._buffers.get(slot.index)
-        if buffer is None:
-            buffer = self._buffers[slot.index] = torch.empty(slot.shape, dtype=dtype, device="cpu", pin_memory=pinned)
-        return buffer
+    def _buffer(self, slot: Slot, dtype: torch.dtype, *, pinned: bool) -> tuple[torch.Tensor, memoryview]:
+        if slot.index not in self._buffers:
+            buffer = torch.empty(slot.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+            self._buffers[slot.index] = buffer, memory_of(buffer)
+        return self._buffers[slot.index]
 
     def _copy_from_gpu(self, buffer: torch.Tensor, gradient: torch.Tensor) -> Ready:  # pragma: no cover - needs a GPU
         """Copies on a stream of its own, behind what computes the gradient: neither backward nor its stream waits."""

@@ -79,6 +79,8 @@ class HostArenas:
         self._descriptors: list[int] = []
         self._bytes: list[npt.NDArray[np.uint8]] = []
         self._offsets: list[list[int]] = []
+        # Each slot is one array for ever: who keeps views of it knows it again.
+        self._slots: tuple[dict[int, npt.NDArray[np.uint8]], dict[int, npt.NDArray[np.uint8]]] = ({}, {})
         for sizes in self._sizes:
             offsets, size = lay_out(sizes)
             self._offsets.append(offsets)
@@ -115,8 +117,11 @@ class HostArenas:
         return self._bytes
 
     def _slot(self, arena: int, index: int) -> npt.NDArray[np.uint8]:
-        offset = self._offsets[arena][index]
-        return self._bytes[arena][offset : offset + self._sizes[arena][index]]
+        known = self._slots[arena].get(index)
+        if known is None:
+            offset = self._offsets[arena][index]
+            known = self._slots[arena][index] = self._bytes[arena][offset : offset + self._sizes[arena][index]]
+        return known
 
     def _add(self, size: int) -> None:
         descriptor = os.memfd_create("muond", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)

@@ -42,8 +42,8 @@ def read_header(text: bytes) -> tuple[list[Described], dict[str, str]]:
 
 def _described(name: str, entry: Any) -> Described:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
+        begin, end = map(int, entry["data_offsets"])
         expected = math.prod(shape) * BYTES[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"tensor '{name}' is described as {entry!r}") from error

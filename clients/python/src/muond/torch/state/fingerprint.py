@@ -18,10 +18,14 @@ def on_host(value: Any) -> torch.Tensor:
 
 
 def fingerprint(value: Any) -> Fingerprint:
-    """dtype, shape and SHA-256 of the elements of a tensor or a number, wherever it is."""
+    """dtype, shape and SHA-256 of the elements of a tensor or a number, wherever it is, or of None."""
+    if value is None:
+        # torch's SGD writes it for a buffer that there is none of.
+        return "None", (), b""
     tensor = on_host(value)
-    data = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
-    return str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(data).digest()
+    # numpy has no bfloat16.
+    elements = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(elements.numpy().data).digest()
 
 
 def content_digest(state: Iterable[tuple[str, Mapping[str, Any]]]) -> str:

@@ -115,7 +115,7 @@ def _open_for(
 ) -> tuple[Run, list[Slot]]:
     """The run of the dictionary where it is this optimizer's to take; else one of its own, which gets a copy."""
     name = str(token.get("run", home.name))
-    if name != home.name and _may_take(home, name) and not lives(home.address, name):
+    if name != home.name and _may_take(home, name) and not lives(home.address, name) and _is_left(home, token):
         try:
             return home.open_run(name, "create_or_resume", None, groups, loaded)
         except MuondError as error:
@@ -123,6 +123,19 @@ def _open_for(
                 raise
     # The settings' mode is for a run without a history; the service may know this one or not.
     return home.open_run(home.name, "create_or_resume", None, groups, loaded)
+
+
+def _is_left(home: Home, token: Mapping[str, Any]) -> bool:
+    """Whether the run of the dictionary may be gone on with: it is this optimizer's by name, or nobody has taken it further."""
+    if home.settings.run is not None:
+        return True
+    try:
+        with home.rest() as rest:
+            found = rest.run(str(token["run"]))
+    except MuondError as error:
+        # It is made anew under its name: this service was started again without its state, or is another one.
+        return error.code == "RUN_NOT_FOUND"
+    return (found["step"], found["digest"], found["ahead"]) == (token["step"], token["digest"], [])
 
 
 def _settle_for_import(run: Run) -> None:

@@ -71,9 +71,10 @@ def _to_torch(tensor: Tensor, name: str) -> torch.Tensor:
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         raise MuondError("DTYPE_UNSUPPORTED", f"state tensor '{tensor.name}' has dtype {tensor.dtype}")
-    value = torch.from_numpy(tensor.data).view(dtype).view(tensor.shape)
-    # torch's optimizers count steps in a float32 scalar.
-    return value.to(torch.float32) if name == "step" else value
+    if name == "step":
+        # torch's optimizers count steps in a float32 scalar.
+        return torch.from_numpy(tensor.data.view(np.int64).astype(np.float32).reshape(()))
+    return torch.from_numpy(tensor.data).view(dtype).view(tensor.shape)
 
 
 def _from_torch(name: str, value: Any) -> Tensor:
