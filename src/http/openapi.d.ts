@@ -525,8 +525,12 @@ export interface components {
             detail?: string;
         };
         Checkpoint: {
-            /** @description Its id. */
+            /** @description Its id, which no other checkpoint of the run has. */
             checkpoint: string;
+            /** @description The branch of the run's history that it was taken on. To go back begins another one; the first is 0. */
+            branch: number;
+            /** @description Whether the run as it is now has gone through it. Others were left by going back and have a tag. */
+            in_history: boolean;
             tags: string[];
             /** @description The step it is of. */
             step: number;
@@ -1137,7 +1141,7 @@ export interface operations {
         };
         requestBody?: never;
         responses: {
-            /** @description Every checkpoint on the disk, oldest step first. */
+            /** @description Every checkpoint on the disk, of all branches, oldest step first. */
             200: {
                 headers: {
                     [name: string]: unknown;
@@ -1166,7 +1170,10 @@ export interface operations {
         requestBody?: {
             content: {
                 "application/json": {
-                    /** @description A name for it. Tagged checkpoints are kept whatever `checkpoints_kept` says; a tag leads to the newest that has it. */
+                    /**
+                     * @description A name for it. Tagged checkpoints are kept whatever `checkpoints_kept` says, and when the run goes back behind
+                     *     them. A tag leads to the newest that has it, in the run's present history if one of that has it.
+                     */
                     tag?: string;
                 };
             };

@@ -13,8 +13,9 @@ import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
 import type { Run } from '../run/run.js'
+import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import type { DataFolder } from '../store/data-folder.js'
-import type { CheckpointEntry } from '../store/run-folder.js'
+import type { RunFolder } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './contract.js'
@@ -159,14 +160,18 @@ function checkpointHandlers({ runs, data }: Services): Pick<Handlers, Checkpoint
     listCheckpoints: ({ params }) => {
       const { name } = runs.get(params.run)
       if (!data) return { checkpoints: [], reason: 'this service keeps none: it was started without a data folder' }
-      return { checkpoints: runs.keeper(name).folder.checkpoints.map(checkpointBody) }
+      const { folder } = runs.keeper(name)
+      return { checkpoints: folder.checkpoints.map((entry) => checkpointBody(folder, entry)) }
     },
-    getCheckpoint: ({ params }) => checkpointBody(findCheckpoint(runs.keeper(params.run).folder, params)),
+    getCheckpoint: ({ params }) => {
+      const { folder } = runs.keeper(params.run)
+      return checkpointBody(folder, findCheckpoint(folder, params))
+    },
     createCheckpoint: async ({ params, body }, reply) => {
       const keeper = runs.keeper(params.run)
       const tag = checkTag(body?.tag)
       const entry = await betweenSteps(runs, runs.get(params.run), () => keeper.take(tag))
-      return reply.code(201).send(checkpointBody(entry))
+      return reply.code(201).send(checkpointBody(keeper.folder, entry))
     },
     deleteCheckpoint: async ({ params }, reply) => {
       await runs.keeper(params.run).remove(findCheckpoint(runs.keeper(params.run).folder, params))
@@ -272,8 +277,8 @@ function storedRun([name, detail]: readonly [string, string]): Schemas['StoredRu
   return detail === '' ? { name, status: 'waiting' } : { name, status: 'unreadable', detail }
 }
 
-function checkpointBody({ tags, ...entry }: CheckpointEntry): Schemas['Checkpoint'] {
-  return { ...entry, tags: [...tags] }
+function checkpointBody(folder: RunFolder, entry: CheckpointEntry): Schemas['Checkpoint'] {
+  return { ...entry, tags: [...entry.tags], in_history: folder.isInHistory(entry) }
 }
 
 function runBody(runs: Runs, run: Run): Schemas['Run'] {

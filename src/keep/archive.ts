@@ -7,14 +7,15 @@ import type { Declaration } from '../run/declaration.js'
 import { importNote } from '../run/imported-state.js'
 import { groupRecords, groupsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
+import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import { type Manifest, UnreadableError } from '../store/checkpoint/manifest.js'
 import type { DataFolder } from '../store/data-folder.js'
-import type { Identity } from '../store/identity.js'
+import type { Replacement } from '../store/identity.js'
 import { clearJournal, Journal, listSegments } from '../store/journal/journal.js'
 import { cutTail, readJournal } from '../store/journal/journal-reader.js'
-import type { CheckpointEntry, RunFolder } from '../store/run-folder.js'
+import type { RunFolder } from '../store/run-folder.js'
 import { Keeper, type KeeperMeans } from './keeper.js'
-import { checkDigest, differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
+import { type CheckpointOnDisk, checkDigest, differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
 
 export type ArchiveMeans = KeeperMeans & {
   data: DataFolder
@@ -26,13 +27,11 @@ export type ArchiveMeans = KeeperMeans & {
 /** A checkpoint that was read: its tensors are nobody's until a run has taken them. */
 export type Kept = { readonly manifest: Manifest; readonly tensors: (Tensor[] | undefined)[]; taken: boolean }
 
-type Shelf = { keeper: Keeper; identity: Identity }
-
 /** Connects runs with their folders: it creates those, restores runs from them, and goes back to checkpoints. */
 export class Archive {
   readonly #means: ArchiveMeans
   /** Of the runs that are in memory. */
-  readonly #shelves = new Map<string, Shelf>()
+  readonly #keepers = new Map<string, Keeper>()
   /** Runs on the disk that are not in memory, and why; empty where nobody has tried. */
   readonly #stored: Map<string, string>
 
@@ -47,7 +46,9 @@ export class Archive {
   }
 
   keeper(name: string): Keeper {
-    return this.#shelf(name).keeper
+    const keeper = this.#keepers.get(name)
+    assert(keeper, 'a run in memory has its folder')
+    return keeper
   }
 
   /**
@@ -59,20 +60,20 @@ export class Archive {
       throw this.#failed(run.name, error)
     })
     try {
-      const keeper = this.#adopt(run, folder, { run: run.name, epoch: 0 })
+      const keeper = this.#adopt(run, folder)
       await this.#openJournal(run, folder)
       await keeper.take()
       await this.opened(run)
     } catch (error) {
       await this.#forget(run)
-      await folder.destroy().catch((again) => this.#warn('run_left_behind', run.name, again))
+      await this.#means.data.destroy(run.name).catch((again) => this.#warn('run_left_behind', run.name, again))
       throw this.#failed(run.name, error)
     }
   }
 
   /** Notes an `open` before it is answered. */
   async opened(run: Run): Promise<void> {
-    await this.#identify(run, { epoch: run.epoch + 1 })
+    await this.#note(run, { epoch: run.epoch + 1 })
   }
 
   /**
@@ -83,7 +84,7 @@ export class Archive {
     const [given, before] = [groups, run.groupsBefore].map(groupRecords)
     const { step } = run
     const replacement = run.ahead.length === 0 ? { step, groups: given } : { step, groups: before, later: given }
-    await this.#identify(run, { replacement })
+    await this.#note(run, { replacement })
   }
 
   /**
@@ -110,11 +111,14 @@ export class Archive {
 
   /** Reads a checkpoint of a run that is in memory. */
   async fetch(run: Run, checkpoint: string): Promise<Kept> {
-    const { folder } = this.keeper(run.name)
+    const keeper = this.keeper(run.name)
+    const { folder } = keeper
     try {
-      const entry = findCheckpoint(folder, run.name, checkpoint)
-      const manifest = await folder.manifest(entry)
-      return await this.#read(run, folder, manifest)
+      // Nothing may remove its files meanwhile.
+      return await keeper.alone(async () => {
+        const entry = findCheckpoint(folder, run.name, checkpoint)
+        return this.#read(run, { folder, entry, manifest: await folder.manifest(entry) })
+      })
     } catch (error) {
       throw unreadable(run.name, error)
     }
@@ -126,18 +130,20 @@ export class Archive {
     for (const tensor of tensors.flat()) if (tensor) this.#means.device.memory.release(tensor)
   }
 
-  /** Puts a run where `kept` is, or leaves it where it is, and drops what came after that from the disk. */
-  goBack(run: Run, kept?: Kept): Promise<void> {
-    const { keeper } = this.#shelf(run.name)
+  /**
+   * Puts a run where a checkpoint is: there is `kept` of it, or the run is there already. What came after the
+   * checkpoint is dropped from the disk, but for what has a tag.
+   */
+  goBack(run: Run, checkpoint: string, kept?: Kept): Promise<void> {
+    const keeper = this.keeper(run.name)
     const { folder } = keeper
     return keeper
       .alone(async () => {
         await run.closeJournal()
-        // Groups that were given later are of a history that is dropped.
-        await this.#identify(run, { replacement: undefined })
-        await clearJournal(folder.journal)
-        await folder.removeAfter(kept?.manifest ?? run)
+        await folder.goBack(findCheckpoint(folder, run.name, checkpoint))
         if (kept) this.#take(run, kept)
+        // What is left over takes room and nothing else: the next start tries again.
+        await folder.sweep().catch((error) => this.#warn('tidy_failed', run.name, error))
         await this.#openJournal(run, folder)
       })
       .catch((error) => {
@@ -147,7 +153,7 @@ export class Archive {
 
   /** Takes a checkpoint of every run that has come further than its last one and is between two steps. */
   async checkpointAll(): Promise<void> {
-    const keepers = [...this.#shelves.values()].map(({ keeper }) => keeper)
+    const keepers = [...this.#keepers.values()]
     await Promise.all(
       keepers.map((keeper) =>
         keeper.take().catch((error) => this.#warn('checkpoint_failed', keeper.folder.path, error)),
@@ -157,11 +163,9 @@ export class Archive {
 
   /** Removes a run from the disk. */
   async remove(name: string, run?: Run): Promise<void> {
-    const shelf = this.#shelves.get(name)
     if (run) await this.#forget(run)
     this.#stored.set(name, '')
-    const folder = shelf?.keeper.folder ?? (await this.#means.data.find(name))
-    await folder.destroy().catch((error) => {
+    await this.#means.data.destroy(name).catch((error) => {
       throw this.#failed(name, error)
     })
     this.#stored.delete(name)
@@ -175,23 +179,16 @@ export class Archive {
 
   /** When everything that was begun is on the disk. */
   async close(runs: Iterable<Run>): Promise<void> {
-    for (const { keeper } of this.#shelves.values()) await keeper.settled()
+    for (const keeper of this.#keepers.values()) await keeper.settled()
     for (const run of runs) await run.closeJournal()
   }
 
-  async #identify(run: Run, change: Partial<Identity>): Promise<void> {
-    const shelf = this.#shelf(run.name)
-    const identity = { ...shelf.identity, ...change }
-    await shelf.keeper.folder.identify(identity).catch((error) => {
-      throw this.#failed(run.name, error)
-    })
-    shelf.identity = identity
-  }
-
-  #shelf(name: string): Shelf {
-    const shelf = this.#shelves.get(name)
-    assert(shelf, 'a run in memory has its folder')
-    return shelf
+  async #note(run: Run, change: { epoch: number } | { replacement: Replacement }): Promise<void> {
+    await this.keeper(run.name)
+      .folder.identify(change)
+      .catch((error) => {
+        throw this.#failed(run.name, error)
+      })
   }
 
   /** A folder without a checkpoint: its `open` was never answered, unless there are steps. */
@@ -199,7 +196,7 @@ export class Archive {
     const steps = (await listSegments(folder.journal)).reduce((sum, { bytes }) => sum + bytes, 0)
     if (steps > 0) throw new UnreadableError(`${folder.path} has a journal and no checkpoint that it goes on from`)
     this.#means.log.info({ event: 'unfinished_run_removed', run: name })
-    await folder.destroy()
+    await this.#means.data.destroy(name)
     return undefined
   }
 
@@ -207,13 +204,13 @@ export class Archive {
     const started = performance.now()
     if (entry.problem) throw new UnreadableError(entry.problem)
     const manifest = await folder.manifest(entry)
-    const identity = await folder.identity()
     const run = await this.#means.build(manifest.run, keptDeclaration(manifest), manifest.created_at)
     try {
-      const { elsewhere } = this.#take(run, await this.#read(run, folder, manifest))
+      const { elsewhere } = this.#take(run, await this.#read(run, { folder, entry, manifest }))
       const steps = withJournal ? await this.#replay(run, { folder, manifest, elsewhere }) : 0
-      run.continueEpoch(identity.epoch)
-      const keeper = this.#adopt(run, folder, withJournal ? replaceGroups(run, identity) : identity)
+      run.continueEpoch(folder.identity.epoch)
+      if (withJournal) await replaceGroups(run, folder)
+      const keeper = this.#adopt(run, folder)
       // Without, the journal has steps that are dropped only once nothing is refused any more.
       if (withJournal) await this.#openJournal(run, folder)
       if (steps > 0 && !run.journal) await this.#leaveJournal(keeper)
@@ -238,11 +235,11 @@ export class Archive {
   }
 
   /** Nothing is changed by it: what it gives has been held against every hash there is. */
-  async #read(run: Run, folder: RunFolder, manifest: Manifest): Promise<Kept> {
+  async #read(run: Run, of: CheckpointOnDisk): Promise<Kept> {
     const { parameters, grant } = run
-    checkDigest(manifest, run)
-    const tensors = await readTensors(this.#means.device, { folder, manifest }, { parameters, units: grant.units })
-    return { manifest, tensors, taken: false }
+    checkDigest(of.manifest, run)
+    const tensors = await readTensors(this.#means.device, of, { parameters, units: grant.units })
+    return { manifest: of.manifest, tensors, taken: false }
   }
 
   /** `elsewhere`: another kind of device had computed it. */
@@ -275,9 +272,9 @@ export class Archive {
     return steps.length
   }
 
-  #adopt(run: Run, folder: RunFolder, identity: Identity): Keeper {
+  #adopt(run: Run, folder: RunFolder): Keeper {
     const keeper = new Keeper(run, folder, this.#means)
-    this.#shelves.set(run.name, { keeper, identity })
+    this.#keepers.set(run.name, keeper)
     return keeper
   }
 
@@ -295,8 +292,8 @@ export class Archive {
   }
 
   async #forget(run: Run): Promise<void> {
-    await this.#shelves.get(run.name)?.keeper.settled()
-    this.#shelves.delete(run.name)
+    await this.#keepers.get(run.name)?.settled()
+    this.#keepers.delete(run.name)
     await run.closeJournal()
   }
 
@@ -323,15 +320,15 @@ function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): Che
 
 /**
  * Replaces what no step has been computed with yet of the groups that a connection gave. Those that were given at
- * another step are in the checkpoint, or of steps that are lost: they are answered no more.
+ * another step are in the checkpoint, or of steps that are lost: they are forgotten.
  */
-function replaceGroups(run: Run, { replacement, ...rest }: Identity): Identity {
-  if (replacement === undefined) return rest
+async function replaceGroups(run: Run, folder: RunFolder): Promise<void> {
+  const { replacement } = folder.identity
+  if (replacement === undefined) return
   const { step, groups, later } = replacement
+  if (step !== run.step && step + 1 !== run.step) return folder.identify({ replacement: undefined })
   if (step === run.step) run.replaceGroups(groupsOf(groups), 'this')
-  if (later && (step === run.step || step + 1 === run.step))
-    run.replaceGroups(groupsOf(later), step < run.step ? 'this' : 'next')
-  return step === run.step || step + 1 === run.step ? { ...rest, replacement } : rest
+  if (later) run.replaceGroups(groupsOf(later), step < run.step ? 'this' : 'next')
 }
 
 function unreadable(name: string, error: unknown): unknown {

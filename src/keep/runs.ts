@@ -309,7 +309,7 @@ export class Runs {
     if (!run) throw this.#notFound(frame.run)
     try {
       await checkSame(run, frame, this.#presets)
-      await this.#archive?.goBack(run)
+      await this.#archive?.goBack(run, checkpoint)
     } catch (error) {
       await this.#drop(run)
       throw error
@@ -321,7 +321,7 @@ export class Runs {
   // What is half gone from the disk is read from there again.
   async #takeBack(run: Run, member: Member, kept: Kept): Promise<void> {
     try {
-      await this.#archive?.goBack(run, kept)
+      await this.#archive?.goBack(run, kept.manifest.checkpoint, kept)
     } catch (error) {
       run.detach(member)
       await this.#drop(run)
