@@ -455,12 +455,15 @@ export interface components {
                 staging_bytes: number;
                 /** @description Most bytes of state over all runs. */
                 state_bytes: number;
+                /** @description Most runs in memory. */
                 max_runs: number;
                 max_connections: number;
                 /** @description Most parameters of one run. */
                 max_parameters: number;
                 /** @description Receipts kept per run. */
                 receipts_kept: number;
+                /** @description A run without a connection for so long leaves memory, or ends where there is no data folder; 0 is never. */
+                idle_seconds: number;
             };
         };
         Hyperparameter: {
@@ -503,6 +506,12 @@ export interface components {
             digest: string;
             /** Format: date-time */
             created_at: string;
+            /**
+             * @description Whether it is in memory. One that nobody uses is on the disk only (settings `idle_seconds` and `max_runs`): its
+             *     `state_bytes` are 0, and an `open` or a request for more than this brings it back. With a journal it may then have
+             *     later steps than are told here, where it has not been in memory since the service was started.
+             */
+            in_memory: boolean;
             /** @description Whether a connection writes to the run. */
             connected: boolean;
             /** @description How many parameters the run has. */
@@ -861,7 +870,7 @@ export interface operations {
         };
         requestBody?: never;
         responses: {
-            /** @description Every run, oldest first. */
+            /** @description Every run, oldest first; those that are not in memory come last. */
             200: {
                 headers: {
                     [name: string]: unknown;
@@ -869,7 +878,7 @@ export interface operations {
                 content: {
                     "application/json": {
                         runs: components["schemas"]["RunSummary"][];
-                        /** @description Runs on the disk that are not in memory. */
+                        /** @description Runs on the disk that wait to be restored or cannot be. */
                         stored: components["schemas"]["StoredRun"][];
                     };
                 };

@@ -1,48 +1,41 @@
 import assert from 'node:assert'
 import type { Config } from '../config.js'
-import type { Tensor } from '../device/memory.js'
 import { errorText, ServiceError } from '../errors.js'
 import type { Groups } from '../optimizer/hyperparameters.js'
 import type { Declaration } from '../run/declaration.js'
-import { importNote } from '../run/imported-state.js'
 import { groupRecords, groupsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
-import { type Manifest, UnreadableError } from '../store/checkpoint/manifest.js'
+import { UnreadableError } from '../store/checkpoint/manifest.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { Replacement } from '../store/identity.js'
 import { clearJournal, Journal, listSegments } from '../store/journal/journal.js'
-import { cutTail, readJournal } from '../store/journal/journal-reader.js'
 import type { RunFolder } from '../store/run-folder.js'
+import type { Source } from '../wire/frame.js'
+import { AbsentRuns, unreadable } from './absent.js'
+import { idleOnDisk, idleRun } from './idle.js'
 import { Keeper, type KeeperMeans } from './keeper.js'
-import { type CheckpointOnDisk, checkDigest, differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
+import { copyOf, findCheckpoint, type Kept, ofRun, readKept, replayJournal, takeKept } from './kept.js'
+import { keptDeclaration } from './restore.js'
 
 export type ArchiveMeans = KeeperMeans & {
   data: DataFolder
   config: Config
   /** Admits a run and makes the device ready for it. */
-  build(name: string, declaration: Declaration, created_at: string): Promise<Run>
+  build(name: string, declaration: Declaration, created_at?: string): Promise<Run>
 }
-
-/** A checkpoint that was read: its tensors are nobody's until a run has taken them. */
-export type Kept = { readonly manifest: Manifest; readonly tensors: (Tensor[] | undefined)[]; taken: boolean }
 
 /** Connects runs with their folders: it creates those, restores runs from them, and goes back to checkpoints. */
 export class Archive {
   readonly #means: ArchiveMeans
   /** Of the runs that are in memory. */
   readonly #keepers = new Map<string, Keeper>()
-  /** Runs on the disk that are not in memory, and why; empty where nobody has tried. */
-  readonly #stored: Map<string, string>
+  /** Those that are not. */
+  readonly absent: AbsentRuns
 
   constructor(means: ArchiveMeans) {
     this.#means = means
-    this.#stored = new Map(means.data.names.map((name) => [name, '']))
-  }
-
-  /** Runs on the disk that are not in memory, with the reason. */
-  get stored(): ReadonlyMap<string, string> {
-    return this.#stored
+    this.absent = new AbsentRuns(means.data.names)
   }
 
   keeper(name: string): Keeper {
@@ -89,24 +82,36 @@ export class Archive {
 
   /**
    * Restores a run from its newest checkpoint and the journal behind it, or as it was at another checkpoint: that
-   * changes nothing on the disk yet, see `goBack`. Undefined: there is none. Throws CHECKPOINT_UNREADABLE and leaves
-   * nothing behind.
+   * changes nothing on the disk yet, see `goBack`. Undefined: its making was interrupted, and it is gone. Throws
+   * CHECKPOINT_UNREADABLE and OVER_CAPACITY, and leaves nothing behind.
    */
-  async load(name: string, checkpoint?: string): Promise<Run | undefined> {
-    if (!this.#stored.has(name)) return undefined
-    try {
-      const folder = await this.#means.data.find(name)
+  load(name: string, checkpoint?: string): Promise<Run | undefined> {
+    return this.absent.reading(name, async () => {
+      const folder = await this.#find(name)
       const entry = checkpoint === undefined ? folder.newest : findCheckpoint(folder, name, checkpoint)
-      const run = entry
-        ? await this.#restore(folder, entry, checkpoint === undefined)
-        : await this.#unfinished(folder, name)
-      this.#stored.delete(name)
+      if (!entry) return this.#unfinished(folder, name)
+      const run = await this.#restore(folder, entry, checkpoint === undefined)
+      this.absent.leave(name)
       return run
-    } catch (error) {
-      const known = unreadable(name, error)
-      this.#stored.set(name, errorText(known))
-      throw known
-    }
+    })
+  }
+
+  /** Finds out what there is to know of a run for which there is no room in memory. */
+  describe(name: string): Promise<undefined> {
+    return this.absent.reading(name, async () => {
+      const folder = await this.#find(name)
+      if (!folder.newest) return this.#unfinished(folder, name)
+      this.absent.rest(idleOnDisk(await folder.manifest(folder.newest), folder.identity))
+    })
+  }
+
+  /** A run that no connection has leaves memory; answers the step that it comes back at. */
+  async rest(run: Run): Promise<number> {
+    const { newest } = this.keeper(run.name).folder
+    assert(newest, 'a run has a checkpoint from its creation on')
+    const idle = idleRun(run, run.journal ? run : newest)
+    await this.#forget(run).finally(() => this.absent.rest(idle))
+    return idle.step
   }
 
   /** Reads a checkpoint of a run that is in memory. */
@@ -117,17 +122,30 @@ export class Archive {
       // Nothing may remove its files meanwhile.
       return await keeper.alone(async () => {
         const entry = findCheckpoint(folder, run.name, checkpoint)
-        return this.#read(run, { folder, entry, manifest: await folder.manifest(entry) })
+        return readKept(this.#means.device, run, { folder, entry, manifest: await folder.manifest(entry) })
       })
     } catch (error) {
       throw unreadable(run.name, error)
     }
   }
 
-  /** Gives back what no run has taken. */
-  release({ tensors, taken }: Kept): void {
-    if (taken) return
-    for (const tensor of tensors.flat()) if (tensor) this.#means.device.memory.release(tensor)
+  /**
+   * Makes a run that begins with the state of a checkpoint of another run, in memory or not, and gives it its folder.
+   * `agree` holds what its `open` declares against that, and answers the groups that it gives, if any. Throws
+   * NOT_FOUND, CHECKPOINT_UNREADABLE, what `agree` throws, and as `create`.
+   */
+  async branch(name: string, from: Source, agree: (run: Run) => Promise<Groups | undefined>): Promise<Run> {
+    const keeper = this.#keepers.get(from.run)
+    const copy = (folder: RunFolder) => copyOf(this.#means, name, { folder, from, agree })
+    // Nothing may remove the checkpoint's files meanwhile.
+    const run = keeper
+      ? await keeper.alone(() => copy(keeper.folder))
+      : await ofRun(from.run, this.#find(from.run)).then(copy)
+    await this.create(run).catch((error) => {
+      run.dispose()
+      throw error
+    })
+    return run
   }
 
   /**
@@ -141,9 +159,8 @@ export class Archive {
       .alone(async () => {
         await run.closeJournal()
         await folder.goBack(findCheckpoint(folder, run.name, checkpoint))
-        if (kept) this.#take(run, kept)
-        // What is left over takes room and nothing else: the next start tries again.
-        await folder.sweep().catch((error) => this.#warn('tidy_failed', run.name, error))
+        if (kept) takeKept(this.#means.device, run, kept)
+        await this.#sweep(folder, run.name)
         await this.#openJournal(run, folder)
       })
       .catch((error) => {
@@ -164,23 +181,34 @@ export class Archive {
   /** Removes a run from the disk. */
   async remove(name: string, run?: Run): Promise<void> {
     if (run) await this.#forget(run)
-    this.#stored.set(name, '')
+    this.absent.wait(name)
     await this.#means.data.destroy(name).catch((error) => {
       throw this.#failed(name, error)
     })
-    this.#stored.delete(name)
+    this.absent.leave(name)
   }
 
   /** A run that is not in memory any more: it can be loaded again. */
   async evict(run: Run): Promise<void> {
     await this.#forget(run)
-    this.#stored.set(run.name, '')
+    this.absent.wait(run.name)
   }
 
   /** When everything that was begun is on the disk. */
   async close(runs: Iterable<Run>): Promise<void> {
     for (const keeper of this.#keepers.values()) await keeper.settled()
     for (const run of runs) await run.closeJournal()
+  }
+
+  async #find(name: string): Promise<RunFolder> {
+    const folder = await this.#means.data.find(name)
+    await this.#sweep(folder, name)
+    return folder
+  }
+
+  // What is left over takes room and nothing else: the next start tries again.
+  async #sweep(folder: RunFolder, name: string): Promise<void> {
+    await folder.sweep().catch((error) => this.#warn('tidy_failed', name, error))
   }
 
   async #note(run: Run, change: { epoch: number } | { replacement: Replacement }): Promise<void> {
@@ -197,6 +225,7 @@ export class Archive {
     if (steps > 0) throw new UnreadableError(`${folder.path} has a journal and no checkpoint that it goes on from`)
     this.#means.log.info({ event: 'unfinished_run_removed', run: name })
     await this.#means.data.destroy(name)
+    this.absent.leave(name)
     return undefined
   }
 
@@ -206,8 +235,9 @@ export class Archive {
     const manifest = await folder.manifest(entry)
     const run = await this.#means.build(manifest.run, keptDeclaration(manifest), manifest.created_at)
     try {
-      const { elsewhere } = this.#take(run, await this.#read(run, { folder, entry, manifest }))
-      const steps = withJournal ? await this.#replay(run, { folder, manifest, elsewhere }) : 0
+      const { device } = this.#means
+      const { elsewhere } = takeKept(device, run, await readKept(device, run, { folder, entry, manifest }))
+      const steps = withJournal ? await replayJournal(this.#means, run, { folder, manifest, elsewhere }) : 0
       run.continueEpoch(folder.identity.epoch)
       if (withJournal) await replaceGroups(run, folder)
       const keeper = this.#adopt(run, folder)
@@ -232,44 +262,6 @@ export class Archive {
       run.dispose()
       throw error
     }
-  }
-
-  /** Nothing is changed by it: what it gives has been held against every hash there is. */
-  async #read(run: Run, of: CheckpointOnDisk): Promise<Kept> {
-    const { parameters, grant } = run
-    checkDigest(of.manifest, run)
-    const tensors = await readTensors(this.#means.device, of, { parameters, units: grant.units })
-    return { manifest: of.manifest, tensors, taken: false }
-  }
-
-  /** `elsewhere`: another kind of device had computed it. */
-  #take(run: Run, kept: Kept): { elsewhere: boolean } {
-    const { manifest, tensors } = kept
-    kept.taken = true
-    const difference = differenceOf(manifest.device, this.#means.device.record)
-    const elsewhere = difference !== undefined
-    const imported = manifest.imported ? [importNote(manifest.step)] : []
-    const restored = elsewhere ? [`restored from ${manifest.checkpoint}: ${difference}`] : []
-    run.restore(manifest, { tensors, elsewhere, note: [...imported, ...restored].join('; ') })
-    return { elsewhere }
-  }
-
-  /** Computes the steps behind a checkpoint again; returns how many there are. */
-  async #replay(
-    run: Run,
-    { folder, manifest, elsewhere }: { folder: RunFolder; manifest: Manifest; elsewhere: boolean },
-  ): Promise<number> {
-    const { log, device } = this.#means
-    const { steps, tail } = await readJournal(folder.journal, manifest.step)
-    if (tail) {
-      const { path, at, bytes, damaged } = tail
-      const event = { event: 'journal_cut', run: run.name, path, at, bytes }
-      if (damaged) log.warn({ ...event, reason: damaged })
-      else log.info({ ...event, reason: 'the step was not finished' })
-      await cutTail(tail)
-    }
-    await replay(run, device, { steps, elsewhere })
-    return steps.length
   }
 
   #adopt(run: Run, folder: RunFolder): Keeper {
@@ -307,17 +299,6 @@ export class Archive {
   }
 }
 
-function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): CheckpointEntry {
-  const entry = folder.find(checkpoint)
-  if (entry?.problem) throw new UnreadableError(entry.problem)
-  if (entry) return entry
-  const known = folder.checkpoints.map((other) => other.checkpoint)
-  throw new ServiceError(
-    'NOT_FOUND',
-    `run '${run}' has no checkpoint '${checkpoint}'; its ${known.length}: ${known.join(', ')}`,
-  )
-}
-
 /**
  * Replaces what no step has been computed with yet of the groups that a connection gave. Those that were given at
  * another step are in the checkpoint, or of steps that are lost: they are forgotten.
@@ -329,15 +310,4 @@ async function replaceGroups(run: Run, folder: RunFolder): Promise<void> {
   if (step !== run.step && step + 1 !== run.step) return folder.identify({ replacement: undefined })
   if (step === run.step) run.replaceGroups(groupsOf(groups), 'this')
   if (later) run.replaceGroups(groupsOf(later), step < run.step ? 'this' : 'next')
-}
-
-function unreadable(name: string, error: unknown): unknown {
-  const message = `run '${name}' cannot be restored: ${errorText(error)}`
-  if (error instanceof UnreadableError) return new ServiceError('CHECKPOINT_UNREADABLE', message)
-  return isFromSystem(error) ? new ServiceError('STORAGE_FAILED', message) : error
-}
-
-/** Whether the file system has refused something, as opposed to a file that is not what it should be. */
-function isFromSystem(error: unknown): boolean {
-  return error instanceof Error && 'syscall' in error
 }

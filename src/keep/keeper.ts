@@ -60,6 +60,7 @@ export class Keeper {
   async begin(tag?: string): Promise<{ written: Promise<CheckpointEntry> }> {
     // Looked at again here, not in a function that is awaited: of several that wait only one finds it free.
     while (this.#writing) await this.settled()
+    this.#run.checkPresent()
     const { newest } = this.folder
     if (newest && this.upToDate)
       return { written: tag === undefined ? Promise.resolve(newest) : this.#occupy(this.#tag(newest, tag)) }
@@ -79,6 +80,7 @@ export class Keeper {
   /** Does something that no checkpoint may be taken or removed beside. */
   async alone<T>(work: () => Promise<T>): Promise<T> {
     while (this.#writing) await this.settled()
+    this.#run.checkPresent()
     return this.#occupy(work())
   }
 

@@ -80,9 +80,7 @@ export class RunFolder {
       )
     }
     const entries = await readCheckpoints(path, { tidy: true })
-    const folder = new RunFolder(path, files, { identity: await readIdentity(path, entries.length === 0), entries })
-    await folder.sweep()
-    return folder
+    return new RunFolder(path, files, { identity: await readIdentity(path, entries.length === 0), entries })
   }
 
   get identity(): Identity {

@@ -79,6 +79,9 @@ export type ParameterDescription = Layout & {
   readonly algorithm: string
 }
 
+/** A checkpoint of another run, by its id or a tag. */
+export type Source = { readonly run: string; readonly checkpoint: string }
+
 export type OpenFrame = {
   readonly type: 'open'
   readonly protocol: number
@@ -89,6 +92,7 @@ export type OpenFrame = {
   readonly attentions?: readonly AttentionDeclaration[]
   readonly takeover?: boolean
   readonly checkpoint?: string
+  readonly from?: Source
   readonly client?: string
 }
 
@@ -268,6 +272,7 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
       attentions: list(attention),
       takeover: bool,
       checkpoint: string,
+      from: map<Source>({ run: { is: 'name', pattern: RUN_NAME }, checkpoint: string }, {}),
       client: { is: 'name', pattern: /^.{0,256}$/su },
     },
   ),
