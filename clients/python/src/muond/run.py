@@ -51,6 +51,7 @@ def open_run(
     attentions: Sequence[Mapping[str, Any]] | None = None,
     takeover: bool = False,
     checkpoint: str | None = None,
+    branch_of: tuple[str, str] | None = None,
     client: str | None = None,
     token: str | None = None,
     headers: Mapping[str, str] | None = None,
@@ -65,6 +66,8 @@ def open_run(
 
     ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
     ``groups``: maps of ``name``, ``algorithm`` or ``preset``, and hyperparameters. ``checkpoint``: with ``resume``, go back to it.
+    ``branch_of``: (another run of the service, a checkpoint of that by id or tag); a new run begins with its state, step and digest,
+    and the weights must be those of that step.
     ``retries``: consecutive failed attempts at one step that brought nothing new, before it raises; 0 for none.
     ``apply``: what to do with updates instead. ``allocate``: memory for updates, by bytes.
 
@@ -80,9 +83,12 @@ def open_run(
         "attentions": None if attentions is None else [dict(attention) for attention in attentions],
         "takeover": takeover or None,
         "checkpoint": checkpoint,
+        "from": None if branch_of is None else {"run": branch_of[0], "checkpoint": branch_of[1]},
         "client": client,
     }
-    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": mode}
+    # A branch is always a new run.
+    is_default = mode == "create_or_resume"
+    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "create" if branch_of and is_default else mode}
     frame.update({key: value for key, value in given.items() if value is not None})
     writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes), frame)
     memory = Memory() if allocate is None else Memory(allocate)
