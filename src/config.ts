@@ -69,7 +69,11 @@ export const SETTINGS = {
     [0, BYTES],
     'Most bytes that all runs may take of each GPU, or of the memory; 0 is what the GPU has, or three quarters of the memory.',
   ),
-  max_runs: integer(64, [1, 1_000_000], 'Most runs at a time.'),
+  max_runs: integer(
+    64,
+    [1, 1_000_000],
+    'Most runs in memory; with data one without a connection leaves for a new one, which else is refused.',
+  ),
   max_connections: integer(256, [1, 1_000_000], 'Most streams at a time.'),
   max_sockets: integer(
     1024,
@@ -97,6 +101,11 @@ export const SETTINGS = {
     2 ** 16,
     [1, BYTES],
     'Least rate, over send_timeout_seconds, of a body that REST receives or of an answer; what is slower is ended.',
+  ),
+  idle_seconds: seconds(
+    DAY,
+    [0, 1000 * DAY],
+    'A run without a connection for so long leaves memory: with data the next open brings it back, without it ends; 0 is never.',
   ),
   open_timeout_seconds: seconds(
     30,

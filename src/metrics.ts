@@ -97,7 +97,7 @@ function addGauges(registry: Registry, observed: Observed): void {
   const plain = {
     in_flight_bytes: 'Bytes of gradients received or computing and of updates not yet sent.',
     state_bytes: 'Bytes of optimizer state on the device.',
-    runs: 'Runs that exist.',
+    runs: 'Runs in memory.',
     connections: 'Streams that are open.',
     sockets: 'TCP connections, streams among them.',
     unfinished_bytes: 'Bytes of messages whose end has not come, over all streams.',

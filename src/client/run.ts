@@ -28,6 +28,11 @@ export type OpenOptions = {
   takeover?: boolean
   /** With `resume`: go back to this checkpoint. */
   checkpoint?: string
+  /**
+   * The run is a new one that begins with the state of a checkpoint of another run of this service, and goes on with
+   * its steps and its digest. The checkpoint is given by its id or a tag; the weights must be those of its step.
+   */
+  from?: { run: string; checkpoint: string }
   /** Free text for the service's logs. */
   client?: string
 }

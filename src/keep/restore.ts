@@ -11,6 +11,7 @@ import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
 import { Member } from '../run/step/member.js'
+import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import {
   type DeviceRecord,
   type Manifest,
@@ -29,6 +30,9 @@ export function keptDeclaration(record: RunRecord): Declaration {
   const parameters = parseParameters(record.parameters, groups)
   return { groups, parameters, attentions: parseAttentions(record.attentions, parameters) }
 }
+
+/** A checkpoint and its manifest, which was read. */
+export type CheckpointOnDisk = { folder: RunFolder; entry: CheckpointEntry; manifest: Manifest }
 
 type Declared = { parameters: readonly Parameter[]; attentions: readonly Attention[] }
 
@@ -85,7 +89,7 @@ function describe({ kind, name, onnxruntime, processor }: DeviceRecord): string 
  */
 export async function readTensors(
   device: Device,
-  { folder, manifest }: { folder: RunFolder; manifest: Manifest },
+  { folder, entry, manifest }: CheckpointOnDisk,
   { parameters, units }: { parameters: readonly Parameter[]; units: readonly number[] },
 ): Promise<(Tensor[] | undefined)[]> {
   const { places } = manifest
@@ -100,7 +104,7 @@ export async function readTensors(
         return [stateName(name, kind), { ...tensor, dtype: SAFETENSORS_NAMES[dtype], shape }] as const
       }),
     )
-    await folder.read(manifest, new Map(targets), device.locations)
+    await folder.read(entry, manifest, { targets: new Map(targets), locations: device.locations })
     return tensors
   } catch (error) {
     for (const tensor of tensors.flat()) if (tensor) device.memory.release(tensor)

@@ -195,9 +195,9 @@ export class Session implements Connection, GradientSink {
     if (this.#leaving) return run.detach(member)
     this.#joined = { run, member }
     log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
-    const { chunk_bytes, staging_bytes, max_parameters } = config
+    const { chunk_bytes, staging_bytes, max_parameters, idle_seconds } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
-    const limits = { chunk_bytes, staging_bytes, max_parameters }
+    const limits = { chunk_bytes, staging_bytes, max_parameters, idle_seconds }
     const transport = this.#agree(frame, run)
     const opened = { type: 'opened', ...run.opened(resumed), ...transport, limits, server } as const
     const header = await inSlices(encodingOpened(opened, run.describeParameters()))

@@ -14,6 +14,15 @@ import type { Plans } from './plans.js'
 import { appliedOf, appliedRecord, fingerprintText } from './record.js'
 import type { Step } from './step/step.js'
 
+/** What REST tells of a parameter; `record` is of the last step that was applied to it. */
+export type PlaceRow = {
+  parameter: Parameter
+  algorithm: string
+  step: number
+  record: DigestRecord | undefined
+  state_bytes: number
+}
+
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {
   memory: Region
@@ -130,6 +139,7 @@ export class Place {
   /** Gives the state back. */
   dispose(): void {
     for (const tensor of this.#tensors ?? []) this.#device.memory.release(tensor)
+    this.#tensors = undefined
   }
 
   /**

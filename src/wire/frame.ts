@@ -79,8 +79,6 @@ export type ParameterDescription = Layout & {
   readonly algorithm: string
 }
 
-export type TransportKind = 'cuda-ipc' | 'shm' | 'websocket'
-
 /**
  * Memory for gradients and updates that a client on this host offers: `shm` are two memfds, by their `descriptors` in
  * the client's `process`; `cuda-ipc` two allocations on the GPU with the UUID `gpu`, by their `handles`. `nonce` are
@@ -101,6 +99,9 @@ export type TransportAnswer = {
   readonly refused: readonly { readonly kind: string; readonly reason: string }[]
 }
 
+/** A checkpoint of another run, by its id or a tag. */
+export type Source = { readonly run: string; readonly checkpoint: string }
+
 export type OpenFrame = {
   readonly type: 'open'
   readonly protocol: number
@@ -111,6 +112,7 @@ export type OpenFrame = {
   readonly attentions?: readonly AttentionDeclaration[]
   readonly takeover?: boolean
   readonly checkpoint?: string
+  readonly from?: Source
   readonly client?: string
   readonly transport?: readonly TransportOffer[]
 }
@@ -332,6 +334,7 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
       attentions: list(attention),
       takeover: bool,
       checkpoint: string,
+      from: map<Source>({ run: { is: 'name', pattern: RUN_NAME }, checkpoint: string }, {}),
       client: { is: 'name', pattern: /^.{0,256}$/su },
       transport: list(offer),
     },

@@ -53,6 +53,7 @@ def open_run(
     attentions: Sequence[Mapping[str, Any]] | None = None,
     takeover: bool = False,
     checkpoint: str | None = None,
+    branch_of: tuple[str, str] | None = None,
     client: str | None = None,
     token: str | None = None,
     headers: Mapping[str, str] | None = None,
@@ -69,6 +70,8 @@ def open_run(
 
     ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
     ``groups``: maps of ``name``, ``algorithm`` or ``preset``, and hyperparameters. ``checkpoint``: with ``resume``, go back to it.
+    ``branch_of``: (another run of the service, a checkpoint of that by id or tag); a new run begins with its state, step and digest,
+    and the weights must be those of that step.
     ``retries``: consecutive failed attempts at one step that brought nothing new, before it raises; 0 for none.
     ``transport``: ``shm`` shares memory with a service on this host, ``websocket`` sends everything, ``auto`` tries and falls
     back; ``cuda-ipc`` shares that of a GPU, which ``gpu_arenas`` makes, as ``muond.torch`` does.
@@ -87,9 +90,12 @@ def open_run(
         "attentions": None if attentions is None else [dict(attention) for attention in attentions],
         "takeover": takeover or None,
         "checkpoint": checkpoint,
+        "from": None if branch_of is None else {"run": branch_of[0], "checkpoint": branch_of[1]},
         "client": client,
     }
-    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": mode}
+    # A branch is always a new run.
+    is_default = mode == "create_or_resume"
+    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "create" if branch_of and is_default else mode}
     frame.update({key: value for key, value in given.items() if value is not None})
     shared = Transport.choose(transport, address, sizes_of(declared), gpu_arenas)
     try:

@@ -178,8 +178,9 @@ class Writer:
                 return Failed(MuondError("CLIENT_CLOSED", "the run was closed"))
 
     def _resuming(self) -> Frame:
-        # Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again.
-        kept = {key: value for key, value in self._frame.items() if key not in ("groups", "checkpoint")}
+        # Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again, and where the
+        # run has come from.
+        kept = {key: value for key, value in self._frame.items() if key not in ("groups", "checkpoint", "from")}
         return {**kept, "mode": "resume", "takeover": True}
 
     def _reopen(self, number: int | None) -> None:

@@ -41,6 +41,7 @@ def open_slots(
     *,
     mode: str,
     checkpoint: str | None = None,
+    branch_of: tuple[str, str] | None = None,
 ) -> Run:
     """Opens a run whose updates are applied to the slots' tensors. Raises MuondError, with what a trainer can do about it."""
 
@@ -59,6 +60,7 @@ def open_slots(
             attentions=attention_declarations(given.attentions, slots) or None,
             takeover=given.takeover,
             checkpoint=checkpoint,
+            branch_of=branch_of,
             client=f"muond.torch, torch {torch.__version__}",
             token=address.token,
             headers=given.headers,
