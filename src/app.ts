@@ -155,7 +155,10 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
     sockets: promisify(server.getConnections).bind(server),
     unfinished_bytes: () => unfinished.bytes,
     in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
-    staging: () => device.staging,
+    staging: () => {
+      const own = runs.list().reduce((sum, { staging }) => sum + staging.ownBytes, 0)
+      return { used: device.staging.used, capacity: device.staging.capacity, own }
+    },
     state_bytes: () => device.memory.bytes,
     runs: () => runs.list().length,
     connections: () => streams.size,
@@ -294,7 +297,7 @@ function openStream(
   { raw, log }: FastifyRequest,
   { config, device, runs, metrics, streams, unfinished }: AppServices,
 ): void {
-  const stream = new Session(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
+  const stream = new Session(socket, { config, device, runs, metrics, log, stream: raw.socket })
   streams.add(stream)
   unfinished.watch(socket, raw.socket)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)

@@ -10,6 +10,7 @@ import { Lanes, refusalOf, type Ticket } from './lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 import { Region, Views, wholeOf } from './region.js'
+import { RunStaging } from './run-staging.js'
 import { Staging } from './staging.js'
 import { openStateAccess, type StateAccess, type StateLocation } from './state-access.js'
 
@@ -140,6 +141,11 @@ export class Device {
       for (const lanes of this.#lanes) lanes.forget(pointer)
       this.backend.host.free(pointer)
     })
+  }
+
+  /** The memory that the gradients of a run are received into, which was granted it. */
+  stagingOf({ gradientBytes }: Grant): RunStaging {
+    return new RunStaging(this.staging, { bytes: gradientBytes, allocate: (bytes) => this.allocateHost(bytes) })
   }
 
   /** Memory for one update: of the arena, or an allocation of its own while clients that read slowly fill the arena. */

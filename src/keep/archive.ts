@@ -262,7 +262,7 @@ export class Archive {
     run: Run,
     { folder, manifest, elsewhere }: { folder: RunFolder; manifest: Manifest; elsewhere: boolean },
   ): Promise<number> {
-    const { log, device } = this.#means
+    const { log } = this.#means
     const { steps, tail } = await readJournal(folder.journal, manifest.step)
     if (tail) {
       const { path, at, bytes, damaged } = tail
@@ -271,7 +271,7 @@ export class Archive {
       else log.info({ ...event, reason: 'the step was not finished' })
       await cutTail(tail)
     }
-    await replay(run, device, { steps, elsewhere })
+    await replay(run, { steps, elsewhere })
     return steps.length
   }
 

@@ -17,8 +17,11 @@ export type Means = { config: Config; device: Device; metrics: Metrics }
 /** A run that a connection has opened, and the connection as a member of it. */
 export type Joined = { run: Run; member: Member }
 
-/** A gradient that lies whole in its region of the staging arena. The run that computes it takes the region over. */
-export type Gradient = Joined & { step: Step; parameter: number; region: Region }
+/**
+ * A gradient that lies whole in its region, once `ready` has settled if it is there. The run that computes it takes the
+ * region over.
+ */
+export type Gradient = Joined & { step: Step; parameter: number; region: Region; ready?: Promise<void> }
 
 /** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
 export class Answers {
@@ -61,8 +64,9 @@ export class Answers {
     this.#outstanding.set(parameter, work)
   }
 
-  async #answer({ run, member, step, parameter: index, region: gradient }: Gradient): Promise<void> {
+  async #answer({ run, member, step, parameter: index, region: gradient, ready }: Gradient): Promise<void> {
     try {
+      if (ready) await ready
       const update = await run.compute(member, { step, index, gradient })
       if (update) await this.#send(step, index, update).finally(() => update.memory.release())
     } catch (error) {

@@ -1,4 +1,5 @@
 import assert from 'node:assert'
+import type { Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
 import type { RawData, WebSocket } from 'ws'
 import { VERSION } from '../config.js'
@@ -10,15 +11,16 @@ import type { Connection } from '../run/step/member.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
 import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame } from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
+import { Window } from './pace.js'
 import { Reception } from './reception.js'
 import { Sender } from './websocket/sender.js'
-import { type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
+import { bytesTaken, type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
 
 export type SessionContext = Means & {
   runs: Runs
   log: FastifyBaseLogger
-  /** How many bytes the connection has read so far, from the socket below the WebSocket. */
-  bytesRead: () => number
+  /** The socket below the WebSocket. */
+  stream: Socket
 }
 
 // A peer that was told to go gets this long to take the last frames before its socket is cut: with up to 32 MiB before
@@ -28,6 +30,8 @@ const GRACE_MS = 10_000
 const UNREAD_BYTES = 32 << 20
 // A pong in waiting takes far more memory than its bytes. One read of 64 KiB brings up to 10923 pings.
 const UNREAD_PONGS = 20_000
+// The header of a ping or pong, without and with the mask that clients put on theirs (RFC 6455, section 5.2).
+const [UNMASKED_BYTES, MASKED_BYTES] = [2, 6]
 
 /** One connection: it takes frames in their order, and ends when it should. */
 export class Session implements Connection, GradientSink {
@@ -44,7 +48,9 @@ export class Session implements Connection, GradientSink {
   #leaving = false
   #draining = false
   readonly #connectedAt = performance.now()
-  #read = { bytes: 0, at: this.#connectedAt }
+  readonly #window: Window
+  /** Bytes of pings and pongs that have come and gone: signs of life, and no progress. */
+  #controlBytes = 0
   /** Pongs that the kernel has not taken yet. */
   #unreadPongs = 0
   #timer: NodeJS.Timeout
@@ -58,11 +64,14 @@ export class Session implements Connection, GradientSink {
       answers: this.#answers,
       gone: this.#gone.signal,
       checkOpen: (gradient) => this.#checkOpen(gradient),
-      abandoned: () => this.#abandoned(),
+      abandoned: () => this.#inPlace?.abandon(),
+      redirected: (destination) => this.#inPlace?.redirect(destination),
     })
-    if (socket instanceof InPlaceWebSocket) socket.sink = this
+    this.#window = new Window(context.config)
+    if (this.#inPlace) this.#inPlace.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
     socket.on('ping', (data) => this.#pong(data))
+    socket.on('pong', (data) => this.#countControl(MASKED_BYTES, data))
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
     const { send_timeout_seconds, open_timeout_seconds } = context.config
@@ -271,11 +280,13 @@ export class Session implements Connection, GradientSink {
 
   // ws would answer by itself, and cut a client without a word whose pings come faster than turns of the event loop.
   #pong(data: Buffer): void {
+    this.#countControl(MASKED_BYTES, data)
     this.#checkUnread()
     if (this.#leaving) return
     this.#unreadPongs += 1
     this.#socket.pong(data, false, () => {
       this.#unreadPongs -= 1
+      this.#countControl(UNMASKED_BYTES, data)
     })
   }
 
@@ -300,25 +311,26 @@ export class Session implements Connection, GradientSink {
     this.#joined?.run.detach(this.#joined.member)
   }
 
-  #abandoned(): void {
-    if (this.#socket instanceof InPlaceWebSocket) this.#socket.abandon()
+  get #inPlace(): InPlaceWebSocket | undefined {
+    return this.#socket instanceof InPlaceWebSocket ? this.#socket : undefined
+  }
+
+  #countControl(header: number, { length }: Buffer): void {
+    this.#controlBytes += header + length
   }
 
   /** Closes a connection that neither takes what waits for it nor sends the rest of what it began. */
   #checkProgress(): void {
-    const bytes = this.#context.bytesRead()
     const now = performance.now()
-    // A client that waits for the staging arena is kept from moving anything by us.
-    if (bytes !== this.#read.bytes || this.#reception.waits) this.#read = { bytes, at: now }
-    const { send_timeout_seconds, open_timeout_seconds } = this.#context.config
-    const waits = this.#sender.busy || this.#reception.label !== undefined
-    if (
-      waits &&
-      now - Math.max(this.#read.at, this.#sender.movedAt, this.#reception.startedAt) > send_timeout_seconds * 1000
-    ) {
-      const message = `no byte moved for ${send_timeout_seconds} seconds`
-      return this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
-    }
+    const { stream, config } = this.#context
+    const since = Math.min(this.#reception.startedAt ?? Infinity, this.#sender.busySince ?? Infinity)
+    // A client may send a whole step before it reads: both directions count.
+    const refusal = this.#window.check(now, {
+      since,
+      bytes: stream.bytesRead - this.#controlBytes + bytesTaken(stream),
+    })
+    if (refusal) return this.#report(refusal)
+    const { open_timeout_seconds } = config
     if (this.#joined || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
     this.#report(new ServiceError('FRAME_UNEXPECTED', `nothing was opened within ${open_timeout_seconds} seconds`))
   }

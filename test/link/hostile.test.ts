@@ -213,7 +213,7 @@ const FRESH: Case[] = [
   ['a billion heads', parameter({ shape: [1e9, 1], heads: 1e9 }), 'PARAMETER_INVALID'],
   ['an unknown gradient_dtype', parameter({ gradient_dtype: 'float64' }), 'DTYPE_UNSUPPORTED'],
   ['an unknown update_dtype', parameter({ update_dtype: 'int8' }), 'DTYPE_UNSUPPORTED'],
-  ['a gradient larger than the arena', parameter({ shape: [1024, 1024] }), 'OVER_CAPACITY'],
+  ['a matrix larger than the memory', parameter({ shape: [16_384, 16_384] }), 'OVER_CAPACITY'],
   [
     'more state than there is',
     open({ parameters: Array.from({ length: 400 }, (_, i) => ({ name: `w${i}`, shape: [512, 256], group: 'adamw' })) }),

@@ -41,7 +41,7 @@ export class FrameReader {
     this.#options = options
   }
 
-  /** The buffer for the next read; good until `read` or `abandon`. */
+  /** The buffer for the next read; good until `read`, `abandon` or `redirect`. */
   next(): Uint8Array {
     const { target, position } = this.#direct() ?? { target: this.#scratch, position: this.#held }
     return target.subarray(position, position + READ_BYTES)
@@ -58,6 +58,19 @@ export class FrameReader {
   abandon(): boolean {
     if (this.#payload?.target === undefined) return false
     this.#payload.target = undefined
+    return true
+  }
+
+  /**
+   * Has the destination at work, if there is one, go on in another place, to which what has come of it is copied; says
+   * whether there was: then `next` is another buffer.
+   */
+  redirect(destination: (head: GradientHead) => Uint8Array): boolean {
+    const payload = this.#payload
+    if (payload?.target === undefined) return false
+    const target = destination(payload.head)
+    target.set(payload.target.subarray(0, payload.position))
+    payload.target = target
     return true
   }
 

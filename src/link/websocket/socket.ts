@@ -10,7 +10,7 @@ export type GradientSink = {
   /**
    * `dataLength` bytes of memory for this gradient chunk, or undefined: the frame then arrives as an ordinary message.
    * That answer is always right, and needed while an earlier message waits to be handled. The memory must stay until
-   * `received`, `abandon`, `close` or `terminate`.
+   * `received`, `abandon`, `redirect`, `close` or `terminate`.
    */
   destination(head: GradientHead): Uint8Array | undefined
   /** The chunk is complete in its destination. In order with the messages around it. */
@@ -58,6 +58,11 @@ export class InPlaceWebSocket extends WebSocket {
     if (this.#reader?.abandon()) this.#useBuffer?.(this.#reader.next())
   }
 
+  /** The memory of a half-received gradient is another one from here on; what has come of its chunk is copied. */
+  redirect(destination: (head: GradientHead) => Uint8Array): void {
+    if (this.#reader?.redirect(destination)) this.#useBuffer?.(this.#reader.next())
+  }
+
   override close(code?: number, reason?: string | Buffer): void {
     this.abandon()
     super.close(code, reason)
@@ -85,6 +90,15 @@ export class InPlaceWebSocket extends WebSocket {
     Reflect.set(socket, hooks.generator, () => reader.next())
     this.#useBuffer(reader.next())
   }
+}
+
+/**
+ * How many bytes the kernel has taken of what was written. `bytesWritten` of a socket counts what waits as well: this
+ * is what its handle was given less what libuv keeps, as in `_onTimeout` (lib/net.js of Node 12 to 24).
+ */
+export function bytesTaken(socket: Socket): number {
+  const handle: { bytesWritten: number; writeQueueSize: number } | null = Reflect.get(socket, '_handle')
+  return handle ? handle.bytesWritten - handle.writeQueueSize : 0
 }
 
 /** The private fields behind `onread` (lib/net.js of Node 12 to 24), if this socket is one that has them. */

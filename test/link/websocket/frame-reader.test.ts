@@ -85,9 +85,32 @@ t.test(
   },
 )
 
-t.test('without a gradient at work there is nothing to abandon', async (t) => {
+t.test('a redirected gradient goes on in other memory, with all that has come of it', async (t) => {
+  const data = randomBytes(2 * IN_PLACE_BYTES, 1)
+  const stream = rawGradient(0, data, { mask: Uint8Array.from([9, 8, 7, 6]) })
+  for (const at of [200, 70_000, stream.length - 100]) {
+    const { reader, events, targets } = recording()
+    feed(reader, stream.subarray(0, at))
+    const before = Buffer.from(targets[0]!)
+    const other = new Uint8Array(data.length)
+    t.equal(
+      reader.redirect(({ dataLength }) => other.subarray(0, dataLength)),
+      true,
+    )
+    feed(reader, stream.subarray(at))
+    t.ok(before.equals(targets[0]!), `the first memory is written no more after ${at} bytes`)
+    t.ok(Buffer.from(data).equals(other))
+    t.equal(events.length, 1)
+  }
+})
+
+t.test('without a gradient at work there is nothing to abandon or to redirect', async (t) => {
   const { reader } = recording()
   t.equal(reader.abandon(), false)
+  t.equal(
+    reader.redirect(() => new Uint8Array(0)),
+    false,
+  )
   feed(reader, rawFrame(0x82, randomBytes(1000, 1), new Uint8Array(4)).subarray(0, 500))
   t.equal(reader.abandon(), false)
 })
