@@ -11,8 +11,9 @@ const LINGER_MS = 5000
  * refused with OVERLOADED. Streamed ones are their handler's, see `paced`.
  */
 export function limitBody(pace: Pace): (request: FastifyRequest, reply: FastifyReply, body: Readable) => Promise<void> {
-  return async ({ routeOptions, raw: { socket } }, _reply, body) => {
-    if (routeOptions.config.streamed) return
+  return async ({ ws, routeOptions, raw: { socket } }, _reply, body) => {
+    // An upgrade has no body that would end: it would be watched, and kept with its socket, long after its stream.
+    if (ws || routeOptions.config.streamed) return
     const stop = watch(
       pace,
       () => socket.bytesRead,
