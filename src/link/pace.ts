@@ -35,7 +35,7 @@ export class Window {
     const holds = since <= at
     if (holds && now - at < this.#pace.send_timeout_seconds * 1000) return undefined
     this.#begun = { at: now, bytes }
-    const moved = bytes - before
+    const moved = Math.max(0, bytes - before)
     return holds && moved < leastOf(this.#pace) ? tooSlow(this.#pace, moved) : undefined
   }
 }

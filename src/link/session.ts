@@ -6,13 +6,14 @@ import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
-import { inSlices } from '../run/slices.js'
+import { inSlices, sliceEnd, turn } from '../run/slices.js'
 import type { Connection } from '../run/step/member.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
 import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame } from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
 import { Window } from './pace.js'
 import { Reception } from './reception.js'
+import { ControlFrames } from './websocket/control-frames.js'
 import { Sender } from './websocket/sender.js'
 import { bytesTaken, type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
 
@@ -28,10 +29,6 @@ export type SessionContext = Means & {
 const GRACE_MS = 10_000
 // What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
 const UNREAD_BYTES = 32 << 20
-// A pong in waiting takes far more memory than its bytes. One read of 64 KiB brings up to 10923 pings.
-const UNREAD_PONGS = 20_000
-// The header of a ping or pong, without and with the mask that clients put on theirs (RFC 6455, section 5.2).
-const [UNMASKED_BYTES, MASKED_BYTES] = [2, 6]
 
 /** One connection: it takes frames in their order, and ends when it should. */
 export class Session implements Connection, GradientSink {
@@ -49,10 +46,9 @@ export class Session implements Connection, GradientSink {
   #draining = false
   readonly #connectedAt = performance.now()
   readonly #window: Window
-  /** Bytes of pings and pongs that have come and gone: signs of life, and no progress. */
-  #controlBytes = 0
-  /** Pongs that the kernel has not taken yet. */
-  #unreadPongs = 0
+  readonly #control: ControlFrames
+  /** Why the socket is not read. */
+  readonly #paused = new Set<'frames' | 'pings'>()
   #timer: NodeJS.Timeout
 
   constructor(socket: WebSocket, context: SessionContext) {
@@ -68,10 +64,9 @@ export class Session implements Connection, GradientSink {
       redirected: (destination) => this.#inPlace?.redirect(destination),
     })
     this.#window = new Window(context.config)
+    this.#control = new ControlFrames(socket, () => this.#slowDown())
     if (this.#inPlace) this.#inPlace.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
-    socket.on('ping', (data) => this.#pong(data))
-    socket.on('pong', (data) => this.#countControl(MASKED_BYTES, data))
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
     const { send_timeout_seconds, open_timeout_seconds } = context.config
@@ -124,21 +119,48 @@ export class Session implements Connection, GradientSink {
     if (!this.#pumping) void this.#pump()
   }
 
-  /** Handles what was received in its order. The socket is not read while a frame has to wait for something. */
+  /**
+   * Handles what was received in its order. The socket is not read while a frame has to wait for something, or for
+   * others to have the event loop.
+   */
   async #pump(): Promise<void> {
     this.#pumping = true
+    let until = sliceEnd()
     for (let message = this.#inbox.shift(); message && !this.#leaving; message = this.#inbox.shift()) {
       try {
         const waits = this.#handle(message.bytes, message.binary)
-        if (waits === undefined) continue
-        this.#socket.pause()
-        await waits
+        if (waits === undefined && performance.now() < until) continue
+        this.#pause('frames')
+        await (waits ?? turn())
       } catch (error) {
         this.#report(error)
       }
+      until = sliceEnd()
     }
     this.#pumping = false
-    this.#socket.resume()
+    this.#resume('frames')
+  }
+
+  #pause(reason: 'frames' | 'pings'): void {
+    this.#paused.add(reason)
+    this.#socket.pause()
+  }
+
+  #resume(reason: 'frames' | 'pings'): void {
+    this.#paused.delete(reason)
+    if (this.#paused.size === 0) this.#socket.resume()
+  }
+
+  /** Does not read a connection that sends more pings and pongs than it may until it has waited for long enough. */
+  #slowDown(): void {
+    if (this.#paused.has('pings') || this.#leaving) return
+    this.#pause('pings')
+    const goOn = () => {
+      const { wait } = this.#control
+      if (wait > 0) setTimeout(goOn, wait).unref()
+      else this.#resume('pings')
+    }
+    setTimeout(goOn, this.#control.wait).unref()
   }
 
   #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {
@@ -273,21 +295,9 @@ export class Session implements Connection, GradientSink {
   /** Ends a connection that asks for more than it reads: answers would pile up without end. */
   #checkUnread(): void {
     const bytes = this.#socket.bufferedAmount
-    if (bytes <= UNREAD_BYTES && this.#unreadPongs <= UNREAD_PONGS) return
-    const message = `${bytes} bytes and ${this.#unreadPongs} pongs wait to be read, at most ${UNREAD_BYTES} and ${UNREAD_PONGS} may`
+    if (bytes <= UNREAD_BYTES) return
+    const message = `${bytes} bytes wait to be read, at most ${UNREAD_BYTES} may`
     this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
-  }
-
-  // ws would answer by itself, and cut a client without a word whose pings come faster than turns of the event loop.
-  #pong(data: Buffer): void {
-    this.#countControl(MASKED_BYTES, data)
-    this.#checkUnread()
-    if (this.#leaving) return
-    this.#unreadPongs += 1
-    this.#socket.pong(data, false, () => {
-      this.#unreadPongs -= 1
-      this.#countControl(UNMASKED_BYTES, data)
-    })
   }
 
   /** Closes the connection and cuts it where the peer does not take the close. */
@@ -315,10 +325,6 @@ export class Session implements Connection, GradientSink {
     return this.#socket instanceof InPlaceWebSocket ? this.#socket : undefined
   }
 
-  #countControl(header: number, { length }: Buffer): void {
-    this.#controlBytes += header + length
-  }
-
   /** Closes a connection that neither takes what waits for it nor sends the rest of what it began. */
   #checkProgress(): void {
     const now = performance.now()
@@ -327,7 +333,7 @@ export class Session implements Connection, GradientSink {
     // A client may send a whole step before it reads: both directions count.
     const refusal = this.#window.check(now, {
       since,
-      bytes: stream.bytesRead - this.#controlBytes + bytesTaken(stream),
+      bytes: stream.bytesRead - this.#control.bytes + bytesTaken(stream),
     })
     if (refusal) return this.#report(refusal)
     const { open_timeout_seconds } = config

@@ -11,6 +11,8 @@ export type FrameReaderOptions = {
   forward: (bytes: Buffer) => void
   destination: (head: GradientHead) => Uint8Array | undefined
   received: (head: GradientHead) => void
+  /** Told of a ping or pong of `bytes` bytes that needs no answer. */
+  skipped: (bytes: number) => void
 }
 
 const SCRATCH_BYTES = 65_536
@@ -31,11 +33,15 @@ export class FrameReader {
   readonly #scratch = Buffer.allocUnsafeSlow(SCRATCH_BYTES)
   /** Bytes at the start of the scratch about which nothing could be decided yet: fewer than UNDECIDED_BYTES. */
   #held = 0
+  /** Where the ordinary bytes of the scratch begin that were not forwarded yet. */
+  #from = 0
   /** Bytes of the present ordinary frame that are still to come. */
   #ordinary = 0
   #payload: Payload | undefined
   /** Whether an ordinary message goes on in the next data frame. */
   #fragmented = false
+  /** The last ping of those that have come one behind the other. */
+  #ping: Buffer | undefined
 
   constructor(options: FrameReaderOptions) {
     this.#options = options
@@ -82,24 +88,32 @@ export class FrameReader {
   /** Works through the first `end` bytes of the scratch and keeps what is undecided at its start. */
   #parse(end: number): void {
     let at = 0
+    this.#from = 0
     while (at < end) {
-      const header = this.#payload || this.#ordinary > 0 ? 0 : this.#begin(this.#scratch.subarray(at, end))
-      if (header === undefined) break
-      at += header
-      at += this.#consume(this.#scratch.subarray(at, end))
+      if (!this.#payload && this.#ordinary === 0) {
+        const done = this.#begin(at, end)
+        if (done === undefined) break
+        at += done
+      }
+      at += this.#consume(at, end)
     }
+    this.#forward(at)
+    this.#forwardPing()
     this.#scratch.copyWithin(0, at, end)
     this.#held = end - at
   }
 
   /**
-   * Decides about the frame that begins here: how many bytes of it are done with, undefined if more are needed to
+   * Decides about the frame that begins at `at`: how many bytes of it are done with, undefined if more are needed to
    * tell.
    */
-  #begin(bytes: Buffer): number | undefined {
-    const found = recognize(bytes.subarray(0, UNDECIDED_BYTES), this.#fragmented, this.#options.maxPayload)
+  #begin(at: number, end: number): number | undefined {
+    const bytes = this.#scratch.subarray(at, Math.min(end, at + UNDECIDED_BYTES))
+    const found = recognize(bytes, this.#fragmented, this.#options.maxPayload)
     if (found.kind === 'more') return undefined
-    const target = found.kind === 'gradient' ? this.#options.destination(found.head) : undefined
+    if (found.kind === 'control') return this.#control(at, found)
+    this.#forwardPing()
+    const target = found.kind === 'gradient' ? this.#destination(at, found.head) : undefined
     if (found.kind === 'ordinary' || target === undefined) {
       this.#ordinary = found.kind === 'ordinary' ? found.length : found.end
       this.#fragmented = found.kind === 'ordinary' && found.fragmented
@@ -111,17 +125,49 @@ export class FrameReader {
     return start
   }
 
-  /** Forwards or places what of `bytes` belongs to the present frame, and returns how many. */
-  #consume(bytes: Buffer): number {
+  /** Where the gradient that begins at `at` goes, which depends on the messages before it. */
+  #destination(at: number, head: GradientHead): Uint8Array | undefined {
+    this.#forward(at)
+    return this.#options.destination(head)
+  }
+
+  /**
+   * Of pings that come together the last one alone needs an answer, and a pong needs none (RFC 6455, section 5.5.3).
+   * They are the smallest frames that there are: to forward each would take a hundred milliseconds for one read.
+   */
+  #control(at: number, { length, isPing }: { length: number; isPing: boolean }): number {
+    this.#forward(at)
+    const frame = this.#scratch.subarray(at, at + length)
+    const superfluous = isPing ? this.#ping : frame
+    if (superfluous) this.#options.skipped(superfluous.length)
+    if (isPing) this.#ping = frame
+    this.#from = at + length
+    return length
+  }
+
+  /** Forwards the ordinary bytes before `at` that were not forwarded yet, of however many frames they are. */
+  #forward(at: number): void {
+    if (at > this.#from) this.#options.forward(Buffer.from(this.#scratch.subarray(this.#from, at)))
+    this.#from = at
+  }
+
+  #forwardPing(): void {
+    if (this.#ping === undefined) return
+    this.#options.forward(Buffer.from(this.#ping))
+    this.#ping = undefined
+  }
+
+  /** Goes over the bytes from `at` on that belong to the present frame, places them, and returns how many there are. */
+  #consume(at: number, end: number): number {
     const payload = this.#payload
     if (payload === undefined) {
-      const count = Math.min(this.#ordinary, bytes.length)
+      const count = Math.min(this.#ordinary, end - at)
       this.#ordinary -= count
-      this.#options.forward(Buffer.from(bytes.subarray(0, count)))
       return count
     }
-    const count = Math.min(payload.length - payload.position, bytes.length)
-    payload.target?.set(bytes.subarray(0, count), payload.position)
+    const count = Math.min(payload.length - payload.position, end - at)
+    payload.target?.set(this.#scratch.subarray(at, at + count), payload.position)
+    this.#from = at + count
     this.#advance(payload, count)
     return count
   }

@@ -14,6 +14,8 @@ export type GradientPayload = { kind: 'gradient'; head: GradientHead; start: num
 
 export type Recognized =
   | { kind: 'more' }
+  /** A whole ping or pong of `length` bytes, header included, as it must be. */
+  | { kind: 'control'; isPing: boolean; length: number }
   /** A frame of `length` bytes, header included; `fragmented` says whether a message goes on after it. */
   | { kind: 'ordinary'; length: number; fragmented: boolean }
   | GradientPayload
@@ -27,12 +29,16 @@ export type Recognized =
 export function recognize(bytes: Buffer, fragmented: boolean, maxPayload: number): Recognized {
   const frame = readFrameHeader(bytes, 0)
   if (frame === undefined) return { kind: 'more' }
+  if (isControl(frame)) return readControl(bytes, frame)
   const found = fragmented ? undefined : readGradient(bytes, frame, maxPayload)
   return found ?? { kind: 'ordinary', length: frame.start + frame.length, fragmented: goesOn(frame.first, fragmented) }
 }
 
 type FrameHeader = { first: number; masked: boolean; start: number; length: number }
 
+const PING = 0x89
+const PONG = 0x8a
+const MOST_CONTROL_BYTES = 125
 const FINAL_BINARY = 0x82
 const FIRST_BINARY = 0x02
 const FINAL_CONTINUATION = 0x80
@@ -52,6 +58,15 @@ function readFrameHeader(bytes: Buffer, at: number): FrameHeader | undefined {
 
 function readLength(bytes: Buffer, at: number, lengthBytes: 2 | 8): number {
   return lengthBytes === 2 ? bytes.readUInt16BE(at) : Number(bytes.readBigUInt64BE(at))
+}
+
+function isControl({ first, masked, length }: FrameHeader): boolean {
+  return (first === PING || first === PONG) && masked && length <= MOST_CONTROL_BYTES
+}
+
+function readControl(bytes: Buffer, { first, start, length }: FrameHeader): Recognized {
+  const end = start + length
+  return bytes.length < end ? { kind: 'more' } : { kind: 'control', isPing: first === PING, length: end }
 }
 
 function goesOn(first: number, fragmented: boolean): boolean {

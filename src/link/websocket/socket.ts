@@ -37,6 +37,8 @@ const { unmask }: { unmask: (bytes: Uint8Array, key: Uint8Array) => void } = cre
  */
 export class InPlaceWebSocket extends WebSocket {
   sink: GradientSink | undefined
+  /** Told of a ping or pong of `bytes` bytes that needs no answer, and has no event. */
+  skipped: (bytes: number) => void = () => {}
   #reader: FrameReader | undefined
   #useBuffer: ((buffer: Uint8Array) => void) | undefined
 
@@ -80,6 +82,7 @@ export class InPlaceWebSocket extends WebSocket {
       forward: (bytes) => socket.emit('data', bytes),
       destination: (head) => (this.readyState === WebSocket.OPEN ? this.sink?.destination(head) : undefined),
       received: (head) => this.sink?.received(head),
+      skipped: (bytes) => this.skipped(bytes),
     })
     this.#reader = reader
     this.#useBuffer = (buffer) => {
