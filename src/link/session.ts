@@ -13,8 +13,8 @@ import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame } 
 import { Answers, type Joined, type Means } from './answers.js'
 import { Window } from './pace.js'
 import { Reception } from './reception.js'
-import { ControlFrames } from './websocket/control-frames.js'
 import { Sender } from './websocket/sender.js'
+import { SmallFrames } from './websocket/small-frames.js'
 import { bytesTaken, type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
 
 export type SessionContext = Means & {
@@ -46,9 +46,9 @@ export class Session implements Connection, GradientSink {
   #draining = false
   readonly #connectedAt = performance.now()
   readonly #window: Window
-  readonly #control: ControlFrames
+  readonly #small: SmallFrames
   /** Why the socket is not read. */
-  readonly #paused = new Set<'frames' | 'pings'>()
+  readonly #paused = new Set<'frames' | 'small'>()
   #timer: NodeJS.Timeout
 
   constructor(socket: WebSocket, context: SessionContext) {
@@ -64,7 +64,7 @@ export class Session implements Connection, GradientSink {
       redirected: (destination) => this.#inPlace?.redirect(destination),
     })
     this.#window = new Window(context.config)
-    this.#control = new ControlFrames(socket, () => this.#slowDown())
+    this.#small = new SmallFrames(socket, () => this.#slowDown())
     if (this.#inPlace) this.#inPlace.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
     socket.on('error', (error) => this.#refuseMessage(error))
@@ -141,26 +141,26 @@ export class Session implements Connection, GradientSink {
     this.#resume('frames')
   }
 
-  #pause(reason: 'frames' | 'pings'): void {
+  #pause(reason: 'frames' | 'small'): void {
     this.#paused.add(reason)
     this.#socket.pause()
   }
 
-  #resume(reason: 'frames' | 'pings'): void {
+  #resume(reason: 'frames' | 'small'): void {
     this.#paused.delete(reason)
     if (this.#paused.size === 0) this.#socket.resume()
   }
 
-  /** Does not read a connection that sends more pings and pongs than it may until it has waited for long enough. */
+  /** Does not read a connection that sends more small frames than it may until it has waited for long enough. */
   #slowDown(): void {
-    if (this.#paused.has('pings') || this.#leaving) return
-    this.#pause('pings')
+    if (this.#paused.has('small') || this.#leaving) return
+    this.#pause('small')
     const goOn = () => {
-      const { wait } = this.#control
+      const { wait } = this.#small
       if (wait > 0) setTimeout(goOn, wait).unref()
-      else this.#resume('pings')
+      else this.#resume('small')
     }
-    setTimeout(goOn, this.#control.wait).unref()
+    setTimeout(goOn, this.#small.wait).unref()
   }
 
   #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {
@@ -333,7 +333,7 @@ export class Session implements Connection, GradientSink {
     // A client may send a whole step before it reads: both directions count.
     const refusal = this.#window.check(now, {
       since,
-      bytes: stream.bytesRead - this.#control.bytes + bytesTaken(stream),
+      bytes: stream.bytesRead - this.#small.controlBytes + bytesTaken(stream),
     })
     if (refusal) return this.#report(refusal)
     const { open_timeout_seconds } = config

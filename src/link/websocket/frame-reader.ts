@@ -13,6 +13,10 @@ export type FrameReaderOptions = {
   received: (head: GradientHead) => void
   /** Told of a ping or pong of `bytes` bytes that needs no answer. */
   skipped: (bytes: number) => void
+  /** Told of a fragment that is small. */
+  small: () => void
+  /** Whether nothing more may be read at present: the rest waits for `goOn`. */
+  paused: () => boolean
 }
 
 const SCRATCH_BYTES = 65_536
@@ -31,7 +35,10 @@ type Payload = { head: GradientHead; key: Uint8Array; target: Uint8Array | undef
 export class FrameReader {
   readonly #options: FrameReaderOptions
   readonly #scratch = Buffer.allocUnsafeSlow(SCRATCH_BYTES)
-  /** Bytes at the start of the scratch about which nothing could be decided yet: fewer than UNDECIDED_BYTES. */
+  /**
+   * Bytes at the start of the scratch about which nothing could be decided yet, fewer than UNDECIDED_BYTES, or that
+   * wait for `goOn`.
+   */
   #held = 0
   /** Where the ordinary bytes of the scratch begin that were not forwarded yet. */
   #from = 0
@@ -42,6 +49,8 @@ export class FrameReader {
   #fragmented = false
   /** The last ping of those that have come one behind the other. */
   #ping: Buffer | undefined
+  /** Whether bytes were left because reading is paused. */
+  #waits = false
 
   constructor(options: FrameReaderOptions) {
     this.#options = options
@@ -58,6 +67,13 @@ export class FrameReader {
     const payload = this.#direct()
     if (payload) this.#advance(payload, count)
     else this.#parse(this.#held + count)
+  }
+
+  /** Works through what was left when reading was paused, and says whether there was something: `next` is another buffer then. */
+  goOn(): boolean {
+    if (!this.#waits) return false
+    this.#parse(this.#held)
+    return true
   }
 
   /** Lets go of the destination at work, if there is one, and says whether there was: then `next` is another buffer. */
@@ -89,13 +105,15 @@ export class FrameReader {
   #parse(end: number): void {
     let at = 0
     this.#from = 0
-    while (at < end) {
+    this.#waits = false
+    while (at < end && !this.#waits) {
       if (!this.#payload && this.#ordinary === 0) {
         const done = this.#begin(at, end)
         if (done === undefined) break
         at += done
       }
       at += this.#consume(at, end)
+      this.#waits = !this.#payload && this.#ordinary === 0 && this.#options.paused()
     }
     this.#forward(at)
     this.#forwardPing()
@@ -114,6 +132,7 @@ export class FrameReader {
     if (found.kind === 'control') return this.#control(at, found)
     this.#forwardPing()
     const target = found.kind === 'gradient' ? this.#destination(at, found.head) : undefined
+    if (found.kind === 'ordinary' && found.isSmall) this.#options.small()
     if (found.kind === 'ordinary' || target === undefined) {
       this.#ordinary = found.kind === 'ordinary' ? found.length : found.end
       this.#fragmented = found.kind === 'ordinary' && found.fragmented

@@ -3,6 +3,9 @@ import { type GradientHead, PEEK_BYTES, peekGradient } from '../../wire/codec.js
 /** Payloads below this are not worth a path of their own. */
 export const IN_PLACE_BYTES = 65_536
 
+/** A message that is cut into fragments has larger ones. */
+const SMALL_BYTES = 1024
+
 /** No more bytes than this are ever needed to decide about a frame: two frame headers and what may be peeked at. */
 export const UNDECIDED_BYTES = 2 * 14 + PEEK_BYTES
 
@@ -16,8 +19,11 @@ export type Recognized =
   | { kind: 'more' }
   /** A whole ping or pong of `length` bytes, header included, as it must be. */
   | { kind: 'control'; isPing: boolean; length: number }
-  /** A frame of `length` bytes, header included; `fragmented` says whether a message goes on after it. */
-  | { kind: 'ordinary'; length: number; fragmented: boolean }
+  /**
+   * A frame of `length` bytes, header included; `fragmented` says whether a message goes on after it, `isSmall` whether
+   * it is a fragment of less than SMALL_BYTES.
+   */
+  | { kind: 'ordinary'; length: number; fragmented: boolean; isSmall: boolean }
   | GradientPayload
 
 /**
@@ -31,7 +37,10 @@ export function recognize(bytes: Buffer, fragmented: boolean, maxPayload: number
   if (frame === undefined) return { kind: 'more' }
   if (isControl(frame)) return readControl(bytes, frame)
   const found = fragmented ? undefined : readGradient(bytes, frame, maxPayload)
-  return found ?? { kind: 'ordinary', length: frame.start + frame.length, fragmented: goesOn(frame.first, fragmented) }
+  if (found) return found
+  const length = frame.start + frame.length
+  const isSmall = (fragmented || goesOn(frame.first, fragmented)) && frame.length < SMALL_BYTES
+  return { kind: 'ordinary', length, fragmented: goesOn(frame.first, fragmented), isSmall }
 }
 
 type FrameHeader = { first: number; masked: boolean; start: number; length: number }

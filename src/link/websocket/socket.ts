@@ -39,6 +39,8 @@ export class InPlaceWebSocket extends WebSocket {
   sink: GradientSink | undefined
   /** Told of a ping or pong of `bytes` bytes that needs no answer, and has no event. */
   skipped: (bytes: number) => void = () => {}
+  /** Told of a fragment of a message that is small. */
+  small: () => void = () => {}
   #reader: FrameReader | undefined
   #useBuffer: ((buffer: Uint8Array) => void) | undefined
 
@@ -65,6 +67,12 @@ export class InPlaceWebSocket extends WebSocket {
     if (this.#reader?.redirect(destination)) this.#useBuffer?.(this.#reader.next())
   }
 
+  /** Goes on with what was read before the pause. */
+  override resume(): void {
+    super.resume()
+    if (this.#reader?.goOn()) this.#useBuffer?.(this.#reader.next())
+  }
+
   override close(code?: number, reason?: string | Buffer): void {
     this.abandon()
     super.close(code, reason)
@@ -83,6 +91,8 @@ export class InPlaceWebSocket extends WebSocket {
       destination: (head) => (this.readyState === WebSocket.OPEN ? this.sink?.destination(head) : undefined),
       received: (head) => this.sink?.received(head),
       skipped: (bytes) => this.skipped(bytes),
+      small: () => this.small(),
+      paused: () => this.isPaused,
     })
     this.#reader = reader
     this.#useBuffer = (buffer) => {

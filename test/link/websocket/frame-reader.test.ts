@@ -144,6 +144,29 @@ t.test(
   },
 )
 
+t.test('while reading is paused the rest of a read waits, and nothing of it is lost', async (t) => {
+  const zero = new Uint8Array(4)
+  const fragments = Array.from({ length: 3000 }, (_, i) => rawFrame(i === 0 ? 0x02 : 0x00, Buffer.of(i & 255), zero))
+  const message = Buffer.concat([...fragments, rawFrame(0x80, Buffer.of(1), zero)])
+  const gradient = rawGradient(1, randomBytes(IN_PLACE_BYTES, 1), { mask: zero })
+  const { reader, events, small, state } = recording()
+  state.mayGoOn = 1000
+  feed(reader, message)
+  t.equal(small.length, 1000)
+  t.equal(Buffer.concat(events.map((event) => ('ordinary' in event ? event.ordinary : Buffer.of()))).length, 7000)
+  t.equal(reader.goOn(), true)
+  t.equal(small.length, 1001, 'each time something goes on')
+  state.mayGoOn = Infinity
+  t.equal(reader.goOn(), true)
+  t.equal(reader.goOn(), false, 'there is nothing left')
+  feed(reader, gradient)
+  t.equal(small.length, 3001)
+  t.same(
+    digest(merged(events)),
+    digest([{ ordinary: message }, { placed: Buffer.from(randomBytes(IN_PLACE_BYTES, 1)) }]),
+  )
+})
+
 t.test('a destination of another length than the data is a bug that is not survived', async (t) => {
   const reader = new FrameReader({ ...noHooks, destination: () => new Uint8Array(5) })
   const bytes = rawGradient(0, randomBytes(IN_PLACE_BYTES, 1), { mask: new Uint8Array(4) }).subarray(0, UNDECIDED_BYTES)
@@ -156,6 +179,8 @@ const noHooks = {
   forward: () => undefined,
   received: () => undefined,
   skipped: () => undefined,
+  small: () => undefined,
+  paused: () => false,
 }
 
 type Piece = { kind: 'gradient' | 'refused' | 'text' | 'ping' | 'fragments'; mask: Uint8Array; fragments?: boolean }
@@ -172,6 +197,8 @@ function recording(refused: ReadonlySet<number> = new Set()) {
   const events: Event[] = []
   const targets: Uint8Array[] = []
   const skipped: number[] = []
+  const small: number[] = []
+  const state = { mayGoOn: Infinity }
   const reader = new FrameReader({
     maxPayload: 0,
     unmask: (bytes, key) => bytes.set(bytes.map((byte, i) => byte ^ key[i & 3]!)),
@@ -183,8 +210,10 @@ function recording(refused: ReadonlySet<number> = new Set()) {
     },
     received: () => events.push({ placed: Buffer.from(targets.at(-1)!) }),
     skipped: (bytes) => skipped.push(bytes),
+    small: () => small.push(1),
+    paused: () => small.length >= state.mayGoOn,
   })
-  return { reader, events, targets, skipped }
+  return { reader, events, targets, skipped, small, state }
 }
 
 function receive(stream: Buffer, splits: readonly number[], refused: ReadonlySet<number>) {
