@@ -220,8 +220,8 @@ export class Session implements Connection, GradientSink {
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
     const limits = { chunk_bytes, staging_bytes, max_parameters }
     const opened = { type: 'opened', ...run.opened(resumed), limits, server } as const
-    const header = await inSlices(encodingOpened(opened, run.describeParameters()))
-    void this.#sender.send({ header })
+    if (frame.parameters) return this.#send(opened)
+    void this.#sender.send({ header: await inSlices(encodingOpened(opened, run.describeParameters())) })
   }
 
   /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
