@@ -156,7 +156,10 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
     sockets: promisify(server.getConnections).bind(server),
     unfinished_bytes: () => unfinished.bytes,
     in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
-    staging: () => device.staging,
+    staging: () => {
+      const own = runs.list().reduce((sum, { staging }) => sum + staging.ownBytes, 0)
+      return { used: device.staging.used, capacity: device.staging.capacity, own }
+    },
     state_bytes: () => device.memory.bytes,
     runs: () => runs.list().length,
     connections: () => streams.size,
@@ -296,15 +299,7 @@ function openStream(
   { config, device, runs, metrics, streams, unfinished }: AppServices,
 ): void {
   const local = isLocal(raw.socket)
-  const stream = new Session(socket, {
-    config,
-    device,
-    runs,
-    metrics,
-    log,
-    bytesRead: () => raw.socket.bytesRead,
-    local,
-  })
+  const stream = new Session(socket, { config, device, runs, metrics, log, stream: raw.socket, local })
   streams.add(stream)
   unfinished.watch(socket, raw.socket)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)

@@ -61,7 +61,7 @@ export const SETTINGS = {
   staging_bytes: integer(
     3 * 2 ** 26,
     [2 ** 20, BYTES],
-    'Arena that received gradients wait in; the largest gradient must fit. Updates have one of twice the size.',
+    'Arena that received gradients wait in; a larger gradient has memory of its run. Updates have one of twice the size.',
   ),
   chunk_bytes: integer(2 ** 22, [4, 2 ** 24], 'Largest `data` of one gradient or update frame.'),
   state_bytes_limit: integer(
@@ -95,12 +95,12 @@ export const SETTINGS = {
   send_timeout_seconds: seconds(
     60,
     [0.001, DAY],
-    'A stream with updates to send on which no byte moved for so long is closed.',
+    'A stream that sends a gradient or has updates to read, and moves too little within so long, is closed; see min_bytes_per_second.',
   ),
   min_bytes_per_second: integer(
     2 ** 16,
     [1, BYTES],
-    'Least rate, over send_timeout_seconds, of a body that REST receives or of an answer; what is slower is ended.',
+    'Least rate, over send_timeout_seconds, of gradients and updates of a stream, and of bodies and answers of REST; what is slower is ended.',
   ),
   idle_seconds: seconds(
     DAY,

@@ -18,7 +18,7 @@ export type Metrics = ReturnType<typeof createMetrics>
 /** The values of the gauges. They are read at each scrape: no gauge has to be kept up to date. */
 export type Observed = {
   in_flight_bytes: () => number
-  staging: () => { used: number; capacity: number }
+  staging: () => { used: number; capacity: number; own: number }
   state_bytes: () => number
   runs: () => number
   connections: () => number
@@ -137,13 +137,11 @@ function addGauge(registry: Registry, name: string, help: string, collect: (gaug
 function addStaging(registry: Registry, read: Observed['staging']): void {
   new Gauge({
     name: 'muond_staging_bytes',
-    help: 'Bytes of the staging arena, reserved (used) and in all (capacity).',
+    help: 'Bytes of the staging arena, reserved (used) and in all (capacity), and of memory that runs have beside it (own).',
     labelNames: ['state'],
     registers: [registry],
     collect() {
-      const { used, capacity } = read()
-      this.set({ state: 'used' }, used)
-      this.set({ state: 'capacity' }, capacity)
+      for (const [state, bytes] of Object.entries(read())) this.set({ state }, bytes)
     },
   })
 }

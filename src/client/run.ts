@@ -58,7 +58,7 @@ export async function openRun(host: Host, { parameters, ...options }: OpenOption
   const declarations = parameters.map(declarationOf)
   const writer = await Writer.open(host, { type: 'open', protocol: PROTOCOL, ...options, parameters: declarations })
   try {
-    return new Run(writer, bind(parameters, writer.opened), host.signal)
+    return new Run(writer, bind(parameters), host.signal)
   } catch (error) {
     writer.release(error)
     throw error

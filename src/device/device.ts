@@ -12,6 +12,7 @@ import { Lanes, refusalOf, type Ticket } from './lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 import { Region, Views, wholeOf } from './region.js'
+import { RunStaging } from './run-staging.js'
 import { Staging } from './staging.js'
 import { openStateAccess, type StateAccess, type StateLocation } from './state-access.js'
 
@@ -192,6 +193,11 @@ export class Device {
     /* c8 ignore next -- needs a GPU: npm run test:gpu */
     if (region.space === 'gpu') return this.#access(unit).write(region.pointer, bytes)
     region.chunk(0, bytes.length).set(bytes)
+  }
+
+  /** The memory that the gradients of a run are received into, which was granted it. */
+  stagingOf({ gradientBytes }: Grant): RunStaging {
+    return new RunStaging(this.staging, { bytes: gradientBytes, allocate: (bytes) => this.allocateHost(bytes) })
   }
 
   /** Memory for one update: of the arena, or an allocation of its own while clients that read slowly fill the arena. */

@@ -50,7 +50,7 @@ export function releaseKept(device: Device, { tensors, taken }: Kept): void {
 
 /** Computes the steps behind a checkpoint again; returns how many there are. */
 export async function replayJournal(
-  { device, log }: { device: Device; log: Log },
+  { log }: { log: Log },
   run: Run,
   { folder, manifest, elsewhere }: { folder: RunFolder; manifest: Manifest; elsewhere: boolean },
 ): Promise<number> {
@@ -62,7 +62,7 @@ export async function replayJournal(
     else log.info({ ...event, reason: 'the step was not finished' })
     await cutTail(tail)
   }
-  await replay(run, device, { steps, elsewhere })
+  await replay(run, { steps, elsewhere })
   return steps.length
 }
 

@@ -118,7 +118,6 @@ export async function readTensors(
  */
 export async function replay(
   run: Run,
-  device: Device,
   { steps, elsewhere }: { steps: readonly StoredStep[]; elsewhere: boolean },
 ): Promise<void> {
   const files = new Map<string, Promise<FileHandle>>()
@@ -127,7 +126,7 @@ export async function replay(
     for (const stored of steps) {
       run.repeat(settingsOf(stored.end.settings))
       const done = await Promise.allSettled(
-        stored.gradients.map((gradient) => applyAgain(run, device, { member, gradient, files, elsewhere })),
+        stored.gradients.map((gradient) => applyAgain(run, { member, gradient, files, elsewhere })),
       )
       const failed = done.find((result) => result.status === 'rejected')
       if (failed) throw failed.reason
@@ -140,7 +139,7 @@ export async function replay(
 
 type Again = { member: Member; gradient: StoredGradient; files: Map<string, Promise<FileHandle>>; elsewhere: boolean }
 
-async function applyAgain(run: Run, device: Device, { member, gradient, files, elsewhere }: Again): Promise<void> {
+async function applyAgain(run: Run, { member, gradient, files, elsewhere }: Again): Promise<void> {
   const { parameter: index, step: number, path, at, bytes, applied, label } = gradient
   await named(label, async () => {
     const parameter = run.parameter(index)
@@ -149,7 +148,7 @@ async function applyAgain(run: Run, device: Device, { member, gradient, files, e
         `the gradient of parameter '${parameter.name}' has ${bytes} bytes, expected ${parameter.gradient_bytes}`,
       )
     }
-    const region = await device.staging.reserve(bytes, new AbortController().signal)
+    const region = await run.staging.reserve(bytes, new AbortController().signal)
     assert(region, 'nothing aborts this')
     try {
       const file = files.get(path) ?? open(path, 'r')

@@ -1,3 +1,4 @@
+import { constants } from 'node:buffer'
 import type { Config } from '../config.js'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
@@ -21,6 +22,9 @@ import { checkFree, checkSame, demandsOf } from './opening.js'
 import { pendingImport } from './receive-state.js'
 import { Residents } from './residents.js'
 import { Turns } from './turns.js'
+
+// Of one view of memory.
+const { MAX_LENGTH } = constants
 
 /** The run that an `open` gave, the connection's place in it, and whether the run existed before. */
 export type Opened = { run: Run; member: Member; resumed: boolean }
@@ -167,7 +171,7 @@ export class Runs {
 
   /** Admits a run and makes the device ready for it. */
   async build(name: string, declaration: Declaration, created_at?: string): Promise<Run> {
-    this.#checkFits(declaration.parameters)
+    this.#checkSizes(declaration.parameters)
     const grant = await this.#admit(name, declaration)
     return new Run(this.#device, { name, created_at, ...declaration, grant, receipts: this.#config })
   }
@@ -384,18 +388,15 @@ export class Runs {
     return { run, member: await run.attach(connection), resumed: false }
   }
 
-  #checkFits(parameters: readonly Parameter[]): void {
-    if (parameters.length > this.#config.max_parameters) {
-      throw new ServiceError(
-        'OVER_CAPACITY',
-        `a run holds at most ${this.#config.max_parameters} parameters, given are ${parameters.length}`,
-      )
-    }
-    const { staging } = this.#device
-    const large = parameters.find(({ gradient_bytes }) => !staging.fits(gradient_bytes))
-    if (!large) return
-    const needs = `a gradient of parameter '${large.name}' needs ${large.gradient_bytes} bytes of staging memory`
-    throw new ServiceError('OVER_CAPACITY', `${needs}, the arena has ${staging.capacity}`, { parameter: large.index })
+  #checkSizes(parameters: readonly Parameter[]): void {
+    const { max_parameters } = this.#config
+    const { length } = parameters
+    if (length > max_parameters)
+      throw new ServiceError('OVER_CAPACITY', `a run holds at most ${max_parameters} parameters, given are ${length}`)
+    const large = parameters.find((parameter) => largestTensor(parameter) > MAX_LENGTH)
+    if (large === undefined) return
+    const message = `parameter '${large.name}' has tensors of ${largestTensor(large)} bytes, node ${process.version} reaches ${MAX_LENGTH}: run the service on a newer one`
+    throw new ServiceError('OVER_CAPACITY', message, { parameter: large.index })
   }
 
   #expelAll(): void {
@@ -410,4 +411,9 @@ export class Runs {
     const { backend, failed } = this.#device
     return new ServiceError('DEVICE_FAILED', `the device ${backend.name} has failed: ${failed?.message}`, fields)
   }
+}
+
+/** The bytes of the largest tensor of a parameter that travels. */
+function largestTensor({ gradient_bytes, update_bytes }: Parameter): number {
+  return Math.max(gradient_bytes, update_bytes)
 }

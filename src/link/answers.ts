@@ -22,10 +22,12 @@ export type Means = { config: Config; device: Device; metrics: Metrics }
 export type Joined = { run: Run; member: Member }
 
 /**
- * A gradient that lies whole in its region: of the staging arena, or of memory that the client shares. The run that
- * computes it takes the region over.
+/**
+ * A gradient that lies whole in its region, once `ready` has settled if it is there. The region is one of the staging
+ * arena or of the run's own memory, or of memory that the client shares. The run that computes it takes the region
+ * over.
  */
-export type Gradient = Joined & { step: Step; parameter: number; region: Region } & SharedPlaces
+export type Gradient = Joined & { step: Step; parameter: number; region: Region; ready?: Promise<void> } & SharedPlaces
 
 /**
  * Of a gradient that lies in memory that the client shares: `source` where it is to be copied from to its region first,
@@ -76,8 +78,10 @@ export class Answers {
     this.#outstanding.set(parameter, work)
   }
 
-  async #answer({ run, member, step, parameter: index, region: gradient, ...shared }: Gradient): Promise<void> {
+  async #answer(given: Gradient): Promise<void> {
+    const { run, member, step, parameter: index, region: gradient, ready, ...shared } = given
     try {
+      if (ready) await ready
       const update = await run.compute(member, { step, index, gradient, ...shared })
       if (!update) return
       const sent = shared.target ? this.#tell(step, index, update) : this.#send(step, index, update)

@@ -3,6 +3,7 @@ import { EventEmitter } from 'node:events'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
 import type { Region } from '../device/region.js'
+import type { RunStaging } from '../device/run-staging.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import { type Groups, groupOf } from '../optimizer/hyperparameters.js'
@@ -83,6 +84,11 @@ export class Run extends EventEmitter<RunEvents> {
   /** The memory that the device has granted the run, and where. */
   get grant(): Grant {
     return this.#shard.grant
+  }
+
+  /** Where the run's gradients are received. */
+  get staging(): RunStaging {
+    return this.#shard.staging
   }
 
   get attentions(): readonly Attention[] {
@@ -177,13 +183,8 @@ export class Run extends EventEmitter<RunEvents> {
   /** The answer to an `open` that has found or made the run, but for the parameters. */
   opened(resumed: boolean): Omit<OpenedFrame, 'type' | 'limits' | 'server' | 'parameters'> {
     return {
-      run: this.name,
-      epoch: this.epoch,
-      step: this.step,
-      resumed,
-      digest: this.digest,
-      ahead: this.ahead,
-      attentions: this.attentions,
+      ...{ run: this.name, epoch: this.epoch, step: this.step, resumed, digest: this.digest },
+      ...{ ahead: this.ahead, attentions: this.attentions },
       groups: effectiveGroups(this.groups),
       ...(this.note && { note: this.note }),
     }

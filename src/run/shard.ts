@@ -1,6 +1,7 @@
 import type { Grant } from '../device/admission.js'
 import type { Device, Ticket } from '../device/device.js'
 import type { Tensor } from '../device/memory.js'
+import type { RunStaging } from '../device/run-staging.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import type { Parameter } from '../optimizer/parameter.js'
@@ -31,6 +32,8 @@ export type ShardOptions = {
 /** The parameters of a run that this process computes: their places on one device. */
 export class Shard {
   readonly grant: Grant
+  /** Where gradients of these parameters are received. */
+  readonly staging: RunStaging
   readonly attentions: readonly Attention[]
   readonly parameters: readonly Parameter[]
   readonly #run: string
@@ -42,6 +45,7 @@ export class Shard {
     this.#run = run
     this.#device = device
     this.grant = grant
+    this.staging = device.stagingOf(grant)
     this.parameters = parameters
     this.attentions = attentions
     this.#claims = claimsByParameter(attentions)
@@ -147,6 +151,7 @@ export class Shard {
   /** Gives all memory back. No job is under way any more. */
   dispose(): void {
     for (const place of this.#places) place.dispose()
+    this.staging.close()
     this.#device.dismiss(this.grant)
   }
 }

@@ -155,7 +155,8 @@ export type OpenedFrame = {
   readonly resumed: boolean
   readonly digest: string
   readonly ahead: readonly number[]
-  readonly parameters: readonly ParameterDescription[]
+  /** Those of the run, where `open` gave none: what it gave is the run's. */
+  readonly parameters?: readonly ParameterDescription[]
   readonly attentions: readonly AttentionDescription[]
   readonly groups: Readonly<Record<string, Hyperparameters>>
   /** How the run came to its state if not by its own steps alone: an import, or a restore on another device. */
@@ -380,13 +381,13 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       resumed: bool,
       digest: string,
       ahead: list(uint),
-      parameters: list(PARAMETER_DESCRIPTION),
       attentions: list(attentionDescription),
       groups: dictionary(dictionary(hyperparameter)),
       limits: openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {}),
       server: openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {}),
     },
     {
+      parameters: list(PARAMETER_DESCRIPTION),
       note: string,
       transport: openMap<TransportAnswer>(
         {

@@ -123,11 +123,7 @@ class Run:
     ) -> None:
         """Use ``open_run``."""
         self.address = address
-        self.parameters = bind(writer.opened["parameters"])
-        if len(self.parameters) != len(parameters):
-            raise MuondError(
-                "RUN_MISMATCH", f"the run has {len(self.parameters)} parameters, {len(parameters)} were declared"
-            )
+        self.parameters = bind([parameter.declaration() for parameter in parameters])
         self._writer = writer
         self._by_key: dict[Key, Bound] = {parameter.name: parameter for parameter in self.parameters}
         self._by_key.update({parameter.index: parameter for parameter in self.parameters})

@@ -21,7 +21,6 @@ _REQUIRED: Mapping[str, Mapping[str, type]] = {
         "resumed": bool,
         "digest": str,
         "ahead": list,
-        "parameters": list,
         "groups": dict,
         "limits": dict,
         "server": dict,
