@@ -12,6 +12,7 @@ tables, with --out also JSON; ends with 1 if a check failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import gc
 import io
@@ -26,14 +27,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from muond.connection import Connection
 from muond.error import MuondError
+from muond.run import Run
+from muond.steps.exchange import Exchange
+from muond.steps.updates import Updates
 from muond.torch import Muon, Optimizer, suggest
+from muond.torch.staging import Staging
 
 from checks import Checks
 from gpt import gpt
@@ -151,8 +157,53 @@ def _profile(name: str, device: torch.device, optimizer: Optimizer) -> None:
         _timed(device, optimizer.step)
     profile.disable()
     text = io.StringIO()
-    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(18)
-    print(f"profile of 20 steps, {name}", text.getvalue()[:3500], file=sys.stderr, flush=True)
+    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(12)
+    print(f"profile of 20 steps, {name}", text.getvalue()[:2000], file=sys.stderr, flush=True)
+    _timeline(name, optimizer)
+
+
+def _timeline(name: str, optimizer: Optimizer) -> None:
+    """When the parts of one step begin and end, in milliseconds from its begin."""
+    events: list[tuple[float, float, str]] = []
+    with contextlib.ExitStack() as stack:
+        for holder, method in (
+            (Exchange, "_send_gradients"),
+            (Connection, "send"),
+            (Updates, "take_shared"),
+            (Exchange, "_take_receipt"),
+            (Run, "_apply_updates"),
+            (Staging, "send"),
+            (Run, "end"),
+            (Optimizer, "_prepared"),
+        ):
+            stack.enter_context(_recorded(holder, method, events))
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        optimizer.step()
+        returned = time.perf_counter()
+        torch.cuda.synchronize()
+        idle = time.perf_counter()
+    print(f"timeline of a step, {name}: returned {_ms(returned - began)}, idle {_ms(idle - began)}", file=sys.stderr)
+    for start, end, what in sorted(events)[:60]:
+        print(f"  {1e3 * (start - began):7.2f} to {1e3 * (end - began):7.2f} {what}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _recorded(holder: type, method: str, events: list[tuple[float, float, str]]) -> Iterator[None]:
+    before = getattr(holder, method)
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return before(*arguments, **options)
+        finally:
+            events.append((start, time.perf_counter(), f"{holder.__name__}.{method}"))
+
+    setattr(holder, method, recorded)
+    try:
+        yield
+    finally:
+        setattr(holder, method, before)
 
 
 def _groups(model: torch.nn.Module) -> list[dict[str, Any]]:

@@ -97,7 +97,9 @@ export class Reception implements GradientSink {
       if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await turn()
       if (this.#parts.gone.aborted) return
       try {
-        await this.#beginShared(joined, { parameter, step }, arenas)
+        // Those that need not wait begin in one turn, so that lanes get them together.
+        const waits = this.#beginShared(joined, { parameter, step }, arenas)
+        if (waits) await waits
       } catch (error) {
         countRefused(this.#means.metrics, error)
         this.#parts.refused(error)

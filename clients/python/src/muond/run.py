@@ -387,13 +387,15 @@ class Run:
         return Receipt.of(outcome.receipt, outcome.refused)
 
     def _apply_until_settled(self) -> Taken | Failed:
+        # Two processes have a GPU in turns: what this one launches between the service's kernels costs more than all of it at the end.
+        together = self.transport == "cuda-ipc"
         while True:
             event = self._events.get()
             updates: list[Update] = []
             while isinstance(event, Update):
                 updates.append(event)
                 try:
-                    event = self._events.get_nowait()
+                    event = self._events.get(block=together)
                 except Empty:
                     break
             try:

@@ -81,9 +81,9 @@ class Exchange(Listener):
         return batch
 
     def _send_gradients(self, gradients: Sequence[Gradient]) -> None:
-        for gradient in gradients:
-            if gradient.ready is not None:
-                gradient.ready()
+        # Gradients that were copied together have one `ready`.
+        for ready in {gradient.ready: None for gradient in gradients if gradient.ready is not None}:
+            ready()
         with self._changed:
             sent = [gradient for gradient in gradients if gradient.parameter not in self._step.left_out]
             self._unanswered.update(gradient.parameter for gradient in sent)

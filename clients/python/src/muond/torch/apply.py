@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -12,8 +13,43 @@ from ..steps.updates import Update
 from .settings import WIRE_DTYPES
 from .slots import Slot
 
-Views = dict[tuple[int, str, torch.Size], torch.Tensor]
-"""The memory of updates as tensors, by its id, dtype and shape: a run uses the same memory in every step."""
+
+class Views:
+    """The memory of updates as tensors: a run uses the same memory in every step."""
+
+    def __init__(self) -> None:
+        # By id, with what has that id: so it is nobody else's.
+        self._views: dict[tuple[int, str, torch.Size], tuple[Any, torch.Tensor]] = {}
+        self._copies: dict[int, torch.Tensor] = {}
+
+    def of(self, updates: Sequence[Update], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The data of updates of like dtypes, on the device of their tensors."""
+        sources = [self._view(update, tensor.shape) for update, tensor in zip(updates, tensors, strict=True)]
+        device = tensors[0].device
+        if sources[0].device == device:
+            return sources
+        return self._copied(sources, device, shared=updates[0].shared)  # pragma: no cover - needs a GPU
+
+    def _view(self, update: Update, shape: torch.Size) -> torch.Tensor:
+        data, dtype = update.data, update.parameter.update_dtype
+        known = self._views.get((id(data), dtype, shape))
+        if known is None:
+            whole = data if isinstance(data, torch.Tensor) else torch.from_numpy(data)
+            known = data, whole.view(WIRE_DTYPES[dtype]).view(shape)
+            self._views[id(data), dtype, shape] = known
+        return known[1]
+
+    def _copied(
+        self, sources: Sequence[torch.Tensor], device: torch.device, *, shared: bool
+    ) -> list[torch.Tensor]:  # pragma: no cover - needs a GPU
+        if not shared:
+            return [source.to(device, non_blocking=True) for source in sources]
+        for source in sources:
+            if id(source) not in self._copies:
+                self._copies[id(source)] = torch.empty_like(source, device=device, pin_memory=False)
+        copies = [self._copies[id(source)] for source in sources]
+        torch._foreach_copy_(copies, list(sources), non_blocking=True)
+        return copies
 
 
 @torch.no_grad()
@@ -26,21 +62,26 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update], views: Views
     ("Arithmetic"), but where torch fuses product and sum. bfloat16 and float16 weights are rounded after the decay as
     well as after the sum.
     """
-    alike: defaultdict[tuple[float, float, torch.device, torch.dtype, str], list[Update]] = defaultdict(list)
+    alike: defaultdict[tuple[float, float, torch.device, torch.dtype, str, bool], list[Update]] = defaultdict(list)
     for update in updates:
         if update.data is not None:
             tensor = slots[update.parameter.index].tensor
-            alike[update.scale, update.decay, tensor.device, tensor.dtype, update.parameter.update_dtype].append(update)
-    for (scale, decay, device, _, _), those in alike.items():
+            kind = (
+                update.scale,
+                update.decay,
+                tensor.device,
+                tensor.dtype,
+                update.parameter.update_dtype,
+                update.shared,
+            )
+            alike[kind].append(update)
+    for (scale, decay, device, _, _, shared), those in alike.items():
         tensors = [slots[update.parameter.index].tensor for update in those]
-        data = [
-            _data(update, tensor, views).to(device, non_blocking=True)
-            for update, tensor in zip(those, tensors, strict=True)
-        ]
+        data = views.of(those, tensors)
         if decay != 0:
             _multiply(tensors, 1 - decay)
         torch._foreach_add_(tensors, data, alpha=scale)
-        if device.type == "cuda" and any(not update.shared for update in those):  # pragma: no cover - needs a GPU
+        if device.type == "cuda" and not shared:  # pragma: no cover - needs a GPU
             # The page-locked memory is used again once this returns.
             torch.cuda.current_stream(device).synchronize()
     for update in updates:
@@ -56,17 +97,6 @@ def _multiply(tensors: list[torch.Tensor], factor: float) -> None:
             tensor.mul_(factor)
     else:
         torch._foreach_mul_(tensors, factor)
-
-
-def _data(update: Update, tensor: torch.Tensor, views: Views) -> torch.Tensor:
-    dtype = update.parameter.update_dtype
-    if isinstance(update.data, torch.Tensor):  # pragma: no cover - needs a GPU
-        return update.data.view(WIRE_DTYPES[dtype]).view(tensor.shape)
-    key = (id(update.data), dtype, tensor.shape)
-    if key not in views:
-        # The view keeps the array, and with it its id.
-        views[key] = torch.from_numpy(update.data).view(WIRE_DTYPES[dtype]).view(tensor.shape)
-    return views[key]
 
 
 def _scale_rows(tensor: torch.Tensor, factors: torch.Tensor) -> None:

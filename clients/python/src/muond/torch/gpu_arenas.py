@@ -45,6 +45,8 @@ class GpuArenas:  # pragma: no cover - needs a GPU: bench/python/gpu.py
         self._pointers: list[int] = []
         self._offsets: list[list[int]] = []
         self._wholes: list[torch.Tensor] = []
+        # Each slot is one tensor for ever: who keeps views of it knows it again.
+        self._slots: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] = ({}, {})
         try:
             for sizes in self._sizes:
                 offsets, size = lay_out(sizes)
@@ -85,14 +87,19 @@ class GpuArenas:  # pragma: no cover - needs a GPU: bench/python/gpu.py
 
     def close(self) -> None:
         self._wholes.clear()
+        for slots in self._slots:
+            slots.clear()
         # What is queued still reads the updates.
         torch.cuda.synchronize(self._device)
         while self._pointers:
             self._call("cuMemFree_v2", ctypes.c_uint64(self._pointers.pop()))
 
     def _slot(self, arena: int, index: int) -> torch.Tensor:
-        offset = self._offsets[arena][index]
-        return self._wholes[arena][offset : offset + self._sizes[arena][index]]
+        known = self._slots[arena].get(index)
+        if known is None:
+            offset = self._offsets[arena][index]
+            known = self._slots[arena][index] = self._wholes[arena][offset : offset + self._sizes[arena][index]]
+        return known
 
     def _allocate(self, size: int) -> int:
         pointer = ctypes.c_uint64()

@@ -45,7 +45,7 @@ def open_slots(
 ) -> Run:
     """Opens a run whose updates are applied to the slots' tensors. Raises MuondError, with what a trainer can do about it."""
 
-    views: Views = {}
+    views = Views()
 
     def apply(updates: Sequence[Update]) -> None:
         apply_updates(slots, updates, views)

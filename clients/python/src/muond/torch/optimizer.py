@@ -42,8 +42,9 @@ from .state.saving import saved
 from .state.view import State
 from .streaming import Streaming
 
-# Elements of gradients that are given to the run at a time, but for a larger one.
+# Elements of gradients that are given to the run at a time, but for a larger one; by transport, for those on a GPU.
 _TOGETHER = 1 << 18
+_TOGETHER_ON = {"websocket": _TOGETHER, "shm": 1 << 23, "cuda-ipc": 1 << 62}
 
 Params = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
 
@@ -264,8 +265,9 @@ class Optimizer(torch.optim.Optimizer):
         left = [slot for slot in self._home.slots if not run.has_gradient(slot.index)]
         skipped = [slot.index for slot in left if slot.tensor.grad is None]
         given = [(slot, slot.tensor.grad) for slot in left if slot.tensor.grad is not None]
-        # The first ones leave while the others are rounded; a GPU rounds all of them at once.
-        for together in [given] if run.transport == "cuda-ipc" else _together(given):
+        on_gpu = any(gradient.is_cuda for _, gradient in given)
+        # The first ones leave while the others are rounded; a GPU does many in one launch.
+        for together in _together(given, _TOGETHER_ON[run.transport if on_gpu else "websocket"]):
             self._send(run, together, borrow=True)
         return run.end(skipped=skipped)
 
@@ -500,13 +502,13 @@ def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:
     return optimizer
 
 
-def _together(gradients: Sequence[tuple[Slot, torch.Tensor]]) -> Iterator[list[tuple[Slot, torch.Tensor]]]:
+def _together(gradients: Sequence[tuple[Slot, torch.Tensor]], most: int) -> Iterator[list[tuple[Slot, torch.Tensor]]]:
     together: list[tuple[Slot, torch.Tensor]] = []
     elements = 0
     for slot, gradient in gradients:
         together.append((slot, gradient))
         elements += gradient.numel()
-        if elements >= _TOGETHER:
+        if elements >= most:
             yield together
             together, elements = [], 0
     if together:

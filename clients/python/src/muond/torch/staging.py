@@ -33,6 +33,8 @@ class Staging:
     def __init__(self) -> None:
         self._buffers: dict[int, tuple[torch.Tensor, memoryview]] = {}
         self._slots: dict[int, torch.Tensor] = {}
+        self._rounded: dict[int, torch.Tensor] = {}
+        """Gradients of a GPU in the dtype in which they travel, on their way to host memory."""
         self._streams: dict[torch.device, Any] = {}
         self._arenas: Arenas | None = None
 
@@ -44,7 +46,9 @@ class Staging:
             self._arenas = run.arenas
             self._slots.clear()
         if self._arenas is not None:
-            run.gradient_placed([slot.index for slot, _, _ in rows], self._place(self._arenas, rows))
+            for device in {gradient.device: None for _, gradient, _ in rows}:
+                those = [row for row in rows if row[1].device == device]
+                run.gradient_placed([slot.index for slot, _, _ in those], self._place(self._arenas, those))
             return
         run.gradients_bytes(
             [Gradient(slot.index, *self.put(slot, gradient, group, borrow=borrow)) for slot, gradient, group in rows]
@@ -52,15 +56,15 @@ class Staging:
 
     def _place(self, arenas: Arenas, rows: Sequence[Row]) -> Ready | None:
         """Copies gradients to their slots; what to call before anybody else reads those."""
-        gradients = [_as_taken(gradient.detach(), slot.tensor.detach(), group) for slot, gradient, group in rows]
+        gradients = [_as_taken(gradient, slot.tensor, group) for slot, gradient, group in rows]
         slots = [self._slot(arenas, slot) for slot, _, _ in rows]
         if gradients[0].is_cuda:  # pragma: no cover - needs a GPU
-            return self._place_from_gpu(arenas, slots, gradients)
+            return self._place_from_gpu(arenas, rows, slots, gradients)
         torch._foreach_copy_(slots, gradients)
         return None
 
     def _place_from_gpu(
-        self, arenas: Arenas, slots: list[torch.Tensor], gradients: list[torch.Tensor]
+        self, arenas: Arenas, rows: Sequence[Row], slots: list[torch.Tensor], gradients: list[torch.Tensor]
     ) -> Ready:  # pragma: no cover - needs a GPU
         device = gradients[0].device
         if slots[0].is_cuda:
@@ -68,9 +72,17 @@ class Staging:
             return _event(torch.cuda.current_stream(device))
         if isinstance(arenas, HostArenas):
             lock_pages(arenas)
-        waits = [self._copy_from_gpu(slot, gradient) for slot, gradient in zip(slots, gradients, strict=True)]
-        # One stream: the last copy is the last to end.
-        return waits[-1]
+        for row, gradient in zip(rows, gradients, strict=True):
+            if row[0].index not in self._rounded:
+                dtype = WIRE_DTYPES[row[0].declaration.gradient_dtype]
+                self._rounded[row[0].index] = torch.empty(row[0].shape, dtype=dtype, device=gradient.device)
+        rounded = [self._rounded[slot.index] for slot, _, _ in rows]
+        torch._foreach_copy_(rounded, gradients)
+        stream = self._stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            torch._foreach_copy_(slots, rounded, non_blocking=True)
+        return _event(stream)
 
     def _slot(self, arenas: Arenas, slot: Slot) -> torch.Tensor:
         place = self._slots.get(slot.index)
@@ -110,15 +122,18 @@ class Staging:
     def _copy_from_gpu(self, buffer: torch.Tensor, gradient: torch.Tensor) -> Ready:  # pragma: no cover - needs a GPU
         """Copies on a stream of its own, behind what computes the gradient: neither backward nor its stream waits."""
         device = gradient.device
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream = self._streams[device]
+        stream = self._stream(device)
         converted = gradient.to(buffer.dtype, memory_format=torch.contiguous_format)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             buffer.copy_(converted, non_blocking=True)
             converted.record_stream(stream)
         return _event(stream)
+
+    def _stream(self, device: torch.device) -> Any:  # pragma: no cover - needs a GPU
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
 
 
 def _event(stream: Any) -> Ready:  # pragma: no cover - needs a GPU
