@@ -1,4 +1,5 @@
 import assert from 'node:assert'
+import type { Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { promisify } from 'node:util'
 import websocket, { type WebsocketPluginOptions } from '@fastify/websocket'
@@ -155,7 +156,10 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
     sockets: promisify(server.getConnections).bind(server),
     unfinished_bytes: () => unfinished.bytes,
     in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
-    staging: () => device.staging,
+    staging: () => {
+      const own = runs.list().reduce((sum, { staging }) => sum + staging.ownBytes, 0)
+      return { used: device.staging.used, capacity: device.staging.capacity, own }
+    },
     state_bytes: () => device.memory.bytes,
     runs: () => runs.list().length,
     connections: () => streams.size,
@@ -294,12 +298,18 @@ function openStream(
   { raw, log }: FastifyRequest,
   { config, device, runs, metrics, streams, unfinished }: AppServices,
 ): void {
-  const stream = new Session(socket, { config, device, runs, metrics, log, bytesRead: () => raw.socket.bytesRead })
+  const local = isLocal(raw.socket)
+  const stream = new Session(socket, { config, device, runs, metrics, log, stream: raw.socket, local })
   streams.add(stream)
   unfinished.watch(socket, raw.socket)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)
   socket.once('close', () => streams.delete(stream))
   if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()
+}
+
+/** Whether a peer is on this host: only such a one can share memory. Sockets of files have no address. */
+function isLocal({ remoteAddress }: Socket): boolean {
+  return remoteAddress === undefined || /^(::ffff:)?127\.|^::1$/.test(remoteAddress)
 }
 
 /** Closes all that streams use, which are closed already. Runs go first: they need the data folder and the device. */

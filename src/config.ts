@@ -61,7 +61,7 @@ export const SETTINGS = {
   staging_bytes: integer(
     3 * 2 ** 26,
     [2 ** 20, BYTES],
-    'Arena that received gradients wait in; the largest gradient must fit. Updates have one of twice the size.',
+    'Arena that received gradients wait in; a larger gradient has memory of its run. Updates have one of twice the size.',
   ),
   chunk_bytes: integer(2 ** 22, [4, 2 ** 24], 'Largest `data` of one gradient or update frame.'),
   state_bytes_limit: integer(
@@ -69,7 +69,11 @@ export const SETTINGS = {
     [0, BYTES],
     'Most bytes that all runs may take of each GPU, or of the memory; 0 is what the GPU has, or three quarters of the memory.',
   ),
-  max_runs: integer(64, [1, 1_000_000], 'Most runs at a time.'),
+  max_runs: integer(
+    64,
+    [1, 1_000_000],
+    'Most runs in memory; with data one without a connection leaves for a new one, which else is refused.',
+  ),
   max_connections: integer(256, [1, 1_000_000], 'Most streams at a time.'),
   max_sockets: integer(
     1024,
@@ -91,12 +95,17 @@ export const SETTINGS = {
   send_timeout_seconds: seconds(
     60,
     [0.001, DAY],
-    'A stream with updates to send on which no byte moved for so long is closed.',
+    'A stream that sends a gradient or has updates to read, and moves too little within so long, is closed; see min_bytes_per_second.',
   ),
   min_bytes_per_second: integer(
     2 ** 16,
     [1, BYTES],
-    'Least rate, over send_timeout_seconds, of a body that REST receives or of an answer; what is slower is ended.',
+    'Least rate, over send_timeout_seconds, of gradients and updates of a stream, and of bodies and answers of REST; what is slower is ended.',
+  ),
+  idle_seconds: seconds(
+    DAY,
+    [0, 1000 * DAY],
+    'A run without a connection for so long leaves memory: with data the next open brings it back, without it ends; 0 is never.',
   ),
   open_timeout_seconds: seconds(
     30,

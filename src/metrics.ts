@@ -18,7 +18,7 @@ export type Metrics = ReturnType<typeof createMetrics>
 /** The values of the gauges. They are read at each scrape: no gauge has to be kept up to date. */
 export type Observed = {
   in_flight_bytes: () => number
-  staging: () => { used: number; capacity: number }
+  staging: () => { used: number; capacity: number; own: number }
   state_bytes: () => number
   runs: () => number
   connections: () => number
@@ -42,6 +42,11 @@ export function createMetrics(registry = new Registry()) {
     step_phase_seconds: phaseHistogram(registry),
     received_bytes_total: counter('received_bytes_total', 'Bytes of gradient data received.'),
     sent_bytes_total: counter('sent_bytes_total', 'Bytes of update data sent.'),
+    transports_total: counter<'kind'>(
+      'transports_total',
+      'Streams that offered to share memory, by the transport that was taken; websocket is none of those offered.',
+      ['kind'],
+    ),
     refused_gradients_total: counter<'code'>('refused_gradients_total', 'Gradients refused, by error code.', ['code']),
     errors_total: counter<'code'>('errors_total', 'Errors told to clients on the stream or over REST, by code.', [
       'code',
@@ -92,7 +97,7 @@ function addGauges(registry: Registry, observed: Observed): void {
   const plain = {
     in_flight_bytes: 'Bytes of gradients received or computing and of updates not yet sent.',
     state_bytes: 'Bytes of optimizer state on the device.',
-    runs: 'Runs that exist.',
+    runs: 'Runs in memory.',
     connections: 'Streams that are open.',
     sockets: 'TCP connections, streams among them.',
     unfinished_bytes: 'Bytes of messages whose end has not come, over all streams.',
@@ -132,13 +137,11 @@ function addGauge(registry: Registry, name: string, help: string, collect: (gaug
 function addStaging(registry: Registry, read: Observed['staging']): void {
   new Gauge({
     name: 'muond_staging_bytes',
-    help: 'Bytes of the staging arena, reserved (used) and in all (capacity).',
+    help: 'Bytes of the staging arena, reserved (used) and in all (capacity), and of memory that runs have beside it (own).',
     labelNames: ['state'],
     registers: [registry],
     collect() {
-      const { used, capacity } = read()
-      this.set({ state: 'used' }, used)
-      this.set({ state: 'capacity' }, capacity)
+      for (const [state, bytes] of Object.entries(read())) this.set({ state }, bytes)
     },
   })
 }

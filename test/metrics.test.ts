@@ -6,7 +6,7 @@ function observed() {
   const now = { in_flight: 1, used: 2, state: 3, runs: 4, connections: 5, sockets: 6, unfinished: 7 }
   const observed = {
     in_flight_bytes: () => now.in_flight,
-    staging: () => ({ used: now.used, capacity: 1000 }),
+    staging: () => ({ used: now.used, capacity: 1000, own: 500 }),
     state_bytes: () => now.state,
     runs: () => now.runs,
     connections: () => now.connections,
@@ -42,6 +42,7 @@ t.test('gauges show what is so at the scrape', async (t) => {
     'connections 5',
     'staging_bytes{state="used"} 2',
     'staging_bytes{state="capacity"} 1000',
+    'staging_bytes{state="own"} 500',
   ]
   t.same(
     await values(),

@@ -28,6 +28,11 @@ export type OpenOptions = {
   takeover?: boolean
   /** With `resume`: go back to this checkpoint. */
   checkpoint?: string
+  /**
+   * The run is a new one that begins with the state of a checkpoint of another run of this service, and goes on with
+   * its steps and its digest. The checkpoint is given by its id or a tag; the weights must be those of its step.
+   */
+  from?: { run: string; checkpoint: string }
   /** Free text for the service's logs. */
   client?: string
 }
@@ -53,7 +58,7 @@ export async function openRun(host: Host, { parameters, ...options }: OpenOption
   const declarations = parameters.map(declarationOf)
   const writer = await Writer.open(host, { type: 'open', protocol: PROTOCOL, ...options, parameters: declarations })
   try {
-    return new Run(writer, bind(parameters, writer.opened), host.signal)
+    return new Run(writer, bind(parameters), host.signal)
   } catch (error) {
     writer.release(error)
     throw error

@@ -4,6 +4,7 @@ import type { Scratch } from './executor.js'
 import type { Demand, GroupLimit } from './job.js'
 import { GROUPS_PER_LANE } from './lanes.js'
 import { type Placement, placement } from './placement.js'
+import { aligned } from './staging.js'
 
 /** The memory and the lanes that a device has for runs. */
 export type Capacity = {
@@ -13,7 +14,7 @@ export type Capacity = {
     /** The kernels of the unit's lanes; left out where lanes set no memory of the unit aside. */
     readonly kernels?: Kernels
   }[]
-  /** Bytes of host memory for updates; left out where updates lie in the unit's own memory. */
+  /** Bytes of host memory for gradients and updates; left out where they lie in the first unit's own memory. */
   readonly hostBytes?: number
   /** Lanes of each unit. */
   readonly lanes: number
@@ -23,9 +24,15 @@ export type Capacity = {
 /** The memory that a run was granted. */
 export type Grant = Placement & {
   readonly hostBytes: number
+  /** Bytes of the memory that the run's gradients have beside the arena: its largest gradient fits. */
+  readonly gradientBytes: number
   /** For each unit the largest sizes of the run's jobs; of no jobs where the unit's lanes set no memory aside. */
   readonly largest: readonly Largest[]
 }
+
+const STATE_REMEDY = 'delete a run, or start the service with a larger --state-bytes-limit'
+// What the host has for them is a share of its memory, which no setting changes.
+const HOST_REMEDY = 'delete a run, or use a host with more memory'
 
 /** Grants runs their memory before they begin, so that no run lacks memory in the middle of a step. */
 export class Admission {
@@ -36,7 +43,7 @@ export class Admission {
     this.#capacity = capacity
   }
 
-  /** Bytes that were granted on all units: of state, and of updates where they lie beside the state. */
+  /** Bytes that were granted on all units: of state, and of gradients and updates where they lie beside the state. */
   get bytes(): number {
     return sum([...this.#granted].flatMap(({ bytes }) => bytes))
   }
@@ -50,9 +57,14 @@ export class Admission {
       return state_bytes + held_bytes + (hostBytes === undefined ? update_bytes : 0)
     })
     const taken = units.map((_, unit) => this.#state(unit, this.#granted))
+    const gradientBytes = aligned(demands.reduce((most, { gradient_bytes }) => Math.max(most, gradient_bytes), 0))
+    const placed = placement(parts, taken)
+    const isHost = hostBytes === undefined
     const grant: Grant = {
-      ...placement(parts, taken),
-      hostBytes: hostBytes === undefined ? 0 : sum(demands.map(({ update_bytes }) => update_bytes)),
+      units: placed.units,
+      bytes: placed.bytes.map((bytes, unit) => bytes + (isHost && unit === 0 ? gradientBytes : 0)),
+      gradientBytes,
+      hostBytes: isHost ? 0 : gradientBytes + sum(demands.map(({ update_bytes }) => update_bytes)),
       largest: units.map(({ kernels }) => largestOf(kernels ? demands : [], kernels)),
     }
     this.#check(grant, what)
@@ -63,7 +75,7 @@ export class Admission {
   /** Grants state memory beside the runs', `bytes[i]` of unit i, or refuses as `admit` does. */
   reserve(bytes: readonly number[], what: string): Grant {
     const grant: Grant = {
-      ...{ units: [], bytes, hostBytes: 0 },
+      ...{ units: [], bytes, hostBytes: 0, gradientBytes: 0 },
       largest: this.#capacity.units.map(({ kernels }) => largestOf([], kernels)),
     }
     this.#check(grant, what)
@@ -85,11 +97,12 @@ export class Admission {
     const after = [...this.#granted, grant]
     for (const [unit, { name, bytes }] of this.#capacity.units.entries()) {
       const before = this.#needed(unit, this.#granted)
-      refuse(what, { where: `on ${name}`, needs: this.#needed(unit, after) - before, left: bytes - before })
+      const needs = this.#needed(unit, after) - before
+      refuse(what, { where: `on ${name}`, needs, left: bytes - before, remedy: STATE_REMEDY })
     }
     const { hostBytes = 0 } = this.#capacity
     const left = hostBytes - sum([...this.#granted].map((granted) => granted.hostBytes))
-    refuse(what, { where: 'of the host for updates', needs: grant.hostBytes, left })
+    refuse(what, { where: 'of the host for gradients and updates', needs: grant.hostBytes, left, remedy: HOST_REMEDY })
   }
 
   /** Bytes of state, of the next state of jobs that are computed at one time, and of the lanes' scratch memory. */
@@ -112,9 +125,14 @@ export class Admission {
   }
 }
 
-function refuse(what: string, { where, needs, left }: { where: string; needs: number; left: number }): void {
+type Lack = { where: string; needs: number; left: number; remedy: string }
+
+function refuse(what: string, { where, needs, left, remedy }: Lack): void {
   if (needs <= left) return
-  throw new ServiceError('OVER_CAPACITY', `${what} needs ${needs} bytes of memory ${where}, ${left} are left`)
+  throw new ServiceError(
+    'OVER_CAPACITY',
+    `${what} needs ${needs} bytes of memory ${where}, ${left} are left: ${remedy}`,
+  )
 }
 
 function sum(numbers: readonly number[]): number {

@@ -3,7 +3,16 @@ import { availableParallelism, cpus, totalmem } from 'node:os'
 import { join } from 'node:path'
 import { GEMM_OPTIONS } from '../../kernels/cuda/gemm.js'
 import { CUDA_OPTIONS } from '../../kernels/cuda/source.js'
-import { compileCuda, deviceCount, driverVersion, missingCompiler, missingLibraries, openCuda } from './cuda/cuda.js'
+import type { Mapping } from '../wire/shared-memory.js'
+import {
+  type Cuda,
+  compileCuda,
+  deviceCount,
+  driverVersion,
+  missingCompiler,
+  missingLibraries,
+  openCuda,
+} from './cuda/cuda.js'
 import type { Kernels } from './cuda/scratch.js'
 import { CUDA_SOURCE, GEMM_SOURCE } from './cuda/sources.js'
 import type { LaneOptions } from './executor.js'
@@ -34,11 +43,23 @@ export type Backend = {
   group: GroupLimit
   /** Memory that the host and the device share: page-locked where the device asks for it. */
   host: Allocator
+  /** What a GPU needs to compute on memory that clients share; left out where lanes copy all of it. */
+  sharing?: Sharing
   /** Bytes of host memory for updates; left out where the units' own memory is the host's. */
   hostBytes?: number
   units: readonly Unit[]
   /** Releases ONNX Runtime, which would otherwise be destroyed at the end of the process, when CUDA is gone already. */
   close(): void
+}
+
+/** Memory of other processes on this host, as GPUs see it. */
+export type Sharing = {
+  /** The unit of the GPU with this UUID; undefined where no unit is on it. */
+  unitOf(uuid: string): number | undefined
+  /** Opens memory of a unit's GPU that another process has exported. */
+  open(unit: number, handle: Uint8Array): Mapping
+  lock(pointer: Pointer, bytes: number): void
+  unlock(pointer: Pointer): void
 }
 
 /** One part of a device with memory of its own: a GPU, or the CPU. */
@@ -161,11 +182,29 @@ function cuda(runtime: OnnxRuntime, folder: string, options: BackendOptions): Ba
   const name = units.map((unit) => unit.name).join(', ')
   const { version, close } = runtime
   const hostBytes = Math.floor(totalmem() * MEMORY_SHARE)
-  return { kind: 'cuda', name, version, processor: '', note, lanes, group, host, hostBytes, units, close }
+  const sharing = withoutCompiler === undefined ? sharingOf(opened.map(({ cuda }) => cuda)) : undefined
+  const rest = { lanes, group, host, hostBytes, units, close, ...(sharing && { sharing }) }
+  return { kind: 'cuda', name, version, processor: '', note, ...rest }
 }
 /* c8 ignore stop */
 
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
+function sharingOf(gpus: readonly Cuda[]): Sharing {
+  const [first] = gpus
+  return {
+    unitOf: (uuid) => {
+      const unit = gpus.findIndex((gpu) => gpu.uuid() === uuid)
+      return unit < 0 ? undefined : unit
+    },
+    open: (unit, handle) => {
+      const { pointer, bytes, close } = gpus[unit].openShared(handle)
+      return { pointer, bytes, unmap: close }
+    },
+    lock: first.lock,
+    unlock: first.unlock,
+  }
+}
+
 const compiledFor = new Map<string, { cubin: Uint8Array; hopper?: Uint8Array }>()
 
 function compiled(computeCapability: string): { cubin: Uint8Array; hopper?: Uint8Array } {

@@ -1,7 +1,9 @@
+import assert from 'node:assert'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { expandCoefficients, NAMED_COEFFICIENTS } from '../../kernels/orthogonalize/coefficients.js'
 import { ServiceError } from '../errors.js'
 import type { Task } from '../optimizer/plan.js'
+import type { Mapping } from '../wire/shared-memory.js'
 import { Admission, type Grant } from './admission.js'
 import { type Backend, type BackendOptions, openBackend } from './backend.js'
 import { largestOf, scratchFor } from './cuda/scratch.js'
@@ -10,6 +12,7 @@ import { Lanes, refusalOf, type Ticket } from './lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 import { Region, Views, wholeOf } from './region.js'
+import { RunStaging } from './run-staging.js'
 import { Staging } from './staging.js'
 import { openStateAccess, type StateAccess, type StateLocation } from './state-access.js'
 
@@ -21,6 +24,9 @@ export type DeviceOptions = BackendOptions & {
   /** Bytes that the runs' state and updates may take on each unit; 0: as many as the backend has. */
   state_bytes_limit: number
 }
+
+/** Memory that another process shares, and the unit whose GPU it is on. */
+export type SharedRegion = { region: Region; unit: number }
 
 // An update waits for its client longer than a gradient for a lane. Pages that no update touches take no memory.
 const UPDATES_PER_STAGING = 2
@@ -136,10 +142,62 @@ export class Device {
   allocateHost(bytes: number): Region {
     const pointer = this.#allocate(bytes)
     return new Region(wholeOf({ pointer, bytes }, 'host'), this.#views, () => {
-      this.#views.forget(pointer)
-      for (const lanes of this.#lanes) lanes.forget(pointer)
+      this.#forget(pointer)
       this.backend.host.free(pointer)
     })
+  }
+
+  /**
+   * Maps memory that another process shares as memory of the host, locked for the GPUs. Its last release unmaps it.
+   */
+  shareHost({ pointer, bytes, unmap }: Mapping): SharedRegion {
+    const { sharing } = this.backend
+    try {
+      sharing?.lock(pointer, bytes)
+    } catch (error) {
+      unmap()
+      throw error
+    }
+    const free = () => {
+      this.#forget(pointer)
+      sharing?.unlock(pointer)
+      unmap()
+    }
+    return { region: new Region(wholeOf({ pointer, bytes }, 'host', true), this.#views, free), unit: 0 }
+  }
+
+  /* c8 ignore start -- needs a GPU: npm run test:gpu */
+  /** Opens memory of a unit's GPU that another process has exported. Its last release closes it. */
+  shareGpu(unit: number, handle: Uint8Array): SharedRegion {
+    const { sharing } = this.backend
+    assert(sharing, 'a device that finds the unit of a GPU shares its memory')
+    const { pointer, bytes, unmap } = sharing.open(unit, handle)
+    return { region: new Region(wholeOf({ pointer, bytes }, 'gpu', true), this.#views, unmap), unit }
+  }
+  /* c8 ignore stop */
+
+  /** Whether a lane computes on a copy that it makes of memory that clients share; else `Job.source` has it copied. */
+  get copiesShared(): boolean {
+    return this.backend.sharing !== undefined
+  }
+
+  /** Copies the first bytes of memory that a client shares, which is the host's or that of a unit's GPU. */
+  readShared({ region, unit }: SharedRegion, bytes: number): Uint8Array {
+    /* c8 ignore next -- needs a GPU: npm run test:gpu */
+    if (region.space === 'gpu') return this.backend.units[unit].read(region.pointer, bytes)
+    return region.chunk(0, bytes).slice()
+  }
+
+  /** Writes the first bytes of memory that a client shares. */
+  writeShared({ region, unit }: SharedRegion, bytes: Uint8Array): void {
+    /* c8 ignore next -- needs a GPU: npm run test:gpu */
+    if (region.space === 'gpu') return this.#access(unit).write(region.pointer, bytes)
+    region.chunk(0, bytes.length).set(bytes)
+  }
+
+  /** The memory that the gradients of a run are received into, which was granted it. */
+  stagingOf({ gradientBytes }: Grant): RunStaging {
+    return new RunStaging(this.staging, { bytes: gradientBytes, allocate: (bytes) => this.allocateHost(bytes) })
   }
 
   /** Memory for one update: of the arena, or an allocation of its own while clients that read slowly fill the arena. */
@@ -156,8 +214,7 @@ export class Device {
 
   /** Writes into a state tensor that no job and no other reader has yet. */
   write({ unit, pointer }: Tensor, offset: number, source: Uint8Array): void {
-    this.#accesses[unit] ??= openStateAccess(this.backend.units[unit].location)
-    this.#accesses[unit].write(pointer + BigInt(offset), source)
+    this.#access(unit).write(pointer + BigInt(offset), source)
   }
 
   /** Makes every lane ready for parameters that were admitted, so that no step waits for a kernel to be built. */
@@ -179,6 +236,17 @@ export class Device {
     await Promise.all(this.#lanes.map((lanes) => lanes.close()))
     for (const access of Object.values(this.#accesses)) access.close()
     this.backend.close()
+  }
+
+  #access(unit: number): StateAccess {
+    this.#accesses[unit] ??= openStateAccess(this.backend.units[unit].location)
+    return this.#accesses[unit]
+  }
+
+  /** Drops every thread's view of an allocation that is about to go. */
+  #forget(pointer: Pointer): void {
+    this.#views.forget(pointer)
+    for (const lanes of this.#lanes) lanes.forget(pointer)
   }
 
   #allocate(bytes: number): Pointer {

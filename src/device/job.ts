@@ -7,6 +7,8 @@ import type { Span } from './region.js'
 export type Job = {
   plan: Plan
   gradient: Span
+  /** Memory that the client shares: its bytes are copied to `gradient` once, and only the copy is looked at. */
+  source?: Span
   gradient_scale: number
   /** The state tensors in the kernel's order; undefined before the first step, when all of them are zero. */
   state: readonly Pointer[] | undefined

@@ -7,12 +7,15 @@ export type Space = 'host' | 'gpu'
 /** Memory that is allocated and freed as a whole. */
 export type Allocation = { readonly pointer: Pointer; readonly bytes: number }
 
-/** A range of memory as plain data, which another thread can be sent. `owner` is the allocation that it is part of. */
-export type Span = Allocation & { readonly space: Space; readonly owner: Allocation }
+/**
+ * A range of memory as plain data, which another thread can be sent. `owner` is the allocation that it is part of.
+ * What is `shared` with another process may change at any moment: it is read once, by copying it.
+ */
+export type Span = Allocation & { readonly space: Space; readonly owner: Allocation; readonly shared: boolean }
 
 /** All of an allocation. */
-export function wholeOf({ pointer, bytes }: Allocation, space: Space): Span {
-  return { space, pointer, bytes, owner: { pointer, bytes } }
+export function wholeOf({ pointer, bytes }: Allocation, space: Space, shared = false): Span {
+  return { space, pointer, bytes, owner: { pointer, bytes }, shared }
 }
 
 /** One thread's views of host memory: one for each allocation, because making a view takes longer than a small job. */
@@ -50,17 +53,19 @@ export class Region implements Span {
   readonly pointer: Pointer
   readonly bytes: number
   readonly owner: Allocation
+  readonly shared: boolean
   #references = 1
   #view: Uint8Array<ArrayBuffer> | undefined
   readonly #views: Views
   readonly #free: () => void
 
   /** `views` are those of the thread that holds the region; the last release calls `free`. */
-  constructor({ space, pointer, bytes, owner }: Span, views: Views, free: () => void) {
+  constructor({ space, pointer, bytes, owner, shared }: Span, views: Views, free: () => void) {
     this.space = space
     this.pointer = pointer
     this.bytes = bytes
     this.owner = owner
+    this.shared = shared
     this.#views = views
     this.#free = free
   }
@@ -82,8 +87,8 @@ export class Region implements Span {
   carve(offset: number, bytes: number, free: () => void): Region {
     this.#assertHeld()
     this.#assertInside(offset, bytes)
-    const { space, owner } = this
-    return new Region({ space, pointer: this.pointer + BigInt(offset), bytes, owner }, this.#views, free)
+    const { space, owner, shared } = this
+    return new Region({ space, pointer: this.pointer + BigInt(offset), bytes, owner, shared }, this.#views, free)
   }
 
   retain(): this {

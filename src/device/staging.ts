@@ -1,6 +1,6 @@
 import type { Region } from './region.js'
 
-type Waiter = { bytes: number; resolve: (region: Region) => void }
+type Waiter = { bytes: number; granted: (region: Region) => void }
 
 /** A free part of the arena, from `offset` on. */
 type Gap = { offset: number; bytes: number }
@@ -14,9 +14,12 @@ const ALIGNMENT = 64
  */
 export class Staging {
   used = 0
+  /** Called when a reservation finds no room: whoever can do without its region gives it back then. */
+  readonly pressed = new Set<() => void>()
   readonly #whole: Region
   #free: Gap[]
   #waiters: Waiter[] = []
+  #closed = false
 
   /** Takes over `whole`, the memory of the arena. */
   constructor(whole: Region) {
@@ -38,30 +41,44 @@ export class Staging {
     return aligned(bytes) <= this.capacity
   }
 
-  /** Reserves `bytes` after earlier reservations and when there is room; undefined if the signal aborts first. */
-  async reserve(bytes: number, signal: AbortSignal): Promise<Region | undefined> {
-    if (signal.aborted) return undefined
-    const region = this.tryReserve(bytes)
-    if (region !== undefined) return region
-    return new Promise((resolve) => {
-      const leave = () => {
-        this.#waiters = this.#waiters.filter((other) => other !== waiter)
-        resolve(undefined)
-        this.#serve()
-      }
-      const grant = (granted: Region) => {
-        signal.removeEventListener('abort', leave)
-        resolve(granted)
-      }
-      const waiter: Waiter = { bytes, resolve: grant }
-      signal.addEventListener('abort', leave, { once: true })
-      this.#waiters.push(waiter)
-    })
+  /** Whether a region is part of the arena. */
+  has({ owner }: Region): boolean {
+    return owner.pointer === this.#whole.owner.pointer
+  }
+
+  /**
+   * Has `granted` called with `bytes` bytes after earlier reservations and when there is room, never before this
+   * returns. Answers what gives the reservation up, which does nothing once it was granted.
+   */
+  wait(bytes: number, granted: (region: Region) => void): () => void {
+    const waiter = { bytes, granted }
+    this.#waiters.push(waiter)
+    return () => {
+      this.#waiters = this.#waiters.filter((other) => other !== waiter)
+      this.#serve()
+    }
   }
 
   /** Reserves `bytes` now; undefined where there is no room, or another reservation waits. */
   tryReserve(bytes: number): Region | undefined {
+    const region = this.#reserve(bytes)
+    if (region !== undefined || this.pressed.size === 0) return region
+    for (const makeRoom of [...this.pressed]) makeRoom()
+    return this.#reserve(bytes)
+  }
+
+  /** Frees the arena's memory once nothing of it is reserved any more. */
+  close(): void {
+    this.#closed = true
+    this.#end()
+  }
+
+  #reserve(bytes: number): Region | undefined {
     return this.#waiters.length > 0 ? undefined : this.#take(bytes)
+  }
+
+  #end(): void {
+    if (this.#closed && this.used === 0) this.#whole.release()
   }
 
   #take(bytes: number): Region | undefined {
@@ -82,6 +99,7 @@ export class Staging {
     this.#free.splice(after < 0 ? this.#free.length : after, 0, gap)
     this.#merge()
     this.#serve()
+    this.#end()
   }
 
   #merge(): void {
@@ -99,7 +117,7 @@ export class Staging {
       const region = this.#take(waiter.bytes)
       if (region === undefined) return
       this.#waiters.shift()
-      waiter.resolve(region)
+      waiter.granted(region)
     }
   }
 }

@@ -1,7 +1,8 @@
 import { ServiceError } from '../errors.js'
 import type { Runs } from '../keep/runs.js'
 import type { Run } from '../run/run.js'
-import type { CheckpointEntry, RunFolder } from '../store/run-folder.js'
+import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
+import type { RunFolder } from '../store/run-folder.js'
 
 /** The checkpoint of a run by its id or a tag. Throws NOT_FOUND. */
 export function findCheckpoint(

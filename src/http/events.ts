@@ -12,7 +12,7 @@ export const MAX_BEHIND_BYTES = 1 << 20
 /** So often something is sent, so that nobody on the way takes the connection for dead. */
 const HEARTBEAT_MS = 15_000
 
-type Reader = { run: Run; end: () => void }
+type Reader = { end: () => void }
 
 /** Server-sent events: sends every receipt of a run to each reader of the run. */
 export class Events {
@@ -35,21 +35,24 @@ export class Events {
       raw.write(eventOf(receipt))
       if (raw.writableLength > MAX_BEHIND_BYTES) raw.destroy()
     }
-    const reader: Reader = { run, end: () => raw.end() }
+    const reader: Reader = { end: () => raw.end() }
     this.#readers.add(reader)
     for (const receipt of run.receipts(after)) send(receipt)
     run.on('receipt', send)
+    // A run that leaves memory comes back as another one, which has this one's readers no more.
+    run.on('gone', reader.end)
     const heartbeat = setInterval(() => raw.write(': nothing new\n\n'), HEARTBEAT_MS).unref()
     raw.once('close', () => {
       clearInterval(heartbeat)
       run.off('receipt', send)
+      run.off('gone', reader.end)
       this.#readers.delete(reader)
     })
   }
 
-  /** Ends the event streams of a run, such as a deleted one, or all of them where no run is given. */
-  end(run?: Run): void {
-    for (const reader of this.#readers) if (run === undefined || reader.run === run) reader.end()
+  /** Ends all event streams. Those of a run end when it leaves memory. */
+  end(): void {
+    for (const { end } of this.#readers) end()
   }
 }
 

@@ -455,12 +455,15 @@ export interface components {
                 staging_bytes: number;
                 /** @description Most bytes of state over all runs. */
                 state_bytes: number;
+                /** @description Most runs in memory. */
                 max_runs: number;
                 max_connections: number;
                 /** @description Most parameters of one run. */
                 max_parameters: number;
                 /** @description Receipts kept per run. */
                 receipts_kept: number;
+                /** @description A run without a connection for so long leaves memory, or ends where there is no data folder; 0 is never. */
+                idle_seconds: number;
             };
         };
         Hyperparameter: {
@@ -503,6 +506,12 @@ export interface components {
             digest: string;
             /** Format: date-time */
             created_at: string;
+            /**
+             * @description Whether it is in memory. One that nobody uses is on the disk only (settings `idle_seconds` and `max_runs`): its
+             *     `state_bytes` are 0, and an `open` or a request for more than this brings it back. With a journal it may then have
+             *     later steps than are told here, where it has not been in memory since the service was started.
+             */
+            in_memory: boolean;
             /** @description Whether a connection writes to the run. */
             connected: boolean;
             /** @description How many parameters the run has. */
@@ -525,8 +534,12 @@ export interface components {
             detail?: string;
         };
         Checkpoint: {
-            /** @description Its id. */
+            /** @description Its id, which no other checkpoint of the run has. */
             checkpoint: string;
+            /** @description The branch of the run's history that it was taken on. To go back begins another one; the first is 0. */
+            branch: number;
+            /** @description Whether the run as it is now has gone through it. Others were left by going back and have a tag. */
+            in_history: boolean;
             tags: string[];
             /** @description The step it is of. */
             step: number;
@@ -857,7 +870,7 @@ export interface operations {
         };
         requestBody?: never;
         responses: {
-            /** @description Every run, oldest first. */
+            /** @description Every run, oldest first; those that are not in memory come last. */
             200: {
                 headers: {
                     [name: string]: unknown;
@@ -865,7 +878,7 @@ export interface operations {
                 content: {
                     "application/json": {
                         runs: components["schemas"]["RunSummary"][];
-                        /** @description Runs on the disk that are not in memory. */
+                        /** @description Runs on the disk that wait to be restored or cannot be. */
                         stored: components["schemas"]["StoredRun"][];
                     };
                 };
@@ -1137,7 +1150,7 @@ export interface operations {
         };
         requestBody?: never;
         responses: {
-            /** @description Every checkpoint on the disk, oldest step first. */
+            /** @description Every checkpoint on the disk, of all branches, oldest step first. */
             200: {
                 headers: {
                     [name: string]: unknown;
@@ -1166,7 +1179,10 @@ export interface operations {
         requestBody?: {
             content: {
                 "application/json": {
-                    /** @description A name for it. Tagged checkpoints are kept whatever `checkpoints_kept` says; a tag leads to the newest that has it. */
+                    /**
+                     * @description A name for it. Tagged checkpoints are kept whatever `checkpoints_kept` says, and when the run goes back behind
+                     *     them. A tag leads to the newest that has it, in the run's present history if one of that has it.
+                     */
                     tag?: string;
                 };
             };

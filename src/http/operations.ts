@@ -4,6 +4,7 @@ import { DTYPES } from '../../kernels/dtype.js'
 import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
+import type { IdleRun } from '../keep/idle.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
 import type { Metrics } from '../metrics.js'
@@ -13,8 +14,9 @@ import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
 import type { Run } from '../run/run.js'
+import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import type { DataFolder } from '../store/data-folder.js'
-import type { CheckpointEntry } from '../store/run-folder.js'
+import type { RunFolder } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './contract.js'
@@ -111,41 +113,45 @@ function serviceHandlers({
 function runHandlers({ config, device, runs, events, readers }: Services): Pick<Handlers, RunOperation> {
   return {
     listRuns: () => ({
-      runs: runs.list().map((run) => runSummary(runs, run)),
+      runs: [...runs.list().map((run) => runSummary(runs, run)), ...[...runs.idle.values()].map(idleSummary)],
       stored: [...runs.stored].map(storedRun),
     }),
-    getRun: ({ params }) => runBody(runs, runs.get(params.run)),
+    getRun: ({ params }) => {
+      const idle = runs.idle.get(params.run)
+      return idle ? idleBody(idle) : runBody(runs, runs.get(params.run))
+    },
     deleteRun: async ({ params }, reply) => {
-      const run = runs.list().find(({ name }) => name === params.run)
       await runs.delete(params.run)
-      if (run) events.end(run)
       return reply.code(204).send()
     },
-    listParameters: ({ params, query }) => {
-      const run = runs.get(params.run)
+    listParameters: async ({ params, query }) => {
+      const run = await runs.wake(params.run)
       const total = run.parameters.length
       const count = Math.max(0, Math.min(query.limit, total - query.offset))
       return { parameters: Array.from({ length: count }, (_, i) => parameterSummary(run, query.offset + i)), total }
     },
     getParameter: async ({ params }) => {
-      const run = runs.get(params.run)
+      const run = await runs.wake(params.run)
       const summary = parameterSummary(run, params.index)
       return { ...summary, state: await stateNorms(device, { readers, run }, params.index) }
     },
     getState: async ({ params }, reply) => {
-      const { length, body } = await runStateBody(runs, { readers, run: runs.get(params.run) })
+      const { length, body } = await runStateBody(runs, { readers, run: await runs.wake(params.run) })
       return reply.type('application/octet-stream').header('content-length', length).send(body)
     },
-    putState: ({ params, query, headers, body, log }) => {
+    putState: async ({ params, query, headers, body, log }) => {
       if (!(body instanceof Readable))
         throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a safetensors one')
-      return importState({ runs, device, config }, runs.get(params.run), { query, headers, body, log })
+      return importState({ runs, device, config }, await runs.wake(params.run), { query, headers, body, log })
     },
-    getParameterState: ({ params }, reply) => {
-      const { length, body } = stateBody(device, { readers, run: runs.get(params.run) }, params.index)
+    getParameterState: async ({ params }, reply) => {
+      const { length, body } = stateBody(device, { readers, run: await runs.wake(params.run) }, params.index)
       return reply.type('application/octet-stream').header('content-length', length).send(body)
     },
-    listReceipts: ({ params, query }) => ({ receipts: runs.get(params.run).receipts(query.after).map(receiptBody) }),
+    listReceipts: async ({ params, query }) => {
+      const run = await runs.wake(params.run)
+      return { receipts: run.receipts(query.after).map(receiptBody) }
+    },
     streamEvents: ({ params, headers }, reply) => {
       const run = runs.get(params.run)
       events.open(run, reply, Number(headers['last-event-id'] ?? run.step))
@@ -155,21 +161,27 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
 }
 
 function checkpointHandlers({ runs, data }: Services): Pick<Handlers, CheckpointOperation> {
+  const wakeKeeper = async (name: string) => runs.keeper((await runs.wake(name)).name)
   return {
-    listCheckpoints: ({ params }) => {
-      const { name } = runs.get(params.run)
+    listCheckpoints: async ({ params }) => {
+      const { name } = await runs.wake(params.run)
       if (!data) return { checkpoints: [], reason: 'this service keeps none: it was started without a data folder' }
-      return { checkpoints: runs.keeper(name).folder.checkpoints.map(checkpointBody) }
+      const { folder } = runs.keeper(name)
+      return { checkpoints: folder.checkpoints.map((entry) => checkpointBody(folder, entry)) }
     },
-    getCheckpoint: ({ params }) => checkpointBody(findCheckpoint(runs.keeper(params.run).folder, params)),
+    getCheckpoint: async ({ params }) => {
+      const { folder } = await wakeKeeper(params.run)
+      return checkpointBody(folder, findCheckpoint(folder, params))
+    },
     createCheckpoint: async ({ params, body }, reply) => {
-      const keeper = runs.keeper(params.run)
+      const keeper = await wakeKeeper(params.run)
       const tag = checkTag(body?.tag)
       const entry = await betweenSteps(runs, runs.get(params.run), () => keeper.take(tag))
-      return reply.code(201).send(checkpointBody(entry))
+      return reply.code(201).send(checkpointBody(keeper.folder, entry))
     },
     deleteCheckpoint: async ({ params }, reply) => {
-      await runs.keeper(params.run).remove(findCheckpoint(runs.keeper(params.run).folder, params))
+      const keeper = await wakeKeeper(params.run)
+      await keeper.remove(findCheckpoint(keeper.folder, params))
       return reply.code(204).send()
     },
   }
@@ -206,7 +218,7 @@ function capabilities({
   device,
   presets,
 }: Pick<Services, 'config' | 'device' | 'presets'>): Schemas['Capabilities'] {
-  const { chunk_bytes, staging_bytes, max_runs, max_connections, max_parameters, receipts_kept } = config
+  const { chunk_bytes, staging_bytes, max_runs, max_connections, max_parameters, receipts_kept, idle_seconds } = config
   const limits = {
     chunk_bytes,
     staging_bytes,
@@ -215,6 +227,7 @@ function capabilities({
     max_connections,
     max_parameters,
     receipts_kept,
+    idle_seconds,
   }
   return {
     server: { name: 'muond', version: VERSION },
@@ -260,6 +273,7 @@ function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
     step,
     digest,
     created_at,
+    in_memory: true,
     connected: run.connected,
     parameters,
     state_bytes: run.stateBytes,
@@ -268,12 +282,21 @@ function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
   }
 }
 
+function idleSummary({ groups: _, attentions: __, ...rest }: IdleRun): Schemas['RunSummary'] {
+  return { ...rest, in_memory: false, connected: false, state_bytes: 0 }
+}
+
+function idleBody(idle: IdleRun): Schemas['Run'] {
+  const { groups, attentions } = idle
+  return { ...idleSummary(idle), ahead: [], attentions: [...attentions], groups: { ...groups } }
+}
+
 function storedRun([name, detail]: readonly [string, string]): Schemas['StoredRun'] {
   return detail === '' ? { name, status: 'waiting' } : { name, status: 'unreadable', detail }
 }
 
-function checkpointBody({ tags, ...entry }: CheckpointEntry): Schemas['Checkpoint'] {
-  return { ...entry, tags: [...tags] }
+function checkpointBody(folder: RunFolder, entry: CheckpointEntry): Schemas['Checkpoint'] {
+  return { ...entry, tags: [...entry.tags], in_history: folder.isInHistory(entry) }
 }
 
 function runBody(runs: Runs, run: Run): Schemas['Run'] {

@@ -1,13 +1,7 @@
 import type { Readable } from 'node:stream'
 import { setTimeout as delay } from 'node:timers/promises'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import type { Config } from '../config.js'
-import { ServiceError } from '../errors.js'
-
-// Whoever holds memory of the service by sending or reading gives it back by being too slow: `send_timeout_seconds`
-// is a window, in which at least `min_bytes_per_second` for each of its seconds must move.
-
-type Pace = Pick<Config, 'send_timeout_seconds' | 'min_bytes_per_second'>
+import { leastOf, type Pace, tooSlow } from '../link/pace.js'
 
 // A client that was refused before its body ended has so long to read that, and to stop.
 const LINGER_MS = 5000
@@ -17,8 +11,9 @@ const LINGER_MS = 5000
  * refused with OVERLOADED. Streamed ones are their handler's, see `paced`.
  */
 export function limitBody(pace: Pace): (request: FastifyRequest, reply: FastifyReply, body: Readable) => Promise<void> {
-  return async ({ routeOptions, raw: { socket } }, _reply, body) => {
-    if (routeOptions.config.streamed) return
+  return async ({ routeOptions, ws, raw: { socket } }, _reply, body) => {
+    // The request of an upgrade never ends: its connection would be watched, and kept, after its socket was closed.
+    if (routeOptions.config.streamed || ws) return
     const stop = watch(
       pace,
       () => socket.bytesRead,
@@ -91,15 +86,6 @@ async function within<T>(promise: Promise<T>, milliseconds: number): Promise<T |
     // Whoever does not wait any longer does not want to hear of its failure either.
     promise.catch(() => {})
   }
-}
-
-function leastOf({ send_timeout_seconds, min_bytes_per_second }: Pace): number {
-  return send_timeout_seconds * min_bytes_per_second
-}
-
-function tooSlow(pace: Pace, moved: number): ServiceError {
-  const message = `${moved} bytes moved within ${pace.send_timeout_seconds} seconds, at least ${Math.ceil(leastOf(pace))} must`
-  return new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 })
 }
 
 /** Calls `slow` once, at the end of the first window in which too little moved; answers what stops that. */

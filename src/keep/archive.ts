@@ -1,53 +1,47 @@
 import assert from 'node:assert'
 import type { Config } from '../config.js'
-import type { Tensor } from '../device/memory.js'
 import { errorText, ServiceError } from '../errors.js'
 import type { Groups } from '../optimizer/hyperparameters.js'
 import type { Declaration } from '../run/declaration.js'
-import { importNote } from '../run/imported-state.js'
 import { groupRecords, groupsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
-import { type Manifest, UnreadableError } from '../store/checkpoint/manifest.js'
+import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
+import { UnreadableError } from '../store/checkpoint/manifest.js'
 import type { DataFolder } from '../store/data-folder.js'
-import type { Identity } from '../store/identity.js'
+import type { Replacement } from '../store/identity.js'
 import { clearJournal, Journal, listSegments } from '../store/journal/journal.js'
-import { cutTail, readJournal } from '../store/journal/journal-reader.js'
-import type { CheckpointEntry, RunFolder } from '../store/run-folder.js'
+import type { RunFolder } from '../store/run-folder.js'
+import type { Source } from '../wire/frame.js'
+import { AbsentRuns, unreadable } from './absent.js'
+import { idleOnDisk, idleRun } from './idle.js'
 import { Keeper, type KeeperMeans } from './keeper.js'
-import { checkDigest, differenceOf, keptDeclaration, readTensors, replay } from './restore.js'
+import { copyOf, findCheckpoint, type Kept, ofRun, readKept, replayJournal, takeKept } from './kept.js'
+import { keptDeclaration } from './restore.js'
 
 export type ArchiveMeans = KeeperMeans & {
   data: DataFolder
   config: Config
   /** Admits a run and makes the device ready for it. */
-  build(name: string, declaration: Declaration, created_at: string): Promise<Run>
+  build(name: string, declaration: Declaration, created_at?: string): Promise<Run>
 }
-
-/** A checkpoint that was read: its tensors are nobody's until a run has taken them. */
-export type Kept = { readonly manifest: Manifest; readonly tensors: (Tensor[] | undefined)[]; taken: boolean }
-
-type Shelf = { keeper: Keeper; identity: Identity }
 
 /** Connects runs with their folders: it creates those, restores runs from them, and goes back to checkpoints. */
 export class Archive {
   readonly #means: ArchiveMeans
   /** Of the runs that are in memory. */
-  readonly #shelves = new Map<string, Shelf>()
-  /** Runs on the disk that are not in memory, and why; empty where nobody has tried. */
-  readonly #stored: Map<string, string>
+  readonly #keepers = new Map<string, Keeper>()
+  /** Those that are not. */
+  readonly absent: AbsentRuns
 
   constructor(means: ArchiveMeans) {
     this.#means = means
-    this.#stored = new Map(means.data.names.map((name) => [name, '']))
-  }
-
-  /** Runs on the disk that are not in memory, with the reason. */
-  get stored(): ReadonlyMap<string, string> {
-    return this.#stored
+    this.absent = new AbsentRuns(means.data.names)
   }
 
   keeper(name: string): Keeper {
-    return this.#shelf(name).keeper
+    const keeper = this.#keepers.get(name)
+    assert(keeper, 'a run in memory has its folder')
+    return keeper
   }
 
   /**
@@ -59,20 +53,20 @@ export class Archive {
       throw this.#failed(run.name, error)
     })
     try {
-      const keeper = this.#adopt(run, folder, { run: run.name, epoch: 0 })
+      const keeper = this.#adopt(run, folder)
       await this.#openJournal(run, folder)
       await keeper.take()
       await this.opened(run)
     } catch (error) {
       await this.#forget(run)
-      await folder.destroy().catch((again) => this.#warn('run_left_behind', run.name, again))
+      await this.#means.data.destroy(run.name).catch((again) => this.#warn('run_left_behind', run.name, again))
       throw this.#failed(run.name, error)
     }
   }
 
   /** Notes an `open` before it is answered. */
   async opened(run: Run): Promise<void> {
-    await this.#identify(run, { epoch: run.epoch + 1 })
+    await this.#note(run, { epoch: run.epoch + 1 })
   }
 
   /**
@@ -83,61 +77,90 @@ export class Archive {
     const [given, before] = [groups, run.groupsBefore].map(groupRecords)
     const { step } = run
     const replacement = run.ahead.length === 0 ? { step, groups: given } : { step, groups: before, later: given }
-    await this.#identify(run, { replacement })
+    await this.#note(run, { replacement })
   }
 
   /**
    * Restores a run from its newest checkpoint and the journal behind it, or as it was at another checkpoint: that
-   * changes nothing on the disk yet, see `goBack`. Undefined: there is none. Throws CHECKPOINT_UNREADABLE and leaves
-   * nothing behind.
+   * changes nothing on the disk yet, see `goBack`. Undefined: its making was interrupted, and it is gone. Throws
+   * CHECKPOINT_UNREADABLE and OVER_CAPACITY, and leaves nothing behind.
    */
-  async load(name: string, checkpoint?: string): Promise<Run | undefined> {
-    if (!this.#stored.has(name)) return undefined
-    try {
-      const folder = await this.#means.data.find(name)
+  load(name: string, checkpoint?: string): Promise<Run | undefined> {
+    return this.absent.reading(name, async () => {
+      const folder = await this.#find(name)
       const entry = checkpoint === undefined ? folder.newest : findCheckpoint(folder, name, checkpoint)
-      const run = entry
-        ? await this.#restore(folder, entry, checkpoint === undefined)
-        : await this.#unfinished(folder, name)
-      this.#stored.delete(name)
+      if (!entry) return this.#unfinished(folder, name)
+      const run = await this.#restore(folder, entry, checkpoint === undefined)
+      this.absent.leave(name)
       return run
-    } catch (error) {
-      const known = unreadable(name, error)
-      this.#stored.set(name, errorText(known))
-      throw known
-    }
+    })
+  }
+
+  /** Finds out what there is to know of a run for which there is no room in memory. */
+  describe(name: string): Promise<undefined> {
+    return this.absent.reading(name, async () => {
+      const folder = await this.#find(name)
+      if (!folder.newest) return this.#unfinished(folder, name)
+      this.absent.rest(idleOnDisk(await folder.manifest(folder.newest), folder.identity))
+    })
+  }
+
+  /** A run that no connection has leaves memory; answers the step that it comes back at. */
+  async rest(run: Run): Promise<number> {
+    const { newest } = this.keeper(run.name).folder
+    assert(newest, 'a run has a checkpoint from its creation on')
+    const idle = idleRun(run, run.journal ? run : newest)
+    await this.#forget(run).finally(() => this.absent.rest(idle))
+    return idle.step
   }
 
   /** Reads a checkpoint of a run that is in memory. */
   async fetch(run: Run, checkpoint: string): Promise<Kept> {
-    const { folder } = this.keeper(run.name)
+    const keeper = this.keeper(run.name)
+    const { folder } = keeper
     try {
-      const entry = findCheckpoint(folder, run.name, checkpoint)
-      const manifest = await folder.manifest(entry)
-      return await this.#read(run, folder, manifest)
+      // Nothing may remove its files meanwhile.
+      return await keeper.alone(async () => {
+        const entry = findCheckpoint(folder, run.name, checkpoint)
+        return readKept(this.#means.device, run, { folder, entry, manifest: await folder.manifest(entry) })
+      })
     } catch (error) {
       throw unreadable(run.name, error)
     }
   }
 
-  /** Gives back what no run has taken. */
-  release({ tensors, taken }: Kept): void {
-    if (taken) return
-    for (const tensor of tensors.flat()) if (tensor) this.#means.device.memory.release(tensor)
+  /**
+   * Makes a run that begins with the state of a checkpoint of another run, in memory or not, and gives it its folder.
+   * `agree` holds what its `open` declares against that, and answers the groups that it gives, if any. Throws
+   * NOT_FOUND, CHECKPOINT_UNREADABLE, what `agree` throws, and as `create`.
+   */
+  async branch(name: string, from: Source, agree: (run: Run) => Promise<Groups | undefined>): Promise<Run> {
+    const keeper = this.#keepers.get(from.run)
+    const copy = (folder: RunFolder) => copyOf(this.#means, name, { folder, from, agree })
+    // Nothing may remove the checkpoint's files meanwhile.
+    const run = keeper
+      ? await keeper.alone(() => copy(keeper.folder))
+      : await ofRun(from.run, this.#find(from.run)).then(copy)
+    await this.create(run).catch((error) => {
+      run.dispose()
+      throw error
+    })
+    return run
   }
 
-  /** Puts a run where `kept` is, or leaves it where it is, and drops what came after that from the disk. */
-  goBack(run: Run, kept?: Kept): Promise<void> {
-    const { keeper } = this.#shelf(run.name)
+  /**
+   * Puts a run where a checkpoint is: there is `kept` of it, or the run is there already. What came after the
+   * checkpoint is dropped from the disk, but for what has a tag.
+   */
+  goBack(run: Run, checkpoint: string, kept?: Kept): Promise<void> {
+    const keeper = this.keeper(run.name)
     const { folder } = keeper
     return keeper
       .alone(async () => {
         await run.closeJournal()
-        // Groups that were given later are of a history that is dropped.
-        await this.#identify(run, { replacement: undefined })
-        await clearJournal(folder.journal)
-        await folder.removeAfter(kept?.manifest ?? run)
-        if (kept) this.#take(run, kept)
+        await folder.goBack(findCheckpoint(folder, run.name, checkpoint))
+        if (kept) takeKept(this.#means.device, run, kept)
+        await this.#sweep(folder, run.name)
         await this.#openJournal(run, folder)
       })
       .catch((error) => {
@@ -147,7 +170,7 @@ export class Archive {
 
   /** Takes a checkpoint of every run that has come further than its last one and is between two steps. */
   async checkpointAll(): Promise<void> {
-    const keepers = [...this.#shelves.values()].map(({ keeper }) => keeper)
+    const keepers = [...this.#keepers.values()]
     await Promise.all(
       keepers.map((keeper) =>
         keeper.take().catch((error) => this.#warn('checkpoint_failed', keeper.folder.path, error)),
@@ -157,41 +180,43 @@ export class Archive {
 
   /** Removes a run from the disk. */
   async remove(name: string, run?: Run): Promise<void> {
-    const shelf = this.#shelves.get(name)
     if (run) await this.#forget(run)
-    this.#stored.set(name, '')
-    const folder = shelf?.keeper.folder ?? (await this.#means.data.find(name))
-    await folder.destroy().catch((error) => {
+    this.absent.wait(name)
+    await this.#means.data.destroy(name).catch((error) => {
       throw this.#failed(name, error)
     })
-    this.#stored.delete(name)
+    this.absent.leave(name)
   }
 
   /** A run that is not in memory any more: it can be loaded again. */
   async evict(run: Run): Promise<void> {
     await this.#forget(run)
-    this.#stored.set(run.name, '')
+    this.absent.wait(run.name)
   }
 
   /** When everything that was begun is on the disk. */
   async close(runs: Iterable<Run>): Promise<void> {
-    for (const { keeper } of this.#shelves.values()) await keeper.settled()
+    for (const keeper of this.#keepers.values()) await keeper.settled()
     for (const run of runs) await run.closeJournal()
   }
 
-  async #identify(run: Run, change: Partial<Identity>): Promise<void> {
-    const shelf = this.#shelf(run.name)
-    const identity = { ...shelf.identity, ...change }
-    await shelf.keeper.folder.identify(identity).catch((error) => {
-      throw this.#failed(run.name, error)
-    })
-    shelf.identity = identity
+  async #find(name: string): Promise<RunFolder> {
+    const folder = await this.#means.data.find(name)
+    await this.#sweep(folder, name)
+    return folder
   }
 
-  #shelf(name: string): Shelf {
-    const shelf = this.#shelves.get(name)
-    assert(shelf, 'a run in memory has its folder')
-    return shelf
+  // What is left over takes room and nothing else: the next start tries again.
+  async #sweep(folder: RunFolder, name: string): Promise<void> {
+    await folder.sweep().catch((error) => this.#warn('tidy_failed', name, error))
+  }
+
+  async #note(run: Run, change: { epoch: number } | { replacement: Replacement }): Promise<void> {
+    await this.keeper(run.name)
+      .folder.identify(change)
+      .catch((error) => {
+        throw this.#failed(run.name, error)
+      })
   }
 
   /** A folder without a checkpoint: its `open` was never answered, unless there are steps. */
@@ -199,7 +224,8 @@ export class Archive {
     const steps = (await listSegments(folder.journal)).reduce((sum, { bytes }) => sum + bytes, 0)
     if (steps > 0) throw new UnreadableError(`${folder.path} has a journal and no checkpoint that it goes on from`)
     this.#means.log.info({ event: 'unfinished_run_removed', run: name })
-    await folder.destroy()
+    await this.#means.data.destroy(name)
+    this.absent.leave(name)
     return undefined
   }
 
@@ -207,13 +233,14 @@ export class Archive {
     const started = performance.now()
     if (entry.problem) throw new UnreadableError(entry.problem)
     const manifest = await folder.manifest(entry)
-    const identity = await folder.identity()
     const run = await this.#means.build(manifest.run, keptDeclaration(manifest), manifest.created_at)
     try {
-      const { elsewhere } = this.#take(run, await this.#read(run, folder, manifest))
-      const steps = withJournal ? await this.#replay(run, { folder, manifest, elsewhere }) : 0
-      run.continueEpoch(identity.epoch)
-      const keeper = this.#adopt(run, folder, withJournal ? replaceGroups(run, identity) : identity)
+      const { device } = this.#means
+      const { elsewhere } = takeKept(device, run, await readKept(device, run, { folder, entry, manifest }))
+      const steps = withJournal ? await replayJournal(this.#means, run, { folder, manifest, elsewhere }) : 0
+      run.continueEpoch(folder.identity.epoch)
+      if (withJournal) await replaceGroups(run, folder)
+      const keeper = this.#adopt(run, folder)
       // Without, the journal has steps that are dropped only once nothing is refused any more.
       if (withJournal) await this.#openJournal(run, folder)
       if (steps > 0 && !run.journal) await this.#leaveJournal(keeper)
@@ -237,47 +264,9 @@ export class Archive {
     }
   }
 
-  /** Nothing is changed by it: what it gives has been held against every hash there is. */
-  async #read(run: Run, folder: RunFolder, manifest: Manifest): Promise<Kept> {
-    const { parameters, grant } = run
-    checkDigest(manifest, run)
-    const tensors = await readTensors(this.#means.device, { folder, manifest }, { parameters, units: grant.units })
-    return { manifest, tensors, taken: false }
-  }
-
-  /** `elsewhere`: another kind of device had computed it. */
-  #take(run: Run, kept: Kept): { elsewhere: boolean } {
-    const { manifest, tensors } = kept
-    kept.taken = true
-    const difference = differenceOf(manifest.device, this.#means.device.record)
-    const elsewhere = difference !== undefined
-    const imported = manifest.imported ? [importNote(manifest.step)] : []
-    const restored = elsewhere ? [`restored from ${manifest.checkpoint}: ${difference}`] : []
-    run.restore(manifest, { tensors, elsewhere, note: [...imported, ...restored].join('; ') })
-    return { elsewhere }
-  }
-
-  /** Computes the steps behind a checkpoint again; returns how many there are. */
-  async #replay(
-    run: Run,
-    { folder, manifest, elsewhere }: { folder: RunFolder; manifest: Manifest; elsewhere: boolean },
-  ): Promise<number> {
-    const { log, device } = this.#means
-    const { steps, tail } = await readJournal(folder.journal, manifest.step)
-    if (tail) {
-      const { path, at, bytes, damaged } = tail
-      const event = { event: 'journal_cut', run: run.name, path, at, bytes }
-      if (damaged) log.warn({ ...event, reason: damaged })
-      else log.info({ ...event, reason: 'the step was not finished' })
-      await cutTail(tail)
-    }
-    await replay(run, device, { steps, elsewhere })
-    return steps.length
-  }
-
-  #adopt(run: Run, folder: RunFolder, identity: Identity): Keeper {
+  #adopt(run: Run, folder: RunFolder): Keeper {
     const keeper = new Keeper(run, folder, this.#means)
-    this.#shelves.set(run.name, { keeper, identity })
+    this.#keepers.set(run.name, keeper)
     return keeper
   }
 
@@ -295,8 +284,8 @@ export class Archive {
   }
 
   async #forget(run: Run): Promise<void> {
-    await this.#shelves.get(run.name)?.keeper.settled()
-    this.#shelves.delete(run.name)
+    await this.#keepers.get(run.name)?.settled()
+    this.#keepers.delete(run.name)
     await run.closeJournal()
   }
 
@@ -310,37 +299,15 @@ export class Archive {
   }
 }
 
-function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): CheckpointEntry {
-  const entry = folder.find(checkpoint)
-  if (entry?.problem) throw new UnreadableError(entry.problem)
-  if (entry) return entry
-  const known = folder.checkpoints.map((other) => other.checkpoint)
-  throw new ServiceError(
-    'NOT_FOUND',
-    `run '${run}' has no checkpoint '${checkpoint}'; its ${known.length}: ${known.join(', ')}`,
-  )
-}
-
 /**
  * Replaces what no step has been computed with yet of the groups that a connection gave. Those that were given at
- * another step are in the checkpoint, or of steps that are lost: they are answered no more.
+ * another step are in the checkpoint, or of steps that are lost: they are forgotten.
  */
-function replaceGroups(run: Run, { replacement, ...rest }: Identity): Identity {
-  if (replacement === undefined) return rest
+async function replaceGroups(run: Run, folder: RunFolder): Promise<void> {
+  const { replacement } = folder.identity
+  if (replacement === undefined) return
   const { step, groups, later } = replacement
+  if (step !== run.step && step + 1 !== run.step) return folder.identify({ replacement: undefined })
   if (step === run.step) run.replaceGroups(groupsOf(groups), 'this')
-  if (later && (step === run.step || step + 1 === run.step))
-    run.replaceGroups(groupsOf(later), step < run.step ? 'this' : 'next')
-  return step === run.step || step + 1 === run.step ? { ...rest, replacement } : rest
-}
-
-function unreadable(name: string, error: unknown): unknown {
-  const message = `run '${name}' cannot be restored: ${errorText(error)}`
-  if (error instanceof UnreadableError) return new ServiceError('CHECKPOINT_UNREADABLE', message)
-  return isFromSystem(error) ? new ServiceError('STORAGE_FAILED', message) : error
-}
-
-/** Whether the file system has refused something, as opposed to a file that is not what it should be. */
-function isFromSystem(error: unknown): boolean {
-  return error instanceof Error && 'syscall' in error
+  if (later) run.replaceGroups(groupsOf(later), step < run.step ? 'this' : 'next')
 }

@@ -5,9 +5,11 @@ import type { Metrics } from '../metrics.js'
 import type { PendingImport } from '../run/imported-state.js'
 import type { Run } from '../run/run.js'
 import type { HeldTensor } from '../run/shard.js'
+import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
+import { tagRule } from '../store/checkpoint/manifest-rules.js'
 import type { StateEntry } from '../store/checkpoint/state-files.js'
 import { stateName } from '../store/checkpoint/state-source.js'
-import { type CheckpointEntry, isCheckpointId, type RunFolder } from '../store/run-folder.js'
+import type { RunFolder } from '../store/run-folder.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
 
 /** Where events are logged. */
@@ -58,6 +60,7 @@ export class Keeper {
   async begin(tag?: string): Promise<{ written: Promise<CheckpointEntry> }> {
     // Looked at again here, not in a function that is awaited: of several that wait only one finds it free.
     while (this.#writing) await this.settled()
+    this.#run.checkPresent()
     const { newest } = this.folder
     if (newest && this.upToDate)
       return { written: tag === undefined ? Promise.resolve(newest) : this.#occupy(this.#tag(newest, tag)) }
@@ -74,10 +77,11 @@ export class Keeper {
     return this.#occupy(this.#write([], pending))
   }
 
-  /** Does something that no checkpoint may be taken beside. */
-  async alone(work: () => Promise<void>): Promise<void> {
+  /** Does something that no checkpoint may be taken or removed beside. */
+  async alone<T>(work: () => Promise<T>): Promise<T> {
     while (this.#writing) await this.settled()
-    await this.#occupy(work())
+    this.#run.checkPresent()
+    return this.#occupy(work())
   }
 
   /** Removes a checkpoint. Throws PARAMETER_INVALID for the newest one, from which the run goes on after a restart. */
@@ -220,13 +224,9 @@ function entriesOf(tensors: readonly HeldTensor[]): StateEntry[] {
   ]
 }
 
-const TAG_CHARACTERS = 128
-
 /** Refuses a tag that is empty, too long or would name another checkpoint's id. Throws PARAMETER_INVALID. */
 export function checkTag(tag: string | undefined): string | undefined {
-  if (tag === undefined || (tag.length > 0 && tag.length <= TAG_CHARACTERS && !isCheckpointId(tag))) return tag
-  throw new ServiceError(
-    'PARAMETER_INVALID',
-    `tag is ${JSON.stringify(tag)}, expected 1 to ${TAG_CHARACTERS} characters that are no checkpoint's id`,
-  )
+  const problem = tag === undefined ? undefined : tagRule.problem(tag, 'tag')
+  if (problem === undefined) return tag
+  throw new ServiceError('PARAMETER_INVALID', problem)
 }

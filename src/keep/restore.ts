@@ -11,6 +11,7 @@ import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
 import { Member } from '../run/step/member.js'
+import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import {
   type DeviceRecord,
   type Manifest,
@@ -29,6 +30,9 @@ export function keptDeclaration(record: RunRecord): Declaration {
   const parameters = parseParameters(record.parameters, groups)
   return { groups, parameters, attentions: parseAttentions(record.attentions, parameters) }
 }
+
+/** A checkpoint and its manifest, which was read. */
+export type CheckpointOnDisk = { folder: RunFolder; entry: CheckpointEntry; manifest: Manifest }
 
 type Declared = { parameters: readonly Parameter[]; attentions: readonly Attention[] }
 
@@ -85,7 +89,7 @@ function describe({ kind, name, onnxruntime, processor }: DeviceRecord): string 
  */
 export async function readTensors(
   device: Device,
-  { folder, manifest }: { folder: RunFolder; manifest: Manifest },
+  { folder, entry, manifest }: CheckpointOnDisk,
   { parameters, units }: { parameters: readonly Parameter[]; units: readonly number[] },
 ): Promise<(Tensor[] | undefined)[]> {
   const { places } = manifest
@@ -100,7 +104,7 @@ export async function readTensors(
         return [stateName(name, kind), { ...tensor, dtype: SAFETENSORS_NAMES[dtype], shape }] as const
       }),
     )
-    await folder.read(manifest, new Map(targets), device.locations)
+    await folder.read(entry, manifest, { targets: new Map(targets), locations: device.locations })
     return tensors
   } catch (error) {
     for (const tensor of tensors.flat()) if (tensor) device.memory.release(tensor)
@@ -114,7 +118,6 @@ export async function readTensors(
  */
 export async function replay(
   run: Run,
-  device: Device,
   { steps, elsewhere }: { steps: readonly StoredStep[]; elsewhere: boolean },
 ): Promise<void> {
   const files = new Map<string, Promise<FileHandle>>()
@@ -123,7 +126,7 @@ export async function replay(
     for (const stored of steps) {
       run.repeat(settingsOf(stored.end.settings))
       const done = await Promise.allSettled(
-        stored.gradients.map((gradient) => applyAgain(run, device, { member, gradient, files, elsewhere })),
+        stored.gradients.map((gradient) => applyAgain(run, { member, gradient, files, elsewhere })),
       )
       const failed = done.find((result) => result.status === 'rejected')
       if (failed) throw failed.reason
@@ -136,7 +139,7 @@ export async function replay(
 
 type Again = { member: Member; gradient: StoredGradient; files: Map<string, Promise<FileHandle>>; elsewhere: boolean }
 
-async function applyAgain(run: Run, device: Device, { member, gradient, files, elsewhere }: Again): Promise<void> {
+async function applyAgain(run: Run, { member, gradient, files, elsewhere }: Again): Promise<void> {
   const { parameter: index, step: number, path, at, bytes, applied, label } = gradient
   await named(label, async () => {
     const parameter = run.parameter(index)
@@ -145,7 +148,7 @@ async function applyAgain(run: Run, device: Device, { member, gradient, files, e
         `the gradient of parameter '${parameter.name}' has ${bytes} bytes, expected ${parameter.gradient_bytes}`,
       )
     }
-    const region = await device.staging.reserve(bytes, new AbortController().signal)
+    const region = await run.staging.reserve(bytes, new AbortController().signal)
     assert(region, 'nothing aborts this')
     try {
       const file = files.get(path) ?? open(path, 'r')

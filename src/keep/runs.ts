@@ -1,3 +1,4 @@
+import { constants } from 'node:buffer'
 import type { Config } from '../config.js'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
@@ -12,13 +13,18 @@ import { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
 import type { Connection, Member } from '../run/step/member.js'
 import type { DataFolder } from '../store/data-folder.js'
-import type { OpenFrame } from '../wire/frame.js'
-import { Archive, type Kept } from './archive.js'
+import type { OpenFrame, Source } from '../wire/frame.js'
+import { Archive } from './archive.js'
+import type { IdleRun } from './idle.js'
 import type { Keeper, Log } from './keeper.js'
-import { measure } from './measured.js'
+import { type Kept, releaseKept } from './kept.js'
 import { checkFree, checkSame, demandsOf } from './opening.js'
 import { pendingImport } from './receive-state.js'
+import { Residents } from './residents.js'
 import { Turns } from './turns.js'
+
+// Of one view of memory.
+const { MAX_LENGTH } = constants
 
 /** The run that an `open` gave, the connection's place in it, and whether the run existed before. */
 export type Opened = { run: Run; member: Member; resumed: boolean }
@@ -43,49 +49,68 @@ export class Runs {
   readonly #device: Device
   readonly #config: Config
   readonly #presets: Presets
-  readonly #metrics: Metrics
   readonly #log: Log
   readonly #archive: Archive | undefined
-  #runs = new Map<string, Run>()
-  /** Runs that wait for their kernels: they count as runs already. */
-  #creating = 0
+  readonly #residents: Residents
   readonly #turns = new Turns()
   readonly #imports = new Map<Run, Promise<unknown>>()
   readonly #closing = new AbortController()
 
   constructor(means: RunsMeans) {
-    const { device, config, presets, metrics, data, log } = means
+    const { device, config, presets, data, log } = means
     this.#device = device
     this.#config = config
     this.#presets = presets
-    this.#metrics = metrics
     this.#log = log
     const build: Runs['build'] = (...of) => this.build(...of)
     this.#archive = data && new Archive({ ...means, data, build })
     device.onFailure = () => this.#expelAll()
+    const [archive, turns] = [this.#archive, this.#turns]
+    this.#residents = new Residents({ ...means, archive, turns, isNeeded: (run) => this.#imports.has(run) })
   }
 
   list(): Run[] {
-    return [...this.#runs.values()]
+    return this.#residents.list()
   }
 
-  /** Runs on the disk that are not in memory, each with the reason; empty where it waits to be restored. */
+  /** Runs on the disk that are to be restored, each with the reason why they are not; empty where one waits for it. */
   get stored(): ReadonlyMap<string, string> {
-    return this.#archive?.stored ?? new Map()
+    return this.#archive?.absent.stored ?? new Map()
+  }
+
+  /** Runs on the disk that nobody uses: they take no memory until somebody does. */
+  get idle(): ReadonlyMap<string, IdleRun> {
+    return this.#archive?.absent.idle ?? new Map()
   }
 
   get(name: string): Run {
-    const run = this.#runs.get(name)
+    const run = this.#residents.get(name)
     if (run) return run
     throw this.#notFound(name)
   }
 
+  /** A run in memory, which an idle one is brought back to first. Throws as `get`, OVER_CAPACITY and DRAINING. */
+  async wake(name: string): Promise<Run> {
+    if (!this.idle.has(name)) return this.get(name)
+    if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and brings no run back to memory')
+    return this.#turns.take(name, async () => (await this.#find(name)) ?? this.get(name))
+  }
+
   /** Why a run cannot be had. */
   #notFound(name: string): ServiceError {
+    if (this.idle.has(name)) {
+      const remedy = 'an open brings it back, and so does reading its state'
+      return new ServiceError('RESTORING', `run '${name}' is idle and on the disk: ${remedy}`)
+    }
     const problem = this.stored.get(name)
     if (problem === '') return new ServiceError('RESTORING', `run '${name}' waits to be restored`)
     if (problem) return new ServiceError('CHECKPOINT_UNREADABLE', problem)
-    return new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'`)
+    const { idle_seconds } = this.#config
+    const ended =
+      this.#archive || idle_seconds === 0
+        ? ''
+        : `; without a data folder one ends after ${idle_seconds} seconds without a connection`
+    return new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'${ended}`)
   }
 
   /** What takes a run's checkpoints. Throws RUN_NOT_FOUND, and PARAMETER_INVALID where nothing is kept. */
@@ -104,6 +129,11 @@ export class Runs {
     return this.#archive?.keeper(run.name).folder.newest?.step ?? 0
   }
 
+  /** Has the runs leave memory that no connection has had for `idle_seconds`; `now` is as `performance.now` counts. */
+  restIdle(now?: number): Promise<void> {
+    return this.#residents.restIdle(now)
+  }
+
   /** Whether runs on the disk are still to be restored. */
   get restoring(): boolean {
     return this.#restoring !== undefined
@@ -119,15 +149,16 @@ export class Runs {
 
   /** Opens a run for a connection. Calls for one name are served one after the other, in their order. */
   open(frame: OpenFrame, connection: Connection): Promise<Opened> {
-    return this.#turns.take(frame.run, () => this.#open(frame, connection))
+    const names = frame.from ? [frame.run, frame.from.run] : [frame.run]
+    return this.#turns.takeAll(names, () => this.#open(frame, connection))
   }
 
   /** Deletes a run with its state and checkpoints; its connection is closed. */
   delete(name: string): Promise<void> {
     return this.#turns.take(name, async () => {
-      const run = this.#runs.get(name)
-      if (!run && !this.stored.has(name)) this.get(name)
-      this.#runs.delete(name)
+      const run = this.#residents.get(name)
+      if (!run && !this.#archive?.absent.has(name)) this.get(name)
+      this.#residents.leave(name)
       run?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
       await run?.settled()
       try {
@@ -140,22 +171,9 @@ export class Runs {
 
   /** Admits a run and makes the device ready for it. */
   async build(name: string, declaration: Declaration, created_at?: string): Promise<Run> {
-    const runs = this.#runs.size + this.#creating
-    if (runs >= this.#config.max_runs) {
-      const remedy = 'delete one (DELETE /v1/runs/{run}), or start the service with a larger --max-runs'
-      throw new ServiceError(
-        'OVER_CAPACITY',
-        `the service holds ${runs} runs, at most ${this.#config.max_runs}: ${remedy}`,
-      )
-    }
-    this.#checkFits(declaration.parameters)
-    this.#creating += 1
-    try {
-      const grant = await this.#admit(name, declaration)
-      return new Run(this.#device, { name, created_at, ...declaration, grant, receipts: this.#config })
-    } finally {
-      this.#creating -= 1
-    }
+    this.#checkSizes(declaration.parameters)
+    const grant = await this.#admit(name, declaration)
+    return new Run(this.#device, { name, created_at, ...declaration, grant, receipts: this.#config })
   }
 
   async #admit(name: string, { groups, parameters, attentions }: Declaration): Promise<Grant> {
@@ -195,7 +213,7 @@ export class Runs {
    */
   takeOver(run: Run, state: ImportedState): Promise<Imported> {
     return this.#turns.take(run.name, async () => {
-      if (this.#runs.get(run.name) !== run)
+      if (this.#residents.get(run.name) !== run)
         throw new ServiceError('RUN_NOT_FOUND', `run '${run.name}' was deleted while its state was received`)
       return run.boundary.between('state is imported between two steps', async () => {
         const pending = await pendingImport(this.#device, run, state)
@@ -224,6 +242,7 @@ export class Runs {
   /** When everything that was begun is on the disk. No run has a connection any more. */
   async close(): Promise<void> {
     this.draining = true
+    this.#residents.close()
     this.#closing.abort()
     await this.#restoring
     await Promise.allSettled(this.#imports.values())
@@ -235,22 +254,35 @@ export class Runs {
     for (const name of [...this.stored.keys()]) {
       if (this.draining) return
       await this.#turns
-        .take(name, () => this.#find(name))
+        .take(name, () => this.#restoreIfRoom(name))
         .catch((error) => {
           this.#log.error({ event: 'run_unreadable', run: name, reason: String(error) })
         })
     }
   }
 
+  /** A start makes no room: of the runs that it would bring back one would only push the other out. */
+  async #restoreIfRoom(name: string): Promise<void> {
+    try {
+      if (!this.#residents.isFull) await this.#find(name)
+      if (!this.stored.has(name)) return
+    } catch (error) {
+      if (!(error instanceof ServiceError) || error.code !== 'OVER_CAPACITY') throw error
+    }
+    await this.#archive?.describe(name)
+    this.#log.info({ event: 'run_stays_on_disk', run: name })
+  }
+
   async #open(frame: OpenFrame, connection: Connection): Promise<Opened> {
-    const { run: name, mode, checkpoint } = frame
+    const { run: name, mode, checkpoint, from } = frame
     refuseUnsupported(frame, this.#archive !== undefined)
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and opens no run')
     // The runs are not gone: a service that is started again has those that are on the disk.
     if (this.#device.failed) throw this.#deviceFailure()
     if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, connection)
-    const exists = this.#runs.has(name) || this.stored.has(name)
-    if (exists && mode === 'create') throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
+    const exists = this.#residents.get(name) !== undefined || this.#archive?.absent.has(name)
+    if (exists && (mode === 'create' || from)) throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
+    if (from) return this.#branch(frame, from, connection)
     const known = await this.#find(name)
     if (!known && mode === 'resume') this.get(name)
     if (known) return this.#resume(known, frame, connection)
@@ -258,17 +290,10 @@ export class Runs {
   }
 
   async #find(name: string): Promise<Run | undefined> {
-    const known = this.#runs.get(name)
-    if (known) return known
-    const restored = await this.#archive?.load(name)
-    if (restored) this.#enter(restored)
-    return restored
-  }
-
-  /** From here on a run is known by its name, and its steps are counted. */
-  #enter(run: Run): void {
-    this.#runs.set(run.name, run)
-    measure(run, this.#metrics)
+    const known = this.#residents.get(name)
+    const archive = this.#archive
+    if (known || !archive?.absent.has(name)) return known
+    return this.#residents.place(() => archive.load(name))
   }
 
   async #resume(run: Run, frame: OpenFrame, connection: Connection, kept?: Kept): Promise<Opened> {
@@ -291,7 +316,7 @@ export class Runs {
   async #goBack(frame: OpenFrame, checkpoint: string, connection: Connection): Promise<Opened> {
     const { run: name } = frame
     const archive = this.#archive
-    const known = this.#runs.get(name)
+    const known = this.#residents.get(name)
     if (!archive || !known) return this.#loadBack(frame, checkpoint, connection)
     checkFree(known, frame)
     await checkSame(known, frame, this.#presets)
@@ -299,29 +324,33 @@ export class Runs {
     try {
       return await this.#resume(known, frame, connection, kept)
     } finally {
-      archive.release(kept)
+      releaseKept(this.#device, kept)
     }
   }
 
   /** The same for a run that is on the disk only: its newest checkpoint may be the one that cannot be read. */
   async #loadBack(frame: OpenFrame, checkpoint: string, connection: Connection): Promise<Opened> {
-    const run = await this.#archive?.load(frame.run, checkpoint)
-    if (!run) throw this.#notFound(frame.run)
-    try {
-      await checkSame(run, frame, this.#presets)
-      await this.#archive?.goBack(run)
-    } catch (error) {
-      await this.#drop(run)
-      throw error
-    }
-    this.#enter(run)
+    const archive = this.#archive
+    if (!archive?.absent.has(frame.run)) throw this.#notFound(frame.run)
+    const run = await this.#residents.place(async () => {
+      const loaded = await archive.load(frame.run, checkpoint)
+      if (!loaded) throw this.#notFound(frame.run)
+      try {
+        await checkSame(loaded, frame, this.#presets)
+        await archive.goBack(loaded, checkpoint)
+        return loaded
+      } catch (error) {
+        await this.#drop(loaded)
+        throw error
+      }
+    })
     return this.#resume(run, frame, connection)
   }
 
   // What is half gone from the disk is read from there again.
   async #takeBack(run: Run, member: Member, kept: Kept): Promise<void> {
     try {
-      await this.#archive?.goBack(run, kept)
+      await this.#archive?.goBack(run, kept.manifest.checkpoint, kept)
     } catch (error) {
       run.detach(member)
       await this.#drop(run)
@@ -331,45 +360,60 @@ export class Runs {
 
   /** Lets a run go that is on the disk: the next `open` restores it. */
   async #drop(run: Run): Promise<void> {
-    this.#runs.delete(run.name)
+    this.#residents.leave(run.name)
     await this.#archive?.evict(run)
     run.dispose()
   }
 
   async #create(frame: OpenFrame, connection: Connection): Promise<Opened> {
-    const run = await this.build(frame.run, await inSlices(declarationOf(frame, this.#presets)))
-    try {
-      await this.#archive?.create(run)
-    } catch (error) {
-      run.dispose()
-      throw error
-    }
-    this.#enter(run)
+    const declaration = await inSlices(declarationOf(frame, this.#presets))
+    const run = await this.#residents.place(async () => {
+      const made = await this.build(frame.run, declaration)
+      await this.#archive?.create(made).catch((error) => {
+        made.dispose()
+        throw error
+      })
+      return made
+    })
     return { run, member: await run.attach(connection), resumed: false }
   }
 
-  #checkFits(parameters: readonly Parameter[]): void {
-    if (parameters.length > this.#config.max_parameters) {
-      throw new ServiceError(
-        'OVER_CAPACITY',
-        `a run holds at most ${this.#config.max_parameters} parameters, given are ${parameters.length}`,
-      )
-    }
-    const { staging } = this.#device
-    const large = parameters.find(({ gradient_bytes }) => !staging.fits(gradient_bytes))
-    if (!large) return
-    const needs = `a gradient of parameter '${large.name}' needs ${large.gradient_bytes} bytes of staging memory`
-    throw new ServiceError('OVER_CAPACITY', `${needs}, the arena has ${staging.capacity}`, { parameter: large.index })
+  /** Makes a run that begins with the state of a checkpoint of another one, and goes on with its steps and digest. */
+  async #branch(frame: OpenFrame, from: Source, connection: Connection): Promise<Opened> {
+    const archive = this.#archive
+    if (!archive || !(this.#residents.get(from.run) || archive.absent.has(from.run))) throw this.#notFound(from.run)
+    const run = await this.#residents.place(() =>
+      archive.branch(frame.run, from, (made) => checkSame(made, frame, this.#presets)),
+    )
+    return { run, member: await run.attach(connection), resumed: false }
+  }
+
+  #checkSizes(parameters: readonly Parameter[]): void {
+    const { max_parameters } = this.#config
+    const { length } = parameters
+    if (length > max_parameters)
+      throw new ServiceError('OVER_CAPACITY', `a run holds at most ${max_parameters} parameters, given are ${length}`)
+    const large = parameters.find((parameter) => largestTensor(parameter) > MAX_LENGTH)
+    if (large === undefined) return
+    const message = `parameter '${large.name}' has tensors of ${largestTensor(large)} bytes, node ${process.version} reaches ${MAX_LENGTH}: run the service on a newer one`
+    throw new ServiceError('OVER_CAPACITY', message, { parameter: large.index })
   }
 
   #expelAll(): void {
     const error = this.#deviceFailure({ close: 1011 })
-    for (const run of this.#runs.values()) run.expel(error)
-    this.#runs.clear()
+    for (const run of this.list()) {
+      run.expel(error)
+      this.#residents.leave(run.name)
+    }
   }
 
   #deviceFailure(fields: { close?: number } = {}): ServiceError {
     const { backend, failed } = this.#device
     return new ServiceError('DEVICE_FAILED', `the device ${backend.name} has failed: ${failed?.message}`, fields)
   }
+}
+
+/** The bytes of the largest tensor of a parameter that travels. */
+function largestTensor({ gradient_bytes, update_bytes }: Parameter): number {
+  return Math.max(gradient_bytes, update_bytes)
 }

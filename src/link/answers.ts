@@ -8,8 +8,12 @@ import type { ScaledUpdate } from '../run/shard.js'
 import type { Member } from '../run/step/member.js'
 import type { Step } from '../run/step/step.js'
 import { chunksOf } from '../wire/chunks.js'
-import { encodeHeader } from '../wire/codec.js'
+import { encodeFrame, encodeHeader } from '../wire/codec.js'
+import type { UpdatesFrame } from '../wire/frame.js'
 import type { Sender } from './websocket/sender.js'
+
+// An entry takes 50 bytes, and with QK-clip those of its row scales: a frame stays far below its limit.
+const UPDATES_PER_FRAME = 512
 
 /** What a connection works with. */
 export type Means = { config: Config; device: Device; metrics: Metrics }
@@ -17,8 +21,19 @@ export type Means = { config: Config; device: Device; metrics: Metrics }
 /** A run that a connection has opened, and the connection as a member of it. */
 export type Joined = { run: Run; member: Member }
 
-/** A gradient that lies whole in its region of the staging arena. The run that computes it takes the region over. */
-export type Gradient = Joined & { step: Step; parameter: number; region: Region }
+/**
+/**
+ * A gradient that lies whole in its region, once `ready` has settled if it is there. The region is one of the staging
+ * arena or of the run's own memory, or of memory that the client shares. The run that computes it takes the region
+ * over.
+ */
+export type Gradient = Joined & { step: Step; parameter: number; region: Region; ready?: Promise<void> } & SharedPlaces
+
+/**
+ * Of a gradient that lies in memory that the client shares: `source` where it is to be copied from to its region first,
+ * and `target` where its update goes. The run takes both over.
+ */
+export type SharedPlaces = { source?: Region; target?: () => Region }
 
 /** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
 export class Answers {
@@ -28,6 +43,8 @@ export class Answers {
   readonly #sender: Sender
   readonly #report: (error: unknown) => void
   #outstanding = new Map<number, Promise<void>>()
+  /** Updates in shared memory that the client is told of in the next turn of the event loop, many in one frame. */
+  #ready: Ready[] = []
 
   /** `report` tells the client of a refusal. */
   constructor(means: Means, sender: Sender, report: (error: unknown) => void) {
@@ -61,13 +78,44 @@ export class Answers {
     this.#outstanding.set(parameter, work)
   }
 
-  async #answer({ run, member, step, parameter: index, region: gradient }: Gradient): Promise<void> {
+  async #answer(given: Gradient): Promise<void> {
+    const { run, member, step, parameter: index, region: gradient, ready, ...shared } = given
     try {
-      const update = await run.compute(member, { step, index, gradient })
-      if (update) await this.#send(step, index, update).finally(() => update.memory.release())
+      if (ready) await ready
+      const update = await run.compute(member, { step, index, gradient, ...shared })
+      if (!update) return
+      const sent = shared.target ? this.#tell(step, index, update) : this.#send(step, index, update)
+      await sent.finally(() => update.memory.release())
     } catch (error) {
       countRefused(this.#means.metrics, error)
       this.#report(error)
+    }
+  }
+
+  /** Tells the client of an update in its memory, together with all others of this turn. */
+  #tell(step: Step, parameter: number, update: ScaledUpdate): Promise<void> {
+    return new Promise((resolve) => {
+      this.#ready.push({ step, parameter, update, told: resolve })
+      if (this.#ready.length === 1) setImmediate(() => void this.#tellReady())
+    })
+  }
+
+  async #tellReady(): Promise<void> {
+    const ready = this.#ready.splice(0)
+    const startedAt = performance.now()
+    for (const replayed of [true, false]) {
+      const alike = ready.filter(({ update }) => update.replayed === replayed)
+      for (let at = 0; at < alike.length; at += UPDATES_PER_FRAME)
+        await this.#sendReady(alike.slice(at, at + UPDATES_PER_FRAME))
+    }
+    ready[0].step.spend('send', (performance.now() - startedAt) / 1000)
+  }
+
+  async #sendReady(ready: readonly Ready[]): Promise<void> {
+    await this.#sender.send({ header: encodeFrame(frameOf(ready)) })
+    for (const { update, told } of ready) {
+      this.#means.metrics.sent_bytes_total.inc(update.memory.bytes)
+      told()
     }
   }
 
@@ -84,6 +132,23 @@ export class Answers {
     })
     await Promise.all(sent)
     step.spend('send', (performance.now() - startedAt) / 1000)
+  }
+}
+
+/** An update that lies in shared memory; `told` is called once the client knows. */
+type Ready = { step: Step; parameter: number; update: ScaledUpdate; told: () => void }
+
+/** One frame for updates of one step that are all replayed, or all not. */
+function frameOf(ready: readonly Ready[]): UpdatesFrame {
+  const [{ step, update }] = ready
+  const scaled = ready.flatMap(({ parameter, update: { row_scale } }) => (row_scale ? [[parameter, row_scale]] : []))
+  const list = (key: 'scale' | 'decay' | 'gradient_norm' | 'update_rms') => ready.map(({ update }) => update[key])
+  return {
+    ...{ type: 'updates', step: step.number, replayed: update.replayed },
+    parameters: ready.map(({ parameter }) => parameter),
+    ...{ scale: list('scale'), decay: list('decay') },
+    ...{ gradient_norm: list('gradient_norm'), update_rms: list('update_rms') },
+    ...(scaled.length > 0 && { row_scale: Object.fromEntries(scaled) }),
   }
 }
 

@@ -1,14 +1,17 @@
 import assert from 'node:assert'
+import { setImmediate as turn } from 'node:timers/promises'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import { Assembly } from '../wire/chunks.js'
 import type { GradientHead } from '../wire/codec.js'
-import type { GradientFrame } from '../wire/frame.js'
-import { type Answers, countRefused, type Gradient, type Joined, type Means } from './answers.js'
+import type { GradientFrame, GradientsFrame } from '../wire/frame.js'
+import { type Answers, countRefused, type Joined, type Means } from './answers.js'
+import { IncompleteGradient } from './incomplete-gradient.js'
+import type { SharedArenas } from './transport.js'
 import type { GradientSink } from './websocket/socket.js'
 
-/** A gradient of which some chunks have come. */
-type Incomplete = Gradient & { assembly: Assembly; startedAt: number }
+// To begin so many takes a few milliseconds.
+const GRADIENTS_PER_TURN = 256
 
 /** A gradient that was refused: the rest of its chunks is dropped. */
 type Dropped = { parameter: number; step: number }
@@ -19,21 +22,23 @@ export type ReceptionParts = {
   answers: Answers
   /** Aborted when the connection ends. */
   gone: AbortSignal
+  /** Told of a gradient in shared memory that is not taken; the frame's others are. */
+  refused(error: unknown): void
   /** Throws where no gradient may begin at all. */
   checkOpen(gradient: Dropped): void
   /** Told when the memory that `destination` has named may not be written any more. */
   abandoned(): void
+  /** Told when `destination` names other memory from now on, also for the chunk that is coming. */
+  redirected(destination: (head: GradientHead) => Uint8Array): void
 }
 
 /**
- * The gradient that a connection is sending: its chunks go into a region of the arena that is reserved for all of it.
+ * The gradient that a connection is sending: its chunks go into a region that is reserved for all of it.
  */
 export class Reception implements GradientSink {
-  /** Whether the client is kept from sending because the arena has no room. */
-  waits = false
   readonly #means: Means
   readonly #parts: ReceptionParts
-  #incomplete: Incomplete | undefined
+  #incomplete: IncompleteGradient | undefined
   #dropped: Dropped | undefined
 
   constructor(means: Means, parts: ReceptionParts) {
@@ -51,14 +56,14 @@ export class Reception implements GradientSink {
     return this.#incomplete?.region.bytes ?? 0
   }
 
-  /** When the incomplete gradient got its memory, by performance.now(). */
-  get startedAt(): number {
-    return this.#incomplete?.startedAt ?? 0
+  /** When the incomplete gradient got its memory, by performance.now(); undefined where there is none. */
+  get startedAt(): number | undefined {
+    return this.#incomplete?.startedAt
   }
 
   destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
     const incomplete = this.#incomplete
-    if (incomplete?.parameter !== parameter || incomplete.step.number !== step) return undefined
+    if (!incomplete?.is(parameter, step)) return undefined
     const { assembly, region } = incomplete
     const fits = offset === assembly.received && offset + dataLength <= assembly.bytes
     if (!fits || dataLength > this.#means.config.chunk_bytes) return undefined
@@ -83,6 +88,46 @@ export class Reception implements GradientSink {
     return undefined
   }
 
+  /**
+   * Takes gradients that lie in memory that the client shares, one after the other, each with a refusal of its own. A
+   * promise where nothing else may be looked at before all of them have begun.
+   */
+  async takeShared(joined: Joined, { step, parameters }: GradientsFrame, arenas: SharedArenas): Promise<void> {
+    for (const [i, parameter] of parameters.entries()) {
+      if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await turn()
+      if (this.#parts.gone.aborted) return
+      try {
+        await this.#beginShared(joined, { parameter, step }, arenas)
+      } catch (error) {
+        countRefused(this.#means.metrics, error)
+        this.#parts.refused(error)
+      }
+    }
+  }
+
+  /** A promise where the gradient has to wait. */
+  #beginShared(joined: Joined, { parameter, step: number }: Dropped, arenas: SharedArenas): Promise<void> | undefined {
+    const { run, member } = joined
+    const { gradient_bytes } = run.parameter(parameter)
+    this.#parts.checkOpen({ parameter, step: number })
+    const step = run.expect(member, parameter, number)
+    const begin = (places: { region: Region; source?: Region }) => {
+      this.#means.metrics.received_bytes_total.inc(gradient_bytes)
+      this.#parts.answers.begin({ run, member, step, parameter, ...places, target: () => arenas.update(parameter) })
+    }
+    const outstanding = this.#parts.answers.outstanding(parameter)
+    /* c8 ignore next 4 -- needs a GPU: npm run test:gpu */
+    if (this.#means.device.copiesShared && run.journal === undefined) {
+      const direct = () => begin({ region: arenas.gradient(parameter) })
+      return outstanding ? outstanding.then(direct) : void direct()
+    }
+    // The host computes on bytes that nobody changes, and the journal keeps the same.
+    const copied = (region: Region) => begin({ region, source: arenas.gradient(parameter) })
+    const region = outstanding ? undefined : run.staging.tryReserve(gradient_bytes)
+    if (region) return void copied(region)
+    return this.#startWhenFree(outstanding, () => run.staging.reserve(gradient_bytes, this.#parts.gone), copied)
+  }
+
   /** Another frame has come: later chunks belong to no refused gradient any more. */
   forgetDropped(): void {
     this.#dropped = undefined
@@ -91,13 +136,12 @@ export class Reception implements GradientSink {
   /** Gives up the incomplete gradient and its memory. */
   abandon(): void {
     this.#parts.abandoned()
-    this.#incomplete?.region.release()
-    this.#incomplete = undefined
+    this.#forget()?.region.release()
   }
 
-  #continue(incomplete: Incomplete, frame: GradientFrame): void {
+  #continue(incomplete: IncompleteGradient, frame: GradientFrame): void {
     const { parameter, step, offset, data } = frame
-    if (incomplete.parameter !== parameter || incomplete.step.number !== step) {
+    if (!incomplete.is(parameter, step)) {
       throw new ServiceError(
         'FRAME_UNEXPECTED',
         `a chunk of parameter ${parameter}, step ${step} while ${incomplete.assembly.label} is incomplete`,
@@ -128,15 +172,14 @@ export class Reception implements GradientSink {
       assembly.accept({ offset, length: data.length })
       return step
     })
-    this.#dropped = undefined
     const start = (region: Region) => {
-      this.#incomplete = { run, member, step, parameter, assembly, region, startedAt: performance.now() }
-      this.#store(this.#incomplete, frame)
+      this.#dropped = undefined
+      this.#hold(new IncompleteGradient({ run, member, step, parameter }, { assembly, region }), frame)
     }
     const outstanding = this.#parts.answers.outstanding(parameter)
-    const region = outstanding ? undefined : this.#means.device.staging.tryReserve(gradient_bytes)
+    const region = outstanding ? undefined : this.#counted(() => run.staging.tryReserve(gradient_bytes))
     if (region) return void start(region)
-    return this.#startWhenFree(outstanding, gradient_bytes, start)
+    return this.#startWhenFree(outstanding, () => run.staging.reserve(gradient_bytes, this.#parts.gone), start)
   }
 
   /** Does `work`; where it throws, a gradient was refused. */
@@ -149,32 +192,64 @@ export class Reception implements GradientSink {
     }
   }
 
+  async #countedLater<T>(work: Promise<T>): Promise<T> {
+    try {
+      return await work
+    } catch (error) {
+      countRefused(this.#means.metrics, error)
+      throw error
+    }
+  }
+
   // One update per parameter is kept, so the same parameter again waits until that was sent.
   async #startWhenFree(
     outstanding: Promise<void> | undefined,
-    bytes: number,
+    reserve: () => Promise<Region | undefined>,
     start: (region: Region) => void,
   ): Promise<void> {
     await outstanding
-    const { staging } = this.#means.device
-    const { gone } = this.#parts
-    this.waits = true
-    const region = await staging.reserve(bytes, gone)
-    this.waits = false
+    const region = await this.#countedLater(reserve())
     if (region === undefined) return
-    if (gone.aborted) region.release()
+    if (this.#parts.gone.aborted) region.release()
     else start(region)
   }
 
-  #store(incomplete: Incomplete, { offset, data }: GradientFrame): void {
+  /** Holds a gradient whose first chunk has come. */
+  #hold(incomplete: IncompleteGradient, frame: GradientFrame): void {
+    const { staging } = this.#means.device
+    this.#incomplete = incomplete
+    if (staging.has(incomplete.region)) staging.pressed.add(this.#makeRoom)
+    this.#store(incomplete, frame)
+  }
+
+  #forget(): IncompleteGradient | undefined {
+    const incomplete = this.#incomplete
+    this.#incomplete = undefined
+    this.#means.device.staging.pressed.delete(this.#makeRoom)
+    return incomplete
+  }
+
+  /** Others lack room in the arena: a gradient that comes slowly goes on in its run's own memory. */
+  readonly #makeRoom = (): void => {
+    const incomplete = this.#incomplete
+    if (!incomplete?.isSlow(performance.now())) return
+    const to = incomplete.run.staging.tryReserveOwn(incomplete.region.bytes)
+    if (to === undefined) return
+    this.#means.device.staging.pressed.delete(this.#makeRoom)
+    this.#parts.redirected(({ offset, dataLength }) => to.chunk(offset, dataLength))
+    incomplete.move(to)
+  }
+
+  #store(incomplete: IncompleteGradient, { offset, data }: GradientFrame): void {
     incomplete.region.chunk(offset, data.length).set(data)
     this.#stored(incomplete, data.length)
   }
 
-  #stored({ assembly, startedAt, ...gradient }: Incomplete, bytes: number): void {
+  #stored({ assembly, startedAt }: IncompleteGradient, bytes: number): void {
     this.#means.metrics.received_bytes_total.inc(bytes)
     if (!assembly.complete) return
-    this.#incomplete = undefined
+    const gradient = this.#forget()?.complete()
+    assert(gradient, 'what was stored belongs to the incomplete gradient')
     gradient.step.spend('receive', (performance.now() - startedAt) / 1000)
     this.#parts.answers.begin(gradient)
   }

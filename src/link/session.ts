@@ -1,24 +1,31 @@
 import assert from 'node:assert'
+import type { Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
 import type { RawData, WebSocket } from 'ws'
 import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
-import { inSlices } from '../run/slices.js'
+import type { Run } from '../run/run.js'
+import { inSlices, sliceEnd, turn } from '../run/slices.js'
 import type { Connection } from '../run/step/member.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
-import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame } from '../wire/frame.js'
+import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame, TransportAnswer } from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
+import { Window } from './pace.js'
 import { Reception } from './reception.js'
+import { agree, type SharedArenas } from './transport.js'
 import { Sender } from './websocket/sender.js'
-import { type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
+import { SmallFrames } from './websocket/small-frames.js'
+import { bytesTaken, type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
 
 export type SessionContext = Means & {
   runs: Runs
   log: FastifyBaseLogger
-  /** How many bytes the connection has read so far, from the socket below the WebSocket. */
-  bytesRead: () => number
+  /** The socket below the WebSocket. */
+  stream: Socket
+  /** Whether the client is on this host. */
+  local: boolean
 }
 
 // A peer that was told to go gets this long to take the last frames before its socket is cut: with up to 32 MiB before
@@ -26,8 +33,6 @@ export type SessionContext = Means & {
 const GRACE_MS = 10_000
 // What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
 const UNREAD_BYTES = 32 << 20
-// A pong in waiting takes far more memory than its bytes. One read of 64 KiB brings up to 10923 pings.
-const UNREAD_PONGS = 20_000
 
 /** One connection: it takes frames in their order, and ends when it should. */
 export class Session implements Connection, GradientSink {
@@ -39,14 +44,17 @@ export class Session implements Connection, GradientSink {
   readonly #gone = new AbortController()
   /** The run that this connection has opened; undefined before, and once the run is gone. */
   #joined: Joined | undefined
+  /** Memory that the client shares; undefined where all of its tensors come over the socket. */
+  #arenas: SharedArenas | undefined
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
   #leaving = false
   #draining = false
   readonly #connectedAt = performance.now()
-  #read = { bytes: 0, at: this.#connectedAt }
-  /** Pongs that the kernel has not taken yet. */
-  #unreadPongs = 0
+  readonly #window: Window
+  readonly #small: SmallFrames
+  /** Why the socket is not read. */
+  readonly #paused = new Set<'frames' | 'small'>()
   #timer: NodeJS.Timeout
 
   constructor(socket: WebSocket, context: SessionContext) {
@@ -57,12 +65,15 @@ export class Session implements Connection, GradientSink {
     this.#reception = new Reception(context, {
       answers: this.#answers,
       gone: this.#gone.signal,
+      refused: (error) => this.#report(error),
       checkOpen: (gradient) => this.#checkOpen(gradient),
-      abandoned: () => this.#abandoned(),
+      abandoned: () => this.#inPlace?.abandon(),
+      redirected: (destination) => this.#inPlace?.redirect(destination),
     })
-    if (socket instanceof InPlaceWebSocket) socket.sink = this
+    this.#window = new Window(context.config)
+    this.#small = new SmallFrames(socket, () => this.#slowDown())
+    if (this.#inPlace) this.#inPlace.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
-    socket.on('ping', (data) => this.#pong(data))
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
     const { send_timeout_seconds, open_timeout_seconds } = context.config
@@ -115,21 +126,48 @@ export class Session implements Connection, GradientSink {
     if (!this.#pumping) void this.#pump()
   }
 
-  /** Handles what was received in its order. The socket is not read while a frame has to wait for something. */
+  /**
+   * Handles what was received in its order. The socket is not read while a frame has to wait for something, or for
+   * others to have the event loop.
+   */
   async #pump(): Promise<void> {
     this.#pumping = true
+    let until = sliceEnd()
     for (let message = this.#inbox.shift(); message && !this.#leaving; message = this.#inbox.shift()) {
       try {
         const waits = this.#handle(message.bytes, message.binary)
-        if (waits === undefined) continue
-        this.#socket.pause()
-        await waits
+        if (waits === undefined && performance.now() < until) continue
+        this.#pause('frames')
+        await (waits ?? turn())
       } catch (error) {
         this.#report(error)
       }
+      until = sliceEnd()
     }
     this.#pumping = false
-    this.#socket.resume()
+    this.#resume('frames')
+  }
+
+  #pause(reason: 'frames' | 'small'): void {
+    this.#paused.add(reason)
+    this.#socket.pause()
+  }
+
+  #resume(reason: 'frames' | 'small'): void {
+    this.#paused.delete(reason)
+    if (this.#paused.size === 0) this.#socket.resume()
+  }
+
+  /** Does not read a connection that sends more small frames than it may until it has waited for long enough. */
+  #slowDown(): void {
+    if (this.#paused.has('small') || this.#leaving) return
+    this.#pause('small')
+    const goOn = () => {
+      const { wait } = this.#small
+      if (wait > 0) setTimeout(goOn, wait).unref()
+      else this.#resume('small')
+    }
+    setTimeout(goOn, this.#small.wait).unref()
   }
 
   #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {
@@ -170,6 +208,9 @@ export class Session implements Connection, GradientSink {
         return void joined.run.announce(joined.member, frame)
       case 'gradient':
         return this.#reception.take(joined, frame)
+      case 'gradients':
+        if (this.#arenas) return this.#reception.takeShared(joined, frame, this.#arenas)
+        throw new ServiceError('FRAME_UNEXPECTED', "a frame 'gradients' on a connection that shares no memory")
       case 'end':
         return this.#end(joined, frame)
       case 'checkpoint':
@@ -185,12 +226,23 @@ export class Session implements Connection, GradientSink {
     if (this.#leaving) return run.detach(member)
     this.#joined = { run, member }
     log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
-    const { chunk_bytes, staging_bytes, max_parameters } = config
+    const { chunk_bytes, staging_bytes, max_parameters, idle_seconds } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
-    const limits = { chunk_bytes, staging_bytes, max_parameters }
-    const opened = { type: 'opened', ...run.opened(resumed), limits, server } as const
-    const header = await inSlices(encodingOpened(opened, run.describeParameters()))
-    void this.#sender.send({ header })
+    const limits = { chunk_bytes, staging_bytes, max_parameters, idle_seconds }
+    const transport = this.#agree(frame, run)
+    const opened = { type: 'opened', ...run.opened(resumed), ...transport, limits, server } as const
+    if (frame.parameters) return this.#send(opened)
+    void this.#sender.send({ header: await inSlices(encodingOpened(opened, run.describeParameters())) })
+  }
+
+  /** The transport as `opened` has it; nothing where the client has offered none. */
+  #agree({ transport }: OpenFrame, run: Run): { transport?: TransportAnswer } {
+    if (!transport) return {}
+    const { device, metrics, local } = this.#context
+    const { arenas, answer } = agree(transport, { device, run, local })
+    this.#arenas = arenas
+    metrics.transports_total.inc({ kind: answer.kind })
+    return { transport: answer }
   }
 
   /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
@@ -264,19 +316,9 @@ export class Session implements Connection, GradientSink {
   /** Ends a connection that asks for more than it reads: answers would pile up without end. */
   #checkUnread(): void {
     const bytes = this.#socket.bufferedAmount
-    if (bytes <= UNREAD_BYTES && this.#unreadPongs <= UNREAD_PONGS) return
-    const message = `${bytes} bytes and ${this.#unreadPongs} pongs wait to be read, at most ${UNREAD_BYTES} and ${UNREAD_PONGS} may`
+    if (bytes <= UNREAD_BYTES) return
+    const message = `${bytes} bytes wait to be read, at most ${UNREAD_BYTES} may`
     this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
-  }
-
-  // ws would answer by itself, and cut a client without a word whose pings come faster than turns of the event loop.
-  #pong(data: Buffer): void {
-    this.#checkUnread()
-    if (this.#leaving) return
-    this.#unreadPongs += 1
-    this.#socket.pong(data, false, () => {
-      this.#unreadPongs -= 1
-    })
   }
 
   /** Closes the connection and cuts it where the peer does not take the close. */
@@ -289,7 +331,9 @@ export class Session implements Connection, GradientSink {
     this.#gone.abort()
     this.#socket.close(code, reason)
     this.#socket.resume()
-    setTimeout(() => this.#socket.terminate(), GRACE_MS).unref()
+    // A closed socket is let go of at once: a timer that still knew it would keep 128 KiB of read buffers.
+    const cut = setTimeout(() => this.#socket.terminate(), GRACE_MS).unref()
+    this.#socket.once('close', () => clearTimeout(cut))
   }
 
   #closed(): void {
@@ -298,27 +342,25 @@ export class Session implements Connection, GradientSink {
     this.#reception.abandon()
     this.#gone.abort()
     this.#joined?.run.detach(this.#joined.member)
+    this.#arenas?.close()
   }
 
-  #abandoned(): void {
-    if (this.#socket instanceof InPlaceWebSocket) this.#socket.abandon()
+  get #inPlace(): InPlaceWebSocket | undefined {
+    return this.#socket instanceof InPlaceWebSocket ? this.#socket : undefined
   }
 
   /** Closes a connection that neither takes what waits for it nor sends the rest of what it began. */
   #checkProgress(): void {
-    const bytes = this.#context.bytesRead()
     const now = performance.now()
-    // A client that waits for the staging arena is kept from moving anything by us.
-    if (bytes !== this.#read.bytes || this.#reception.waits) this.#read = { bytes, at: now }
-    const { send_timeout_seconds, open_timeout_seconds } = this.#context.config
-    const waits = this.#sender.busy || this.#reception.label !== undefined
-    if (
-      waits &&
-      now - Math.max(this.#read.at, this.#sender.movedAt, this.#reception.startedAt) > send_timeout_seconds * 1000
-    ) {
-      const message = `no byte moved for ${send_timeout_seconds} seconds`
-      return this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
-    }
+    const { stream, config } = this.#context
+    const since = Math.min(this.#reception.startedAt ?? Infinity, this.#sender.busySince ?? Infinity)
+    // A client may send a whole step before it reads: both directions count.
+    const refusal = this.#window.check(now, {
+      since,
+      bytes: stream.bytesRead - this.#small.controlBytes + bytesTaken(stream),
+    })
+    if (refusal) return this.#report(refusal)
+    const { open_timeout_seconds } = config
     if (this.#joined || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
     this.#report(new ServiceError('FRAME_UNEXPECTED', `nothing was opened within ${open_timeout_seconds} seconds`))
   }

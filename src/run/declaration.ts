@@ -13,20 +13,18 @@ export type Declaration = {
 }
 
 /** Throws for what no `open` may ask of this service; `keeps` says whether it has checkpoints. */
-export function refuseUnsupported({ protocol, checkpoint, mode }: OpenFrame, keeps: boolean): void {
+export function refuseUnsupported({ protocol, checkpoint, from, mode }: OpenFrame, keeps: boolean): void {
   if (protocol !== 1)
     throw new ServiceError('PROTOCOL_UNSUPPORTED', `protocol ${protocol} is not spoken here, expected 1`)
-  if (checkpoint === undefined) return
-  if (!keeps)
-    throw new ServiceError(
-      'PARAMETER_INVALID',
-      `checkpoint '${checkpoint}': this service keeps none, it has no data folder`,
-    )
-  if (mode !== 'resume')
-    throw new ServiceError(
-      'PARAMETER_INVALID',
-      `checkpoint '${checkpoint}' goes with mode resume, mode is ${mode ?? 'create_or_resume'}`,
-    )
+  const wanted = from?.checkpoint ?? checkpoint
+  if (wanted === undefined) return
+  const what = from ? `from: checkpoint '${wanted}' of run '${from.run}'` : `checkpoint '${wanted}'`
+  const [fits, asked] = from ? ['create', mode ?? 'create'] : ['resume', mode ?? 'create_or_resume']
+  const refuse = (why: string) => new ServiceError('PARAMETER_INVALID', what + why)
+  if (!keeps) throw refuse(': this service keeps none, it has no data folder')
+  if (asked !== fits) throw refuse(` goes with mode ${fits}, mode is ${asked}`)
+  if (from && checkpoint !== undefined)
+    throw refuse(` and checkpoint '${checkpoint}' of the run itself exclude each other`)
 }
 
 /**

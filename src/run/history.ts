@@ -4,8 +4,11 @@ import { FIRST_DIGEST } from './digest.js'
 
 export type Receipt = ReceiptFrame
 
-/** Events of a run: the receipt of each finished step, and the seconds that the journal took to write a step. */
-export type RunEvents = { receipt: [Receipt]; committed: [number] }
+/**
+ * Events of a run: the receipt of each finished step, the seconds that the journal took to write a step, and the end,
+ * when it leaves memory.
+ */
+export type RunEvents = { receipt: [Receipt]; committed: [number]; gone: [] }
 
 /** The newest receipts are kept: so many, of so many bytes together. */
 export type ReceiptLimits = { readonly receipts_kept: number; readonly receipts_bytes: number }

@@ -14,6 +14,15 @@ import type { Plans } from './plans.js'
 import { appliedOf, appliedRecord, fingerprintText } from './record.js'
 import type { Step } from './step/step.js'
 
+/** What REST tells of a parameter; `record` is of the last step that was applied to it. */
+export type PlaceRow = {
+  parameter: Parameter
+  algorithm: string
+  step: number
+  record: DigestRecord | undefined
+  state_bytes: number
+}
+
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {
   memory: Region
@@ -24,8 +33,14 @@ export type Update = {
   update_rms: number
 }
 
+/**
+ * Where a gradient lies, and for one in memory that the client shares: `source` where it is to be copied from first,
+ * and `target` where its update goes.
+ */
+export type GradientPlaces = { gradient: Region; source?: Region; target?: () => Region }
+
 /** A gradient to compute with, unless the ticket is cancelled before a lane begins. */
-type Asked = { gradient: Region; ticket: Ticket }
+type Asked = GradientPlaces & { ticket: Ticket }
 
 /** One parameter's place in a run: its state, and what it was last applied with. */
 export class Place {
@@ -124,22 +139,23 @@ export class Place {
   /** Gives the state back. */
   dispose(): void {
     for (const tensor of this.#tensors ?? []) this.#device.memory.release(tensor)
+    this.#tensors = undefined
   }
 
   /**
    * Computes and commits this parameter's part of a step, or computes it again where the step has applied it.
    * Undefined: the ticket was cancelled before a lane began.
    */
-  async compute(step: Step, { gradient, ticket }: Asked): Promise<Update | undefined> {
+  async compute(step: Step, { gradient, source, target, ticket }: Asked): Promise<Update | undefined> {
     const { settings } = step
     const replayed = step.hasApplied(this.parameter.index)
     const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
     const plan = this.#plans.of(this.parameter, groupOf(this.parameter, settings.groups), at)
-    const outputs = new Outputs(this.#device, this.unit)
+    const outputs = new Outputs(this.#device, this.unit, target)
     const queuedAt = performance.now()
     const job = () => {
       step.spend('queue', (performance.now() - queuedAt) / 1000)
-      return this.#job(step, { plan, gradient, outputs })
+      return this.#job(step, { plan, gradient, source, outputs })
     }
     const result = await this.#run(job, step, ticket).catch((error) => {
       outputs.release()
@@ -165,11 +181,12 @@ export class Place {
     return result
   }
 
-  #job(step: Step, { plan, gradient, outputs }: { plan: Plan; gradient: Region; outputs: Outputs }): Job {
+  #job(step: Step, { plan, gradient, source, outputs }: GradientPlaces & { plan: Plan; outputs: Outputs }): Job {
     const replayed = step.hasApplied(this.parameter.index)
     return {
       plan,
       gradient,
+      source,
       gradient_scale: step.settings.gradient_scale,
       state: this.#tensors?.map((tensor) => tensor.pointer),
       ...outputs.allocate(this.parameter),
@@ -227,11 +244,14 @@ class Outputs {
   next: Tensor[] = []
   readonly #device: Device
   readonly #unit: number
+  readonly #target: (() => Region) | undefined
   #update: Region | undefined
 
-  constructor(device: Device, unit: number) {
+  /** `target` is where the update goes; left out, the device has memory for it. */
+  constructor(device: Device, unit: number, target?: () => Region) {
     this.#device = device
     this.#unit = unit
+    this.#target = target
   }
 
   get update(): Region {
@@ -241,7 +261,7 @@ class Outputs {
 
   allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
     for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes, this.#unit))
-    this.#update = this.#device.takeUpdate(update_bytes)
+    this.#update = this.#target?.() ?? this.#device.takeUpdate(update_bytes)
     return { next: this.next.map((tensor) => tensor.pointer), update: this.update }
   }
 

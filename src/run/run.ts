@@ -3,6 +3,7 @@ import { EventEmitter } from 'node:events'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
 import type { Region } from '../device/region.js'
+import type { RunStaging } from '../device/run-staging.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import { type Groups, groupOf } from '../optimizer/hyperparameters.js'
@@ -13,10 +14,9 @@ import type { Journal } from '../store/journal/journal.js'
 import type { EndHead } from '../store/journal/journal-format.js'
 import type { OpenedFrame, ParameterDescription, StepFrame } from '../wire/frame.js'
 import { Boundary } from './boundary.js'
-import type { DigestRecord } from './digest.js'
 import { History, type Receipt, type RunEvents } from './history.js'
 import { importNote, type PendingImport } from './imported-state.js'
-import type { Place } from './place.js'
+import type { GradientPlaces, Place, PlaceRow } from './place.js'
 import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import type { RestoredState, RunOptions } from './run-options.js'
 import { type HeldTensor, type ScaledUpdate, Shard } from './shard.js'
@@ -24,14 +24,6 @@ import { checkComplete, conclude, effectiveGroups } from './step/conclusion.js'
 import { type Connection, Member } from './step/member.js'
 import { Step, type StepSettings } from './step/step.js'
 import { Steps } from './step/steps.js'
-
-type PlaceRow = {
-  parameter: Parameter
-  algorithm: string
-  step: number
-  record: DigestRecord | undefined
-  state_bytes: number
-}
 
 /**
  * One training run: the order of its steps, their history, and who sends them. The only writer of all of that.
@@ -48,6 +40,8 @@ export class Run extends EventEmitter<RunEvents> {
   #epoch = 0
   #note = ''
   #journal: Journal | undefined
+  #idleSince: number | undefined = performance.now()
+  #isGone = false
   #inFlight = new Set<Promise<unknown>>()
 
   constructor(device: Device, { name, created_at, groups, receipts, ...rest }: RunOptions) {
@@ -92,6 +86,11 @@ export class Run extends EventEmitter<RunEvents> {
     return this.#shard.grant
   }
 
+  /** Where the run's gradients are received. */
+  get staging(): RunStaging {
+    return this.#shard.staging
+  }
+
   get attentions(): readonly Attention[] {
     return this.#shard.attentions
   }
@@ -122,6 +121,11 @@ export class Run extends EventEmitter<RunEvents> {
     return this.#member !== undefined
   }
 
+  /** Since when no connection has the run, as `performance.now` counts; undefined while one has it. */
+  get idleSince(): number | undefined {
+    return this.#idleSince
+  }
+
   /** Bytes of state that are live. */
   get stateBytes(): number {
     return this.#shard.stateBytes
@@ -150,6 +154,7 @@ export class Run extends EventEmitter<RunEvents> {
     const older = this.#member
     const member = new Member(connection)
     this.#member = member
+    this.#idleSince = undefined
     older?.fence()
     await this.settled()
     this.#steps.current.forget()
@@ -160,7 +165,9 @@ export class Run extends EventEmitter<RunEvents> {
   /** The member's connection is gone. Jobs that no lane has begun are dropped. */
   detach(member: Member): void {
     member.lose()
-    if (this.#member === member) this.#member = undefined
+    if (this.#member !== member) return
+    this.#member = undefined
+    this.#idleSince = performance.now()
   }
 
   /** Tells the connection that has the run why it has to go; the run has no member any more. */
@@ -176,13 +183,8 @@ export class Run extends EventEmitter<RunEvents> {
   /** The answer to an `open` that has found or made the run, but for the parameters. */
   opened(resumed: boolean): Omit<OpenedFrame, 'type' | 'limits' | 'server' | 'parameters'> {
     return {
-      run: this.name,
-      epoch: this.epoch,
-      step: this.step,
-      resumed,
-      digest: this.digest,
-      ahead: this.ahead,
-      attentions: this.attentions,
+      ...{ run: this.name, epoch: this.epoch, step: this.step, resumed, digest: this.digest },
+      ...{ ahead: this.ahead, attentions: this.attentions },
       groups: effectiveGroups(this.groups),
       ...(this.note && { note: this.note }),
     }
@@ -226,13 +228,13 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * Computes and commits, or replays, one parameter's part of a step. Takes the gradient's region over, and releases
-   * it when the lane and the journal have read it, whatever comes of it. Undefined: the member that sent it has lost
-   * the run.
+   * Computes and commits, or replays, one parameter's part of a step. Takes the gradient's regions over, and releases
+   * them when the lane and the journal have read them, whatever comes of it. Undefined: the member that sent it has
+   * lost the run.
    */
   async compute(
     member: Member,
-    { step, index, gradient }: { step: Step; index: number; gradient: Region },
+    { step, index, gradient, source, target }: { step: Step; index: number } & GradientPlaces,
   ): Promise<ScaledUpdate | undefined> {
     try {
       if (this.boundary.held) await this.boundary.held
@@ -240,11 +242,12 @@ export class Run extends EventEmitter<RunEvents> {
       // An import may have come between the gradient's first chunk and its last.
       this.#stepOfGradient(index, step.number)
       const { ticket } = member
-      const update = await this.#track(this.#shard.compute(step, index, { gradient, ticket }))
+      const update = await this.#track(this.#shard.compute(step, index, { gradient, source, target, ticket }))
       if (update) this.#store(step, index, gradient)
       return update
     } finally {
       gradient.release()
+      source?.release()
     }
   }
 
@@ -279,11 +282,18 @@ export class Run extends EventEmitter<RunEvents> {
     return this.#history.receipts(after)
   }
 
-  /** Throws STEP_INCOMPLETE where a parameter was applied for the next step already. */
+  /** Throws STEP_INCOMPLETE where a parameter was applied for the next step already, and as `checkPresent`. */
   checkBetween(what: string): void {
+    this.checkPresent()
     const { number: step, begun } = this.#steps.current
     if (!begun) return
     throw new ServiceError('STEP_INCOMPLETE', `step ${step} of run '${this.name}' has begun, ${what}`, { step })
+  }
+
+  /** Throws RESTORING for a run that has left memory while somebody waited for it: its state is not here any more. */
+  checkPresent(): void {
+    if (!this.#isGone) return
+    throw new ServiceError('RESTORING', `run '${this.name}' has left memory meanwhile: ask again`)
   }
 
   /** Has every step written to a journal before it is acknowledged; undefined: no longer. */
@@ -381,17 +391,16 @@ export class Run extends EventEmitter<RunEvents> {
     return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes }
   }
 
-  /**
-   * References to a parameter's state tensors, none before its first step. The caller releases them with
-   * `Device.memory`.
-   */
+  /** References to a parameter's state tensors, none before its first step; the caller releases them. */
   stateTensors(index: number): ReturnType<Place['stateTensors']> {
     return this.#shard.place(index).stateTensors()
   }
 
   /** Gives all memory back. The run has no member and no job any more. */
   dispose(): void {
+    this.#isGone = true
     this.#shard.dispose()
+    this.emit('gone')
   }
 
   #stepOfGradient(index: number, number: number): Step {

@@ -1,7 +1,7 @@
 import type { Grant } from '../device/admission.js'
 import type { Device, Ticket } from '../device/device.js'
 import type { Tensor } from '../device/memory.js'
-import type { Region } from '../device/region.js'
+import type { RunStaging } from '../device/run-staging.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import type { Parameter } from '../optimizer/parameter.js'
@@ -10,7 +10,7 @@ import type { StateTensor } from '../optimizer/state.js'
 import type { AppliedRecord, PlaceRecord } from '../store/checkpoint/manifest.js'
 import type { StepRecord } from './digest.js'
 import type { ImportedPlace } from './imported-state.js'
-import { Place, type Update } from './place.js'
+import { type GradientPlaces, Place, type Update } from './place.js'
 import { Plans } from './plans.js'
 import { appliedOf } from './record.js'
 import type { Step } from './step/step.js'
@@ -32,6 +32,8 @@ export type ShardOptions = {
 /** The parameters of a run that this process computes: their places on one device. */
 export class Shard {
   readonly grant: Grant
+  /** Where gradients of these parameters are received. */
+  readonly staging: RunStaging
   readonly attentions: readonly Attention[]
   readonly parameters: readonly Parameter[]
   readonly #run: string
@@ -43,6 +45,7 @@ export class Shard {
     this.#run = run
     this.#device = device
     this.grant = grant
+    this.staging = device.stagingOf(grant)
     this.parameters = parameters
     this.attentions = attentions
     this.#claims = claimsByParameter(attentions)
@@ -74,11 +77,11 @@ export class Shard {
   async compute(
     step: Step,
     index: number,
-    { gradient, ticket }: { gradient: Region; ticket: Ticket },
+    asked: GradientPlaces & { ticket: Ticket },
   ): Promise<ScaledUpdate | undefined> {
     const place = this.place(index)
     const { max_logits } = step.settings.frame
-    const update = await place.compute(step, { gradient, ticket })
+    const update = await place.compute(step, asked)
     return update && { ...update, row_scale: rowScale(place.parameter, this.#claims, max_logits) }
   }
 
@@ -148,6 +151,7 @@ export class Shard {
   /** Gives all memory back. No job is under way any more. */
   dispose(): void {
     for (const place of this.#places) place.dispose()
+    this.staging.close()
     this.#device.dismiss(this.grant)
   }
 }

@@ -1,4 +1,4 @@
-import { setImmediate as turn } from 'node:timers/promises'
+import { setImmediate } from 'node:timers/promises'
 
 /** Work takes the event loop for so many milliseconds at a time: everybody else's frames and probes come between. */
 const SLICE_MS = 10
@@ -12,6 +12,16 @@ export function inSlices<T>(work: Generator<undefined, T>): T | Promise<T> {
   return slice.done ? slice.value : rest(work)
 }
 
+/** Resolves in the next turn of the event loop. */
+export function turn(): Promise<void> {
+  return setImmediate()
+}
+
+/** When work that begins now has had the event loop for long enough, by performance.now(). */
+export function sliceEnd(): number {
+  return performance.now() + SLICE_MS
+}
+
 async function rest<T>(work: Generator<undefined, T>): Promise<T> {
   for (;;) {
     await turn()
@@ -21,7 +31,7 @@ async function rest<T>(work: Generator<undefined, T>): Promise<T> {
 }
 
 function nextSlice<T>(work: Generator<undefined, T>): IteratorResult<undefined, T> {
-  const until = performance.now() + SLICE_MS
+  const until = sliceEnd()
   for (;;) {
     const step = work.next()
     if (step.done || performance.now() >= until) return step

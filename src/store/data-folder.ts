@@ -5,7 +5,7 @@ import { errorText } from '../errors.js'
 import { CheckpointFiles } from './checkpoint/checkpoint-files.js'
 import { FILE_MODE, makeFolder, syncFolder } from './durable.js'
 import { type FolderLock, lockFolder } from './lock.js'
-import { RunFolder } from './run-folder.js'
+import { destroyRun, RunFolder } from './run-folder.js'
 
 const PROBE_MS = 1000
 const PROBE_BYTES = 4096
@@ -63,6 +63,11 @@ export class DataFolder {
 
   find(run: string): Promise<RunFolder> {
     return RunFolder.open(join(this.#runs, run), this.#files)
+  }
+
+  /** Removes a run from the disk, whatever its files are. */
+  destroy(run: string): Promise<void> {
+    return destroyRun(join(this.#runs, run))
   }
 
   /** Unlocks the folder once every checkpoint that was asked for is written. */

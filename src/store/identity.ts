@@ -1,7 +1,13 @@
-import { FORMAT, type GroupRecord, seal, UnreadableError, unseal } from './checkpoint/manifest.js'
+import type { Branching, BranchRecord } from './branches.js'
+import { FORMAT, type GroupRecord, held, seal, UnreadableError, unseal } from './checkpoint/manifest.js'
+import { checkpointIdRule, groupRule } from './checkpoint/manifest-rules.js'
+import { count, list, natural, optional, type Rule, record, text } from './rules.js'
 
-/** What a run remembers beside its checkpoints: how often it was opened, and groups that a connection gave anew. */
-export type Identity = { run: string; epoch: number; replacement?: Replacement | undefined }
+/**
+ * What a run remembers beside its checkpoints: how often it was opened, the branch of its history on which it goes on,
+ * and groups that a connection gave anew.
+ */
+export type Identity = Branching & { run: string; epoch: number; replacement?: Replacement | undefined }
 
 /**
  * Groups that were given when `step` was the last finished one: for the next step, and those for the steps after
@@ -9,45 +15,46 @@ export type Identity = { run: string; epoch: number; replacement?: Replacement |
  */
 export type Replacement = { step: number; groups: GroupRecord[]; later?: GroupRecord[] }
 
+type File = Identity & { format: number }
+
+const fields = record<File>({
+  format: count,
+  run: text(),
+  epoch: count,
+  branch: count,
+  branches: list(record<BranchRecord>({ branch: natural, parent: count, checkpoint: checkpointIdRule })),
+  replacement: optional(
+    record<Replacement>({ step: count, groups: list(groupRule), later: optional(list(groupRule)) }),
+  ),
+})
+
+const fileRule: Rule<File> = {
+  problem: (value, path) => fields.problem(value, path) ?? disorder(value as File),
+}
+
+/** A branch begins behind an older one, and none is younger than that on which the run goes on. */
+function disorder({ branch: present, branches }: File): string | undefined {
+  for (const [i, { branch, parent }] of branches.entries()) {
+    const [least, most] = [Math.max(parent, branches[i - 1]?.branch ?? 0) + 1, present]
+    if (branch < least || branch > most) return `branches[${i}].branch is ${branch}, expected ${least} to ${most}`
+  }
+  return undefined
+}
+
+/** The identity of a new run. */
+export function newIdentity(run: string): Identity {
+  return { run, epoch: 0, branch: 0, branches: [] }
+}
+
 /** The text of a run's `run.json`. */
-export function sealIdentity({ run, epoch, replacement }: Identity): string {
-  return seal({ format: FORMAT, run, epoch, replacement })
+export function sealIdentity({ run, epoch, branch, branches, replacement }: Identity): string {
+  return seal({ format: FORMAT, run, epoch, branch, branches, replacement })
 }
 
 /** Reads it, for the run whose folder it lies in. Throws UnreadableError, also where it is of another run. */
-export function openIdentity(text: string, file: string, name: string): Identity {
-  const { run, epoch, replacement }: Record<string, unknown> = { ...unseal(text, file) }
-  const of = (what: string, value: unknown, expected: string) =>
-    new UnreadableError(`${file}: ${what} is ${JSON.stringify(value)}, expected ${expected}`)
+export function openIdentity(content: string, file: string, name: string): Identity {
+  const { format: _, ...identity } = held(fileRule, unseal(content, file), file)
   // Two folders, or two ways to one, must not become two runs: each would take the other's files for its own.
-  if (run !== name) throw of('run', run, `'${name}' as its folder is called`)
-  if (!isCount(epoch)) throw of('epoch', epoch, 'a count')
-  if (replacement === undefined) return { run: name, epoch }
-  if (!isReplacement(replacement)) throw of('replacement', replacement, 'a step and groups')
-  return { run: name, epoch, replacement }
-}
-
-function isReplacement(value: unknown): value is Replacement {
-  if (!isMap(value)) return false
-  const { step, groups, later } = value
-  return isCount(step) && isGroups(groups) && (later === undefined || isGroups(later))
-}
-
-function isGroups(value: unknown): value is GroupRecord[] {
-  return Array.isArray(value) && value.every(isGroup)
-}
-
-function isGroup(value: unknown): value is GroupRecord {
-  if (!isMap(value)) return false
-  const { name, algorithm, preset, given, hyperparameters } = value
-  const named = typeof name === 'string' && typeof algorithm === 'string'
-  return named && ['string', 'undefined'].includes(typeof preset) && isMap(given) && isMap(hyperparameters)
-}
-
-function isCount(value: unknown): value is number {
-  return Number.isSafeInteger(value) && Number(value) >= 0
-}
-
-function isMap(value: unknown): value is Record<string, unknown> {
-  return typeof value === 'object' && value !== null && !Array.isArray(value)
+  if (identity.run === name) return identity
+  throw new UnreadableError(`${file}: run is "${identity.run}", expected '${name}' as its folder is called`)
 }

@@ -1,32 +1,31 @@
 import { randomUUID } from 'node:crypto'
-import { lstat, readdir, readFile, rename, rm, unlink } from 'node:fs/promises'
+import { lstat, readFile, rename, rm, unlink } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
 import type { StateLocation } from '../device/state-access.js'
 import { errorText } from '../errors.js'
+import { branchFolder, prune } from './branches.js'
 import type { CheckpointFiles } from './checkpoint/checkpoint-files.js'
+import {
+  branchesOnDisk,
+  type CheckpointEntry,
+  CheckpointList,
+  entryOf,
+  MANIFEST,
+  readCheckpoints,
+  readManifest,
+} from './checkpoint/checkpoint-list.js'
 import {
   type DeviceRecord,
   FORMAT,
   type Manifest,
-  openManifest,
   type RunRecord,
   sealManifest,
   UnreadableError,
 } from './checkpoint/manifest.js'
 import { indexText, planShards, type StateEntry, type TensorLocation } from './checkpoint/state-files.js'
-import { makeFolder, replaceFile, syncFolder } from './durable.js'
-import { type Identity, openIdentity, sealIdentity } from './identity.js'
-
-/** A checkpoint on the disk. `problem` says why it cannot be read. */
-export type CheckpointEntry = {
-  checkpoint: string
-  tags: readonly string[]
-  step: number
-  digest: string
-  bytes: number
-  written_at: string
-  problem?: string
-}
+import { hasCode, makeFolder, replaceFile, syncFolder } from './durable.js'
+import { type Identity, newIdentity, openIdentity, sealIdentity } from './identity.js'
+import { clearJournal, listSegments } from './journal/journal.js'
 
 /** A checkpoint to be written. */
 export type Snapshot = {
@@ -40,92 +39,90 @@ export type Snapshot = {
   file_bytes: number
 }
 
-export const MANIFEST = 'manifest.json'
 const IDENTITY = 'run.json'
-/** Of a step; one of the same step after its state was imported has a number behind it. */
-const CHECKPOINT = /^step-(\d{12})(?:\.(\d{1,9}))?$/
 
 /**
- * The folder of one run: `run.json`, `checkpoints/step-000000001200/` and `journal/`. A checkpoint counts once it has
- * its manifest. After a restart the run goes on from the newest checkpoint and the journal behind it.
+ * The folder of one run: `run.json`, `checkpoints/step-000000001200/` and `journal/`, and the same two folders in
+ * `branches/1/` once the run has gone back. A checkpoint counts once it has its manifest. After a restart the run goes
+ * on from the newest checkpoint of the branch that `run.json` names, and the journal behind it.
  */
 export class RunFolder {
   readonly path: string
   readonly #files: CheckpointFiles
-  /** Oldest first. */
-  #entries: CheckpointEntry[]
+  #identity: Identity
+  #list: CheckpointList
 
-  private constructor(path: string, files: CheckpointFiles, entries: CheckpointEntry[]) {
+  private constructor(path: string, files: CheckpointFiles, of: { identity: Identity; entries: CheckpointEntry[] }) {
     this.path = path
     this.#files = files
-    this.#entries = entries
+    this.#identity = of.identity
+    this.#list = new CheckpointList(of.entries, of.identity)
   }
 
   static async create(path: string, files: CheckpointFiles, run: string): Promise<RunFolder> {
     await makeFolder(path)
     await makeFolder(join(path, 'checkpoints'))
     await makeFolder(join(path, 'journal'))
-    const folder = new RunFolder(path, files, [])
-    await folder.identify({ run, epoch: 0 })
+    const folder = new RunFolder(path, files, { identity: newIdentity(run), entries: [] })
+    await folder.identify({})
     await syncFolder(dirname(path))
     return folder
   }
 
-  /** Lists what is there and removes what a crash left unfinished. Throws UnreadableError for a symbolic link. */
+  /**
+   * Lists what is there and removes what a crash left unfinished. Throws UnreadableError for a symbolic link, and for a
+   * `run.json` that is not what was written.
+   */
   static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
     if ((await lstat(path)).isSymbolicLink()) {
       throw new UnreadableError(
         `${path} is a symbolic link: the same folder may be another run's, or another service's`,
       )
     }
-    const folder = join(path, 'checkpoints')
-    await makeFolder(folder)
-    const names = checkpointNames(await readdir(folder))
-    const entries: CheckpointEntry[] = []
-    for (const name of names) {
-      if ((await readdir(join(folder, name))).includes(MANIFEST))
-        entries.push(await readEntry(join(folder, name), name))
-      else await rm(join(folder, name), { recursive: true })
-    }
-    return new RunFolder(path, files, entries)
+    const entries = await readCheckpoints(path, { tidy: true })
+    return new RunFolder(path, files, { identity: await readIdentity(path, entries.length === 0), entries })
+  }
+
+  get identity(): Identity {
+    return this.#identity
   }
 
   get journal(): string {
-    return join(this.path, 'journal')
+    return join(branchFolder(this.path, this.#identity.branch), 'journal')
   }
 
+  /** Of all branches, the oldest step first. */
   get checkpoints(): readonly CheckpointEntry[] {
-    return this.#entries
+    return this.#list.entries
   }
 
   get newest(): CheckpointEntry | undefined {
-    return this.#entries.at(-1)
+    return this.#list.newest
   }
 
-  /** A checkpoint by its id, or the newest one with a tag. */
+  /** Whether the run as it is now has gone through a checkpoint; not so for those of branches that it has left. */
+  isInHistory(entry: CheckpointEntry): boolean {
+    return this.#list.history.some(({ checkpoint }) => checkpoint === entry.checkpoint)
+  }
+
+  /** A checkpoint by its id, or the newest one with a tag: of the present history where that has one. */
   find(name: string): CheckpointEntry | undefined {
-    return (
-      this.#entries.find(({ checkpoint }) => checkpoint === name) ??
-      this.#entries.findLast(({ tags }) => tags.includes(name))
-    )
+    return this.#list.find(name)
   }
 
-  async identity(): Promise<Identity> {
-    const path = join(this.path, IDENTITY)
-    const text = await readFile(path, 'utf8').catch((error) => {
-      throw new UnreadableError(`${path} cannot be read: ${errorText(error)}`)
-    })
-    return openIdentity(text, path, basename(this.path))
-  }
-
-  identify(identity: Identity): Promise<void> {
-    return replaceFile(join(this.path, IDENTITY), sealIdentity(identity))
+  /** Writes `run.json` with what has changed of it. */
+  async identify(change: Partial<Identity>): Promise<void> {
+    const identity = { ...this.#identity, ...change }
+    await replaceFile(join(this.path, IDENTITY), sealIdentity(identity))
+    this.#identity = identity
+    this.#changed(this.#list.entries)
   }
 
   /** Writes a checkpoint; `released` is called with the position of each entry once its memory is not read any more. */
   async write(snapshot: Snapshot, released: (position: number) => void): Promise<CheckpointEntry> {
     const { record, entries, locations, tags, server, device, file_bytes } = snapshot
-    const checkpoint = this.#freshId(record)
+    const { branch } = this.#identity
+    const checkpoint = this.#list.freshId(record.step, record.imported !== undefined)
     const files = planShards(entries, file_bytes)
     const manifest = {
       ...{ format: FORMAT, checkpoint, tags, written_at: new Date().toISOString(), server, device },
@@ -139,114 +136,119 @@ export class RunFolder {
       { name: 'state.safetensors.index.json', text: indexText(files) },
       { name: 'param_groups.json', text: groupsText(record) },
     ]
-    const folder = this.#folderOf(checkpoint)
+    const folder = this.#folderOf({ checkpoint, branch })
     const written = await this.#files.write({ folder, locations, files, texts, manifest }, released)
-    const entry = entryOf(written)
-    this.#entries = [...this.#entries, entry]
+    const entry = entryOf(written, branch)
+    this.#changed([...this.#list.entries, entry])
     return entry
   }
 
-  /** Reads a checkpoint's manifest. Throws UnreadableError. */
-  async manifest({ checkpoint }: CheckpointEntry): Promise<Manifest> {
-    const path = join(this.#folderOf(checkpoint), MANIFEST)
-    return openManifest(await readFile(path, 'utf8'), path)
+  /** Reads a checkpoint's manifest. Throws UnreadableError, also where it is of another run or checkpoint. */
+  manifest(entry: CheckpointEntry): Promise<Manifest> {
+    return readManifest(this.#folderOf(entry), basename(this.path))
   }
 
   /** Reads a checkpoint's tensors into `targets`, by name, and checks every file's hash. Throws UnreadableError. */
   read(
-    { checkpoint, files }: Manifest,
-    targets: ReadonlyMap<string, TensorLocation & { dtype: string; shape: readonly number[] }>,
-    locations: readonly StateLocation[],
+    entry: CheckpointEntry,
+    { files }: Manifest,
+    { targets, locations }: { targets: Targets; locations: readonly StateLocation[] },
   ): Promise<void> {
-    return this.#files.read({ folder: this.#folderOf(checkpoint), files, targets, locations })
+    return this.#files.read({ folder: this.#folderOf(entry), files, targets, locations })
   }
 
   /** Adds a tag to a checkpoint. */
   async tag(entry: CheckpointEntry, tag: string): Promise<CheckpointEntry> {
     if (entry.tags.includes(tag)) return entry
     const manifest = { ...(await this.manifest(entry)), tags: [...entry.tags, tag] }
-    await replaceFile(join(this.#folderOf(entry.checkpoint), MANIFEST), sealManifest(manifest))
-    const tagged = entryOf(manifest)
-    this.#entries = this.#entries.map((other) => (other.checkpoint === entry.checkpoint ? tagged : other))
+    await replaceFile(join(this.#folderOf(entry), MANIFEST), sealManifest(manifest))
+    const tagged = entryOf(manifest, entry.branch)
+    this.#changed(this.#list.entries.map((other) => (other.checkpoint === entry.checkpoint ? tagged : other)))
     return tagged
   }
 
-  /** Removes all checkpoints but the `kept` newest and those that `find` finds by a tag. */
+  /** Removes all checkpoints of the present history but its `kept` newest and those that a tag leads to. */
   async retain(kept: number): Promise<void> {
-    const tagged = new Set(this.#entries.flatMap(({ tags }) => tags.map((tag) => this.find(tag))))
-    const untagged = this.#entries.filter((entry) => !tagged.has(entry))
-    for (const entry of untagged.slice(0, Math.max(0, untagged.length - kept))) await this.remove(entry)
+    for (const entry of this.#list.superfluous(kept)) await this.remove(entry)
   }
 
-  /** Removes the checkpoints after the one of `step` and `digest`, the newest first: a crash leaves the older ones. */
-  async removeAfter({ step, digest }: Pick<CheckpointEntry, 'step' | 'digest'>): Promise<void> {
-    const at = this.#entries.findLastIndex(
-      (entry) => entry.step < step || (entry.step === step && entry.digest === digest),
+  /**
+   * Has the run go on from a checkpoint, on a new branch where anything came after that. A crash leaves it where it was
+   * or there: one file says on which branch it is. `sweep` then removes what nobody can go to any more.
+   */
+  async goBack(entry: CheckpointEntry): Promise<void> {
+    if (
+      entry.checkpoint === this.newest?.checkpoint &&
+      (await listSegments(this.journal)).every(({ bytes }) => bytes === 0)
     )
-    for (const entry of this.#entries.slice(at + 1).reverse()) await this.remove(entry)
+      return this.identify({ replacement: undefined })
+    const { branch, branches } = this.#identity
+    const next = { branch: branch + 1, parent: entry.branch, checkpoint: entry.checkpoint }
+    await this.#makeBranch(next.branch)
+    await this.identify({ branch: next.branch, branches: [...branches, next], replacement: undefined })
+  }
+
+  /**
+   * Removes what going back has left without a use: checkpoints of other branches to which no tag leads, the newest
+   * first, and their journals.
+   */
+  async sweep(): Promise<void> {
+    for (const entry of this.#list.abandoned()) await this.remove(entry)
+    const left = new Set(this.#list.entries.map(({ branch }) => branch))
+    for (const branch of await branchesOnDisk(this.path)) {
+      if (branch === this.#identity.branch) continue
+      const folder = branchFolder(this.path, branch)
+      if (branch === 0 || left.has(branch)) await clearJournal(join(folder, 'journal'))
+      else await rm(folder, { recursive: true })
+    }
+    const branches = prune(this.#identity, left)
+    if (branches.length < this.#identity.branches.length) await this.identify({ branches })
   }
 
   /** Removes a checkpoint, its manifest first: without one it does not count, whatever a crash leaves of it. */
   async remove(entry: CheckpointEntry): Promise<void> {
-    const folder = this.#folderOf(entry.checkpoint)
+    const folder = this.#folderOf(entry)
     await unlink(join(folder, MANIFEST))
     await syncFolder(folder)
-    this.#entries = this.#entries.filter((other) => other !== entry)
+    this.#changed(this.#list.entries.filter(({ checkpoint }) => checkpoint !== entry.checkpoint))
     await rm(folder, { recursive: true })
   }
 
-  /** Removes the run from the disk. After a crash the run is there as a whole or not at all: renaming is atomic. */
-  async destroy(): Promise<void> {
-    const doomed = join(dirname(this.path), `.deleted-${randomUUID()}`)
-    await rename(this.path, doomed)
-    await syncFolder(dirname(this.path))
-    await rm(doomed, { recursive: true })
+  /** Makes the folders of a branch, which are there after a crash too once this resolves. */
+  async #makeBranch(branch: number): Promise<void> {
+    const folder = branchFolder(this.path, branch)
+    for (const name of ['checkpoints', 'journal']) await makeFolder(join(folder, name))
+    for (const parent of [folder, dirname(folder), this.path]) await syncFolder(parent)
   }
 
-  /** An id that no checkpoint has. One is never written over another one: a crash in between would leave neither. */
-  #freshId({ step, imported }: RunRecord): string {
-    const id = `step-${String(step).padStart(12, '0')}`
-    const taken = this.#entries.filter((entry) => entry.step === step).map(({ checkpoint }) => numbersOf(checkpoint)[1])
-    return taken.length === 0 && !imported ? id : `${id}.${Math.max(0, ...taken) + 1}`
+  #changed(entries: readonly CheckpointEntry[]): void {
+    this.#list = new CheckpointList(entries, this.#identity)
   }
 
-  #folderOf(checkpoint: string): string {
-    return join(this.path, 'checkpoints', checkpoint)
+  #folderOf({ branch, checkpoint }: Pick<CheckpointEntry, 'branch' | 'checkpoint'>): string {
+    return join(branchFolder(this.path, branch), 'checkpoints', checkpoint)
   }
 }
 
-/** The names among `names` that are ids of checkpoints, oldest first. */
-export function checkpointNames(names: readonly string[]): string[] {
-  return names.filter((name) => CHECKPOINT.test(name)).sort(byAge)
+export type Targets = ReadonlyMap<string, TensorLocation & { dtype: string; shape: readonly number[] }>
+
+/** Removes a run from the disk. After a crash the run is there as a whole or not at all: renaming is atomic. */
+export async function destroyRun(path: string): Promise<void> {
+  const doomed = join(dirname(path), `.deleted-${randomUUID()}`)
+  await rename(path, doomed)
+  await syncFolder(dirname(path))
+  await rm(doomed, { recursive: true })
 }
 
-/** The step in a checkpoint's id, and the number behind it, 0 where there is none. */
-function numbersOf(checkpoint: string): [step: number, number: number] {
-  const [step, number = 0] = checkpoint.slice('step-'.length).split('.')
-  return [Number(step), Number(number)]
-}
-
-function byAge(one: string, other: string): number {
-  const [a, b] = [numbersOf(one), numbersOf(other)]
-  return a[0] - b[0] || a[1] - b[1]
-}
-
-export function isCheckpointId(name: string): boolean {
-  return CHECKPOINT.test(name)
-}
-
-function entryOf({ checkpoint, tags, bytes, written_at, step, digest }: Manifest): CheckpointEntry {
-  return { checkpoint, tags, step, digest, bytes, written_at }
-}
-
-async function readEntry(folder: string, checkpoint: string): Promise<CheckpointEntry> {
-  const path = join(folder, MANIFEST)
+/** Reads `run.json`. A run whose making was interrupted, which has no checkpoint, may have none. */
+export async function readIdentity(folder: string, isUnfinished = false): Promise<Identity> {
+  const path = join(folder, IDENTITY)
   try {
-    return entryOf(openManifest(await readFile(path, 'utf8'), path))
+    return openIdentity(await readFile(path, 'utf8'), path, basename(folder))
   } catch (error) {
-    const problem = errorText(error)
-    const [step] = numbersOf(checkpoint)
-    return { checkpoint, tags: [], step, digest: '', bytes: 0, written_at: '', problem }
+    if (error instanceof UnreadableError) throw error
+    if (isUnfinished && hasCode(error, 'ENOENT')) return newIdentity(basename(folder))
+    throw new UnreadableError(`${path} cannot be read: ${errorText(error)}`)
   }
 }
 

@@ -32,6 +32,9 @@ export function decodeClientFrame(bytes: Uint8Array, limits: DecodeLimits): Clie
   return atOnce(decodingClientFrame(bytes, limits))
 }
 
+/** Frames that may name every parameter of a large model. */
+const LISTS: ReadonlySet<string> = new Set(['step', 'gradients', 'end'])
+
 /** `max_parameters`: an `open` with more is refused before any of them is looked at. */
 export type DecodeLimits = { chunk_bytes: number; max_parameters?: number }
 
@@ -50,7 +53,7 @@ export function* decodingClientFrame(bytes: Uint8Array, limits: DecodeLimits): G
   } else {
     const dataBytes = type === 'gradient' ? binLength(cursor, entries.get('data')) : 0
     checkLength('gradient.data', dataBytes, limits.chunk_bytes)
-    const most = type === 'step' || type === 'end' ? STEP_BYTES : OTHER_KEYS_BYTES
+    const most = LISTS.has(type) ? STEP_BYTES : OTHER_KEYS_BYTES
     checkLength(`${type} without its data`, bytes.length - dataBytes, most)
   }
   // The schema of this type has held every key and value, and the compiler holds the schema to the type.

@@ -79,6 +79,29 @@ export type ParameterDescription = Layout & {
   readonly algorithm: string
 }
 
+/**
+ * Memory for gradients and updates that a client on this host offers: `shm` are two memfds, by their `descriptors` in
+ * the client's `process`; `cuda-ipc` two allocations on the GPU with the UUID `gpu`, by their `handles`. `nonce` are
+ * 32 bytes that lie at the start of the memory for gradients as well.
+ */
+export type TransportOffer = {
+  readonly kind: string
+  readonly nonce: Uint8Array
+  readonly process?: number
+  readonly descriptors?: readonly number[]
+  readonly gpu?: string
+  readonly handles?: readonly Uint8Array[]
+}
+
+/** The way that gradients and updates take, and why no better one was taken. */
+export type TransportAnswer = {
+  readonly kind: string
+  readonly refused: readonly { readonly kind: string; readonly reason: string }[]
+}
+
+/** A checkpoint of another run, by its id or a tag. */
+export type Source = { readonly run: string; readonly checkpoint: string }
+
 export type OpenFrame = {
   readonly type: 'open'
   readonly protocol: number
@@ -89,7 +112,9 @@ export type OpenFrame = {
   readonly attentions?: readonly AttentionDeclaration[]
   readonly takeover?: boolean
   readonly checkpoint?: string
+  readonly from?: Source
   readonly client?: string
+  readonly transport?: readonly TransportOffer[]
 }
 
 export type StepFrame = {
@@ -109,11 +134,18 @@ export type GradientFrame = {
   readonly data: Uint8Array
 }
 
+/** Gradients that lie in memory that the client shares: each in its parameter's slot, which is the service's now. */
+export type GradientsFrame = {
+  readonly type: 'gradients'
+  readonly step: number
+  readonly parameters: readonly number[]
+}
+
 export type EndFrame = { readonly type: 'end'; readonly step: number; readonly skipped?: readonly number[] }
 
 export type CheckpointFrame = { readonly type: 'checkpoint'; readonly tag?: string }
 
-export type ClientFrame = OpenFrame | StepFrame | GradientFrame | EndFrame | CheckpointFrame
+export type ClientFrame = OpenFrame | StepFrame | GradientFrame | GradientsFrame | EndFrame | CheckpointFrame
 
 export type OpenedFrame = {
   readonly type: 'opened'
@@ -123,11 +155,14 @@ export type OpenedFrame = {
   readonly resumed: boolean
   readonly digest: string
   readonly ahead: readonly number[]
-  readonly parameters: readonly ParameterDescription[]
+  /** Those of the run, where `open` gave none: what it gave is the run's. */
+  readonly parameters?: readonly ParameterDescription[]
   readonly attentions: readonly AttentionDescription[]
   readonly groups: Readonly<Record<string, Hyperparameters>>
   /** How the run came to its state if not by its own steps alone: an import, or a restore on another device. */
   readonly note?: string
+  /** Answers the client's offers; left out where it made none. */
+  readonly transport?: TransportAnswer
   readonly limits: { readonly chunk_bytes: number; readonly [limit: string]: unknown }
   readonly server: {
     readonly name: string
@@ -153,6 +188,22 @@ export type UpdateFrame = {
   readonly gradient_norm?: number
   readonly update_rms?: number
   readonly data?: Uint8Array
+}
+
+/**
+ * Updates that lie in the memory that the client shares, each in its parameter's slot. The lists have an entry for each
+ * of `parameters`; `row_scale` is by index, as text, for those that have one.
+ */
+export type UpdatesFrame = {
+  readonly type: 'updates'
+  readonly step: number
+  readonly replayed: boolean
+  readonly parameters: readonly number[]
+  readonly scale: readonly number[]
+  readonly decay: readonly number[]
+  readonly gradient_norm: readonly number[]
+  readonly update_rms: readonly number[]
+  readonly row_scale?: Readonly<Record<string, Uint8Array>>
 }
 
 /** Seconds that a step spent in each phase. */
@@ -201,7 +252,14 @@ export type ErrorFrame = {
 
 export type DrainingFrame = { readonly type: 'draining'; readonly deadline_seconds: number }
 
-export type ServerFrame = OpenedFrame | UpdateFrame | ReceiptFrame | CheckpointedFrame | ErrorFrame | DrainingFrame
+export type ServerFrame =
+  | OpenedFrame
+  | UpdateFrame
+  | UpdatesFrame
+  | ReceiptFrame
+  | CheckpointedFrame
+  | ErrorFrame
+  | DrainingFrame
 
 const string: Schema = { is: 'string' }
 const bool: Schema = { is: 'bool' }
@@ -254,6 +312,15 @@ const attention = map<AttentionDeclaration>(
   { ...defaulted, ...dims, ...biases },
 )
 
+const offer: MapSchema = {
+  ...map<TransportOffer>(
+    { kind: string, nonce: bin },
+    { process: uint, descriptors: list(uint), gpu: string, handles: list(bin) },
+  ),
+  // A kind that this service does not know is refused in `opened`, whatever it needs.
+  rest: anything,
+}
+
 /**
  * Every frame that a client may send, with all its keys. An integer of a shape, a layout or an attention may be
  * negative here: the optimizer layer checks its value, and its error names the parameter.
@@ -268,7 +335,9 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
       attentions: list(attention),
       takeover: bool,
       checkpoint: string,
+      from: map<Source>({ run: { is: 'name', pattern: RUN_NAME }, checkpoint: string }, {}),
       client: { is: 'name', pattern: /^.{0,256}$/su },
+      transport: list(offer),
     },
   ),
   step: map<StepFrame>(
@@ -276,6 +345,7 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
     { groups: dictionary(dictionary(hyperparameter)), gradient_scale: float, max_logits: dictionary(list(float)) },
   ),
   gradient: map<GradientFrame>({ type: string, parameter: uint, step: uint, offset: uint, data: bin }, {}),
+  gradients: map<GradientsFrame>({ type: string, step: uint, parameters: list(uint) }, {}),
   end: map<EndFrame>({ type: string, step: uint }, { skipped: list(uint) }),
   checkpoint: map<CheckpointFrame>({ type: string }, { tag: string }),
 }
@@ -311,13 +381,22 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       resumed: bool,
       digest: string,
       ahead: list(uint),
-      parameters: list(PARAMETER_DESCRIPTION),
       attentions: list(attentionDescription),
       groups: dictionary(dictionary(hyperparameter)),
       limits: openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {}),
       server: openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {}),
     },
-    { note: string },
+    {
+      parameters: list(PARAMETER_DESCRIPTION),
+      note: string,
+      transport: openMap<TransportAnswer>(
+        {
+          kind: string,
+          refused: list(openMap<TransportAnswer['refused'][number]>({ kind: string, reason: string }, {})),
+        },
+        {},
+      ),
+    },
   ),
   update: openMap<UpdateFrame>(
     { type: string, parameter: uint, step: uint, offset: uint },
@@ -330,6 +409,13 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       update_rms: float,
       data: bin,
     },
+  ),
+  updates: openMap<UpdatesFrame>(
+    {
+      ...{ type: string, step: uint, replayed: bool, parameters: list(uint) },
+      ...{ scale: list(float), decay: list(float), gradient_norm: list(float), update_rms: list(float) },
+    },
+    { row_scale: dictionary(bin) },
   ),
   receipt: openMap<ReceiptFrame>(
     {

@@ -33,14 +33,14 @@ const ELEMENTS = 2 * MIB
 const SOCKETS = 64
 
 export const ATTACKS: readonly Attack[] = [
-  { name: 'nothing', allowed: 0, isQuick: true, attack: nothing },
+  { name: 'nothing', allowed: 0, isQuick: false, attack: nothing },
   { name: 'keyless upgrades of /livez, 16 MiB behind each', allowed: 0, isQuick: true, attack: keylessUpgrades },
   { name: 'streams whose messages do not end', allowed: MOST_UNFINISHED, isQuick: true, attack: unfinished },
   { name: 'messages in fragments of a byte', allowed: MOST_UNFINISHED, isQuick: true, attack: fragments },
   { name: 'sockets that say nothing', allowed: 0, isQuick: false, attack: silence },
-  { name: 'JSON bodies that do not end', allowed: 0, isQuick: true, attack: endlessJson },
+  { name: 'JSON bodies that do not end', allowed: 0, isQuick: false, attack: endlessJson },
   { name: 'state that is not read while steps go on', allowed: 16 * ELEMENTS, isQuick: true, attack: unreadState },
-  { name: 'requests of foreign pages', allowed: 0, isQuick: true, attack: foreignPages },
+  { name: 'requests of foreign pages', allowed: 0, isQuick: false, attack: foreignPages },
   { name: 'an arena held by a dripping gradient', allowed: 0, isQuick: false, attack: heldArena },
   { name: 'opens of 100,001 parameters', allowed: 0, isQuick: false, attack: largeOpens },
   { name: 'opens of 12 MB of unknown keys', allowed: 0, isQuick: false, attack: unknownKeys },
@@ -57,7 +57,7 @@ async function keylessUpgrades(target: Target): Promise<string> {
     const socket = dial(target)
     socket.write(upgrade('/livez'))
     await once(socket, 'data')
-    socket.write(beginning(15 * MIB))
+    socket.write(BEGINNING)
     return socket
   })
 }
@@ -65,17 +65,17 @@ async function keylessUpgrades(target: Target): Promise<string> {
 async function unfinished(target: Target): Promise<string> {
   return holding(target, async () => {
     const socket = await stream(target)
-    socket.write(beginning(15 * MIB))
+    socket.write(BEGINNING)
     return socket
   })
 }
 
 async function fragments(target: Target): Promise<string> {
-  const many = Buffer.concat(new Array<Buffer>(10_000).fill(rawFrame(0x00, Buffer.alloc(1), ZERO)))
+  const many = Buffer.concat(new Array<Buffer>(120_000).fill(rawFrame(0x00, Buffer.alloc(1), ZERO)))
   return holding(target, async () => {
     const socket = await stream(target)
     socket.write(rawFrame(0x02, Buffer.alloc(1), ZERO))
-    for (let round = 0; round < 12; round++) socket.write(many)
+    socket.write(many)
     return socket
   })
 }
@@ -247,6 +247,7 @@ async function parallel({ signal }: Target, work: () => Promise<void>, count = S
 
 function dial({ url, signal }: Target): Socket {
   const socket = connect(Number(new URL(url).port), '127.0.0.1')
+  socket.setMaxListeners(0)
   socket.on('error', () => {})
   signal.addEventListener('abort', () => socket.destroy(), { once: true })
   return socket
@@ -273,12 +274,9 @@ function upgrade(path: string, token?: string): string {
   return `${lines.join('\r\n')}\r\n\r\n`
 }
 
-/** The first bytes of a binary message that has 16 MiB. */
-function beginning(bytes: number): Buffer {
-  const frame = rawFrame(0x82, Buffer.alloc(bytes), ZERO)
-  frame.writeBigUInt64BE(BigInt(16 * MIB), 2)
-  return frame
-}
+/** The first 15 MiB of a binary message that has 16. Made once: what attackers compute, others on the machine lack. */
+const BEGINNING = rawFrame(0x82, Buffer.alloc(15 * MIB), ZERO)
+BEGINNING.writeBigUInt64BE(BigInt(16 * MIB), 2)
 
 function frameOf(open: OpenFrame): Buffer {
   return rawFrame(0x82, encodeFrame(open), ZERO)

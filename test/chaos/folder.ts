@@ -1,5 +1,7 @@
 import { existsSync, readdirSync } from 'node:fs'
 import { join } from 'node:path'
+import { branchFolder } from '../../src/store/branches.js'
+import { branchesOnDisk } from '../../src/store/checkpoint/checkpoint-list.js'
 import { listSegments } from '../../src/store/journal/journal.js'
 import { readJournal } from '../../src/store/journal/journal-reader.js'
 
@@ -21,12 +23,11 @@ export const checkpointId = (step: number) => `step-${String(step).padStart(12, 
 
 /** Looks at a run's folder while no service has it. */
 export async function inspect(folder: string): Promise<Remains> {
-  const checkpoints = join(folder, 'checkpoints')
-  const contents = existsSync(checkpoints)
-    ? readdirSync(checkpoints).map((name) => readdirSync(join(checkpoints, name)))
-    : []
+  const branches = (await branchesOnDisk(folder)).map((branch) => branchFolder(folder, branch))
+  const contents = branches.map((branch) => join(branch, 'checkpoints')).flatMap(contentsOf)
   const unfinished = contents.filter((names) => !names.includes('manifest.json'))
-  const journal = join(folder, 'journal')
+  // The newest branch is the one that the run is on.
+  const journal = join(branches.at(-1) ?? folder, 'journal')
   const tail = existsSync(journal) && (await listSegments(journal)).length > 0 ? await tailOf(journal) : undefined
   return {
     checkpointUnfinished: unfinished.some((names) => !names.includes('manifest.json.new')),
@@ -34,6 +35,10 @@ export async function inspect(folder: string): Promise<Remains> {
     journalTail: tail !== undefined,
     recordTorn: tail?.damaged !== undefined,
   }
+}
+
+function contentsOf(checkpoints: string): string[][] {
+  return existsSync(checkpoints) ? readdirSync(checkpoints).map((name) => readdirSync(join(checkpoints, name))) : []
 }
 
 async function tailOf(journal: string) {

@@ -164,7 +164,7 @@ async function readUnnamed({ folder, files }: Torn): Promise<Verdict> {
 
 async function readIdentity({ folder, path, files, whole }: Torn): Promise<Verdict> {
   try {
-    const identity = await (await RunFolder.open(folder, files)).identity()
+    const identity = await (await RunFolder.open(folder, files)).identity
     const expected = openIdentity(String(whole), path, basename(folder))
     if (isDeepStrictEqual(identity, expected)) return { result: 'same' }
     return lost(`run.json was read as ${JSON.stringify(identity)}, expected ${JSON.stringify(expected)}`)

@@ -41,18 +41,8 @@ export function say(socket: WebSocket, ...frames: ServerFrame[]): WebSocket {
   return socket
 }
 
-/** The answer to `open` of a run with the parameter `w` of two elements, after `step` steps. */
-export function opened(step = 0, change: Partial<OpenedFrame['parameters'][number]> = {}): OpenedFrame {
-  const parameter = {
-    index: 0,
-    name: 'w',
-    shape: [2],
-    group: 'all',
-    gradient_dtype: 'float32',
-    update_dtype: 'float32',
-    step,
-    algorithm: 'sgd',
-  }
+/** The answer to `open` of a run that has taken `step` steps. */
+export function opened(step = 0): OpenedFrame {
   return {
     type: 'opened',
     run: 'r',
@@ -61,7 +51,6 @@ export function opened(step = 0, change: Partial<OpenedFrame['parameters'][numbe
     resumed: step > 0,
     digest: `digest of ${step}`,
     ahead: [],
-    parameters: [{ ...parameter, ...change }],
     attentions: [],
     groups: {},
     limits: { chunk_bytes: 1024 },

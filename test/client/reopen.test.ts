@@ -114,7 +114,7 @@ t.test(
   },
 )
 
-t.test('going back to a checkpoint drops what came after, also while the service is away', async (t) => {
+t.test('going back to a checkpoint drops what came after and has no tag, also while the service is away', async (t) => {
   const expected = await train(await clientOf(t), fresh())
   const kept = await durable(t, t.testdir({}), 'journal')
   const proxy = await startProxy(kept.port)
@@ -134,8 +134,11 @@ t.test('going back to a checkpoint drops what came after, also while the service
   await trainOn(run, model, 1)
   await run.checkpoint({ tag: 'one' })
   const weights = weightsOf(model.parameters)
+  await trainOn(run, model, 2)
+  const { checkpoint: two } = await run.checkpoint()
   await trainOn(run, model, 3)
   await run.checkpoint({ tag: 'three' })
+  const third = { digest: run.digest, weights: weightsOf(model.parameters) }
   await proxy.close()
   await run.reopen({ checkpoint: 'one' })
   t.teardown(async () => (await back)?.close())
@@ -143,10 +146,12 @@ t.test('going back to a checkpoint drops what came after, also while the service
   t.equal(run.step_count, 1)
   t.equal(run.opened.step, 1)
   restore(model, weights)
-  await t.rejects(run.reopen({ checkpoint: 'three' }), { code: 'NOT_FOUND', message: /has no checkpoint 'three'/ })
+  await t.rejects(run.reopen({ checkpoint: two }), { code: 'NOT_FOUND', message: /has no checkpoint 'step-0{11}2'/ })
   const refused = { code: 'CLIENT_CLOSED', message: /until it resolves, the run takes no step/ }
   await t.rejects(run.step(gradientsOf(model.parameters, 2)), refused, 'after a reopen that rejected')
-  await run.reopen()
+  await run.reopen({ checkpoint: 'three' })
+  t.same([run.step_count, run.digest], [3, third.digest])
+  restore(model, third.weights)
   t.equal(await trainOn(run, model, STEPS), expected.digest)
   t.same(weightsOf(model.parameters), expected.weights)
 })

@@ -126,10 +126,8 @@ type Answer = (frame: ClientFrame, where: { count: number; connection: number })
  */
 async function stepAt(t: Tap, answer: Answer, step = 0) {
   const frames: ClientFrame[] = []
-  const one = opened().parameters[0]!
   const script: Script = (frame, socket, connection) => {
-    const pair = { ...opened(connection === 0 ? 0 : step), parameters: [one, { ...one, index: 1, name: 'v' }] }
-    if (frame.type === 'open') return void say(socket, pair)
+    if (frame.type === 'open') return void say(socket, opened(connection === 0 ? 0 : step))
     frames.push(frame)
     const said = answer(frame, { connection, count: frames.filter(({ type }) => type === frame.type).length })
     if (said === 'cut') socket.terminate()

@@ -9,6 +9,7 @@ const MUON: KernelSpec = {
   ...{ kind: 'muon', coefficients: [[2, -1.5, 0.5]], tall: false },
   ...{ gradient_dtype: 'bfloat16', update_dtype: 'bfloat16' },
 }
+const STATE_REMEDY = 'delete a run, or start the service with a larger --state-bytes-limit'
 const GPU: Capacity = {
   units: [{ name: 'cuda:0', bytes: 2 ** 30, kernels: 'own' }],
   ...{ hostBytes: 2 ** 24, lanes: 2, group: { jobs: 4, bytes: 2 ** 20 } },
@@ -28,7 +29,8 @@ t.test('a run is refused with what it needs beside its state, and what is left',
   const roomy = new Admission(GPU)
   const grant = roomy.admit([small, small], 'run a')
   t.same(grant.bytes, [2 * 64 * 64 * 4])
-  t.equal(grant.hostBytes, 2 * 64 * 64 * 2)
+  t.equal(grant.gradientBytes, 64 * 64 * 2)
+  t.equal(grant.hostBytes, 3 * 64 * 64 * 2)
   t.equal(roomy.bytes, 2 * 64 * 64 * 4)
   const scratch = roomy.scratch(0)!
   t.same(scratch, scratchFor(grant.largest[0]!, GPU.group))
@@ -38,7 +40,7 @@ t.test('a run is refused with what it needs beside its state, and what is left',
   const granted = exact.admit([small, small], 'run a')
   t.throws(() => exact.admit([small], 'run b'), {
     code: 'OVER_CAPACITY',
-    message: `run b needs ${2 * 64 * 64 * 4} bytes of memory on cuda:0, 0 are left`,
+    message: `run b needs ${2 * 64 * 64 * 4} bytes of memory on cuda:0, 0 are left: ${STATE_REMEDY}`,
   })
   exact.dismiss(granted)
   t.equal(exact.bytes, 0)
@@ -49,18 +51,21 @@ t.test('a run is refused with what it needs beside its state, and what is left',
   })
 })
 
-t.test('updates on the host have a limit of their own', async (t) => {
+t.test('updates, and the largest gradient, have a limit of their own on the host', async (t) => {
   const admission = new Admission(GPU)
-  admission.admit([matrix(2048, 2048)], 'run a')
-  t.throws(() => admission.admit([matrix(2048, 2056)], 'run b'), {
-    message: `run b needs ${2048 * 2056 * 2} bytes of memory of the host for updates, ${2 ** 23} are left`,
+  admission.admit([matrix(2048, 1024), matrix(64, 64)], 'run a')
+  const left = 2 ** 24 - 2 ** 23 - 2 ** 13
+  t.throws(() => admission.admit([matrix(1024, 2056), matrix(1024, 2040)], 'run b'), {
+    message: `run b needs ${2 ** 23 + 2 ** 11 * 2056} bytes of memory of the host for gradients and updates, ${left} are left: delete a run, or use a host with more memory`,
   })
 })
 
-t.test('where lanes set nothing aside, state and updates are all that counts', async (t) => {
-  const cpu = new Admission({ units: [{ name: 'cpu', bytes: 64 * 64 * 6 }], lanes: 4, group: { jobs: 1, bytes: 1 } })
-  const grant = cpu.admit([matrix(64, 64)], 'run a')
-  t.same([grant.bytes, grant.hostBytes, grant.largest], [[64 * 64 * 6], 0, [largest([])]])
+t.test('where lanes set nothing aside, state, updates and the largest gradient are all that counts', async (t) => {
+  const bytes = 64 * 64 * 8 + 32 * 32 * 6
+  const cpu = new Admission({ units: [{ name: 'cpu', bytes }], lanes: 4, group: { jobs: 1, bytes: 1 } })
+  const grant = cpu.admit([matrix(64, 64), matrix(32, 32)], 'run a')
+  t.same([grant.bytes, grant.gradientBytes, grant.hostBytes, grant.largest], [[bytes], 64 * 64 * 2, 0, [largest([])]])
+  t.equal(cpu.bytes, bytes)
   t.equal(cpu.scratch(0), undefined)
 })
 
@@ -115,7 +120,7 @@ t.test('memory beside the runs is reserved on each unit by itself, and given bac
   t.same([grant.bytes, grant.hostBytes, admission.bytes], [[1000, 2000], 0, 3000])
   t.throws(() => admission.reserve([0, 2 ** 20], 'more state'), {
     code: 'OVER_CAPACITY',
-    message: /^more state needs \d+ bytes of memory on cuda:1, \d+ are left$/,
+    message: /^more state needs \d+ bytes of memory on cuda:1, \d+ are left: /,
   })
   admission.dismiss(grant)
   t.equal(admission.bytes, 0)

@@ -97,24 +97,27 @@ t.test('a cancelled ticket and a job that is not wanted any more cost nothing', 
   await device.close()
 })
 
-/** State and update that have so many bytes together. */
+/** Gradient, state and update that have so many bytes together. */
 const demandOf = (bytes: number): Demand => ({
-  plan: sgdPlan(bytes / 8),
-  gradient_bytes: bytes / 2,
-  update_bytes: bytes / 2,
-  state_bytes: bytes / 2,
+  plan: sgdPlan(bytes / 12),
+  gradient_bytes: bytes / 3,
+  update_bytes: bytes / 3,
+  state_bytes: bytes / 3,
 })
 
 t.test('more is admitted only while there is room, with both numbers in the refusal', async (t) => {
-  const device = await Device.start({ ...OPTIONS, state_bytes_limit: 1000 })
-  const granted = device.admit([demandOf(400), demandOf(200)], 'run a')
-  t.throws(() => device.admit([demandOf(500)], 'run b'), {
+  const device = await Device.start({ ...OPTIONS, state_bytes_limit: 1920 })
+  // Of each run the largest gradient counts.
+  const granted = device.admit([demandOf(768), demandOf(384)], 'run a')
+  t.equal(device.admittedBytes, 768 + 256)
+  t.throws(() => device.admit([demandOf(960)], 'run b'), {
     code: 'OVER_CAPACITY',
-    message: 'run b needs 500 bytes of memory on cpu, 400 are left',
+    message:
+      'run b needs 960 bytes of memory on cpu, 896 are left: delete a run, or start the service with a larger --state-bytes-limit',
   })
   device.dismiss(granted)
-  device.admit([demandOf(1000)], 'run b')
-  t.equal(device.admittedBytes, 1000)
+  device.admit([demandOf(1920)], 'run b')
+  t.equal(device.admittedBytes, 1920)
   await device.close()
 })
 

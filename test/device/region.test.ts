@@ -87,6 +87,12 @@ t.test('another thread is sent where a region lies, and nothing that could relea
   worker.postMessage(region)
   const [[span, plain]] = await once(worker, 'message')
   t.ok(plain)
-  t.strictSame(span, { space: 'host', pointer: 4160n, bytes: 100, owner: { pointer: 4096n, bytes: 256 } })
+  t.strictSame(span, {
+    space: 'host',
+    pointer: 4160n,
+    bytes: 100,
+    owner: { pointer: 4096n, bytes: 256 },
+    shared: false,
+  })
   await once(worker, 'exit')
 })

@@ -3,7 +3,6 @@ import t from 'tap'
 import { Region, Views, wholeOf } from '../../src/device/region.js'
 import { aligned, Staging } from '../../src/device/staging.js'
 
-const never = new AbortController().signal
 const START = 4096n
 
 /** An arena whose memory nobody reads or writes. */
@@ -11,11 +10,20 @@ function arena(bytes: number): Staging {
   return new Staging(new Region(wholeOf({ pointer: START, bytes }, 'host'), new Views(), () => {}))
 }
 
+/** A reservation that waits; `region` is there once it was granted. */
+function waiting(staging: Staging, bytes: number) {
+  const asked: { region: Region | undefined; leave: () => void } = { region: undefined, leave: () => {} }
+  asked.leave = staging.wait(bytes, (region) => {
+    asked.region = region
+  })
+  return asked
+}
+
 const at = (offset: number, bytes: number) => ({ pointer: START + BigInt(offset), bytes, owner: { pointer: START } })
 
 t.test('what was released can be reserved again whole', async (t) => {
   const staging = arena(1024)
-  const regions = await Promise.all([100, 200, 300].map((bytes) => staging.reserve(bytes, never)))
+  const regions = [100, 200, 300].map((bytes) => staging.tryReserve(bytes))
   t.equal(staging.used, 128 + 256 + 320)
   for (const index of [1, 0, 2]) regions[index]!.release()
   t.equal(staging.used, 0)
@@ -25,15 +33,15 @@ t.test('what was released can be reserved again whole', async (t) => {
 t.test('a reservation waits for room, and nobody overtakes it', async (t) => {
   const staging = arena(256)
   const first = staging.tryReserve(200)!
-  const large = staging.reserve(256, never)
-  const small = staging.reserve(1, never)
+  const large = waiting(staging, 256)
+  const small = waiting(staging, 1)
   t.equal(staging.waiting, 2)
   t.equal(staging.tryReserve(1), undefined, 'there is room for one byte, but others wait')
   first.release()
-  const granted = await large
-  t.match(granted, at(0, 256))
-  granted!.release()
-  t.match(await small, at(0, 1))
+  t.match(large.region, at(0, 256))
+  t.equal(small.region, undefined)
+  large.region!.release()
+  t.match(small.region, at(0, 1))
 })
 
 t.test('memory is free again with the last of its references', async (t) => {
@@ -49,13 +57,46 @@ t.test('memory is free again with the last of its references', async (t) => {
 t.test('a waiter that gives up leaves the queue and lets the next one in', async (t) => {
   const staging = arena(256)
   staging.tryReserve(128)
-  const quitter = new AbortController()
-  const refused = staging.reserve(256, quitter.signal)
-  const next = staging.reserve(64, never)
-  quitter.abort()
-  t.equal(await refused, undefined)
-  t.match(await next, at(128, 64))
-  t.equal(await staging.reserve(1, quitter.signal), undefined, 'an aborted signal reserves nothing')
+  const quitter = waiting(staging, 256)
+  const next = waiting(staging, 64)
+  quitter.leave()
+  t.equal(quitter.region, undefined)
+  t.match(next.region, at(128, 64))
+  next.leave()
+  t.equal(staging.used, 192, 'what was granted is not given up any more')
+})
+
+t.test('whoever can do without a region is asked to give it back when there is no room', async (t) => {
+  const staging = arena(256)
+  const spare = staging.tryReserve(128)!
+  const asked: number[] = []
+  const give = () => {
+    asked.push(staging.used)
+    staging.pressed.delete(give)
+    spare.release()
+  }
+  staging.pressed.add(give)
+  t.match(staging.tryReserve(128), at(128, 128), 'nobody is asked while there is room')
+  t.same(asked, [])
+  t.match(staging.tryReserve(100), at(0, 100))
+  t.same(asked, [256])
+  t.equal(staging.tryReserve(1), undefined, 'there is nobody left to be asked')
+})
+
+t.test('the memory of an arena that was closed is freed with its last region', async (t) => {
+  for (const held of [false, true]) {
+    let freed = 0
+    const whole = wholeOf({ pointer: START, bytes: 256 }, 'host')
+    const staging = new Staging(new Region(whole, new Views(), () => (freed += 1)))
+    const region = staging.tryReserve(10)!
+    t.ok(staging.has(region))
+    t.notOk(staging.has(new Region(wholeOf({ pointer: 1n, bytes: 10 }, 'host'), new Views(), () => {})))
+    if (!held) region.release()
+    staging.close()
+    t.equal(freed, held ? 0 : 1)
+    if (held) region.release()
+    t.equal(freed, 1)
+  }
 })
 
 t.test('fits tells what can ever be held', async (t) => {

@@ -36,7 +36,7 @@ t.test('a run that the GPU cannot hold is refused with the numbers', ON_GPU, asy
   client.send({ type: 'open', protocol: 1, run: 'huge', groups: GROUPS, parameters })
   t.match(await client.expect('error'), {
     code: 'OVER_CAPACITY',
-    message: /^run 'huge' needs \d+ bytes of memory on cuda:0 NVIDIA .*, \d+ are left$/,
+    message: /^run 'huge' needs \d+ bytes of memory on cuda:0 NVIDIA .*, \d+ are left: /,
   })
   t.equal(service.device.admittedBytes, 0)
   await client.close()

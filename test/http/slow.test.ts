@@ -65,6 +65,19 @@ t.test('a body that drips is refused, and its connection goes', async (t) => {
   await service.app.close()
 })
 
+t.test('a stream is no body: nothing watches the request that it was before', async (t) => {
+  const { service, client } = await started(FAST)
+  const told: unknown[] = []
+  service.app.server.prependListener('upgrade', (request) => request.on('error', (error: unknown) => told.push(error)))
+  const idle = await RawClient.connect(service.url)
+  await idle.open({ run: 'idle', groups: GROUPS, parameters: [{ name: 'w', shape: [4], group: 'g' }] })
+  const json = { method: 'POST', type: 'application/json', bytes: Buffer.from('{"tag":') }
+  t.match(await drip(service, '/v1/runs/r/checkpoints', json), { status: 429 }, 'a window has passed')
+  t.same(told, [])
+  for (const one of [client, idle]) await one.close()
+  await service.app.close()
+})
+
 t.test('a body that keeps the least rate is read to its end, however long that takes', async (t) => {
   const { service, client } = await started({ send_timeout_seconds: 0.1, min_bytes_per_second: 1 })
   const headers = { 'content-type': 'application/octet-stream' }

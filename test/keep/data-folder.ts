@@ -45,7 +45,7 @@ export function rewrite(path: string, what: string | RegExp, other: string): voi
 /** Another manifest, with a hash of its own that is right. */
 export function reseal(data: string, change: Partial<Manifest> | ((manifest: Manifest) => Partial<Manifest>)): void {
   const path = manifestOf(data, 5)
-  const { sha256: _, ...manifest } = openManifest(readFileSync(path, 'utf8'), path) as Manifest & { sha256: string }
+  const manifest = openManifest(readFileSync(path, 'utf8'), path)
   writeFileSync(path, sealManifest({ ...manifest, ...(typeof change === 'function' ? change(manifest) : change) }))
 }
 

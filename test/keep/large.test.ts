@@ -24,10 +24,14 @@ t.test(
     setImmediate(count)
     const opened = await client.expect('opened')
     counting = false
-    t.equal(opened.parameters.length, 20_000)
-    t.match(opened.parameters.at(-1), { index: 19_999, name: 'layers.19999.weight', shape: [4], step: 0 })
+    t.equal(opened.parameters, undefined, 'what was declared is not repeated')
     t.equal(runs.get('large').parameters.length, 20_000)
     t.ok(turns > 5, `${turns} turns`)
+    const heir = await RawClient.connect(url)
+    const { parameters = [] } = await heir.open({ run: 'large', takeover: true })
+    t.equal(parameters.length, 20_000, 'who declares nothing is told')
+    t.match(parameters.at(-1), { index: 19_999, name: 'layers.19999.weight', shape: [4], step: 0, algorithm: 'adamw' })
+    await heir.close()
     await client.close()
     await app.close()
   },

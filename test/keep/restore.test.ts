@@ -307,22 +307,6 @@ t.test('another kind of device goes on from a checkpoint and a journal, and says
   await again.app.close()
 })
 
-t.test('runs beyond max_runs stay on the disk until there is room', async (t) => {
-  const data = t.testdir({})
-  const service = await start(data)
-  for (const run of ['a', 'b']) await (await train(service, { run, last: 1 })).client.close()
-  const again = await restart(service, data, { max_runs: 1 })
-  await again.restored
-  t.match([...again.runs.stored], [['b', /the service holds 1 runs, at most 1/]])
-  const client = await RawClient.connect(again.url)
-  client.send({ type: 'open', protocol: 1, run: 'b', mode: 'resume' })
-  t.match(await client.expect('error'), { code: 'OVER_CAPACITY' })
-  await fetch(`${again.http}/v1/runs/a`, { method: 'DELETE' })
-  t.match(await client.open({ run: 'b', mode: 'resume' }), { step: 0, resumed: true })
-  await client.close()
-  await again.app.close()
-})
-
 t.test('an open waits for its run to be restored; until then the service is not ready', async (t) => {
   const data = t.testdir({})
   const service = await start(data, { durability: 'journal' })

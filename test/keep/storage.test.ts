@@ -1,4 +1,4 @@
-import { mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import koffi from 'koffi'
 import { pino } from 'pino'
@@ -196,16 +196,16 @@ t.test('going back that fails half way leaves the run to the disk', async (t) =>
   const data = t.testdir({})
   const service = await start(data, { durability: 'journal', checkpoint_steps: 1 })
   const { client } = await train(service, { last: 2 })
-  rmSync(journalOf(data), { recursive: true })
-  writeFileSync(journalOf(data), '')
+  // No folder for the new branch can be made.
+  const branches = join(runFolder(data), 'branches')
+  writeFileSync(branches, '')
   const second = await RawClient.connect(service.url)
   second.send({ type: 'open', protocol: 1, run: 'r', mode: 'resume', takeover: true, checkpoint: id(1) })
   t.match(await second.expect('error'), { code: 'STORAGE_FAILED' })
   t.match(await client.closed(), { code: 4409 })
   t.same(service.runs.list(), [])
   t.equal(service.device.admittedBytes, 0)
-  rmSync(journalOf(data))
-  mkdirSync(journalOf(data))
+  rmSync(branches)
   // The newest checkpoint is still there; with other parameters it is not opened.
   second.send({
     type: 'open',
@@ -220,6 +220,31 @@ t.test('going back that fails half way leaves the run to the disk', async (t) =>
   t.match(await second.open({ run: 'r', mode: 'resume' }), { step: 2, digest: reference[1]!.digest })
   await second.close()
   await service.app.close()
+})
+
+t.test('what going back cannot remove keeps no run from its new place, nor from a restart there', async (t) => {
+  const data = t.testdir({})
+  const events: { event: string; run?: string }[] = []
+  const service = await startLogged(data, (event) => events.push(event), { durability: 'journal', checkpoint_steps: 1 })
+  const { client } = await train(service, { last: 2 })
+  await client.close()
+  // The journal of the branch that is left cannot be cleared.
+  rmSync(journalOf(data), { recursive: true })
+  writeFileSync(journalOf(data), '')
+  const second = await RawClient.connect(service.url)
+  t.match(await second.open({ run: 'r', mode: 'resume', checkpoint: id(1) }), { step: 1 })
+  t.match(
+    events.filter(({ event }) => event === 'tidy_failed'),
+    [{ run: 'r' }],
+  )
+  const { digest } = await trainStep(second, 2)
+  await second.close()
+  await service.app.close()
+  const again = await start(data, { durability: 'journal' })
+  const third = await RawClient.connect(again.url)
+  t.match(await third.open({ run: 'r', mode: 'resume' }), { step: 2, digest })
+  await third.close()
+  await again.app.close()
 })
 
 t.test('a run that cannot be removed from the disk is still there', async (t) => {

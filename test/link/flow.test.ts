@@ -115,50 +115,6 @@ t.test('a client that stops reading is closed after the timeout, and told why', 
   await service.app.close()
 })
 
-t.test('a half-received gradient holds the arena only until the timeout, and whoever waits goes on', async (t) => {
-  const service = await startService({ staging_bytes: MiB, send_timeout_seconds: 2 })
-  const parameters = sizes([768 * 1024])
-  const half = await RawClient.connect(service.url)
-  const waiting = await RawClient.connect(service.url)
-  await half.open({ run: 'half', groups: SGD, parameters })
-  await waiting.open({ run: 'waiting', groups: SGD, parameters })
-  chunk(half, 0, 1, [0, new Uint8Array(4096)])
-  await until(() => service.device.staging.used > 0)
-  const receipt = waiting.step(1, gradientsOf(parameters, 1))
-  await until(() => service.device.staging.waiting === 1)
-  t.match(await half.expect('error'), { code: 'OVERLOADED', retryable: true, retry_after_seconds: 1 })
-  t.equal((await half.closed()).code, 1013)
-  t.match(await receipt, { step: 1, applied: 1 })
-  await waiting.close()
-  await service.app.close()
-})
-
-t.test('a lost connection in the middle of a gradient frees its place in the arena', async (t) => {
-  const service = await startService({ staging_bytes: MiB })
-  const { runs, device } = service
-  const parameters = sizes([768 * 1024])
-  const names = ['first', 'second', 'third']
-  const clients = await Promise.all(names.map(() => RawClient.connect(service.url)))
-  const [first, second, third] = clients as [RawClient, RawClient, RawClient]
-  for (const [i, client] of clients.entries()) await client.open({ run: names[i]!, groups: SGD, parameters })
-  for (const [waiting, client] of clients.entries()) {
-    chunk(client, 0, 1, [0, new Uint8Array(4096)])
-    await until(() => device.staging.used > 0 && device.staging.waiting === waiting)
-  }
-  const heir = await RawClient.connect(service.url)
-  await heir.open({ run: 'second', takeover: true })
-  t.equal((await second.closed()).code, 4409)
-  t.equal(device.staging.waiting, 1, 'one that is fenced off leaves the queue')
-  // The service does not read `third`, so it learns only after it has given it a place that its peer is gone. The
-  // place is free again then.
-  third.socket.terminate()
-  first.socket.terminate()
-  await until(() => !runs.get('first').connected && !runs.get('third').connected)
-  t.equal(device.staging.used, 0)
-  await heir.close()
-  await service.app.close()
-})
-
 t.test('two clients with gradients that do not fit together both finish', async (t) => {
   const service = await startService({ staging_bytes: MiB })
   const parameters = sizes([768 * 1024, 512 * 1024, 640 * 1024])
@@ -495,24 +451,6 @@ t.test(
     await service.app.close()
   },
 )
-
-t.test('a device that fails while one connection waits for the place of another leaves nothing reserved', async (t) => {
-  const service = await startService({ lanes: 1, staging_bytes: MiB })
-  const { device, runs } = service
-  const clients = await Promise.all(['holds', 'waits'].map(() => RawClient.connect(service.url)))
-  for (const [waiting, client] of clients.entries()) {
-    await client.open({ run: `r${waiting}`, groups: SGD, parameters: sizes([768 * 1024]) })
-    chunk(client, 0, 1, [0, new Uint8Array(4096)])
-    await until(() => device.staging.used > 0 && device.staging.waiting === waiting)
-  }
-  device.onFailure(new Error('it is gone'))
-  for (const client of clients) {
-    t.match(await client.expect('error'), { code: 'DEVICE_FAILED' })
-    t.equal((await client.closed()).code, 1011)
-  }
-  t.same([device.staging.used, device.staging.waiting, runs.list()], [0, 0, []])
-  await service.app.close()
-})
 
 t.test('a connection that has to go while its run is made leaves the run without a member', async (t) => {
   const service = await startService({ lanes: 1 })

@@ -1,16 +1,19 @@
 import t from 'tap'
 import { seal } from '../../src/store/checkpoint/manifest.js'
-import { openIdentity, sealIdentity } from '../../src/store/identity.js'
+import { newIdentity, openIdentity, sealIdentity } from '../../src/store/identity.js'
 
 const GROUP = { name: 'g', algorithm: 'sgd', given: { lr: 0.5 }, hyperparameters: { lr: 0.5, momentum: 0 } }
+const BRANCH = { branch: 2, parent: 0, checkpoint: 'step-000000000005' }
 const IDENTITY = {
   run: 'r',
   epoch: 3,
+  branch: 4,
+  branches: [BRANCH, { branch: 4, parent: 2, checkpoint: 'step-000000000007.1' }],
   replacement: { step: 4, groups: [GROUP], later: [{ ...GROUP, preset: 'torch' }] },
 }
 
 t.test('what a run remembers comes back as it was', async (t) => {
-  for (const identity of [IDENTITY, { run: 'r', epoch: 0 }, { ...IDENTITY, replacement: { step: 0, groups: [GROUP] } }])
+  for (const identity of [IDENTITY, newIdentity('r'), { ...IDENTITY, replacement: { step: 0, groups: [GROUP] } }])
     t.same(openIdentity(sealIdentity(identity), 'run.json', 'r'), identity)
 })
 
@@ -31,21 +34,37 @@ t.test('a hash that is right does not make values right', async (t) => {
     [{ epoch: 2 ** 60 }, 'epoch is 1152921504606847000, expected a count'],
     [{ epoch: undefined }, 'epoch is undefined, expected a count'],
     [{ run: 's' }, `run is "s", expected 'r' as its folder is called`],
-    [{ replacement: null }, 'replacement is null, expected a step and groups'],
-    [{ replacement: [] }, 'replacement is [], expected a step and groups'],
-    ...[
-      { step: -1, groups: [] },
-      { step: 1, groups: {} },
-      { step: 1, groups: [null] },
-      { step: 1, groups: [{ ...GROUP, algorithm: 5 }] },
-      { step: 1, groups: [{ ...GROUP, name: undefined }] },
-      { step: 1, groups: [{ ...GROUP, preset: 1 }] },
-      { step: 1, groups: [{ ...GROUP, given: [] }] },
-      { step: 1, groups: [{ ...GROUP, hyperparameters: 'lr' }] },
-      { step: 1, groups: [GROUP], later: [{}] },
-    ].map((replacement): [object, string] => {
-      return [{ replacement }, `replacement is ${JSON.stringify(replacement)}, expected a step and groups`]
-    }),
+    [{ other: 1 }, 'other is unknown'],
+    [{ branch: -1 }, 'branch is -1, expected a count'],
+    [{ branch: 3 }, 'branches[1].branch is 4, expected 3 to 3'],
+    [{ branches: {} }, 'branches is {}, expected a list'],
+    [{ branches: [{ ...BRANCH, branch: 0 }] }, 'branches[0].branch is 0, expected a count above 0'],
+    [{ branches: [{ ...BRANCH, parent: 2 }] }, 'branches[0].branch is 2, expected 3 to 4'],
+    [{ branches: [{ ...BRANCH, parent: '0' }] }, 'branches[0].parent is "0", expected a count'],
+    [
+      { branches: [{ ...BRANCH, checkpoint: '../5' }] },
+      'branches[0].checkpoint is "../5", expected the id of a checkpoint',
+    ],
+    [{ branches: [BRANCH, BRANCH] }, 'branches[1].branch is 2, expected 3 to 4'],
+    [{ replacement: null }, 'replacement is null, expected a map'],
+    [{ replacement: [] }, 'replacement is [], expected a map'],
+    ...(
+      [
+        [{ step: -1, groups: [] }, 'step is -1, expected a count'],
+        [{ step: 1, groups: {} }, 'groups is {}, expected a list'],
+        [{ step: 1, groups: [null] }, 'groups[0] is null, expected a map'],
+        [{ step: 1, groups: [{ ...GROUP, algorithm: 5 }] }, 'groups[0].algorithm is 5, expected a text'],
+        [{ step: 1, groups: [{ ...GROUP, name: undefined }] }, 'groups[0].name is undefined, expected a text'],
+        [{ step: 1, groups: [{ ...GROUP, preset: 1 }] }, 'groups[0].preset is 1, expected a text'],
+        [{ step: 1, groups: [{ ...GROUP, given: [] }] }, 'groups[0].given is [], expected a map'],
+        [
+          { step: 1, groups: [{ ...GROUP, hyperparameters: 'lr' }] },
+          'groups[0].hyperparameters is "lr", expected a map',
+        ],
+        [{ step: 1, groups: [GROUP], later: [{}] }, 'later[0].name is undefined, expected a text'],
+        [{ step: 1, groups: [GROUP], since: 1 }, 'since is unknown'],
+      ] as const
+    ).map(([replacement, problem]): [object, string] => [{ replacement }, `replacement.${problem}`]),
     [{ format: 2 }, 'has format 2, this version reads 1'],
   ]
   for (const [change, problem] of cases) {

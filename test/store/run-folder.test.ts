@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto'
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import fc from 'fast-check'
@@ -6,7 +7,7 @@ import { openOnnxRuntime, viewMemory } from '../../src/device/onnx/onnxruntime.j
 import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
 import { type RunRecord, UnreadableError } from '../../src/store/checkpoint/manifest.js'
 import { entryBytes, indexText, planShards, type StateEntry } from '../../src/store/checkpoint/state-files.js'
-import { RunFolder, type Snapshot } from '../../src/store/run-folder.js'
+import { destroyRun, RunFolder, type Snapshot } from '../../src/store/run-folder.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
 import { seeded } from '../reference.js'
 
@@ -14,12 +15,20 @@ const runtime = openOnnxRuntime()
 const files = new CheckpointFiles()
 t.teardown(() => files.close())
 
+const sha256 = (text: string) => createHash('sha256').update(text).digest('hex')
 const RECORD: RunRecord = {
-  ...{ run: 'r', created_at: '2026-01-01T00:00:00.000Z', epoch: 1, step: 0, digest: 'a', previous_digest: 'b' },
+  ...{
+    run: 'r',
+    created_at: '2026-01-01T00:00:00.000Z',
+    epoch: 1,
+    step: 0,
+    digest: sha256('0'),
+    previous_digest: sha256(''),
+  },
   parameters: [{ name: 'w', shape: [2], group: 'g' }],
   attentions: [],
   groups: [{ name: 'g', algorithm: 'sgd', given: {}, hyperparameters: { lr: 0.5 } }],
-  places: [],
+  places: [{ count: 0, applied_step: 0, gradient_square: 0 }],
 }
 const inline = (name: string, bytes: number): StateEntry => ({
   name,
@@ -29,7 +38,7 @@ const inline = (name: string, bytes: number): StateEntry => ({
 })
 const snapshot = (step: number, more: Partial<Snapshot> = {}): Snapshot => ({
   ...{ tags: [], server: '0', device: { kind: 'cpu', name: 'cpu', onnxruntime: '1', processor: '' } },
-  record: { ...RECORD, step, digest: `digest ${step}` },
+  record: { ...RECORD, step, digest: sha256(String(step)) },
   ...{ entries: [inline('a', 8)], locations: [{ kind: 'host' }], file_bytes: 1000 },
   ...more,
 })
@@ -84,7 +93,8 @@ t.test('tensors larger than what is read at a time come back, each where it belo
   t.same(written, [0, 1, 2, 3, 4])
   const targets = sources.map(({ bytes }) => ({ unit: 0, pointer: runtime.allocate(bytes), bytes }))
   const wanted = targets.map((target, i) => [`t${i}`, { ...target, dtype: 'F32', shape: [target.bytes / 4] }] as const)
-  await folder.read(await folder.manifest(entry), new Map(wanted), [{ kind: 'host' }])
+  const of = { targets: new Map(wanted), locations: [{ kind: 'host' } as const] }
+  await folder.read(entry, await folder.manifest(entry), of)
   for (const [i, { pointer, bytes }] of targets.entries()) {
     t.equal(Buffer.compare(viewMemory(pointer, bytes), viewMemory(sources[i]!.pointer, bytes)), 0)
   }
@@ -115,7 +125,8 @@ t.test('tensors of every size come back, whichever are wanted', async (t) => {
         const targets = placed.map((at, k) => {
           return [`t${chosen[k]}`, { ...at, dtype: 'F32', shape: [at.bytes / 4] }] as const
         })
-        await folder.read(await folder.manifest(entry), new Map(targets), [{ kind: 'host' }])
+        const of = { targets: new Map(targets), locations: [{ kind: 'host' } as const] }
+        await folder.read(entry, await folder.manifest(entry), of)
         for (const [k, { pointer, bytes }] of placed.entries()) {
           const expected = new Uint8Array(contents[chosen[k]!]!.buffer)
           t.equal(Buffer.compare(viewMemory(pointer, bytes), expected), 0)
@@ -132,7 +143,7 @@ t.test('a long file is handed to the disk piece by piece', async (t) => {
   const folder = await start(t)
   const entry = await folder.write(snapshot(1, { entries: [inline('a', 70 << 20)] }), nothing)
   t.ok(entry.bytes > 70 << 20)
-  await folder.read(await folder.manifest(entry), new Map(), [])
+  await folder.read(entry, await folder.manifest(entry), { targets: new Map(), locations: [] })
 })
 
 t.test(
@@ -175,8 +186,6 @@ t.test('a checkpoint of the same step is another one', async (t) => {
   const again = await RunFolder.open(folder.path, files)
   t.same(ids(again), ids(folder))
   t.equal(again.newest?.checkpoint, 'step-000000000003.12')
-  await again.removeAfter({ step: 2, digest: '' })
-  t.same(again.checkpoints, [])
 })
 
 t.test('what is in the way of a checkpoint is told, and the folder goes on', async (t) => {
@@ -193,13 +202,15 @@ t.test('what is in the way of a checkpoint is told, and the folder goes on', asy
 
 t.test('a folder without a run.json is no run', async (t) => {
   const folder = await start(t)
-  t.same(await folder.identity(), { run: 'r', epoch: 0 })
-  await folder.identify({ run: 'r', epoch: 3 })
-  t.same(await folder.identity(), { run: 'r', epoch: 3 })
+  t.same(folder.identity, { run: 'r', epoch: 0, branch: 0, branches: [] })
+  await folder.identify({ epoch: 3 })
+  t.same((await RunFolder.open(folder.path, files)).identity, { run: 'r', epoch: 3, branch: 0, branches: [] })
   rmSync(join(folder.path, 'run.json'))
-  await t.rejects(folder.identity(), UnreadableError)
+  t.same((await RunFolder.open(folder.path, files)).identity.epoch, 0, 'it was never opened')
+  await folder.write(snapshot(1), nothing)
+  await t.rejects(RunFolder.open(folder.path, files), UnreadableError)
   mkdirSync(join(folder.path, '..', 'other'))
-  await folder.destroy()
+  await destroyRun(folder.path)
   t.same(readdirSync(join(folder.path, '..')), ['other'])
 })
 

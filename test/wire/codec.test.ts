@@ -301,6 +301,10 @@ const server: ServerFrame[] = [
     update_rms: 1,
   },
   {
+    ...{ type: 'updates', step: 1, replayed: true, parameters: [3, 70_000], scale: [-1, 2], decay: [0, 0.5] },
+    ...{ gradient_norm: [1, 2.5], update_rms: [0, 1], row_scale: { '70000': Buffer.alloc(8) } },
+  },
+  {
     type: 'receipt',
     step: 1,
     replayed: false,
@@ -350,6 +354,8 @@ function withFloats(frame: ServerFrame, groups: Record<string, Record<string, un
       return { ...frame, groups, attentions: frame.attentions.map((one) => ({ ...one, threshold: x })) }
     case 'update':
       return { ...frame, scale: x, decay: x, gradient_norm: x, update_rms: x }
+    case 'updates':
+      return { ...frame, scale: [x], decay: [x], gradient_norm: [x, x], update_rms: [x] }
     case 'receipt': {
       const seconds = { receive: x, queue: x, compute: x, send: x }
       return { ...frame, groups, gradient_norm: x, max_logit: x, seconds }

@@ -6,7 +6,6 @@ import type { ClientFrame, ServerFrame } from '../../src/wire/frame.js'
 const MASK = 2n ** 64n - 1n
 const GRADIENT = Buffer.from(Float32Array.of(1, 2, 3, 4).buffer)
 const GROUPS = { all: { algorithm: 'sgd', lr: 0.5, momentum: 0, dampening: 0, nesterov: false, weight_decay: 0 } }
-const DTYPES = { gradient_dtype: 'float32', update_dtype: 'float32' }
 const FIRST_DIGEST = createHash('sha256').update('muond digest 1').digest()
 
 export const EXAMPLE: { heading: string; frame: ClientFrame | ServerFrame }[] = [
@@ -30,7 +29,6 @@ export const EXAMPLE: { heading: string; frame: ClientFrame | ServerFrame }[] = 
       resumed: false,
       digest: FIRST_DIGEST.toString('hex'),
       ahead: [],
-      parameters: [{ index: 0, name: 'w', shape: [2, 2], group: 'all', ...DTYPES, step: 0, algorithm: 'sgd' }],
       attentions: [],
       groups: GROUPS,
       limits: { chunk_bytes: 4_194_304 },

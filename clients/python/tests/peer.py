@@ -55,18 +55,6 @@ OPENED: dict[str, Any] = {
     "resumed": False,
     "digest": "d0",
     "ahead": [],
-    "parameters": [
-        {
-            "index": 0,
-            "name": "w",
-            "shape": [2],
-            "group": "all",
-            "gradient_dtype": "float32",
-            "update_dtype": "float32",
-            "step": 0,
-            "algorithm": "sgd",
-        }
-    ],
     "attentions": [],
     "groups": {"all": {"algorithm": "sgd", "lr": 1.0}},
     "limits": {"chunk_bytes": 1 << 22},

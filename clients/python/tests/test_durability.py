@@ -54,7 +54,9 @@ def test_a_kill_anywhere_changes_nothing_with_a_journal(
     service = durable("--durability", "journal")
     trainer = Trainer()
     cutting = proxy(service.port, [budget], service.kill_and_restart)
-    with trainer.open(cutting.url, name, backoff=PATIENT, retries=RETRIES, chunk_bytes=5_000) as run:
+    with trainer.open(
+        cutting.url, name, backoff=PATIENT, retries=RETRIES, chunk_bytes=5_000, transport="websocket"
+    ) as run:
         assert trainer.train(run, STEPS) == alone[0]
     assert trainer.bytes() == alone[1]
     assert cutting.connections > 1

@@ -387,7 +387,13 @@ def test_updates_go_to_a_function_of_the_callers_own(shared: Service, name: str)
 
     parameter = Parameter("w", "all", shape=[2])
     with muond.open_run(
-        shared.url, run=name, groups=SGD, parameters=[parameter], apply=apply, allocate=allocate
+        shared.url,
+        run=name,
+        groups=SGD,
+        parameters=[parameter],
+        apply=apply,
+        allocate=allocate,
+        transport="websocket",
     ) as run:
         for _ in range(3):
             run.step([np.ones(2, np.float32)])

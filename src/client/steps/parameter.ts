@@ -1,5 +1,5 @@
 import { bytesPerElement, type Dtype, isDtype } from '../../../kernels/dtype.js'
-import type { OpenedFrame, ParameterDeclaration } from '../../wire/frame.js'
+import type { ParameterDeclaration } from '../../wire/frame.js'
 import { MuondError } from '../error.js'
 import type { Weights } from './apply.js'
 
@@ -32,11 +32,9 @@ export function declarationOf({ data, ...declaration }: Parameter): ParameterDec
   throw new MuondError('SHAPE_MISMATCH', message)
 }
 
-/** Joins the trainer's arrays with the service's answer, which names every dtype. */
-export function bind(parameters: readonly Parameter[], opened: OpenedFrame): readonly Bound[] {
-  return opened.parameters.map(({ index, name, shape, gradient_dtype, update_dtype }) => {
-    const data = parameters[index]?.data
-    if (data === undefined) throw new MuondError('PARAMETER_UNKNOWN', `the run has a parameter ${index} '${name}' more`)
+/** What the run has accepted of the trainer's parameters, in use. */
+export function bind(parameters: readonly Parameter[]): readonly Bound[] {
+  return parameters.map(({ name, shape, data, gradient_dtype = 'float32', update_dtype = 'float32' }, index) => {
     return {
       index,
       name,
@@ -50,7 +48,7 @@ export function bind(parameters: readonly Parameter[], opened: OpenedFrame): rea
 
 function dtype(name: string): Dtype {
   if (isDtype(name)) return name
-  throw new MuondError('DTYPE_UNSUPPORTED', `the service speaks of dtype '${name}', which this client does not know`)
+  throw new MuondError('DTYPE_UNSUPPORTED', `a parameter has dtype '${name}', which this client does not know`)
 }
 
 function sizeOf(shape: readonly number[]): number {

@@ -147,9 +147,12 @@ export class Writer {
     this.#opened = opened
   }
 
-  /** Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again. */
+  /**
+   * Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again, and where the
+   * run has come from.
+   */
   #resuming(): OpenFrame {
-    const { groups, checkpoint, ...frame } = this.#frame
+    const { groups, checkpoint, from, ...frame } = this.#frame
     return { ...frame, mode: 'resume', takeover: true }
   }
 

@@ -152,10 +152,12 @@ export class CudaExecutor implements Executor {
       const pieces = piecesOf(job.plan)
       const checkBlocks = checkBlocksOf(pieces)
       const scans = take('partials', partialBytes(checkBlocks))
-      const place = (name: 'gradient' | 'update') =>
-        job[name].space === 'gpu' ? job[name].pointer : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
+      const place = (name: 'gradient' | 'update', inPlace: boolean) =>
+        inPlace ? job[name].pointer : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
       const checks = scans + BigInt(2 * MAX_BLOCKS * PARTIAL_BYTES)
-      return { job, pieces, gradient: place('gradient'), update: place('update'), scans, checks, checkBlocks, result }
+      const gradient = place('gradient', !isReceived(job))
+      const update = place('update', job.update.space === 'gpu')
+      return { job, pieces, gradient, update, scans, checks, checkBlocks, result }
     })
   }
 
@@ -171,14 +173,15 @@ export class CudaExecutor implements Executor {
     })
   }
 
-  /** Queues the copies of gradients to the device. */
+  /** Queues the copies of gradients into memory of the lane. */
   #receive(batch: readonly JobPiece[]): void {
     for (const { gpuJob, offset, elements } of batch) {
       const { job, gradient } = gpuJob
-      if (job.gradient.space === 'gpu') continue
+      if (!isReceived(job)) continue
       const size = bytesPerElement(job.plan.kernel.gradient_dtype)
-      const from = job.gradient.pointer + BigInt(offset * size)
-      this.#copyIn.copy(gradient + BigInt(offset * size), from, elements * size)
+      const [start, bytes] = [BigInt(offset * size), elements * size]
+      this.#copyIn.copy(gradient + start, (job.source ?? job.gradient).pointer + start, bytes)
+      if (job.source) this.#copyIn.copy(job.gradient.pointer + start, gradient + start, bytes)
     }
   }
 
@@ -344,6 +347,11 @@ export class CudaExecutor implements Executor {
     const take = this.#scratch.dealer()
     return { x: take('products', bytes), o: take('products', bytes), rows, cols }
   }
+}
+
+/** Whether a job computes on a copy of its gradient: it comes from the host, or its client may change it. */
+function isReceived({ gradient, source }: Job): boolean {
+  return source !== undefined || gradient.shared || gradient.space === 'host'
 }
 
 function isMatrices(one: JobStack): one is JobStack<MuonSpec> {

@@ -17,6 +17,13 @@ export type Cuda = {
   /** Allocates page-locked host memory that every GPU may read and write. */
   allocateHost(bytes: number): Pointer
   freeHost(pointer: Pointer): void
+  /** The GPU's own name, such as `GPU-5d2a…`, the same in every process. */
+  uuid(): string
+  /** Opens memory that another process has allocated on this GPU and exported by a handle of 64 bytes. */
+  openShared(handle: Uint8Array): { pointer: Pointer; bytes: number; close(): void }
+  /** Locks pages of host memory, so that every GPU copies from and to them at full speed, until `unlock`. */
+  lock(pointer: Pointer, bytes: number): void
+  unlock(pointer: Pointer): void
   /** Copies from device memory, synchronously. */
   read(target: Uint8Array, source: Pointer): void
   createStream(): CudaStream
@@ -52,6 +59,11 @@ export type Grid = { x: number; y?: number; threads: number; shared?: number }
 /** A float16 matrix in device memory, row-major, `cols` a multiple of 8; GEMM_MAP says how it is cut. */
 export type TensorMap = { pointer: Pointer; rows: number; cols: number }
 
+/** Bytes of a handle by which a process exports memory of a GPU (CU_IPC_HANDLE_SIZE). */
+export const HANDLE_BYTES = 64
+// The driver takes it by value.
+koffi.struct('MuondIpcHandle', { bytes: koffi.array('uint8_t', HANDLE_BYTES) })
+
 const DRIVER = {
   cuInit: ['uint'],
   cuDriverGetVersion: ['_Out_ int *'],
@@ -61,6 +73,12 @@ const DRIVER = {
   cuDeviceGetAttribute: ['_Out_ int *', 'int', 'int'],
   cuDevicePrimaryCtxRetain: ['_Out_ void **', 'int'],
   cuCtxSetCurrent: ['void *'],
+  cuDeviceGetUuid_v2: ['void *', 'int'],
+  cuIpcOpenMemHandle_v2: ['_Out_ void **', 'MuondIpcHandle', 'uint'],
+  cuIpcCloseMemHandle: ['void *'],
+  cuMemGetAddressRange_v2: ['_Out_ void **', '_Out_ size_t *', 'void *'],
+  cuMemHostRegister_v2: ['void *', 'size_t', 'uint'],
+  cuMemHostUnregister: ['void *'],
   cuMemGetInfo_v2: ['_Out_ size_t *', '_Out_ size_t *'],
   cuMemAlloc_v2: ['_Out_ void **', 'size_t'],
   cuMemFree_v2: ['void *'],
@@ -107,6 +125,8 @@ const MAX_DYNAMIC_SHARED_SIZE = 8
 const NON_BLOCKING = 1
 const WITHOUT_TIMING = 2
 const PORTABLE = 1
+const LAZY_PEER_ACCESS = 1
+const UUID_BYTES = 16
 const MAX_PARAMETERS = 32
 
 type Call<Names extends string> = (name: Names, ...parameters: unknown[]) => void
@@ -185,6 +205,10 @@ export function openCuda(index: number): Cuda {
       return cell[0]
     },
     freeHost: (address) => here('cuMemFreeHost', address),
+    uuid: () => uuid(call, device),
+    openShared: (handle) => openShared(here, handle),
+    lock: (address, bytes) => here('cuMemHostRegister_v2', address, bytes, PORTABLE),
+    unlock: (address) => here('cuMemHostUnregister', address),
     read: (target, source) => here('cuMemcpy', target, source, target.byteLength),
     createStream: () => createStream(here),
     allowSharedMemory: (kernel, bytes) => here('cuFuncSetAttribute', kernel, MAX_DYNAMIC_SHARED_SIZE, bytes),
@@ -276,6 +300,20 @@ function memory(call: DriverCall): { free: number; total: number } {
   const total: [number] = [0]
   call('cuMemGetInfo_v2', free, total)
   return { free: free[0], total: total[0] }
+}
+
+function uuid(call: DriverCall, device: number): string {
+  const bytes = Buffer.alloc(UUID_BYTES)
+  call('cuDeviceGetUuid_v2', bytes, device)
+  return `GPU-${[0, 4, 6, 8, 10].map((start, i, starts) => bytes.toString('hex', start, starts[i + 1])).join('-')}`
+}
+
+function openShared(call: DriverCall, handle: Uint8Array): ReturnType<Cuda['openShared']> {
+  const opened = pointer(call, 'cuIpcOpenMemHandle_v2', { bytes: handle }, LAZY_PEER_ACCESS)
+  const start: [Pointer] = [0n]
+  const size: [number] = [0]
+  call('cuMemGetAddressRange_v2', start, size, opened)
+  return { pointer: opened, bytes: size[0], close: () => call('cuIpcCloseMemHandle', opened) }
 }
 
 function deviceName(call: DriverCall, device: number): string {

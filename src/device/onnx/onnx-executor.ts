@@ -81,6 +81,7 @@ export class OnnxExecutor implements Executor {
 
   #run(job: Job, keys: Keys): JobResult {
     const started = performance.now()
+    if (job.source) this.#views.of(job.gradient).set(this.#views.of(job.source))
     const gradient = this.#scanner.scan(this.#views.of(job.gradient), job.plan.kernel.gradient_dtype)
     const result = {
       gradientFingerprint: gradient.fingerprint,

@@ -11,6 +11,12 @@ export type FrameReaderOptions = {
   forward: (bytes: Buffer) => void
   destination: (head: GradientHead) => Uint8Array | undefined
   received: (head: GradientHead) => void
+  /** Told of a ping or pong of `bytes` bytes that needs no answer. */
+  skipped: (bytes: number) => void
+  /** Told of a fragment that is small. */
+  small: () => void
+  /** Whether nothing more may be read at present: the rest waits for `goOn`. */
+  paused: () => boolean
 }
 
 const SCRATCH_BYTES = 65_536
@@ -29,19 +35,28 @@ type Payload = { head: GradientHead; key: Uint8Array; target: Uint8Array | undef
 export class FrameReader {
   readonly #options: FrameReaderOptions
   readonly #scratch = Buffer.allocUnsafeSlow(SCRATCH_BYTES)
-  /** Bytes at the start of the scratch about which nothing could be decided yet: fewer than UNDECIDED_BYTES. */
+  /**
+   * Bytes at the start of the scratch about which nothing could be decided yet, fewer than UNDECIDED_BYTES, or that
+   * wait for `goOn`.
+   */
   #held = 0
+  /** Where the ordinary bytes of the scratch begin that were not forwarded yet. */
+  #from = 0
   /** Bytes of the present ordinary frame that are still to come. */
   #ordinary = 0
   #payload: Payload | undefined
   /** Whether an ordinary message goes on in the next data frame. */
   #fragmented = false
+  /** The last ping of those that have come one behind the other. */
+  #ping: Buffer | undefined
+  /** Whether bytes were left because reading is paused. */
+  #waits = false
 
   constructor(options: FrameReaderOptions) {
     this.#options = options
   }
 
-  /** The buffer for the next read; good until `read` or `abandon`. */
+  /** The buffer for the next read; good until `read`, `abandon` or `redirect`. */
   next(): Uint8Array {
     const { target, position } = this.#direct() ?? { target: this.#scratch, position: this.#held }
     return target.subarray(position, position + READ_BYTES)
@@ -54,10 +69,33 @@ export class FrameReader {
     else this.#parse(this.#held + count)
   }
 
+  /**
+   * Works through what was left when reading was paused, and says whether there was something: `next` is another buffer
+   * then.
+   */
+  goOn(): boolean {
+    if (!this.#waits) return false
+    this.#parse(this.#held)
+    return true
+  }
+
   /** Lets go of the destination at work, if there is one, and says whether there was: then `next` is another buffer. */
   abandon(): boolean {
     if (this.#payload?.target === undefined) return false
     this.#payload.target = undefined
+    return true
+  }
+
+  /**
+   * Has the destination at work, if there is one, go on in another place, to which what has come of it is copied; says
+   * whether there was: then `next` is another buffer.
+   */
+  redirect(destination: (head: GradientHead) => Uint8Array): boolean {
+    const payload = this.#payload
+    if (payload?.target === undefined) return false
+    const target = destination(payload.head)
+    target.set(payload.target.subarray(0, payload.position))
+    payload.target = target
     return true
   }
 
@@ -69,24 +107,35 @@ export class FrameReader {
   /** Works through the first `end` bytes of the scratch and keeps what is undecided at its start. */
   #parse(end: number): void {
     let at = 0
-    while (at < end) {
-      const header = this.#payload || this.#ordinary > 0 ? 0 : this.#begin(this.#scratch.subarray(at, end))
-      if (header === undefined) break
-      at += header
-      at += this.#consume(this.#scratch.subarray(at, end))
+    this.#from = 0
+    this.#waits = false
+    while (at < end && !this.#waits) {
+      if (!this.#payload && this.#ordinary === 0) {
+        const done = this.#begin(at, end)
+        if (done === undefined) break
+        at += done
+      }
+      at += this.#consume(at, end)
+      this.#waits = !this.#payload && this.#ordinary === 0 && this.#options.paused()
     }
+    this.#forward(at)
+    this.#forwardPing()
     this.#scratch.copyWithin(0, at, end)
     this.#held = end - at
   }
 
   /**
-   * Decides about the frame that begins here: how many bytes of it are done with, undefined if more are needed to
+   * Decides about the frame that begins at `at`: how many bytes of it are done with, undefined if more are needed to
    * tell.
    */
-  #begin(bytes: Buffer): number | undefined {
-    const found = recognize(bytes.subarray(0, UNDECIDED_BYTES), this.#fragmented, this.#options.maxPayload)
+  #begin(at: number, end: number): number | undefined {
+    const bytes = this.#scratch.subarray(at, Math.min(end, at + UNDECIDED_BYTES))
+    const found = recognize(bytes, this.#fragmented, this.#options.maxPayload)
     if (found.kind === 'more') return undefined
-    const target = found.kind === 'gradient' ? this.#options.destination(found.head) : undefined
+    if (found.kind === 'control') return this.#control(at, found)
+    this.#forwardPing()
+    const target = found.kind === 'gradient' ? this.#destination(at, found.head) : undefined
+    if (found.kind === 'ordinary' && found.isSmall) this.#options.small()
     if (found.kind === 'ordinary' || target === undefined) {
       this.#ordinary = found.kind === 'ordinary' ? found.length : found.end
       this.#fragmented = found.kind === 'ordinary' && found.fragmented
@@ -98,17 +147,49 @@ export class FrameReader {
     return start
   }
 
-  /** Forwards or places what of `bytes` belongs to the present frame, and returns how many. */
-  #consume(bytes: Buffer): number {
+  /** Where the gradient that begins at `at` goes, which depends on the messages before it. */
+  #destination(at: number, head: GradientHead): Uint8Array | undefined {
+    this.#forward(at)
+    return this.#options.destination(head)
+  }
+
+  /**
+   * Of pings that come together the last one alone needs an answer, and a pong needs none (RFC 6455, section 5.5.3).
+   * They are the smallest frames that there are: to forward each would take a hundred milliseconds for one read.
+   */
+  #control(at: number, { length, isPing }: { length: number; isPing: boolean }): number {
+    this.#forward(at)
+    const frame = this.#scratch.subarray(at, at + length)
+    const superfluous = isPing ? this.#ping : frame
+    if (superfluous) this.#options.skipped(superfluous.length)
+    if (isPing) this.#ping = frame
+    this.#from = at + length
+    return length
+  }
+
+  /** Forwards the ordinary bytes before `at` that were not forwarded yet, of however many frames they are. */
+  #forward(at: number): void {
+    if (at > this.#from) this.#options.forward(Buffer.from(this.#scratch.subarray(this.#from, at)))
+    this.#from = at
+  }
+
+  #forwardPing(): void {
+    if (this.#ping === undefined) return
+    this.#options.forward(Buffer.from(this.#ping))
+    this.#ping = undefined
+  }
+
+  /** Goes over the bytes from `at` on that belong to the present frame, places them, and returns how many there are. */
+  #consume(at: number, end: number): number {
     const payload = this.#payload
     if (payload === undefined) {
-      const count = Math.min(this.#ordinary, bytes.length)
+      const count = Math.min(this.#ordinary, end - at)
       this.#ordinary -= count
-      this.#options.forward(Buffer.from(bytes.subarray(0, count)))
       return count
     }
-    const count = Math.min(payload.length - payload.position, bytes.length)
-    payload.target?.set(bytes.subarray(0, count), payload.position)
+    const count = Math.min(payload.length - payload.position, end - at)
+    payload.target?.set(this.#scratch.subarray(at, at + count), payload.position)
+    this.#from = at + count
     this.#advance(payload, count)
     return count
   }

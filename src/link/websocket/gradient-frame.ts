@@ -3,6 +3,9 @@ import { type GradientHead, PEEK_BYTES, peekGradient } from '../../wire/codec.js
 /** Payloads below this are not worth a path of their own. */
 export const IN_PLACE_BYTES = 65_536
 
+/** A message that is cut into fragments has larger ones. */
+const SMALL_BYTES = 1024
+
 /** No more bytes than this are ever needed to decide about a frame: two frame headers and what may be peeked at. */
 export const UNDECIDED_BYTES = 2 * 14 + PEEK_BYTES
 
@@ -14,8 +17,13 @@ export type GradientPayload = { kind: 'gradient'; head: GradientHead; start: num
 
 export type Recognized =
   | { kind: 'more' }
-  /** A frame of `length` bytes, header included; `fragmented` says whether a message goes on after it. */
-  | { kind: 'ordinary'; length: number; fragmented: boolean }
+  /** A whole ping or pong of `length` bytes, header included, as it must be. */
+  | { kind: 'control'; isPing: boolean; length: number }
+  /**
+   * A frame of `length` bytes, header included; `fragmented` says whether a message goes on after it, `isSmall` whether
+   * it is a fragment of less than SMALL_BYTES.
+   */
+  | { kind: 'ordinary'; length: number; fragmented: boolean; isSmall: boolean }
   | GradientPayload
 
 /**
@@ -27,12 +35,19 @@ export type Recognized =
 export function recognize(bytes: Buffer, fragmented: boolean, maxPayload: number): Recognized {
   const frame = readFrameHeader(bytes, 0)
   if (frame === undefined) return { kind: 'more' }
+  if (isControl(frame)) return readControl(bytes, frame)
   const found = fragmented ? undefined : readGradient(bytes, frame, maxPayload)
-  return found ?? { kind: 'ordinary', length: frame.start + frame.length, fragmented: goesOn(frame.first, fragmented) }
+  if (found) return found
+  const length = frame.start + frame.length
+  const isSmall = (fragmented || goesOn(frame.first, fragmented)) && frame.length < SMALL_BYTES
+  return { kind: 'ordinary', length, fragmented: goesOn(frame.first, fragmented), isSmall }
 }
 
 type FrameHeader = { first: number; masked: boolean; start: number; length: number }
 
+const PING = 0x89
+const PONG = 0x8a
+const MOST_CONTROL_BYTES = 125
 const FINAL_BINARY = 0x82
 const FIRST_BINARY = 0x02
 const FINAL_CONTINUATION = 0x80
@@ -52,6 +67,15 @@ function readFrameHeader(bytes: Buffer, at: number): FrameHeader | undefined {
 
 function readLength(bytes: Buffer, at: number, lengthBytes: 2 | 8): number {
   return lengthBytes === 2 ? bytes.readUInt16BE(at) : Number(bytes.readBigUInt64BE(at))
+}
+
+function isControl({ first, masked, length }: FrameHeader): boolean {
+  return (first === PING || first === PONG) && masked && length <= MOST_CONTROL_BYTES
+}
+
+function readControl(bytes: Buffer, { first, start, length }: FrameHeader): Recognized {
+  const end = start + length
+  return bytes.length < end ? { kind: 'more' } : { kind: 'control', isPing: first === PING, length: end }
 }
 
 function goesOn(first: number, fragmented: boolean): boolean {

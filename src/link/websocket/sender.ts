@@ -11,8 +11,7 @@ const WINDOW_BYTES = 8 << 20
 
 /** The order and the flow of what one connection is sent: at most WINDOW_BYTES lie in the socket at a time. */
 export class Sender {
-  /** When a byte last moved towards the client, or the first one began to wait, by performance.now(). */
-  movedAt = performance.now()
+  #busySince = 0
   readonly #socket: WebSocket
   #waiting: Item[] = []
   #inSocket = 0
@@ -29,12 +28,17 @@ export class Sender {
     return this.#flying > 0 || this.#waiting.length > 0
   }
 
+  /** Since when something waits to leave or to be handed to the kernel; undefined where nothing does. */
+  get busySince(): number | undefined {
+    return this.busy ? this.#busySince : undefined
+  }
+
   /**
    * Resolves true when the message was handed to the kernel whole, false when it was dropped. A header alone is small
    * and does not wait for the window: an error must reach the socket before the close that follows it.
    */
   send(message: Message): Promise<boolean> {
-    if (!this.busy) this.movedAt = performance.now()
+    if (!this.busy) this.#busySince = performance.now()
     return new Promise((resolve) => {
       const item = { ...message, resolve }
       if (message.payload === undefined && this.#open) return this.#write(item)
@@ -68,7 +72,6 @@ export class Sender {
     const done = (error?: Error | null) => {
       this.#inSocket -= bytes
       this.#flying -= 1
-      if (!error) this.movedAt = performance.now()
       item.resolve(!error)
       this.#flush()
     }

@@ -10,7 +10,7 @@ export type GradientSink = {
   /**
    * `dataLength` bytes of memory for this gradient chunk, or undefined: the frame then arrives as an ordinary message.
    * That answer is always right, and needed while an earlier message waits to be handled. The memory must stay until
-   * `received`, `abandon`, `close` or `terminate`.
+   * `received`, `abandon`, `redirect`, `close` or `terminate`.
    */
   destination(head: GradientHead): Uint8Array | undefined
   /** The chunk is complete in its destination. In order with the messages around it. */
@@ -37,6 +37,10 @@ const { unmask }: { unmask: (bytes: Uint8Array, key: Uint8Array) => void } = cre
  */
 export class InPlaceWebSocket extends WebSocket {
   sink: GradientSink | undefined
+  /** Told of a ping or pong of `bytes` bytes that needs no answer, and has no event. */
+  skipped: (bytes: number) => void = () => {}
+  /** Told of a fragment of a message that is small. */
+  small: () => void = () => {}
   #reader: FrameReader | undefined
   #useBuffer: ((buffer: Uint8Array) => void) | undefined
 
@@ -58,6 +62,17 @@ export class InPlaceWebSocket extends WebSocket {
     if (this.#reader?.abandon()) this.#useBuffer?.(this.#reader.next())
   }
 
+  /** The memory of a half-received gradient is another one from here on; what has come of its chunk is copied. */
+  redirect(destination: (head: GradientHead) => Uint8Array): void {
+    if (this.#reader?.redirect(destination)) this.#useBuffer?.(this.#reader.next())
+  }
+
+  /** Goes on with what was read before the pause. */
+  override resume(): void {
+    super.resume()
+    if (this.#reader?.goOn()) this.#useBuffer?.(this.#reader.next())
+  }
+
   override close(code?: number, reason?: string | Buffer): void {
     this.abandon()
     super.close(code, reason)
@@ -75,6 +90,9 @@ export class InPlaceWebSocket extends WebSocket {
       forward: (bytes) => socket.emit('data', bytes),
       destination: (head) => (this.readyState === WebSocket.OPEN ? this.sink?.destination(head) : undefined),
       received: (head) => this.sink?.received(head),
+      skipped: (bytes) => this.skipped(bytes),
+      small: () => this.small(),
+      paused: () => this.isPaused,
     })
     this.#reader = reader
     this.#useBuffer = (buffer) => {
@@ -85,6 +103,15 @@ export class InPlaceWebSocket extends WebSocket {
     Reflect.set(socket, hooks.generator, () => reader.next())
     this.#useBuffer(reader.next())
   }
+}
+
+/**
+ * How many bytes the kernel has taken of what was written. `bytesWritten` of a socket counts what waits as well: this
+ * is what its handle was given less what libuv keeps, as in `_onTimeout` (lib/net.js of Node 12 to 24).
+ */
+export function bytesTaken(socket: Socket): number {
+  const handle: { bytesWritten: number; writeQueueSize: number } | null = Reflect.get(socket, '_handle')
+  return handle ? handle.bytesWritten - handle.writeQueueSize : 0
 }
 
 /** The private fields behind `onread` (lib/net.js of Node 12 to 24), if this socket is one that has them. */

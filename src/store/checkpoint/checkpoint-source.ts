@@ -1,11 +1,13 @@
 import { createHash } from 'node:crypto'
-import { type FileHandle, open, readdir, readFile } from 'node:fs/promises'
+import { access, type FileHandle, open } from 'node:fs/promises'
 import { join } from 'node:path'
 import { errorText } from '../../errors.js'
+import { branchFolder } from '../branches.js'
 import { readRange } from '../file-bytes.js'
-import { checkpointNames, MANIFEST } from '../run-folder.js'
+import { readIdentity } from '../run-folder.js'
 import { type Header, readHeader } from '../safetensors.js'
-import { type FileRecord, type Manifest, openManifest, UnreadableError } from './manifest.js'
+import { CheckpointList, MANIFEST, readCheckpoints, readManifest } from './checkpoint-list.js'
+import { type FileRecord, type Manifest, UnreadableError } from './manifest.js'
 import { type SourceTensor, type StateSource, stateName } from './state-source.js'
 
 const COUNT_BYTES = 8
@@ -18,7 +20,7 @@ type OpenShard = { path: string; record: FileRecord; file: FileHandle; header: H
  * meanwhile. `read` compares every file with its hash. Throws UnreadableError.
  */
 export async function openCheckpoint(folder: string): Promise<StateSource> {
-  const manifest = await readManifest(folder)
+  const manifest = await manifestIn(folder)
   const shards: OpenShard[] = []
   const close = async () => {
     for (const { file } of shards) await file.close()
@@ -45,43 +47,31 @@ export async function openCheckpoint(folder: string): Promise<StateSource> {
 }
 
 /**
- * The folder of a run's checkpoint by its id or a tag, or of the newest one where `checkpoint` is not given.
- * Throws UnreadableError, which names the checkpoints that there are.
+ * The folder of a run's checkpoint by its id or a tag, or of the one that the run goes on from where `checkpoint` is
+ * not given. Throws UnreadableError, which names the checkpoints that there are.
  */
 export async function findCheckpoint(data: string, run: string, checkpoint?: string): Promise<string> {
-  const folder = join(data, 'runs', run, 'checkpoints')
-  const names = checkpointNames(
-    await readdir(folder).catch((error) => {
-      throw new UnreadableError(`data folder '${data}' has no run '${run}': ${error.message}`)
-    }),
-  )
-  const whole: string[] = []
-  for (const name of names) if ((await readdir(join(folder, name))).includes(MANIFEST)) whole.push(name)
-  const newest = whole.at(-1)
-  const found = checkpoint === undefined ? newest : await byIdOrTag(folder, whole, checkpoint)
-  if (found !== undefined) return join(folder, found)
-  const known = whole.join(', ') || 'none'
+  const folder = join(data, 'runs', run)
+  await access(folder).catch((error) => {
+    throw new UnreadableError(`data folder '${data}' has no run '${run}': ${error.message}`)
+  })
+  const entries = await readCheckpoints(folder, { tidy: false })
+  const list = new CheckpointList(entries, await readIdentity(folder, entries.length === 0))
+  const found = checkpoint === undefined ? list.newest : list.find(checkpoint)
+  if (found?.problem !== undefined) throw new UnreadableError(found.problem)
+  if (found) return join(branchFolder(folder, found.branch), 'checkpoints', found.checkpoint)
+  const known = entries.map((entry) => entry.checkpoint).join(', ') || 'none'
   throw new UnreadableError(
     `run '${run}' has no checkpoint ${checkpoint ? `'${checkpoint}'` : 'yet'}, there are ${known}`,
   )
 }
 
-async function byIdOrTag(folder: string, names: readonly string[], wanted: string): Promise<string | undefined> {
-  if (names.includes(wanted)) return wanted
-  // The newest checkpoint with the tag.
-  for (const name of [...names].reverse()) {
-    const { tags } = await readManifest(join(folder, name))
-    if (tags.includes(wanted)) return name
-  }
-  return undefined
-}
-
-async function readManifest(folder: string): Promise<Manifest> {
-  const path = join(folder, MANIFEST)
-  const text = await readFile(path, 'utf8').catch((error) => {
-    throw new UnreadableError(`${path} cannot be read: ${error.message}`)
+async function manifestIn(folder: string): Promise<Manifest> {
+  return readManifest(folder).catch((error) => {
+    throw error instanceof UnreadableError
+      ? error
+      : new UnreadableError(`${join(folder, MANIFEST)} cannot be read: ${errorText(error)}`)
   })
-  return openManifest(text, path)
 }
 
 async function openShard(path: string, record: FileRecord): Promise<OpenShard> {

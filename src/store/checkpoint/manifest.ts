@@ -1,5 +1,7 @@
 import { createHash } from 'node:crypto'
 import type { AttentionDescription, ParameterDeclaration, ReceiptFrame } from '../../wire/frame.js'
+import type { Rule } from '../rules.js'
+import { manifestRule } from './manifest-rules.js'
 
 /** The version of what stands in the files of a run. */
 export const FORMAT = 1
@@ -47,6 +49,9 @@ export type SettingsRecord = {
  */
 export type ImportRecord = { step_digest: string; hashes: readonly (readonly string[])[] }
 
+/** A parameter as it was declared, with its position among all. */
+export type ParameterRecord = ParameterDeclaration & { readonly index?: number }
+
 /** A run between two steps, without its tensors. */
 export type RunRecord = {
   run: string
@@ -59,7 +64,7 @@ export type RunRecord = {
   step: number
   digest: string
   previous_digest: string
-  parameters: readonly ParameterDeclaration[]
+  parameters: readonly ParameterRecord[]
   attentions: readonly AttentionDescription[]
   /** The groups of the next step. */
   groups: GroupRecord[]
@@ -101,10 +106,19 @@ export function sealManifest(manifest: Manifest): string {
   return seal(manifest)
 }
 
-/** Reads a manifest's text. Throws UnreadableError with both hashes where one byte was changed. */
+/**
+ * Reads a manifest's text. Throws UnreadableError with both hashes where one byte was changed, and with the field
+ * where one is not what it must be.
+ */
 export function openManifest(text: string, file: string): Manifest {
-  // The hash says that it is what `sealManifest` wrote.
-  return unseal(text, file) as Manifest
+  return held(manifestRule, unseal(text, file), file)
+}
+
+/** The value, which a rule holds for. Throws UnreadableError that names the file, the field and both values. */
+export function held<T>(rule: Rule<T>, value: unknown, file: string): T {
+  const problem = rule.problem(value, '')
+  if (problem === undefined) return value as T
+  throw new UnreadableError(`${file}: ${problem}`)
 }
 
 const SEAL = ',\n  "sha256": "'
@@ -119,8 +133,8 @@ export function seal(record: object): string {
 }
 
 /**
- * Reads what `seal` wrote. Throws UnreadableError with both hashes where one byte is not what was written, and for
- * another format.
+ * Reads what `seal` wrote, without its hash. Throws UnreadableError with both hashes where one byte is not what was
+ * written, and for another format.
  */
 export function unseal(text: string, file: string): { format: number } {
   const at = text.lastIndexOf(SEAL)
@@ -130,7 +144,7 @@ export function unseal(text: string, file: string): { format: number } {
   }
   const actual = sha256(text.slice(0, at))
   if (actual !== said) throw new UnreadableError(`${file} has SHA-256 ${actual}, expected ${said}`)
-  const record: { format: number } = JSON.parse(text)
+  const { sha256: _, ...record }: { format: number; sha256: string } = JSON.parse(text)
   if (record.format === FORMAT) return record
   throw new UnreadableError(`${file} has format ${record.format}, this version reads ${FORMAT}`)
 }

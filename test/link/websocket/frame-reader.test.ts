@@ -1,5 +1,4 @@
 import { createHash } from 'node:crypto'
-import { isDeepStrictEqual } from 'node:util'
 import fc from 'fast-check'
 import t from 'tap'
 import { FrameReader } from '../../../src/link/websocket/frame-reader.js'
@@ -37,29 +36,37 @@ t.test('however the bytes are split, every gradient is placed and the rest is fo
         expected.push(piece.kind === 'gradient' ? { placed: Buffer.from(data) } : { ordinary: bytes })
       }
       const refused = new Set(pieces.flatMap(({ kind }, index) => (kind === 'refused' ? [index] : [])))
-      const seen = receive(Buffer.concat(sent), splits, refused)
-      return JSON.stringify(digest(merged(seen))) === JSON.stringify(digest(merged(expected)))
+      const { seen, skipped } = receive(Buffer.concat(sent), splits, refused)
+      const [got, asked] = [sorted(seen), sorted(expected)]
+      const same = JSON.stringify(digest(merged(got.rest))) === JSON.stringify(digest(merged(asked.rest)))
+      // A ping that was skipped had another one right behind it.
+      return same && got.pings.length + skipped.length === asked.pings.length
     }),
     { seed: 11, numRuns: 60 },
   )
 })
 
-t.test('wherever the scratch ends inside a ping of any size, the pings are forwarded whole and in order', async (t) => {
+t.test('of pings that come in one read the last one is forwarded, whole, wherever the scratch ends', async (t) => {
   const [mask, zero] = [Uint8Array.from([9, 0, 7, 255]), new Uint8Array(4)]
   const pings = Array.from({ length: 126 }, (_, size) => rawFrame(0x89, randomBytes(size, size), mask))
+  const pongs = pings.map((ping) => Buffer.concat([Buffer.of(0x8a), ping.subarray(1)]))
   const gradient = (parameter: number, fragments: boolean) =>
     rawGradient(parameter, randomBytes(IN_PLACE_BYTES, parameter), { mask: zero, fragments })
-  const rest = [...pings, gradient(0, false), ...pings, gradient(1, true), ...pings]
+  const rest = [...pings, gradient(0, false), ...pongs, ...pings, gradient(1, true), ...pings, ...pongs]
   const placed = [0, 1].map((seed) => ({ placed: Buffer.from(randomBytes(IN_PLACE_BYTES, seed)) }))
-  const ordinary = (frames: Buffer[]) => ({ ordinary: Buffer.concat(frames) })
-  const bytesOfPings = ordinary(pings).ordinary.length
+  const bytesOfPings = Buffer.concat(pings).length
   // The border of the first read falls on every byte of the pings, headers included.
   for (let border = 0; border <= bytesOfPings; border++) {
-    const { reader, events } = recording()
+    const { reader, events, skipped } = recording()
     const filler = rawFrame(0x82, new Uint8Array(reader.next().length - border - 8), zero)
     feed(reader, Buffer.concat([filler, ...rest]))
-    const expected = [ordinary([filler, ...pings]), placed[0]!, ordinary(pings), placed[1]!, ordinary(pings)]
-    if (!isDeepStrictEqual(merged(events), expected)) t.fail(`the border ${border} bytes into the pings`)
+    const { rest: others, pings: forwarded } = sorted(events)
+    t.same(digest(others), digest([{ ordinary: filler }, ...placed]))
+    t.ok(forwarded.every((ping) => pings.some((sent) => sent.equals(ping))))
+    // One of each group, and one more where a read ends within a group.
+    t.ok(forwarded.length >= 3 && forwarded.length <= 6, `${forwarded.length} pings`)
+    t.equal(forwarded.length + skipped.length, 5 * 126)
+    t.ok(pings.at(-1)!.equals(forwarded.at(-1)!), 'the last of all is answered')
   }
 })
 
@@ -85,9 +92,32 @@ t.test(
   },
 )
 
-t.test('without a gradient at work there is nothing to abandon', async (t) => {
+t.test('a redirected gradient goes on in other memory, with all that has come of it', async (t) => {
+  const data = randomBytes(2 * IN_PLACE_BYTES, 1)
+  const stream = rawGradient(0, data, { mask: Uint8Array.from([9, 8, 7, 6]) })
+  for (const at of [200, 70_000, stream.length - 100]) {
+    const { reader, events, targets } = recording()
+    feed(reader, stream.subarray(0, at))
+    const before = Buffer.from(targets[0]!)
+    const other = new Uint8Array(data.length)
+    t.equal(
+      reader.redirect(({ dataLength }) => other.subarray(0, dataLength)),
+      true,
+    )
+    feed(reader, stream.subarray(at))
+    t.ok(before.equals(targets[0]!), `the first memory is written no more after ${at} bytes`)
+    t.ok(Buffer.from(data).equals(other))
+    t.equal(events.length, 1)
+  }
+})
+
+t.test('without a gradient at work there is nothing to abandon or to redirect', async (t) => {
   const { reader } = recording()
   t.equal(reader.abandon(), false)
+  t.equal(
+    reader.redirect(() => new Uint8Array(0)),
+    false,
+  )
   feed(reader, rawFrame(0x82, randomBytes(1000, 1), new Uint8Array(4)).subarray(0, 500))
   t.equal(reader.abandon(), false)
 })
@@ -114,13 +144,44 @@ t.test(
   },
 )
 
+t.test('while reading is paused the rest of a read waits, and nothing of it is lost', async (t) => {
+  const zero = new Uint8Array(4)
+  const fragments = Array.from({ length: 3000 }, (_, i) => rawFrame(i === 0 ? 0x02 : 0x00, Buffer.of(i & 255), zero))
+  const message = Buffer.concat([...fragments, rawFrame(0x80, Buffer.of(1), zero)])
+  const gradient = rawGradient(1, randomBytes(IN_PLACE_BYTES, 1), { mask: zero })
+  const { reader, events, small, state } = recording()
+  state.mayGoOn = 1000
+  feed(reader, message)
+  t.equal(small.length, 1000)
+  t.equal(Buffer.concat(events.map((event) => ('ordinary' in event ? event.ordinary : Buffer.of()))).length, 7000)
+  t.equal(reader.goOn(), true)
+  t.equal(small.length, 1001, 'each time something goes on')
+  state.mayGoOn = Infinity
+  t.equal(reader.goOn(), true)
+  t.equal(reader.goOn(), false, 'there is nothing left')
+  feed(reader, gradient)
+  t.equal(small.length, 3001)
+  t.same(
+    digest(merged(events)),
+    digest([{ ordinary: message }, { placed: Buffer.from(randomBytes(IN_PLACE_BYTES, 1)) }]),
+  )
+})
+
 t.test('a destination of another length than the data is a bug that is not survived', async (t) => {
   const reader = new FrameReader({ ...noHooks, destination: () => new Uint8Array(5) })
   const bytes = rawGradient(0, randomBytes(IN_PLACE_BYTES, 1), { mask: new Uint8Array(4) }).subarray(0, UNDECIDED_BYTES)
   t.throws(() => feed(reader, bytes), { code: 'ERR_ASSERTION' })
 })
 
-const noHooks = { maxPayload: 0, unmask: () => undefined, forward: () => undefined, received: () => undefined }
+const noHooks = {
+  maxPayload: 0,
+  unmask: () => undefined,
+  forward: () => undefined,
+  received: () => undefined,
+  skipped: () => undefined,
+  small: () => undefined,
+  paused: () => false,
+}
 
 type Piece = { kind: 'gradient' | 'refused' | 'text' | 'ping' | 'fragments'; mask: Uint8Array; fragments?: boolean }
 
@@ -135,6 +196,9 @@ function encode(piece: Piece, index: number, data: Uint8Array): Buffer {
 function recording(refused: ReadonlySet<number> = new Set()) {
   const events: Event[] = []
   const targets: Uint8Array[] = []
+  const skipped: number[] = []
+  const small: number[] = []
+  const state = { mayGoOn: Infinity }
   const reader = new FrameReader({
     maxPayload: 0,
     unmask: (bytes, key) => bytes.set(bytes.map((byte, i) => byte ^ key[i & 3]!)),
@@ -145,18 +209,49 @@ function recording(refused: ReadonlySet<number> = new Set()) {
       return targets.at(-1)
     },
     received: () => events.push({ placed: Buffer.from(targets.at(-1)!) }),
+    skipped: (bytes) => skipped.push(bytes),
+    small: () => small.push(1),
+    paused: () => small.length >= state.mayGoOn,
   })
-  return { reader, events, targets }
+  return { reader, events, targets, skipped, small, state }
 }
 
-function receive(stream: Buffer, splits: readonly number[], refused: ReadonlySet<number>): Event[] {
-  const { reader, events } = recording(refused)
+function receive(stream: Buffer, splits: readonly number[], refused: ReadonlySet<number>) {
+  const { reader, events, skipped } = recording(refused)
   for (let at = 0, turn = 0; at < stream.length; turn++) {
     const count = splits[turn % splits.length]!
     feed(reader, stream.subarray(at, at + count))
     at += count
   }
-  return events
+  return { seen: events, skipped }
+}
+
+/** The same events without pings and pongs, and the pings apart. */
+function sorted(events: readonly Event[]): { rest: Event[]; pings: Buffer[] } {
+  const pings: Buffer[] = []
+  const rest = merged(events).map((event) => {
+    if ('placed' in event) return event
+    const others: Buffer[] = []
+    for (let at = 0; at < event.ordinary.length; ) {
+      const frame = frameAt(event.ordinary, at)
+      ;(frame[0] === 0x89 ? pings : others).push(frame)
+      at += frame.length
+    }
+    return { ordinary: Buffer.concat(others) }
+  })
+  return { rest: rest.filter((event) => 'placed' in event || event.ordinary.length > 0), pings }
+}
+
+/** The masked frame that begins at `at`. */
+function frameAt(bytes: Buffer, at: number): Buffer {
+  const short = bytes[at + 1]! & 0x7f
+  const [form, length] =
+    short < 126
+      ? [0, short]
+      : short === 126
+        ? [2, bytes.readUInt16BE(at + 2)]
+        : [8, Number(bytes.readBigUInt64BE(at + 2))]
+  return bytes.subarray(at, at + 6 + form + length)
 }
 
 /** Fills the buffers that it is given, as a socket does. */

@@ -48,8 +48,14 @@ t.test('everything else is an ordinary frame', async (t) => {
   const twoFragments = (second: Buffer, first = header) => Buffer.concat([rawFrame(0x02, first, mask), second])
   const cases: [string, Buffer, { fragmented?: boolean; maxPayload?: number; goesOn?: boolean; length?: number }][] = [
     ['text', rawFrame(0x81, whole, mask), {}],
-    ['a ping', rawFrame(0x89, Buffer.from('hello'), mask), {}],
-    ['a ping between fragments', rawFrame(0x89, Buffer.from('hello'), mask), { fragmented: true, goesOn: true }],
+    ['a ping without a mask', rawFrame(0x89, Buffer.from('hello')), {}],
+    ['a ping in fragments', rawFrame(0x09, Buffer.from('hello'), mask), {}],
+    [
+      'a ping that is too long, between fragments',
+      rawFrame(0x89, data.subarray(0, 126), mask),
+      { fragmented: true, goesOn: true },
+    ],
+    ['a close', rawFrame(0x88, Buffer.from('hello'), mask), {}],
     ['the last fragment', rawFrame(0x80, whole, mask), { fragmented: true }],
     ['a middle fragment', rawFrame(0x00, whole, mask), { fragmented: true, goesOn: true }],
     ['a message inside a fragmented one', rawFrame(0x82, whole, mask), { fragmented: true }],
@@ -82,6 +88,22 @@ t.test('everything else is an ordinary frame', async (t) => {
     const found = recognize(bytes.subarray(0, UNDECIDED_BYTES), fragmented, maxPayload)
     t.match(found, { kind: 'ordinary', fragmented: goesOn }, name)
     if (length !== undefined) t.match(found, { length }, name)
+  }
+})
+
+t.test('a ping or a pong is recognized once it is whole, between fragments, too', async (t) => {
+  for (const [first, isPing] of [
+    [0x89, true],
+    [0x8a, false],
+  ] as const) {
+    for (const size of [0, 5, 125]) {
+      const bytes = rawFrame(first, data.subarray(0, size), mask)
+      const { length } = bytes
+      for (const fragmented of [true, false]) {
+        t.same(recognize(Buffer.concat([bytes, data]), fragmented, 0), { kind: 'control', isPing, length })
+        t.same(recognize(bytes.subarray(0, -1), fragmented, 0), { kind: 'more' })
+      }
+    }
   }
 })
 

@@ -15,6 +15,10 @@ const UPGRADE =
   'GET / HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n' +
   'Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n'
 
+/** Without pings that have another one right behind them: those need no answer, and may have no event. */
+const answered = (events: readonly string[]) =>
+  events.filter((event, i) => !(event.startsWith('ping') && events[i + 1]?.startsWith('ping')))
+
 for (const plain of [false, true]) {
   t.test(
     `any frames in any splits arrive whole and in order, ${plain ? 'through plain ws' : 'in place'}`,
@@ -55,7 +59,7 @@ for (const plain of [false, true]) {
         const placed = frames.filter(({ kind, length }) => kind === 'gradient' && length >= 65_536).length
         t.equal(connection.inPlace, !plain)
         t.equal(log.placed, plain ? 0 : placed)
-        t.same(log.events, [...sent.map(({ event }) => event), `text ${sha1('end')}`])
+        t.same(answered(log.events), answered([...sent.map(({ event }) => event), `text ${sha1('end')}`]))
       })
       await fc.assert(property, { seed: 5, numRuns: 25 })
     },

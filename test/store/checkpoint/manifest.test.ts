@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto'
 import fc from 'fast-check'
 import t from 'tap'
 import {
@@ -8,7 +9,22 @@ import {
   UnreadableError,
 } from '../../../src/store/checkpoint/manifest.js'
 
-const MANIFEST: Manifest = {
+const sha256 = (text: string) => createHash('sha256').update(text).digest('hex')
+const GROUP = {
+  name: 'g',
+  algorithm: 'muon',
+  preset: 'torch',
+  given: { lr: 0.1 },
+  hyperparameters: { lr: 0.1, ns_coefficients: [1, 2, 3] },
+}
+const APPLIED = {
+  gradient_scale: 0.5,
+  gradient_fingerprint: '0123456789abcdef',
+  update_fingerprint: 'fedcba9876543210',
+}
+
+/** Every field that a manifest may have. */
+const MANIFEST = {
   format: FORMAT,
   checkpoint: 'step-000000000007',
   tags: ['best, "sha256": "'],
@@ -19,30 +35,44 @@ const MANIFEST: Manifest = {
   created_at: '2026-01-01T00:00:00.000Z',
   epoch: 3,
   step: 7,
-  digest: 'ab',
-  previous_digest: 'cd',
+  digest: sha256('digest'),
+  previous_digest: sha256('previous'),
   parameters: [
-    { name: 'w', shape: [2, 3], group: 'g' },
-    { name: 'größe\n', shape: [], group: 'g' },
+    { name: 'w', shape: [2, 3], group: 'g', gradient_dtype: 'float32', update_dtype: 'float16', split: [1, 1] },
+    { index: 1, name: 'größe\n', shape: [], group: 'g', heads: 2, matrices: 'batch' },
   ],
-  attentions: [],
-  groups: [
-    { name: 'g', algorithm: 'muon', given: { lr: 0.1 }, hyperparameters: { lr: 0.1, ns_coefficients: [1, 2, 3] } },
+  attentions: [
+    {
+      ...{ name: 'a', threshold: 100, rule: 'mha', query_heads: 2, key_value_heads: 1, head_dim: 4 },
+      ...{ nope_dim: 1, rope_dim: 0, value_dim: 0, query: { parameter: 0, first_row: 1 }, key: { parameter: 0 } },
+      ...{ query_bias: { parameter: 1 }, key_bias: { parameter: 1 } },
+    },
   ],
+  groups: [GROUP],
+  last: {
+    groups: [GROUP],
+    frame: { groups: { g: { lr: 0.1 } }, gradient_scale: 0.5, max_logits: { a: [null, 5] } },
+  },
+  receipt: {
+    ...{ type: 'receipt', step: 7, replayed: false, applied: 1, skipped: 1, gradient_norm: 2, groups: { g: {} } },
+    ...{ clipped_heads: { a: 1 }, max_logit: 5, digest: sha256('digest'), durable: true },
+    seconds: { receive: 0.1, queue: 0, compute: 0.2, send: 0 },
+  },
   places: [
-    { count: 7, applied_step: 7, gradient_square: 1.5 },
+    { count: 7, applied_step: 7, gradient_square: 1.5, last: { ...APPLIED, scale: -0.1, decay: 0 } },
     { count: 0, applied_step: 0, gradient_square: 0 },
   ],
+  imported: { step_digest: sha256('step'), hashes: [[sha256('tensor')], []] },
   momentum_form: { g: 'ema' },
   dtypes: { 'state.w.momentum_buffer': 'F32' },
   bytes: 24,
-  files: [{ name: 'state-00001-of-00001.safetensors', bytes: 24, sha256: 'ef' }],
-}
+  files: [{ name: 'state-00001-of-00001.safetensors', bytes: 24, sha256: sha256('file') }],
+} satisfies Manifest
 
 const TEXT = sealManifest(MANIFEST)
 
 t.test('a manifest is JSON that comes back as it was', async (t) => {
-  t.same(openManifest(TEXT, 'm'), { ...MANIFEST, sha256: JSON.parse(TEXT).sha256 })
+  t.same(openManifest(TEXT, 'm'), MANIFEST)
   t.match(JSON.parse(TEXT), MANIFEST)
 })
 
@@ -75,4 +105,88 @@ t.test('a manifest of another format is refused by its number', async (t) => {
   t.throws(() => openManifest(sealManifest({ ...MANIFEST, format: 99 }), 'm'), {
     message: `m has format 99, this version reads ${FORMAT}`,
   })
+})
+
+/** The paths to every value of a record; those of keys that it may have or not end with `?`. */
+function pathsOf(value: unknown, path: readonly (string | number)[] = []): (string | number)[][] {
+  const inside = typeof value === 'object' && value !== null ? Object.entries(value) : []
+  const keys = inside.map(([key]) => (Array.isArray(value) ? Number(key) : key))
+  return [...(path.length > 0 ? [[...path]] : []), ...keys.flatMap((key, i) => pathsOf(inside[i]![1], [...path, key]))]
+}
+
+function changed(path: readonly (string | number)[], to: (value: unknown) => unknown): Manifest {
+  const copy = JSON.parse(JSON.stringify(MANIFEST)) as Record<string | number, unknown>
+  const holder = path.slice(0, -1).reduce((at, key) => at[key] as Record<string | number, unknown>, copy)
+  const [key] = path.slice(-1)
+  holder[key!] = to(holder[key!])
+  return copy as Manifest
+}
+
+/** A value of another type, and one of the same type that is out of its range; undefined where any is in range. */
+function wrongs(value: unknown): unknown[] {
+  if (typeof value === 'number') return ['1', -1.5e308, null]
+  if (typeof value === 'string') return [5, {}]
+  if (typeof value === 'boolean') return [0]
+  return Array.isArray(value) ? [{}, 'text'] : [[], 7]
+}
+
+/** What a client may say as it likes: hyperparameters are held against their algorithm when the run is restored. */
+const FREE = /\.(given|hyperparameters)\.|^last\.frame\.groups\.g\.|^groups\.g/
+/** Numbers that may be below 0, or null as JSON writes an infinity. */
+const SIGNED = /gradient_scale|scale|decay|max_logit|seconds/
+
+t.test('each field is of its type and in its range, whatever the hash says', async (t) => {
+  for (const path of pathsOf(MANIFEST)) {
+    const name = path.join('.')
+    if (FREE.test(name)) continue
+    const spelled = path.reduce<string>(
+      (text, key) => text + (typeof key === 'number' ? `[${key}]` : `${text && '.'}${key}`),
+      '',
+    )
+    const value = path.reduce<unknown>((at, key) => (at as Record<string | number, unknown>)[key], MANIFEST)
+    const free = (wrong: unknown) =>
+      SIGNED.test(name) && (wrong === -1.5e308 || (wrong === null && /max_logits/.test(name)))
+    const wrong = value === null ? ['1'] : wrongs(value).filter((other) => !free(other))
+    for (const other of wrong) {
+      const text = sealManifest(changed(path, () => other))
+      const attempt = () => openManifest(text, 'm')
+      t.throws(attempt, { name: 'UnreadableError' }, `${spelled} ${JSON.stringify(other)}`)
+      if (name !== 'format') t.throws(attempt, { message: new RegExp(`^m: ${spelled.replace(/[.[\]]/g, '\\$&')} is `) })
+    }
+  }
+})
+
+t.test('a field that lacks or is unknown, and fields that do not agree, are refused by name', async (t) => {
+  const { last: _, ...rest } = MANIFEST
+  const { server: __, ...lacking } = MANIFEST
+  t.same(openManifest(sealManifest(rest), 'm').last, undefined)
+  const cases: [object, string][] = [
+    [lacking, 'server is undefined, expected a text'],
+    [{ ...MANIFEST, other: 1 }, 'other is unknown'],
+    [changed(['device', 'other'], () => 1), 'device.other is unknown'],
+    [changed(['places', 0, 'last', 'other'], () => 1), 'places[0].last.other is unknown'],
+    [{ ...MANIFEST, tags: ['step-000000000001'] }, 'tags[0] is "step-000000000001", expected 1 to 128 characters'],
+    [{ ...MANIFEST, tags: [''] }, 'tags[0] is "", expected 1 to 128 characters'],
+    [{ ...MANIFEST, checkpoint: '../7' }, 'checkpoint is "../7", expected the id of a checkpoint'],
+    [{ ...MANIFEST, digest: 'ab' }, 'digest is "ab", expected a SHA-256'],
+    [{ ...MANIFEST, written_at: 'today' }, 'written_at is "today", expected an RFC 3339 time'],
+    [changed(['files', 0, 'name'], () => '../../file'), 'files[0].name is "../../file", expected the name of a file'],
+    [changed(['places', 0, 'last', 'update_fingerprint'], () => '1'), 'places[0].last.update_fingerprint is "1"'],
+    [{ ...MANIFEST, dtypes: { w: 'F99' } }, 'dtypes.w is "F99", expected "F32" or'],
+    [{ ...MANIFEST, momentum_form: { g: 'x' } }, 'momentum_form.g is "x", expected "ema" or "heavy_ball"'],
+    [{ ...MANIFEST, places: MANIFEST.places.slice(1) }, 'the number of places is 1, expected 2'],
+    [{ ...MANIFEST, imported: { ...MANIFEST.imported, hashes: [] } }, 'the number of imported.hashes is 0, expected 2'],
+    [{ ...MANIFEST, bytes: 25 }, 'bytes is 25, expected 24'],
+    [changed(['receipt', 'step'], () => 6), 'receipt.step is 6, expected 7'],
+    [changed(['places', 1, 'applied_step'], () => 8), 'the last applied_step is 8, expected 7'],
+  ]
+  for (const [manifest, problem] of cases) {
+    const attempt = () => openManifest(sealManifest(manifest as Manifest), 'm')
+    t.throws(attempt, { name: 'UnreadableError' }, problem)
+    try {
+      attempt()
+    } catch (error) {
+      t.ok(String(error).includes(`m: ${problem}`), `${error}`)
+    }
+  }
 })

@@ -93,9 +93,10 @@ class Rest:
         """Deletes a run and its state."""
         self._again(lambda: self._request("DELETE", f"/v1/runs/{quote(run, safe='')}").read())
 
-    def has_checkpoints(self, run: str) -> bool:
+    def has_checkpoints(self, run: str, *, tagged: bool = False) -> bool:
         """Whether the service keeps anything of a run on a disk."""
-        return bool(self._json("GET", f"/v1/runs/{quote(run, safe='')}/checkpoints")["checkpoints"])
+        found = self._json("GET", f"/v1/runs/{quote(run, safe='')}/checkpoints")["checkpoints"]
+        return any(checkpoint["tags"] or not tagged for checkpoint in found)
 
     def checkpoint(self, run: str, checkpoint: str) -> dict[str, Any]:
         """A checkpoint by its id or tag: its step and digest."""

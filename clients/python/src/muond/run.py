@@ -21,11 +21,13 @@ from .steps.backoff import Backoff
 from .steps.exchange import Taken
 from .steps.gradient import bytes_of
 from .steps.interrupt import interrupt_later
-from .steps.parameter import Bound, bind, check_bytes
+from .steps.parameter import Bound, bind, check_bytes, sizes_of
 from .steps.step import Gradient, MaxLogits, Step
 from .steps.updates import Bytes, Memory, Update, Updates
 from .steps.writer import RETRIES, Failed, Host, Writer
 from .transport.address import Endpoint, endpoint
+from .transport.arenas import Arenas, HostArenas
+from .transport.choice import MakeArenas, Transport
 from .wire.frame import PROTOCOL, Frame
 
 Key = int | str
@@ -51,6 +53,7 @@ def open_run(
     attentions: Sequence[Mapping[str, Any]] | None = None,
     takeover: bool = False,
     checkpoint: str | None = None,
+    branch_of: tuple[str, str] | None = None,
     client: str | None = None,
     token: str | None = None,
     headers: Mapping[str, str] | None = None,
@@ -58,6 +61,8 @@ def open_run(
     retries: int = RETRIES,
     backoff: Backoff | None = None,
     chunk_bytes: int = 1 << 24,
+    transport: str = "auto",
+    gpu_arenas: MakeArenas | None = None,
     apply: Apply | None = None,
     allocate: Callable[[int], Bytes] | None = None,
 ) -> Run:
@@ -65,7 +70,11 @@ def open_run(
 
     ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
     ``groups``: maps of ``name``, ``algorithm`` or ``preset``, and hyperparameters. ``checkpoint``: with ``resume``, go back to it.
+    ``branch_of``: (another run of the service, a checkpoint of that by id or tag); a new run begins with its state, step and digest,
+    and the weights must be those of that step.
     ``retries``: consecutive failed attempts at one step that brought nothing new, before it raises; 0 for none.
+    ``transport``: ``shm`` shares memory with a service on this host, ``websocket`` sends everything, ``auto`` tries and falls
+    back; ``cuda-ipc`` shares that of a GPU, which ``gpu_arenas`` makes, as ``muond.torch`` does.
     ``apply``: what to do with updates instead. ``allocate``: memory for updates, by bytes.
 
     Raises MuondError RUN_EXISTS, RUN_NOT_FOUND, RUN_BUSY (see ``takeover``), RUN_MISMATCH, PARAMETER_INVALID…, UNAUTHORIZED,
@@ -74,17 +83,26 @@ def open_run(
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, at least 1")
     address = endpoint(url, token=token, headers=headers, ssl_context=ssl_context)
+    declared = [parameter.declaration() for parameter in parameters]
     given: Frame = {
         "groups": None if groups is None else [dict(group) for group in groups],
-        "parameters": [parameter.declaration() for parameter in parameters],
+        "parameters": declared,
         "attentions": None if attentions is None else [dict(attention) for attention in attentions],
         "takeover": takeover or None,
         "checkpoint": checkpoint,
+        "from": None if branch_of is None else {"run": branch_of[0], "checkpoint": branch_of[1]},
         "client": client,
     }
-    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": mode}
+    # A branch is always a new run.
+    is_default = mode == "create_or_resume"
+    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "create" if branch_of and is_default else mode}
     frame.update({key: value for key, value in given.items() if value is not None})
-    writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes), frame)
+    shared = Transport.choose(transport, address, sizes_of(declared), gpu_arenas)
+    try:
+        writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes, shared), frame)
+    except BaseException:
+        shared.close()
+        raise
     memory = Memory() if allocate is None else Memory(allocate)
     try:
         return Run(writer, parameters, address, apply, memory)
@@ -105,11 +123,7 @@ class Run:
     ) -> None:
         """Use ``open_run``."""
         self.address = address
-        self.parameters = bind(writer.opened["parameters"])
-        if len(self.parameters) != len(parameters):
-            raise MuondError(
-                "RUN_MISMATCH", f"the run has {len(self.parameters)} parameters, {len(parameters)} were declared"
-            )
+        self.parameters = bind([parameter.declaration() for parameter in parameters])
         self._writer = writer
         self._by_key: dict[Key, Bound] = {parameter.name: parameter for parameter in self.parameters}
         self._by_key.update({parameter.index: parameter for parameter in self.parameters})
@@ -140,6 +154,16 @@ class Run:
     def opened(self) -> Frame:
         """The service's answer to the newest ``open``: epoch, groups, limits, device and more."""
         return self._writer.opened
+
+    @property
+    def arenas(self) -> Arenas | None:
+        """The memory that is shared with the service now; None where everything goes over the socket."""
+        return self._writer.arenas
+
+    @property
+    def transport(self) -> str:
+        """How gradients and updates travel now: ``cuda-ipc``, ``shm`` or ``websocket``."""
+        return "websocket" if self.arenas is None else self.arenas.kind
 
     @property
     def step_count(self) -> int:
@@ -236,8 +260,13 @@ class Run:
     def gradients_bytes(self, gradients: Sequence[Gradient]) -> None:
         """As ``gradient_bytes``, for many at once: thousands of small ones cost less so."""
         for gradient in gradients:
-            check_bytes(self._find(gradient.parameter), len(gradient.data))
+            check_bytes(self._find(gradient.parameter), len(gradient.bytes))
         self._add(self._growing(), gradients)
+
+    def gradient_placed(self, indices: Iterable[int], ready: Callable[[], None] | None = None) -> None:
+        """As ``gradient_bytes``, for gradients that lie in their slots of ``arenas``, all of them once ``ready`` returns."""
+        step, arenas = self._growing(), self.arenas
+        self._add(step, [Gradient(index, None, ready, arenas) for index in indices])
 
     def has_gradient(self, index: int) -> bool:
         """Whether the step in flight has a gradient of this parameter already."""
@@ -381,7 +410,7 @@ class Run:
             return
         self._apply(updates)
         for update in updates:
-            self._memory.give(update.data)
+            self._give(update)
 
     def _abandon(self) -> None:
         """Lets go of a step in flight: its connection ends, and what it still brings is not applied."""
@@ -389,8 +418,12 @@ class Run:
             return
         self._writer.release()
         while isinstance(event := self._events.get(), Update):
-            self._memory.give(event.data)
+            self._give(event)
         self._flight = None
+
+    def _give(self, update: Update) -> None:
+        if not update.shared:
+            self._memory.give(update.data)
 
     # What the trainer says
 
@@ -405,7 +438,11 @@ class Run:
 
     def _gradient(self, key: Key, gradient: npt.ArrayLike) -> Gradient:
         parameter = self._find(key)
-        return Gradient(parameter.index, bytes_of(gradient, parameter))
+        data, arenas = bytes_of(gradient, parameter), self.arenas
+        if not isinstance(arenas, HostArenas):
+            return Gradient(parameter.index, data)
+        arenas.gradient(parameter.index)[:] = data
+        return Gradient(parameter.index, None, arenas=arenas)
 
     def _add(self, step: Step, gradients: Sequence[Gradient]) -> None:
         """All of them or none."""

@@ -412,18 +412,61 @@ def test_a_service_without_room_for_a_loaded_state_says_so(
     assert second.step_count == 0
 
 
-def test_a_checkpoint_of_an_optimizer_that_lives_is_not_taken_from_it(
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_checkpoint_of_an_optimizer_that_lives_is_branched_from(
+    durable: Callable[..., Service], name: str, begun: bool
+) -> None:
+    pair = made(durable(), "adamw")
+    module, other, theirs = model(), model(), model()
+    one = pair.ours(module.parameters(), run=name, state="checkpoint", takeover=True)
+    steps(module, one, 2)
+    two = pair.ours(other.parameters(), takeover=True)
+    if begun:
+        steps(other, two, 1, 50)
+    left = two.run_name if begun else None
+    other.load_state_dict(module.state_dict())
+    two.load_state_dict(one.state_dict())
+    assert two.run_name not in (name, left)
+    assert (two.step_count, two.run.digest) == (2, one.run.digest)
+    steps(theirs, pair.theirs(theirs.parameters()), 4)
+    for both in ((module, one), (other, two)):
+        steps(*both, 2, 3)
+        assert apart(both[0], theirs) < pair.tolerance
+    assert one.run.digest == two.run.digest
+
+
+def test_a_checkpoint_whose_run_another_process_has_is_branched_from(
+    durable: Callable[..., Service], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = made(durable(), "adamw")
+    module = model()
+    one = pair.ours(module.parameters(), run=name, state="checkpoint")
+    steps(module, one, 1)
+    two = pair.ours(model().parameters())
+    monkeypatch.setattr("muond.torch.living._owners", {})
+    two.load_state_dict(one.state_dict())
+    assert two.run_name != name
+    assert two.run.digest == one.run.digest
+    steps(module, one, 1, 2)
+
+
+def test_a_run_without_a_name_that_was_left_keeps_what_a_dictionary_holds(
     durable: Callable[..., Service], name: str
 ) -> None:
     pair = made(durable(), "adamw")
     module = model()
-    one = pair.ours(module.parameters(), run=name, state="checkpoint", takeover=True)
-    steps(module, one, 1)
-    two = pair.ours(model().parameters(), takeover=True)
-    with pytest.raises(MuondError, match="save it with state='tensors'") as caught:
-        two.load_state_dict(one.state_dict())
-    assert caught.value.code == "RUN_BUSY"
-    steps(module, one, 1, 2)
+    named = pair.ours(module.parameters(), run=name, state="checkpoint")
+    steps(module, named, 1)
+    theirs = named.state_dict()
+    named.close()
+    optimizer = pair.ours((again := model()).parameters(), state="checkpoint")
+    steps(again, optimizer, 3)
+    own = optimizer.state_dict()
+    optimizer.load_state_dict(theirs)
+    assert (optimizer.run_name, optimizer.step_count) == (name, 1)
+    optimizer.load_state_dict(own)
+    assert (optimizer.run_name, optimizer.step_count) == (own["muond"]["run"], 3)
+    assert optimizer.run.digest == own["muond"]["digest"]
 
 
 def test_an_older_dictionary_does_not_take_a_run_back(shared: Service) -> None:

@@ -169,7 +169,7 @@ def test_names_stay_with_their_parameters(shared: Service) -> None:
     optimizer.zero_grad()
     (new.sum() + module(torch.ones(1, 8)).sum()).backward()
     optimizer.step()
-    names = [p["name"] for p in optimizer.run.opened["parameters"]]
+    names = [p.name for p in optimizer.run.parameters]
     assert names == ["param.0", "0.weight", "2.weight"]
     assert [float(optimizer.state[p]["step"]) for p in (new, *module.parameters())] == [1, 2, 2]
 
@@ -267,7 +267,7 @@ def test_a_frozen_parameter_is_declared_when_it_thaws(shared: Service) -> None:
         optimizer = make(module.named_parameters())
         steps(module, optimizer, 2)
         if make is pair.ours:
-            assert [p["name"] for p in optimizer.run.opened["parameters"]] == ["2.weight"]
+            assert [p.name for p in optimizer.run.parameters] == ["2.weight"]
             assert [len(optimizer.state[p]) for p in module.parameters()] == [0, 3]
             assert list(optimizer.state_dict()["state"]) == [1]
         first.requires_grad_(True)
@@ -307,7 +307,7 @@ def test_a_step_with_every_parameter_frozen_is_none(shared: Service) -> None:
     module.requires_grad_(True)
     steps(module, optimizer, 1)
     assert optimizer.step_count == 1
-    assert len(optimizer.run.opened["parameters"]) == 2
+    assert len(optimizer.run.parameters) == 2
 
 
 def test_suggest_says_what_is_frozen() -> None:

@@ -234,7 +234,7 @@ def test_names_of_two_models_may_be_alike(shared: Service) -> None:
         steps(two, second, 1, 3)
         ends.append((one, two, second))
     assert all(apart(a, b) < 1e-5 for a, b in zip(ends[1][:2], ends[0][:2], strict=True))
-    names = [p["name"] for p in ends[1][2].run.opened["parameters"]]
+    names = [p.name for p in ends[1][2].run.parameters]
     assert names == ["0.weight", "2.weight", "0.weight.2", "2.weight.2"]
 
 
@@ -243,7 +243,7 @@ def test_a_model_is_its_named_parameters(shared: Service) -> None:
     module = model()
     optimizer = Optimizer(module, suggest(module, quiet=True), url=shared.url)
     steps(module, optimizer, 1)
-    assert [p["name"] for p in optimizer.run.opened["parameters"]] == ["0.weight", "2.weight"]
+    assert [p.name for p in optimizer.run.parameters] == ["0.weight", "2.weight"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

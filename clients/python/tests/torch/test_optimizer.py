@@ -181,7 +181,7 @@ def test_parameters_of_every_dtype(shared: Service, name: str, dtype: torch.dtyp
     ours, theirs = net(dtype), net(dtype).double()
     with AdamW(ours.parameters(), lr=1e-2, url=shared.url, run=name) as remote:
         train(ours, remote, 8)
-        sent = {p["gradient_dtype"] for p in remote.run.opened["parameters"]}
+        sent = {p.gradient_dtype for p in remote.run.parameters}
     train(theirs, torch.optim.AdamW(theirs.parameters(), lr=1e-2), 8)
     assert sent == {{torch.float64: "float32", torch.float16: "float16"}.get(dtype, "bfloat16")}
     assert all(p.dtype == dtype for p in ours.parameters())
@@ -195,8 +195,9 @@ def test_groups_have_dtypes_of_their_own(shared: Service, name: str) -> None:
         {"params": list(second), "name": "second"},
     ]
     with AdamW(groups, url=shared.url, run=name, gradient_dtype=torch.float16) as optimizer:
-        parameters = optimizer.open().opened["parameters"]
-    found = [(p["group"], p["gradient_dtype"], p["update_dtype"]) for p in parameters]
+        optimizer.open()
+        declared = [slot.declaration for slot in optimizer._home.slots]
+    found = [(p.group, p.gradient_dtype, p.update_dtype) for p in declared]
     assert found == [("adamw", "float32", "bfloat16")] * 4 + [("second", "float16", "bfloat16")] * 4
 
 

@@ -196,7 +196,9 @@ def test_a_step_that_was_given_up_is_taken_again_with_the_same_gradients(
     ours = net()
     # The first connection only looks whether somebody is there.
     cutting = proxy(shared.port, [1 << 30, 3_000, 0, 0])
-    with AdamW(ours.parameters(), lr=1e-2, url=cutting.url, run=f"{name}-b", overlap=True, retries=0) as optimizer:
+    with AdamW(
+        ours.parameters(), lr=1e-2, url=cutting.url, run=f"{name}-b", overlap=True, retries=0, transport="websocket"
+    ) as optimizer:
         loss_of(ours, 1).backward()  # type: ignore[no-untyped-call]
         failures = 0
         while optimizer.step_count == 0:

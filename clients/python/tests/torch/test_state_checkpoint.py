@@ -78,7 +78,7 @@ def test_the_checkpoint_of_a_state_dict_is_a_way_on_for_a_damaged_run(
         assert (optimizer.step_count, optimizer.run.digest) == (1, state["muond"]["digest"])
 
 
-def test_a_state_dict_is_not_taken_for_one_of_another_run(durable: Callable[..., Service], name: str) -> None:
+def test_a_state_dict_of_another_run_is_a_branch_of_that(durable: Callable[..., Service], name: str) -> None:
     service = durable()
     states = {}
     for run, first in ((f"{name}-a", 1), (f"{name}-b", 2)):
@@ -87,13 +87,57 @@ def test_a_state_dict_is_not_taken_for_one_of_another_run(durable: Callable[...,
             train(model, optimizer, 1, first)
             states[run] = optimizer.state_dict()
     with adamw(net(), service, f"{name}-b") as optimizer:
-        with pytest.raises(MuondError, match="it is of another history"):
-            optimizer.load_state_dict(states[f"{name}-a"])
-        optimizer.load_state_dict(states[f"{name}-b"])
-    with adamw(net(), service, f"{name}-c") as optimizer, pytest.raises(MuondError, match="RUN_NOT_FOUND"):
         optimizer.load_state_dict(states[f"{name}-a"])
+        assert (optimizer.run_name, optimizer.run.digest) == (f"{name}-b.2", states[f"{name}-a"]["muond"]["digest"])
+        optimizer.load_state_dict(states[f"{name}-b"])
+        assert (optimizer.run_name, optimizer.run.digest) == (f"{name}-b", states[f"{name}-b"]["muond"]["digest"])
+    with adamw(net(), service, f"{name}-c") as optimizer:
+        optimizer.load_state_dict(states[f"{name}-a"])
+        assert (optimizer.run_name, optimizer.step_count) == (f"{name}-c", 1)
+        assert optimizer.run.opened["note"] == f"branched from step-000000000001 of run '{name}-a'"
+    with Rest(optimizer._address) as rest:
+        assert rest.run(f"{name}-a")["digest"] == states[f"{name}-a"]["muond"]["digest"]
+
+
+def test_a_checkpoint_of_another_history_is_not_branched_from(durable: Callable[..., Service], name: str) -> None:
+    service = durable()
+    with adamw(model := net(), service, name, state="checkpoint") as optimizer:
+        train(model, optimizer, 1)
+        state = optimizer.state_dict()
+    state["muond"]["digest"] = "0" * 64
+    with adamw(net(), service, f"{name}-b") as optimizer:
+        with pytest.raises(MuondError, match="it is of another history"):
+            optimizer.load_state_dict(state)
+        state["muond"]["run"] = f"{name}-none"
+        with pytest.raises(MuondError, match="RUN_NOT_FOUND"):
+            optimizer.load_state_dict(state)
     with Rest(optimizer._address) as rest, pytest.raises(MuondError, match="RUN_NOT_FOUND"):
-        rest.run(f"{name}-c")
+        rest.run(f"{name}-b")
+
+
+def test_dictionaries_of_two_branches_are_gone_to_and_back(durable: Callable[..., Service], name: str) -> None:
+    service = durable("--checkpoints-kept", "1", "--checkpoint-steps", "1")
+    model = net()
+    with adamw(model, service, name, state="checkpoint") as optimizer:
+        train(model, optimizer, 2)
+        start = saved_and_loaded({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        branches = []
+        for first in (10, 20):
+            model.load_state_dict(start["model"])
+            optimizer.load_state_dict(start["optimizer"])
+            train(model, optimizer, 2, first)
+            branches.append(saved_and_loaded({"model": model.state_dict(), "optimizer": optimizer.state_dict()}))
+            train(model, optimizer, 2, first + 2)
+        for restarted in (False, True):
+            if restarted:
+                service.kill_and_restart()
+            for branch in (*branches, start, *branches):
+                model.load_state_dict(branch["model"])
+                optimizer.load_state_dict(branch["optimizer"])
+                expected = branch["optimizer"]["muond"]
+                assert (optimizer.run_name, optimizer.step_count) == (name, expected["step"])
+                assert optimizer.run.digest == expected["digest"]
+                train(model, optimizer, 1, 30)
 
 
 def test_state_is_never_saved_of_another_step_than_the_weights(durable: Callable[..., Service], name: str) -> None:

@@ -172,9 +172,9 @@ def test_what_is_suggested_trains(shared: Service, name: str) -> None:
     groups = suggest(model, adamw={"lr": 0.01}, quiet=True)
     with Optimizer(model.named_parameters(), groups, url=shared.url, run=name) as optimizer:
         losses = train(model["net"], optimizer, 20)
-        parameters = {p["name"]: p for p in optimizer.run.opened["parameters"]}
+        parameters = {slot.declaration.name: slot.declaration for slot in optimizer._home.slots}
     assert losses[-1] < losses[0]
-    assert parameters["conv.weight"]["matrices"] == "flatten"
+    assert parameters["conv.weight"].matrices == "flatten"
 
 
 def test_a_preset_brings_algorithms_and_values_for_both(shared: Service, name: str) -> None:

@@ -8,6 +8,7 @@ from itertools import islice
 
 from ..connection import Connection, Listener
 from ..error import MuondError
+from ..transport.arenas import Arenas
 from ..wire.frame import Frame, frame_error
 from .step import Gradient, Step
 from .updates import Updates
@@ -28,8 +29,12 @@ class Taken:
 class Exchange(Listener):
     """Sends in the caller's thread and hears in the connection's."""
 
-    def __init__(self, connection: Connection, step: Step, updates: Updates, chunk_bytes: int) -> None:
+    def __init__(
+        self, connection: Connection, step: Step, updates: Updates, chunk_bytes: int, arenas: Arenas | None = None
+    ) -> None:
+        """``arenas``: the memory that this connection shares with the service."""
         self._connection = connection
+        self._arenas = arenas
         self._step = step
         self._updates = updates
         self._chunk_bytes = chunk_bytes
@@ -68,9 +73,9 @@ class Exchange(Listener):
         batch: list[Gradient] = []
         size = 0
         for gradient in step.gradients[sent : sent + _BATCH_FRAMES]:
-            size += len(gradient.data)
+            size += 0 if gradient.data is None else len(gradient.data)
             # What has to be waited for does not keep back what need not.
-            if batch and (size > _BATCH_BYTES or gradient.ready is not None):
+            if batch and (size > _BATCH_BYTES or gradient.ready not in (None, batch[0].ready)):
                 break
             batch.append(gradient)
         return batch
@@ -82,15 +87,23 @@ class Exchange(Listener):
         with self._changed:
             sent = [gradient for gradient in gradients if gradient.parameter not in self._step.left_out]
             self._unanswered.update(gradient.parameter for gradient in sent)
-        frames = (frame for gradient in sent for frame in self._chunks(gradient))
+        shared = [gradient.parameter for gradient in sent if self._is_shared(gradient)]
+        if shared:
+            self._connection.send({"type": "gradients", "step": self._step.number, "parameters": shared})
+        frames = (frame for gradient in sent if not self._is_shared(gradient) for frame in self._chunks(gradient))
         at_once = min(max(1, _BATCH_BYTES // self._chunk_bytes), _BATCH_FRAMES)
         while batch := list(islice(frames, at_once)):
             self._connection.send_data(batch)
 
     def _chunks(self, gradient: Gradient) -> Iterator[tuple[Frame, memoryview]]:
         header = {"type": "gradient", "parameter": gradient.parameter, "step": self._step.number}
-        for offset in range(0, len(gradient.data), self._chunk_bytes):
-            yield {**header, "offset": offset}, gradient.data[offset : offset + self._chunk_bytes]
+        data = gradient.bytes
+        for offset in range(0, len(data), self._chunk_bytes):
+            yield {**header, "offset": offset}, data[offset : offset + self._chunk_bytes]
+
+    def _is_shared(self, gradient: Gradient) -> bool:
+        """Whether the service finds the gradient in memory that this connection shares."""
+        return gradient.arenas is not None and gradient.arenas is self._arenas
 
     def _end(self) -> Frame:
         while True:
@@ -133,6 +146,9 @@ class Exchange(Listener):
         kind = frame["type"]
         if kind == "update":
             self._answered(self._updates.take(frame))
+        elif kind == "updates" and self._arenas is not None:
+            for parameter in self._updates.take_shared(frame, self._arenas):
+                self._answered(parameter)
         elif kind == "receipt":
             self._take_receipt(frame)
         elif kind == "error":

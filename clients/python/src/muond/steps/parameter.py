@@ -36,24 +36,35 @@ class Bound:
         return self.size * BYTES_PER_ELEMENT[self.update_dtype]
 
 
-def bind(descriptions: Sequence[Mapping[str, Any]]) -> list[Bound]:
-    """What ``opened`` says of the parameters. Raises MuondError DTYPE_UNSUPPORTED."""
+def bind(declarations: Sequence[Mapping[str, Any]]) -> list[Bound]:
+    """The parameters of ``open``, which the run has accepted. Raises MuondError DTYPE_UNSUPPORTED."""
     return [
         Bound(
-            index=description["index"],
-            name=description["name"],
-            shape=tuple(description["shape"]),
-            gradient_dtype=_dtype(description["gradient_dtype"]),
-            update_dtype=_dtype(description["update_dtype"]),
+            index=index,
+            name=declaration["name"],
+            shape=tuple(declaration["shape"]),
+            gradient_dtype=_dtype(declaration.get("gradient_dtype", "float32")),
+            update_dtype=_dtype(declaration.get("update_dtype", "float32")),
         )
-        for description in descriptions
+        for index, declaration in enumerate(declarations)
     ]
+
+
+def sizes_of(declarations: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Bytes of each parameter's gradient, and of each one's update. A dtype that is not known is the service's to refuse."""
+    counts = [math.prod(declaration["shape"]) for declaration in declarations]
+
+    def of(key: str) -> list[int]:
+        bytes_per_element = [BYTES_PER_ELEMENT.get(declaration[key], 4) for declaration in declarations]
+        return [count * size for count, size in zip(counts, bytes_per_element, strict=True)]
+
+    return of("gradient_dtype"), of("update_dtype")
 
 
 def _dtype(name: str) -> str:
     if name in BYTES_PER_ELEMENT:
         return name
-    raise MuondError("DTYPE_UNSUPPORTED", f"the service speaks of dtype '{name}', which this client does not know")
+    raise MuondError("DTYPE_UNSUPPORTED", f"a parameter has dtype '{name}', which this client does not know")
 
 
 def check_bytes(parameter: Bound, count: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..transport.arenas import Arenas
 from ..wire.frame import Frame
 
 
@@ -15,8 +16,18 @@ class Gradient:
     """A gradient's bytes, held by reference. ``ready`` returns once they are there (a copy from a GPU may be under way)."""
 
     parameter: int
-    data: memoryview
+    data: memoryview | None
+    """None for one that lies in its slot of shared memory."""
     ready: Callable[[], None] | None = None
+    arenas: Arenas | None = None
+    """The shared memory that it lies in."""
+
+    @property
+    def bytes(self) -> memoryview:
+        if self.data is not None:
+            return self.data
+        assert self.arenas is not None, "a gradient without data lies in shared memory"
+        return self.arenas.gradient_bytes(self.parameter)
 
 
 MaxLogits = Mapping[str, Sequence[float]]

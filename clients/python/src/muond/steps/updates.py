@@ -6,11 +6,13 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..error import ErrorFields, MuondError
+from ..error import ErrorFields, MuondError, malformed
+from ..transport.arenas import Arenas
 from ..wire.frame import Frame
 from .parameter import Bound
 
@@ -46,10 +48,13 @@ class Update:
     parameter: Bound
     scale: float
     decay: float
-    data: Bytes | None
-    """The bytes as the service sent them, ``update_dtype`` in C order; None: only the rows change."""
+    data: Any
+    """The bytes as the service sent them, ``update_dtype`` in C order: a numpy array of uint8, or a tensor of uint8 where they lie
+    in shared memory of a GPU. None: only the rows change."""
     row_scale: npt.NDArray[np.float32] | None
     """One factor for each of equally many consecutive elements; None when all are 1."""
+    shared: bool = False
+    """Whether ``data`` is a slot of shared memory, which is this client's until it sends the parameter's next gradient."""
 
 
 class Updates:
@@ -103,13 +108,13 @@ class Updates:
             raise _unexpected(frame, f"offset {offset}, expected {received}")
         if length == 0 or offset + length > len(update.data):
             raise _unexpected(frame, f"{length} bytes at offset {offset}, it has {len(update.data)} in all")
-        return update.data.data[offset : offset + length]
+        whole: memoryview = update.data.data
+        return whole[offset : offset + length]
 
     def placed(self, frame: Frame, length: int) -> int | None:
         """The bytes of the last ``destination`` are there. The parameter's index if they were the last of its update."""
         index = frame["parameter"]
         update, received = self._incoming[index]
-        assert update.data is not None
         self._incoming[index] = (update, received + length)
         return self._finish(index) if received + length == len(update.data) else None
 
@@ -124,6 +129,25 @@ class Updates:
             raise _unexpected(frame, f"offset {frame['offset']} and no data")
         self._begin(frame, bound, has_data=False)
         return self._finish(bound.index)
+
+    def take_shared(self, frame: Frame, arenas: Arenas) -> list[int]:
+        """Updates that lie in shared memory. Returns the parameters' indices."""
+        columns = [frame[key] for key in ("parameters", "scale", "decay")]
+        kinds = (int, float, float)
+        fits = all(type(value) is kind for column, kind in zip(columns, kinds, strict=True) for value in column)
+        if not fits or len({len(column) for column in columns}) != 1:
+            raise malformed("the service sent updates whose lists are not of equally many integers and floats")
+        rows = frame.get("row_scale", {})
+        indices: list[int] = []
+        for index, scale, decay in zip(*columns, strict=True):
+            about = {"parameter": index, "step": frame["step"], "row_scale": rows.get(str(index))}
+            bound = self._bound(about)
+            factors = None if about["row_scale"] is None else _rows(about, bound)
+            if index not in self._delivered:
+                self._delivered.add(index)
+                self._deliver(Update(bound, scale, decay, arenas.update(index), factors, shared=True))
+            indices.append(index)
+        return indices
 
     def _bound(self, frame: Frame) -> Bound:
         index, step = frame["parameter"], frame["step"]

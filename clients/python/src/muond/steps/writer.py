@@ -12,6 +12,8 @@ from ..connection import Connection, Listener
 from ..error import ErrorFields, MuondError
 from ..rest import Rest
 from ..transport.address import Endpoint
+from ..transport.arenas import Arenas
+from ..transport.choice import Transport
 from ..wire.frame import Frame, frame_error
 from .attempts import Attempts
 from .backoff import Backoff
@@ -36,6 +38,8 @@ class Host:
     backoff: Backoff = field(default_factory=Backoff)
     chunk_bytes: int = 1 << 24
     """Most bytes of a gradient in one message; the service's own limit holds too."""
+    transport: Transport = field(default_factory=Transport)
+    """Memory to share with it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Writer:
         """Opens the run. A first `open` is not retried: a wrong address, key or run should be heard of at once."""
         self._host = host
         self._frame = frame
-        self._connection, self.opened = _handshake(host.endpoint, frame)
+        self._connection, self.opened = self._handshake(frame)
         self.step: int = self.opened["step"]
         """The last finished step."""
         self.digest: str = self.opened["digest"]
@@ -70,7 +74,7 @@ class Writer:
             if self._connection.reason is not None:
                 self._reopen(step.number)
             chunk_bytes = min(self.opened["limits"]["chunk_bytes"], self._host.chunk_bytes)
-            taken = Exchange(self._connection, step, updates, chunk_bytes).run()
+            taken = Exchange(self._connection, step, updates, chunk_bytes, self.arenas).run()
             self.step, self.digest = taken.receipt["step"], taken.receipt["digest"]
             return taken
 
@@ -116,7 +120,7 @@ class Writer:
         """Opens the run again wherever it is now, or at a checkpoint. Not while a step is in flight. Tried again as a step is."""
         self._connection.close(MuondError("CLIENT_CLOSED", "the run is opened again"))
         frame: Frame = {**self._resuming(), **({} if checkpoint is None else {"checkpoint": checkpoint})}
-        self._connection, self.opened = self._outlast(lambda: _handshake(self._host.endpoint, frame, self.step))
+        self._connection, self.opened = self._outlast(lambda: self._handshake(frame, self.step))
         self.step, self.digest = self.opened["step"], self.opened["digest"]
 
     def release(self) -> None:
@@ -132,6 +136,17 @@ class Writer:
         self._stop.set()
         self._jobs.put(None)
         self._connection.close(MuondError("CLIENT_CLOSED", "the run was closed"))
+        self._host.transport.close()
+
+    @property
+    def arenas(self) -> Arenas | None:
+        """The memory that the connection shares with the service; None where everything goes over its socket."""
+        return self._host.transport.taken
+
+    def _handshake(self, frame: Frame, known_step: int | None = None) -> tuple[Connection, Frame]:
+        return self._host.transport.agree(
+            lambda offers: _handshake(self._host.endpoint, {**frame, **offers}, known_step), self._host.endpoint
+        )
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -163,8 +178,9 @@ class Writer:
                 return Failed(MuondError("CLIENT_CLOSED", "the run was closed"))
 
     def _resuming(self) -> Frame:
-        # Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again.
-        kept = {key: value for key, value in self._frame.items() if key not in ("groups", "checkpoint")}
+        # Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again, and where the
+        # run has come from.
+        kept = {key: value for key, value in self._frame.items() if key not in ("groups", "checkpoint", "from")}
         return {**kept, "mode": "resume", "takeover": True}
 
     def _reopen(self, number: int | None) -> None:
@@ -172,7 +188,7 @@ class Writer:
         if isinstance(reason, MuondError) and reason.code in ("TAKEN_OVER", "CLIENT_CLOSED"):
             # A run taken by another client is not taken back: the two would go on for ever.
             raise reason
-        connection, opened = _handshake(self._host.endpoint, self._resuming(), known_step=self.step)
+        connection, opened = self._handshake(self._resuming(), self.step)
         self._connection = connection
         self._require_same_history(opened, number)
         self.opened = opened

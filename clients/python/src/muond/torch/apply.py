@@ -40,7 +40,7 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update], views: Views
         if decay != 0:
             _multiply(tensors, 1 - decay)
         torch._foreach_add_(tensors, data, alpha=scale)
-        if device.type == "cuda":  # pragma: no cover - needs a GPU
+        if device.type == "cuda" and any(not update.shared for update in those):  # pragma: no cover - needs a GPU
             # The page-locked memory is used again once this returns.
             torch.cuda.current_stream(device).synchronize()
     for update in updates:
@@ -59,10 +59,12 @@ def _multiply(tensors: list[torch.Tensor], factor: float) -> None:
 
 
 def _data(update: Update, tensor: torch.Tensor, views: Views) -> torch.Tensor:
-    assert update.data is not None
     dtype = update.parameter.update_dtype
+    if isinstance(update.data, torch.Tensor):  # pragma: no cover - needs a GPU
+        return update.data.view(WIRE_DTYPES[dtype]).view(tensor.shape)
     key = (id(update.data), dtype, tensor.shape)
     if key not in views:
+        # The view keeps the array, and with it its id.
         views[key] = torch.from_numpy(update.data).view(WIRE_DTYPES[dtype]).view(tensor.shape)
     return views[key]
 

@@ -94,6 +94,7 @@ class Home:
         checkpoint: str | None = None,
         groups: Groups | None = None,
         loaded: Mapping[torch.Tensor, Any] | None = None,
+        branch_of: tuple[str, str] | None = None,
     ) -> tuple[Run, list[Slot]]:
         groups = self.groups() if groups is None else groups
         with_state = self.state.changes() if loaded is None else loaded
@@ -102,7 +103,11 @@ class Home:
             return parameter in with_state or self._wanted(parameter)
 
         slots = make_slots(groups, self.settings, wanted, self.slots)
-        return open_slots(name, slots, groups, self.address, self.settings, mode=mode, checkpoint=checkpoint), slots
+        given = self.settings
+        run = open_slots(
+            name, slots, groups, self.address, given, mode=mode, checkpoint=checkpoint, branch_of=branch_of
+        )
+        return run, slots
 
     def _wanted(self, parameter: torch.Tensor) -> bool:
         """Frozen parameters are not declared, but where hooks or attentions are set up for them."""
@@ -220,21 +225,30 @@ class Home:
                     "optimizer.state[parameter] a state of the new shape, or delete the old one"
                 )
 
-    def open_next(self, name: str, loaded: Mapping[torch.Tensor, Any]) -> tuple[Run, list[Slot]]:
+    def open_next(
+        self,
+        name: str,
+        loaded: Mapping[torch.Tensor, Any],
+        groups: Groups | None = None,
+        branch_of: tuple[str, str] | None = None,
+    ) -> tuple[Run, list[Slot]]:
         """A new run beside the one of this name: ``name.2``, ``name.3``…"""
         base, number = (found[1], int(found[2])) if (found := re.fullmatch(r"(.*)\.(\d+)", name)) else (name, 1)
         while True:
             number += 1
             try:
-                return self.open_run(f"{base}.{number}", "create", loaded=loaded)
+                return self.open_run(f"{base}.{number}", "create", None, groups, loaded, branch_of)
             except MuondError as error:
                 if error.code != "RUN_EXISTS":
                     raise
 
     def let_go(self, old: Run) -> bool:
-        """Deletes a run that was left, unless somebody has named it and its checkpoints may be wanted; True if it stays."""
+        """Deletes a run that was left, unless its checkpoints may be wanted; True if it stays.
+
+        Of a run that nobody has named those with a tag may be: a state_dict may hold one.
+        """
         with suppress(MuondError), self.rest() as rest:
-            if self._is_own(old.name) or not rest.has_checkpoints(old.name):
+            if not rest.has_checkpoints(old.name, tagged=self._is_own(old.name)):
                 rest.delete(old.name)
                 return False
         return True

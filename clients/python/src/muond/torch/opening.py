@@ -17,6 +17,7 @@ from ..run import Run, open_run
 from ..steps.updates import Update
 from ..transport.address import Endpoint
 from .apply import Views, apply_updates
+from .gpu_arenas import arenas_of
 from .settings import Settings
 from .slots import Slot, attention_declarations, group_declarations
 from .staging import allocator
@@ -40,6 +41,7 @@ def open_slots(
     *,
     mode: str,
     checkpoint: str | None = None,
+    branch_of: tuple[str, str] | None = None,
 ) -> Run:
     """Opens a run whose updates are applied to the slots' tensors. Raises MuondError, with what a trainer can do about it."""
 
@@ -58,6 +60,7 @@ def open_slots(
             attentions=attention_declarations(given.attentions, slots) or None,
             takeover=given.takeover,
             checkpoint=checkpoint,
+            branch_of=branch_of,
             client=f"muond.torch, torch {torch.__version__}",
             token=address.token,
             headers=given.headers,
@@ -65,6 +68,8 @@ def open_slots(
             retries=given.retries,
             backoff=given.backoff,
             chunk_bytes=given.chunk_bytes,
+            transport=given.transport,
+            gpu_arenas=arenas_of(slots),
             apply=apply,
             allocate=allocator(slots),
         )

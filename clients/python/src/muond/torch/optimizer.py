@@ -21,7 +21,6 @@ from ..receipt import Checkpoint, Receipt
 from ..rest import Rest
 from ..run import Run
 from ..steps.interrupt import interrupt_later
-from ..steps.step import Gradient
 from ..transport.address import endpoint
 from .checks import check_values
 from .finite import nonfinite
@@ -265,19 +264,14 @@ class Optimizer(torch.optim.Optimizer):
         left = [slot for slot in self._home.slots if not run.has_gradient(slot.index)]
         skipped = [slot.index for slot in left if slot.tensor.grad is None]
         given = [(slot, slot.tensor.grad) for slot in left if slot.tensor.grad is not None]
-        # The first ones leave while the others are rounded.
-        for together in _together(given):
+        # The first ones leave while the others are rounded; a GPU rounds all of them at once.
+        for together in [given] if run.transport == "cuda-ipc" else _together(given):
             self._send(run, together, borrow=True)
         return run.end(skipped=skipped)
 
     def _send(self, run: Run, gradients: Sequence[tuple[Slot, torch.Tensor]], *, borrow: bool) -> None:
-        groups, staging = self.param_groups, self._staging
-        run.gradients_bytes(
-            [
-                Gradient(slot.index, *staging.put(slot, gradient, groups[slot.group], borrow=borrow))
-                for slot, gradient in gradients
-            ]
-        )
+        rows = [(slot, gradient, self.param_groups[slot.group]) for slot, gradient in gradients]
+        self._staging.send(run, rows, borrow=borrow)
 
     def _took(self, receipt: Receipt) -> Receipt:
         self.receipt = receipt

@@ -17,6 +17,7 @@ from ..steps.writer import RETRIES
 if TYPE_CHECKING:
     from .max_logits import MaxLogits
 
+Transport = Literal["auto", "cuda-ipc", "shm", "websocket"]
 Mode = Literal["create", "resume", "create_or_resume"]
 OnNonfinite = Literal["skip_step", "skip_parameter", "raise"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -41,6 +42,7 @@ class Options(TypedDict, total=False):
     retries: int
     backoff: Backoff | None
     chunk_bytes: int
+    transport: Transport
     gradient_dtype: Dtype | torch.dtype | None
     update_dtype: Dtype | torch.dtype | None
     layouts: Mapping[str, Mapping[str, Any]]
@@ -72,6 +74,9 @@ class Settings:
     retries: int = RETRIES
     backoff: Backoff | None = None
     chunk_bytes: int = 1 << 24
+    transport: Transport = "auto"
+    """How gradients and updates travel. ``cuda-ipc``: in memory of the GPU, shared with a service on the same one. ``shm``: in host
+    memory, shared with a service on this host. ``websocket``: over the socket. ``auto``: the first of these that works."""
     gradient_dtype: Dtype | torch.dtype | None = None
     """How gradients travel, unless their group says otherwise; default: see ``wire_dtype``."""
     update_dtype: Dtype | torch.dtype | None = None
@@ -101,6 +106,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, ("create", "resume", "create_or_resume"))
+        _one_of("transport", self.transport, ("auto", "cuda-ipc", "shm", "websocket"))
         _one_of("on_nonfinite", self.on_nonfinite, (None, "skip_step", "skip_parameter", "raise"))
         if self.overlap and self.on_nonfinite == "skip_step":
             raise ValueError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..run import Run
+from ..steps.step import Gradient
+from ..transport.arenas import Arenas, HostArenas
 from .hyperparameters import COUPLED, plain
 from .settings import WIRE_DTYPES
 from .slots import Slot
@@ -16,12 +20,66 @@ from .slots import Slot
 Ready = Callable[[], None]
 
 
+Row = tuple[Slot, torch.Tensor, Mapping[str, Any]]
+"""A parameter, its gradient, and its group."""
+
+
 class Staging:
-    """One buffer per parameter, used again in every step: its bytes must stay until the step's receipt, to be sent again."""
+    """One buffer per parameter, used again in every step: its bytes must stay until the step's receipt, to be sent again.
+
+    Where the run shares memory, the buffers are the slots of that.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[int, tuple[torch.Tensor, memoryview]] = {}
+        self._slots: dict[int, torch.Tensor] = {}
         self._streams: dict[torch.device, Any] = {}
+        self._arenas: Arenas | None = None
+
+    def send(self, run: Run, rows: Sequence[Row], *, borrow: bool) -> None:
+        """Adds gradients to the step in flight. ``borrow``: they do not change before its receipt."""
+        if not rows:
+            return
+        if run.arenas is not self._arenas:
+            self._arenas = run.arenas
+            self._slots.clear()
+        if self._arenas is not None:
+            run.gradient_placed([slot.index for slot, _, _ in rows], self._place(self._arenas, rows))
+            return
+        run.gradients_bytes(
+            [Gradient(slot.index, *self.put(slot, gradient, group, borrow=borrow)) for slot, gradient, group in rows]
+        )
+
+    def _place(self, arenas: Arenas, rows: Sequence[Row]) -> Ready | None:
+        """Copies gradients to their slots; what to call before anybody else reads those."""
+        gradients = [_as_taken(gradient.detach(), slot.tensor.detach(), group) for slot, gradient, group in rows]
+        slots = [self._slot(arenas, slot) for slot, _, _ in rows]
+        if gradients[0].is_cuda:  # pragma: no cover - needs a GPU
+            return self._place_from_gpu(arenas, slots, gradients)
+        torch._foreach_copy_(slots, gradients)
+        return None
+
+    def _place_from_gpu(
+        self, arenas: Arenas, slots: list[torch.Tensor], gradients: list[torch.Tensor]
+    ) -> Ready:  # pragma: no cover - needs a GPU
+        device = gradients[0].device
+        if slots[0].is_cuda:
+            torch._foreach_copy_(slots, gradients)
+            return _event(torch.cuda.current_stream(device))
+        if isinstance(arenas, HostArenas):
+            lock_pages(arenas)
+        waits = [self._copy_from_gpu(slot, gradient) for slot, gradient in zip(slots, gradients, strict=True)]
+        # One stream: the last copy is the last to end.
+        return waits[-1]
+
+    def _slot(self, arenas: Arenas, slot: Slot) -> torch.Tensor:
+        place = self._slots.get(slot.index)
+        if place is None:
+            given = arenas.gradient(slot.index)
+            whole = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+            place = whole.view(WIRE_DTYPES[slot.declaration.gradient_dtype]).view(slot.shape)
+            self._slots[slot.index] = place
+        return place
 
     def put(
         self, slot: Slot, gradient: torch.Tensor, group: Mapping[str, Any], *, borrow: bool
@@ -60,9 +118,28 @@ class Staging:
         with torch.cuda.stream(stream):
             buffer.copy_(converted, non_blocking=True)
             converted.record_stream(stream)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(stream)
-        return event.synchronize
+        return _event(stream)
+
+
+def _event(stream: Any) -> Ready:  # pragma: no cover - needs a GPU
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event.synchronize
+
+
+def lock_pages(arenas: HostArenas) -> None:  # pragma: no cover - needs a GPU
+    """Page-locks shared memory, once, so that copies between it and the GPU run at full speed."""
+    if arenas in _locked:
+        return
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    addresses = [whole.ctypes.data for whole in arenas.whole()]
+    for whole, address in zip(arenas.whole(), addresses, strict=True):
+        torch.cuda.check_error(int(cudart.cudaHostRegister(address, whole.nbytes, 0)))
+    # It ends with the arenas, before their memory does.
+    _locked[arenas] = weakref.finalize(arenas, lambda: [cudart.cudaHostUnregister(address) for address in addresses])
+
+
+_locked: weakref.WeakKeyDictionary[HostArenas, Any] = weakref.WeakKeyDictionary()
 
 
 def _as_taken(gradient: torch.Tensor, weights: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:

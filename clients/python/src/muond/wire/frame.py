@@ -21,12 +21,20 @@ _REQUIRED: Mapping[str, Mapping[str, type]] = {
         "resumed": bool,
         "digest": str,
         "ahead": list,
-        "parameters": list,
         "groups": dict,
         "limits": dict,
         "server": dict,
     },
     "update": {"parameter": int, "step": int, "offset": int},
+    "updates": {
+        "step": int,
+        "replayed": bool,
+        "parameters": list,
+        "scale": list,
+        "decay": list,
+        "gradient_norm": list,
+        "update_rms": list,
+    },
     "receipt": {
         "step": int,
         "replayed": bool,
@@ -44,6 +52,8 @@ _REQUIRED: Mapping[str, Mapping[str, type]] = {
     "draining": {"deadline_seconds": float},
 }
 _OPTIONAL: Mapping[str, Mapping[str, type]] = {
+    "opened": {"transport": dict},
+    "updates": {"row_scale": dict},
     "update": {
         "scale": float,
         "decay": float,

@@ -13,7 +13,7 @@ from ...run import Run
 from ..living import lives
 from ..slots import Slot
 from .matching import Loaded
-from .place import is_at
+from .place import is_at, require_digest
 from .restoring import go_to, open_at
 from .saving import content_of
 from .view import State
@@ -42,7 +42,7 @@ def load(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: Groups) -
 
 
 def _load_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> None:
-    name = str(token["run"]) if _may_take(home, str(token["run"])) else home.name
+    name = str(token["run"])
     if home.run is not None and home.run.name == name:
         if not home.is_declared():
             raise ValueError(
@@ -51,11 +51,19 @@ def _load_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> No
         with home.rest() as rest:
             go_to(home.run, rest, token)
         return
-    if lives(home.address, name):
-        raise MuondError(
-            "RUN_BUSY",
-            f"run '{name}' belongs to an optimizer of this process, and its checkpoint cannot be copied: save it with state='tensors'",
-        )
+    run, slots = _take_checkpoint(home, token, groups) or _branch(home, token, groups)
+    old = home.run
+    home.adopt(run, slots, run.name)
+    if old is not None:
+        old.close()
+        home.let_go(old)
+
+
+def _take_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> tuple[Run, list[Slot]] | None:
+    """The run of the dictionary, at its checkpoint; None where it is another optimizer's or another trainer's."""
+    name = str(token["run"])
+    if not _may_take(home, name) or lives(home.address, name):
+        return None
     made: list[list[Slot]] = []
 
     def open_it(mode: str, checkpoint: str | None) -> Run:
@@ -63,13 +71,33 @@ def _load_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> No
         made.append(slots)
         return run
 
-    with home.rest() as rest:
-        run = open_at(open_it, rest, token)
-    old = home.run
-    home.adopt(run, made[-1], name)
-    if old is not None:
-        old.close()
-        home.let_go(old)
+    try:
+        with home.rest() as rest:
+            return open_at(open_it, rest, token), made[-1]
+    except MuondError as error:
+        if error.code != "RUN_BUSY":
+            raise
+        return None
+
+
+def _branch(home: Home, token: Mapping[str, Any], groups: Groups) -> tuple[Run, list[Slot]]:
+    """A run of this optimizer's own that begins with the checkpoint of another one, which goes on as it was."""
+    source = (str(token["run"]), str(token["checkpoint"]))
+    try:
+        if home.run is not None:
+            run, slots = home.open_next(home.name, {}, groups, source)
+        else:
+            run, slots = home.open_run(home.name, "create", None, groups, {}, source)
+    except MuondError as error:
+        if error.code != "RUN_EXISTS":
+            raise
+        run, slots = home.open_next(home.name, {}, groups, source)
+    try:
+        require_digest(*source, run.digest, token["digest"])
+    except BaseException:
+        home.leave(run)
+        raise
+    return run, slots
 
 
 def _may_take(home: Home, name: str) -> bool:

@@ -1,0 +1,79 @@
+import type { Region } from '../device/region.js'
+import type { Run } from '../run/run.js'
+import { inSlices } from '../run/slices.js'
+import type { Assembly } from '../wire/chunks.js'
+import type { Gradient } from './answers.js'
+
+/** A gradient that comes more slowly than this leaves the arena to others when they lack room there. */
+const SLOW_BYTES_PER_SECOND = 2 ** 20
+/** How long a rate is measured at least. */
+const MEASURED_MS = 1000
+// Copying this many bytes takes about a millisecond.
+const COPY_BYTES = 4 << 20
+
+/** Whose gradient it is, and of which step. */
+export type Asked = Omit<Gradient, 'region' | 'ready'>
+
+/** A gradient of which some chunks have come, in memory that was reserved for all of it. */
+export class IncompleteGradient {
+  readonly assembly: Assembly
+  /** When it got its memory, by performance.now(). */
+  readonly startedAt = performance.now()
+  readonly #of: Asked
+  #region: Region
+  /** Settles when what came before the gradient has moved is in its new memory. */
+  #ready: Promise<void> | undefined
+  #measured = { bytes: 0, at: this.startedAt }
+
+  /** Takes over `region`, which is as long as the gradient. `assembly` counts its bytes. */
+  constructor(of: Asked, { assembly, region }: { assembly: Assembly; region: Region }) {
+    this.#of = of
+    this.assembly = assembly
+    this.#region = region
+  }
+
+  get region(): Region {
+    return this.#region
+  }
+
+  get run(): Run {
+    return this.#of.run
+  }
+
+  is(parameter: number, step: number): boolean {
+    return this.#of.parameter === parameter && this.#of.step.number === step
+  }
+
+  /** The gradient, whose region is the caller's from now on. */
+  complete(): Gradient {
+    return { ...this.#of, region: this.#region, ready: this.#ready }
+  }
+
+  /** Whether it came too slowly for the arena since this was last asked, and long enough ago to tell. */
+  isSlow(now: number): boolean {
+    const { received: bytes } = this.assembly
+    const { at, bytes: before } = this.#measured
+    if (now - at < MEASURED_MS) return false
+    this.#measured = { bytes, at: now }
+    return bytes - before < ((now - at) / 1000) * SLOW_BYTES_PER_SECOND
+  }
+
+  /** Goes on in `to`, and leaves the memory that it has once the chunks there are copied. */
+  move(to: Region): void {
+    const from = this.#region
+    this.#region = to
+    const copied = inSlices(copying(from, to.retain(), this.assembly.received))
+    if (copied instanceof Promise) this.#ready = copied
+  }
+}
+
+/** Copies in pieces, and releases both regions. */
+function* copying(from: Region, to: Region, bytes: number): Generator<undefined, void> {
+  for (let offset = 0; offset < bytes; offset += COPY_BYTES) {
+    const length = Math.min(COPY_BYTES, bytes - offset)
+    to.chunk(offset, length).set(from.chunk(offset, length))
+    yield
+  }
+  from.release()
+  to.release()
+}

@@ -1,0 +1,177 @@
+import type { Socket } from 'node:net'
+import t from 'tap'
+import { encodeWithData } from '../../src/wire/codec.js'
+import { bytesOf, normal, RawClient, type Service, startService, told, turn, until } from '../service.js'
+
+import { rawGradient } from './websocket/raw-frame.js'
+
+const ZERO = new Uint8Array(4)
+const MiB = 2 ** 20
+const SGD = [{ name: 'g', algorithm: 'sgd', momentum: 0.9 }]
+const sizes = (bytes: number[]) => bytes.map((size, i) => ({ name: `p${i}`, shape: [size / 4], group: 'g' }))
+const gradientsOf = (parameters: { shape: number[] }[], seed: number) =>
+  parameters.map(({ shape }, i) => normal(seed * 1000 + i, shape[0]!))
+/** Sends some bytes of a gradient of step 1. */
+const part = (client: RawClient, parameter: number, offset: number, data: Uint8Array) =>
+  client.socket.send(encodeWithData({ type: 'gradient', parameter, step: 1, offset }, data))
+
+async function opened({ url }: Service, run: string, parameters: ReturnType<typeof sizes>): Promise<RawClient> {
+  const client = await RawClient.connect(url)
+  await client.open({ run, groups: SGD, parameters })
+  return client
+}
+
+/** The digests of a run that nobody disturbs. */
+async function undisturbed(parameters: ReturnType<typeof sizes>, steps: number): Promise<string[]> {
+  const service = await startService({ lanes: 1 })
+  const client = await opened(service, 'alone', parameters)
+  const digests: string[] = []
+  for (let step = 1; step <= steps; step++)
+    digests.push((await client.step(step, gradientsOf(parameters, step))).digest)
+  await client.close()
+  await service.app.close()
+  return digests
+}
+
+t.test('gradients that never end take the arena from nobody who sends', async (t) => {
+  const service = await startService({ staging_bytes: MiB, lanes: 1 })
+  const { staging } = service.device
+  const parameters = sizes([768 * 1024, 4096])
+  const expected = await undisturbed(parameters, 2)
+  const holders: RawClient[] = []
+  for (const run of ['first', 'second', 'third']) {
+    const holder = await opened(service, run, parameters)
+    part(holder, 0, 0, new Uint8Array(64))
+    holders.push(holder)
+  }
+  await until(() => staging.used > 0 && service.runs.list().every(({ staging }, i) => i === 0 || staging.ownBytes > 0))
+  const client = await opened(service, 'honest', parameters)
+  for (const [i, digest] of expected.entries())
+    t.equal((await client.step(i + 1, gradientsOf(parameters, i + 1))).digest, digest)
+  for (const holder of holders) holder.socket.terminate()
+  await until(() => service.runs.list().every(({ connected, name }) => name === 'honest' || !connected))
+  t.same([staging.used, staging.waiting, staging.pressed.size], [0, 0, 0])
+  await client.close()
+  await service.app.close()
+})
+
+for (const inPlace of [true, false]) {
+  const how = inPlace ? 'in place' : 'through plain ws'
+  t.test(`a gradient that comes slowly moves out of the arena when others lack room, ${how}`, async (t) => {
+    const service = await startService({ staging_bytes: 16 * MiB, chunk_bytes: 16 * MiB, lanes: 1 })
+    const { staging } = service.device
+    const parameters = sizes([12 * MiB])
+    const gradients = gradientsOf(parameters, 1)
+    const bytes = bytesOf(gradients[0]!)
+    const slow = await opened(service, 'slow', parameters)
+    const other = await opened(service, 'other', parameters)
+    const socket: Socket = Reflect.get(slow.socket, '_socket')
+    // A chunk that is there, and one of which some bytes are: in place they have their destination already.
+    const second = inPlace ? 4 * MiB : 60_000
+    const chunks = [0, 8 * MiB].map((offset, i) =>
+      rawGradient(0, bytes.subarray(offset, i === 0 ? 8 * MiB : offset + second), { mask: ZERO, offset }),
+    )
+    const message = Buffer.concat(chunks)
+    const cut = message.length - second / 4
+    socket.write(message.subarray(0, cut))
+    await until(() => staging.pressed.size === 1)
+    const digests: string[] = []
+    while (staging.pressed.size > 0) digests.push((await other.step(digests.length + 1, gradients)).digest)
+    t.ok(service.runs.get('other').staging.ownBytes > 0, 'meanwhile the other had memory of its own')
+    await until(() => staging.used === 0)
+    t.ok(service.runs.get('slow').staging.ownBytes > 0)
+    socket.write(message.subarray(cut))
+    if (!inPlace) part(slow, 0, 8 * MiB + second, bytes.subarray(8 * MiB + second))
+    slow.send({ type: 'end', step: 1 })
+    t.equal((await slow.expect('receipt')).digest, digests[0], 'not a byte is lost')
+    for (const client of [slow, other]) await client.close()
+    await service.app.close()
+  })
+}
+
+for (const what of ['abandoned', 'completed'] as const) {
+  t.test(`a gradient can be ${what} while it moves, which takes many turns of the loop`, async (t) => {
+    const service = await startService({ staging_bytes: 72 * MiB, chunk_bytes: 16 * MiB, lanes: 1 })
+    const { staging } = service.device
+    const [large, small] = [sizes([64 * MiB]), sizes([12 * MiB])]
+    const slow = await opened(service, 'slow', large)
+    const other = await opened(service, 'other', small)
+    const values = new Float32Array(16 * MiB).map((_, i) => (i % 1000) - 500)
+    const bytes = bytesOf(values)
+    for (const offset of [0, 16, 32].map((at) => at * MiB))
+      part(slow, 0, offset, bytes.subarray(offset, offset + 16 * MiB))
+    part(slow, 0, 48 * MiB, bytes.subarray(48 * MiB, 63 * MiB))
+    await until(() => staging.pressed.size === 1)
+    const gradients = gradientsOf(small, 1)
+    let step = 0
+    while (staging.pressed.size > 0) {
+      for (const values of gradients) other.gradient(0, step + 1, { values })
+      other.send({ type: 'end', step: step + 1 })
+      await until(() => staging.pressed.size === 0 || service.runs.get('other').step === step + 1)
+      step += 1
+    }
+    if (what === 'abandoned') {
+      slow.socket.terminate()
+      await until(() => !service.runs.get('slow').connected)
+    } else {
+      part(slow, 0, 63 * MiB, bytes.subarray(63 * MiB))
+      slow.send({ type: 'end', step: 1 })
+      await slow.expect('receipt')
+      t.ok(slow.updates.get(0)!.data.equals(bytes), 'the update of the first step is its gradient')
+      await slow.close()
+    }
+    await until(() => service.runs.get('other').step === step && staging.used === 0)
+    await service.runs.delete('slow')
+    t.same([staging.used, staging.waiting, staging.pressed.size], [0, 0, 0])
+    await other.close()
+    await service.app.close()
+  })
+}
+
+t.test('pings are no progress: a gradient that stands still ends its connection', async (t) => {
+  const service = await startService({ staging_bytes: MiB, send_timeout_seconds: 2, lanes: 1 })
+  const half = await opened(service, 'half', sizes([768 * 1024]))
+  part(half, 0, 0, new Uint8Array(4096))
+  const closed = half.closed()
+  let isOpen = true
+  void closed.then(() => {
+    isOpen = false
+  })
+  let pings = 0
+  while (isOpen) {
+    await new Promise<void>((resolve) => half.socket.ping(Buffer.alloc(125), true, () => resolve()))
+    pings += 1
+    if (pings % 100 === 0) half.socket.pong()
+    await turn()
+  }
+  t.equal((await closed).code, 1013)
+  t.match(await half.next(), {
+    code: 'OVERLOADED',
+    retryable: true,
+    retry_after_seconds: 1,
+    message: /^\d+ bytes moved within 2 seconds, at least 131072 must$/,
+  })
+  t.ok(pings * 131 > 131_072, `${pings} pings`)
+  t.equal(service.device.staging.used, 0)
+  await service.app.close()
+})
+
+t.test('updates that nobody reads end their connection, whatever signs of life it gives', async (t) => {
+  const service = await startService({ send_timeout_seconds: 2, lanes: 1 })
+  const parameters = sizes([32 * MiB, 32 * MiB])
+  const deaf = await opened(service, 'deaf', parameters)
+  deaf.socket.pause()
+  for (const index of [0, 1]) deaf.gradient(index, 1, { values: new Float32Array(8 * MiB) })
+  for (let turns = 0; (await told(service, 'OVERLOADED')) === 0; turns++) {
+    if (turns % 1000 === 0) deaf.socket.ping()
+    await turn()
+  }
+  deaf.socket.resume()
+  t.match(await deaf.expect('error'), { message: /^\d+ bytes moved within 2 seconds, at least 131072 must$/ })
+  t.equal((await deaf.closed()).code, 1013)
+  await until(() => !service.runs.get('deaf').connected)
+  const heir = await RawClient.connect(service.url)
+  t.match(await heir.open({ run: 'deaf' }), { ahead: [0, 1], step: 0 })
+  await heir.close()
+  await service.app.close()
+})
