@@ -52,7 +52,7 @@ class Staging:
 
     def _place(self, arenas: Arenas, rows: Sequence[Row]) -> Ready | None:
         """Copies gradients to their slots; what to call before anybody else reads those."""
-        gradients = [_as_taken(gradient.detach(), slot.tensor.detach(), group) for slot, gradient, group in rows]
+        gradients = [_as_taken(gradient, slot.tensor, group) for slot, gradient, group in rows]
         slots = [self._slot(arenas, slot) for slot, _, _ in rows]
         if gradients[0].is_cuda:  # pragma: no cover - needs a GPU
             return self._place_from_gpu(arenas, slots, gradients)
