@@ -18,7 +18,7 @@ export type StateFile = {
 }
 
 const STEP_BYTES = BigInt64Array.BYTES_PER_ELEMENT
-const TOGETHER_BYTES = 512 << 10
+export const TOGETHER_BYTES = 512 << 10
 
 /**
  * The state after the last finished step. State tensors are immutable, so the references taken here make it the state
@@ -64,8 +64,8 @@ function* copies(device: Device, tensors: readonly HeldTensor[]): Generator<Uint
   for (const { tensor } of tensors) yield* device.read(tensor)
 }
 
-/** Joins small pieces: a stream takes longer for each piece than to copy it. */
-function* together(pieces: Iterable<Uint8Array>): Generator<Uint8Array> {
+/** Joins pieces to some of TOGETHER_BYTES at least: a stream takes longer for a small piece than to copy it. */
+export function* together(pieces: Iterable<Uint8Array>): Generator<Uint8Array> {
   let waiting: Uint8Array[] = []
   let bytes = 0
   for (const piece of pieces) {

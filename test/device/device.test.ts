@@ -1,9 +1,11 @@
 import { readdirSync, symlinkSync } from 'node:fs'
 import { join } from 'node:path'
+import { Worker } from 'node:worker_threads'
 import t from 'tap'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { missingLibraries } from '../../src/device/cuda/cuda.js'
 import { Device, type DeviceOptions } from '../../src/device/device.js'
+import type { LaneRequest } from '../../src/device/executor.js'
 import { type Demand, type Job, SLICE_ELEMENTS } from '../../src/device/job.js'
 import { StateMemory } from '../../src/device/memory.js'
 import { bundledLibraryFolder } from '../../src/device/onnx/onnxruntime.js'
@@ -65,6 +67,26 @@ t.test('a job on a tensor of many slices computes every element', async (t) => {
   t.ok(sameBytes(Buffer.concat([...device.read(next)]), gradient))
   const again = await device.run(() => ({ ...job, expected: result!.gradientFingerprint + 1n }), ticket())
   t.equal(again?.outcome, 'other_gradient')
+  await device.close()
+})
+
+t.test('small jobs of one turn go to a lane together until a large one fills their group', async (t) => {
+  const device = await Device.start({ ...OPTIONS, lanes: 1 })
+  const sizes: number[] = []
+  const post = Worker.prototype.postMessage
+  Worker.prototype.postMessage = function (request: LaneRequest, ...rest) {
+    if (request.type === 'run') sizes.push(request.jobs.length)
+    return post.call(this, request, ...rest)
+  }
+  t.teardown(() => {
+    Worker.prototype.postMessage = post
+  })
+  const gradients = [...Array.from({ length: 100 }, () => 64), SLICE_ELEMENTS, 64].map((n, i) => normal(n, i))
+  const prepared = gradients.map((gradient) => prepare(device, gradient, sgdPlan(gradient.length)))
+  const results = await Promise.all(prepared.map(({ job }) => device.run(() => job, ticket())))
+  t.same(sizes, [64, 37, 1])
+  t.ok(results.every((result) => result?.outcome === 'computed'))
+  t.ok(prepared.every(({ update }, i) => sameBytes(update, gradients[i]!)))
   await device.close()
 })
 

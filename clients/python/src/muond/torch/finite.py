@@ -17,7 +17,7 @@ def nonfinite(slots: Sequence[Slot]) -> list[Slot]:
     for slot in slots:
         gradient = slot.tensor.grad
         if gradient is not None:
-            alike[gradient.device, gradient.dtype, slot.declaration.gradient_dtype].append((slot, gradient.detach()))
+            alike[gradient.device, gradient.dtype, slot.declaration.gradient_dtype].append((slot, gradient))
     found: list[Slot] = []
     for (_, _, dtype), pairs in alike.items():
         largest = torch._foreach_norm([gradient for _, gradient in pairs], float("inf"))
