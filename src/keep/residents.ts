@@ -28,6 +28,8 @@ export class Residents {
   /** Runs that are made or brought to memory: they have a place already. */
   #coming = 0
   readonly #timer: NodeJS.Timeout
+  readonly #leaving = new Set<Promise<unknown>>()
+  #isClosed = false
 
   constructor(means: ResidentsMeans) {
     this.#means = means
@@ -65,9 +67,11 @@ export class Residents {
     this.#runs.delete(name)
   }
 
-  /** No run is looked for any more that nobody uses. */
-  close(): void {
+  /** No run leaves memory any more because nobody uses it; resolves when those that were about to have left or stay. */
+  async close(): Promise<void> {
+    this.#isClosed = true
     clearInterval(this.#timer)
+    await Promise.allSettled(this.#leaving)
   }
 
   /**
@@ -112,11 +116,17 @@ export class Residents {
 
   #mayRest(run: Run): boolean {
     const isHere = this.#runs.get(run.name) === run
-    return isHere && !run.connected && !run.boundary.held && !this.#means.isNeeded(run)
+    return isHere && !this.#isClosed && !run.connected && !run.boundary.held && !this.#means.isNeeded(run)
   }
 
   /** Has an idle run leave memory; answers whether it has. In its turn, so that no connection gets it meanwhile. */
   async #rest(run: Run): Promise<boolean> {
+    const leaving = this.#leave(run)
+    this.#leaving.add(leaving)
+    return leaving.finally(() => this.#leaving.delete(leaving))
+  }
+
+  async #leave(run: Run): Promise<boolean> {
     await run.settled()
     // Its state may be imported while the disk is waited for.
     if (!this.#mayRest(run) || !(await this.#keep(run)) || !this.#mayRest(run)) return false

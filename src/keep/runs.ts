@@ -242,7 +242,7 @@ export class Runs {
   /** When everything that was begun is on the disk. No run has a connection any more. */
   async close(): Promise<void> {
     this.draining = true
-    this.#residents.close()
+    await this.#residents.close()
     this.#closing.abort()
     await this.#restoring
     await Promise.allSettled(this.#imports.values())

@@ -202,7 +202,7 @@ function namesIn(path: string): string[] {
 }
 
 /** Waits, exact to a fraction of a millisecond: a timer is exact to one, so the rest is a busy loop. */
-async function pause(milliseconds: number): Promise<void> {
+export async function pause(milliseconds: number): Promise<void> {
   const until = performance.now() + milliseconds
   if (milliseconds >= 1) await delay(Math.floor(milliseconds))
   while (performance.now() < until);

@@ -5,6 +5,7 @@ import { parseArgs } from 'node:util'
 import { progressBar } from '../../examples/progress.js'
 import { clock } from './clock.js'
 import { fullDisk } from './full-disk.js'
+import { goingBack } from './going-back.js'
 import { kills } from './kills.js'
 import { network } from './network.js'
 import { readOnly } from './read-only.js'
@@ -32,7 +33,7 @@ type Chosen = { runs: number; quick: boolean; folder: string }
 /** The faults by the names that `--only` takes. */
 const GROUPS: Readonly<Record<string, (chosen: Chosen) => Fault[]>> = {
   none: undisturbed,
-  kill: ({ runs }) => kills({ journal: runs, checkpoint: Math.ceil(runs / 3) }),
+  kill: ({ runs }) => [...kills({ journal: runs, checkpoint: Math.ceil(runs / 3) }), ...goingBack()],
   storage: ({ folder }) => [...fullDisk(folder), ...readOnly(folder)],
   torn: ({ folder, quick }) => torn(folder, quick),
   stop: stopped,

@@ -263,7 +263,7 @@ t.test('every mistake has one line', async (t) => {
     ],
     [
       ['a', '--to', 'safetensors', '--out', out, '--url', service.http, '--token-file', join(folder, 'key')],
-      /answers 404: there is no run 'a' \(RUN_NOT_FOUND\)$/,
+      /answers 404: there is no run 'a'; .* \(RUN_NOT_FOUND\)$/,
     ],
     [
       ['a', '--to', 'safetensors', '--out', out, '--url', 'http://localhost:1'],

@@ -747,7 +747,7 @@ t.test('every mistake has one line', async (t) => {
       /^--momentum-form is 'nesterov', expected ema or heavy_ball$/,
     ],
     [['r', file, ...from, '--order'], /^the file has 1 parameters with momentum_buffer, the run has 3$/],
-    [['nobody', file, ...from], /answers 404: there is no run 'nobody' \(RUN_NOT_FOUND\)$/],
+    [['nobody', file, ...from], /answers 404: there is no run 'nobody'; .* \(RUN_NOT_FOUND\)$/],
   ]
   for (const [argv, message] of CASES)
     await t.rejects(importCommand(argv, {}, SILENT), { name: 'ConfigError', message }, argv.join(' '))

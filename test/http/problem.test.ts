@@ -18,7 +18,13 @@ t.test('every refused request is a problem document', async (t) => {
   const long = 'a'.repeat(129)
   const cases: [string, string, number, string, RegExp][] = [
     ['GET', '/nowhere?x=1', 404, 'NOT_FOUND', /^there is no GET \/nowhere here$/],
-    ['GET', '/v1/runs/none', 404, 'RUN_NOT_FOUND', /^there is no run 'none'$/],
+    [
+      'GET',
+      '/v1/runs/none',
+      404,
+      'RUN_NOT_FOUND',
+      /^there is no run 'none'; without a data folder one ends after 86400 seconds without a connection$/,
+    ],
     ['DELETE', '/v1/runs/none', 404, 'RUN_NOT_FOUND', /'none'/],
     ['GET', '/v1/runs/none/parameters', 404, 'RUN_NOT_FOUND', /'none'/],
     ['GET', '/v1/runs/none/parameters/0', 404, 'RUN_NOT_FOUND', /'none'/],

@@ -336,3 +336,21 @@ t.test('whoever waits for a run that leaves memory is told so', async (t) => {
   await t.rejects(service.runs.wake('r'), { code: 'DRAINING' })
   await turn()
 })
+
+t.test('a shutdown waits for a run that is about to leave memory, which then stays', async (t) => {
+  const data = t.testdir({})
+  const service = await startIn(data, { checkpoint_steps: 0 })
+  await trained(service, 'r', 1)
+  const keeper = service.runs.keeper('r')
+  const take = keeper.take.bind(keeper)
+  let closing: Promise<void> | undefined
+  keeper.take = (tag) => {
+    closing = service.app.close()
+    return take(tag)
+  }
+  await service.runs.restIdle(later())
+  t.equal(service.runs.list().length, 1)
+  await closing
+  const again = await start(t, data)
+  t.match(again.runs.get('r'), { step: 1, digest: reference[0]!.digest }, 'the checkpoint was taken')
+})

@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto'
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import fc from 'fast-check'
 import t, { type Test } from 'tap'
@@ -186,6 +186,42 @@ t.test('a checkpoint of the same step is another one', async (t) => {
   const again = await RunFolder.open(folder.path, files)
   t.same(ids(again), ids(folder))
   t.equal(again.newest?.checkpoint, 'step-000000000003.12')
+})
+
+t.test('a crash at any moment of going back leaves the run where it was or there, and nothing else', async (t) => {
+  const folder = await start(t)
+  for (const step of [1, 2, 3, 4]) await folder.write(snapshot(step, { tags: step === 3 ? ['three'] : [] }), nothing)
+  const segment = join(folder.journal, '000000000005.journal')
+  writeFileSync(segment, 'steps')
+  const [first] = folder.checkpoints
+  const seen = async () => {
+    const again = await RunFolder.open(folder.path, files)
+    await again.sweep()
+    const { identity, newest, checkpoints } = again
+    return {
+      branch: identity.branch,
+      newest: newest?.step,
+      steps: checkpoints.map(({ step }) => step),
+      journal: readdirSync(again.journal),
+    }
+  }
+  const before = { branch: 0, newest: 4, steps: [1, 2, 3, 4], journal: ['000000000005.journal'] }
+  const after = { branch: 1, newest: 1, steps: [1, 3], journal: [] }
+  t.same(await seen(), before)
+  mkdirSync(join(folder.path, 'branches', '1', 'checkpoints'), { recursive: true })
+  t.same(await seen(), before, 'before the branch is named')
+  t.same(readdirSync(join(folder.path, 'branches')), [], 'what was made for it is gone')
+  await folder.goBack(first!)
+  const copy = `${folder.path}-copy`
+  cpSync(folder.path, copy, { recursive: true })
+  // Half of what is not needed any more was removed.
+  rmSync(join(folder.path, 'checkpoints', 'step-000000000004', 'manifest.json'))
+  t.same(await seen(), after)
+  t.same(await seen(), after)
+  t.notOk(existsSync(segment))
+  rmSync(folder.path, { recursive: true })
+  renameSync(copy, folder.path)
+  t.same(await seen(), after, 'nothing was removed yet')
 })
 
 t.test('what is in the way of a checkpoint is told, and the folder goes on', async (t) => {

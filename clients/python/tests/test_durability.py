@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 import muond
@@ -89,17 +91,28 @@ def test_without_a_journal_the_error_names_the_step_to_return_to(
         assert (run.digest, trainer.bytes()) == alone
 
 
-def test_going_back_to_a_checkpoint_drops_what_came_after(
+def test_going_back_to_a_checkpoint_drops_what_came_after_and_has_no_tag(
     durable: Callable[..., Service], name: str, alone: tuple[str, bytes]
 ) -> None:
     service = durable("--durability", "journal")
     trainer = Trainer()
+
+    def kept() -> dict[str, npt.NDArray[np.float32]]:
+        return {key: array.copy() for key, array in trainer.weights.items()}
+
+    def put_back(weights: dict[str, npt.NDArray[np.float32]]) -> None:
+        for key, array in trainer.weights.items():
+            array[...] = weights[key]
+
     with trainer.open(service.url, name, backoff=PATIENT, retries=RETRIES) as run:
         trainer.train(run, 1)
         run.checkpoint("one")
-        weights = {key: array.copy() for key, array in trainer.weights.items()}
-        trainer.train(run, 2)
-        run.checkpoint("three")
+        weights = kept()
+        trainer.train(run, 1)
+        two = run.checkpoint()
+        trainer.train(run, 1)
+        three = run.checkpoint("three")
+        later = kept()
         # While the service is away, this waits for it as a step does.
         service.kill()
         again = threading.Thread(target=service.restart)
@@ -107,13 +120,16 @@ def test_going_back_to_a_checkpoint_drops_what_came_after(
         run.reopen("one")
         again.join()
         assert run.step_count == 1
-        for key, array in trainer.weights.items():
-            array[...] = weights[key]
-        with pytest.raises(MuondError, match="has no checkpoint 'three'") as caught:
-            run.reopen("three")
+        put_back(weights)
+        with pytest.raises(MuondError, match=f"has no checkpoint '{two.id}'") as caught:
+            run.reopen(two.id)
         assert caught.value.code == "NOT_FOUND"
         run.reopen()
-        trainer.train(run, STEPS - 1)
+        trainer.train(run, 1)
+        run.reopen("three")
+        assert (run.step_count, run.digest) == (3, three.digest)
+        put_back(later)
+        trainer.train(run, STEPS - 3)
         assert (run.digest, trainer.bytes()) == alone
 
 
@@ -192,3 +208,24 @@ def test_a_run_whose_files_were_changed_is_refused_and_an_older_checkpoint_is_th
             trainer.train(run, 1)
         run.reopen("older")
         assert (run.step_count, run.digest) == (1, older.digest)
+
+
+def test_a_run_branches_from_a_checkpoint_and_comes_back_as_itself(
+    durable: Callable[..., Service], name: str, alone: tuple[str, bytes]
+) -> None:
+    service = durable("--durability", "journal")
+    trainer, other = Trainer(), Trainer()
+    with trainer.open(service.url, name) as run:
+        trainer.train(run, 2)
+        half = run.checkpoint("half")
+        other.weights = {key: array.copy() for key, array in trainer.weights.items()}
+        with other.open(service.url, f"{name}-b", branch_of=(name, "half"), backoff=PATIENT, retries=RETRIES) as branch:
+            assert (branch.step_count, branch.digest, branch.opened["resumed"]) == (2, half.digest, False)
+            other.train(branch, 1)
+            service.kill_and_restart()
+            assert other.train(branch, 1) == alone[0]
+            assert (branch.name, branch.opened["resumed"]) == (f"{name}-b", True)
+    assert other.bytes() == alone[1]
+    with pytest.raises(MuondError, match="goes with mode create, mode is resume") as caught:
+        Trainer().open(service.url, f"{name}-c", mode="resume", branch_of=(name, "half"))
+    assert caught.value.code == "PARAMETER_INVALID"
