@@ -69,7 +69,10 @@ export class FrameReader {
     else this.#parse(this.#held + count)
   }
 
-  /** Works through what was left when reading was paused, and says whether there was something: `next` is another buffer then. */
+  /**
+   * Works through what was left when reading was paused, and says whether there was something: then `next` is another
+   * buffer.
+   */
   goOn(): boolean {
     if (!this.#waits) return false
     this.#parse(this.#held)

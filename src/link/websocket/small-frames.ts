@@ -8,9 +8,9 @@ const [UNMASKED_BYTES, MASKED_BYTES] = [2, 6]
 
 /**
  * The smallest frames of a connection, which bring next to nothing and take as long as others: pings, pongs, and the
- * fragments of messages that are cut into very many. A ping is answered once the pong before it has left, and of those that have come
- * meanwhile the last one alone (RFC 6455, section 5.5.3): ws would answer each, and cut a client without a word whose
- * pings come faster than turns of the event loop.
+ * fragments of messages that are cut into very many. A ping is answered once the pong before it has left, and of those
+ * that have come meanwhile the last one alone (RFC 6455, section 5.5.3): ws would answer each, and cut a client without
+ * a word whose pings come faster than turns of the event loop.
  */
 export class SmallFrames {
   /** Bytes of all pings and pongs that have come and gone: signs of life, and no progress. */
