@@ -90,6 +90,64 @@ for (const inPlace of [true, false]) {
   })
 }
 
+t.test('a slow gradient stays where its run has no other room, and moves later', async (t) => {
+  const service = await startService({ staging_bytes: MiB, lanes: 1 })
+  const { staging } = service.device
+  const parameters = sizes([768 * 1024])
+  const slow = await opened(service, 'slow', parameters)
+  const other = await opened(service, 'other', parameters)
+  const run = service.runs.get('slow')
+  part(slow, 0, 0, new Uint8Array(64))
+  await until(() => staging.pressed.size === 1)
+  const taken = run.staging.tryReserveOwn(768 * 1024)!
+  let step = 0
+  const train = () => other.step(++step, gradientsOf(parameters, step))
+  const begun = performance.now()
+  // Two seconds, of which one is enough to tell that nothing comes.
+  while (performance.now() - begun < 2000) await train()
+  t.equal(staging.pressed.size, 1)
+  taken.release()
+  while (staging.pressed.size > 0) await train()
+  await until(() => staging.used === 0)
+  for (const client of [slow, other]) client.socket.terminate()
+  await until(() => service.runs.list().every(({ connected }) => !connected))
+  await service.app.close()
+})
+
+t.test('memory that there is not refuses that gradient alone, at once or when its turn comes', async (t) => {
+  const service = await startService({ staging_bytes: MiB, lanes: 1 })
+  const { staging, backend } = service.device
+  const { allocate } = backend.host
+  const parameters = sizes([400 * 1024, 600 * 1024, 2 * MiB])
+  const [first, second, large] = gradientsOf(parameters, 1) as [Float32Array, Float32Array, Float32Array]
+  const holder = await opened(service, 'holder', sizes([600 * 1024]))
+  const client = await opened(service, 'r', parameters)
+  const refusal = (parameter: number) => ({
+    ...{ code: 'OVER_CAPACITY', parameter, step: 1 },
+    message: `there is no memory for the gradient of parameter 'p${parameter}' for step 1: Error: Failed to allocate memory`,
+  })
+  // The run's own memory, in which its largest gradient has room.
+  const lack = (bytes: number) => {
+    if (bytes >= 2 * MiB) throw new Error('Failed to allocate memory')
+    return allocate(bytes)
+  }
+  Reflect.set(backend.host, 'allocate', lack)
+  client.gradient(2, 1, { values: large, chunk: 100_000 })
+  t.match(await client.expect('error'), refusal(2))
+  part(holder, 0, 0, new Uint8Array(64))
+  await until(() => staging.used > 0)
+  client.gradient(0, 1, { values: first, chunk: 100_000 })
+  client.gradient(1, 1, { values: second, chunk: 100_000 })
+  t.match(await client.expect('error'), refusal(1))
+  Reflect.set(backend.host, 'allocate', allocate)
+  for (const [index, values] of [second, large].entries()) client.gradient(index + 1, 1, { values })
+  client.send({ type: 'end', step: 1 })
+  t.match(await client.expect('receipt'), { step: 1, applied: 3 })
+  holder.socket.terminate()
+  await client.close()
+  await service.app.close()
+})
+
 for (const what of ['abandoned', 'completed'] as const) {
   t.test(`a gradient can be ${what} while it moves, which takes many turns of the loop`, async (t) => {
     const service = await startService({ staging_bytes: 72 * MiB, chunk_bytes: 16 * MiB, lanes: 1 })
