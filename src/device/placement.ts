@@ -7,6 +7,8 @@ export type Placement = { readonly units: readonly number[]; readonly bytes: rea
  */
 export function placement(parts: readonly number[], taken: readonly number[]): Placement {
   const units = new Array<number>(parts.length).fill(0)
+  // Sorting a hundred thousand of them would take the event loop for long.
+  if (taken.length === 1) return { units, bytes: [parts.reduce((sum, size) => sum + size, 0)] }
   const bytes = taken.map(() => 0)
   const load = [...taken]
   const largestFirst = parts.map((size, index) => ({ size, index })).sort((a, b) => b.size - a.size)

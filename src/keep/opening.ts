@@ -4,7 +4,7 @@ import { planStep } from '../optimizer/algorithms/algorithm.js'
 import { attentionDifference, parseAttentions } from '../optimizer/attention.js'
 import { type Groups, groupOf, stateBearing } from '../optimizer/hyperparameters.js'
 import {
-  firstDifference,
+  findingDifference,
   PARAMETERS_PER_YIELD,
   type Parameter,
   parsingParameters,
@@ -37,7 +37,7 @@ export async function checkSame(run: Run, frame: OpenFrame, presets: Presets): P
   }
   if (frame.parameters) {
     const given = await inSlices(parsingParameters(frame.parameters, groups ?? existing))
-    const difference = firstDifference(run.parameters, given)
+    const difference = await inSlices(findingDifference(run.parameters, given))
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
   }
   if (frame.attentions) {

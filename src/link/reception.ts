@@ -93,11 +93,13 @@ export class Reception implements GradientSink {
    * promise where nothing else may be looked at before all of them have begun.
    */
   async takeShared(joined: Joined, { step, parameters }: GradientsFrame, arenas: SharedArenas): Promise<void> {
+    const { jobs } = this.#means.device.backend.group
     for (const [i, parameter] of parameters.entries()) {
       if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await turn()
+      // A lane gets what has begun so far once a group of it is full, and computes while the others begin.
+      else if (i % jobs === jobs - 1) await undefined
       if (this.#parts.gone.aborted) return
       try {
-        // Those that need not wait begin in one turn, so that lanes get them together.
         const waits = this.#beginShared(joined, { parameter, step }, arenas)
         if (waits) await waits
       } catch (error) {
@@ -179,28 +181,27 @@ export class Reception implements GradientSink {
       this.#hold(new IncompleteGradient({ run, member, step, parameter }, { assembly, region }), frame)
     }
     const outstanding = this.#parts.answers.outstanding(parameter)
-    const region = outstanding ? undefined : this.#counted(() => run.staging.tryReserve(gradient_bytes))
+    const lack = (error: unknown) => lackOf(error, assembly.label, { parameter, step: number })
+    const region = outstanding ? undefined : this.#counted(() => run.staging.tryReserve(gradient_bytes), lack)
     if (region) return void start(region)
-    return this.#startWhenFree(outstanding, () => run.staging.reserve(gradient_bytes, this.#parts.gone), start)
+    const reserve = () =>
+      run.staging.reserve(gradient_bytes, this.#parts.gone).catch((error) => this.#refuse(lack(error)))
+    return this.#startWhenFree(outstanding, reserve, start)
   }
 
   /** Does `work`; where it throws, a gradient was refused. */
-  #counted<T>(work: () => T): T {
+  #counted<T>(work: () => T, of: (error: unknown) => unknown = (error) => error): T {
     try {
       return work()
     } catch (error) {
-      countRefused(this.#means.metrics, error)
-      throw error
+      return this.#refuse(of(error))
     }
   }
 
-  async #countedLater<T>(work: Promise<T>): Promise<T> {
-    try {
-      return await work
-    } catch (error) {
-      countRefused(this.#means.metrics, error)
-      throw error
-    }
+  /** Throws an error by which a gradient was refused. */
+  #refuse(error: unknown): never {
+    countRefused(this.#means.metrics, error)
+    throw error
   }
 
   // One update per parameter is kept, so the same parameter again waits until that was sent.
@@ -210,7 +211,7 @@ export class Reception implements GradientSink {
     start: (region: Region) => void,
   ): Promise<void> {
     await outstanding
-    const region = await this.#countedLater(reserve())
+    const region = await reserve()
     if (region === undefined) return
     if (this.#parts.gone.aborted) region.release()
     else start(region)
@@ -255,4 +256,10 @@ export class Reception implements GradientSink {
     gradient.step.spend('receive', (performance.now() - startedAt) / 1000)
     this.#parts.answers.begin(gradient)
   }
+}
+
+/** An error of reserving memory, told of the gradient that the memory was for. */
+function lackOf(error: unknown, label: string, of: Dropped): unknown {
+  if (!(error instanceof ServiceError)) return error
+  return new ServiceError('OVER_CAPACITY', `there is no memory for ${label}: ${error.message}`, of)
 }

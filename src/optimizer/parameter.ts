@@ -39,7 +39,7 @@ export function* parsingParameters(
   if (raw.length === 0) throw new ServiceError('PARAMETER_INVALID', 'there are no parameters, expected at least one')
   const seen = new Map<string, number>()
   // Parameters that are declared alike but for their names are laid out alike. A model has few such kinds.
-  const alike = new Map<string, Form>()
+  const alike = new Map<string, Known[]>()
   const parameters: Parameter[] = []
   let blocks = 0
   for (const [index, given] of raw.entries()) {
@@ -51,14 +51,11 @@ export function* parsingParameters(
     seen.set(given.name, index)
     const group = groups.get(given.group)
     if (group === undefined) throw fail(`is in group ${show(given.group)}, expected one of ${show([...groups.keys()])}`)
-    const { name, ...kind } = given
-    const key = JSON.stringify(kind)
     const left = MAX_BLOCKS - blocks
-    const form = alike.get(key) ?? formOf(given, { group, blocks: left, fail })
-    alike.set(key, form)
+    const form = knownForm(alike, given) ?? learn(alike, given, formOf(given, { group, blocks: left, fail }))
     checkBlocks(form.blocks.length, left, fail)
     blocks += form.blocks.length
-    parameters.push({ index, name, ...form })
+    parameters.push({ index, name: given.name, ...form })
   }
   return parameters
 }
@@ -74,11 +71,20 @@ export function stateBytes(parameter: Parameter): number {
   return parameter.state.reduce((sum, { bytes }) => sum + bytes, 0)
 }
 
-/** The first difference between a run's parameters and a resuming client's; undefined where they are the same. */
-export function firstDifference(existing: readonly Parameter[], given: readonly Parameter[]): string | undefined {
-  const differences = existing.slice(0, given.length).map((parameter, index) => difference(parameter, given[index]))
-  const first = differences.find((text) => text !== undefined)
-  if (first !== undefined || existing.length === given.length) return first
+/**
+ * The first difference between a run's parameters and a resuming client's; undefined where they are the same. Yields
+ * from time to time.
+ */
+export function* findingDifference(
+  existing: readonly Parameter[],
+  given: readonly Parameter[],
+): Generator<undefined, string | undefined> {
+  for (const [index, parameter] of existing.slice(0, given.length).entries()) {
+    if (index % PARAMETERS_PER_YIELD === PARAMETERS_PER_YIELD - 1) yield
+    const found = difference(parameter, given[index])
+    if (found !== undefined) return found
+  }
+  if (existing.length === given.length) return undefined
   return `it has ${existing.length} parameters, ${given.length} given`
 }
 
@@ -87,6 +93,29 @@ type Fail = (message: string, code?: ErrorCode) => ServiceError
 type Context = { group: Group; blocks: number; fail: Fail }
 /** A parameter without its name and place. */
 type Form = Omit<Parameter, 'index' | 'name'>
+
+/** How parameters that are declared like this one are laid out. */
+type Known = { given: ParameterDeclaration; form: Form }
+
+function knownForm(alike: ReadonlyMap<string, readonly Known[]>, given: ParameterDeclaration): Form | undefined {
+  const { gradient_dtype, update_dtype, matrices } = given
+  const known = alike.get(keyOf(given))?.find(({ given: other }) => {
+    const isTyped = other.gradient_dtype === gradient_dtype && other.update_dtype === update_dtype
+    return isTyped && other.matrices === matrices
+  })
+  return known?.form
+}
+
+function learn(alike: Map<string, Known[]>, given: ParameterDeclaration, form: Form): Form {
+  const key = keyOf(given)
+  alike.set(key, [...(alike.get(key) ?? []), { given, form }])
+  return form
+}
+
+/** The numbers of a declaration and, last, its group: what is left of it has a few values only. */
+function keyOf({ shape, split, heads, group }: ParameterDeclaration): string {
+  return `${shape} ${split} ${heads} ${group}`
+}
 
 /** Work over all parameters yields after so many of them, so that others have the event loop in between. */
 export const PARAMETERS_PER_YIELD = 64
@@ -208,7 +237,12 @@ function product(sizes: readonly number[]): number {
 const COMPARED = ['name', 'shape', 'group', 'gradient_dtype', 'update_dtype', 'split', 'heads', 'matrices'] as const
 
 function difference(existing: Parameter, given: Parameter): string | undefined {
-  const key = COMPARED.find((name) => JSON.stringify(existing[name]) !== JSON.stringify(given[name]))
+  const key = COMPARED.find((name) => !isSame(existing[name], given[name]))
   const where = `parameter ${existing.index} (${show(existing.name)})`
   return key && `${where} has ${key} ${show(existing[key])} in the run, ${show(given[key])} given`
+}
+
+/** Whether two texts, numbers or lists of numbers are equal. */
+function isSame(one: unknown, other: unknown): boolean {
+  return one === other || (Array.isArray(one) && JSON.stringify(one) === JSON.stringify(other))
 }

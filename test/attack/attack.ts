@@ -16,7 +16,8 @@ round goes to a decoy, another service beside it: it takes the machine as much, 
 Prints what was tried, the service's memory before, at most and after, the slowest /livez, and how much slower the bystander trained
 than in the rounds against the decoy, by the medians. Ends with 1 where memory grows by more than 100 MB beyond what the settings
 allow, /livez takes more than 250 ms, the bystander is more than 1.2 times as slow, or loses a step. What the rounds against the
-decoy show of the machine itself comes on top: their slowest /livez, and how much they differ.
+decoy show of the machine itself comes on top: their slowest /livez, and how much they differ. With --quick memory and lost steps
+alone are judged: it is for machines that do other things meanwhile.
 
 --only TEXT    attacks whose name has this text
 --seconds N    how long each lasts; default 9
@@ -155,11 +156,13 @@ function faultsOf(outcome: Outcome): string[] {
   const slower = slowerBy(outcome)
   const paces = decoyed.map(paceOf)
   const [mostMs, mostSlower] = [LIVEZ_MS + slowestLivez(decoyed), (SLOWER * Math.max(...paces)) / Math.min(...paces)]
+  const judgesTime = !flags.quick
   const faults: string[] = []
   if (grown > SLACK_BYTES)
     faults.push(`memory grew by ${(grown / 1e6).toFixed(0)} MB beyond what is allowed, at most 100 MB`)
-  if (livezMs > mostMs) faults.push(`/livez took ${livezMs.toFixed(0)} ms, at most ${mostMs.toFixed(0)} ms`)
-  if (slower > mostSlower)
+  if (judgesTime && livezMs > mostMs)
+    faults.push(`/livez took ${livezMs.toFixed(0)} ms, at most ${mostMs.toFixed(0)} ms`)
+  if (judgesTime && slower > mostSlower)
     faults.push(`the bystander was ${slower.toFixed(2)} times as slow, at most ${mostSlower.toFixed(2)}`)
   if (after.problem !== '') faults.push(`the bystander met ${after.problem}`)
   if (after.steps === 0) faults.push('the bystander trains no more')

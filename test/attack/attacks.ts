@@ -41,7 +41,7 @@ export const ATTACKS: readonly Attack[] = [
   { name: 'JSON bodies that do not end', allowed: 0, isQuick: false, attack: endlessJson },
   { name: 'state that is not read while steps go on', allowed: 16 * ELEMENTS, isQuick: true, attack: unreadState },
   { name: 'requests of foreign pages', allowed: 0, isQuick: false, attack: foreignPages },
-  { name: 'an arena held by a dripping gradient', allowed: 0, isQuick: false, attack: heldArena },
+  { name: 'an arena held by a dripping gradient', allowed: 32 * MIB, isQuick: false, attack: heldArena },
   { name: 'opens of 100,001 parameters', allowed: 0, isQuick: false, attack: largeOpens },
   { name: 'opens of 12 MB of unknown keys', allowed: 0, isQuick: false, attack: unknownKeys },
   { name: 'pings that are not awaited', allowed: 0, isQuick: true, attack: pings },
@@ -256,7 +256,7 @@ function dial({ url, signal }: Target): Socket {
 async function stream(target: Target): Promise<Socket> {
   const socket = dial(target)
   socket.write(upgrade('/v1/stream', target.token))
-  await once(socket, 'data')
+  await Promise.race([once(socket, 'data'), once(socket, 'close')])
   socket.resume()
   return socket
 }
@@ -293,7 +293,8 @@ function followed(socket: Socket): (type: string) => Promise<void> {
     text = (text + bytes.toString('latin1')).slice(-100_000)
   })
   return async (type) => {
-    while (!text.includes(`\xa4type${String.fromCharCode(0xa0 + type.length)}${type}`)) await once(socket, 'data')
+    while (!text.includes(`\xa4type${String.fromCharCode(0xa0 + type.length)}${type}`) && !socket.destroyed)
+      await Promise.race([once(socket, 'data'), once(socket, 'close')])
     text = ''
   }
 }

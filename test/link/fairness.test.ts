@@ -1,4 +1,5 @@
 import type { Socket } from 'node:net'
+import fc from 'fast-check'
 import t from 'tap'
 import { encodeWithData } from '../../src/wire/codec.js'
 import { bytesOf, normal, RawClient, type Service, startService, told, turn, until } from '../service.js'
@@ -89,6 +90,64 @@ for (const inPlace of [true, false]) {
   })
 }
 
+t.test('a slow gradient stays where its run has no other room, and moves later', async (t) => {
+  const service = await startService({ staging_bytes: MiB, lanes: 1 })
+  const { staging } = service.device
+  const parameters = sizes([768 * 1024])
+  const slow = await opened(service, 'slow', parameters)
+  const other = await opened(service, 'other', parameters)
+  const run = service.runs.get('slow')
+  part(slow, 0, 0, new Uint8Array(64))
+  await until(() => staging.pressed.size === 1)
+  const taken = run.staging.tryReserveOwn(768 * 1024)!
+  let step = 0
+  const train = () => other.step(++step, gradientsOf(parameters, step))
+  const begun = performance.now()
+  // Two seconds, of which one is enough to tell that nothing comes.
+  while (performance.now() - begun < 2000) await train()
+  t.equal(staging.pressed.size, 1)
+  taken.release()
+  while (staging.pressed.size > 0) await train()
+  await until(() => staging.used === 0)
+  for (const client of [slow, other]) client.socket.terminate()
+  await until(() => service.runs.list().every(({ connected }) => !connected))
+  await service.app.close()
+})
+
+t.test('memory that there is not refuses that gradient alone, at once or when its turn comes', async (t) => {
+  const service = await startService({ staging_bytes: MiB, lanes: 1 })
+  const { staging, backend } = service.device
+  const { allocate } = backend.host
+  const parameters = sizes([400 * 1024, 600 * 1024, 2 * MiB])
+  const [first, second, large] = gradientsOf(parameters, 1) as [Float32Array, Float32Array, Float32Array]
+  const holder = await opened(service, 'holder', sizes([600 * 1024]))
+  const client = await opened(service, 'r', parameters)
+  const refusal = (parameter: number) => ({
+    ...{ code: 'OVER_CAPACITY', parameter, step: 1 },
+    message: `there is no memory for the gradient of parameter 'p${parameter}' for step 1: Error: Failed to allocate memory`,
+  })
+  // The run's own memory, in which its largest gradient has room.
+  const lack = (bytes: number) => {
+    if (bytes >= 2 * MiB) throw new Error('Failed to allocate memory')
+    return allocate(bytes)
+  }
+  Reflect.set(backend.host, 'allocate', lack)
+  client.gradient(2, 1, { values: large, chunk: 100_000 })
+  t.match(await client.expect('error'), refusal(2))
+  part(holder, 0, 0, new Uint8Array(64))
+  await until(() => staging.used > 0)
+  client.gradient(0, 1, { values: first, chunk: 100_000 })
+  client.gradient(1, 1, { values: second, chunk: 100_000 })
+  t.match(await client.expect('error'), refusal(1))
+  Reflect.set(backend.host, 'allocate', allocate)
+  for (const [index, values] of [second, large].entries()) client.gradient(index + 1, 1, { values })
+  client.send({ type: 'end', step: 1 })
+  t.match(await client.expect('receipt'), { step: 1, applied: 3 })
+  holder.socket.terminate()
+  await client.close()
+  await service.app.close()
+})
+
 for (const what of ['abandoned', 'completed'] as const) {
   t.test(`a gradient can be ${what} while it moves, which takes many turns of the loop`, async (t) => {
     const service = await startService({ staging_bytes: 72 * MiB, chunk_bytes: 16 * MiB, lanes: 1 })
@@ -127,6 +186,68 @@ for (const what of ['abandoned', 'completed'] as const) {
     await service.app.close()
   })
 }
+
+type Role = 'honest' | 'stalls' | 'leaves'
+type Trainer = { role: Role; bytes: number[]; chunk: number; share: number }
+
+/** Trains two steps; or begins a gradient, and then leaves, or sends no more. Answers the digests of the steps. */
+async function take(service: Service, run: string, { role, bytes, chunk, share }: Trainer) {
+  const parameters = sizes(bytes)
+  const client = await opened(service, run, parameters)
+  const digests: string[] = []
+  for (const step of role === 'honest' ? [1, 2] : []) {
+    const gradients = gradientsOf(parameters, step)
+    digests.push((await client.step(step, gradients, [...gradients.keys()], chunk)).digest)
+  }
+  const [largest] = [...bytes].sort((a, b) => b - a)
+  if (role !== 'honest')
+    part(client, bytes.indexOf(largest!), 0, new Uint8Array(Math.max(4, Math.floor(share * (largest! - 4)))))
+  if (role === 'leaves') client.socket.terminate()
+  return { client, digests }
+}
+
+t.test(
+  'whatever others hold and whenever they leave, everybody honest finishes, and the arena ends empty',
+  async () => {
+    const service = await startService({ staging_bytes: MiB, lanes: 1 })
+    const { staging, memory } = service.device
+    const calm = await startService({ lanes: 1 })
+    const trainer = fc.record({
+      role: fc.constantFrom<Role>('honest', 'honest', 'stalls', 'leaves'),
+      bytes: fc.array(
+        fc.integer({ min: 1, max: 400_000 }).map((elements) => 4 * elements),
+        { minLength: 1, maxLength: 3 },
+      ),
+      chunk: fc.integer({ min: 20_000, max: 300_000 }).map((bytes) => bytes - (bytes % 4)),
+      share: fc.double({ min: 0, max: 1, noNaN: true }),
+    })
+    let round = 0
+    const property = fc.asyncProperty(fc.array(trainer, { minLength: 2, maxLength: 6 }), async (trainers) => {
+      const name = (i: number) => `run${round}-${i}`
+      round += 1
+      const outcomes = await Promise.all(trainers.map((trainer, i) => take(service, name(i), trainer)))
+      const expected = await Promise.all(
+        trainers.map(async (trainer, i) => {
+          if (trainer.role !== 'honest') return []
+          const { client, digests } = await take(calm, name(i), trainer)
+          await client.close()
+          return digests
+        }),
+      )
+      for (const { client } of outcomes) client.socket.terminate()
+      for (const [i, { name: run }] of service.runs.list().entries()) {
+        await until(() => !service.runs.get(run).connected)
+        await service.runs.delete(run)
+        if (trainers[i]?.role === 'honest') await calm.runs.delete(name(i)).catch(() => {})
+      }
+      const same = outcomes.every(({ digests }, i) => digests.join() === expected[i]!.join())
+      return same && staging.used === 0 && staging.waiting === 0 && staging.pressed.size === 0 && memory.bytes === 0
+    })
+    await fc.assert(property, { seed: 2, numRuns: 12 })
+    await service.app.close()
+    await calm.app.close()
+  },
+)
 
 t.test('pings are no progress: a gradient that stands still ends its connection', async (t) => {
   const service = await startService({ staging_bytes: MiB, send_timeout_seconds: 2, lanes: 1 })

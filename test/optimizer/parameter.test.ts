@@ -5,12 +5,13 @@ import { ServiceError } from '../../src/errors.js'
 import { type Group, parseGroup } from '../../src/optimizer/hyperparameters.js'
 import {
   describe,
-  firstDifference,
+  findingDifference,
   MAX_BLOCKS,
   type Parameter,
   parseParameters,
   stateBytes,
 } from '../../src/optimizer/parameter.js'
+import { atOnce } from '../../src/wire/at-once.js'
 import type { ParameterDeclaration } from '../../src/wire/frame.js'
 
 const GROUPS: ReadonlyMap<string, Group> = new Map(
@@ -328,5 +329,28 @@ t.test('the first difference between two lists of parameters is named', async (t
     [list({}, {}), list({}), 'it has 2 parameters, 1 given'],
     [list({}), list({}, {}), 'it has 1 parameters, 2 given'],
   ]
-  for (const [existing, given, text] of cases) t.equal(firstDifference(existing, given), text)
+  for (const [existing, given, text] of cases) t.equal(atOnce(findingDifference(existing, given)), text)
+})
+
+t.test('parameters that differ in anything are laid out apart, those that do not are laid out once', async (t) => {
+  const declared: Partial<ParameterDeclaration>[] = [
+    {},
+    { shape: [4, 6] },
+    { shape: [6, 2, 2], matrices: 'flatten' },
+    { shape: [6, 2, 2], matrices: 'batch' },
+    { split: [2, 4] },
+    { split: [4, 2] },
+    { heads: 2 },
+    { gradient_dtype: 'bfloat16' },
+    { update_dtype: 'bfloat16' },
+    { group: 'sgd' },
+  ]
+  const twice = [...declared, ...declared].map((change, i) => raw({ ...change, name: `p${i}` }))
+  const parameters = parseParameters(twice, GROUPS)
+  for (const [i, parameter] of parameters.entries()) {
+    const [alone] = parseParameters([{ ...twice[i]!, name: `p${i}` }], GROUPS)
+    t.same({ ...parameter, index: 0 }, alone)
+  }
+  const forms = new Set(parameters.map(({ state }) => state))
+  t.equal(forms.size, declared.length)
 })

@@ -104,24 +104,35 @@ export class FrameReader {
     return payload && hasTarget(payload) && payload.length - payload.position >= BATCH_BYTES ? payload : undefined
   }
 
-  /** Works through the first `end` bytes of the scratch and keeps what is undecided at its start. */
+  /**
+   * Works through the first `end` bytes of the scratch and keeps what is undecided at its start, or what is left once
+   * reading is paused.
+   */
   #parse(end: number): void {
     let at = 0
+    let stopped = false
     this.#from = 0
     this.#waits = false
-    while (at < end && !this.#waits) {
+    while (at < end && !stopped) {
       if (!this.#payload && this.#ordinary === 0) {
         const done = this.#begin(at, end)
         if (done === undefined) break
         at += done
       }
       at += this.#consume(at, end)
-      this.#waits = !this.#payload && this.#ordinary === 0 && this.#options.paused()
+      stopped = !this.#payload && this.#ordinary === 0 && this.#options.paused()
     }
     this.#forward(at)
     this.#forwardPing()
     this.#scratch.copyWithin(0, at, end)
     this.#held = end - at
+    if (stopped) this.#stop()
+  }
+
+  /** Waits for `goOn`, unless what was forwarded last has ended the pause already. */
+  #stop(): void {
+    if (this.#options.paused()) this.#waits = true
+    else this.#parse(this.#held)
   }
 
   /**

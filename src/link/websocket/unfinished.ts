@@ -4,8 +4,9 @@ import type { WebSocket } from 'ws'
 import { ServiceError } from '../../errors.js'
 import { encodeFrame } from '../../wire/codec.js'
 
-// A piece of a message is a Buffer of its own, which takes so much beside its bytes.
-const PIECE_BYTES = 512
+// A piece of a message is a Buffer of its own, which takes so much beside its bytes, with what the collector has not
+// taken back yet.
+const PIECE_BYTES = 1024
 
 /**
  * The memory of messages that have begun to arrive and not ended, over all connections. ws keeps each of them until

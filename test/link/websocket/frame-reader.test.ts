@@ -167,6 +167,20 @@ t.test('while reading is paused the rest of a read waits, and nothing of it is l
   )
 })
 
+t.test('a pause that ends while the last bytes are forwarded leaves nothing behind', async (t) => {
+  const zero = new Uint8Array(4)
+  const fragments = Array.from({ length: 100 }, (_, i) => rawFrame(i === 0 ? 0x02 : 0x00, Buffer.of(i), zero))
+  const message = Buffer.concat([...fragments, rawFrame(0x80, Buffer.of(1), zero)])
+  const { reader, events, state } = recording()
+  state.mayGoOn = 10
+  state.onForward = () => {
+    state.mayGoOn = Infinity
+    t.equal(reader.goOn(), false, 'not in the middle of a read')
+  }
+  feed(reader, message)
+  t.same(digest(merged(events)), digest([{ ordinary: message }]))
+})
+
 t.test('a destination of another length than the data is a bug that is not survived', async (t) => {
   const reader = new FrameReader({ ...noHooks, destination: () => new Uint8Array(5) })
   const bytes = rawGradient(0, randomBytes(IN_PLACE_BYTES, 1), { mask: new Uint8Array(4) }).subarray(0, UNDECIDED_BYTES)
@@ -198,11 +212,14 @@ function recording(refused: ReadonlySet<number> = new Set()) {
   const targets: Uint8Array[] = []
   const skipped: number[] = []
   const small: number[] = []
-  const state = { mayGoOn: Infinity }
+  const state = { mayGoOn: Infinity, onForward: () => {} }
   const reader = new FrameReader({
     maxPayload: 0,
     unmask: (bytes, key) => bytes.set(bytes.map((byte, i) => byte ^ key[i & 3]!)),
-    forward: (bytes) => events.push({ ordinary: bytes }),
+    forward: (bytes) => {
+      events.push({ ordinary: bytes })
+      state.onForward()
+    },
     destination: ({ parameter, dataLength }) => {
       if (refused.has(parameter)) return undefined
       targets.push(new Uint8Array(dataLength))

@@ -263,10 +263,9 @@ class Run:
             check_bytes(self._find(gradient.parameter), len(gradient.bytes))
         self._add(self._growing(), gradients)
 
-    def gradient_placed(self, indices: Iterable[int], ready: Callable[[], None] | None = None) -> None:
+    def gradient_placed(self, indices: Iterable[int], arenas: Arenas, ready: Callable[[], None] | None = None) -> None:
         """As ``gradient_bytes``, for gradients that lie in their slots of ``arenas``, all of them once ``ready`` returns."""
-        step, arenas = self._growing(), self.arenas
-        self._add(step, [Gradient(index, None, ready, arenas) for index in indices])
+        self._add(self._growing(), [Gradient(index, None, ready, arenas) for index in indices])
 
     def has_gradient(self, index: int) -> bool:
         """Whether the step in flight has a gradient of this parameter already."""

@@ -231,6 +231,12 @@ class Optimizer(torch.optim.Optimizer):
         """Whether a gradient has NaN or Inf and the step is not to be. Raises MuondError GRADIENT_NOT_FINITE if that is asked for."""
         if self._settings.overlap or self._settings.on_nonfinite == "skip_parameter":
             return False
+        arenas = run.arenas
+        if arenas is not None and run.transport == "cuda-ipc":  # pragma: no cover - needs a GPU
+            rows = [(s, s.tensor.grad, self.param_groups[s.group]) for s in self._home.slots]
+            given = [(slot, gradient, group) for slot, gradient, group in rows if gradient is not None]
+            if not given or self._staging.place_finite(arenas, given):
+                return False
         names = tuple(slot.name for slot in nonfinite(self._home.slots))
         if not names:
             return False

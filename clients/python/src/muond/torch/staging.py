@@ -37,22 +37,49 @@ class Staging:
         """Gradients of a GPU in the dtype in which they travel, on their way to host memory."""
         self._streams: dict[torch.device, Any] = {}
         self._arenas: Arenas | None = None
+        self._placed: list[int] | None = None
+        """The parameters whose gradients lie in their slots already, and are complete there."""
 
     def send(self, run: Run, rows: Sequence[Row], *, borrow: bool) -> None:
         """Adds gradients to the step in flight. ``borrow``: they do not change before its receipt."""
         if not rows:
             return
-        if run.arenas is not self._arenas:
-            self._arenas = run.arenas
-            self._slots.clear()
+        placed, self._placed = self._placed, None
+        if placed is not None and self._arenas is not None:  # pragma: no cover - needs a GPU
+            assert placed == [slot.index for slot, _, _ in rows], "what was placed is what is sent"
+            run.gradient_placed(placed, self._arenas)
+            return
+        self._use(run.arenas)
         if self._arenas is not None:
             for device in {gradient.device: None for _, gradient, _ in rows}:
                 those = [row for row in rows if row[1].device == device]
-                run.gradient_placed([slot.index for slot, _, _ in those], self._place(self._arenas, those))
+                ready = self._place(self._arenas, those)
+                run.gradient_placed([slot.index for slot, _, _ in those], self._arenas, ready)
             return
         run.gradients_bytes(
             [Gradient(slot.index, *self.put(slot, gradient, group, borrow=borrow)) for slot, gradient, group in rows]
         )
+
+    def place_finite(self, arenas: Arenas, rows: Sequence[Row]) -> bool:  # pragma: no cover - needs a GPU
+        """Copies gradients to slots on their GPU before they are sent, and says whether all of them are finite as they travel."""
+        self._use(arenas)
+        ready = self._place(arenas, rows)
+        slots = [self._slot(arenas, slot) for slot, _, _ in rows]
+        device = slots[0].device
+        found, one = torch.zeros((), device=device), torch.ones((), device=device)
+        for dtype in {slot.dtype: None for slot in slots}:
+            # What torch.amp.GradScaler asks: one launch for all, which leaves them as they are when it scales by one.
+            alike = [slot for slot in slots if slot.dtype == dtype]
+            torch._amp_foreach_non_finite_check_and_unscale_(alike, found, one)
+        finite = found.item() == 0
+        assert ready is not None, "a copy on a GPU is waited for"
+        self._placed = [slot.index for slot, _, _ in rows] if finite else None
+        return finite
+
+    def _use(self, arenas: Arenas | None) -> None:
+        if arenas is not self._arenas:
+            self._arenas = arenas
+            self._slots.clear()
 
     def _place(self, arenas: Arenas, rows: Sequence[Row]) -> Ready | None:
         """Copies gradients to their slots; what to call before anybody else reads those."""
