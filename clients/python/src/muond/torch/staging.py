@@ -65,13 +65,12 @@ class Staging:
         self._use(arenas)
         ready = self._place(arenas, rows)
         slots = [self._slot(arenas, slot) for slot, _, _ in rows]
-        device = slots[0].device
-        found, one = torch.zeros((), device=device), torch.ones((), device=device)
+        of_each_dtype: list[torch.Tensor] = []
         for dtype in {slot.dtype: None for slot in slots}:
-            # What torch.amp.GradScaler asks: one launch for all, which leaves them as they are when it scales by one.
             alike = [slot for slot in slots if slot.dtype == dtype]
-            torch._amp_foreach_non_finite_check_and_unscale_(alike, found, one)
-        finite = found.item() == 0
+            of_each_dtype.append(torch.stack(torch._foreach_norm(alike, float("inf"))).isfinite().all())
+        # One answer, and one wait for the GPU.
+        finite = bool(torch.stack(of_each_dtype).all())
         assert ready is not None, "a copy on a GPU is waited for"
         self._placed = [slot.index for slot, _, _ in rows] if finite else None
         return finite
