@@ -368,7 +368,7 @@ export interface paths {
         post?: never;
         /**
          * Delete a checkpoint
-         * @description The newest one is refused with PARAMETER_INVALID, as the run goes on from it after a restart.
+         * @description The newest of the run's present history is refused with PARAMETER_INVALID, as the run goes on from it after a restart.
          */
         delete: operations["deleteCheckpoint"];
         options?: never;

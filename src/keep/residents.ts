@@ -18,6 +18,9 @@ export type ResidentsMeans = {
   isNeeded: (run: Run) => boolean
 }
 
+/** Whether a run is one of those that are to leave. */
+type IsFit = (run: Run) => boolean
+
 /** How often at least it is looked for runs that nobody uses. */
 const MOST_WAIT_MS = 60_000
 
@@ -81,10 +84,8 @@ export class Residents {
   async restIdle(now = performance.now()): Promise<void> {
     const { config, turns } = this.#means
     if (config.idle_seconds === 0) return
-    for (const run of this.list()) {
-      if (run.idleSince === undefined || now - run.idleSince < config.idle_seconds * 1000) continue
-      await turns.take(run.name, () => this.#rest(run))
-    }
+    const isDue = ({ idleSince }: Run) => idleSince !== undefined && now - idleSince >= config.idle_seconds * 1000
+    for (const run of this.list().filter(isDue)) await turns.take(run.name, () => this.#rest(run, isDue))
   }
 
   /** From here on a run is known by its name, and its steps are counted. */
@@ -105,31 +106,37 @@ export class Residents {
   /** Has the run leave memory that no connection has had for the longest time. Throws OVER_CAPACITY. */
   async #makeRoom(): Promise<void> {
     const { archive, turns, config } = this.#means
+    const losesNothing = (run: Run) => archive !== undefined && !isLossy(run)
     const idle = this.list()
-      .filter((run) => archive && this.#mayRest(run) && !turns.has(run.name) && !isLossy(run))
+      .filter((run) => this.#mayRest(run, losesNothing))
       .sort((one, other) => Number(one.idleSince) - Number(other.idleSince))
-    for (const run of idle) if (await turns.take(run.name, () => this.#rest(run))) return
+    for (const run of idle) {
+      // Whoever comes has a turn: to wait for another one's could be to wait for oneself.
+      if (!turns.has(run.name) && (await turns.take(run.name, () => this.#rest(run, losesNothing)))) return
+    }
     const remedy = 'delete one (DELETE /v1/runs/{run}), or start the service with a larger --max-runs'
     const holds = this.#runs.size + this.#coming
     throw new ServiceError('OVER_CAPACITY', `the service holds ${holds} runs, at most ${config.max_runs}: ${remedy}`)
   }
 
-  #mayRest(run: Run): boolean {
+  #mayRest(run: Run, isFit: IsFit): boolean {
     const isHere = this.#runs.get(run.name) === run
-    return isHere && !this.#isClosed && !run.connected && !run.boundary.held && !this.#means.isNeeded(run)
+    const isUsed = run.connected || run.boundary.held !== undefined || this.#means.isNeeded(run)
+    return isHere && !this.#isClosed && !isUsed && isFit(run)
   }
 
   /** Has an idle run leave memory; answers whether it has. In its turn, so that no connection gets it meanwhile. */
-  async #rest(run: Run): Promise<boolean> {
-    const leaving = this.#leave(run)
+  async #rest(run: Run, isFit: IsFit): Promise<boolean> {
+    const leaving = this.#leave(run, isFit)
     this.#leaving.add(leaving)
     return leaving.finally(() => this.#leaving.delete(leaving))
   }
 
-  async #leave(run: Run): Promise<boolean> {
+  async #leave(run: Run, isFit: IsFit): Promise<boolean> {
     await run.settled()
+    if (!this.#mayRest(run, isFit) || !(await this.#keep(run))) return false
     // Its state may be imported while the disk is waited for.
-    if (!this.#mayRest(run) || !(await this.#keep(run)) || !this.#mayRest(run)) return false
+    if (!this.#mayRest(run, isFit)) return false
     const { archive, log } = this.#means
     const { name, step } = run
     this.#runs.delete(name)

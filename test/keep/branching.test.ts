@@ -1,4 +1,4 @@
-import { readdirSync } from 'node:fs'
+import { readdirSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import t, { type Test } from 'tap'
 import { connect } from '../../src/client/client.js'
@@ -146,6 +146,11 @@ t.test('a branch that cannot be made leaves neither a run nor memory, and says w
   await refused({}, { code: 'CHECKPOINT_UNREADABLE' })
   flip(manifestOf(data, 5), 30)
   await refused({}, { code: 'CHECKPOINT_UNREADABLE', message: /manifest\.json has SHA-256/ })
+  writeFileSync(join(data, 'runs', 'b'), '')
+  client.send({ type: 'open', protocol: 1, run: 'b', from: { run: 'r', checkpoint: id(0) }, ...MODEL })
+  t.match(await client.expect('error'), { code: 'STORAGE_FAILED', message: /^the folder of run 'b' cannot be written/ })
+  t.same([service.device.admittedBytes, service.device.memory.bytes], [admitted, memory])
+  rmSync(join(data, 'runs', 'b'))
   await client.close()
   await service.app.close()
   const again = await start(t, data)

@@ -5,6 +5,7 @@ import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import { openOnnxRuntime, viewMemory } from '../../src/device/onnx/onnxruntime.js'
 import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
+import { openCheckpoint } from '../../src/store/checkpoint/checkpoint-source.js'
 import { type RunRecord, UnreadableError } from '../../src/store/checkpoint/manifest.js'
 import { entryBytes, indexText, planShards, type StateEntry } from '../../src/store/checkpoint/state-files.js'
 import { destroyRun, RunFolder, type Snapshot } from '../../src/store/run-folder.js'
@@ -234,6 +235,12 @@ t.test('what is in the way of a checkpoint is told, and the folder goes on', asy
   rmSync(join(folder.path, 'checkpoints', checkpoint, 'manifest.json'))
   await t.rejects(folder.tag(folder.newest!, 'x'), { code: 'ENOENT' })
   await t.rejects(folder.remove(folder.newest!), { code: 'ENOENT' })
+  const manifest = join(folder.path, 'checkpoints', checkpoint, 'manifest.json')
+  mkdirSync(manifest)
+  const unreadable = { name: 'UnreadableError', message: /manifest\.json cannot be read: EISDIR/ }
+  await t.rejects(openCheckpoint(join(manifest, '..')), unreadable)
+  writeFileSync(join(folder.path, 'branches'), '')
+  await t.rejects(RunFolder.open(folder.path, files), { code: 'ENOTDIR' })
 })
 
 t.test('a folder without a run.json is no run', async (t) => {

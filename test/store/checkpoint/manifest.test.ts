@@ -163,6 +163,7 @@ t.test('a field that lacks or is unknown, and fields that do not agree, are refu
   const cases: [object, string][] = [
     [lacking, 'server is undefined, expected a text'],
     [{ ...MANIFEST, other: 1 }, 'other is unknown'],
+    [{ ...MANIFEST, digest: 'x'.repeat(200) }, `digest is "${'x'.repeat(79)}…, expected a SHA-256`],
     [changed(['device', 'other'], () => 1), 'device.other is unknown'],
     [changed(['places', 0, 'last', 'other'], () => 1), 'places[0].last.other is unknown'],
     [{ ...MANIFEST, tags: ['step-000000000001'] }, 'tags[0] is "step-000000000001", expected 1 to 128 characters'],

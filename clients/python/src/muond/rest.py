@@ -94,7 +94,7 @@ class Rest:
         self._again(lambda: self._request("DELETE", f"/v1/runs/{quote(run, safe='')}").read())
 
     def has_checkpoints(self, run: str, *, tagged: bool = False) -> bool:
-        """Whether the service keeps anything of a run on a disk."""
+        """Whether the service keeps anything of a run on a disk; ``tagged``: anything that somebody has given a name."""
         found = self._json("GET", f"/v1/runs/{quote(run, safe='')}/checkpoints")["checkpoints"]
         return any(checkpoint["tags"] or not tagged for checkpoint in found)
 

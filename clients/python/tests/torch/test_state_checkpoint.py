@@ -105,6 +105,8 @@ def test_a_checkpoint_of_another_history_is_not_branched_from(durable: Callable[
         train(model, optimizer, 1)
         state = optimizer.state_dict()
     state["muond"]["digest"] = "0" * 64
+    with adamw(net(), service, None) as optimizer, pytest.raises(MuondError, match="it is of another history"):
+        optimizer.load_state_dict(state)
     with adamw(net(), service, f"{name}-b") as optimizer:
         with pytest.raises(MuondError, match="it is of another history"):
             optimizer.load_state_dict(state)
