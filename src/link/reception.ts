@@ -120,11 +120,12 @@ export class Reception implements GradientSink {
       this.#parts.answers.begin({ run, member, step, parameter, ...places, target: () => arenas.update(parameter) })
     }
     const outstanding = this.#parts.answers.outstanding(parameter)
-    /* c8 ignore next 4 -- needs a GPU: npm run test:gpu */
+    /* c8 ignore start -- needs a GPU: npm run test:gpu */
     if (this.#means.device.copiesShared && run.journal === undefined) {
       const direct = () => begin({ region: arenas.gradient(parameter) })
       return outstanding ? outstanding.then(direct) : void direct()
     }
+    /* c8 ignore stop */
     // The host computes on bytes that nobody changes, and the journal keeps the same.
     const copied = (region: Region) => begin({ region, source: arenas.gradient(parameter) })
     const region = outstanding ? undefined : run.staging.tryReserve(gradient_bytes)

@@ -20,6 +20,7 @@ const ALLOW_SEALING = 2
 export function makeMemory(bytes: number): OwnMemory {
   const { memfd_create, fcntl } = libc()
   const descriptor = memfd_create('muond', CLOSE_ON_EXEC | ALLOW_SEALING)
+  /* c8 ignore next -- the system has no memfd, or no descriptor left */
   if (descriptor < 0) throw new Error(`memfd_create failed with error ${koffi.errno()}`)
   try {
     ftruncateSync(descriptor, bytes)

@@ -2,6 +2,7 @@ import { createHash, randomBytes } from 'node:crypto'
 import { closeSync, openSync } from 'node:fs'
 import { join } from 'node:path'
 import t, { type Test } from 'tap'
+import { agree } from '../../src/link/transport.js'
 import type { OpenedFrame, TransportOffer, UpdatesFrame } from '../../src/wire/frame.js'
 import { makeMemory, type OwnMemory } from '../../src/wire/shared-memory.js'
 import { layOut, PROOF_BYTES } from '../../src/wire/slots.js'
@@ -151,6 +152,88 @@ t.test('both ways in one step, and the arena too small for two gradients', async
   t.same(told.sort(), [0, 0, 1], 'one of them twice, as a replay')
   const slot = arenas.updates.view.slice(offsets[1], offsets[1]! + 600_000)
   t.same(client.updates.get(1)?.data, Buffer.from(slot), 'the socket has the same bytes')
+  await client.close()
+  await service.app.close()
+  arenas.free()
+})
+
+t.test('hundreds of gradients in one frame, of which some have to wait for each other', async (t) => {
+  const service = await startService({ staging_bytes: 2 ** 20 })
+  const count = 1100
+  const groups = [{ name: 'sgd', algorithm: 'sgd', lr: 0.1 }]
+  const parameters = Array.from({ length: count }, (_, i) => ({ name: `p${i}`, shape: [1 + (i % 7)], group: 'sgd' }))
+  const sizes = parameters.map(({ shape: [size] }) => 4 * size!)
+  const { offsets, bytes } = layOut(sizes)
+  const arenas = new Arenas([bytes, bytes])
+  const client = await RawClient.connect(service.url)
+  await client.open({ run: 'many', groups, parameters, transport: [arenas.offer] })
+  const socket = await RawClient.connect(service.url)
+  await socket.open({ run: 'beside', groups, parameters })
+  const gradients = sizes.map((size, i) => normal(i, size / 4))
+  for (const [i, values] of gradients.entries()) arenas.gradients.view.set(bytesOf(values), offsets[i])
+  const indices = gradients.map((_, i) => i)
+  client.send({ type: 'gradients', step: 1, parameters: [...indices, 0, 1] })
+  client.send({ type: 'end', step: 1 })
+  let told = 0
+  let frame = await client.next()
+  for (; frame.type === 'updates'; frame = await client.next()) {
+    t.ok(frame.parameters.length <= 512)
+    told += frame.parameters.length
+  }
+  t.equal(told, count + 2)
+  t.match(frame, { type: 'receipt', digest: (await socket.step(1, gradients)).digest })
+  for (const i of [0, 1, 500, count - 1]) {
+    const slot = arenas.updates.view.slice(offsets[i], offsets[i]! + sizes[i]!)
+    t.same(Buffer.from(slot), socket.updates.get(i)?.data)
+  }
+  client.send({ type: 'gradients', step: 2, parameters: indices })
+  client.socket.terminate()
+  await client.closed()
+  await socket.step(2, gradients)
+  while (service.device.staging.used > 0) await turn()
+  await socket.close()
+  await service.app.close()
+  arenas.free()
+})
+
+t.test(
+  'rows that QK-clip scales come with updates in shared memory, and those of a skipped parameter by themselves',
+  async (t) => {
+    const service = await startService()
+    const groups = [{ name: 'g', algorithm: 'muonclip', lr: 0.1 }]
+    const parameters = ['q', 'k'].map((name) => ({ name, shape: [8, 4], group: 'g' }))
+    const attentions = [{ name: 'a', query_heads: 2, head_dim: 4, query: { parameter: 0 }, key: { parameter: 1 } }]
+    const { offsets, bytes } = layOut([128, 128])
+    const arenas = new Arenas([bytes, bytes])
+    const client = await RawClient.connect(service.url)
+    await client.open({ run: 'r', groups, parameters, attentions, transport: [arenas.offer] })
+    for (const i of [0, 1]) arenas.gradients.view.set(bytesOf(normal(i, 32)), offsets[i])
+    client.send({ type: 'step', step: 1, max_logits: { a: [400, 50] } })
+    client.send({ type: 'gradients', step: 1, parameters: [0] })
+    client.send({ type: 'end', step: 1, skipped: [1] })
+    const frame = await client.next()
+    if (frame.type !== 'updates') throw new Error(JSON.stringify(frame))
+    const rows = frame.row_scale?.['0']
+    t.equal(rows?.length, 32, 'a float32 for each row')
+    t.equal((await client.expect('receipt')).clipped_heads.a, 1)
+    t.same(client.updates.get(1)?.row_scale, Buffer.from(rows!), 'of a skipped parameter as on the socket')
+    await client.close()
+    await service.app.close()
+    arenas.free()
+  },
+)
+
+t.test('a client on another host is refused whatever it offers', async (t) => {
+  const service = await startService()
+  const arenas = new Arenas()
+  const { client } = await shared(service, 'r', arenas)
+  const { device, runs } = service
+  const { answer, arenas: none } = agree([arenas.offer], { device, run: runs.get('r'), local: false })
+  t.same(answer, {
+    kind: 'websocket',
+    refused: [{ kind: 'shm', reason: 'the client is on another host: no memory is shared' }],
+  })
+  t.equal(none, undefined)
   await client.close()
   await service.app.close()
   arenas.free()
