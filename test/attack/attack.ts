@@ -118,15 +118,20 @@ async function carryOut(attack: Attack, seconds: number): Promise<Outcome> {
 function tableOf(outcomes: readonly Outcome[]) {
   const head = ['attack', 'tried', 'RSS before', 'at most', 'after', 'allowed', '/livez worst', 'bystander', 'bounds']
   const rows = outcomes.map((outcome) => {
-    const { attack, tried, before, attacked, after } = outcome
+    const { attack, tried, attacked, after } = outcome
     const most = Math.max(...attacked.map((seen) => seen.most))
-    const sizes = [before.rss, most, after.rss, attack.allowed].map((bytes) => `${(bytes / 1e6).toFixed(0)} MB`)
+    const sizes = [rssBefore(outcome), most, after.rss, attack.allowed].map((bytes) => `${(bytes / 1e6).toFixed(0)} MB`)
     const livez = `${slowestLivez(attacked).toFixed(0)} ms`
     const held = faultsOf(outcome).length === 0 ? 'hold' : 'BROKEN'
     return [attack.name, tried.at(-1) ?? '', ...sizes, livez, `${slowerBy(outcome).toFixed(2)}x slower`, held]
   })
   const align = head.map((_, column) => (column < 2 ? 'left' : 'right')) satisfies ('left' | 'right')[]
   return { head, rows, align }
+}
+
+/** The most memory before the first round against the service: it grows while a bystander begins to train. */
+function rssBefore({ before, decoyed: [first] }: Outcome): number {
+  return Math.max(before.rss, first?.most ?? 0)
 }
 
 /** How many times as long a step took as while the decoy was attacked. */
@@ -150,8 +155,8 @@ function median(numbers: readonly number[]): number {
 }
 
 function faultsOf(outcome: Outcome): string[] {
-  const { attack, before, decoyed, attacked, after } = outcome
-  const grown = Math.max(...attacked.map(({ most }) => most)) - before.rss - attack.allowed
+  const { attack, decoyed, attacked, after } = outcome
+  const grown = Math.max(...attacked.map(({ most }) => most)) - rssBefore(outcome) - attack.allowed
   const livezMs = slowestLivez(attacked)
   const slower = slowerBy(outcome)
   const paces = decoyed.map(paceOf)

@@ -29,9 +29,10 @@ export class SmallFrames {
     this.#excess = excess
     socket.on('ping', (data) => this.#pinged(data))
     socket.on('pong', (data) => this.#received(MASKED_BYTES + data.length))
-    if (!(socket instanceof InPlaceWebSocket)) return
-    socket.skipped = (bytes) => this.#received(bytes)
-    socket.small = () => this.#received(0)
+    if (socket instanceof InPlaceWebSocket) {
+      socket.skipped = (bytes) => this.#received(bytes)
+      socket.small = () => this.#received(0)
+    }
   }
 
   /** Milliseconds until the connection may send half a second's frames at once. */

@@ -5,7 +5,7 @@ import { Duplex } from 'node:stream'
 import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import { type ServerOptions, WebSocket, WebSocketServer } from 'ws'
-import { InPlaceWebSocket } from '../../../src/link/websocket/socket.js'
+import { bytesTaken, InPlaceWebSocket } from '../../../src/link/websocket/socket.js'
 import { encodeHeader, peekGradient } from '../../../src/wire/codec.js'
 import { randomBytes, rawFrame, rawGradient } from './raw-frame.js'
 
@@ -239,8 +239,10 @@ t.test('a stream that is no socket, or a socket without a handle, is plain', asy
     connection.setSocket(stream, Buffer.alloc(0), { allowSynchronousEvents: true, maxPayload: 0 })
     t.equal(connection.inPlace, false)
     connection.abandon()
+    connection.redirect(() => new Uint8Array(0))
     connection.terminate()
   }
+  t.equal(bytesTaken(new Socket()), 0, 'a socket without a handle has sent nothing')
 })
 
 type Frame = { kind: 'gradient' | 'refused' | 'text' | 'ping' | 'pause'; mask: Uint8Array; fragments: boolean }
