@@ -446,5 +446,6 @@ t.test('row scales are counted where the run is admitted', async (t) => {
   await client.close()
   await service.runs.delete(run)
   const freed = admittedBytes - service.device.admittedBytes
-  t.equal(freed, 2 * (24 * 12 * 4 * 2 + 24 * 4), 'state, update and 24 factors of each of the two')
+  const weights = 24 * 12 * 4
+  t.equal(freed, 2 * (2 * weights + 24 * 4) + weights, 'state, update, 24 factors of each of the two, and a gradient')
 })
