@@ -35,7 +35,7 @@ const SOCKETS = 64
 export const ATTACKS: readonly Attack[] = [
   { name: 'nothing', allowed: 0, isQuick: false, attack: nothing },
   { name: 'keyless upgrades of /livez, 16 MiB behind each', allowed: 0, isQuick: true, attack: keylessUpgrades },
-  { name: 'streams whose messages do not end', allowed: MOST_UNFINISHED, isQuick: true, attack: unfinished },
+  { name: 'streams whose messages do not end', allowed: MOST_UNFINISHED, isQuick: false, attack: unfinished },
   { name: 'messages in fragments of a byte', allowed: MOST_UNFINISHED, isQuick: true, attack: fragments },
   { name: 'sockets that say nothing', allowed: 0, isQuick: false, attack: silence },
   { name: 'JSON bodies that do not end', allowed: 0, isQuick: false, attack: endlessJson },

@@ -1,8 +1,8 @@
 import type { WebSocket } from 'ws'
 import { InPlaceWebSocket } from './socket.js'
 
-// Signs of life come every few seconds, fragments are large. This many a second take about a hundredth of a core.
-const FRAMES_PER_SECOND = 1000
+// Signs of life come every few seconds, fragments are large. So many a second take less than a hundredth of a core.
+const FRAMES_PER_SECOND = 250
 // The header of a ping or pong, without and with the mask that clients put on theirs (RFC 6455, section 5.2).
 const [UNMASKED_BYTES, MASKED_BYTES] = [2, 6]
 
