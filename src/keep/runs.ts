@@ -93,6 +93,7 @@ export class Runs {
   async wake(name: string): Promise<Run> {
     if (!this.idle.has(name)) return this.get(name)
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and brings no run back to memory')
+    /* c8 ignore next -- it may be deleted while others have their turn, and `get` says so */
     return this.#turns.take(name, async () => (await this.#find(name)) ?? this.get(name))
   }
 
@@ -334,6 +335,7 @@ export class Runs {
     if (!archive?.absent.has(frame.run)) throw this.#notFound(frame.run)
     const run = await this.#residents.place(async () => {
       const loaded = await archive.load(frame.run, checkpoint)
+      /* c8 ignore next -- it may be deleted while others have their turn */
       if (!loaded) throw this.#notFound(frame.run)
       try {
         await checkSame(loaded, frame, this.#presets)

@@ -346,6 +346,7 @@ export class Session implements Connection, GradientSink {
   }
 
   get #inPlace(): InPlaceWebSocket | undefined {
+    /* c8 ignore next -- the server makes no others */
     return this.#socket instanceof InPlaceWebSocket ? this.#socket : undefined
   }
 

@@ -121,11 +121,10 @@ function map(
   if (gpu === undefined || handle === undefined) throw new Refusal('cuda-ipc needs gpu and two handles')
   const { sharing, name } = device.backend
   if (sharing === undefined) throw new Refusal(`the service computes on ${name}, without kernels that share memory`)
-  /* c8 ignore next -- needs a GPU: npm run test:gpu */
+  /* c8 ignore start -- needs a GPU: npm run test:gpu */
   return mapGpu(handle, { device, run, bytes, unit: sharing.unitOf(gpu), gpu })
 }
 
-/* c8 ignore start -- needs a GPU: npm run test:gpu */
 type OnGpu = { device: Device; run: Run; bytes: number; unit: number | undefined; gpu: string }
 
 function mapGpu(handle: Uint8Array, { device, run, bytes, unit, gpu }: OnGpu): SharedRegion {

@@ -5,8 +5,9 @@ import t from 'tap'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { Device, type DeviceOptions } from '../../src/device/device.js'
 import type { Job } from '../../src/device/job.js'
-import { Lanes } from '../../src/device/lanes.js'
+import { GROUPS_PER_LANE, Lanes } from '../../src/device/lanes.js'
 import { bundledLibraryFolder } from '../../src/device/onnx/onnxruntime.js'
+import { ServiceError } from '../../src/errors.js'
 import type { Plan } from '../../src/optimizer/plan.js'
 
 const OPTIONS: DeviceOptions = {
@@ -91,12 +92,14 @@ t.test('a lane keeps the sessions of many kernels, and makes one anew that it ha
 t.test('closing lets the lanes end what they have and drops what waits', async (t) => {
   const device = await Device.start(OPTIONS)
   const job = sgdJob(device)
-  const jobs = Array.from({ length: 5 }, () => device.run(() => job, ticket()))
+  // Two groups of jobs are the lane's, the others wait.
+  const given = GROUPS_PER_LANE * device.backend.group.jobs
+  const jobs = Array.from({ length: given + 3 }, () => device.run(() => job, ticket()))
   // Jobs are given out at the end of the turn that asked for them.
   await Promise.resolve()
   await device.close()
   const outcomes = (await Promise.all(jobs)).map((result) => result?.outcome)
-  t.same(outcomes, ['computed', 'computed', undefined, undefined, undefined])
+  t.same(outcomes, [...Array(given).fill('computed'), undefined, undefined, undefined])
 })
 
 t.test('a device whose lanes do not start says why, and its folder is not needed once they have', async (t) => {
@@ -134,6 +137,19 @@ t.test('jobs of one turn are computed in groups, and each has its own outcome', 
     outcomes.map((result) => result?.outcome),
     ['computed', 'not_finite', ...new Array(4).fill('computed'), undefined, undefined],
   )
+  await lanes.close()
+  await device.close()
+})
+
+t.test('after a failure everything that was asked for is refused, also what waits', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const lanes = grouping(300)
+  const job = sgdJob(device)
+  const asked = [0, 1, 2, 3, 4, 5].map(() => lanes.run(() => job, ticket()))
+  await Promise.resolve()
+  const failure = new ServiceError('DEVICE_FAILED', 'it is gone')
+  lanes.refuse(failure)
+  t.match(await Promise.allSettled([...asked, lanes.run(() => job, ticket())]), Array(7).fill({ reason: failure }))
   await lanes.close()
   await device.close()
 })

@@ -9,6 +9,7 @@ export type History = readonly number[]
 
 type Checkpoint = { id: string; branch: number; history: History; tags: string[]; path: readonly string[] }
 
+/* c8 ignore start -- which of its branches are taken is for the random histories to say */
 /** What a run and its checkpoints must be, told without a disk: a history is a list, and going back cuts it. */
 export class RunModel {
   history: History

@@ -12,6 +12,8 @@ import pytest
 
 from muond import MuondError, Parameter, open_run
 from muond.run import Run
+from muond.steps.parameter import Bound
+from muond.steps.updates import Memory, Updates
 from muond.transport.address import endpoint
 from muond.transport.arenas import HostArenas, lay_out
 from muond.transport.choice import Transport
@@ -213,6 +215,28 @@ def test_lists_of_updates_are_checked() -> None:
     assert check_frame({"type": "updates", "step": 1, "replayed": False, **lists})
     with pytest.raises(MuondError, match=r"updates\.scale as int, expected list"):
         check_frame({"type": "updates", "step": 1, "replayed": False, **lists, "scale": 1})
+
+
+@pytest.mark.parametrize(
+    "change", [{"parameters": ["0"]}, {"parameters": [True]}, {"scale": [1]}, {"decay": []}, {"scale": [0.5, 0.5]}]
+)
+def test_updates_that_no_service_sends_end_the_connection(change: dict[str, list[object]]) -> None:
+    updates = Updates([Bound(0, "w", (1,), "float32", "float32")], 1, Memory(), lambda _: None)
+    frame = {"type": "updates", "step": 1, "parameters": [0], "scale": [0.5], "decay": [0.0], **change}
+    arenas = HostArenas([4], [4])
+    with pytest.raises(MuondError, match="lists are not of equally many integers and floats"):
+        updates.take_shared(frame, arenas)
+    arenas.close()
+
+
+def test_large_gradients_leave_in_parts_over_the_socket(shared: Service, name: str) -> None:
+    weights = [np.zeros((1100, 2000), np.float32) for _ in range(3)]
+    parameters = [Parameter(f"p{i}", "sgd", array) for i, array in enumerate(weights)]
+    groups = [{"name": "sgd", "algorithm": "sgd", "lr": 1.0}]
+    with open_run(shared.url, run=name, groups=groups, parameters=parameters, transport="websocket") as run:
+        run.step([np.full((1100, 2000), i, np.float32) for i in range(3)])
+        run.close()
+    assert [array[7, 3] for array in weights] == [0, -1, -2]
 
 
 def test_nothing_leaks(shared: Service, name: str) -> None:

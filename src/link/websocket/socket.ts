@@ -64,6 +64,7 @@ export class InPlaceWebSocket extends WebSocket {
 
   /** The memory of a half-received gradient is another one from here on; what has come of its chunk is copied. */
   redirect(destination: (head: GradientHead) => Uint8Array): void {
+    /* c8 ignore next -- whether a chunk is coming at that moment is for its sender to say */
     if (this.#reader?.redirect(destination)) this.#useBuffer?.(this.#reader.next())
   }
 

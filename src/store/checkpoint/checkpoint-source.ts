@@ -68,6 +68,7 @@ export async function findCheckpoint(data: string, run: string, checkpoint?: str
 
 async function manifestIn(folder: string): Promise<Manifest> {
   return readManifest(folder).catch((error) => {
+    /* c8 ignore next 3 -- a manifest that was there may go while it is read */
     throw error instanceof UnreadableError
       ? error
       : new UnreadableError(`${join(folder, MANIFEST)} cannot be read: ${errorText(error)}`)

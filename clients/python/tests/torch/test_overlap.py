@@ -33,6 +33,20 @@ def trained(service: Service, name: str, steps: int = 6, **options: Any) -> tupl
         return model, optimizer.run.digest
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_transport_has_the_same_bits(shared: Service, name: str, overlap: bool) -> None:
+    runs = []
+    for transport in ("shm", "websocket"):
+        model = net()
+        with adamw(model, shared, f"{name}-{transport}", overlap=overlap, transport=transport) as optimizer:
+            train(model, optimizer, 4)
+            assert optimizer.run.transport == transport
+            runs.append((model, optimizer.run.digest))
+    (ours, digest), (theirs, same_digest) = runs
+    assert digest == same_digest
+    assert same(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_with_and_without_overlap_are_the_same_bits(shared: Service, name: str, dtype: Any) -> None:
     model, digest = trained(shared, f"{name}-a", gradient_dtype=dtype)

@@ -85,6 +85,7 @@ def test_a_run_trains_over_tls_in_both_directions_at_once(wss: str, trusting: ss
     gradients = [generator.standard_normal((700, 1000), np.float32) for _ in weights]
     run = muond.open_run(
         wss,
+        transport="websocket",
         run=name,
         ssl_context=trusting,
         chunk_bytes=100_000,

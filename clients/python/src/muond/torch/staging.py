@@ -42,8 +42,6 @@ class Staging:
 
     def send(self, run: Run, rows: Sequence[Row], *, borrow: bool) -> None:
         """Adds gradients to the step in flight. ``borrow``: they do not change before its receipt."""
-        if not rows:
-            return
         placed, self._placed = self._placed, None
         if placed is not None and self._arenas is not None:  # pragma: no cover - needs a GPU
             assert placed == [slot.index for slot, _, _ in rows], "what was placed is what is sent"
