@@ -45,11 +45,15 @@ export type DecodeLimits = { chunk_bytes: number; max_parameters?: number }
 export function* decodingClientFrame(bytes: Uint8Array, limits: DecodeLimits): Generator<undefined, ClientFrame> {
   const most = Math.max(OPEN_BYTES, limits.chunk_bytes + OTHER_KEYS_BYTES)
   if (bytes.length > most) throw tooLarge('a message', bytes.length, most)
-  const { cursor, entries, type, schema } = yield* recognize(bytes, CLIENT_FRAMES)
+  const { cursor, entries, type, schema } = yield* recognize(bytes, CLIENT_FRAMES, (key, at, { cursor, entries }) => {
+    // To walk over a list that is refused for its length would cost more than the refusal is worth.
+    if (key !== 'parameters') return
+    checkProtocol(cursor, entries)
+    checkCount(cursor, at, limits.max_parameters)
+  })
   if (type === 'open') {
     checkLength('open', bytes.length, OPEN_BYTES)
     checkProtocol(cursor, entries)
-    checkCount(cursor, entries.get('parameters'), limits.max_parameters)
   } else {
     const dataBytes = type === 'gradient' ? binLength(cursor, entries.get('data')) : 0
     checkLength('gradient.data', dataBytes, limits.chunk_bytes)
@@ -130,12 +134,15 @@ export function encodeWithData(frame: DataHeader, data: Uint8Array): Buffer {
 
 type Recognized<T> = { cursor: Cursor; entries: Map<string, number>; type: T; schema: MapSchema }
 
+type Look = (key: string, at: number, scanned: { cursor: Cursor; entries: ReadonlyMap<string, number> }) => void
+
 function* recognize<T extends string>(
   bytes: Uint8Array,
   table: Readonly<Record<T, MapSchema>>,
+  look?: Look,
 ): Generator<undefined, Recognized<T>> {
   const cursor = cursorOf(bytes)
-  const entries = yield* scan(cursor)
+  const entries = yield* scan(cursor, (key, at, entries) => look?.(key, at, { cursor, entries }))
   const at = entries.get('type')
   if (at === undefined) throw malformed('the frame has no type')
   cursor.position = at
@@ -153,7 +160,7 @@ function isKey<T extends string>(name: string, table: Readonly<Record<T, unknown
  * Checks the version of an `open` before any other key: another version may have other keys, and its client should be
  * told of the version and not of a key.
  */
-function checkProtocol(cursor: Cursor, entries: Map<string, number>): void {
+function checkProtocol(cursor: Cursor, entries: ReadonlyMap<string, number>): void {
   const at = entries.get('protocol')
   if (at === undefined) return
   cursor.position = at
@@ -163,13 +170,14 @@ function checkProtocol(cursor: Cursor, entries: Map<string, number>): void {
 }
 
 /**
- * Refuses an `open` by the length of its list of parameters: to read that would cost more than the refusal is worth.
+ * Refuses a message by the length of its list of parameters.
  */
-function checkCount(cursor: Cursor, at: number | undefined, most = Number.POSITIVE_INFINITY): void {
-  if (at === undefined) return
+function checkCount(cursor: Cursor, at: number, most = Number.POSITIVE_INFINITY): void {
   cursor.position = at
   const { kind, value } = nextToken(cursor)
-  if (kind !== 'list' || value <= most) return
+  // A list that cannot be in what is left of the message is malformed, and found to be so at once.
+  const isThere = value <= cursor.bytes.length - cursor.position
+  if (kind !== 'list' || value <= most || !isThere) return
   throw new ServiceError('OVER_CAPACITY', `a run holds at most ${most} parameters, given are ${value}`)
 }
 

@@ -58,17 +58,24 @@ export function takeBytes(cursor: Cursor, length: number): Buffer | undefined {
 /**
  * Walks over a whole message without building anything and returns where each value of its map begins. After it every
  * length fits, every map key is UTF-8 text, nothing follows the map, and depth and count are within their caps.
- * Yields from time to time, so that a long message can be walked over in several turns of the event loop.
+ * Yields from time to time, so that a long message can be walked over in several turns of the event loop. `look` may
+ * refuse the message at each of its keys, before the value at `at` is walked over; `entries` has the keys so far.
  * @throws ServiceError FRAME_MALFORMED, FRAME_TOO_LARGE (more than MAX_VALUES keys and values)
  */
-export function* scan(cursor: Cursor): Generator<undefined, Map<string, number>> {
+export function* scan(
+  cursor: Cursor,
+  look: (key: string, at: number, entries: ReadonlyMap<string, number>) => void = () => {},
+): Generator<undefined, Map<string, number>> {
   const entries = new Map<string, number>()
   const map = nextToken(cursor)
   if (map.kind !== 'map') throw malformed(notAMap(cursor, map))
   const walk: Walk = { cursor, values: 0 }
   for (let pair = 0; pair < map.value; pair++) {
     const key = skipKey(walk)
-    entries.set(key, cursor.position)
+    const at = cursor.position
+    entries.set(key, at)
+    look(key, at, entries)
+    cursor.position = at
     yield* skipLongValue(walk)
   }
   const rest = cursor.bytes.length - cursor.position

@@ -34,11 +34,13 @@ def trained(service: Service, name: str, steps: int = 6, **options: Any) -> tupl
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_every_transport_has_the_same_bits(shared: Service, name: str, overlap: bool) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_transport_has_the_same_bits(shared: Service, name: str, overlap: bool, dtype: Any) -> None:
     runs = []
     for transport in ("shm", "websocket"):
         model = net()
-        with adamw(model, shared, f"{name}-{transport}", overlap=overlap, transport=transport) as optimizer:
+        options = {"overlap": overlap, "transport": transport, "gradient_dtype": dtype}
+        with adamw(model, shared, f"{name}-{transport}", **options) as optimizer:
             train(model, optimizer, 4)
             assert optimizer.run.transport == transport
             runs.append((model, optimizer.run.digest))
