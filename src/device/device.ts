@@ -153,8 +153,8 @@ export class Device {
   shareHost({ pointer, bytes, unmap }: Mapping): SharedRegion {
     const { sharing } = this.backend
     try {
-      sharing?.lock(pointer, bytes)
       /* c8 ignore start -- needs a GPU: npm run test:gpu */
+      sharing?.lock(pointer, bytes)
     } catch (error) {
       unmap()
       throw error
@@ -162,6 +162,7 @@ export class Device {
     /* c8 ignore stop */
     const free = () => {
       this.#forget(pointer)
+      /* c8 ignore next -- needs a GPU: npm run test:gpu */
       sharing?.unlock(pointer)
       unmap()
     }

@@ -202,12 +202,13 @@ t.test('hundreds of gradients in one frame, of which some have to wait for each 
 t.test('a gradient that waits for the one before it goes with its connection', async (t) => {
   const service = await startService({ lanes: 1 })
   const groups = [{ name: 'm', algorithm: 'muon', lr: 0.1 }]
-  const parameters = [{ name: 'w', shape: [512, 512], group: 'm' }]
-  const { offsets, bytes } = layOut([2 ** 20])
+  // So large that the connection is gone long before its step is computed.
+  const parameters = [{ name: 'w', shape: [1024, 1024], group: 'm' }]
+  const { offsets, bytes } = layOut([2 ** 22])
   const arenas = new Arenas([bytes, bytes])
   const client = await RawClient.connect(service.url)
   await client.open({ run: 'r', groups, parameters, transport: [arenas.offer] })
-  arenas.gradients.view.set(bytesOf(normal(1, 2 ** 18)), offsets[0])
+  arenas.gradients.view.set(bytesOf(normal(1, 2 ** 20)), offsets[0])
   client.send({ type: 'gradients', step: 1, parameters: [0, 0] })
   while (service.device.staging.used === 0) await turn()
   client.socket.terminate()
