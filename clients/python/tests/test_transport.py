@@ -159,7 +159,7 @@ def test_auto_takes_shared_memory_on_loopback_only(shared: Service, name: str) -
     with one:
         assert one.transport == "shm"
     nothing = Transport.choose("auto", endpoint("ws://192.0.2.1:1"), ([4], [4]), None)
-    assert nothing.agree(lambda offers: (None, {"offered": offers}), endpoint())[1] == {"offered": {}}  # type: ignore[arg-type, return-value]
+    assert nothing.agree(lambda offers: (None, {"offered": offers}))[1] == {"offered": {}}  # type: ignore[arg-type, return-value]
 
 
 def unmappable(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:

@@ -145,7 +145,7 @@ class Writer:
 
     def _handshake(self, frame: Frame, known_step: int | None = None) -> tuple[Connection, Frame]:
         return self._host.transport.agree(
-            lambda offers: _handshake(self._host.endpoint, {**frame, **offers}, known_step), self._host.endpoint
+            lambda offers: _handshake(self._host.endpoint, {**frame, **offers}, known_step)
         )
 
     def _work(self) -> None:

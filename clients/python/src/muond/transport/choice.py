@@ -56,7 +56,7 @@ class Transport:
             raise ValueError(f"transport={asked!r} is not possible: {'; '.join(reasons)}")
         return Transport(asked, arenas, reasons)
 
-    def agree(self, handshake: Handshake, endpoint: Endpoint) -> tuple[Connection, Frame]:
+    def agree(self, handshake: Handshake) -> tuple[Connection, Frame]:
         """Opens a connection with what there is to offer. Raises MuondError for one that must be taken and was not."""
         self.taken = None
         offers = [arenas.offer() for arenas in self._arenas]
@@ -69,7 +69,7 @@ class Transport:
             self._unproved = True
             connection.close(MuondError("CLIENT_CLOSED", self._reasons[-1]))
             self._drop([taken])
-            return self.agree(handshake, endpoint)
+            return self.agree(handshake)
         if taken is None:
             self._fall_back(connection, [*self._reasons, *refused], tell=bool(refused) or self._unproved)
         if not self._agreed:
