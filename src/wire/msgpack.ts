@@ -64,7 +64,7 @@ export function takeBytes(cursor: Cursor, length: number): Buffer | undefined {
  */
 export function* scan(
   cursor: Cursor,
-  look: (key: string, at: number, entries: ReadonlyMap<string, number>) => void = () => {},
+  look: (key: string, at: number, entries: ReadonlyMap<string, number>) => void,
 ): Generator<undefined, Map<string, number>> {
   const entries = new Map<string, number>()
   const map = nextToken(cursor)

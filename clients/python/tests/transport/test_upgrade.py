@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -30,8 +31,14 @@ def answering(answer: bytes) -> tuple[str, Callable[[], None]]:
 
     def serve() -> None:
         connected, _ = listener.accept()
-        connected.recv(1 << 16)
+        request = b""
+        while b"\r\n\r\n" not in request:
+            request += connected.recv(1 << 16)
         connected.sendall(answer)
+        # A socket that is closed with bytes unread resets the connection: the answer could be lost.
+        connected.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            connected.recv(1)
         connected.close()
 
     thread = threading.Thread(target=serve)
