@@ -3,6 +3,7 @@ import type { Device } from '../device/device.js'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
+import type { GradientPlaces } from '../run/place.js'
 import type { Run } from '../run/run.js'
 import type { ScaledUpdate } from '../run/shard.js'
 import type { Member } from '../run/step/member.js'
@@ -22,18 +23,14 @@ export type Means = { config: Config; device: Device; metrics: Metrics }
 export type Joined = { run: Run; member: Member }
 
 /**
-/**
  * A gradient that lies whole in its region, once `ready` has settled if it is there. The region is one of the staging
  * arena or of the run's own memory, or of memory that the client shares. The run that computes it takes the region
  * over.
  */
-export type Gradient = Joined & { step: Step; parameter: number; region: Region; ready?: Promise<void> } & SharedPlaces
-
-/**
- * Of a gradient that lies in memory that the client shares: `source` where it is to be copied from to its region first,
- * and `target` where its update goes. The run takes both over.
- */
-export type SharedPlaces = { source?: Region; target?: () => Region }
+export type Gradient = Joined & { step: Step; parameter: number; region: Region; ready?: Promise<void> } & Omit<
+    GradientPlaces,
+    'gradient'
+  >
 
 /** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
 export class Answers {

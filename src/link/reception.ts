@@ -1,7 +1,8 @@
 import assert from 'node:assert'
-import { setImmediate as turn } from 'node:timers/promises'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
+import type { Run } from '../run/run.js'
+import { turn } from '../run/slices.js'
 import { Assembly } from '../wire/chunks.js'
 import type { GradientHead } from '../wire/codec.js'
 import type { GradientFrame, GradientsFrame } from '../wire/frame.js'
@@ -32,9 +33,7 @@ export type ReceptionParts = {
   redirected(destination: (head: GradientHead) => Uint8Array): void
 }
 
-/**
- * The gradient that a connection is sending: its chunks go into a region that is reserved for all of it.
- */
+/** The gradient that a connection is sending: its chunks go into a region that is reserved for all of it. */
 export class Reception implements GradientSink {
   readonly #means: Means
   readonly #parts: ReceptionParts
@@ -128,9 +127,7 @@ export class Reception implements GradientSink {
     /* c8 ignore stop */
     // The host computes on bytes that nobody changes, and the journal keeps the same.
     const copied = (region: Region) => begin({ region, source: arenas.gradient(parameter) })
-    const region = outstanding ? undefined : run.staging.tryReserve(gradient_bytes)
-    if (region) return void copied(region)
-    return this.#startWhenFree(outstanding, () => run.staging.reserve(gradient_bytes, this.#parts.gone), copied)
+    return this.#startIn(run, { parameter, step: number }, copied)
   }
 
   /** Another frame has come: later chunks belong to no refused gradient any more. */
@@ -181,21 +178,30 @@ export class Reception implements GradientSink {
       this.#dropped = undefined
       this.#hold(new IncompleteGradient({ run, member, step, parameter }, { assembly, region }), frame)
     }
-    const outstanding = this.#parts.answers.outstanding(parameter)
-    const lack = (error: unknown) => lackOf(error, assembly.label, { parameter, step: number })
-    const region = outstanding ? undefined : this.#counted(() => run.staging.tryReserve(gradient_bytes), lack)
+    return this.#counted(() => this.#startIn(run, { parameter, step: number }, start))?.catch((error) =>
+      this.#refuse(error),
+    )
+  }
+
+  /** Starts a gradient in memory of its run; a promise where it has to wait for that, or for the one before it. */
+  #startIn(run: Run, of: Dropped, start: (region: Region) => void): Promise<void> | undefined {
+    const { name, gradient_bytes } = run.parameter(of.parameter)
+    const lack = (error: unknown): never => {
+      throw lackOf(error, `the gradient of parameter '${name}' for step ${of.step}`, of)
+    }
+    const outstanding = this.#parts.answers.outstanding(of.parameter)
+    const region = outstanding ? undefined : tried(() => run.staging.tryReserve(gradient_bytes), lack)
     if (region) return void start(region)
-    const reserve = () =>
-      run.staging.reserve(gradient_bytes, this.#parts.gone).catch((error) => this.#refuse(lack(error)))
+    const reserve = () => run.staging.reserve(gradient_bytes, this.#parts.gone).catch(lack)
     return this.#startWhenFree(outstanding, reserve, start)
   }
 
   /** Does `work`; where it throws, a gradient was refused. */
-  #counted<T>(work: () => T, of: (error: unknown) => unknown = (error) => error): T {
+  #counted<T>(work: () => T): T {
     try {
       return work()
     } catch (error) {
-      return this.#refuse(of(error))
+      return this.#refuse(error)
     }
   }
 
@@ -257,6 +263,14 @@ export class Reception implements GradientSink {
     assert(gradient, 'what was stored belongs to the incomplete gradient')
     gradient.step.spend('receive', (performance.now() - startedAt) / 1000)
     this.#parts.answers.begin(gradient)
+  }
+}
+
+function tried<T>(work: () => T, otherwise: (error: unknown) => never): T {
+  try {
+    return work()
+  } catch (error) {
+    return otherwise(error)
   }
 }
 

@@ -3,20 +3,12 @@ import { connect, type Socket } from 'node:net'
 import t from 'tap'
 import { encodeFrame } from '../../src/wire/codec.js'
 import { bytesOf, normal, RawClient, type Service, startService } from '../service.js'
-import { rawFrame, rawGradient } from './websocket/raw-frame.js'
+import { rawFrame, rawGradient, UPGRADE } from './websocket/raw-frame.js'
 
 const MASK = Uint8Array.from([0x5a, 0, 0xff, 0x13])
 const CHUNK = 100_000
 const VALUES = normal(1, CHUNK)
 const BYTES = bytesOf(VALUES)
-const REQUEST = [
-  'GET /v1/stream HTTP/1.1',
-  'Host: localhost',
-  'Upgrade: websocket',
-  'Connection: Upgrade',
-  'Sec-WebSocket-Version: 13',
-  'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==',
-]
 /** The numbers of bytes that a ping may have, from none on. */
 const SIZES = Array.from({ length: 126 }, (_, size) => size)
 
@@ -33,7 +25,7 @@ const chunks = () =>
 /** The socket of a stream that has sent `first` in one packet with its request. */
 async function upgraded({ http }: Service, first: Uint8Array): Promise<Socket> {
   const socket = connect(Number(new URL(http).port), '127.0.0.1')
-  socket.write(Buffer.concat([Buffer.from(`${REQUEST.join('\r\n')}\r\n\r\n`), first]))
+  socket.write(Buffer.concat([Buffer.from(UPGRADE), first]))
   await once(socket, 'data')
   return socket
 }

@@ -199,6 +199,33 @@ t.test('hundreds of gradients in one frame, of which some have to wait for each 
   arenas.free()
 })
 
+t.test('a gradient that there is no memory to copy to is refused by its name', async (t) => {
+  const service = await startService({ staging_bytes: 2 ** 20 })
+  const { host } = service.device.backend
+  const { allocate } = host
+  const { offsets, bytes } = layOut([2 ** 21])
+  const arenas = new Arenas([bytes, bytes])
+  const client = await RawClient.connect(service.url)
+  const groups = [{ name: 'sgd', algorithm: 'sgd', lr: 0.1 }]
+  const parameters = [{ name: 'large', shape: [2 ** 19], group: 'sgd' }]
+  await client.open({ run: 'r', groups, parameters, transport: [arenas.offer] })
+  arenas.gradients.view.set(bytesOf(normal(1, 2 ** 19)), offsets[0])
+  Reflect.set(host, 'allocate', () => {
+    throw new Error('Failed to allocate memory')
+  })
+  client.send({ type: 'gradients', step: 1, parameters: [0] })
+  const message = /^there is no memory for the gradient of parameter 'large' for step 1: /
+  t.match(await client.expect('error'), { code: 'OVER_CAPACITY', parameter: 0, step: 1, message })
+  Reflect.set(host, 'allocate', allocate)
+  client.send({ type: 'gradients', step: 1, parameters: [0] })
+  client.send({ type: 'end', step: 1 })
+  t.match(await client.expect('updates'), { parameters: [0] })
+  t.match(await client.expect('receipt'), { applied: 1 })
+  await client.close()
+  await service.app.close()
+  arenas.free()
+})
+
 t.test('a gradient that waits for the one before it is dropped when another client takes the run over', async (t) => {
   const service = await startService({ lanes: 1 })
   const groups = [{ name: 'm', algorithm: 'muon', lr: 0.1 }]

@@ -2,18 +2,10 @@ import { once } from 'node:events'
 import { connect, type Socket } from 'node:net'
 import t from 'tap'
 import { normal, RawClient, type Service, startService, told, turn } from '../service.js'
-import { rawFrame } from './websocket/raw-frame.js'
+import { rawFrame, UPGRADE } from './websocket/raw-frame.js'
 
 const ZERO = new Uint8Array(4)
 const MOST = 2 ** 25
-const REQUEST = [
-  'GET /v1/stream HTTP/1.1',
-  'Host: localhost',
-  'Upgrade: websocket',
-  'Connection: Upgrade',
-  'Sec-WebSocket-Version: 13',
-  'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==',
-]
 const GROUPS = [{ name: 'g', algorithm: 'sgd' }]
 const PARAMETERS = [{ name: 'w', shape: [8], group: 'g' }]
 
@@ -31,7 +23,7 @@ async function stream(
   const socket = connect(Number(new URL(http).port), '127.0.0.1')
   const received: Buffer[] = []
   socket.on('error', () => {})
-  socket.write(Buffer.concat([Buffer.from(`${REQUEST.join('\r\n')}\r\n\r\n`), first]))
+  socket.write(Buffer.concat([Buffer.from(UPGRADE), first]))
   const [head] = await once(socket, 'data')
   if (!String(head).startsWith('HTTP/1.1 101')) throw new Error(String(head))
   socket.on('data', (bytes) => received.push(bytes))
@@ -91,7 +83,7 @@ t.test('whatever is not the stream is not upgraded, and nothing that follows is 
   for (const path of ['/livez', '/readyz', '/docs', '/docs/', '/openapi.yaml', '/metrics', '/v1/runs', '/nowhere']) {
     const socket = connect(Number(port), '127.0.0.1')
     socket.on('error', () => {})
-    socket.write(`${REQUEST.join('\r\n').replace('/v1/stream', path)}\r\n\r\n`)
+    socket.write(UPGRADE.replace('/v1/stream', path))
     const [answer] = await once(socket, 'data')
     t.match(
       String(answer),

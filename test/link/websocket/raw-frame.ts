@@ -1,5 +1,16 @@
 import { encodeHeader } from '../../../src/wire/codec.js'
 
+/** The request of an upgrade, whole: what follows it is a WebSocket's. */
+export const UPGRADE = [
+  'GET /v1/stream HTTP/1.1',
+  'Host: localhost',
+  'Upgrade: websocket',
+  'Connection: Upgrade',
+  'Sec-WebSocket-Version: 13',
+  'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==',
+  '\r\n',
+].join('\r\n')
+
 /** The bytes of a WebSocket frame (RFC 6455, section 5.2). `first` has FIN, RSV and opcode; `mask` may be left out. */
 export function rawFrame(first: number, payload: Uint8Array, mask?: Uint8Array): Buffer {
   const { length } = payload

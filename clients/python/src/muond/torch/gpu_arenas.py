@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..transport.arenas import PROOF_BYTES, Sizes, answer_to, lay_out
+from ..transport.arenas import PROOF_BYTES, Sizes, Slots, answer_to, lay_out
 from ..transport.choice import MakeArenas
 from ..wire.frame import Frame
 from .slots import Slot
@@ -32,7 +32,7 @@ class _Handle(ctypes.Structure):
     _fields_ = (("bytes", ctypes.c_ubyte * _HANDLE_BYTES),)
 
 
-class GpuArenas:  # pragma: no cover - needs a GPU: bench/python/gpu.py
+class GpuArenas:  # pragma: no cover - needs a GPU: bench/python/samehost.py
     """Two allocations of their own, exported by handle. Those of torch's allocator cannot be: it moves and splits its memory."""
 
     kind = "cuda-ipc"
@@ -40,26 +40,22 @@ class GpuArenas:  # pragma: no cover - needs a GPU: bench/python/gpu.py
     def __init__(self, device: torch.device, gradients: Sizes, updates: Sizes) -> None:
         """Raises OSError where the driver refuses."""
         self._device = device
-        self._sizes = (list(gradients), list(updates))
         self._nonce = b""
         self._pointers: list[int] = []
-        self._offsets: list[list[int]] = []
-        self._wholes: list[torch.Tensor] = []
-        # Each slot is one tensor for ever: who keeps views of it knows it again.
-        self._slots: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] = ({}, {})
+        self._arenas: list[Slots] = []
         try:
-            for sizes in self._sizes:
-                offsets, size = lay_out(sizes)
-                self._offsets.append(offsets)
+            for sizes in (gradients, updates):
+                _, size = lay_out(sizes)
                 self._pointers.append(self._allocate(size))
-                self._wholes.append(torch.as_tensor(_Bytes(self._pointers[-1], size), device=device))
+                whole = torch.as_tensor(_Bytes(self._pointers[-1], size), device=device)
+                self._arenas.append(Slots(whole, sizes))
         except BaseException:
             self.close()
             raise
 
     def offer(self) -> Frame:
         self._nonce = secrets.token_bytes(PROOF_BYTES)
-        gradients, updates = self._wholes
+        gradients, updates = (arena.whole for arena in self._arenas)
         gradients[:PROOF_BYTES].copy_(torch.frombuffer(bytearray(self._nonce), dtype=torch.uint8))
         updates[:PROOF_BYTES].zero_()
         torch.cuda.synchronize(self._device)
@@ -72,34 +68,27 @@ class GpuArenas:  # pragma: no cover - needs a GPU: bench/python/gpu.py
         }
 
     def proved(self) -> bool:
-        return bytes(self._wholes[1][:PROOF_BYTES].cpu().numpy()) == answer_to(self._nonce)
+        return bytes(self._arenas[1].whole[:PROOF_BYTES].cpu().numpy()) == answer_to(self._nonce)
 
     def gradient(self, index: int) -> torch.Tensor:
         """The slot of a gradient, to be written."""
-        return self._slot(0, index)
+        slot: torch.Tensor = self._arenas[0].slot(index)
+        return slot
 
     def gradient_bytes(self, index: int) -> memoryview:
         copy: npt.NDArray[np.uint8] = self.gradient(index).cpu().numpy()
         return copy.data
 
     def update(self, index: int) -> torch.Tensor:
-        return self._slot(1, index)
+        slot: torch.Tensor = self._arenas[1].slot(index)
+        return slot
 
     def close(self) -> None:
-        self._wholes.clear()
-        for slots in self._slots:
-            slots.clear()
+        self._arenas.clear()
         # What is queued still reads the updates.
         torch.cuda.synchronize(self._device)
         while self._pointers:
             self._call("cuMemFree_v2", ctypes.c_uint64(self._pointers.pop()))
-
-    def _slot(self, arena: int, index: int) -> torch.Tensor:
-        known = self._slots[arena].get(index)
-        if known is None:
-            offset = self._offsets[arena][index]
-            known = self._slots[arena][index] = self._wholes[arena][offset : offset + self._sizes[arena][index]]
-        return known
 
     def _allocate(self, size: int) -> int:
         pointer = ctypes.c_uint64()

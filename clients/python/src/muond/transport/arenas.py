@@ -62,6 +62,23 @@ def lay_out(sizes: Sizes) -> tuple[list[int], int]:
     return offsets, end
 
 
+class Slots:
+    """The slots of one arena. Each is one object for ever: who keeps views of it knows it again."""
+
+    def __init__(self, whole: Any, sizes: Sizes) -> None:
+        """``whole``: the arena's bytes, in anything that slices without a copy."""
+        self.whole = whole
+        self._sizes = list(sizes)
+        self._offsets, _ = lay_out(sizes)
+        self._known: dict[int, Any] = {}
+
+    def slot(self, index: int) -> Any:
+        if index not in self._known:
+            offset = self._offsets[index]
+            self._known[index] = self.whole[offset : offset + self._sizes[index]]
+        return self._known[index]
+
+
 def answer_to(nonce: bytes) -> bytes:
     """What a service writes that has seen the nonce."""
     return hashlib.sha256(nonce).digest()
@@ -74,37 +91,31 @@ class HostArenas:
 
     def __init__(self, gradients: Sizes, updates: Sizes) -> None:
         """Raises OSError or AttributeError on systems without memfd."""
-        self._sizes = (list(gradients), list(updates))
         self._nonce = b""
         self._descriptors: list[int] = []
-        self._bytes: list[npt.NDArray[np.uint8]] = []
-        self._offsets: list[list[int]] = []
-        # Each slot is one array for ever: who keeps views of it knows it again.
-        self._slots: tuple[dict[int, npt.NDArray[np.uint8]], dict[int, npt.NDArray[np.uint8]]] = ({}, {})
-        for sizes in self._sizes:
-            offsets, size = lay_out(sizes)
-            self._offsets.append(offsets)
-            self._add(size)
+        self._gradients, self._updates = (Slots(self._map(lay_out(s)[1]), s) for s in (gradients, updates))
 
     def offer(self) -> Frame:
         self._nonce = secrets.token_bytes(PROOF_BYTES)
-        gradients, updates = self._bytes
+        gradients, updates = self.whole()
         gradients[:PROOF_BYTES] = np.frombuffer(self._nonce, np.uint8)
         updates[:PROOF_BYTES] = 0
         return {"kind": self.kind, "nonce": self._nonce, "process": os.getpid(), "descriptors": list(self._descriptors)}
 
     def proved(self) -> bool:
-        return self._bytes[1][:PROOF_BYTES].tobytes() == answer_to(self._nonce)
+        return bytes(self._updates.whole[:PROOF_BYTES].tobytes()) == answer_to(self._nonce)
 
     def gradient(self, index: int) -> npt.NDArray[np.uint8]:
         """The slot of a gradient, to be written."""
-        return self._slot(0, index)
+        slot: npt.NDArray[np.uint8] = self._gradients.slot(index)
+        return slot
 
     def gradient_bytes(self, index: int) -> memoryview:
         return self.gradient(index).data
 
     def update(self, index: int) -> npt.NDArray[np.uint8]:
-        return self._slot(1, index)
+        slot: npt.NDArray[np.uint8] = self._updates.slot(index)
+        return slot
 
     def close(self) -> None:
         # The mapping itself lives as long as somebody has a view of it.
@@ -112,20 +123,13 @@ class HostArenas:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def whole(self) -> list[npt.NDArray[np.uint8]]:  # pragma: no cover - a GPU locks its pages
+    def whole(self) -> list[npt.NDArray[np.uint8]]:
         """All bytes of both arenas."""
-        return self._bytes
+        return [self._gradients.whole, self._updates.whole]
 
-    def _slot(self, arena: int, index: int) -> npt.NDArray[np.uint8]:
-        known = self._slots[arena].get(index)
-        if known is None:
-            offset = self._offsets[arena][index]
-            known = self._slots[arena][index] = self._bytes[arena][offset : offset + self._sizes[arena][index]]
-        return known
-
-    def _add(self, size: int) -> None:
+    def _map(self, size: int) -> npt.NDArray[np.uint8]:
         descriptor = os.memfd_create("muond", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._descriptors.append(descriptor)
         os.ftruncate(descriptor, size)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        self._bytes.append(np.frombuffer(mmap.mmap(descriptor, size), np.uint8))
+        return np.frombuffer(mmap.mmap(descriptor, size), np.uint8)
