@@ -24,6 +24,8 @@ export type Scratch = {
   readonly partials: number
   readonly products: number
   readonly provider: number
+  /** A group of jobs is full when its gradients have so many bytes: whatever the last one has, it fits. */
+  readonly full: number
 }
 
 /** Computes a lane's jobs, in the lane's own thread. */
