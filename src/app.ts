@@ -135,7 +135,10 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   app.addHook('onRequest', refuseOtherUpgrades)
   app.addHook('preParsing', refuseEncodings)
   app.addHook('preParsing', limitBody(config))
-  app.addHook('onSend', limitAnswer(config))
+  app.addHook(
+    'onSend',
+    limitAnswer(config, ({ code }) => metrics.errors_total.inc({ code })),
+  )
   app.addHook('onResponse', logRequest)
   app.addHook('onClose', () => close(services))
   answerProblems(app, metrics)

@@ -2,9 +2,10 @@ import type { IncomingMessage, Server, ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 
 /**
- * Lets a server have at most `most` sockets. One more takes the place of that which has waited longest for a request: it
- * has sent none, or none since its last answer. Where every other socket has a request or a stream in progress, the new
- * one is closed. So whoever opens sockets and says nothing keeps nobody out. `refused` hears of each that is closed.
+ * Lets a server have at most `most` sockets. One more takes the place of that which has waited longest for a request:
+ * it has sent none, or none since its last answer. Where every other socket has a request or a stream in progress, the
+ * new one is closed. So whoever opens sockets and says nothing keeps nobody out. `refused` hears of each that is
+ * closed.
  */
 export function limitSockets(server: Server, most: number, refused: () => void): void {
   /** Requests in progress on each socket: more than one where a client does not wait for answers. */

@@ -16,8 +16,8 @@ export type FrameReaderOptions = {
   /** Told of a fragment that is small. */
   small: () => void
   /**
-   * Whether an ordinary message of so many bytes, of which the first are here, may be read. Where it may not, reading is
-   * paused, and `goOn` asks again.
+   * Whether an ordinary message of so many bytes, of which the first are here, may be read. Where it may not, reading
+   * is paused, and `goOn` asks again.
    */
   admit: (bytes: number) => boolean
   /** Whether nothing more may be read at present: the rest waits for `goOn`. */
