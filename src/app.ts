@@ -25,15 +25,16 @@ import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { StateReaders } from './http/readers.js'
+import { limitSockets } from './http/sockets.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
+import { Intake } from './link/websocket/intake.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
-import { UnfinishedMessages } from './link/websocket/unfinished.js'
 import { createMetrics, type Metrics } from './metrics.js'
 import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
-import { OPEN_BYTES, OTHER_KEYS_BYTES } from './wire/frame.js'
+import { MESSAGE_BYTES } from './wire/frame.js'
 
 /** The service without its process: it does not listen yet, and has read no environment variable. */
 export type App = {
@@ -54,12 +55,10 @@ const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
 type AppServices = Services & {
   streams: Set<Session>
-  unfinished: UnfinishedMessages
+  intake: Intake
   data: DataFolder | undefined
 }
 
-// `open` and a chunk have at most 16 MiB each; the other keys of a frame come on top.
-const MAX_MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
 const MAX_BODY_BYTES = 65_536
 // The router answers 404 to a longer path parameter. A run name that is too long should get a better answer than that.
 const MAX_PATH_PARAMETER = 1024
@@ -89,7 +88,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
   const metrics = createMetrics()
   const log = logger ?? SILENT
   const runs = new Runs({ device, config, presets, metrics, data, log })
-  const unfinished = new UnfinishedMessages(config.unfinished_bytes, ({ code, message }) => {
+  const intake = new Intake(config.unfinished_bytes, ({ code, message }) => {
     log.warn({ event: 'refused', code, reason: message })
     metrics.errors_total.inc({ code })
   })
@@ -104,7 +103,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     events: new Events(),
     readers: new StateReaders(device),
     streams: new Set(),
-    unfinished,
+    intake,
   }
   const app = await createServer(services, logger)
   return { app, device, runs, data, metrics, restored: runs.restore(), drain: () => drain(app, services) }
@@ -126,7 +125,9 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   })
   app.setValidatorCompiler(({ schema, httpPart }) => validatorOf(schema, httpPart))
   observe(app, services)
-  limitSockets(app, services)
+  // Every socket counts from its first byte, whatever it becomes, and sends a request or goes.
+  limitSockets(app.server, config.max_sockets, () => metrics.refused_sockets_total.inc())
+  app.server.headersTimeout = config.open_timeout_seconds * 1000
   // First, because its hooks end the connection of an upgrade that any later hook refuses.
   await registerWebSocket(app, services)
   app.addHook('onRequest', originGuard(config))
@@ -134,7 +135,10 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   app.addHook('onRequest', refuseOtherUpgrades)
   app.addHook('preParsing', refuseEncodings)
   app.addHook('preParsing', limitBody(config))
-  app.addHook('onSend', limitAnswer(config))
+  app.addHook(
+    'onSend',
+    limitAnswer(config, ({ code }) => metrics.errors_total.inc({ code })),
+  )
   app.addHook('onResponse', logRequest)
   app.addHook('onClose', () => close(services))
   answerProblems(app, metrics)
@@ -144,17 +148,10 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   return app
 }
 
-/** Every socket counts from its first byte, whatever it becomes, and sends a request or goes. */
-function limitSockets({ server }: FastifyInstance, { config, metrics }: AppServices): void {
-  server.maxConnections = config.max_sockets
-  server.headersTimeout = config.open_timeout_seconds * 1000
-  server.on('drop', () => metrics.refused_sockets_total.inc())
-}
-
-function observe({ server }: FastifyInstance, { device, runs, metrics, streams, unfinished }: AppServices): void {
+function observe({ server }: FastifyInstance, { device, runs, metrics, streams, intake }: AppServices): void {
   metrics.observe({
     sockets: promisify(server.getConnections).bind(server),
-    unfinished_bytes: () => unfinished.bytes,
+    unfinished_bytes: () => intake.bytes,
     in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
     staging: () => {
       const own = runs.list().reduce((sum, { staging }) => sum + staging.ownBytes, 0)
@@ -169,7 +166,7 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
 
 async function registerWebSocket(app: FastifyInstance, { events }: AppServices): Promise<void> {
   const options: WebsocketPluginOptions['options'] = {
-    maxPayload: MAX_MESSAGE_BYTES,
+    maxPayload: MESSAGE_BYTES,
     perMessageDeflate: false,
     // Text is refused in words by the stream, also where it is msgpack that a client has sent as text by mistake.
     skipUTF8Validation: true,
@@ -296,12 +293,11 @@ function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppSer
 function openStream(
   socket: WebSocket,
   { raw, log }: FastifyRequest,
-  { config, device, runs, metrics, streams, unfinished }: AppServices,
+  { config, device, runs, metrics, streams, intake }: AppServices,
 ): void {
   const local = isLocal(raw.socket)
-  const stream = new Session(socket, { config, device, runs, metrics, log, stream: raw.socket, local })
+  const stream = new Session(socket, { config, device, runs, metrics, intake, log, stream: raw.socket, local })
   streams.add(stream)
-  unfinished.watch(socket, raw.socket)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)
   socket.once('close', () => streams.delete(stream))
   if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()

@@ -78,12 +78,12 @@ export const SETTINGS = {
   max_sockets: integer(
     1024,
     [1, 1_000_000],
-    'Most TCP connections at a time, streams among them; one more is closed at once.',
+    'Most TCP connections at a time, streams among them; one more takes the place of that which has waited longest for a request.',
   ),
   unfinished_bytes: integer(
     2 ** 26,
     [2 ** 25, BYTES],
-    'Most bytes of messages whose end has not come, over all streams; beyond it the stream with the most of them is closed.',
+    'Room for messages of more than 64 KiB, over all streams; those that find none are not read until they do.',
   ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),

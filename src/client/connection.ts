@@ -174,13 +174,14 @@ function socketOptions({ url, token, socket }: Endpoint): WebSocket.ClientOption
     perMessageDeflate: false,
     maxPayload: MESSAGE_BYTES,
     handshakeTimeout: 1000 * HANDSHAKE_SECONDS,
-    ...(isLoopback(url) && { generateMask: (mask: Buffer) => void mask.fill(0) }),
+    // Masking protects proxies on the way; there are none on loopback, and for a mask of zeros `ws` skips the copy.
+    ...(isLocal(url) && { generateMask: (mask: Buffer) => void mask.fill(0) }),
     ...socket,
     headers: { ...(token !== undefined && { authorization: `Bearer ${token}` }), ...socket?.headers },
   }
 }
 
-/** Masking protects proxies on the way; there are none on loopback, and for a mask of zeros `ws` skips the copy. */
-function isLoopback({ hostname }: URL): boolean {
+/** Whether an address leads to this host. */
+export function isLocal({ hostname }: URL): boolean {
   return hostname === 'localhost' || hostname === '[::1]' || /^127\.\d+\.\d+\.\d+$/.test(hostname)
 }
