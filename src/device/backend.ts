@@ -132,7 +132,7 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     location: { kind: 'host' },
     read: (pointer, bytes) => viewMemory(pointer, bytes).slice(),
     stateBytes: Math.floor(totalmem() * MEMORY_SHARE),
-    // Enough that small tensors need no allocation, and too little to keep an embedding.
+    // Enough that small tensors need no allocation. The state of the largest parameter is kept beside it.
     pooledBytes: 64 << 20,
   }
   const { version } = runtime
