@@ -20,10 +20,10 @@ import type { GroupLimit } from './job.js'
 import type { Allocator } from './memory.js'
 import {
   bundledLibraryFolder,
+  copyMemory,
   type OnnxRuntime,
   openOnnxRuntime,
   type Pointer,
-  readMemory,
 } from './onnx/onnxruntime.js'
 import type { StateLocation } from './state-access.js'
 
@@ -131,9 +131,9 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     lane: { kind: 'cpu', folder, threads },
     state: runtime,
     location: { kind: 'host' },
-    read: readMemory,
+    read: (pointer, target) => copyMemory(target, pointer, target.length),
     stateBytes: Math.floor(totalmem() * MEMORY_SHARE),
-    // Enough that small tensors need no allocation, and too little to keep an embedding.
+    // Enough that small tensors need no allocation. The state of the largest parameter is kept beside it.
     pooledBytes: 64 << 20,
   }
   const { version } = runtime

@@ -122,7 +122,9 @@ export class Device {
 
   /** Grants a run the memory that its parameters demand, or refuses with OVER_CAPACITY and the numbers. */
   admit(demands: readonly Demand[], what: string): Grant {
-    return this.#admission.admit(demands, what)
+    const grant = this.#admission.admit(demands, what)
+    this.memory.keep(this.#admission.largestState)
+    return grant
   }
 
   /** Grants state memory beside the runs', `bytes[i]` of unit i, as `admit` does. */
@@ -132,6 +134,7 @@ export class Device {
 
   dismiss(grant: Grant): void {
     this.#admission.dismiss(grant)
+    this.memory.keep(this.#admission.largestState)
     this.memory.trim()
   }
 

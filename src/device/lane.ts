@@ -1,9 +1,9 @@
 import { parentPort, workerData } from 'node:worker_threads'
+import { CpuExecutor } from './cpu/cpu-executor.js'
 import { CudaExecutor } from './cuda/cuda-executor.js'
 import { cudaSpace } from './cuda/cuda-space.js'
 import type { Executor, LaneOptions, LaneReply, LaneRequest } from './executor.js'
 import type { JobResult } from './job.js'
-import { hostSpace } from './onnx/host-space.js'
 import { OnnxExecutor } from './onnx/onnx-executor.js'
 import { openOnnxRuntime } from './onnx/onnxruntime.js'
 
@@ -20,7 +20,7 @@ function start(options: LaneOptions): Executor {
   const runtime = openOnnxRuntime(options.folder)
   /* c8 ignore next -- needs a GPU: npm run test:gpu */
   if (options.kind === 'cuda_onnx') return new OnnxExecutor(runtime, cudaSpace(options.gpu), { half: true })
-  return new OnnxExecutor(runtime, hostSpace(runtime, options.threads), { half: false })
+  return new CpuExecutor(runtime, options.threads)
 }
 
 function handle(request: LaneRequest): LaneReply | undefined {

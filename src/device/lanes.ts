@@ -3,6 +3,7 @@ import { ServiceError } from '../errors.js'
 import type { LaneOptions, LaneReply, LaneRequest, Scratch } from './executor.js'
 import type { GroupLimit, Job, JobResult, Need } from './job.js'
 import type { Pointer } from './onnx/onnxruntime.js'
+import { Queue } from './queue.js'
 
 /** By its ticket a job is cancelled, as long as no lane has it. */
 export type Ticket = { cancelled: boolean }
@@ -37,7 +38,7 @@ export class Lanes {
   readonly #limit: GroupLimit
   /** A group is full when its gradients have so many bytes. */
   #full: number
-  #queue: QueuedJob[] = []
+  readonly #queue = new Queue<QueuedJob>()
   #nextId = 1
   #failure: ServiceError | undefined
   #dispatching = false
@@ -81,12 +82,12 @@ export class Lanes {
   refuse(failure: ServiceError): void {
     this.#failure = failure
     for (const lane of this.#lanes) for (const request of lane.busy.values()) request.reject(failure)
-    for (const queued of this.#queue.splice(0)) queued.reject(failure)
+    for (const queued of this.#queue.drain()) queued.reject(failure)
   }
 
   /** Ends the lanes after the jobs that they were given; jobs in the queue are dropped, their results undefined. */
   async close(): Promise<void> {
-    for (const queued of this.#queue.splice(0)) queued.resolve(undefined)
+    for (const queued of this.#queue.drain()) queued.resolve(undefined)
     for (const lane of this.#lanes) this.#post(lane, { type: 'stop' })
     await Promise.all(this.#lanes.map((lane) => lane.exited))
   }

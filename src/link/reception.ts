@@ -13,6 +13,9 @@ import type { GradientSink } from './websocket/socket.js'
 
 // To begin so many takes a few milliseconds.
 const GRADIENTS_PER_TURN = 256
+// Enough to keep every lane busy. What has begun is held in small objects, and those that live long cost the collector
+// of garbage more than the work itself.
+const MOST_UNDER_WAY = 512
 
 /** A gradient that was refused: the rest of its chunks is dropped. */
 type Dropped = { parameter: number; step: number }
@@ -60,6 +63,26 @@ export class Reception implements GradientSink {
     return this.#incomplete?.startedAt
   }
 
+  /**
+   * Begins the gradient whose first chunk is about to come. Where it has to wait, or is wrong, nothing happens: the
+   * chunk then comes the ordinary way, which waits, or refuses it.
+   */
+  prepare({ run, member }: Joined, { parameter, step: number, offset, dataLength }: GradientHead): void {
+    const known = run.parameters[parameter]
+    if (this.#incomplete || offset > 0 || known === undefined || this.#parts.answers.outstanding(parameter)) return
+    const { name, gradient_bytes } = known
+    if (dataLength > Math.min(gradient_bytes, this.#means.config.chunk_bytes)) return
+    try {
+      this.#parts.checkOpen({ parameter, step: number })
+      const step = run.expect(member, parameter, number)
+      const region = run.staging.tryReserve(gradient_bytes)
+      const assembly = new Assembly(gradient_bytes, gradientLabel(name, number))
+      if (region) this.#hold(new IncompleteGradient({ run, member, step, parameter }, { assembly, region }))
+    } catch {
+      // The ordinary way meets the same error, and tells it.
+    }
+  }
+
   destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
     const incomplete = this.#incomplete
     if (!incomplete?.is(parameter, step)) return undefined
@@ -94,7 +117,7 @@ export class Reception implements GradientSink {
   async takeShared(joined: Joined, { step, parameters }: GradientsFrame, arenas: SharedArenas): Promise<void> {
     const { jobs } = this.#means.device.backend.group
     for (const [i, parameter] of parameters.entries()) {
-      if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await turn()
+      if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await this.#turn()
       // A lane gets what has begun so far once a group of it is full, and computes while the others begin.
       else if (i % jobs === jobs - 1) await undefined
       if (this.#parts.gone.aborted) return
@@ -106,6 +129,11 @@ export class Reception implements GradientSink {
         this.#parts.refused(error)
       }
     }
+  }
+
+  async #turn(): Promise<void> {
+    await turn()
+    await this.#parts.answers.fewerThan(MOST_UNDER_WAY)
   }
 
   /** A promise where the gradient has to wait. */
@@ -166,7 +194,7 @@ export class Reception implements GradientSink {
     const { parameter, step: number, offset, data } = frame
     if (offset === 0) this.#dropped = { parameter, step: number }
     const { name, gradient_bytes } = run.parameter(parameter)
-    const assembly = new Assembly(gradient_bytes, `the gradient of parameter '${name}' for step ${number}`)
+    const assembly = new Assembly(gradient_bytes, gradientLabel(name, number))
     if (offset > 0) assembly.accept({ offset, length: data.length })
     this.#parts.checkOpen({ parameter, step: number })
     const step = this.#counted(() => {
@@ -175,8 +203,9 @@ export class Reception implements GradientSink {
       return step
     })
     const start = (region: Region) => {
-      this.#dropped = undefined
-      this.#hold(new IncompleteGradient({ run, member, step, parameter }, { assembly, region }), frame)
+      const incomplete = new IncompleteGradient({ run, member, step, parameter }, { assembly, region })
+      this.#hold(incomplete)
+      this.#store(incomplete, frame)
     }
     return this.#counted(() => this.#startIn(run, { parameter, step: number }, start))?.catch((error) =>
       this.#refuse(error),
@@ -187,7 +216,7 @@ export class Reception implements GradientSink {
   #startIn(run: Run, of: Dropped, start: (region: Region) => void): Promise<void> | undefined {
     const { name, gradient_bytes } = run.parameter(of.parameter)
     const lack = (error: unknown): never => {
-      throw lackOf(error, `the gradient of parameter '${name}' for step ${of.step}`, of)
+      throw lackOf(error, gradientLabel(name, of.step), of)
     }
     const outstanding = this.#parts.answers.outstanding(of.parameter)
     const region = outstanding ? undefined : tried(() => run.staging.tryReserve(gradient_bytes), lack)
@@ -225,12 +254,12 @@ export class Reception implements GradientSink {
     start(region)
   }
 
-  /** Holds a gradient whose first chunk has come. */
-  #hold(incomplete: IncompleteGradient, frame: GradientFrame): void {
+  /** Holds a gradient from its first chunk on. */
+  #hold(incomplete: IncompleteGradient): void {
     const { staging } = this.#means.device
+    this.#dropped = undefined
     this.#incomplete = incomplete
     if (staging.has(incomplete.region)) staging.pressed.add(this.#makeRoom)
-    this.#store(incomplete, frame)
   }
 
   #forget(): IncompleteGradient | undefined {
@@ -264,6 +293,10 @@ export class Reception implements GradientSink {
     gradient.step.spend('receive', (performance.now() - startedAt) / 1000)
     this.#parts.answers.begin(gradient)
   }
+}
+
+function gradientLabel(name: string, step: number): string {
+  return `the gradient of parameter '${name}' for step ${step}`
 }
 
 function tried<T>(work: () => T, otherwise: (error: unknown) => never): T {

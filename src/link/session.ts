@@ -115,12 +115,11 @@ export class Session implements Connection, GradientSink {
     if (!this.#stepInFlight) this.#leave(1012, 'the service shuts down')
   }
 
-  /**
-   * Where the next chunk of the gradient in reception goes. Everything else, and whatever is wrong, goes the ordinary
-   * way.
-   */
+  /** Where a gradient's next chunk goes. What has to wait, and whatever is wrong, goes the ordinary way. */
   destination(head: GradientHead): Uint8Array | undefined {
-    return this.#pumping || this.#leaving ? undefined : this.#reception.destination(head)
+    if (this.#pumping || this.#leaving) return undefined
+    if (this.#joined) this.#reception.prepare(this.#joined, head)
+    return this.#reception.destination(head)
   }
 
   received(head: GradientHead): void {
