@@ -140,14 +140,18 @@ async function unreadState(target: Target): Promise<Tried> {
   let { step } = opened
   const before = await overloadedOf(target)
   const seen: SeenState = { given: 0, early: 0, refused: 0, begun: performance.now() }
+  const train = async () => {
+    step += 1
+    trainer.gradient(0, step, { values: new Uint16Array(ELEMENTS) })
+    trainer.send({ type: 'end', step })
+    await trainer.expect('receipt')
+  }
+  // Before its first step a run has no state that could be held.
+  await train()
   const training = (async () => {
-    const values = new Uint16Array(ELEMENTS)
     while (!signal.aborted) {
-      step += 1
-      trainer.gradient(0, step, { values })
-      trainer.send({ type: 'end', step })
-      await trainer.expect('receipt')
       await delay(STEP_MS)
+      await train()
     }
   })()
   await parallel(target, () => unreadReader(target, seen))
