@@ -20,6 +20,7 @@ import { type Access, authenticator, chooseSubprotocol } from './http/auth.js'
 import { type Endpoint, endpointsOf, readContract } from './http/contract.js'
 import { docs } from './http/docs.js'
 import { Events } from './http/events.js'
+import { type LocalSocket, listenLocally } from './http/local-socket.js'
 import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
@@ -46,6 +47,11 @@ export type App = {
   metrics: Metrics
   /** Resolves when every run on the disk is restored or known to be unreadable. Streams may open runs before. */
   restored: Promise<void>
+  /**
+   * Takes connections from a Unix socket at `path` too, until the app is closed. Throws ConfigError where there can be
+   * none.
+   */
+  listenLocally(path: string): Promise<void>
   /** Waits at most `drain_seconds` for the steps in flight, takes checkpoints, and closes everything. */
   drain(): Promise<void>
 }
@@ -55,6 +61,7 @@ const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
 type AppServices = Services & {
   streams: Set<Session>
+  local: Set<LocalSocket>
   intake: Intake
   data: DataFolder | undefined
 }
@@ -103,10 +110,13 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     events: new Events(),
     readers: new StateReaders(device),
     streams: new Set(),
+    local: new Set(),
     intake,
   }
   const app = await createServer(services, logger)
-  return { app, device, runs, data, metrics, restored: runs.restore(), drain: () => drain(app, services) }
+  const listen = async (path: string) => void services.local.add(await listenLocally(app.server, path))
+  const restored = runs.restore()
+  return { app, device, runs, data, metrics, restored, listenLocally: listen, drain: () => drain(app, services) }
 }
 
 async function createServer(services: AppServices, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
@@ -164,7 +174,7 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
   })
 }
 
-async function registerWebSocket(app: FastifyInstance, { events }: AppServices): Promise<void> {
+async function registerWebSocket(app: FastifyInstance, services: AppServices): Promise<void> {
   const options: WebsocketPluginOptions['options'] = {
     maxPayload: MESSAGE_BYTES,
     perMessageDeflate: false,
@@ -183,14 +193,18 @@ async function registerWebSocket(app: FastifyInstance, { events }: AppServices):
       request.log.info({ event: 'stream_error', err: error })
       socket.close(1011)
     },
-    preClose: () => closeConnections(app, events),
+    preClose: () => closeConnections(app, services),
   })
   app.websocketServer.on('wsClientError', answerClientError)
 }
 
 /** Closes every stream with 1012. Streams and requests in progress have CLOSE_GRACE_MS to end. */
-async function closeConnections({ server, websocketServer }: FastifyInstance, events: Events): Promise<void> {
+async function closeConnections(
+  { server, websocketServer }: FastifyInstance,
+  { events, local }: AppServices,
+): Promise<void> {
   events.end()
+  for (const socket of local) socket.close()
   // node does not count a connection that never sent a request as idle, and would wait a minute for it.
   const cut = setTimeout(() => server.closeAllConnections(), CLOSE_GRACE_MS).unref()
   server.once('close', () => clearTimeout(cut))

@@ -28,6 +28,7 @@ export const SETTINGS = {
     'Comma-separated origins, such as https://board.example, of web pages that may use the service, beside its own; * is any.',
   ),
   port: integer(8787, [0, 65_535], 'Port to listen on; 0 picks a free one.'),
+  socket: text('', 'Path of a Unix socket to listen on as well, which only the user of the service may connect to.'),
   device: text('auto', 'Where steps are computed: auto, cpu, cuda, cuda:0 or cuda:0,1.', DEVICE),
   data: text('', 'Folder for checkpoints and journals; without one, state ends with the process.'),
   data_wait_seconds: seconds(0, [0, DAY], 'How long a start waits for another service that has the data folder.'),

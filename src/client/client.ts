@@ -1,4 +1,4 @@
-import { Connection, type Endpoint, isLocal } from './connection.js'
+import { Connection, type Endpoint, isLocal, UNIX } from './connection.js'
 import { MuondError } from './error.js'
 import { type OpenOptions, openRun, type Run } from './run.js'
 import { BACKOFF, type Backoff } from './steps/backoff.js'
@@ -39,7 +39,8 @@ export type ConnectOptions = {
 const RETRIES = 8
 
 /**
- * Connects to a service: `connect('ws://127.0.0.1:8080')`; a URL without a path means `/v1/stream`.
+ * Connects to a service: `connect('ws://127.0.0.1:8080')`, or `connect('ws+unix:///run/muond.sock')` for a Unix socket;
+ * a URL without a path means `/v1/stream`.
  * @throws MuondError UNAUTHORIZED, FORBIDDEN, CONNECTION_LOST…; the first connection is not retried. The signal's
  *   reason if aborted
  */
@@ -116,6 +117,8 @@ export class Client {
 
 function streamUrl(url: string | URL): URL {
   const stream = new URL(url)
+  // Of `ws+unix:///path/of.sock` all is the socket's path, and what follows a colon the request's, as `ws` has it.
+  if (stream.protocol === UNIX) return stream.pathname.includes(':') ? stream : new URL(`${stream.href}:/v1/stream`)
   if (stream.pathname === '/') stream.pathname = '/v1/stream'
   return stream
 }

@@ -181,7 +181,11 @@ function socketOptions({ url, token, socket }: Endpoint): WebSocket.ClientOption
   }
 }
 
+/** The protocol of Unix sockets, as `ws` spells it. */
+export const UNIX = 'ws+unix:'
+
 /** Whether an address leads to this host. */
-export function isLocal({ hostname }: URL): boolean {
+export function isLocal({ protocol, hostname }: URL): boolean {
+  if (protocol === UNIX) return true
   return hostname === 'localhost' || hostname === '[::1]' || /^127\.\d+\.\d+\.\d+$/.test(hostname)
 }

@@ -3,6 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { ServiceError } from '../errors.js'
 import { leastOf, type Pace, tooSlow } from '../link/pace.js'
+import { bytesTaken } from '../link/websocket/socket.js'
 
 // A client that was refused before its body ended has so long to read that, and to stop.
 const LINGER_MS = 5000
@@ -33,7 +34,8 @@ export function limitAnswer(
     const { socket } = raw
     const stop = watch(
       pace,
-      () => socket.bytesWritten,
+      // What node has queued for a reader was not read: one that reads nothing would have a window for each piece.
+      () => bytesTaken(socket),
       (moved) => {
         const error = tooSlow(pace, moved)
         log.info({ event: 'reader_too_slow', reason: error.message })

@@ -99,7 +99,7 @@ async function carryOut(attack: Attack, seconds: number): Promise<Outcome> {
     setMaxListeners(0, signal)
     await report()
     return {
-      tried: await attack.attack({ url, token: TOKEN, reader: READER, signal, seconds: length }),
+      tried: await attack.attack({ url, token: TOKEN, reader: READER, signal }),
       seen: await report(),
     }
   }
