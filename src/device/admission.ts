@@ -3,7 +3,7 @@ import { type Placement, placement } from './cuda/placement.js'
 import { type Kernels, type Largest, largest, largestOf, scratchFor, stateInFlight, totalOf } from './cuda/scratch.js'
 import type { Scratch } from './executor.js'
 import type { Demand, GroupLimit } from './job.js'
-import { GROUPS_PER_LANE } from './lanes.js'
+import { GROUPS_PER_LANE } from './lanes/lanes.js'
 import { aligned } from './staging.js'
 
 /** The memory and the lanes that a device has for runs. */

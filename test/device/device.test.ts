@@ -98,7 +98,7 @@ t.test('small jobs of one turn go to a lane together until a large one fills the
   const sizes: number[] = []
   const post = Worker.prototype.postMessage
   Worker.prototype.postMessage = function (request: LaneRequest, ...rest) {
-    if (request.type === 'run') sizes.push(request.jobs.length)
+    if (request.type === 'run') sizes.push(request.jobs.count)
     return post.call(this, request, ...rest)
   }
   t.teardown(() => {

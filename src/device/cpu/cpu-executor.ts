@@ -25,9 +25,11 @@ export class CpuExecutor implements Executor {
   }
 
   run(jobs: readonly Job[]): JobResult[] {
+    const others = this.#onnx.run(jobs.filter(({ plan }) => !isElementwise(plan.kernel)))
+    let next = 0
     return jobs.map((job) => {
       const { kernel } = job.plan
-      return isElementwise(kernel) ? this.#elementwise.run(job, kernel) : this.#onnx.run([job])[0]
+      return isElementwise(kernel) ? this.#elementwise.run(job, kernel) : others[next++]
     })
   }
 

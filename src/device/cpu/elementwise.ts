@@ -72,14 +72,23 @@ class Program {
 
   run(job: Job): JobResult {
     const started = performance.now()
-    const [{ dims, offset }] = job.plan.tasks
-    const [elements] = dims
-    assert(job.plan.tasks.length === 1 && offset === 0, 'an elementwise plan has one task of all elements')
+    const elements = this.#elementsOf(job)
     this.#begin(job)
     for (let at = 0; at < elements; at += WINDOW_ELEMENTS) {
       this.#window(job, at, Math.min(WINDOW_ELEMENTS, elements - at))
     }
     return { ...this.#result(job), computeSeconds: (performance.now() - started) / 1000 }
+  }
+
+  #elementsOf({ plan: { tasks }, gradient, update }: Job): number {
+    const { gradient_dtype, update_dtype } = this.#spec
+    const [{ dims, offset }] = tasks
+    const [elements] = dims
+    assert(tasks.length === 1 && offset === 0, 'an elementwise plan has one task of all elements')
+    const isRead = gradient.bytes === elements * bytesPerElement(gradient_dtype)
+    const isWritten = update.bytes === elements * bytesPerElement(update_dtype)
+    assert(isRead && isWritten, 'gradient and update have as many elements as the plan')
+    return elements
   }
 
   #begin(job: Job): void {

@@ -1,6 +1,6 @@
 import type { Duplex } from 'node:stream'
 import type { WebSocket } from 'ws'
-import { Queue } from '../../device/queue.js'
+import { Queue } from '../../device/lanes/queue.js'
 
 /** One message: a header alone, or a header followed by a payload that is sent from where it lies. */
 export type Message = { header: Buffer; payload?: Uint8Array }

@@ -207,13 +207,19 @@ t.test('memory of a client is copied to the gradient, and computed on as it was 
   freeJob(job, onnx)
 })
 
-t.test('a plan of several tasks is no elementwise one', async (t) => {
+t.test('a plan of several tasks is no elementwise one, and memory of another length is not touched', async (t) => {
   const spec = { kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'float32' } as const
   const job = makeJob({ spec, elements: 8, ...PASSED_ON })
   const tasks = [4, 4].map((elements, i) => ({ dims: [elements], offset: 4 * i }))
   t.throws(() => elementwise.run({ ...job, plan: { ...job.plan, tasks } }, spec), {
     message: 'an elementwise plan has one task of all elements',
   })
+  for (const other of ['gradient', 'update'] as const) {
+    const shorter = { ...job, [other]: { ...job[other], bytes: job[other].bytes - 4 } }
+    t.throws(() => elementwise.run(shorter, spec), {
+      message: 'gradient and update have as many elements as the plan',
+    })
+  }
   t.notOk(isElementwise({ kind: 'muon', coefficients: [], tall: false, ...DTYPE_PAIR }))
   freeJob(job, onnx)
 })

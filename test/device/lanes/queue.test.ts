@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { Queue } from '../../src/device/queue.js'
+import { Queue } from '../../../src/device/lanes/queue.js'
 
 t.test('any pushes and shifts: first in, first out', async () => {
   // Runs of several thousand leave a gap at the front that is closed.

@@ -1,8 +1,9 @@
 import { Worker } from 'node:worker_threads'
-import { ServiceError } from '../errors.js'
-import type { LaneOptions, LaneReply, LaneRequest, Scratch } from './executor.js'
-import type { GroupLimit, Job, JobResult, Need } from './job.js'
-import type { Pointer } from './onnx/onnxruntime.js'
+import { ServiceError } from '../../errors.js'
+import type { LaneOptions, LaneReply, LaneRequest, Scratch } from '../executor.js'
+import type { GroupLimit, Job, JobResult, Need } from '../job.js'
+import type { Pointer } from '../onnx/onnxruntime.js'
+import { packJobs, unpackResults } from './packed-jobs.js'
 import { Queue } from './queue.js'
 
 /** By its ticket a job is cancelled, as long as no lane has it. */
@@ -131,7 +132,7 @@ export class Lanes {
 
   #send(lane: Lane, group: readonly MadeJob[]): void {
     lane.groups += 1
-    const jobs = group.map(({ made }) => made)
+    const jobs = packJobs(group.map(({ made }) => made))
     this.#ask(lane, (id) => ({ type: 'run', id, jobs }))
       .then((results) => {
         for (const [i, { resolve }] of group.entries()) resolve(results[i])
@@ -177,7 +178,7 @@ export class Lanes {
   #receive(lane: Lane, reply: LaneReply): void {
     const request = lane.busy.get(reply.id)
     lane.busy.delete(reply.id)
-    if ('results' in reply) return request?.resolve(reply.results)
+    if ('results' in reply) return request?.resolve(unpackResults(reply.results))
     // A lane that lacks memory has changed nothing: only the run that asked is refused, and the device goes on.
     if (OUT_OF_MEMORY.test(reply.error)) return request?.reject(new ServiceError('OVER_CAPACITY', reply.error))
     this.#fail(new Error(reply.error))
