@@ -46,8 +46,8 @@ async function listen({ app, listenLocally }: App, { host, port, socket }: Confi
   // fastify would log the address in words of its own; `listening` has to be the first line.
   const { level } = logger
   logger.level = 'silent'
-  if (socket !== '') await listenLocally(socket)
   const address = await app.listen({ host, port })
+  if (socket !== '') await listenLocally(socket)
   logger.level = level
   return address
 }
