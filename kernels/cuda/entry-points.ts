@@ -10,6 +10,9 @@ export const VECTOR = 4
 /** The gradient's type, and that of the momentum buffer where it is not float32. */
 type MomentumTypes = { readonly gradient_dtype: Dtype; readonly momentum_dtype?: StateIo['dtype'] }
 
+/** The type of the matrix that matrix products read and write: float32 where the shorter side is small (small.cu). */
+export type ProductType = 'float16' | 'float32'
+
 /** Bytes of a kernel's parameters: `struct List` (list.cu), which has the number of its items first. */
 export const LIST_BYTES = 4096
 
@@ -25,10 +28,16 @@ export function mostItems(parameters: number): number {
 export const CUDA_KERNELS = {
   scan: (dtype: Dtype) => `scan_${TYPE_NAMES[dtype]}`,
   momentum: (types: MomentumTypes, vector: boolean) => `momentum_${momentumTypes(types)}_${packOf(vector)}`,
-  normalize: (types: MomentumTypes, vector: boolean) => `normalize_${momentumTypes(types)}_${packOf(vector)}`,
-  finish: (dtype: Dtype, vector: boolean) => `finish_${TYPE_NAMES[dtype]}_${packOf(vector)}`,
-  second: (per: 'row' | 'col') => `second_${per}`,
-  even: (dtype: Dtype, vector: boolean) => `even_${TYPE_NAMES[dtype]}_${packOf(vector)}`,
+  normalize: (types: MomentumTypes, product: ProductType, vector: boolean) =>
+    `normalize_${momentumTypes(types)}_${TYPE_NAMES[product]}_${packOf(vector)}`,
+  finish: (dtype: Dtype, product: ProductType, vector: boolean) =>
+    `finish_${TYPE_NAMES[product]}_${TYPE_NAMES[dtype]}_${packOf(vector)}`,
+  second: (per: 'row' | 'col', product: ProductType) => `second_${per}_${TYPE_NAMES[product]}`,
+  even: (dtype: Dtype, product: ProductType, vector: boolean) =>
+    `even_${TYPE_NAMES[product]}_${TYPE_NAMES[dtype]}_${packOf(vector)}`,
+  smallGram: () => 'small_gram_f32',
+  smallIterate: () => 'small_iterate_f64',
+  smallApply: () => 'small_apply_f32',
   elementwise: ({ gradient_dtype, update_dtype, ...spec }: KernelSpec) => {
     const kind = spec.kind === 'adamw' && spec.amsgrad ? 'amsgrad' : spec.kind
     return `${kind}_${TYPE_NAMES[gradient_dtype]}_${TYPE_NAMES[update_dtype]}`
@@ -46,6 +55,7 @@ function packOf(vector: boolean): number {
 
 const TYPES = ['float32', 'float16', 'bfloat16'] as const
 const BUFFER_TYPES = ['float32', 'bfloat16'] as const
+const PRODUCT_TYPES = ['float16', 'float32'] as const satisfies ProductType[]
 const VECTORS = [false, true] as const
 
 /** The kernels of scan.cu, collect.cu and muon.cu for every element type, pack size and type of the momentum buffer. */
@@ -62,8 +72,27 @@ export function muonEntryPoints(): string {
  * which is null before the first step.
  */
 export function normuonEntryPoints(): string {
-  const even = TYPES.flatMap((type) => VECTORS.map((vector) => evenEntryPoint(type, vector)))
-  return lines([secondEntryPoint('row'), secondEntryPoint('col'), ...even])
+  const all = PRODUCT_TYPES.flatMap((product) => [
+    secondEntryPoint('row', product),
+    secondEntryPoint('col', product),
+    ...TYPES.flatMap((type) => VECTORS.map((vector) => evenEntryPoint(type, product, vector))),
+  ])
+  return lines(all)
+}
+
+/**
+ * The kernels of small.cu, one after the other: `grams` are the parts of XXᵀ that the blocks of the first have made,
+ * and `p` is the second matrix of `work`.
+ */
+export function smallEntryPoints(): string {
+  const shape = ['u64 side', 'u64 length', 'u64 tall']
+  return lines([
+    entryPoint(CUDA_KERNELS.smallGram(), 'small_gram', ['const f32 *x', 'double *grams', ...shape]),
+    entryPoint(CUDA_KERNELS.smallIterate(), 'small_iterate', [
+      ...['const double *grams', 'u64 parts', 'double *work', 'u64 side', 'const double *triples', 'u64 count'],
+    ]),
+    entryPoint(CUDA_KERNELS.smallApply(), 'small_apply', ['const double *p', 'const f32 *x', 'f32 *o', ...shape]),
+  ])
 }
 
 /**
@@ -103,9 +132,10 @@ function collectEntryPoint(): string {
   ])
 }
 
-function secondEntryPoint(per: 'row' | 'col'): string {
-  return entryPoint(CUDA_KERNELS.second(per), `second_by_${per}`, [
-    ...['const f16 *o', 'const f32 *second', 'f32 *next', 'u64 rows', 'u64 cols', 'Second s', 'Partial *partials'],
+function secondEntryPoint(per: 'row' | 'col', product: ProductType): string {
+  const type = TYPE_NAMES[product]
+  return entryPoint(CUDA_KERNELS.second(per, product), `second_by_${per}<${type}>`, [
+    ...[`const ${type} *o`, 'const f32 *second', 'f32 *next', 'u64 rows', 'u64 cols', 'Second s', 'Partial *partials'],
   ])
 }
 
@@ -124,20 +154,36 @@ function matrixEntryPoints(gradient_dtype: Dtype, vector: boolean): string[] {
         ...[`const ${type} *gradient`, `const ${buffer} *buffer`, `${buffer} *next`, 'u64 count'],
         ...['u64 matrix_blocks', 'Momentum s', 'Partial *partials'],
       ]),
-      entryPoint(CUDA_KERNELS.normalize(types, vector), `normalize<${type}, ${buffer}, ${pack}>`, [
-        ...[`const ${type} *gradient`, `const ${buffer} *next`, 'f16 *x', 'u64 count'],
-        ...['Momentum s', 'double eps', 'double input_scale', 'const Partial *partials', 'u64 partial_blocks'],
-      ]),
+      ...PRODUCT_TYPES.map((product) => normalizeEntryPoint(types, product, vector)),
     ]
   })
-  const finish = ['const f16 *o', `${type} *data`, 'u64 count', 'double factor']
-  return [...momentum, entryPoint(CUDA_KERNELS.finish(gradient_dtype, vector), `finish<${type}, ${pack}>`, finish)]
+  return [...momentum, ...PRODUCT_TYPES.map((product) => finishEntryPoint(gradient_dtype, product, vector))]
 }
 
-function evenEntryPoint(dtype: Dtype, vector: boolean): string {
-  const type = TYPE_NAMES[dtype]
-  return entryPoint(CUDA_KERNELS.even(dtype, vector), `even<${type}, ${packOf(vector)}>`, [
-    ...['const f16 *o', `${type} *data`, 'u64 count', 'double factor', 'const f32 *second'],
+function normalizeEntryPoint(types: Required<MomentumTypes>, product: ProductType, vector: boolean): string {
+  const [gradient, buffer] = [TYPE_NAMES[types.gradient_dtype], TYPE_NAMES[types.momentum_dtype]]
+  const [x, pack] = [TYPE_NAMES[product], packOf(vector)]
+  return entryPoint(
+    CUDA_KERNELS.normalize(types, product, vector),
+    `normalize<${gradient}, ${buffer}, ${x}, ${pack}>`,
+    [
+      ...[`const ${gradient} *gradient`, `const ${buffer} *next`, `${x} *x`, 'u64 count'],
+      ...['Momentum s', 'double eps', 'double input_scale', 'const Partial *partials', 'u64 partial_blocks'],
+    ],
+  )
+}
+
+function finishEntryPoint(dtype: Dtype, product: ProductType, vector: boolean): string {
+  const [o, type] = [TYPE_NAMES[product], TYPE_NAMES[dtype]]
+  return entryPoint(CUDA_KERNELS.finish(dtype, product, vector), `finish<${o}, ${type}, ${packOf(vector)}>`, [
+    ...[`const ${o} *o`, `${type} *data`, 'u64 count', 'double factor'],
+  ])
+}
+
+function evenEntryPoint(dtype: Dtype, product: ProductType, vector: boolean): string {
+  const [o, type] = [TYPE_NAMES[product], TYPE_NAMES[dtype]]
+  return entryPoint(CUDA_KERNELS.even(dtype, product, vector), `even<${o}, ${type}, ${packOf(vector)}>`, [
+    ...[`const ${o} *o`, `${type} *data`, 'u64 count', 'double factor', 'const f32 *second'],
     ...['u64 cols', 'u64 by_row', 'const Partial *partials', 'u64 partial_blocks'],
   ])
 }

@@ -31,10 +31,10 @@ template <class T, class B, int N> __device__ inline void momentum(const T *grad
 }
 
 // X = u / max(norm, eps) times input_scale; 'partials' are the 'blocks' partial sums of the matrix.
-template <class T, class B, int N> __device__ inline void normalize(const T *gradient, const B *next, f16 *x, u64 count, Momentum s, double eps, double input_scale, const Partial *partials, u64 blocks, Part part) {
+template <class T, class B, class X, int N> __device__ inline void normalize(const T *gradient, const B *next, X *x, u64 count, Momentum s, double eps, double input_scale, const Partial *partials, u64 blocks, Part part) {
   typedef Pack<T, N> G;
   typedef Pack<B, N> F;
-  typedef Pack<f16, N> H;
+  typedef Pack<X, N> H;
   __shared__ double shared_factor;
   Partial sum = {0, 0, 0, 0};
   for (u64 i = threadIdx.x; i < blocks; i += blockDim.x) add(sum, 0, partials[i].squares, 0, partials[i].largest);
@@ -55,8 +55,8 @@ template <class T, class B, int N> __device__ inline void normalize(const T *gra
 }
 
 // data = O times factor.
-template <class T, int N> __device__ inline void finish(const f16 *o, T *data, u64 count, double factor, Part part) {
-  typedef Pack<f16, N> H;
+template <class X, class T, int N> __device__ inline void finish(const X *o, T *data, u64 count, double factor, Part part) {
+  typedef Pack<X, N> H;
   typedef Pack<T, N> D;
   FOR_EACH(i, count) {
     H h = ((const H *)o)[i];

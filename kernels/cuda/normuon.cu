@@ -12,7 +12,7 @@ __device__ inline void line_of(double squares, u64 length, const f32 *second, f3
 }
 
 // One warp sums up a row.
-__device__ inline void second_by_row(const f16 *o, const f32 *second, f32 *next, u64 rows, u64 cols, Second s, Partial *partials, Part part) {
+template <class X> __device__ inline void second_by_row(const X *o, const f32 *second, f32 *next, u64 rows, u64 cols, Second s, Partial *partials, Part part) {
   Partial own = {0, 0, 0, 0};
   const u64 lane = threadIdx.x & 31;
   for (u64 row = part.index * 8 + threadIdx.x / 32; row < rows; row += part.count * 8) {
@@ -26,7 +26,7 @@ __device__ inline void second_by_row(const f16 *o, const f32 *second, f32 *next,
 }
 
 // One block sums up 32 columns, each warp its share of the rows.
-__device__ inline void second_by_col(const f16 *o, const f32 *second, f32 *next, u64 rows, u64 cols, Second s, Partial *partials, Part part) {
+template <class X> __device__ inline void second_by_col(const X *o, const f32 *second, f32 *next, u64 rows, u64 cols, Second s, Partial *partials, Part part) {
   __shared__ double sums[8][32];
   Partial own = {0, 0, 0, 0};
   const u64 lane = threadIdx.x & 31, warp = threadIdx.x / 32;
@@ -47,8 +47,8 @@ __device__ inline void second_by_col(const f16 *o, const f32 *second, f32 *next,
 }
 
 // data = O/sqrt(max(V', floor)) with the norm of O, times what is left in 'factor'; 'partials' are those of second_by_row or second_by_col.
-template <class T, int N> __device__ inline void even(const f16 *o, T *data, u64 count, double factor, const f32 *second, u64 cols, u64 by_row, const Partial *partials, u64 blocks, Part part) {
-  typedef Pack<f16, N> H;
+template <class X, class T, int N> __device__ inline void even(const X *o, T *data, u64 count, double factor, const f32 *second, u64 cols, u64 by_row, const Partial *partials, u64 blocks, Part part) {
+  typedef Pack<X, N> H;
   typedef Pack<T, N> D;
   __shared__ float shared_factor;
   Partial sum = {0, 0, 0, 0};

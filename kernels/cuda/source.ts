@@ -1,5 +1,5 @@
 import { FINGERPRINT } from '../fingerprint.js'
-import { elementwiseEntryPoints, muonEntryPoints, normuonEntryPoints } from './entry-points.js'
+import { elementwiseEntryPoints, muonEntryPoints, normuonEntryPoints, smallEntryPoints } from './entry-points.js'
 
 /**
  * Threads of a block, and the most blocks for one matrix or tensor. They are the same on every card, so that partial
@@ -25,12 +25,12 @@ export const CUDA_OPTIONS = (computeCapability: string) => [
 type Read = (name: `${string}.cu`) => string
 
 /**
- * The elementwise parts of every algorithm in CUDA C++, which includes no header. It is compiled for the card at
- * start-up.
+ * The elementwise parts of every algorithm in CUDA C++, which includes no header, and Newton-Schulz of matrices whose
+ * shorter side is small. It is compiled for the card at start-up.
  *
- * Muon's matrix products are no part of it: they read the float16 matrix that `normalize` writes, and `finish` or
- * `even` reads their result. On Hopper they are those of gemm.cu, on other cards, and for sides that are no multiple of
- * 8, those of ONNX Runtime.
+ * The matrix products of larger matrices are no part of it: they read the float16 matrix that `normalize` writes, and
+ * `finish` or `even` reads their result. On Hopper they are those of gemm.cu, on other cards, and for sides that are no
+ * multiple of 8, those of ONNX Runtime.
  */
 export function cudaSource(read: Read): string {
   return joined([
@@ -43,6 +43,8 @@ export function cudaSource(read: Read): string {
     `\n${muonEntryPoints()}`,
     read('normuon.cu'),
     normuonEntryPoints(),
+    read('small.cu'),
+    smallEntryPoints(),
     read('elementwise.cu'),
     elementwiseEntryPoints(),
   ])

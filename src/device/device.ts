@@ -35,10 +35,11 @@ const READ_BYTES = 1 << 20
 
 const { coefficients, ns_steps } = NAMED_COEFFICIENTS.keller_jordan
 const DTYPES = { gradient_dtype: 'float32', update_dtype: 'float32' } as const
+// A matrix of 64 or fewer rows would leave out the matrix products on a GPU, whose first run takes longest.
 const WARM_UP: readonly Demand[] = [
   demand(
     { kind: 'muon', coefficients: expandCoefficients(coefficients, ns_steps), tall: false, ...DTYPES },
-    { dims: [64, 64], offset: 0 },
+    { dims: [128, 128], offset: 0 },
   ),
   demand({ kind: 'sgd', ...DTYPES }, { dims: [64], offset: 0 }),
 ]

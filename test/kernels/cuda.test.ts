@@ -12,10 +12,12 @@ import {
 } from '../../kernels/cuda/gemm.js'
 import { CUDA_OPTIONS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../kernels/cuda/source.js'
 import { SECOND_MOMENTUM_FLOOR } from '../../kernels/normuon.js'
+import { SMALL_SIDE } from '../../src/device/cuda/small.js'
 import { CUDA_SOURCE, GEMM_SOURCE } from '../../src/device/cuda/sources.js'
 
 const DTYPES = ['float32', 'bfloat16', 'float16'] as const
 const BUFFERS = ['float32', 'bfloat16'] as const
+const PRODUCTS = ['float16', 'float32'] as const
 const ELEMENTWISE = [{ kind: 'adamw' }, { kind: 'adamw', amsgrad: true }, { kind: 'rmsprop' }, { kind: 'sgd' }] as const
 const FILES = readdirSync('kernels/cuda').filter((name) => name.endsWith('.cu'))
 
@@ -25,16 +27,19 @@ t.test('every kernel that can be asked for is in the source', async (t) => {
     ...[true, false].flatMap((vector) => [
       ...BUFFERS.flatMap((momentum_dtype) => [
         CUDA_KERNELS.momentum({ gradient_dtype: from, momentum_dtype }, vector),
-        CUDA_KERNELS.normalize({ gradient_dtype: from, momentum_dtype }, vector),
+        ...PRODUCTS.map((product) => CUDA_KERNELS.normalize({ gradient_dtype: from, momentum_dtype }, product, vector)),
       ]),
-      CUDA_KERNELS.finish(from, vector),
-      CUDA_KERNELS.even(from, vector),
+      ...PRODUCTS.flatMap((product) => [
+        CUDA_KERNELS.finish(from, product, vector),
+        CUDA_KERNELS.even(from, product, vector),
+      ]),
     ]),
     ...DTYPES.flatMap((to) =>
       ELEMENTWISE.map((kind) => CUDA_KERNELS.elementwise({ ...kind, gradient_dtype: from, update_dtype: to })),
     ),
   ])
-  names.push(CUDA_KERNELS.collect(), CUDA_KERNELS.second('row'), CUDA_KERNELS.second('col'))
+  for (const product of PRODUCTS) names.push(CUDA_KERNELS.second('row', product), CUDA_KERNELS.second('col', product))
+  names.push(CUDA_KERNELS.collect(), CUDA_KERNELS.smallGram(), CUDA_KERNELS.smallIterate(), CUDA_KERNELS.smallApply())
   for (const name of names) t.match(CUDA_SOURCE, `__global__ void ${name}(`)
   t.equal(new Set(names).size, names.length)
   t.equal(CUDA_SOURCE.match(/__global__/g)?.length, names.length, 'and no other')
@@ -112,5 +117,8 @@ t.test('the constants that the host and the elementwise kernels both have are th
     const bytes = 8 + item * mostItems(parameters)
     t.ok(bytes <= LIST_BYTES && bytes + item > LIST_BYTES, 'a list has as many items as there is room for')
   }
+  t.equal(constant(CUDA_SOURCE, 'SMALL_SIDE'), SMALL_SIDE)
+  t.equal(constant(CUDA_SOURCE, 'THREAD_SIDE') ** 2, THREADS, 'the threads of a block are a square')
+  t.ok(constant(CUDA_SOURCE, 'SLAB') >= SMALL_SIDE + 1, 'a slab has room for a position of all lines')
   t.match(CUDA_SOURCE, `return x > ${SECOND_MOMENTUM_FLOOR}f ? x : ${SECOND_MOMENTUM_FLOOR}f;`)
 })

@@ -14,6 +14,7 @@ import {
   at,
   type CutPlan,
   crossesBus,
+  type Ends,
   type GpuJob,
   isMatrices,
   isOnGpu,
@@ -41,6 +42,7 @@ import {
 } from './pieces.js'
 import { ALIGNMENT, workspaceBytes } from './scratch.js'
 import { ScratchMemory } from './scratch-memory.js'
+import { isSmall, SmallOrthogonalizer, smallBytes } from './small.js'
 
 const MOST_RESULTS = 64
 // The members of `struct Second` (normuon.cu) after output_scale. Those of `struct Momentum` (muon.cu) are
@@ -51,9 +53,10 @@ const LINES_PER_BLOCK = { row: THREADS / 32, col: 32 }
 
 /**
  * Computes jobs on a GPU. Gradients and updates lie in page-locked host memory or on the GPU, state on the GPU. The
- * elementwise parts are kernels of our own. The matrix products are kernels of our own on Hopper, which take lists of
- * matrices; on other cards, and for sides that are no multiple of 8, they are ONNX Runtime's. Which products a matrix
- * gets depends on its shape alone. All work is queued on streams, and a list of jobs waits for them once. `load` sets
+ * elementwise parts are kernels of our own, and so is Newton-Schulz of matrices whose shorter side is small. The matrix
+ * products of larger ones are kernels of our own on Hopper; on other cards, and for sides that are no multiple of 8,
+ * they are ONNX Runtime's. Kernels of our own take lists of matrices. Which products a matrix gets depends on its shape
+ * alone. All work is queued on streams, and a list of jobs waits for them once. `load` sets
  * the scratch memory aside.
  */
 export class CudaExecutor implements Executor {
@@ -65,6 +68,7 @@ export class CudaExecutor implements Executor {
   readonly #lists: LaunchLists
   readonly #orthogonalizer: Orthogonalizer
   readonly #hopper: Hopper | undefined
+  readonly #small: SmallOrthogonalizer
   readonly #results: { pointer: Pointer; view: DataView }
   readonly #scratch: ScratchMemory
   readonly #plans = new WeakMap<Plan, CutPlan>()
@@ -79,6 +83,7 @@ export class CudaExecutor implements Executor {
     this.#scratch = new ScratchMemory(this.#cuda)
     this.#lineSums = this.#cuda.allocate(MAX_BLOCKS * PARTIAL_BYTES)
     this.#lists = new LaunchLists(this.#stream, this.#cuda.load(cubin))
+    this.#small = new SmallOrthogonalizer(this.#cuda, this.#stream, this.#lists)
     this.#orthogonalizer = new Orthogonalizer(folder, gpu, this.#stream)
     this.#hopper = hopper && new Hopper(this.#cuda, this.#stream, hopper)
     const pointer = this.#cuda.allocateHost(RESULT_BYTES * MOST_RESULTS)
@@ -92,7 +97,8 @@ export class CudaExecutor implements Executor {
       if (kernel.kind !== 'muon') continue
       const [rows, cols] = dims
       const { coefficients } = kernel
-      if (this.#takesHopper(rows, cols)) this.#hopper?.run(this.#hopper.prepare([{ rows, cols, coefficients }]))
+      if (isSmall(rows, cols)) this.#small.prepare(coefficients)
+      else if (this.#takesHopper(rows, cols)) this.#hopper?.run(this.#hopper.prepare([{ rows, cols, coefficients }]))
       else this.#orthogonalizer.run(coefficients, this.#matrices(rows, cols))
     }
     this.#stream.synchronize()
@@ -129,6 +135,7 @@ export class CudaExecutor implements Executor {
     this.#stream.synchronize()
     this.#orthogonalizer.close()
     this.#hopper?.close()
+    this.#small.close()
     this.#scratch.free()
     this.#cuda.free(this.#lineSums)
     this.#cuda.freeHost(this.#results.pointer)
@@ -289,11 +296,32 @@ export class CudaExecutor implements Executor {
   }
 
   #orthogonalize(matrices: readonly JobMatrix[]): void {
-    const together = matrices.filter(({ stack }) => this.#takesHopper(stack.rows, stack.cols))
-    const alone = matrices.filter(({ stack }) => !this.#takesHopper(stack.rows, stack.cols))
+    const small = matrices.filter(({ stack }) => isSmall(stack.rows, stack.cols))
+    const large = matrices.filter(({ stack }) => !isSmall(stack.rows, stack.cols))
+    const together = large.filter(({ stack }) => this.#takesHopper(stack.rows, stack.cols))
+    const alone = large.filter(({ stack }) => !this.#takesHopper(stack.rows, stack.cols))
+    const room = this.#scratch.bytes('products')
+    for (const list of listsOf(small, { room, workspaceOf: smallBytes })) this.#orthogonalizeSmall(list)
     for (const matrix of alone) this.#orthogonalizeAlone(matrix)
-    const workspaces = { room: this.#scratch.bytes('products'), workspaceOf: workspaceBytes }
-    for (const list of listsOf(together, workspaces)) this.#orthogonalizeTogether(list)
+    for (const list of listsOf(together, { room, workspaceOf: workspaceBytes })) this.#orthogonalizeTogether(list)
+  }
+
+  #orthogonalizeSmall(matrices: readonly JobMatrix[]): void {
+    const take = this.#scratch.dealer()
+    const list = matrices.map(({ stack: { rows, cols, spec } }) => {
+      return { rows, cols, coefficients: spec.coefficients, memory: take('products', smallBytes(rows, cols)) }
+    })
+    const run = () => this.#small.run(list)
+    this.#between(matrices, this.#small.endsOf(list), run)
+  }
+
+  /** Queues what comes before and after the products of matrices, and between them the products. */
+  #between(matrices: readonly JobMatrix[], ends: readonly Ends[], products: () => void): void {
+    for (const [i, matrix] of matrices.entries()) this.#normalize(matrix, ends[i])
+    this.#lists.launch()
+    products()
+    for (const [i, matrix] of matrices.entries()) this.#finish(matrix, ends[i])
+    this.#lists.launch()
   }
 
   #takesHopper(rows: number, cols: number): boolean {
@@ -303,64 +331,58 @@ export class CudaExecutor implements Executor {
   #orthogonalizeAlone(matrix: JobMatrix): void {
     const { rows, cols, spec } = matrix.stack
     const memory = this.#matrices(rows, cols)
-    const { input_scale, output_scale } = this.#orthogonalizer.scales(spec.coefficients, memory)
-    this.#normalize(matrix, memory.x, input_scale)
-    this.#lists.launch()
-    this.#orthogonalizer.run(spec.coefficients, memory)
-    this.#finish(matrix, memory.o, output_scale)
-    this.#lists.launch()
+    const scales = this.#orthogonalizer.scales(spec.coefficients, memory)
+    const ends: Ends = { x: memory.x, o: memory.o, product: 'float16', ...scales }
+    this.#between([matrix], [ends], () => this.#orthogonalizer.run(spec.coefficients, memory))
   }
 
   #orthogonalizeTogether(matrices: readonly JobMatrix[]): void {
-    if (!this.#hopper) return
+    const hopper = this.#hopper
+    if (!hopper) return
     const list = matrices.map(({ stack }) => ({
       rows: stack.rows,
       cols: stack.cols,
       coefficients: stack.spec.coefficients,
     }))
-    const program = this.#hopper.prepare(list)
-    for (const [i, matrix] of matrices.entries()) this.#normalize(matrix, program.ends[i].x, 1)
-    this.#lists.launch()
-    this.#hopper.run(program)
-    for (const [i, matrix] of matrices.entries()) this.#finish(matrix, program.ends[i].o, 1)
-    this.#lists.launch()
+    const program = hopper.prepare(list)
+    this.#between(matrices, program.ends, () => hopper.run(program))
   }
 
-  #normalize(matrix: JobMatrix, x: Pointer, input_scale: number): void {
+  #normalize(matrix: JobMatrix, { x, product, input_scale }: Ends): void {
     const { gpuJob, stack, index, partials } = matrix
     const { job, gradient } = gpuJob
     const { gradient_dtype, momentum_dtype = 'float32' } = stack.spec
     const blocks = blocksFor(stack)
-    this.#lists.add(CUDA_KERNELS.normalize(stack.spec, packOf(stack) > 1), blocks, [
+    this.#lists.add(CUDA_KERNELS.normalize(stack.spec, product, packOf(stack) > 1), blocks, [
       ...[at(matrix, gradient, gradient_dtype), at(matrix, job.next[0], momentum_dtype), x, packsOf(stack)],
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), scalarOf(job, 'eps'), input_scale],
       ...[partials + BigInt(index * blocks * PARTIAL_BYTES), BigInt(blocks)],
     ])
   }
 
-  #finish(matrix: JobMatrix, o: Pointer, output_scale: number): void {
+  #finish(matrix: JobMatrix, ends: Ends): void {
     const { gpuJob, stack } = matrix
     const { update_dtype, second_momentum } = stack.spec
-    if (second_momentum) return this.#even(matrix, o, { output_scale, per: second_momentum })
-    this.#lists.add(CUDA_KERNELS.finish(update_dtype, packOf(stack) > 1), blocksFor(stack), [
-      ...[o, at(matrix, gpuJob.update, update_dtype), packsOf(stack), stack.factor * output_scale],
+    if (second_momentum) return this.#even(matrix, ends, second_momentum)
+    this.#lists.add(CUDA_KERNELS.finish(update_dtype, ends.product, packOf(stack) > 1), blocksFor(stack), [
+      ...[ends.o, at(matrix, gpuJob.update, update_dtype), packsOf(stack), stack.factor * ends.output_scale],
     ])
   }
 
   /** Queues NorMuon's part for one matrix: the second momentum and the update. */
-  #even(matrix: JobMatrix, o: Pointer, { output_scale, per }: { output_scale: number; per: 'row' | 'col' }): void {
+  #even(matrix: JobMatrix, { o, product, output_scale }: Ends, per: 'row' | 'col'): void {
     const { gpuJob, stack, index } = matrix
     const { rows, cols, spec } = stack
     const { state, next } = gpuJob.job
     const offset = BigInt((stack.lines + index * Math.max(rows, cols)) * bytesPerElement('float32'))
     const blocks = Math.min(MAX_BLOCKS, Math.ceil(Math.max(rows, cols) / LINES_PER_BLOCK[per]))
     // One matrix after the other, because all of them use the same sums.
-    this.#lists.add(CUDA_KERNELS.second(per), blocks, [
+    this.#lists.add(CUDA_KERNELS.second(per, product), blocks, [
       ...[o, state ? state[1] + offset : 0n, next[1] + offset, BigInt(rows), BigInt(cols), output_scale],
       ...[...SECOND_SCALARS.map((name) => scalarOf(gpuJob.job, name)), this.#lineSums],
     ])
     this.#lists.launch()
-    this.#lists.add(CUDA_KERNELS.even(spec.update_dtype, packOf(stack) > 1), blocksFor(stack), [
+    this.#lists.add(CUDA_KERNELS.even(spec.update_dtype, product, packOf(stack) > 1), blocksFor(stack), [
       ...[o, at(matrix, gpuJob.update, spec.update_dtype), packsOf(stack), stack.factor * output_scale],
       ...[next[1] + offset, BigInt(cols), per === 'row' ? 1n : 0n, this.#lineSums, BigInt(blocks)],
     ])

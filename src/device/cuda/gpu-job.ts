@@ -1,4 +1,5 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
+import type { ProductType } from '../../../kernels/cuda/entry-points.js'
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
 import type { KernelSpec } from '../../../kernels/kernel.js'
 import type { Job } from '../job.js'
@@ -30,6 +31,18 @@ export type JobStack<Spec extends KernelSpec = KernelSpec> = { gpuJob: GpuJob; s
 
 /** One matrix that goes through Newton-Schulz: number `index` of its stack. */
 export type JobMatrix = JobStack<MuonSpec> & { index: number }
+
+/**
+ * Where the matrix products of one Newton-Schulz read X and leave O, both of type `product`: X has to be u/‖u‖ times
+ * `input_scale`, and the result times `output_scale` is O.
+ */
+export type Ends = {
+  readonly x: Pointer
+  readonly o: Pointer
+  readonly product: ProductType
+  readonly input_scale: number
+  readonly output_scale: number
+}
 
 /** Whether a job computes on a copy of its gradient: it comes from the host, or its client may change it. */
 export function isReceived({ gradient, source }: Job): boolean {

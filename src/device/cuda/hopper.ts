@@ -13,19 +13,21 @@ import { Cache } from '../cache.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
 import { aligned } from '../staging.js'
 import type { Cuda, CudaStream } from './cuda.js'
+import type { Ends } from './gpu-job.js'
 import { ALIGNMENT, workspaceBytes } from './scratch.js'
-
-/** Addresses for one matrix of a list: the caller writes `x` before `run`, and `o` has the result after it. */
-export type Ends = { x: Pointer; o: Pointer }
 
 /** The shape of a matrix of a list, and the coefficients of its Newton-Schulz. */
 type ListedMatrix = { rows: number; cols: number; coefficients: readonly Triple[] }
 type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
-/** The Newton-Schulz of one list of matrices; good until another list has been prepared or the workspaces move. */
+/**
+ * The Newton-Schulz of one list of matrices; good until another list has been prepared or the workspaces move. The
+ * caller writes every x of `ends` before `run`, and the o have the results after it.
+ */
 type Program = { ends: Ends[]; launches: Launch[]; memory: readonly Pointer[] }
 type Addresses = { [Name in keyof Workspace]: Pointer }
 
 const HALF_BYTES = 2
+const IN_HALF = { product: 'float16', input_scale: 1, output_scale: 1 } as const
 // Lists of other shapes or coefficients have other programs; a training run has a few dozen.
 const MAX_PROGRAMS = 128
 // A tensor map starts on 64 bytes.
@@ -106,7 +108,7 @@ export class Hopper {
     })
     const data = this.#upload(plans.flatMap(({ problems, tiles }) => [problems, tiles]))
     return {
-      ends: addresses.map((own, i) => ({ x: own.x, o: own[steps[i].output] })),
+      ends: addresses.map((own, i) => ({ x: own.x, o: own[steps[i].output], ...IN_HALF })),
       launches: plans.map(({ rounds }, i) => ({ problems: data[2 * i], tiles: data[2 * i + 1], rounds })),
       memory: [maps[0], data[0]],
     }

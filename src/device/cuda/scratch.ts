@@ -5,6 +5,7 @@ import type { Scratch } from '../executor.js'
 import { type Demand, type GroupLimit, SLICE_ELEMENTS } from '../job.js'
 import { aligned } from '../staging.js'
 import { checkBlocksOf, isMuon, partialBytes, piecesOf, TOGETHER, TOGETHER_ELEMENTS } from './pieces.js'
+import { isSmall, smallBytes } from './small.js'
 
 /** Matrices and tensors in scratch memory start at multiples of this many bytes. */
 export const ALIGNMENT = 256
@@ -31,6 +32,8 @@ export type Largest = {
   readonly workspaceRatio: number
   /** The workspaces of all such matrices of one job. */
   readonly workspaces: number
+  /** The workspace of one matrix whose shorter side is small. */
+  readonly small: number
   /** The input and the output of one matrix, or of one slice of a tensor, that goes through ONNX Runtime alone. */
   readonly alone: number
   /** What ONNX Runtime allocates for that matrix or slice. */
@@ -39,7 +42,7 @@ export type Largest = {
 
 const NOTHING: Largest = {
   ...{ gradient: 0, update: 0, stateRatio: 0, updateRatio: 0, partials: 0 },
-  ...{ workspace: 0, workspaceRatio: 0, workspaces: 0, alone: 0, provider: 0 },
+  ...{ workspace: 0, workspaceRatio: 0, workspaces: 0, small: 0, alone: 0, provider: 0 },
 }
 
 const HALF_BYTES = 2
@@ -75,6 +78,7 @@ export function largest(all: readonly Largest[]): Largest {
     workspace: Math.max(a.workspace, b.workspace),
     workspaceRatio: Math.max(a.workspaceRatio, b.workspaceRatio),
     workspaces: Math.max(a.workspaces, b.workspaces),
+    small: Math.max(a.small, b.small),
     alone: Math.max(a.alone, b.alone),
     provider: Math.max(a.provider, b.provider),
   })
@@ -93,7 +97,7 @@ export function scratchFor(of: Largest, limit: GroupLimit): Scratch {
     gradients: gradients + padding,
     updates: updates + padding,
     partials: limit.jobs * of.partials,
-    products: Math.max(of.workspace, list, of.alone),
+    products: Math.max(of.workspace, list, of.small, Math.min(TOGETHER * of.small, SMALL_TOGETHER), of.alone),
     provider: of.provider,
     full: fullAt(of, limit),
   }
@@ -110,6 +114,8 @@ export function totalOf({ gradients, updates, partials, products, provider }: Sc
 
 // Scratch memory is for so many of the largest gradients, and a group has that many of them or more of smaller ones.
 const LARGEST_TOGETHER = 4
+// Bytes of workspaces of small matrices from which on a list is cut, if it has several.
+const SMALL_TOGETHER = 64 << 20
 
 function fullAt(of: Largest, { bytes }: GroupLimit): number {
   return Math.min(bytes, (LARGEST_TOGETHER - 1) * of.gradient)
@@ -125,6 +131,7 @@ function largestMatrices(demand: Demand, kernels: Kernels): Largest {
   const matrices = pieces.flatMap(({ stacks }) => stacks.filter(isMuon))
   let workspaces = 0
   const shapes = matrices.map(({ rows, cols, count }) => {
+    if (isSmall(rows, cols)) return { ...NOTHING, small: smallBytes(rows, cols) }
     if (kernels !== 'own' || !fitsGemm(rows, cols)) return throughProvider(rows, cols)
     const workspace = workspaceBytes(rows, cols)
     workspaces += count * workspace

@@ -16,6 +16,7 @@ import {
   totalOf,
   workspaceBytes,
 } from '../../../src/device/cuda/scratch.js'
+import { isSmall, smallBytes } from '../../../src/device/cuda/small.js'
 import type { Plan } from '../../../src/optimizer/plan.js'
 import { ADAMW, matrices, planOf } from './plans.js'
 
@@ -44,9 +45,13 @@ t.test('scratch has room for every group of jobs that is no larger than what was
       const all = pieces
         .flat()
         .flatMap(({ stacks }) => stacks.flatMap((stack) => Array.from({ length: stack.count }, () => ({ stack }))))
-      const lists = listsOf(all, { room: products, workspaceOf: workspaceBytes }).map((list) =>
-        list.reduce((total, { stack }) => total + workspaceBytes(stack.rows, stack.cols), 0),
-      )
+      const bytesOf = (few: typeof all, workspaceOf: typeof workspaceBytes) =>
+        listsOf(few, { room: products, workspaceOf }).map((list) =>
+          list.reduce((total, { stack }) => total + workspaceOf(stack.rows, stack.cols), 0),
+        )
+      const small = all.filter(({ stack }) => isSmall(stack.rows, stack.cols))
+      const large = all.filter(({ stack }) => !isSmall(stack.rows, stack.cols))
+      const lists = [...bytesOf(small, smallBytes), ...bytesOf(large, workspaceBytes)]
       return (
         sum((one) => Math.ceil(one.gradient_bytes / 256) * 256) <= gradients &&
         sum((one) => Math.ceil(one.update_bytes / 256) * 256) <= updates &&
@@ -61,11 +66,13 @@ t.test('scratch has room for every group of jobs that is no larger than what was
 t.test(
   'what goes through ONNX Runtime has room for one matrix, and what that takes beside it is counted',
   async (t) => {
-    const elements = 33 * 77
-    const of = largestOf([demand(matrices(1, 33, 77), elements)], 'own')
+    const elements = 65 * 77
+    const of = largestOf([demand(matrices(1, 65, 77), elements)], 'own')
     const half = Math.ceil((elements * 2) / 256) * 256
-    t.match(of, { workspace: 0, alone: 2 * half, provider: 2 * (2 * elements + 4 * 33 * 33), stateRatio: 4 })
-    t.same(largestOf([demand(matrices(1, 64, 64), 4096)], 'own_but_products').workspace, 0)
+    t.match(of, { workspace: 0, alone: 2 * half, small: 0, provider: 2 * (2 * elements + 4 * 65 * 65), stateRatio: 4 })
+    const large = demand(matrices(1, 128, 128), 128 * 128)
+    t.same(largestOf([large], 'own_but_products').workspace, 0)
+    t.ok(largestOf([large], 'own').workspace > 0)
     const scratch = scratchFor(of, { jobs: 1, bytes: 1 })
     t.equal(scratch.products, 2 * half)
     t.equal(
@@ -77,6 +84,22 @@ t.test(
     t.same(largest([]), largest([largest([])]))
   },
 )
+
+t.test('a matrix whose shorter side is small takes a workspace of its own kind on every card', async (t) => {
+  const limit = { jobs: 8, bytes: 2 ** 28 }
+  for (const kernels of ['own', 'own_but_products'] as const) {
+    const of = largestOf([demand(matrices(2, 64, 3000), 2 * 64 * 3000), demand(matrices(1, 7, 1), 7)], kernels)
+    t.match(of, { small: smallBytes(64, 3000), workspace: 0, workspaces: 0, alone: 0, provider: 0 })
+    t.equal(scratchFor(of, limit).products, 64 * 2 ** 20, 'a list is cut where it has so many bytes')
+    const few = largestOf([demand(matrices(1, 7, 1), 7)], kernels)
+    t.equal(scratchFor(few, limit).products, TOGETHER * smallBytes(7, 1))
+    const one = largestOf([demand(matrices(1, 64, 2 ** 18), 2 ** 24)], kernels)
+    t.equal(scratchFor(one, limit).products, smallBytes(64, 2 ** 18), 'one matrix always has room')
+  }
+  const large = largestOf([demand(matrices(1, 4096, 4096), 2 ** 24)], 'own')
+  const both = largest([large, largestOf([demand(matrices(1, 1, 1), 1)], 'own')])
+  t.equal(scratchFor(both, limit).products, scratchFor(large, limit).products, 'small ones beside it take nothing more')
+})
 
 t.test('ONNX Runtime alone has room for the largest task, or for a slice of it', async (t) => {
   t.match(largestOf([demand(matrices(3, 33, 77), 3 * 33 * 77)], 'onnx'), {
