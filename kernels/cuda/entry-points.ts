@@ -32,6 +32,7 @@ export const CUDA_KERNELS = {
     `normalize_${momentumTypes(types)}_${TYPE_NAMES[product]}_${packOf(vector)}`,
   finish: (dtype: Dtype, product: ProductType, vector: boolean) =>
     `finish_${TYPE_NAMES[product]}_${TYPE_NAMES[dtype]}_${packOf(vector)}`,
+  resize: () => 'resize_f16',
   second: (per: 'row' | 'col', product: ProductType) => `second_${per}_${TYPE_NAMES[product]}`,
   even: (dtype: Dtype, product: ProductType, vector: boolean) =>
     `even_${TYPE_NAMES[product]}_${TYPE_NAMES[dtype]}_${packOf(vector)}`,
@@ -62,6 +63,7 @@ const VECTORS = [false, true] as const
 export function muonEntryPoints(): string {
   return lines([
     collectEntryPoint(),
+    resizeEntryPoint(),
     ...TYPES.flatMap((type) => [scanEntryPoint(type), '', ...VECTORS.flatMap((v) => matrixEntryPoints(type, v))]),
   ])
 }
@@ -129,6 +131,12 @@ function collectEntryPoint(): string {
     ...['const Partial *gradient', 'u64 gradient_blocks', 'u64 gradient_bytes'],
     ...['const Partial *update', 'u64 update_blocks', 'u64 update_bytes'],
     ...['const Partial *checks', 'u64 check_blocks', 'volatile Result *result'],
+  ])
+}
+
+function resizeEntryPoint(): string {
+  return entryPoint(CUDA_KERNELS.resize(), 'resize', [
+    ...['const f16 *from', 'u64 from_rows', 'u64 from_cols', 'f16 *to', 'u64 rows', 'u64 cols'],
   ])
 }
 

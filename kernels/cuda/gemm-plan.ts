@@ -22,8 +22,19 @@ export type GemmAddend = { readonly matrix: GemmMatrix; readonly factor: number 
 /** A launch as the kernel reads it: the bytes of its problems and tiles, with `rounds` tiles for each cluster. */
 export type GemmPlan = { readonly problems: Uint8Array; readonly tiles: Uint8Array; readonly rounds: number }
 
-/** Whether tensor maps can describe a matrix and its Gram matrix: every row has to start on a multiple of 16 bytes. */
-export const fitsGemm = (rows: number, cols: number) => rows % 8 === 0 && cols % 8 === 0
+// Tensor maps describe a matrix, and its Gram matrix, whose every row starts on a multiple of 16 bytes.
+const GEMM_MULTIPLE = 8
+
+/** The shape of a matrix with as many zeros added as products need; they add only singular values that are 0. */
+export function paddedShape({ rows, cols }: { rows: number; cols: number }): { rows: number; cols: number } {
+  const [height, width] = [rows, cols].map((side) => Math.ceil(side / GEMM_MULTIPLE) * GEMM_MULTIPLE)
+  return { rows: height, cols: width }
+}
+
+/** Whether products need zeros added to a matrix. */
+export function isPadded({ rows, cols }: { rows: number; cols: number }): boolean {
+  return rows % GEMM_MULTIPLE > 0 || cols % GEMM_MULTIPLE > 0
+}
 
 const isTall = (x: GemmMatrix) => x.rows > x.cols
 

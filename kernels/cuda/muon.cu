@@ -65,3 +65,11 @@ template <class X, class T, int N> __device__ inline void finish(const X *o, T *
     ((D *)data)[i] = d;
   }
 }
+
+// 'to' is 'from' with rows and columns of zeros added behind its own, or without those that it has no room for.
+__device__ inline void resize(const f16 *from, u64 from_rows, u64 from_cols, f16 *to, u64 rows, u64 cols, Part part) {
+  FOR_EACH(i, rows * cols) {
+    const u64 row = i / cols, col = i - row * cols;
+    to[i].bits = row < from_rows && col < from_cols ? from[row * from_cols + col].bits : 0;
+  }
+}

@@ -29,8 +29,7 @@ type Read = (name: `${string}.cu`) => string
  * shorter side is small. It is compiled for the card at start-up.
  *
  * The matrix products of larger matrices are no part of it: they read the float16 matrix that `normalize` writes, and
- * `finish` or `even` reads their result. On Hopper they are those of gemm.cu, on other cards, and for sides that are no
- * multiple of 8, those of ONNX Runtime.
+ * `finish` or `even` reads their result. On Hopper they are those of gemm.cu, on other cards those of ONNX Runtime.
  */
 export function cudaSource(read: Read): string {
   return joined([

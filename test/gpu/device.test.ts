@@ -62,6 +62,7 @@ t.test('the device alone', { skip: NO_GPU, timeout: 300_000 }, async (t) => {
     [40, 96],
     [256, 64],
     [65, 72],
+    [130, 67],
     [512, 1024],
     [1024, 512],
   ] as const) {

@@ -39,7 +39,13 @@ t.test('every kernel that can be asked for is in the source', async (t) => {
     ),
   ])
   for (const product of PRODUCTS) names.push(CUDA_KERNELS.second('row', product), CUDA_KERNELS.second('col', product))
-  names.push(CUDA_KERNELS.collect(), CUDA_KERNELS.smallGram(), CUDA_KERNELS.smallIterate(), CUDA_KERNELS.smallApply())
+  names.push(
+    CUDA_KERNELS.collect(),
+    CUDA_KERNELS.resize(),
+    CUDA_KERNELS.smallGram(),
+    CUDA_KERNELS.smallIterate(),
+    CUDA_KERNELS.smallApply(),
+  )
   for (const name of names) t.match(CUDA_SOURCE, `__global__ void ${name}(`)
   t.equal(new Set(names).size, names.length)
   t.equal(CUDA_SOURCE.match(/__global__/g)?.length, names.length, 'and no other')

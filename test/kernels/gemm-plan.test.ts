@@ -2,10 +2,11 @@ import t from 'tap'
 import { GEMM_MODES, GEMM_TILE } from '../../kernels/cuda/gemm.js'
 import {
   applyProblem,
-  fitsGemm,
   type GemmMatrix,
   type GemmProblem,
   gramProblem,
+  isPadded,
+  paddedShape,
   planGemm,
   productProblem,
 } from '../../kernels/cuda/gemm-plan.js'
@@ -140,8 +141,14 @@ t.test('a problem holds its maps in the order A, B, D, C, E and its factors as f
   t.same(factors(56), [3, 0, 0])
 })
 
-t.test('only matrices whose rows start on 16 bytes, and whose Gram matrix does, fit', async (t) => {
-  t.ok(fitsGemm(768, 3072))
-  t.notOk(fitsGemm(33, 72))
-  t.notOk(fitsGemm(72, 33))
+t.test('zeros are added until all rows of a matrix and of its Gram matrix start on 16 bytes', async (t) => {
+  for (const [rows, cols, height, width] of [
+    [768, 3072, 768, 3072],
+    [73, 80, 80, 80],
+    [80, 73, 80, 80],
+    [65, 1001, 72, 1008],
+  ] as const) {
+    t.same(paddedShape({ rows, cols }), { rows: height, cols: width })
+    t.equal(isPadded({ rows, cols }), rows !== height || cols !== width)
+  }
 })

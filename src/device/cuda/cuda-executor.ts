@@ -1,6 +1,5 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
-import { fitsGemm } from '../../../kernels/cuda/gemm-plan.js'
 import { MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../../kernels/cuda/source.js'
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
 import { kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
@@ -54,10 +53,9 @@ const LINES_PER_BLOCK = { row: THREADS / 32, col: 32 }
 /**
  * Computes jobs on a GPU. Gradients and updates lie in page-locked host memory or on the GPU, state on the GPU. The
  * elementwise parts are kernels of our own, and so is Newton-Schulz of matrices whose shorter side is small. The matrix
- * products of larger ones are kernels of our own on Hopper; on other cards, and for sides that are no multiple of 8,
- * they are ONNX Runtime's. Kernels of our own take lists of matrices. Which products a matrix gets depends on its shape
- * alone. All work is queued on streams, and a list of jobs waits for them once. `load` sets
- * the scratch memory aside.
+ * products of larger ones are kernels of our own on Hopper, and ONNX Runtime's on other cards. Kernels of our own take
+ * lists of matrices. Which products a matrix gets depends on its shape alone. All work is queued on streams, and a list
+ * of jobs waits for them once. `load` sets the scratch memory aside.
  */
 export class CudaExecutor implements Executor {
   readonly #cuda: Cuda
@@ -85,7 +83,7 @@ export class CudaExecutor implements Executor {
     this.#lists = new LaunchLists(this.#stream, this.#cuda.load(cubin))
     this.#small = new SmallOrthogonalizer(this.#cuda, this.#stream, this.#lists)
     this.#orthogonalizer = new Orthogonalizer(folder, gpu, this.#stream)
-    this.#hopper = hopper && new Hopper(this.#cuda, this.#stream, hopper)
+    this.#hopper = hopper && new Hopper({ cuda: this.#cuda, stream: this.#stream, lists: this.#lists }, hopper)
     const pointer = this.#cuda.allocateHost(RESULT_BYTES * MOST_RESULTS)
     this.#results = { pointer, view: new DataView(viewMemory(pointer, RESULT_BYTES * MOST_RESULTS).buffer) }
   }
@@ -98,7 +96,7 @@ export class CudaExecutor implements Executor {
       const [rows, cols] = dims
       const { coefficients } = kernel
       if (isSmall(rows, cols)) this.#small.prepare(coefficients)
-      else if (this.#takesHopper(rows, cols)) this.#hopper?.run(this.#hopper.prepare([{ rows, cols, coefficients }]))
+      else if (this.#hopper) this.#hopper.run(this.#hopper.prepare([{ rows, cols, coefficients }]))
       else this.#orthogonalizer.run(coefficients, this.#matrices(rows, cols))
     }
     this.#stream.synchronize()
@@ -298,12 +296,10 @@ export class CudaExecutor implements Executor {
   #orthogonalize(matrices: readonly JobMatrix[]): void {
     const small = matrices.filter(({ stack }) => isSmall(stack.rows, stack.cols))
     const large = matrices.filter(({ stack }) => !isSmall(stack.rows, stack.cols))
-    const together = large.filter(({ stack }) => this.#takesHopper(stack.rows, stack.cols))
-    const alone = large.filter(({ stack }) => !this.#takesHopper(stack.rows, stack.cols))
     const room = this.#scratch.bytes('products')
     for (const list of listsOf(small, { room, workspaceOf: smallBytes })) this.#orthogonalizeSmall(list)
-    for (const matrix of alone) this.#orthogonalizeAlone(matrix)
-    for (const list of listsOf(together, { room, workspaceOf: workspaceBytes })) this.#orthogonalizeTogether(list)
+    if (this.#hopper === undefined) for (const matrix of large) this.#orthogonalizeAlone(matrix)
+    else for (const list of listsOf(large, { room, workspaceOf: workspaceBytes })) this.#onHopper(list, this.#hopper)
   }
 
   #orthogonalizeSmall(matrices: readonly JobMatrix[]): void {
@@ -324,10 +320,6 @@ export class CudaExecutor implements Executor {
     this.#lists.launch()
   }
 
-  #takesHopper(rows: number, cols: number): boolean {
-    return this.#hopper !== undefined && fitsGemm(rows, cols)
-  }
-
   #orthogonalizeAlone(matrix: JobMatrix): void {
     const { rows, cols, spec } = matrix.stack
     const memory = this.#matrices(rows, cols)
@@ -336,9 +328,7 @@ export class CudaExecutor implements Executor {
     this.#between([matrix], [ends], () => this.#orthogonalizer.run(spec.coefficients, memory))
   }
 
-  #orthogonalizeTogether(matrices: readonly JobMatrix[]): void {
-    const hopper = this.#hopper
-    if (!hopper) return
+  #onHopper(matrices: readonly JobMatrix[], hopper: Hopper): void {
     const list = matrices.map(({ stack }) => ({
       rows: stack.rows,
       cols: stack.cols,

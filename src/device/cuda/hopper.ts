@@ -1,7 +1,8 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 
+import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
 import { GEMM_CLUSTER, GEMM_KERNEL, GEMM_SHARED_BYTES, GEMM_THREADS } from '../../../kernels/cuda/gemm.js'
-import { type GemmMatrix, planGemm } from '../../../kernels/cuda/gemm-plan.js'
+import { type GemmMatrix, isPadded, paddedShape, planGemm } from '../../../kernels/cuda/gemm-plan.js'
 import {
   newtonSchulzSteps,
   WORKSPACE_SQUARE,
@@ -14,19 +15,23 @@ import type { Pointer } from '../onnx/onnxruntime.js'
 import { aligned } from '../staging.js'
 import type { Cuda, CudaStream } from './cuda.js'
 import type { Ends } from './gpu-job.js'
-import { ALIGNMENT, workspaceBytes } from './scratch.js'
+import type { LaunchLists } from './launch-lists.js'
+import { blocksOf } from './pieces.js'
+import { halfBytes, workspaceBytes } from './scratch.js'
 
 /** The shape of a matrix of a list, and the coefficients of its Newton-Schulz. */
-type ListedMatrix = { rows: number; cols: number; coefficients: readonly Triple[] }
+type ListedMatrix = Shape & { coefficients: readonly Triple[] }
 type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
 /**
  * The Newton-Schulz of one list of matrices; good until another list has been prepared or the workspaces move. The
  * caller writes every x of `ends` before `run`, and the o have the results after it.
  */
-type Program = { ends: Ends[]; launches: Launch[]; memory: readonly Pointer[] }
+type Program = { ends: Ends[]; padded: Padded[]; launches: Launch[]; memory: readonly Pointer[] }
+/** A matrix without the zeros that its products have: X and then O at `plain`. */
+type Padded = { rows: number; cols: number; plain: Pointer; x: Pointer; o: Pointer }
+type Shape = { rows: number; cols: number }
 type Addresses = { [Name in keyof Workspace]: Pointer }
 
-const HALF_BYTES = 2
 const IN_HALF = { product: 'float16', input_scale: 1, output_scale: 1 } as const
 // Lists of other shapes or coefficients have other programs; a training run has a few dozen.
 const MAX_PROGRAMS = 128
@@ -41,15 +46,17 @@ const WORKSPACE_NAMES = [...WORKSPACE_WIDE, ...WORKSPACE_SQUARE]
 export class Hopper {
   readonly #cuda: Cuda
   readonly #stream: CudaStream
+  readonly #lists: LaunchLists
   readonly #kernel: Pointer
   readonly #clusters: number
   readonly #programs: Cache<Program>
   readonly #texts = new WeakMap<readonly Triple[], string>()
   #memory = 0n
 
-  constructor(cuda: Cuda, stream: CudaStream, cubin: Uint8Array) {
+  constructor({ cuda, stream, lists }: { cuda: Cuda; stream: CudaStream; lists: LaunchLists }, cubin: Uint8Array) {
     this.#cuda = cuda
     this.#stream = stream
+    this.#lists = lists
     this.#kernel = cuda.load(cubin)(GEMM_KERNEL)
     cuda.allowSharedMemory(this.#kernel, GEMM_SHARED_BYTES)
     this.#clusters = Math.floor(cuda.multiprocessors / GEMM_CLUSTER)
@@ -72,14 +79,25 @@ export class Hopper {
   }
 
   /** Queues the products of a list, whose every `x` has been written. */
-  run({ launches }: Program): void {
+  run({ launches, padded }: Program): void {
+    for (const { plain, x, ...shape } of padded) this.#resize([plain, shape], [x, paddedShape(shape)])
+    this.#lists.launch()
     const grid = { x: this.#clusters * GEMM_CLUSTER, threads: GEMM_THREADS, shared: GEMM_SHARED_BYTES }
     for (const { problems, tiles, rounds } of launches)
       this.#stream.launch(this.#kernel, grid, [problems, tiles, BigInt(rounds)])
+    for (const { plain, o, ...shape } of padded) this.#resize([o, paddedShape(shape)], [plain, shape])
+    this.#lists.launch()
   }
 
   close(): void {
     this.#programs.clear()
+  }
+
+  #resize([from, before]: readonly [Pointer, Shape], [to, after]: readonly [Pointer, Shape]): void {
+    this.#lists.add(CUDA_KERNELS.resize(), blocksOf(after.rows * after.cols), [
+      ...[from, BigInt(before.rows), BigInt(before.cols)],
+      ...[to, BigInt(after.rows), BigInt(after.cols)],
+    ])
   }
 
   // The jobs of a list share their coefficients, whose text takes longer than all else of a key.
@@ -91,13 +109,17 @@ export class Hopper {
 
   #build(list: readonly ListedMatrix[]): Program {
     let at = this.#memory
-    const addresses = list.map(({ rows, cols }) => {
-      const own = addressesOf(at, rows, cols)
+    const starts = list.map(({ rows, cols }) => {
+      const start = at
       at += BigInt(workspaceBytes(rows, cols))
-      return own
+      return start
     })
-    const maps = this.#upload(list.flatMap((matrix, i) => this.#encodeMaps(matrix, addresses[i])))
-    const workspaces = list.map((matrix, i) => workspaceOf(matrix, maps.slice(i * WORKSPACE_NAMES.length)))
+    const shapes = list.map(paddedShape)
+    const addresses = shapes.map((shape, i) => addressesOf(starts[i], shape))
+    // A matrix without the zeros lies behind those that its products are of.
+    const plains = shapes.map(({ rows, cols }, i) => starts[i] + BigInt(workspaceBytes(rows, cols)))
+    const maps = this.#upload(shapes.flatMap((shape, i) => this.#encodeMaps(shape, addresses[i])))
+    const workspaces = shapes.map((shape, i) => workspaceOf(shape, maps.slice(i * WORKSPACE_NAMES.length)))
     const steps = workspaces.map((workspace, i) => newtonSchulzSteps(workspace, list[i].coefficients))
     const count = Math.max(...steps.map(({ launches }) => launches.length))
     const plans = Array.from({ length: count }, (_, i) => {
@@ -107,14 +129,20 @@ export class Hopper {
       )
     })
     const data = this.#upload(plans.flatMap(({ problems, tiles }) => [problems, tiles]))
+    const products = addresses.map((own, i) => ({ x: own.x, o: own[steps[i].output] }))
+    const places = list.map(({ rows, cols }, i) => ({ rows, cols, plain: plains[i], ...products[i] }))
     return {
-      ends: addresses.map((own, i) => ({ x: own.x, o: own[steps[i].output], ...IN_HALF })),
+      ends: places.map(({ plain, ...place }) => {
+        const { x, o } = isPadded(place) ? { x: plain, o: plain } : place
+        return { x, o, ...IN_HALF }
+      }),
+      padded: places.filter(isPadded),
       launches: plans.map(({ rounds }, i) => ({ problems: data[2 * i], tiles: data[2 * i + 1], rounds })),
       memory: [maps[0], data[0]],
     }
   }
 
-  #encodeMaps({ rows, cols }: ListedMatrix, addresses: Addresses): Uint8Array[] {
+  #encodeMaps({ rows, cols }: Shape, addresses: Addresses): Uint8Array[] {
     return WORKSPACE_NAMES.map((name) =>
       this.#cuda.encodeTensorMap({ pointer: addresses[name], ...sizeOf(name, rows, cols) }),
     )
@@ -140,18 +168,17 @@ function sizeOf(name: keyof Workspace, rows: number, cols: number): { rows: numb
   return WORKSPACE_WIDE.some((wide) => wide === name) ? { rows, cols } : { rows: side, cols: side }
 }
 
-function addressesOf(start: Pointer, rows: number, cols: number): Addresses {
+function addressesOf(start: Pointer, { rows, cols }: Shape): Addresses {
   let at = start
   const entries = WORKSPACE_NAMES.map((name): [string, Pointer] => {
     const pointer = at
-    const size = sizeOf(name, rows, cols)
-    at += BigInt(aligned(size.rows * size.cols * HALF_BYTES, ALIGNMENT))
+    at += BigInt(halfBytes(sizeOf(name, rows, cols)))
     return [name, pointer]
   })
   return Object.fromEntries(entries) as Addresses
 }
 
-function workspaceOf({ rows, cols }: ListedMatrix, maps: readonly Pointer[]): Workspace {
+function workspaceOf({ rows, cols }: Shape, maps: readonly Pointer[]): Workspace {
   const entries = WORKSPACE_NAMES.map((name, i): [string, GemmMatrix] => [
     name,
     { ...sizeOf(name, rows, cols), map: maps[i] },

@@ -174,6 +174,7 @@ function elementsOf({ rows, cols, count }: Stack): number {
   return rows * cols * count
 }
 
-function blocksOf(packs: number): number {
+/** The blocks of threads for so many packs. */
+export function blocksOf(packs: number): number {
   return Math.max(1, Math.min(MAX_BLOCKS, Math.ceil(packs / (THREADS * PACKS_PER_THREAD))))
 }

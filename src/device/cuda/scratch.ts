@@ -1,4 +1,4 @@
-import { fitsGemm } from '../../../kernels/cuda/gemm-plan.js'
+import { isPadded, paddedShape } from '../../../kernels/cuda/gemm-plan.js'
 import { WORKSPACE_SQUARE, WORKSPACE_WIDE } from '../../../kernels/cuda/newton-schulz.js'
 import { bytesPerElement } from '../../../kernels/dtype.js'
 import type { Scratch } from '../executor.js'
@@ -26,7 +26,7 @@ export type Largest = {
   readonly updateRatio: number
   /** The partial sums of one job. */
   readonly partials: number
-  /** The workspace of one matrix whose products are our own. */
+  /** The workspace of one matrix whose products are those of gemm.cu. */
   readonly workspace: number
   /** That workspace for each element of its matrix. */
   readonly workspaceRatio: number
@@ -46,8 +46,8 @@ const NOTHING: Largest = {
 }
 
 const HALF_BYTES = 2
-// Each matrix of a workspace may be padded to the next multiple of the alignment.
-const WORKSPACE_PADDING = (WORKSPACE_WIDE.length + WORKSPACE_SQUARE.length) * ALIGNMENT
+// Each matrix of a workspace, and the one without zeros added, may be padded to the next multiple of the alignment.
+const WORKSPACE_PADDING = (WORKSPACE_WIDE.length + WORKSPACE_SQUARE.length + 1) * ALIGNMENT
 // Matrices that ONNX Runtime's arena holds for Newton-Schulz: X and an iteration's result, and two Gram matrices, each
 // with room for a second one.
 const PROVIDER_WIDE = 2
@@ -55,12 +55,20 @@ const PROVIDER_SQUARE = 4
 // Bytes of float32 intermediates that a whole kernel has for each element.
 const KERNEL_BYTES = 40
 
-/** Bytes of the workspace of one matrix. */
+/** Bytes of the workspace of one matrix: its own where zeros have to be added, and those that products are of. */
 export function workspaceBytes(rows: number, cols: number): number {
-  const side = Math.min(rows, cols)
-  const matrix = (elements: number) => aligned(elements * HALF_BYTES, ALIGNMENT)
-  return WORKSPACE_WIDE.length * matrix(rows * cols) + WORKSPACE_SQUARE.length * matrix(side * side)
+  const padded = paddedShape({ rows, cols })
+  const side = Math.min(padded.rows, padded.cols)
+  const products = WORKSPACE_WIDE.length * halfBytes(padded) + WORKSPACE_SQUARE.length * halfBytes(square(side))
+  return products + (isPadded({ rows, cols }) ? halfBytes({ rows, cols }) : 0)
 }
+
+/** Bytes that a float16 matrix takes of a workspace. */
+export function halfBytes({ rows, cols }: { rows: number; cols: number }): number {
+  return aligned(rows * cols * HALF_BYTES, ALIGNMENT)
+}
+
+const square = (side: number) => ({ rows: side, cols: side })
 
 export function largestOf(demands: readonly Demand[], kernels: Kernels = 'onnx'): Largest {
   return largest(
@@ -132,7 +140,7 @@ function largestMatrices(demand: Demand, kernels: Kernels): Largest {
   let workspaces = 0
   const shapes = matrices.map(({ rows, cols, count }) => {
     if (isSmall(rows, cols)) return { ...NOTHING, small: smallBytes(rows, cols) }
-    if (kernels !== 'own' || !fitsGemm(rows, cols)) return throughProvider(rows, cols)
+    if (kernels !== 'own') return throughProvider(rows, cols)
     const workspace = workspaceBytes(rows, cols)
     workspaces += count * workspace
     return { ...NOTHING, workspace, workspaceRatio: workspace / (rows * cols) }
