@@ -41,7 +41,7 @@ import {
 } from './pieces.js'
 import { ALIGNMENT, workspaceBytes } from './scratch.js'
 import { ScratchMemory } from './scratch-memory.js'
-import { isSmall, SmallOrthogonalizer, smallBytes } from './small.js'
+import { isSmall, SMALL_TOGETHER, SmallOrthogonalizer, smallBytes } from './small.js'
 
 const MOST_RESULTS = 64
 // The members of `struct Second` (normuon.cu) after output_scale. Those of `struct Momentum` (muon.cu) are
@@ -297,7 +297,8 @@ export class CudaExecutor implements Executor {
     const small = matrices.filter(({ stack }) => isSmall(stack.rows, stack.cols))
     const large = matrices.filter(({ stack }) => !isSmall(stack.rows, stack.cols))
     const room = this.#scratch.bytes('products')
-    for (const list of listsOf(small, { room, workspaceOf: smallBytes })) this.#orthogonalizeSmall(list)
+    const limits = { room, workspaceOf: smallBytes, most: SMALL_TOGETHER }
+    for (const list of listsOf(small, limits)) this.#orthogonalizeSmall(list)
     if (this.#hopper === undefined) for (const matrix of large) this.#orthogonalizeAlone(matrix)
     else for (const list of listsOf(large, { room, workspaceOf: workspaceBytes })) this.#onHopper(list, this.#hopper)
   }
@@ -307,8 +308,7 @@ export class CudaExecutor implements Executor {
     const list = matrices.map(({ stack: { rows, cols, spec } }) => {
       return { rows, cols, coefficients: spec.coefficients, memory: take('products', smallBytes(rows, cols)) }
     })
-    const run = () => this.#small.run(list)
-    this.#between(matrices, this.#small.endsOf(list), run)
+    this.#between(matrices, this.#small.endsOf(list), () => this.#small.run(list))
   }
 
   /** Queues what comes before and after the products of matrices, and between them the products. */

@@ -41,7 +41,8 @@ const WORKSPACE_NAMES = [...WORKSPACE_WIDE, ...WORKSPACE_SQUARE]
 
 /**
  * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.cu), for GPUs of compute capability
- * 9.0. The workspaces of a list lie one behind the other in memory that every list uses anew.
+ * 9.0. Matrices whose sides are no multiples of 8 have zeros added for their products. The workspaces of a list lie one
+ * behind the other in memory that every list uses anew.
  */
 export class Hopper {
   readonly #cuda: Cuda

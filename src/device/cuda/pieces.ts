@@ -70,12 +70,13 @@ export function batchesOf<P extends { readonly elements: number }>(pieces: reado
 
 /**
  * Cuts matrices into lists that go through Newton-Schulz together, sorted by shape so that few lists are distinct. A
- * list's workspaces, of `workspaceOf` bytes each, have `room` bytes.
+ * list has at most `most` matrices, and its workspaces, of `workspaceOf` bytes each, have `room` bytes.
  */
 export function listsOf<M extends { readonly stack: Stack }>(
   matrices: readonly M[],
-  { room, workspaceOf }: { room: number; workspaceOf: (rows: number, cols: number) => number },
+  limits: { room: number; workspaceOf: (rows: number, cols: number) => number; most?: number },
 ): M[][] {
+  const { room, workspaceOf, most = TOGETHER } = limits
   const key = ({ stack }: M) => stack.rows * 2 ** 20 + stack.cols
   const lists: M[][] = []
   let elements = 0
@@ -85,7 +86,7 @@ export function listsOf<M extends { readonly stack: Stack }>(
     const [size, workspace] = [rows * cols, workspaceOf(rows, cols)]
     const last = lists.at(-1)
     const fits = elements + size <= TOGETHER_ELEMENTS && bytes + workspace <= room
-    const joins = last && last.length < TOGETHER && fits
+    const joins = last && last.length < most && fits
     if (joins) last.push(matrix)
     else lists.push([matrix])
     elements = (joins ? elements : 0) + size

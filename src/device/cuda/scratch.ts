@@ -5,7 +5,7 @@ import type { Scratch } from '../executor.js'
 import { type Demand, type GroupLimit, SLICE_ELEMENTS } from '../job.js'
 import { aligned } from '../staging.js'
 import { checkBlocksOf, isMuon, partialBytes, piecesOf, TOGETHER, TOGETHER_ELEMENTS } from './pieces.js'
-import { isSmall, smallBytes } from './small.js'
+import { isSmall, SMALL_TOGETHER, smallBytes } from './small.js'
 
 /** Matrices and tensors in scratch memory start at multiples of this many bytes. */
 export const ALIGNMENT = 256
@@ -105,7 +105,7 @@ export function scratchFor(of: Largest, limit: GroupLimit): Scratch {
     gradients: gradients + padding,
     updates: updates + padding,
     partials: limit.jobs * of.partials,
-    products: Math.max(of.workspace, list, of.small, Math.min(TOGETHER * of.small, SMALL_TOGETHER), of.alone),
+    products: Math.max(of.workspace, list, of.small, Math.min(SMALL_TOGETHER * of.small, SMALL_LIST_BYTES), of.alone),
     provider: of.provider,
     full: fullAt(of, limit),
   }
@@ -123,7 +123,7 @@ export function totalOf({ gradients, updates, partials, products, provider }: Sc
 // Scratch memory is for so many of the largest gradients, and a group has that many of them or more of smaller ones.
 const LARGEST_TOGETHER = 4
 // Bytes of workspaces of small matrices from which on a list is cut, if it has several.
-const SMALL_TOGETHER = 64 << 20
+const SMALL_LIST_BYTES = 64 << 20
 
 function fullAt(of: Largest, { bytes }: GroupLimit): number {
   return Math.min(bytes, (LARGEST_TOGETHER - 1) * of.gradient)

@@ -1,4 +1,4 @@
-import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
+import { CUDA_KERNELS, mostItems } from '../../../kernels/cuda/entry-points.js'
 import type { Triple } from '../../../kernels/orthogonalize/coefficients.js'
 import { Cache } from '../cache.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
@@ -7,6 +7,9 @@ import type { Cuda, CudaStream } from './cuda.js'
 import type { Ends } from './gpu-job.js'
 import type { LaunchLists } from './launch-lists.js'
 
+const ITERATE_PARAMETERS = 6
+/** The most matrices of a list: each has one block of threads for its iterations, and one launch has so many items. */
+export const SMALL_TOGETHER = mostItems(ITERATE_PARAMETERS)
 /** The longest shorter side of a matrix that kernels/cuda/small.cu takes. */
 export const SMALL_SIDE = 64
 // Positions of the longer side for a block, until there are as many blocks as one sums up afterwards.
@@ -74,8 +77,6 @@ type Work = SmallMatrix & {
   work: Pointer
 }
 
-// More than there are matrices in a list: what a list uses is not freed before the list was launched.
-const MAX_TRIPLES = 128
 const TRIPLE_BYTES = 24
 const IN_SINGLE = { product: 'float32', input_scale: 1, output_scale: 1 } as const
 
@@ -91,7 +92,8 @@ export class SmallOrthogonalizer {
     this.#cuda = cuda
     this.#stream = stream
     this.#lists = lists
-    this.#triples = new Cache(MAX_TRIPLES, ({ memory }) => {
+    // As many as a list has matrices: what a list uses is not freed before the list was launched.
+    this.#triples = new Cache(SMALL_TOGETHER, ({ memory }) => {
       stream.synchronize()
       cuda.free(memory)
     })

@@ -139,6 +139,11 @@ t.test('lists have the same shapes side by side, and no more of them than fill t
     many.map((list) => list.length),
     [32, 32, 6],
   )
+  const most = 50
+  t.same(
+    listsOf(many.flat(), { ...workspaces, most }).map((list) => list.length),
+    [50, 20],
+  )
 })
 
 t.test('threads take four elements at once where every matrix starts and ends on four', async (t) => {

@@ -16,7 +16,7 @@ import {
   totalOf,
   workspaceBytes,
 } from '../../../src/device/cuda/scratch.js'
-import { isSmall, smallBytes } from '../../../src/device/cuda/small.js'
+import { isSmall, SMALL_TOGETHER, smallBytes } from '../../../src/device/cuda/small.js'
 import type { Plan } from '../../../src/optimizer/plan.js'
 import { ADAMW, matrices, planOf } from './plans.js'
 
@@ -93,7 +93,7 @@ t.test('a matrix whose shorter side is small takes a workspace of its own kind o
     t.match(of, { small: smallBytes(64, 3000), workspace: 0, workspaces: 0, alone: 0, provider: 0 })
     t.equal(scratchFor(of, limit).products, 64 * 2 ** 20, 'a list is cut where it has so many bytes')
     const few = largestOf([demand(matrices(1, 7, 1), 7)], kernels)
-    t.equal(scratchFor(few, limit).products, TOGETHER * smallBytes(7, 1))
+    t.equal(scratchFor(few, limit).products, SMALL_TOGETHER * smallBytes(7, 1))
     const one = largestOf([demand(matrices(1, 64, 2 ** 18), 2 ** 24)], kernels)
     t.equal(scratchFor(one, limit).products, smallBytes(64, 2 ** 18), 'one matrix always has room')
   }
