@@ -4,11 +4,14 @@ import { FIRST_DIGEST } from './digest.js'
 
 export type Receipt = ReceiptFrame
 
+/** For how many seconds the members of a run have waited at the end of a step for that of a rank. */
+export type Waited = { readonly rank: number; readonly seconds: number }
+
 /**
- * Events of a run: the receipt of each finished step, the seconds that the journal took to write a step, and the end,
- * when it leaves memory.
+ * Events of a run: the receipt of each finished step, the seconds that the journal took to write a step and those that
+ * members waited for each other, and the end, when it leaves memory.
  */
-export type RunEvents = { receipt: [Receipt]; committed: [number]; gone: [] }
+export type RunEvents = { receipt: [Receipt]; committed: [number]; waited: [readonly Waited[]]; gone: [] }
 
 /** The newest receipts are kept: so many, of so many bytes together. */
 export type ReceiptLimits = { readonly receipts_kept: number; readonly receipts_bytes: number }

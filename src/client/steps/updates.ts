@@ -1,6 +1,7 @@
 import { bytesPerElement } from '../../../kernels/dtype.js'
 import { Assembly } from '../../wire/chunks.js'
 import type { UpdateFrame } from '../../wire/frame.js'
+import { Extent } from '../../wire/ranges.js'
 import { MuondError } from '../error.js'
 import { applyUpdate, type Update } from './apply.js'
 import type { Bound } from './parameter.js'
@@ -79,8 +80,8 @@ export class Updates {
   #begin(frame: UpdateFrame, { name, size, update_dtype }: Bound): IncomingUpdate {
     const { scale, decay, row_scale } = frame
     if (scale === undefined || decay === undefined) throw unexpected(frame, 'no scale or decay')
-    const chunks = new Assembly(size * bytesPerElement(update_dtype), `update of '${name}'`)
-    const buffer = this.#room(frame.data === undefined ? 0 : chunks.bytes)
+    const chunks = new Assembly(Extent.whole(size * bytesPerElement(update_dtype)), `update of '${name}'`)
+    const buffer = this.#room(frame.data === undefined ? 0 : chunks.extent.bytes)
     const rows = row_scale === undefined ? undefined : float32(row_scale)
     const data = frame.data === undefined ? undefined : buffer
     return { update: { scale, decay, dtype: update_dtype, row_scale: rows, data }, chunks, buffer }
