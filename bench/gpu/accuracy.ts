@@ -46,7 +46,7 @@ for (const { name, shape, dtype, group: declared } of cases) {
     state = next
   }
   writeFileSync(`${folder}/${name}.update`, update.view)
-  if (state) writeFileSync(`${folder}/${name}.state`, Buffer.concat([...device.read(state[0])]))
+  if (state) writeFileSync(`${folder}/${name}.state`, Buffer.concat([...device.read([state[0]])]))
   for (const tensor of state ?? []) device.memory.release(tensor)
   for (const region of [gradient, update]) region.release()
 }

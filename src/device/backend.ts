@@ -23,7 +23,7 @@ import {
   type OnnxRuntime,
   openOnnxRuntime,
   type Pointer,
-  viewMemory,
+  readMemory,
 } from './onnx/onnxruntime.js'
 import type { StateLocation } from './state-access.js'
 
@@ -68,8 +68,8 @@ export type Unit = {
   lane: LaneOptions
   state: Allocator
   location: StateLocation
-  /** Copies bytes of state memory to the host. */
-  read(pointer: Pointer, bytes: number): Uint8Array<ArrayBuffer>
+  /** Copies bytes of state memory to the host: as many as `target` has. */
+  read(pointer: Pointer, target: Uint8Array<ArrayBuffer>): void
   /** The kernels of the unit's lanes; left out where lanes set no memory of the unit aside. */
   kernels?: Kernels
   /** Bytes that runs may have, and how many bytes that were freed may be kept for the next allocation. */
@@ -130,7 +130,7 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     lane: { kind: 'cpu', folder, threads },
     state: runtime,
     location: { kind: 'host' },
-    read: (pointer, bytes) => viewMemory(pointer, bytes).slice(),
+    read: readMemory,
     stateBytes: Math.floor(totalmem() * MEMORY_SHARE),
     // Enough that small tensors need no allocation, and too little to keep an embedding.
     pooledBytes: 64 << 20,
@@ -167,11 +167,7 @@ function cuda(runtime: OnnxRuntime, folder: string, options: BackendOptions): Ba
       kernels: code ? (code.hopper ? 'own' : 'own_but_products') : 'onnx',
       state: cuda,
       location: { kind: 'cuda', gpu },
-      read: (pointer, bytes) => {
-        const copy = new Uint8Array(bytes)
-        cuda.read(copy, pointer)
-        return copy
-      },
+      read: (pointer, target) => cuda.read(target, pointer),
       stateBytes: Math.max(0, Math.floor(cuda.memory().free / shares(gpu)) - lanes * CUDA_LANE_BYTES),
       pooledBytes: CUDA_POOLED_BYTES,
     }

@@ -30,8 +30,8 @@ export type SharedRegion = { region: Region; unit: number }
 
 // An update waits for its client longer than a gradient for a lane. Pages that no update touches take no memory.
 const UPDATES_PER_STAGING = 2
-// Copying this many bytes takes about a millisecond.
-const READ_BYTES = 4 << 20
+// Copying this many bytes takes a fraction of a millisecond.
+const READ_BYTES = 1 << 20
 
 const { coefficients, ns_steps } = NAMED_COEFFICIENTS.keller_jordan
 const DTYPES = { gradient_dtype: 'float32', update_dtype: 'float32' } as const
@@ -192,7 +192,7 @@ export class Device {
   /** Copies the first bytes of memory that a client shares, which is the host's or that of a unit's GPU. */
   readShared({ region, unit }: SharedRegion, bytes: number): Uint8Array {
     /* c8 ignore next -- needs a GPU: npm run test:gpu */
-    if (region.space === 'gpu') return this.backend.units[unit].read(region.pointer, bytes)
+    if (region.space === 'gpu') return this.#readGpu(unit, region.pointer, bytes)
     return region.chunk(0, bytes).slice()
   }
 
@@ -213,11 +213,27 @@ export class Device {
     return this.#updates.tryReserve(bytes) ?? this.allocateHost(bytes)
   }
 
-  /** Copies of a state tensor's bytes in pieces: the event loop can turn in between. The caller has a reference. */
-  *read({ unit, pointer, bytes }: Tensor): Generator<Uint8Array<ArrayBuffer>> {
-    const { read } = this.backend.units[unit]
-    for (let offset = 0; offset < bytes; offset += READ_BYTES)
-      yield read(pointer + BigInt(offset), Math.min(READ_BYTES, bytes - offset))
+  /**
+   * Copies of the bytes of state tensors, one behind the other, in pieces of READ_BYTES, the last one of less: a stream
+   * takes longer for a small piece than to copy it. The event loop can turn in between. The caller has references.
+   */
+  *read(tensors: readonly Tensor[]): Generator<Uint8Array<ArrayBuffer>> {
+    let rest = total(tensors.map(({ bytes }) => bytes))
+    let piece = new Uint8Array(Math.min(rest, READ_BYTES))
+    let filled = 0
+    for (const { unit, pointer, bytes } of tensors) {
+      for (let offset = 0; offset < bytes; ) {
+        const part = piece.subarray(filled, filled + bytes - offset)
+        this.backend.units[unit].read(pointer + BigInt(offset), part)
+        offset += part.length
+        filled += part.length
+        if (filled < piece.length) continue
+        yield piece
+        rest -= filled
+        piece = new Uint8Array(Math.min(rest, READ_BYTES))
+        filled = 0
+      }
+    }
   }
 
   /** Writes into a state tensor that no job and no other reader has yet. */
@@ -245,6 +261,14 @@ export class Device {
     for (const access of Object.values(this.#accesses)) access.close()
     this.backend.close()
   }
+
+  /* c8 ignore start -- needs a GPU: npm run test:gpu */
+  #readGpu(unit: number, pointer: Pointer, bytes: number): Uint8Array {
+    const copy = new Uint8Array(bytes)
+    this.backend.units[unit].read(pointer, copy)
+    return copy
+  }
+  /* c8 ignore stop */
 
   #access(unit: number): StateAccess {
     this.#accesses[unit] ??= openStateAccess(this.backend.units[unit].location)

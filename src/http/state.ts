@@ -26,7 +26,7 @@ export async function stateNorms(
   try {
     const described: StateTensor[] = []
     for (const { name, dtype, shape, tensor } of held) {
-      const norm = Math.sqrt(await squareSum(device.read(tensor), READERS[dtype]))
+      const norm = Math.sqrt(await squareSum(device.read([tensor]), READERS[dtype]))
       const elements = tensor.bytes / bytesPerElement(dtype)
       described.push({ name, dtype, shape: [...shape], norm, rms: norm / Math.sqrt(elements) })
     }
@@ -115,7 +115,7 @@ function* pieces(
 ): Generator<Uint8Array> {
   yield header
   if (held.length > 0) yield new Uint8Array(BigInt64Array.of(BigInt(step)).buffer)
-  for (const { tensor } of held) yield* device.read(tensor)
+  yield* device.read(held.map(({ tensor }) => tensor))
 }
 
 function entriesOf(held: Held): TensorEntry[] {

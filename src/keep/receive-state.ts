@@ -164,7 +164,7 @@ async function hashesOf(device: Device, run: Run, index: number): Promise<string
   try {
     const hashes: Hash[] = held.map(() => createHash('sha256'))
     for (const [i, { tensor }] of held.entries()) {
-      for (const piece of device.read(tensor)) {
+      for (const piece of device.read([tensor])) {
         hashes[i].update(piece)
         await turn()
       }

@@ -18,7 +18,6 @@ export type StateFile = {
 }
 
 const STEP_BYTES = BigInt64Array.BYTES_PER_ELEMENT
-export const TOGETHER_BYTES = 512 << 10
 
 /**
  * The state after the last finished step. State tensors are immutable, so the references taken here make it the state
@@ -57,26 +56,7 @@ function* pieces(
 ): Generator<Uint8Array> {
   yield header
   yield new Uint8Array(BigInt64Array.from(record.places, ({ count }) => BigInt(count)).buffer)
-  yield* together(copies(device, tensors))
-}
-
-function* copies(device: Device, tensors: readonly HeldTensor[]): Generator<Uint8Array> {
-  for (const { tensor } of tensors) yield* device.read(tensor)
-}
-
-/** Joins pieces to some of TOGETHER_BYTES at least: a stream takes longer for a small piece than to copy it. */
-export function* together(pieces: Iterable<Uint8Array>): Generator<Uint8Array> {
-  let waiting: Uint8Array[] = []
-  let bytes = 0
-  for (const piece of pieces) {
-    waiting.push(piece)
-    bytes += piece.length
-    if (bytes < TOGETHER_BYTES) continue
-    yield waiting.length === 1 ? piece : Buffer.concat(waiting)
-    waiting = []
-    bytes = 0
-  }
-  if (bytes > 0) yield Buffer.concat(waiting)
+  yield* device.read(tensors.map(({ tensor }) => tensor))
 }
 
 const SLACK_BYTES = 65_536

@@ -46,18 +46,19 @@ export function encodeHeader(
   tensors: readonly TensorEntry[],
   metadata: Readonly<Record<string, string>> = {},
 ): Uint8Array {
-  const entries: [string, unknown][] = Object.keys(metadata).length > 0 ? [[METADATA, metadata]] : []
+  const entries = Object.keys(metadata).length > 0 ? [`"${METADATA}":${JSON.stringify(metadata)}`] : []
   const names = new Set([METADATA])
   let offset = 0
   for (const { name, dtype, shape, bytes } of tensors) {
     if (names.has(name)) throw new SafetensorsError(`tensor name '${name}' is reserved or appears twice`)
     names.add(name)
     expectSize({ dtype, shape, bytes }, `tensor '${name}'`)
-    entries.push([name, { dtype, shape, data_offsets: [offset, offset + bytes] }])
-    offset += bytes
+    // As text, because an object would put names that are numbers first, and a tensor may be called __proto__.
+    const end = offset + bytes
+    entries.push(`${JSON.stringify(name)}:{"dtype":"${dtype}","shape":[${shape}],"data_offsets":[${offset},${end}]}`)
+    offset = end
   }
-  // Object.fromEntries, because a tensor may be called __proto__.
-  const json = Buffer.from(JSON.stringify(Object.fromEntries(entries)))
+  const json = Buffer.from(`{${entries.join(',')}}`)
   const header = Buffer.alloc(LENGTH_BYTES + Math.ceil(json.length / 8) * 8, ' ')
   header.writeBigUInt64LE(BigInt(header.length - LENGTH_BYTES))
   header.set(json, LENGTH_BYTES)

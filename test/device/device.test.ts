@@ -64,9 +64,32 @@ t.test('a job on a tensor of many slices computes every element', async (t) => {
   const result = await device.run(() => job, ticket())
   t.equal(result?.outcome, 'computed')
   t.ok(sameBytes(update, gradient), 'the update is the gradient: n_m is 1, the buffer was zero')
-  t.ok(sameBytes(Buffer.concat([...device.read(next)]), gradient))
+  t.ok(sameBytes(Buffer.concat([...device.read([next])]), gradient))
   const again = await device.run(() => ({ ...job, expected: result!.gradientFingerprint + 1n }), ticket())
   t.equal(again?.outcome, 'other_gradient')
+  await device.close()
+})
+
+t.test('state is read in pieces of one size, whatever the sizes of the tensors, and no byte is lost', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const MIB = 1 << 20
+  const sizes = [1, 2, MIB / 2, MIB / 2, MIB, 3 * MIB, 5, MIB, 7]
+  const contents = sizes.map((bytes, i) => new Uint8Array(bytes).map((_, at) => at * (2 * i + 1)))
+  const tensors = contents.map((content) => {
+    const tensor = device.memory.allocate(content.length)
+    device.write(tensor, 0, content)
+    return tensor
+  })
+  const pieces = [...device.read(tensors)]
+  t.same(
+    pieces.map(({ length }) => length),
+    [...Array.from({ length: 6 }, () => MIB), 15],
+  )
+  t.ok(Buffer.concat(pieces).equals(Buffer.concat(contents)))
+  t.ok(Buffer.concat([...device.read([tensors[5]])]).equals(contents[5]))
+  t.same([...device.read([])], [])
+  t.same([...device.read([device.memory.allocate(0)])], [])
+  for (const tensor of tensors) device.memory.release(tensor)
   await device.close()
 })
 

@@ -52,7 +52,7 @@ export function startParameter(
     device.dismiss(grant)
   }
   const read = (index: number) =>
-    floatsOf(Buffer.concat([...device.read(state![index]!)]), parameter!.state[index]!.dtype)
+    floatsOf(Buffer.concat([...device.read([state![index]!])]), parameter!.state[index]!.dtype)
   return { parameter: parameter as Parameter, compute, read, end }
 }
 

@@ -9,10 +9,9 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -23,19 +22,20 @@ from .steps.attempts import Attempts
 from .steps.backoff import Backoff
 from .transport.address import Endpoint
 from .transport.upgrade import problem_error
-from .wire.safetensors import HEADER_BYTES, read_header, write_header
+from .wire.safetensors import HEADER_BYTES, Described, read_header, write_header
 
 # A state of gigabytes is read and written by the service before it answers.
 TIMEOUT_SECONDS = 600.0
 _SMALL_BYTES = 1 << 26
 _TOGETHER_BYTES = 1 << 20
+# The bytes of the widest element.
+_ALIGNMENT = 8
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor as safetensors has it: ``dtype`` such as F32, ``data`` its bytes in C order."""
+class Tensor(NamedTuple):
+    """A tensor as safetensors has it: ``dtype`` such as F32, ``data`` its bytes in C order, at an address that suits any dtype."""
 
     name: str
     dtype: str
@@ -151,7 +151,7 @@ class Rest:
                 raise ValueError(f"a header of {length} bytes")  # noqa: TRY301
             described, metadata = read_header(_exactly(body, length, response).tobytes())
             first = list(takewhile(lambda tensor: wanted(tensor.name), described))
-            tensors = [Tensor(d.name, d.dtype, d.shape, _exactly(body, d.end - d.begin, response)) for d in first]
+            tensors = [tensor for some in _together(first) for tensor in _read(body, some, response)]
         except ValueError as error:
             raise MuondError("FRAME_MALFORMED", f"GET {path} sent what is no safetensors body: {error}") from error
         if len(first) == len(described):
@@ -219,6 +219,29 @@ def _pieces(head: bytes, tensors: Sequence[Tensor]) -> Iterator[bytes | memoryvi
             yield tensor.data.data
         waiting.clear()
     yield bytes(waiting)
+
+
+def _together(described: Sequence[Described]) -> Iterator[list[Described]]:
+    """Tensors that follow each other, some _TOGETHER_BYTES of them: a call for each takes longer than its bytes."""
+    some: list[Described] = []
+    for tensor in described:
+        if some and tensor.end - some[0].begin > _TOGETHER_BYTES:
+            yield some
+            some = []
+        some.append(tensor)
+    if some:
+        yield some
+
+
+def _read(
+    body: io.BufferedReader[http.client.HTTPResponse], some: Sequence[Described], response: http.client.HTTPResponse
+) -> Iterator[Tensor]:
+    """Tensors that follow each other, each a part of one buffer, or a copy where its elements would not be aligned in it."""
+    start = some[0].begin
+    data = _exactly(body, some[-1].end - start, response)
+    for name, dtype, shape, begin, end in some:
+        part = data[begin - start : end - start]
+        yield Tensor(name, dtype, shape, part.copy() if (begin - start) % _ALIGNMENT else part)
 
 
 def _exactly(

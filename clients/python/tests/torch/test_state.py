@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,9 +44,7 @@ def test_a_state_dict_has_torchs_names_shapes_and_values(shared: Service, name: 
         train(ours, optimizer, 7)
         state = saved_and_loaded(optimizer.state_dict())
         token = state["muond"]
-        content = token.pop("content")
         assert token == {"version": 1, "run": name, "step": 7, "digest": optimizer.run.digest}
-        assert len(content) == 64
     expected = reference.state_dict()
     assert state["param_groups"][0]["param_names"] == expected["param_groups"][0]["param_names"]
     assert state["param_groups"][0]["params"] == expected["param_groups"][0]["params"]
@@ -203,7 +200,7 @@ def test_a_dtype_that_this_client_does_not_know_is_refused(
 
         def other(rest: Rest, run: str) -> Any:
             tensors, metadata = read(rest, run)
-            return [replace(t, dtype="U8") if t.name.endswith("exp_avg") else t for t in tensors], metadata
+            return [t._replace(dtype="U8") if t.name.endswith("exp_avg") else t for t in tensors], metadata
 
         monkeypatch.setattr(Rest, "state", other)
         with pytest.raises(MuondError, match=r"'state\.0\.weight\.exp_avg' has dtype U8"):

@@ -6,16 +6,15 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
 # The header of a run with 100,000 parameters takes some 30 MB.
 HEADER_BYTES = 1 << 27
 
 
-@dataclass(frozen=True)
-class Described:
+class Described(NamedTuple):
     """A tensor of a file: its bytes are ``begin`` to ``end`` of what follows the header."""
 
     name: str
@@ -31,7 +30,8 @@ def read_header(text: bytes) -> tuple[list[Described], dict[str, str]]:
     if not isinstance(header, dict):
         raise ValueError(f"a safetensors header is a map, this one is a {type(header).__name__}")  # noqa: TRY004
     metadata = header.pop("__metadata__", {})
-    tensors = sorted((_described(name, entry) for name, entry in header.items()), key=lambda tensor: tensor.begin)
+    tensors = [_described(name, entry) for name, entry in header.items()]
+    tensors.sort(key=attrgetter("begin"))
     covered = 0
     for tensor in tensors:
         if tensor.begin != covered:
@@ -42,7 +42,7 @@ def read_header(text: bytes) -> tuple[list[Described], dict[str, str]]:
 
 def _described(name: str, entry: Any) -> Described:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
+        dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
         begin, end = map(int, entry["data_offsets"])
         expected = math.prod(shape) * BYTES[dtype]
     except (KeyError, TypeError, ValueError) as error:

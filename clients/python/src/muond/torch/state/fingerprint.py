@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ Fingerprint = tuple[str, tuple[int, ...], bytes]
 
 def on_host(value: Any) -> torch.Tensor:
     """A tensor or a number in host memory, in C order, whatever the default device is."""
+    if type(value) is torch.Tensor and value.is_cpu and value.is_contiguous() and not value.requires_grad:
+        return value
     tensor = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
     return tensor.cpu().contiguous()
 
@@ -23,15 +24,18 @@ def fingerprint(value: Any) -> Fingerprint:
         # torch's SGD writes it for a buffer that there is none of.
         return "None", (), b""
     tensor = on_host(value)
+    return str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(_elements(tensor)).digest()
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two tensors or numbers have the same dtype, shape and bits: NaN is what it was, -0.0 is not 0.0."""
+    one, other = on_host(one), on_host(other)
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return bool(memoryview(_elements(one)).cast("B") == memoryview(_elements(other)).cast("B"))
+
+
+def _elements(tensor: torch.Tensor) -> Any:
+    """The elements as a buffer."""
     # numpy has no bfloat16.
-    elements = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-    return str(tensor.dtype), tuple(tensor.shape), hashlib.sha256(elements.numpy().data).digest()
-
-
-def content_digest(state: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
-    """One digest of the state of some parameters, each with its name; the order of the entries of one does not count."""
-    whole = hashlib.sha256()
-    for parameter, entries in state:
-        for name in sorted(entries):
-            whole.update(repr((parameter, name, *fingerprint(entries[name]))).encode())
-    return whole.hexdigest()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

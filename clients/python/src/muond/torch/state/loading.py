@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,11 @@ from ...error import MuondError
 from ...run import Run
 from ..living import lives
 from ..slots import Slot
+from .fingerprint import same_bits
 from .matching import Loaded
 from .place import is_at, require_digest
 from .restoring import go_to, open_at
-from .saving import content_of
+from .tensors import read_state
 from .view import State
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _load_content(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: 
     else:
         run, slots = home.open_next(old.name, loaded.state)
     try:
-        if not _has_content(home, run, token, loaded, groups):
+        if not _has_content(home, run, slots, token, loaded):
             _settle_for_import(run)
             home.write(run, slots, loaded.state)
     except BaseException:
@@ -128,14 +129,22 @@ def _load_content(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: 
         home.followed(old, run)
 
 
-def _has_content(home: Home, run: Run, token: Mapping[str, Any], loaded: Loaded, groups: Groups) -> bool:
-    """Whether the run has the very tensors of the dictionary: it is where they were read, and they are unchanged since."""
-    return (
-        is_at(run, token.get("step"), token.get("digest"))
-        and not run.in_flight
-        and not (home.state.replaced or home.state.changes())
-        and token.get("content") == content_of(groups, loaded.state)
-    )
+def _has_content(home: Home, run: Run, slots: Sequence[Slot], token: Mapping[str, Any], loaded: Loaded) -> bool:
+    """Whether the run has the very tensors of the dictionary: it is where they were read, and they are unchanged since.
+
+    An import of the same tensors would be right as well, but begin another history of the run.
+    """
+    if not is_at(run, token.get("step"), token.get("digest")) or run.in_flight:
+        return False
+    if home.state.replaced or home.state.changes():
+        return False
+    with home.rest() as rest:
+        found = read_state(rest, run, slots)
+    return all(_same(entries, loaded.state.get(slot.tensor, {})) for slot, entries in zip(slots, found, strict=True))
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(same_bits(value, other[name]) for name, value in one.items())
 
 
 def _open_for(

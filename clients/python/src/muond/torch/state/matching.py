@@ -15,7 +15,7 @@ from ..slots import LAYOUT_KEYS
 from .kinds import state_names
 
 TOKEN = "muond"
-"""The key of a state_dict that says which run, step, digest and content it has."""
+"""The key of a state_dict that says which run, step and digest it has."""
 
 # What a run can be given in another form than it keeps: the service converts it.
 _CONVERTED = "momentum_form"

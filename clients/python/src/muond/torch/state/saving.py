@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .fingerprint import content_digest
-
 if TYPE_CHECKING:
-    from ..home import Groups, Home
+    from ..home import Home
 
 
 def saved(home: Home, *, tensors: bool = False) -> tuple[dict[torch.Tensor, dict[str, Any]], dict[str, Any] | None]:
@@ -29,15 +27,7 @@ def saved(home: Home, *, tensors: bool = False) -> tuple[dict[torch.Tensor, dict
         # Its tag keeps it for as long as the dictionary may be loaded.
         token["checkpoint"] = run.checkpoint(f"state_dict.{run.step_count}").id
         return own, token
-    state = home.read()
-    token["content"] = content_of(home.groups(), state)
-    return _together(state, own), token
-
-
-def content_of(groups: Groups, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> str:
-    """The digest of the service's entries, in the order of the param_groups."""
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    return content_digest((str(i), state[p]) for i, p in enumerate(parameters) if p in state)
+    return _together(home.read(), own), token
 
 
 def _together(state: Mapping[torch.Tensor, Mapping[str, Any]], own: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,22 +32,43 @@ def read_state(rest: Rest, run: Run, slots: Sequence[Slot]) -> list[dict[str, to
     """
     # Before the tensors: a step that another trainer has begun would be waited for.
     require_place(run, rest.run(run.name))
-    tensors, metadata = rest.state(run.name)
-    require_place(run, {"step": int(metadata["step"]), "digest": metadata["digest"], "ahead": []})
-    found = {tensor.name: tensor for tensor in tensors}
+    with _collector_paused():
+        tensors, metadata = rest.state(run.name)
+        require_place(run, {"step": int(metadata["step"]), "digest": metadata["digest"], "ahead": []})
+        return _by_slot(slots, tensors)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without garbage collection: it would look through the whole program again and again while thousands of tensors are made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _by_slot(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[dict[str, torch.Tensor]]:
     by_slot: dict[str, dict[str, torch.Tensor]] = {slot.name: {} for slot in slots}
-    for tensor in tensors:
+    counts = dict(_counts(tensors))
+    for parameter, count in counts.items():
+        if count:
+            # torch's optimizers count steps in a float32 scalar.
+            by_slot[parameter]["step"] = torch.tensor(float(count), dtype=torch.float32, device="cpu")
+    for tensor in tensors[len(counts) :]:
         parameter, _, name = tensor.name.removeprefix("state.").rpartition(".")
-        if found[f"state.{parameter}.step"].data.any():
-            by_slot[parameter][name] = _to_torch(tensor, name)
+        if counts[parameter]:
+            by_slot[parameter][name] = _to_torch(tensor)
     return [by_slot[slot.name] for slot in slots]
 
 
 def read_begun(rest: Rest, run: Run, slots: Sequence[Slot]) -> list[bool]:
     """Whether the service has a state of each slot; no tensor is transferred. Raises MuondError as ``read_state`` does."""
     require_place(run, rest.run(run.name))
-    counts = {tensor.name: bool(tensor.data.any()) for tensor in rest.counts(run.name)}
-    return [counts[f"state.{slot.name}.step"] for slot in slots]
+    counts = dict(_counts(rest.counts(run.name)))
+    return [counts[slot.name] > 0 for slot in slots]
 
 
 def write_state(
@@ -67,13 +90,21 @@ def write_state(
     run.import_state(tensors, {"format": "pt"}, partial=partial)
 
 
-def _to_torch(tensor: Tensor, name: str) -> torch.Tensor:
+def _counts(tensors: Sequence[Tensor]) -> Iterator[tuple[str, int]]:
+    """(parameter, how many updates it has had): the counts come before every other tensor."""
+    for tensor in tensors:
+        if not tensor.name.endswith(".step"):
+            return
+        yield tensor.name.removeprefix("state.").removesuffix(".step"), int.from_bytes(tensor.data, "little")
+
+
+def _to_torch(tensor: Tensor) -> torch.Tensor:
+    if tensor.dtype == "F32":
+        # The elements of a tensor of its own: a view of bytes would be saved with all that lies beside them.
+        return torch.from_numpy(tensor.data.view(np.float32).reshape(tensor.shape))
     dtype = _DTYPES.get(tensor.dtype)
     if dtype is None:
         raise MuondError("DTYPE_UNSUPPORTED", f"state tensor '{tensor.name}' has dtype {tensor.dtype}")
-    if name == "step":
-        # torch's optimizers count steps in a float32 scalar.
-        return torch.from_numpy(tensor.data.view(np.int64).astype(np.float32).reshape(()))
     return torch.from_numpy(tensor.data).view(dtype).view(tensor.shape)
 
 
