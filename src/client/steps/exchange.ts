@@ -1,4 +1,3 @@
-import { chunksOf } from '../../wire/chunks.js'
 import type { EndFrame, ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame } from '../../wire/frame.js'
 import type { Connection } from '../connection.js'
 import { MuondError } from '../error.js'
@@ -69,12 +68,14 @@ export class Exchange {
   }
 
   async #sendGradient(parameter: number, bytes: Uint8Array): Promise<void> {
-    const { connection, step, chunk_bytes } = this.#parts
+    const { connection, step, updates, chunk_bytes } = this.#parts
     if (step.leftOut.has(parameter)) return
     this.#unanswered.add(parameter)
-    for (const { offset, length } of chunksOf(bytes.byteLength, chunk_bytes)) {
+    let sent = 0
+    for (const { offset, length } of updates.gradient(parameter).cuts(chunk_bytes)) {
       const header = { type: 'gradient', parameter, step: step.number, offset } as const
-      await connection.sendData(header, bytes.subarray(offset, offset + length))
+      await connection.sendData(header, bytes.subarray(sent, sent + length))
+      sent += length
     }
   }
 
