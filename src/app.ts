@@ -31,6 +31,7 @@ import { Session } from './link/session.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
 import { UnfinishedMessages } from './link/websocket/unfinished.js'
 import { createMetrics, type Metrics } from './metrics.js'
+import type { Run } from './run/run.js'
 import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
 import { OPEN_BYTES, OTHER_KEYS_BYTES } from './wire/frame.js'
@@ -163,8 +164,13 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
     state_bytes: () => device.memory.bytes,
     runs: () => runs.list().length,
     connections: () => streams.size,
+    members: () => runs.list().reduce((sum, run) => sum + membersOf(run), 0),
     build: { version: VERSION, onnxruntime: device.backend.version, device: device.backend.name },
   })
+}
+
+function membersOf({ intake: { members } }: Run): number {
+  return members.layout.named ? members.connected.length : 0
 }
 
 async function registerWebSocket(app: FastifyInstance, { events }: AppServices): Promise<void> {

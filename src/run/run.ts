@@ -62,6 +62,7 @@ export class Run extends EventEmitter<RunEvents> {
       settled: () => this.settled(),
       stepOfGradient: (index, number) => this.#stepOfGradient(index, number),
       compute: (whole) => this.#compute(whole),
+      changed: (status) => void this.emit('member', status),
       last: () => this.#history.last,
       conclude: (step, waited) => this.#conclude(step, waited),
     })

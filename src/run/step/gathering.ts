@@ -102,8 +102,8 @@ export class Gathering {
     const slot = this.#slot(index)
     if (part.repeated) return this.#repeat(part, slot)
     this.#checkMixture(member, index, step)
+    this.#outdate(slot, part)
     const update = new Promise<ScaledUpdate | undefined>((resolve, reject) => {
-      this.#outdate(slot, step)
       slot.parts.set(member.rank, { ...part, resolve, reject })
     })
     this.#tryCompute(index, slot)
@@ -197,10 +197,16 @@ export class Gathering {
     throw new ServiceError('STEP_CONFLICT', message, fields)
   }
 
-  /** Refuses the parts of an older step that wait: a member that is further sends no more of them. */
-  #outdate(slot: Slot, { number }: Step): void {
+  /**
+   * Refuses the parts of an older step that wait: a member that is further sends no more of them. Throws STEP_CONFLICT
+   * where the older one is the part that has come.
+   */
+  #outdate(slot: Slot, part: Part): void {
     const [one] = slot.parts.values()
-    if (one && one.step.number < number) this.#refuse(slot, passed(one, this.#means.current().number))
+    if (!one || one.step === part.step) return
+    const expected = this.#means.current().number
+    if (one.step.number > part.step.number) throw passed(part, expected)
+    this.#refuse(slot, passed(one, expected))
   }
 
   /** A replay is put together of the parts of all members: it is given up once one of them has begun the next step. */
@@ -317,7 +323,7 @@ function elementsOf({ parts }: Slot, parameter: Parameter): number {
   return [...parts.values()].reduce((sum, { member }) => sum + member.elements(parameter), 0)
 }
 
-function passed({ index, step }: Waiting, expected_step: number): ServiceError {
+function passed({ index, step }: Part, expected_step: number): ServiceError {
   const message = `step ${step.number} of parameter ${index} cannot be computed again: a member has begun step ${expected_step}`
   return new ServiceError('STEP_CONFLICT', message, { parameter: index, step: step.number, expected_step })
 }

@@ -3,7 +3,7 @@ import type { ServiceError } from '../../errors.js'
 import type { Attention } from '../../optimizer/attention.js'
 import type { Parameter } from '../../optimizer/parameter.js'
 import { checkMaxLogits } from '../../optimizer/qk-clip.js'
-import type { StepFrame } from '../../wire/frame.js'
+import type { MemberStatus, StepFrame } from '../../wire/frame.js'
 import type { Receipt, Waited } from '../history.js'
 import type { ScaledUpdate, Shard } from '../shard.js'
 import { Buffers } from './buffers.js'
@@ -31,6 +31,8 @@ export type Host = {
   stepOfGradient(index: number, number: number): Step
   /** Computes a gradient of which all parts have come; undefined where its ticket was cancelled. */
   compute(whole: Whole): Promise<ScaledUpdate | undefined>
+  /** A member has come or gone. */
+  changed(status: MemberStatus): void
   /** The receipt of the last finished step. */
   last(): Receipt | undefined
   /** Finishes the step in progress; `waited` are the seconds that its members have waited for each rank. */
@@ -50,7 +52,7 @@ export class Intake {
   constructor(device: Device, host: Host) {
     this.#device = device
     this.#host = host
-    this.members = new Members(host.name, host.parameters)
+    this.members = new Members(host.name, host.parameters, (status) => host.changed(status))
     this.#gathering = this.#gather(this.members.layout)
   }
 

@@ -12,9 +12,12 @@ export class Members {
   readonly #connected = new Map<number, Member>()
   #idleSince: number | undefined = performance.now()
 
-  /** `run` is the run's name, for messages. */
-  constructor(run: string, parameters: readonly Parameter[]) {
+  readonly #changed: (status: MemberStatus) => void
+
+  /** `run` is the run's name, for messages; `changed` is told of every member that comes or goes. */
+  constructor(run: string, parameters: readonly Parameter[], changed: (status: MemberStatus) => void) {
     this.#run = run
+    this.#changed = changed
     this.#parameters = parameters
     this.#layout = new Layout(parameters, { world_size: 1, named: false })
   }
@@ -101,6 +104,8 @@ export class Members {
   }
 
   #tell(status: MemberStatus): void {
+    if (!this.#layout.named) return
     for (const other of this.connected) other.changed(status)
+    this.#changed(status)
   }
 }
