@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,18 @@ def join(rank: int, world_size: int, meeting: Path) -> None:
     )
 
 
+def skip_nan(module: torch.nn.Module, muon: muond.torch.Optimizer, *, is_bad: bool) -> None:
+    """A step in which one rank has NaN is none, on every rank."""
+    backward(module, 1)
+    gradients: Any = [p.grad for p in module.parameters()]
+    if is_bad:
+        for gradient in gradients:
+            gradient.to_local().fill_(float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert muon.step() is None
+
+
 def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
     """Takes ``steps`` with the weights of ``weights``, if there is such a file, and leaves those it comes to there."""
     join(rank, world_size, folder / f"meeting-{given['steps'][0]}-{world_size}")
@@ -92,6 +105,8 @@ def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> Non
         module.load_state_dict(torch.load(weights))
     shard(module)
     muon = optimizer(module, given["url"], given["run"], mode=given["mode"])
+    if given["mode"] == "create":
+        skip_nan(module, muon, is_bad=rank == world_size - 1)
     digests = train(module, muon, range(*given["steps"]), share=float(rank == 0))
     state = whole(module)
     muon.close()

@@ -19,12 +19,20 @@ from .living import begins, ends, go_with
 from .opening import new_run_name, open_slots
 from .ranks import Ranks
 from .settings import Settings
+from .shards import like_shard
 from .slots import Slot, group_names, make_slots
 from .state.kinds import state_names
 from .state.tensors import read_begun, read_state, write_state
 from .state.view import State
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+def _sharded_as(slot: Slot, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What has the shape of a sharded parameter, sharded as that is; counts, and what has one number for each row, whole."""
+    if slot.shard is None:
+        return entries
+    return {name: like_shard(t, slot.tensor) if t.shape == slot.shape else t for name, t in entries.items()}
 
 
 def _close(run: Run | None) -> None:
@@ -217,9 +225,18 @@ class Home:
         *,
         partial: bool = False,
     ) -> None:
+        self.require_whole()
         groups = self.groups()
         rows = [(slot, groups[slot.group], state.get(slot.tensor, {})) for slot in slots]
         write_state(run, rows, partial=partial)
+
+    def require_whole(self) -> None:
+        """Raises ValueError where the parameters are sharded: their state is read from the service, and never given to it."""
+        if self.ranks is not None:
+            raise ValueError(
+                f"run '{self.name}' has sharded parameters, whose state cannot be given to the service: it has the state already, so "
+                "go on with mode='resume' and the run's name, on any number of ranks"
+            )
 
     def _declare_again(self, old: Run) -> None:
         """Goes on in another run, with the parameters that there are now and the state that they have. A run's own are fixed."""
@@ -309,7 +326,8 @@ class Home:
             return {}
         with self.rest() as rest:
             tensors = read_state(rest, run, self.slots)
-        return {slot.tensor: entries for slot, entries in zip(self.slots, tensors, strict=True) if entries}
+        rows = zip(self.slots, tensors, strict=True)
+        return {slot.tensor: _sharded_as(slot, entries) for slot, entries in rows if entries}
 
     def readable(self) -> Run | None:
         """The run between two steps; None before there is one, unless this optimizer is to go on with one that exists."""

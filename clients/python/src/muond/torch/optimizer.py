@@ -430,8 +430,9 @@ class Optimizer(torch.optim.Optimizer):
 
         If the service has the very tensors of the dictionary already, nothing is sent; else it goes back to the dictionary's
         checkpoint, or takes its tensors. A state of another optimizer that lives is copied, into a run of this one's own.
-        Raises MuondError; ValueError if the groups differ. Nothing has changed then.
+        Raises MuondError; ValueError if the groups differ, or the parameters are sharded. Nothing has changed then.
         """
+        self._home.require_whole()
         given = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, given)

@@ -40,7 +40,7 @@ def shard_of(name: str, tensor: torch.Tensor) -> Shard | None:
     (placement,) = placements
     if type(placement).__name__ != "Shard":
         raise ValueError(
-            f"parameter '{name}' has the placement {placement}, expected Shard: {_REMEDY.get(type(placement).__name__, _OTHER)}"
+            f"parameter '{name}' has the placement {placement!r}, expected Shard: {_REMEDY.get(type(placement).__name__, _OTHER)}"
         )
     (chunk,) = sharded.__create_chunk_list__()
     return Shard(ranges_of(tuple(tensor.shape), tuple(chunk.offsets), tuple(chunk.sizes)), mesh)
@@ -71,6 +71,23 @@ def ranges_of(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
         start = (row * shape[cut] + offsets[cut]) * inner
         ranges.append((start, start + sizes[cut] * inner))
     return ranges
+
+
+def like_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape of a sharded parameter, sharded as that is."""
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = parameter
+    (chunk,) = sharded.__create_chunk_list__()
+    part = whole[tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))]
+    return DTensor.from_local(
+        part.contiguous(),
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
