@@ -47,8 +47,8 @@ export function* findingPlace(run: Run, frame: OpenFrame): Generator<undefined, 
 /**
  * Whether an `open` that may only create a run may join it: others have created it for all members, and wait for them.
  */
-export function mayJoin(run: Run | undefined, { member, mode, from }: OpenFrame): boolean {
-  if (!run || !member || mode !== 'create' || from) return false
+export function mayJoin(run: Run | undefined, { member }: OpenFrame): boolean {
+  if (!run || !member) return false
   const { members } = run.intake
   return members.layout.fits(member) && members.hasOthers(member) && isFresh(run)
 }

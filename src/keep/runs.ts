@@ -282,7 +282,7 @@ export class Runs {
     if (this.#device.failed) throw this.#deviceFailure()
     if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, connection)
     const exists = this.#residents.get(name) !== undefined || this.#archive?.absent.has(name)
-    if (exists && (mode === 'create' || from) && !mayJoin(this.#residents.get(name), frame))
+    if (exists && (from || (mode === 'create' && !mayJoin(this.#residents.get(name), frame))))
       throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
     if (from) return this.#branch(frame, from, connection)
     const known = await this.#find(name)

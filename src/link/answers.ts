@@ -11,8 +11,8 @@ import type { Member } from '../run/step/member.js'
 import type { Step } from '../run/step/step.js'
 import { encodeFrame, encodeHeader } from '../wire/codec.js'
 import type { UpdatesFrame } from '../wire/frame.js'
-import type { Cut, Extent } from '../wire/ranges.js'
-import type { Sender } from './websocket/sender.js'
+import type { Chunk, Cut, Extent } from '../wire/ranges.js'
+import type { Message, Sender } from './websocket/sender.js'
 
 // An entry takes 50 bytes, and with QK-clip those of its row scales: a frame stays far below its limit.
 const UPDATES_PER_FRAME = 512
@@ -140,9 +140,9 @@ export class Answers {
 }
 
 /** The bytes of a frame: those of the memory itself, or a copy of several short pieces. */
-function payloadOf(memory: Region, { pieces }: Cut): Uint8Array {
-  const parts = pieces.map(({ offset, length }) => memory.chunk(offset, length))
-  return parts.length === 1 ? parts[0] : Buffer.concat(parts)
+function payloadOf(memory: Region, { pieces: [first, ...rest] }: Cut): Message['payload'] {
+  const bytes = ({ offset, length }: Chunk) => memory.chunk(offset, length)
+  return rest.length === 0 ? bytes(first) : () => Buffer.concat([first, ...rest].map(bytes))
 }
 
 /** An update that lies in shared memory; `told` is called once the client knows. */

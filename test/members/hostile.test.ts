@@ -188,6 +188,13 @@ t.test('a gap that all ranks leave stays one', async (t) => {
   await crew.close()
 })
 
+t.test('a gap may be at the end of a tensor', async (t) => {
+  const crew = await Crew.open(url, name(), { model: TEN, split: splitOf([[3, 9]], [[0, 3]]) })
+  crew.mates[0]!.end(1, [0])
+  t.match(await crew.mates[0]!.error(), { code: 'RANGE_MISSING', message: /\[9,10\) of parameter 'w'/ })
+  await crew.close()
+})
+
 t.test('a part is as long as its ranges', async (t) => {
   const run = name()
   const mate = await new Mate(url, run, {
