@@ -20,21 +20,23 @@ import { type Access, authenticator, chooseSubprotocol } from './http/auth.js'
 import { type Endpoint, endpointsOf, readContract } from './http/contract.js'
 import { docs } from './http/docs.js'
 import { Events } from './http/events.js'
+import { type LocalSocket, listenLocally } from './http/local-socket.js'
 import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { StateReaders } from './http/readers.js'
+import { limitSockets } from './http/sockets.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
+import { Intake } from './link/websocket/intake.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
-import { UnfinishedMessages } from './link/websocket/unfinished.js'
 import { createMetrics, type Metrics } from './metrics.js'
 import type { Run } from './run/run.js'
 import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
-import { OPEN_BYTES, OTHER_KEYS_BYTES } from './wire/frame.js'
+import { MESSAGE_BYTES } from './wire/frame.js'
 
 /** The service without its process: it does not listen yet, and has read no environment variable. */
 export type App = {
@@ -46,6 +48,11 @@ export type App = {
   metrics: Metrics
   /** Resolves when every run on the disk is restored or known to be unreadable. Streams may open runs before. */
   restored: Promise<void>
+  /**
+   * Takes connections from a Unix socket at `path` too, until the app is closed. Throws ConfigError where there can be
+   * none.
+   */
+  listenLocally(path: string): Promise<void>
   /** Waits at most `drain_seconds` for the steps in flight, takes checkpoints, and closes everything. */
   drain(): Promise<void>
 }
@@ -55,12 +62,11 @@ const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
 type AppServices = Services & {
   streams: Set<Session>
-  unfinished: UnfinishedMessages
+  local: Set<LocalSocket>
+  intake: Intake
   data: DataFolder | undefined
 }
 
-// `open` and a chunk have at most 16 MiB each; the other keys of a frame come on top.
-const MAX_MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
 const MAX_BODY_BYTES = 65_536
 // The router answers 404 to a longer path parameter. A run name that is too long should get a better answer than that.
 const MAX_PATH_PARAMETER = 1024
@@ -90,7 +96,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
   const metrics = createMetrics()
   const log = logger ?? SILENT
   const runs = new Runs({ device, config, presets, metrics, data, log })
-  const unfinished = new UnfinishedMessages(config.unfinished_bytes, ({ code, message }) => {
+  const intake = new Intake(config.unfinished_bytes, ({ code, message }) => {
     log.warn({ event: 'refused', code, reason: message })
     metrics.errors_total.inc({ code })
   })
@@ -105,10 +111,13 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     events: new Events(),
     readers: new StateReaders(device),
     streams: new Set(),
-    unfinished,
+    local: new Set(),
+    intake,
   }
   const app = await createServer(services, logger)
-  return { app, device, runs, data, metrics, restored: runs.restore(), drain: () => drain(app, services) }
+  const listen = async (path: string) => void services.local.add(await listenLocally(app.server, path))
+  const restored = runs.restore()
+  return { app, device, runs, data, metrics, restored, listenLocally: listen, drain: () => drain(app, services) }
 }
 
 async function createServer(services: AppServices, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
@@ -127,7 +136,9 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   })
   app.setValidatorCompiler(({ schema, httpPart }) => validatorOf(schema, httpPart))
   observe(app, services)
-  limitSockets(app, services)
+  // Every socket counts from its first byte, whatever it becomes, and sends a request or goes.
+  limitSockets(app.server, config.max_sockets, () => metrics.refused_sockets_total.inc())
+  app.server.headersTimeout = config.open_timeout_seconds * 1000
   // First, because its hooks end the connection of an upgrade that any later hook refuses.
   await registerWebSocket(app, services)
   app.addHook('onRequest', originGuard(config))
@@ -135,7 +146,10 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   app.addHook('onRequest', refuseOtherUpgrades)
   app.addHook('preParsing', refuseEncodings)
   app.addHook('preParsing', limitBody(config))
-  app.addHook('onSend', limitAnswer(config))
+  app.addHook(
+    'onSend',
+    limitAnswer(config, ({ code }) => metrics.errors_total.inc({ code })),
+  )
   app.addHook('onResponse', logRequest)
   app.addHook('onClose', () => close(services))
   answerProblems(app, metrics)
@@ -145,17 +159,10 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   return app
 }
 
-/** Every socket counts from its first byte, whatever it becomes, and sends a request or goes. */
-function limitSockets({ server }: FastifyInstance, { config, metrics }: AppServices): void {
-  server.maxConnections = config.max_sockets
-  server.headersTimeout = config.open_timeout_seconds * 1000
-  server.on('drop', () => metrics.refused_sockets_total.inc())
-}
-
-function observe({ server }: FastifyInstance, { device, runs, metrics, streams, unfinished }: AppServices): void {
+function observe({ server }: FastifyInstance, { device, runs, metrics, streams, intake }: AppServices): void {
   metrics.observe({
     sockets: promisify(server.getConnections).bind(server),
-    unfinished_bytes: () => unfinished.bytes,
+    unfinished_bytes: () => intake.bytes,
     in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
     staging: () => {
       const own = runs.list().reduce((sum, { staging }) => sum + staging.ownBytes, 0)
@@ -173,9 +180,9 @@ function membersOf({ intake: { members } }: Run): number {
   return members.layout.named ? members.connected.length : 0
 }
 
-async function registerWebSocket(app: FastifyInstance, { events }: AppServices): Promise<void> {
+async function registerWebSocket(app: FastifyInstance, services: AppServices): Promise<void> {
   const options: WebsocketPluginOptions['options'] = {
-    maxPayload: MAX_MESSAGE_BYTES,
+    maxPayload: MESSAGE_BYTES,
     perMessageDeflate: false,
     // Text is refused in words by the stream, also where it is msgpack that a client has sent as text by mistake.
     skipUTF8Validation: true,
@@ -192,14 +199,18 @@ async function registerWebSocket(app: FastifyInstance, { events }: AppServices):
       request.log.info({ event: 'stream_error', err: error })
       socket.close(1011)
     },
-    preClose: () => closeConnections(app, events),
+    preClose: () => closeConnections(app, services),
   })
   app.websocketServer.on('wsClientError', answerClientError)
 }
 
 /** Closes every stream with 1012. Streams and requests in progress have CLOSE_GRACE_MS to end. */
-async function closeConnections({ server, websocketServer }: FastifyInstance, events: Events): Promise<void> {
+async function closeConnections(
+  { server, websocketServer }: FastifyInstance,
+  { events, local }: AppServices,
+): Promise<void> {
   events.end()
+  for (const socket of local) socket.close()
   // node does not count a connection that never sent a request as idle, and would wait a minute for it.
   const cut = setTimeout(() => server.closeAllConnections(), CLOSE_GRACE_MS).unref()
   server.once('close', () => clearTimeout(cut))
@@ -302,12 +313,11 @@ function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppSer
 function openStream(
   socket: WebSocket,
   { raw, log }: FastifyRequest,
-  { config, device, runs, metrics, streams, unfinished }: AppServices,
+  { config, device, runs, metrics, streams, intake }: AppServices,
 ): void {
   const local = isLocal(raw.socket)
-  const stream = new Session(socket, { config, device, runs, metrics, log, stream: raw.socket, local })
+  const stream = new Session(socket, { config, device, runs, metrics, intake, log, stream: raw.socket, local })
   streams.add(stream)
-  unfinished.watch(socket, raw.socket)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)
   socket.once('close', () => streams.delete(stream))
   if (socket instanceof InPlaceWebSocket && socket.inPlace) metrics.in_place_connections_total.inc()

@@ -28,6 +28,7 @@ export const SETTINGS = {
     'Comma-separated origins, such as https://board.example, of web pages that may use the service, beside its own; * is any.',
   ),
   port: integer(8787, [0, 65_535], 'Port to listen on; 0 picks a free one.'),
+  socket: text('', 'Path of a Unix socket to listen on as well, which only the user of the service may connect to.'),
   device: text('auto', 'Where steps are computed: auto, cpu, cuda, cuda:0 or cuda:0,1.', DEVICE),
   data: text('', 'Folder for checkpoints and journals; without one, state ends with the process.'),
   data_wait_seconds: seconds(0, [0, DAY], 'How long a start waits for another service that has the data folder.'),
@@ -78,12 +79,12 @@ export const SETTINGS = {
   max_sockets: integer(
     1024,
     [1, 1_000_000],
-    'Most TCP connections at a time, streams among them; one more is closed at once.',
+    'Most TCP connections at a time, streams among them; one more takes the place of that which has waited longest for a request.',
   ),
   unfinished_bytes: integer(
     2 ** 26,
     [2 ** 25, BYTES],
-    'Most bytes of messages whose end has not come, over all streams; beyond it the stream with the most of them is closed.',
+    'Room for messages of more than 64 KiB, over all streams; those that find none are not read until they do.',
   ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),

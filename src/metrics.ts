@@ -81,7 +81,7 @@ export function createMetrics(registry = new Registry()) {
       ['rank'],
     ),
     checkpoint_failures_total: counter('checkpoint_failures_total', 'Checkpoints that could not be written.'),
-    refused_sockets_total: counter('refused_sockets_total', 'TCP connections closed at once, over max_sockets.'),
+    refused_sockets_total: counter('refused_sockets_total', 'TCP connections closed over max_sockets.'),
     in_place_connections_total: counter(
       'in_place_connections_total',
       'Streams whose gradients the kernel writes straight into the staging arena.',
@@ -107,7 +107,7 @@ function addGauges(registry: Registry, observed: Observed): void {
     connections: 'Streams that are open.',
     members: 'Members of runs that have a connection, where a run has named members.',
     sockets: 'TCP connections, streams among them.',
-    unfinished_bytes: 'Bytes of messages whose end has not come, over all streams.',
+    unfinished_bytes: 'Bytes that messages of more than 64 KiB take until they are handled, over all streams.',
   } as const
   for (const name of [
     'in_flight_bytes',

@@ -70,8 +70,8 @@ t.test('the Python trainer of the README is one that the tests of clients/python
 t.test('the code of docs/node.md runs from top to bottom', async (t) => {
   const service = await startService({ data: t.testdir({ data: {} }) })
   await runCode(t, codeIn(NODE, 'js').join('\n'), service.url)
-  // Four steps, one with a refused gradient, one that was taken back, and the one after that.
-  t.equal(service.runs.get('node').step, 6)
+  // Five steps, one with a refused gradient, one that was taken back, and the one after that.
+  t.equal(service.runs.get('node').step, 7)
   await service.app.close()
 })
 

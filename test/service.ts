@@ -1,7 +1,7 @@
 import assert from 'node:assert'
 import { once } from 'node:events'
 import type { AddressInfo } from 'node:net'
-import { WebSocket } from 'ws'
+import { type ClientOptions, WebSocket } from 'ws'
 import { type App, buildApp } from '../src/app.js'
 import { configOf } from '../src/config.js'
 import type { ErrorCode } from '../src/errors.js'
@@ -68,8 +68,8 @@ export class RawClient {
     socket.on('error', () => {})
   }
 
-  static async connect(url: string): Promise<RawClient> {
-    const socket = new WebSocket(url, { perMessageDeflate: false })
+  static async connect(url: string, options: ClientOptions = {}): Promise<RawClient> {
+    const socket = new WebSocket(url, { perMessageDeflate: false, ...options })
     const client = new RawClient(socket)
     await once(socket, 'open')
     return client

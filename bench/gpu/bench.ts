@@ -11,15 +11,18 @@ import { WORKLOADS, type Workload } from './models.js'
 /**
  * Steps of Muon on one GPU against torch.optim.Muon on the same one: `npm run bench:gpu`. Gradients and updates are
  * bfloat16, state is float32. "resident" has gradients and updates on the GPU, as torch has; "copied" has them in
- * page-locked host memory, so that both cross PCIe. Flags: `--only NAME`, `--lanes 4,6`, `--device cuda:0,1` (torch
- * has GPU 0 alone), `--out FILE` for the results.
+ * page-locked host memory, so that both cross PCIe. Flags: `--only NAME`, `--memory resident,copied`, `--lanes 4,6`,
+ * `--groups 4,16` (the most jobs that a lane is given at once), `--device cuda:0,1` (torch has GPU 0 alone), `--out FILE`
+ * for the results.
  */
 const only = option('--only')
 const deviceName = option('--device') ?? 'cuda'
+const memories = (option('--memory') ?? 'resident,copied').split(',')
 const out = option('--out') ?? 'bench/results/gpu.json'
 const groups = (option('--groups') ?? '4').split(',').map(Number)
 const laneCounts = (option('--lanes') ?? '1,2,3,4,6,8').split(',').map(Number)
 const STEPS = 30
+const MEMORIES = ['resident', 'copied'] as const
 const WARM_UP_STEPS = 3
 
 type Row = {
@@ -42,7 +45,7 @@ const workloads = WORKLOADS.filter(({ name }) => !only || name === only)
 for (const workload of workloads) {
   const torch = timeTorch(workload.name)
   console.log(`${workload.name}: torch.optim.Muon ${torch.milliseconds} ms (PyTorch ${torch.version})`)
-  for (const memory of ['resident', 'copied'] as const) {
+  for (const memory of MEMORIES.filter((name) => memories.includes(name))) {
     for (const [lanes, group_jobs] of laneCounts.flatMap((lanes) => groups.map((group) => [lanes, group]))) {
       const measured = await measure(workload, memory, { lanes, group_jobs })
       const row = {

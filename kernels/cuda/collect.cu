@@ -7,7 +7,7 @@ __device__ inline Partial total(const Partial *partials, u64 count) {
 struct Result { u64 gradient_print, update_print; double gradient_squares, update_squares, check; };
 
 // One block sums what the others found into memory that the host reads.
-extern "C" __global__ void collect(const Partial *gradient, u64 gradient_blocks, u64 gradient_bytes, const Partial *update, u64 update_blocks, u64 update_bytes, const Partial *checks, u64 check_blocks, volatile Result *result) {
+__device__ inline void collect(const Partial *gradient, u64 gradient_blocks, u64 gradient_bytes, const Partial *update, u64 update_blocks, u64 update_bytes, const Partial *checks, u64 check_blocks, volatile Result *result, Part) {
   const Partial g = total(gradient, gradient_blocks), u = total(update, update_blocks), c = total(checks, check_blocks);
   if (threadIdx.x != 0) return;
   result->gradient_print = g.print + mix(gradient_bytes);

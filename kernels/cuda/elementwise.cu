@@ -1,15 +1,14 @@
-#define FOR_EACH(i, count) for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (u64)gridDim.x * blockDim.x)
 __device__ inline float number(const f32 *x, u64 i) { return x ? x[i].bits : 0; }
 __device__ inline float at_least(float x, float least) { return x > least ? x : least; }
-__device__ inline void told(Partial own, Partial *partials) {
+__device__ inline void told(Partial own, Partial *partials, Part part) {
   own = reduce(own);
-  if (threadIdx.x == 0) partials[blockIdx.x] = own;
+  if (threadIdx.x == 0) partials[part.index] = own;
 }
 
 struct Adamw { double gradient_scale, a_m, a_g, b_v, b_g, bias1, bias2_sqrt, eps; };
 
 // 'largest_next' is null without amsgrad.
-template <class T, class U> __device__ inline void adamw(const T *gradient, const f32 *m, const f32 *v, const f32 *largest, f32 *m_next, f32 *v_next, f32 *largest_next, U *data, u64 count, Adamw s, Partial *partials) {
+template <class T, class U> __device__ inline void adamw(const T *gradient, const f32 *m, const f32 *v, const f32 *largest, f32 *m_next, f32 *v_next, f32 *largest_next, U *data, u64 count, Adamw s, Partial *partials, Part part) {
   Partial own = {0, 0, 0, 0};
   const float eps = at_least((float)s.eps * (float)s.bias2_sqrt, 1.17549435e-38f);
   const float ratio = (float)s.bias2_sqrt / (float)s.bias1;
@@ -24,12 +23,12 @@ template <class T, class U> __device__ inline void adamw(const T *gradient, cons
     if (largest_next) largest_next[i].bits = most;
     store(data[i], first * ratio / (sqrtf(most) + eps));
   }
-  told(own, partials);
+  told(own, partials, part);
 }
 
 struct Rmsprop { double gradient_scale, b_v, b_g, c_m, c_g, eps; };
 
-template <class T, class U> __device__ inline void rmsprop(const T *gradient, const f32 *v, const f32 *buffer, f32 *v_next, f32 *next, U *data, u64 count, Rmsprop s, Partial *partials) {
+template <class T, class U> __device__ inline void rmsprop(const T *gradient, const f32 *v, const f32 *buffer, f32 *v_next, f32 *next, U *data, u64 count, Rmsprop s, Partial *partials, Part part) {
   Partial own = {0, 0, 0, 0};
   const float eps = at_least((float)s.eps, 1.17549435e-38f);
   FOR_EACH(i, count) {
@@ -43,10 +42,10 @@ template <class T, class U> __device__ inline void rmsprop(const T *gradient, co
     own.check += fabs((double)moved);
     store(data[i], moved);
   }
-  told(own, partials);
+  told(own, partials, part);
 }
 
-template <class T, class U> __device__ inline void sgd(const T *gradient, const f32 *buffer, f32 *next, U *data, u64 count, Momentum s, Partial *partials) {
+template <class T, class U> __device__ inline void sgd(const T *gradient, const f32 *buffer, f32 *next, U *data, u64 count, Momentum s, Partial *partials, Part part) {
   Partial own = {0, 0, 0, 0};
   FOR_EACH(i, count) {
     const float g = scaled(gradient[i], s);
@@ -55,5 +54,5 @@ template <class T, class U> __device__ inline void sgd(const T *gradient, const 
     own.check += fabs((double)u);
     store(data[i], u);
   }
-  told(own, partials);
+  told(own, partials, part);
 }

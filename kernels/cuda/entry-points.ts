@@ -10,7 +10,18 @@ export const VECTOR = 4
 /** The gradient's type, and that of the momentum buffer where it is not float32. */
 type MomentumTypes = { readonly gradient_dtype: Dtype; readonly momentum_dtype?: StateIo['dtype'] }
 
-/** The names of the kernels. Each of their parameters has 8 bytes: a pointer, a u64 or a double. */
+/** Bytes of a kernel's parameters: `struct List` (list.cu), which has the number of its items first. */
+export const LIST_BYTES = 4096
+
+/** The most items of a kernel's list; an item has `parameters` parameters, its first block and its number of blocks. */
+export function mostItems(parameters: number): number {
+  return Math.floor((LIST_BYTES - 8) / (8 * (parameters + 2)))
+}
+
+/**
+ * The names of the kernels. Each takes a list of items, and each parameter of an item has 8 bytes: a pointer, a u64 or
+ * a double.
+ */
 export const CUDA_KERNELS = {
   scan: (dtype: Dtype) => `scan_${TYPE_NAMES[dtype]}`,
   momentum: (types: MomentumTypes, vector: boolean) => `momentum_${momentumTypes(types)}_${packOf(vector)}`,
@@ -37,11 +48,12 @@ const TYPES = ['float32', 'float16', 'bfloat16'] as const
 const BUFFER_TYPES = ['float32', 'bfloat16'] as const
 const VECTORS = [false, true] as const
 
-/** The kernels of scan.cu and muon.cu for every element type, pack size and type of the momentum buffer. */
+/** The kernels of scan.cu, collect.cu and muon.cu for every element type, pack size and type of the momentum buffer. */
 export function muonEntryPoints(): string {
-  return lines(
-    TYPES.flatMap((type) => [scanEntryPoint(type), '', ...VECTORS.flatMap((v) => matrixEntryPoints(type, v))]),
-  )
+  return lines([
+    collectEntryPoint(),
+    ...TYPES.flatMap((type) => [scanEntryPoint(type), '', ...VECTORS.flatMap((v) => matrixEntryPoints(type, v))]),
+  ])
 }
 
 /**
@@ -50,7 +62,8 @@ export function muonEntryPoints(): string {
  * which is null before the first step.
  */
 export function normuonEntryPoints(): string {
-  return lines(TYPES.flatMap((type) => VECTORS.map((vector) => evenEntryPoint(type, vector))))
+  const even = TYPES.flatMap((type) => VECTORS.map((vector) => evenEntryPoint(type, vector)))
+  return lines([secondEntryPoint('row'), secondEntryPoint('col'), ...even])
 }
 
 /**
@@ -62,18 +75,42 @@ export function elementwiseEntryPoints(): string {
   return lines(TYPES.flatMap((from) => TYPES.flatMap((to) => elementwiseEntryPointsOf(from, to))))
 }
 
-/** The text of a kernel that calls a template: with its own parameters, or with the expressions in `given`. */
+/**
+ * The text of a kernel that calls a template for a block's part of its item: with the item's own parameters, or with
+ * the expressions in `given`.
+ */
 function entryPoint(
   name: string,
   template: string,
   parameters: readonly string[],
   given = parameters.map((parameter) => parameter.replace(/^.*\W/, '')),
 ): string {
-  return `extern "C" __global__ void ${name}(${parameters.join(', ')}) { ${template}(${given.join(', ')}); }`
+  const passed = given.map((expression) => (expression.startsWith('(') ? expression : `item.${expression}`))
+  return [
+    `struct ${name}_item { ${parameters.join('; ')}; u64 first, blocks; };`,
+    `extern "C" __global__ void ${name}(const __grid_constant__ List<${name}_item> list) {`,
+    `  const ${name}_item item = list.items[item_of(list, blockIdx.x)];`,
+    `  ${template}(${passed.join(', ')}, Part{blockIdx.x - item.first, item.blocks});`,
+    '}',
+  ].join('\n')
+}
+
+function collectEntryPoint(): string {
+  return entryPoint(CUDA_KERNELS.collect(), 'collect', [
+    ...['const Partial *gradient', 'u64 gradient_blocks', 'u64 gradient_bytes'],
+    ...['const Partial *update', 'u64 update_blocks', 'u64 update_bytes'],
+    ...['const Partial *checks', 'u64 check_blocks', 'volatile Result *result'],
+  ])
+}
+
+function secondEntryPoint(per: 'row' | 'col'): string {
+  return entryPoint(CUDA_KERNELS.second(per), `second_by_${per}`, [
+    ...['const f16 *o', 'const f32 *second', 'f32 *next', 'u64 rows', 'u64 cols', 'Second s', 'Partial *partials'],
+  ])
 }
 
 function scanEntryPoint(dtype: Dtype): string {
-  const parameters = ['const u64 *words', 'u64 bytes', 'Partial *partials']
+  const parameters = ['const u64 *words', 'u64 *copy', 'u64 bytes', 'Partial *partials']
   return entryPoint(CUDA_KERNELS.scan(dtype), `scan<${TYPE_NAMES[dtype]}>`, parameters)
 }
 
@@ -85,11 +122,11 @@ function matrixEntryPoints(gradient_dtype: Dtype, vector: boolean): string[] {
     return [
       entryPoint(CUDA_KERNELS.momentum(types, vector), `momentum<${type}, ${buffer}, ${pack}>`, [
         ...[`const ${type} *gradient`, `const ${buffer} *buffer`, `${buffer} *next`, 'u64 count'],
-        ...['Momentum s', 'Partial *partials'],
+        ...['u64 matrix_blocks', 'Momentum s', 'Partial *partials'],
       ]),
       entryPoint(CUDA_KERNELS.normalize(types, vector), `normalize<${type}, ${buffer}, ${pack}>`, [
         ...[`const ${type} *gradient`, `const ${buffer} *next`, 'f16 *x', 'u64 count'],
-        ...['Momentum s', 'double eps', 'double input_scale', 'const Partial *partials', 'u64 blocks'],
+        ...['Momentum s', 'double eps', 'double input_scale', 'const Partial *partials', 'u64 partial_blocks'],
       ]),
     ]
   })
@@ -101,7 +138,7 @@ function evenEntryPoint(dtype: Dtype, vector: boolean): string {
   const type = TYPE_NAMES[dtype]
   return entryPoint(CUDA_KERNELS.even(dtype, vector), `even<${type}, ${packOf(vector)}>`, [
     ...['const f16 *o', `${type} *data`, 'u64 count', 'double factor', 'const f32 *second'],
-    ...['u64 cols', 'u64 by_row', 'const Partial *partials', 'u64 blocks'],
+    ...['u64 cols', 'u64 by_row', 'const Partial *partials', 'u64 partial_blocks'],
   ])
 }
 

@@ -6,26 +6,31 @@ template <class T> __device__ inline double squares_of(u64 word) {
   return sum;
 }
 
-// One pass over a tensor's bytes; the sum of squares is not finite exactly where an element is not.
-template <class T> __device__ inline void scan(const u64 *words, u64 bytes, Partial *partials) {
+// One pass over a tensor's bytes, which are copied where 'copy' is not null: then what was scanned is what is computed
+// with. The sum of squares is not finite exactly where an element is not.
+template <class T> __device__ inline void scan(const u64 *words, u64 *copy, u64 bytes, Partial *partials, Part part) {
   Partial own = {0, 0, 0, 0};
   const u64 pairs = bytes / 16;
-  const u64 stride = (u64)gridDim.x * blockDim.x;
-  const u64 thread = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-  for (u64 i = thread; i < pairs; i += stride) {
-    ulonglong2 two = ((const ulonglong2 *)words)[i];
+  FOR_EACH(i, pairs) {
+    const ulonglong2 two = ((const ulonglong2 *)words)[i];
+    if (copy) ((ulonglong2 *)copy)[i] = two;
     own.print += print_of(two.x, 2 * i) + print_of(two.y, 2 * i + 1);
     own.squares += squares_of<T>(two.x) + squares_of<T>(two.y);
   }
-  if (thread == 0) {
+  if (part.index == 0 && threadIdx.x == 0) {
     const unsigned char *rest = (const unsigned char *)words;
+    unsigned char *rest_copy = (unsigned char *)copy;
     for (u64 at = pairs * 16; at < bytes; at += 8) {
       u64 word = 0;
-      for (u64 i = at; i < bytes && i < at + 8; i++) word |= (u64)rest[i] << (8 * (i - at));
+      for (u64 i = at; i < bytes && i < at + 8; i++) {
+        const unsigned char byte = rest[i];
+        if (copy) rest_copy[i] = byte;
+        word |= (u64)byte << (8 * (i - at));
+      }
       own.print += print_of(word, at / 8);
       own.squares += squares_of<T>(word);
     }
   }
   own = reduce(own);
-  if (threadIdx.x == 0) partials[blockIdx.x] = own;
+  if (threadIdx.x == 0) partials[part.index] = own;
 }

@@ -35,6 +35,7 @@ type Read = (name: `${string}.cu`) => string
 export function cudaSource(read: Read): string {
   return joined([
     read('common.cu'),
+    read('list.cu'),
     fingerprint(),
     read('scan.cu'),
     read('muon.cu'),

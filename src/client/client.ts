@@ -1,7 +1,8 @@
-import { Connection, type Endpoint } from './connection.js'
+import { Connection, type Endpoint, isLocal, UNIX } from './connection.js'
 import { MuondError } from './error.js'
 import { type OpenOptions, openRun, type Run } from './run.js'
 import { BACKOFF, type Backoff } from './steps/backoff.js'
+import { TRANSPORTS, type TransportKind } from './transport/transport.js'
 
 export type { AttentionDeclaration } from '../wire/frame.js'
 export { type ClientErrorCode, MuondError, type MuondErrorFields } from './error.js'
@@ -13,6 +14,7 @@ export type { Backoff } from './steps/backoff.js'
 export type { Bound, Gradient, Parameter } from './steps/parameter.js'
 export type { StepOptions } from './steps/step.js'
 export { type Suggested, type Suggestion, type SuggestOptions, suggest } from './suggest.js'
+export type { TransportKind } from './transport/transport.js'
 
 export type ConnectOptions = {
   /** Sent as `Authorization: Bearer`. */
@@ -25,6 +27,11 @@ export type ConnectOptions = {
   backoff?: Partial<Backoff>
   /** Most bytes of a gradient in one message; default: what the service allows. */
   chunk_bytes?: number
+  /**
+   * How gradients and updates travel: `shm` is memory that the service shares (Linux, on its own host), `websocket` the
+   * connection, `auto` (default) shared memory where the address is a loopback one and the service takes it.
+   */
+  transport?: TransportKind
   /** Options of the `ws` package, such as `ca` or `rejectUnauthorized`. */
   socket?: Endpoint['socket']
 }
@@ -32,7 +39,8 @@ export type ConnectOptions = {
 const RETRIES = 8
 
 /**
- * Connects to a service: `connect('ws://127.0.0.1:8080')`; a URL without a path means `/v1/stream`.
+ * Connects to a service: `connect('ws://127.0.0.1:8080')`, or `connect('ws+unix:///run/muond.sock')` for a Unix socket;
+ * a URL without a path means `/v1/stream`.
  * @throws MuondError UNAUTHORIZED, FORBIDDEN, CONNECTION_LOST…; the first connection is not retried. The signal's
  *   reason if aborted
  */
@@ -57,6 +65,9 @@ export class Client {
     const { token, socket, signal, chunk_bytes = 1 } = options
     if (!Number.isInteger(chunk_bytes) || chunk_bytes < 1)
       throw new RangeError(`chunk_bytes is ${chunk_bytes}, at least 1`)
+    const { transport = 'auto' } = options
+    if (!TRANSPORTS.includes(transport))
+      throw new RangeError(`transport is ${JSON.stringify(transport)}, expected one of ${TRANSPORTS.join(', ')}`)
     this.#endpoint = { url, token, socket }
     this.#options = options
     this.#signal = AbortSignal.any(signal === undefined ? [this.#stop.signal] : [this.#stop.signal, signal])
@@ -72,13 +83,15 @@ export class Client {
    * @throws MuondError RUN_EXISTS, RUN_NOT_FOUND, RUN_BUSY (see `takeover`), RUN_MISMATCH, PARAMETER_INVALID…
    */
   open(options: OpenOptions): Promise<Run> {
-    const { retries = RETRIES, backoff, chunk_bytes = Number.MAX_SAFE_INTEGER } = this.#options
+    const { retries = RETRIES, backoff, chunk_bytes = Number.MAX_SAFE_INTEGER, transport = 'auto' } = this.#options
     const host = {
       dial: (signal: AbortSignal) => this.#dial(signal),
       signal: this.#signal,
       retries,
       backoff: { ...BACKOFF, ...backoff },
       chunk_bytes,
+      transport,
+      isLocal: isLocal(this.#endpoint.url),
     }
     return openRun(host, options)
   }
@@ -104,6 +117,8 @@ export class Client {
 
 function streamUrl(url: string | URL): URL {
   const stream = new URL(url)
+  // Of `ws+unix:///path/of.sock` all is the socket's path, and what follows a colon the request's, as `ws` has it.
+  if (stream.protocol === UNIX) return stream.pathname.includes(':') ? stream : new URL(`${stream.href}:/v1/stream`)
   if (stream.pathname === '/') stream.pathname = '/v1/stream'
   return stream
 }

@@ -188,13 +188,18 @@ function socketOptions({ url, token, socket }: Endpoint): WebSocket.ClientOption
     perMessageDeflate: false,
     maxPayload: MESSAGE_BYTES,
     handshakeTimeout: 1000 * HANDSHAKE_SECONDS,
-    ...(isLoopback(url) && { generateMask: (mask: Buffer) => void mask.fill(0) }),
+    // Masking protects proxies on the way; there are none on loopback, and for a mask of zeros `ws` skips the copy.
+    ...(isLocal(url) && { generateMask: (mask: Buffer) => void mask.fill(0) }),
     ...socket,
     headers: { ...(token !== undefined && { authorization: `Bearer ${token}` }), ...socket?.headers },
   }
 }
 
-/** Masking protects proxies on the way; there are none on loopback, and for a mask of zeros `ws` skips the copy. */
-function isLoopback({ hostname }: URL): boolean {
+/** The protocol of Unix sockets, as `ws` spells it. */
+export const UNIX = 'ws+unix:'
+
+/** Whether an address leads to this host. */
+export function isLocal({ protocol, hostname }: URL): boolean {
+  if (protocol === UNIX) return true
   return hostname === 'localhost' || hostname === '[::1]' || /^127\.\d+\.\d+\.\d+$/.test(hostname)
 }

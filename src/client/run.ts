@@ -11,10 +11,19 @@ import {
 import { MuondError } from './error.js'
 import { Feed } from './receipts.js'
 import { frameError } from './refusal.js'
-import { type Bound, bind, bytesOf, declarationOf, type Gradient, type Parameter } from './steps/parameter.js'
+import {
+  type Bound,
+  bind,
+  bytesOf,
+  declarationOf,
+  emptyGradient,
+  type Gradient,
+  type Parameter,
+} from './steps/parameter.js'
 import { Step, type StepOptions } from './steps/step.js'
 import { Updates } from './steps/updates.js'
 import { type Host, type Outcome, Writer } from './steps/writer.js'
+import { Transport } from './transport/transport.js'
 
 export type OpenOptions = {
   run: string
@@ -62,14 +71,19 @@ type Flight = { step: Step; outcome: Promise<Outcome> }
 /** Opens a run for `Client.open`, which says what it throws. */
 export async function openRun(host: Host, { parameters, ...options }: OpenOptions): Promise<Run> {
   const declarations = parameters.map(declarationOf)
-  const writer = await Writer.open(host, { type: 'open', protocol: PROTOCOL, ...options, parameters: declarations })
+  const bound = bind(parameters)
+  const transport = new Transport(host.transport, host.isLocal, bound)
+  host.signal.addEventListener('abort', () => transport.close(), { once: true })
+  const frame = { type: 'open', protocol: PROTOCOL, ...options, parameters: declarations } as const
   try {
-    return new Run(writer, bind(parameters), host.signal)
+    return new Run(await Writer.open(host, frame, transport), { parameters: bound, transport, signal: host.signal })
   } catch (error) {
-    writer.release(error)
+    transport.close()
     throw error
   }
 }
+
+type RunParts = { parameters: readonly Bound[]; transport: Transport; signal: AbortSignal }
 
 /**
  * One run of the service, and the one place that changes the trainer's weights. One step at a time; a lost connection
@@ -78,15 +92,18 @@ export async function openRun(host: Host, { parameters, ...options }: OpenOption
 export class Run {
   readonly parameters: readonly Bound[]
   readonly #writer: Writer
+  readonly #transport: Transport
+  readonly #views = new Map<number, Gradient>()
   readonly #byName: ReadonlyMap<string, Bound>
   readonly #updates: Updates
   readonly #receipts = new Feed<Receipt>()
   #flight: Flight | undefined
   #isReopening = false
 
-  constructor(writer: Writer, parameters: readonly Bound[], signal: AbortSignal) {
+  constructor(writer: Writer, { parameters, transport, signal }: RunParts) {
     this.parameters = parameters
     this.#writer = writer
+    this.#transport = transport
     this.#byName = new Map(parameters.map((parameter) => [parameter.name, parameter]))
     this.#updates = new Updates(parameters, writer.step + 1)
     signal.addEventListener('abort', () => this.#receipts.end(), { once: true })
@@ -110,6 +127,26 @@ export class Run {
   /** Of the last finished step: equal digests are equal histories, bit for bit. */
   get digest(): string {
     return this.#writer.digest
+  }
+
+  /** How gradients and updates travel at present: `shm` or `websocket`. */
+  get transport(): 'shm' | 'websocket' {
+    return this.#transport.taken ? 'shm' : 'websocket'
+  }
+
+  /**
+   * An array for a parameter's gradient, always the same one, to be filled and given to `step` or `gradient`. With
+   * transport `shm` it is the memory that the service reads, so that the gradient is not copied; else it is ordinary
+   * memory. It is the service's until the promise of its step settles, and leads to zeros once the client is closed.
+   * @throws MuondError PARAMETER_UNKNOWN
+   */
+  gradientView(parameter: string | number): Gradient {
+    const bound = this.#find(parameter)
+    const known = this.#views.get(bound.index)
+    if (known) return known
+    const view = emptyGradient(bound, this.#transport.taken?.gradient(bound.index))
+    this.#views.set(bound.index, view)
+    return view
   }
 
   /** Parameters that the service had applied for the next step when the run was opened, until that step is over. */

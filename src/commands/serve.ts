@@ -28,6 +28,7 @@ async function serve(config: Config): Promise<void> {
   logger.info({
     event: 'listening',
     address,
+    ...(config.socket !== '' && { socket: config.socket }),
     device: device.backend.name,
     onnxruntime: device.backend.version,
     lanes: device.lanes,
@@ -41,10 +42,11 @@ async function serve(config: Config): Promise<void> {
   if (unknown.length > 0) logger.warn({ event: 'unknown_variables', names: unknown })
 }
 
-async function listen({ app }: App, { host, port }: Config, logger: Logger): Promise<string> {
+async function listen({ app, listenLocally }: App, { host, port, socket }: Config, logger: Logger): Promise<string> {
   // fastify would log the address in words of its own; `listening` has to be the first line.
   const { level } = logger
   logger.level = 'silent'
+  if (socket !== '') await listenLocally(socket)
   const address = await app.listen({ host, port })
   logger.level = level
   return address

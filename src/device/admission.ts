@@ -1,9 +1,9 @@
 import { ServiceError } from '../errors.js'
+import { type Placement, placement } from './cuda/placement.js'
 import { type Kernels, type Largest, largest, largestOf, scratchFor, stateInFlight, totalOf } from './cuda/scratch.js'
 import type { Scratch } from './executor.js'
 import type { Demand, GroupLimit } from './job.js'
-import { GROUPS_PER_LANE } from './lanes.js'
-import { type Placement, placement } from './placement.js'
+import { GROUPS_PER_LANE } from './lanes/lanes.js'
 import { aligned } from './staging.js'
 
 /** The memory and the lanes that a device has for runs. */
@@ -26,6 +26,8 @@ export type Grant = Placement & {
   readonly hostBytes: number
   /** Bytes of the memory that the run's gradients have beside the arena: its largest gradient fits. */
   readonly gradientBytes: number
+  /** Bytes of the state of the run's largest parameter. */
+  readonly largestState: number
   /** For each unit the largest sizes of the run's jobs; of no jobs where the unit's lanes set no memory aside. */
   readonly largest: readonly Largest[]
 }
@@ -48,6 +50,11 @@ export class Admission {
     return sum([...this.#granted].flatMap(({ bytes }) => bytes))
   }
 
+  /** Bytes of the state of the largest parameter of all runs. */
+  get largestState(): number {
+    return [...this.#granted].reduce((most, grant) => Math.max(most, grant.largestState), 0)
+  }
+
   /**
    * Grants memory for `demands`, or refuses with OVER_CAPACITY and the numbers; `what` names the run in the refusal.
    */
@@ -64,6 +71,7 @@ export class Admission {
       units: placed.units,
       bytes: placed.bytes.map((bytes, unit) => bytes + (isHost && unit === 0 ? gradientBytes : 0)),
       gradientBytes,
+      largestState: demands.reduce((most, { state_bytes }) => Math.max(most, state_bytes), 0),
       hostBytes: isHost ? 0 : gradientBytes + sum(demands.map(({ update_bytes }) => update_bytes)),
       largest: units.map(({ kernels }) => largestOf(kernels ? demands : [], kernels)),
     }
@@ -75,7 +83,7 @@ export class Admission {
   /** Grants state memory beside the runs', `bytes[i]` of unit i, or refuses as `admit` does. */
   reserve(bytes: readonly number[], what: string): Grant {
     const grant: Grant = {
-      ...{ units: [], bytes, hostBytes: 0, gradientBytes: 0 },
+      ...{ units: [], bytes, hostBytes: 0, gradientBytes: 0, largestState: 0 },
       largest: this.#capacity.units.map(({ kernels }) => largestOf([], kernels)),
     }
     this.#check(grant, what)
@@ -88,7 +96,7 @@ export class Admission {
     const { units, hostBytes } = this.#capacity
     const isHost = hostBytes === undefined
     const grant: Grant = {
-      ...{ units: [], gradientBytes: 0, hostBytes: isHost ? 0 : bytes },
+      ...{ units: [], gradientBytes: 0, largestState: 0, hostBytes: isHost ? 0 : bytes },
       bytes: units.map((_, unit) => (isHost && unit === 0 ? bytes : 0)),
       largest: units.map(({ kernels }) => largestOf([], kernels)),
     }

@@ -20,10 +20,10 @@ import type { GroupLimit } from './job.js'
 import type { Allocator } from './memory.js'
 import {
   bundledLibraryFolder,
+  copyMemory,
   type OnnxRuntime,
   openOnnxRuntime,
   type Pointer,
-  readMemory,
 } from './onnx/onnxruntime.js'
 import type { StateLocation } from './state-access.js'
 
@@ -103,8 +103,9 @@ const CUDA_POOLED_BYTES = 4 * 2 ** 30
 // A lane of the CPU computes its jobs one after the other. Small ones go together, because a message to a thread takes
 // longer than their work.
 const CPU_GROUP: GroupLimit = { jobs: 64, bytes: 512 << 10 }
-// Small matrices fill a GPU only together. Larger groups gain nothing, take scratch memory and are copied later.
-const CUDA_GROUP: GroupLimit = { jobs: 4, bytes: 256 << 20 }
+// Small matrices fill a GPU only together, and the launches of small tensors cost more than their work. Groups of more
+// bytes gain nothing, take scratch memory and are copied later.
+const CUDA_GROUP: GroupLimit = { jobs: 64, bytes: 256 << 20 }
 const HOPPER = '9.0'
 const CUDA_13 = 13000
 
@@ -130,9 +131,9 @@ function cpu(runtime: OnnxRuntime, folder: string, options: BackendOptions & { n
     lane: { kind: 'cpu', folder, threads },
     state: runtime,
     location: { kind: 'host' },
-    read: readMemory,
+    read: (pointer, target) => copyMemory(target, pointer, target.length),
     stateBytes: Math.floor(totalmem() * MEMORY_SHARE),
-    // Enough that small tensors need no allocation, and too little to keep an embedding.
+    // Enough that small tensors need no allocation. The state of the largest parameter is kept beside it.
     pooledBytes: 64 << 20,
   }
   const { version } = runtime

@@ -8,7 +8,7 @@ import { Admission, type Grant } from './admission.js'
 import { type Backend, type BackendOptions, openBackend } from './backend.js'
 import { largestOf, scratchFor } from './cuda/scratch.js'
 import { type Demand, type Job, type JobResult, needsOf } from './job.js'
-import { Lanes, refusalOf, type Ticket } from './lanes.js'
+import { Lanes, refusalOf, type Ticket } from './lanes/lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 import { Region, Views, wholeOf } from './region.js'
@@ -16,7 +16,7 @@ import { RunStaging } from './run-staging.js'
 import { Staging } from './staging.js'
 import { openStateAccess, type StateAccess, type StateLocation } from './state-access.js'
 
-export type { Ticket } from './lanes.js'
+export type { Ticket } from './lanes/lanes.js'
 
 export type DeviceOptions = BackendOptions & {
   /** Bytes of the arena that gradients are received into. */
@@ -122,7 +122,9 @@ export class Device {
 
   /** Grants a run the memory that its parameters demand, or refuses with OVER_CAPACITY and the numbers. */
   admit(demands: readonly Demand[], what: string): Grant {
-    return this.#admission.admit(demands, what)
+    const grant = this.#admission.admit(demands, what)
+    this.memory.keep(this.#admission.largestState)
+    return grant
   }
 
   /** Grants state memory beside the runs', `bytes[i]` of unit i, as `admit` does. */
@@ -137,6 +139,7 @@ export class Device {
 
   dismiss(grant: Grant): void {
     this.#admission.dismiss(grant)
+    this.memory.keep(this.#admission.largestState)
     this.memory.trim()
   }
 

@@ -1,4 +1,5 @@
 import type { Job, JobResult, Need } from './job.js'
+import type { PackedJobs, PackedResults } from './lanes/packed-jobs.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 
 /** What a lane is started with; `folder` is that of libonnxruntime, and on a GPU of its CUDA provider. */
@@ -24,6 +25,8 @@ export type Scratch = {
   readonly partials: number
   readonly products: number
   readonly provider: number
+  /** A group of jobs is full when its gradients have so many bytes: whatever the last one has, it fits. */
+  readonly full: number
 }
 
 /** Computes a lane's jobs, in the lane's own thread. */
@@ -43,9 +46,9 @@ export type Executor = {
 /** A message from the device's thread to a lane's. */
 export type LaneRequest =
   | { type: 'load'; id: number; needs: readonly Need[]; scratch?: Scratch }
-  | { type: 'run'; id: number; jobs: readonly Job[] }
+  | { type: 'run'; id: number; jobs: PackedJobs }
   | { type: 'forget'; pointer: Pointer }
   | { type: 'stop' }
 
 /** The answer to the request with the same `id`. */
-export type LaneReply = { id: number; results: readonly JobResult[] } | { id: number; error: string }
+export type LaneReply = { id: number; results: PackedResults } | { id: number; error: string }

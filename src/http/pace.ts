@@ -1,7 +1,9 @@
 import type { Readable } from 'node:stream'
 import { setTimeout as delay } from 'node:timers/promises'
 import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { ServiceError } from '../errors.js'
 import { leastOf, type Pace, tooSlow } from '../link/pace.js'
+import { bytesTaken } from '../link/websocket/socket.js'
 
 // A client that was refused before its body ended has so long to read that, and to stop.
 const LINGER_MS = 5000
@@ -23,15 +25,21 @@ export function limitBody(pace: Pace): (request: FastifyRequest, reply: FastifyR
   }
 }
 
-/** The onSend hook that cuts the connection of a client that reads its answer too slowly. */
-export function limitAnswer(pace: Pace): (request: FastifyRequest, reply: FastifyReply) => Promise<void> {
+/** The onSend hook that cuts the connection of a client that reads its answer too slowly; `cut` hears of each. */
+export function limitAnswer(
+  pace: Pace,
+  cut: (error: ServiceError) => void,
+): (request: FastifyRequest, reply: FastifyReply) => Promise<void> {
   return async ({ log, raw }, reply) => {
     const { socket } = raw
     const stop = watch(
       pace,
-      () => socket.bytesWritten,
+      // What node has queued for a reader was not read: one that reads nothing would have a window for each piece.
+      () => bytesTaken(socket),
       (moved) => {
-        log.info({ event: 'reader_too_slow', reason: tooSlow(pace, moved).message })
+        const error = tooSlow(pace, moved)
+        log.info({ event: 'reader_too_slow', reason: error.message })
+        cut(error)
         socket.destroy()
       },
     )

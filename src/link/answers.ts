@@ -44,6 +44,8 @@ export class Answers {
   readonly #sender: Sender
   readonly #report: (error: unknown) => void
   #outstanding = new Map<number, Promise<void>>()
+  /** Called when a gradient is done with that was under way. */
+  #onDone: (() => void) | undefined
   /** Updates in shared memory that the client is told of in the next turn of the event loop, many in one frame. */
   #ready: Ready[] = []
 
@@ -63,6 +65,15 @@ export class Answers {
     return this.#outstanding.get(parameter)
   }
 
+  /** Resolves once fewer than `most` gradients are under way. */
+  async fewerThan(most: number): Promise<void> {
+    while (this.#outstanding.size >= most) {
+      await new Promise<void>((resolve) => {
+        this.#onDone = resolve
+      })
+    }
+  }
+
   async settled(): Promise<void> {
     await Promise.all(this.#outstanding.values())
   }
@@ -76,6 +87,7 @@ export class Answers {
     const work = this.#answer(gradient).finally(() => {
       this.bytes -= bytes
       this.#outstanding.delete(parameter)
+      this.#onDone?.()
     })
     this.#outstanding.set(parameter, work)
   }

@@ -15,6 +15,9 @@ import type { GradientSink } from './websocket/socket.js'
 
 // To begin so many takes a few milliseconds.
 const GRADIENTS_PER_TURN = 256
+// Enough to keep every lane busy. What has begun is held in small objects, and those that live long cost the collector
+// of garbage more than the work itself.
+const MOST_UNDER_WAY = 512
 
 /** A gradient that was refused: the rest of its chunks is dropped. */
 type Dropped = { parameter: number; step: number }
@@ -65,6 +68,27 @@ export class Reception implements GradientSink {
     return this.#incomplete?.startedAt
   }
 
+  /**
+   * Begins the gradient whose first chunk is about to come. Where it has to wait, or is wrong, nothing happens: the
+   * chunk then comes the ordinary way, which waits, or refuses it.
+   */
+  prepare({ run, member }: Joined, { parameter, step: number, offset, dataLength }: GradientHead): void {
+    const known = run.parameters[parameter]
+    if (this.#incomplete || known === undefined || this.#parts.answers.outstanding(parameter)) return
+    const extent = member.gradient(known)
+    if (offset !== extent.offsetOf(0) || dataLength > Math.min(extent.bytes, this.#means.config.chunk_bytes)) return
+    try {
+      this.#parts.checkOpen({ parameter, step: number })
+      const step = run.intake.expect(member, parameter, number)
+      const receiver =
+        run.intake.receive(member, parameter, step) ?? reserved(run.staging.tryReserve(known.gradient_bytes))
+      const assembly = new Assembly(extent, gradientLabel(known.name, number))
+      if (receiver) this.#hold(new IncompleteGradient({ run, member, step, parameter }, { assembly, ...receiver }))
+    } catch {
+      // The ordinary way meets the same error, and tells it.
+    }
+  }
+
   destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
     const incomplete = this.#incomplete
     if (!incomplete?.is(parameter, step) || dataLength > this.#means.config.chunk_bytes) return undefined
@@ -97,7 +121,7 @@ export class Reception implements GradientSink {
   async takeShared(joined: Joined, { step, parameters }: GradientsFrame, arenas: SharedArenas): Promise<void> {
     const { jobs } = this.#means.device.backend.group
     for (const [i, parameter] of parameters.entries()) {
-      if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await turn()
+      if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await this.#turn()
       // A lane gets what has begun so far once a group of it is full, and computes while the others begin.
       else if (i % jobs === jobs - 1) await undefined
       if (this.#parts.gone.aborted) return
@@ -109,6 +133,11 @@ export class Reception implements GradientSink {
         this.#parts.refused(error)
       }
     }
+  }
+
+  async #turn(): Promise<void> {
+    await turn()
+    await this.#parts.answers.fewerThan(MOST_UNDER_WAY)
   }
 
   /** A promise where the gradient has to wait. */
@@ -172,7 +201,7 @@ export class Reception implements GradientSink {
     if (offset === first) this.#dropped = { parameter, step: number }
     const { name } = run.parameter(parameter)
     const extent = member.gradient(run.parameter(parameter))
-    const assembly = new Assembly(extent, `the gradient of parameter '${name}' for step ${number}`)
+    const assembly = new Assembly(extent, gradientLabel(name, number))
     if (offset !== first) assembly.accept({ offset, length: data.length })
     this.#parts.checkOpen({ parameter, step: number })
     const { step, pieces } = this.#counted(() => {
@@ -180,9 +209,9 @@ export class Reception implements GradientSink {
       return { step, pieces: assembly.accept({ offset, length: data.length }) }
     })
     const start = (receiver: Receiver) => {
-      this.#dropped = undefined
       const incomplete = new IncompleteGradient({ run, member, step, parameter }, { assembly, ...receiver })
-      this.#hold(incomplete, { pieces, data })
+      this.#hold(incomplete)
+      this.#store(incomplete, { pieces, data })
     }
     return this.#counted(() => this.#startIn(joined, { parameter, step }, start))?.catch((error) => this.#refuse(error))
   }
@@ -199,7 +228,7 @@ export class Reception implements GradientSink {
     const { name, gradient_bytes } = run.parameter(parameter)
     const of = { parameter, step: step.number }
     const lack = (error: unknown): never => {
-      throw lackOf(error, `the gradient of parameter '${name}' for step ${of.step}`, of)
+      throw lackOf(error, gradientLabel(name, of.step), of)
     }
     run.intake.withdraw(member, parameter)
     const outstanding = this.#parts.answers.outstanding(parameter)
@@ -210,8 +239,7 @@ export class Reception implements GradientSink {
     const reserve = async (): Promise<Receiver | undefined> => {
       const receiver = run.intake.receive(member, parameter, step)
       if (receiver) return receiver
-      const region = await run.staging.reserve(gradient_bytes, this.#parts.gone).catch(lack)
-      return region && { region }
+      return reserved(await run.staging.reserve(gradient_bytes, this.#parts.gone).catch(lack))
     }
     return this.#startWhenFree(outstanding, reserve, start)
   }
@@ -245,12 +273,12 @@ export class Reception implements GradientSink {
     start(receiver)
   }
 
-  /** Holds a gradient whose first chunk has come. */
-  #hold(incomplete: IncompleteGradient, chunk: Stored): void {
+  /** Holds a gradient from its first chunk on. */
+  #hold(incomplete: IncompleteGradient): void {
     const { staging } = this.#means.device
+    this.#dropped = undefined
     this.#incomplete = incomplete
     if (staging.has(incomplete.region)) staging.pressed.add(this.#makeRoom)
-    this.#store(incomplete, chunk)
   }
 
   #forget(): IncompleteGradient | undefined {
@@ -290,6 +318,14 @@ export class Reception implements GradientSink {
 function firstOffset({ run, member }: Joined, index: number): number {
   const parameter = run.parameters[index]
   return parameter ? member.gradient(parameter).offsetOf(0) : 0
+}
+
+function reserved(region: Region | undefined): Receiver | undefined {
+  return region && { region }
+}
+
+function gradientLabel(name: string, step: number): string {
+  return `the gradient of parameter '${name}' for step ${step}`
 }
 
 function tried<T>(work: () => T, otherwise: (error: unknown) => never): T {

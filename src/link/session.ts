@@ -23,12 +23,14 @@ import { Answers, type Joined, type Means } from './answers.js'
 import { Window } from './pace.js'
 import { Reception } from './reception.js'
 import { agree, type SharedArenas } from './transport.js'
+import type { Claim, Intake } from './websocket/intake.js'
 import { Sender } from './websocket/sender.js'
 import { SmallFrames } from './websocket/small-frames.js'
 import { bytesTaken, type GradientSink, InPlaceWebSocket } from './websocket/socket.js'
 
 export type SessionContext = Means & {
   runs: Runs
+  intake: Intake
   log: FastifyBaseLogger
   /** The socket below the WebSocket. */
   stream: Socket
@@ -41,6 +43,9 @@ export type SessionContext = Means & {
 const GRACE_MS = 10_000
 // What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
 const UNREAD_BYTES = 32 << 20
+
+/** A frame has to wait for something; small frames come too fast; a large message finds no room. */
+type PauseReason = 'frames' | 'small' | 'room'
 
 /** One connection: it takes frames in their order, and ends when it should. */
 export class Session implements Connection, GradientSink {
@@ -64,8 +69,9 @@ export class Session implements Connection, GradientSink {
   readonly #connectedAt = performance.now()
   readonly #window: Window
   readonly #small: SmallFrames
+  readonly #room: Claim
   /** Why the socket is not read. */
-  readonly #paused = new Set<'frames' | 'small'>()
+  readonly #paused = new Set<PauseReason>()
   #timer: NodeJS.Timeout
 
   constructor(socket: WebSocket, context: SessionContext) {
@@ -83,6 +89,13 @@ export class Session implements Connection, GradientSink {
     })
     this.#window = new Window(context.config)
     this.#small = new SmallFrames(socket, () => this.#slowDown())
+    this.#room = context.intake.enter({
+      socket,
+      stream: context.stream,
+      isMember: () => this.#joined !== undefined,
+      wait: () => this.#pause('room'),
+      goOn: () => this.#resume('room'),
+    })
     if (this.#inPlace) this.#inPlace.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
     socket.on('error', (error) => this.#refuseMessage(error))
@@ -113,12 +126,11 @@ export class Session implements Connection, GradientSink {
     if (!this.#stepInFlight) this.#leave(1012, 'the service shuts down')
   }
 
-  /**
-   * Where the next chunk of the gradient in reception goes. Everything else, and whatever is wrong, goes the ordinary
-   * way.
-   */
+  /** Where a gradient's next chunk goes. What has to wait, and whatever is wrong, goes the ordinary way. */
   destination(head: GradientHead): Uint8Array | undefined {
-    return this.#pumping || this.#leaving ? undefined : this.#reception.destination(head)
+    if (this.#pumping || this.#leaving) return undefined
+    if (this.#joined) this.#reception.prepare(this.#joined, head)
+    return this.#reception.destination(head)
   }
 
   received(head: GradientHead): void {
@@ -131,7 +143,8 @@ export class Session implements Connection, GradientSink {
 
   #receive(data: RawData, binary: boolean): void {
     this.#checkUnread()
-    if (this.#leaving) return
+    this.#room.arrived()
+    if (this.#leaving) return this.#room.handled(false)
     assert(Buffer.isBuffer(data), 'ws gives a Buffer in its default mode; fragments were joined by it')
     this.#inbox.push({ bytes: data, binary })
     if (!this.#pumping) void this.#pump()
@@ -145,13 +158,17 @@ export class Session implements Connection, GradientSink {
     this.#pumping = true
     let until = sliceEnd()
     for (let message = this.#inbox.shift(); message && !this.#leaving; message = this.#inbox.shift()) {
+      let isRefused = false
       try {
         const waits = this.#handle(message.bytes, message.binary)
         if (waits === undefined && performance.now() < until) continue
         this.#pause('frames')
         await (waits ?? turn())
       } catch (error) {
+        isRefused = this.#joined === undefined
         this.#report(error)
+      } finally {
+        this.#room.handled(isRefused)
       }
       until = sliceEnd()
     }
@@ -159,12 +176,12 @@ export class Session implements Connection, GradientSink {
     this.#resume('frames')
   }
 
-  #pause(reason: 'frames' | 'small'): void {
+  #pause(reason: PauseReason): void {
     this.#paused.add(reason)
     this.#socket.pause()
   }
 
-  #resume(reason: 'frames' | 'small'): void {
+  #resume(reason: PauseReason): void {
     this.#paused.delete(reason)
     if (this.#paused.size === 0) this.#socket.resume()
   }
@@ -391,7 +408,10 @@ export class Session implements Connection, GradientSink {
     if (refusal) return this.#report(refusal)
     const { open_timeout_seconds } = config
     if (this.#joined || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
-    this.#report(new ServiceError('FRAME_UNEXPECTED', `nothing was opened within ${open_timeout_seconds} seconds`))
+    const message = `nothing was opened within ${open_timeout_seconds} seconds`
+    if (!this.#paused.has('room')) return this.#report(new ServiceError('FRAME_UNEXPECTED', message))
+    const wait = `${message}: a message of ${this.#room.wanted} bytes has waited for others`
+    this.#report(new ServiceError('OVERLOADED', wait, { retry_after_seconds: 1 }))
   }
 }
 

@@ -4,7 +4,7 @@ import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
 import { CheckpointFiles } from './checkpoint/checkpoint-files.js'
 import { FILE_MODE, makeFolder, syncFolder } from './durable.js'
-import { type FolderLock, lockFolder } from './lock.js'
+import { type Lock, lockFolder } from './lock.js'
 import { destroyRun, RunFolder } from './run-folder.js'
 
 const PROBE_MS = 1000
@@ -15,7 +15,7 @@ export class DataFolder {
   /** The names of the runs that were in the folder when it was opened. */
   readonly names: readonly string[]
   readonly #runs: string
-  readonly #lock: FolderLock
+  readonly #lock: Lock
   readonly #files = new CheckpointFiles()
   readonly #path: string
   #probedAt = Number.NEGATIVE_INFINITY
@@ -41,7 +41,7 @@ export class DataFolder {
     return new DataFolder(path, lock, kept)
   }
 
-  private constructor(path: string, lock: FolderLock, names: readonly string[]) {
+  private constructor(path: string, lock: Lock, names: readonly string[]) {
     this.#path = path
     this.#runs = join(path, 'runs')
     this.#lock = lock

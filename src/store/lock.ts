@@ -7,8 +7,8 @@ import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
 import { FILE_MODE } from './durable.js'
 
-/** A folder that no other process writes to while this one holds it. */
-export type FolderLock = { release(): void }
+/** What no other process has while this one holds it. */
+export type Lock = { release(): void }
 
 const EXCLUSIVE = 2
 const WITHOUT_WAITING = 4
@@ -19,7 +19,7 @@ const RETRY_MS = 100
  * file `lock`, whose text names the holder. The kernel unlocks it when the process ends, however it ends. The lock
  * also holds between containers that share the folder. Throws ConfigError with one line that names the holder.
  */
-export async function lockFolder(folder: string, wait_seconds: number): Promise<FolderLock> {
+export async function lockFolder(folder: string, wait_seconds: number): Promise<Lock> {
   try {
     return await take(folder, wait_seconds)
   } catch (error) {
@@ -32,7 +32,7 @@ export async function lockFolder(folder: string, wait_seconds: number): Promise<
  * The folder itself is locked as well as its file `lock`: whoever removes that while a service runs does not let
  * another one in.
  */
-async function take(folder: string, wait_seconds: number): Promise<FolderLock> {
+async function take(folder: string, wait_seconds: number): Promise<Lock> {
   const file = join(folder, 'lock')
   const deadline = performance.now() + wait_seconds * 1000
   const descriptors: number[] = []
@@ -58,6 +58,14 @@ async function take(folder: string, wait_seconds: number): Promise<FolderLock> {
   return { release }
 }
 
+/** Locks a file, which is made where there is none; undefined where another process holds it. */
+export function lockFile(path: string): Lock | undefined {
+  const descriptor = openSync(path, 'a+', FILE_MODE)
+  if (tryLock(descriptor)) return { release: () => closeSync(descriptor) }
+  closeSync(descriptor)
+  return undefined
+}
+
 let flock: ((descriptor: number, operation: number) => number) | undefined
 
 function tryLock(descriptor: number): boolean {
@@ -66,5 +74,5 @@ function tryLock(descriptor: number): boolean {
   const error = koffi.errno()
   if (error === constants.errno.EWOULDBLOCK) return false
   /* c8 ignore next 2 -- needs a file system without locks */
-  throw new ConfigError(`the data folder cannot be locked: flock failed with error ${error}`)
+  throw new ConfigError(`nothing can be locked there: flock failed with error ${error}`)
 }

@@ -22,7 +22,7 @@ import {
   sealManifest,
   UnreadableError,
 } from './checkpoint/manifest.js'
-import { indexText, planShards, type StateEntry, type TensorLocation } from './checkpoint/state-files.js'
+import type { StateEntry, TensorLocation } from './checkpoint/state-files.js'
 import { hasCode, makeFolder, replaceFile, syncFolder } from './durable.js'
 import { type Identity, newIdentity, openIdentity, sealIdentity } from './identity.js'
 import { clearJournal, listSegments } from './journal/journal.js'
@@ -123,21 +123,12 @@ export class RunFolder {
     const { record, entries, locations, tags, server, device, file_bytes } = snapshot
     const { branch } = this.#identity
     const checkpoint = this.#list.freshId(record.step, record.imported !== undefined)
-    const files = planShards(entries, file_bytes)
     const manifest = {
       ...{ format: FORMAT, checkpoint, tags, written_at: new Date().toISOString(), server, device },
       ...record,
-      momentum_form: Object.fromEntries(
-        record.groups.map(({ name, hyperparameters }) => [name, hyperparameters.momentum_form]),
-      ),
-      dtypes: Object.fromEntries(entries.map(({ name, dtype }) => [name, dtype])),
     }
-    const texts = [
-      { name: 'state.safetensors.index.json', text: indexText(files) },
-      { name: 'param_groups.json', text: groupsText(record) },
-    ]
     const folder = this.#folderOf({ checkpoint, branch })
-    const written = await this.#files.write({ folder, locations, files, texts, manifest }, released)
+    const written = await this.#files.write({ folder, locations, manifest, entries, file_bytes }, released)
     const entry = entryOf(written, branch)
     this.#changed([...this.#list.entries, entry])
     return entry
@@ -250,15 +241,4 @@ export async function readIdentity(folder: string, isUnfinished = false): Promis
     if (isUnfinished && hasCode(error, 'ENOENT')) return newIdentity(basename(folder))
     throw new UnreadableError(`${path} cannot be read: ${errorText(error)}`)
   }
-}
-
-/** Every hyperparameter under torch.distributed's flattened name for it, `param_groups.<parameter>.<key>`, as JSON. */
-function groupsText({ parameters, groups }: RunRecord): string {
-  const byName = Object.fromEntries(
-    groups.map(({ name, algorithm, hyperparameters }) => [name, { algorithm, ...hyperparameters }]),
-  )
-  const rows = parameters.flatMap(({ name, group }) =>
-    Object.entries(byName[group]).map(([key, value]) => [`param_groups.${name}.${key}`, value] as const),
-  )
-  return `${JSON.stringify(Object.fromEntries(rows), null, 2)}\n`
 }

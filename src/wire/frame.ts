@@ -15,6 +15,9 @@ export const STEP_BYTES = 1024 * 1024
 /** Most bytes of an `open`, whose lists grow with the model. */
 export const OPEN_BYTES = 16 * 1024 * 1024
 
+/** Most bytes of any message: `open` and the `data` of a chunk have at most 16 MiB each, other keys come on top. */
+export const MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
+
 export const RUN_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/
 
 export type Mode = 'create' | 'resume' | 'create_or_resume'

@@ -9,6 +9,8 @@ export type OwnMemory = Mapping & { readonly descriptor: number; readonly view: 
 
 const READ_AND_WRITE = 3
 const SHARED = 1
+// MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS and MAP_NORESERVE.
+const PRIVATE_ZEROS_HERE = 0x02 | 0x10 | 0x20 | 0x4000
 const FAILED = 2n ** 64n - 1n
 const ADD_SEALS = 1033
 const GET_SEALS = 1034
@@ -16,7 +18,10 @@ const SEAL_SHRINK = 2
 const CLOSE_ON_EXEC = 1
 const ALLOW_SEALING = 2
 
-/** Makes a memfd of `bytes` zero bytes that nobody can shrink. `unmap` closes its descriptor, too. */
+/**
+ * Makes a memfd of `bytes` zero bytes that nobody can shrink. `unmap` closes its descriptor, too, and gives its pages
+ * back: a view that is used all the same finds zeros of its own there. The addresses go with the last view.
+ */
 export function makeMemory(bytes: number): OwnMemory {
   const { memfd_create, fcntl } = libc()
   const descriptor = memfd_create('muond', CLOSE_ON_EXEC | ALLOW_SEALING)
@@ -26,11 +31,13 @@ export function makeMemory(bytes: number): OwnMemory {
     ftruncateSync(descriptor, bytes)
     fcntl(descriptor, ADD_SEALS, 'int', SEAL_SHRINK)
     const { pointer, unmap } = mapDescriptor(descriptor, bytes)
+    const view = new Uint8Array(koffi.view(pointer, bytes))
+    collected.register(view.buffer, unmap)
     const free = () => {
-      unmap()
+      discard(pointer, bytes)
       closeSync(descriptor)
     }
-    return { pointer, bytes, descriptor, view: new Uint8Array(koffi.view(pointer, bytes)), unmap: free }
+    return { pointer, bytes, descriptor, view, unmap: free }
   } catch (error) {
     closeSync(descriptor)
     throw error
@@ -68,10 +75,20 @@ export function mapDescriptor(descriptor: number, bytes: number): Mapping {
   return { pointer, bytes, unmap: () => munmap(pointer, bytes) }
 }
 
+/** Unmaps what no view leads to any more: to touch unmapped memory would end the process. */
+const collected = new FinalizationRegistry<() => void>((unmap) => unmap())
+
+/** Puts zero pages of this process in the place of what is mapped at `pointer`. */
+function discard(pointer: bigint, bytes: number): void {
+  const at = libc().mmap(pointer, bytes, READ_AND_WRITE, PRIVATE_ZEROS_HERE, -1, 0)
+  /* c8 ignore next -- the range was mapped before */
+  if (at !== pointer) throw new Error(`mmap over ${bytes} bytes failed with error ${koffi.errno()}`)
+}
+
 type Libc = {
   memfd_create(name: string, flags: number): number
   fcntl(descriptor: number, command: number, type: 'int', argument: number): number
-  mmap(at: null, bytes: number, protection: number, flags: number, descriptor: number, offset: number): bigint
+  mmap(at: bigint | null, bytes: number, protection: number, flags: number, descriptor: number, offset: number): bigint
   munmap(pointer: bigint, bytes: number): number
 }
 

@@ -6,18 +6,19 @@ import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import { startService } from '../../examples/service.js'
 import { tableLines } from '../../src/text-table.js'
-import { ATTACKS, type Attack, SETTINGS } from './attacks.js'
+import { ATTACKS, type Attack, SETTINGS, type Tried } from './attacks.js'
 import type { Seen, Watched } from './bystander.js'
 
 const USAGE = `npm run attack [-- --only TEXT --seconds N --quick --server FILE]
 
 Attacks a service of its own on the loopback, each time a new one, while a bystander trains there and asks for /livez. Every other
 round goes to a decoy, another service beside it: it takes the machine as much, and tells how fast the bystander trains undisturbed.
-Prints what was tried, the service's memory before, at most and after, the slowest /livez, and how much slower the bystander trained
-than in the rounds against the decoy, by the medians. Ends with 1 where memory grows by more than 100 MB beyond what the settings
-allow, /livez takes more than 250 ms, the bystander is more than 1.2 times as slow, or loses a step. What the rounds against the
-decoy show of the machine itself comes on top: their slowest /livez, and how much they differ. With --quick memory and lost steps
-alone are judged: it is for machines that do other things meanwhile.
+Prints what was tried, the load of the machine, the service's memory before, at most and after, the slowest /livez and the bystander's
+steps a second, each alone (right before), while the decoy and while its service was attacked, and how much slower it trained than
+in the rounds against the decoy, by the medians. Ends with 1 where memory grows by more than 100 MB beyond what the settings
+allow, /livez takes more than 250 ms, the bystander is more than 1.2 times as slow, or loses a step, and where an attack was given more
+than it may be given. What the rounds against the decoy show of the machine itself comes on top: their slowest /livez, and how much
+they differ. With --quick memory, lost steps and what was given are judged alone: it is for machines that do other things meanwhile.
 
 --only TEXT    attacks whose name has this text
 --seconds N    how long each lasts; default 9
@@ -32,8 +33,16 @@ const ROUNDS = 3
 const [TOKEN, READER] = ['attack', 'reader']
 const PROGRAM = fileURLToPath(new URL('../../src/server.js', import.meta.url))
 
-/** One attack: what the bystander saw before, in each round against the decoy and against its service, and after. */
-type Outcome = { attack: Attack; tried: string[]; before: Seen; decoyed: Seen[]; attacked: Seen[]; after: Seen }
+/** One attack: what the bystander saw alone, in each round against the decoy and against its service, and after. */
+type Outcome = {
+  attack: Attack
+  tried: Tried[]
+  load: number
+  alone: Seen
+  decoyed: Seen[]
+  attacked: Seen[]
+  after: Seen
+}
 
 const { values: flags } = parseArgs({
   options: {
@@ -85,20 +94,28 @@ async function carryOut(attack: Attack, seconds: number): Promise<Outcome> {
     return seen
   }
   const round = async ({ url }: { url: string }) => {
-    const signal = AbortSignal.timeout((seconds / ROUNDS) * 1000)
+    const length = Math.max(seconds / ROUNDS, attack.leastSeconds ?? 0)
+    const signal = AbortSignal.timeout(length * 1000)
     setMaxListeners(0, signal)
     await report()
-    return { tried: await attack.attack({ url, token: TOKEN, reader: READER, signal }), seen: await report() }
+    return {
+      tried: await attack.attack({ url, token: TOKEN, reader: READER, signal }),
+      seen: await report(),
+    }
   }
   await once(bystander, 'message')
   await delay(CALM_MS)
+  await report()
+  await delay(CALM_MS)
+  const alone = await report()
   const outcome: Outcome = {
     attack,
     tried: [],
-    before: await report(),
+    load: loadavg()[0] ?? 0,
+    alone,
     decoyed: [],
     attacked: [],
-    after: await report(),
+    after: alone,
   }
   for (let i = 0; i < ROUNDS; i++) {
     outcome.decoyed.push((await round(decoy)).seen)
@@ -116,22 +133,25 @@ async function carryOut(attack: Attack, seconds: number): Promise<Outcome> {
 }
 
 function tableOf(outcomes: readonly Outcome[]) {
-  const head = ['attack', 'tried', 'RSS before', 'at most', 'after', 'allowed', '/livez worst', 'bystander', 'bounds']
+  const head = ['attack', 'tried in a round', 'load', 'RSS before', 'at most', 'after', 'allowed', '/livez alone']
+  const more = ['decoy attacked', 'attacked', 'steps/s alone', 'decoy attacked', 'attacked', 'slower', 'bounds']
   const rows = outcomes.map((outcome) => {
-    const { attack, tried, attacked, after } = outcome
+    const { attack, tried, load, alone, decoyed, attacked, after } = outcome
     const most = Math.max(...attacked.map((seen) => seen.most))
     const sizes = [rssBefore(outcome), most, after.rss, attack.allowed].map((bytes) => `${(bytes / 1e6).toFixed(0)} MB`)
-    const livez = `${slowestLivez(attacked).toFixed(0)} ms`
+    const livez = [[alone], decoyed, attacked].map((rounds) => `${slowestLivez(rounds).toFixed(0)} ms`)
+    const paces = [[alone], decoyed, attacked].map((rounds) => median(rounds.map(paceOf)).toFixed(0))
     const held = faultsOf(outcome).length === 0 ? 'hold' : 'BROKEN'
-    return [attack.name, tried.at(-1) ?? '', ...sizes, livez, `${slowerBy(outcome).toFixed(2)}x slower`, held]
+    const slower = `${slowerBy(outcome).toFixed(2)}x`
+    return [attack.name, tried.at(-1)?.text ?? '', load.toFixed(1), ...sizes, ...livez, ...paces, slower, held]
   })
-  const align = head.map((_, column) => (column < 2 ? 'left' : 'right')) satisfies ('left' | 'right')[]
-  return { head, rows, align }
+  const align = [...head, ...more].map((_, column) => (column < 2 ? 'left' : 'right')) satisfies ('left' | 'right')[]
+  return { head: [...head, ...more], rows, align }
 }
 
 /** The most memory before the first round against the service: it grows while a bystander begins to train. */
-function rssBefore({ before, decoyed: [first] }: Outcome): number {
-  return Math.max(before.rss, first?.most ?? 0)
+function rssBefore({ alone, decoyed: [first] }: Outcome): number {
+  return Math.max(alone.rss, first?.most ?? 0)
 }
 
 /** How many times as long a step took as while the decoy was attacked. */
@@ -155,14 +175,14 @@ function median(numbers: readonly number[]): number {
 }
 
 function faultsOf(outcome: Outcome): string[] {
-  const { attack, decoyed, attacked, after } = outcome
+  const { attack, tried, decoyed, attacked, after } = outcome
   const grown = Math.max(...attacked.map(({ most }) => most)) - rssBefore(outcome) - attack.allowed
   const livezMs = slowestLivez(attacked)
   const slower = slowerBy(outcome)
   const paces = decoyed.map(paceOf)
   const [mostMs, mostSlower] = [LIVEZ_MS + slowestLivez(decoyed), (SLOWER * Math.max(...paces)) / Math.min(...paces)]
   const judgesTime = !flags.quick
-  const faults: string[] = []
+  const faults = tried.flatMap(({ faults }) => faults ?? [])
   if (grown > SLACK_BYTES)
     faults.push(`memory grew by ${(grown / 1e6).toFixed(0)} MB beyond what is allowed, at most 100 MB`)
   if (judgesTime && livezMs > mostMs)

@@ -67,7 +67,7 @@ function livez(): Promise<void> {
 }
 
 async function train(): Promise<void> {
-  const client = await connect(url.replace('http', 'ws'), { token })
+  const client = await connect(url.replace('http', 'ws'), { token, transport: 'websocket' })
   const data = new Float32Array(ELEMENTS).fill(1)
   const run = await client.open({
     run: 'bystander',

@@ -75,7 +75,7 @@ async function checkpoint(site: Site, body: { tag?: string } = {}): Promise<void
 
 /** Opens the run at the checkpoint of a tag, and gives the step and the digest that it is told. */
 async function goTo(site: Site, checkpoint: Tag): Promise<{ step: number; digest: string }> {
-  const client = await connect(site.proxy.url, { retries: 0 })
+  const client = await connect(site.proxy.url, { retries: 0, transport: 'websocket' })
   try {
     const given = declaration(RUN, firstWeights())
     const run = await client.open({ ...given, mode: 'resume', takeover: true, checkpoint })

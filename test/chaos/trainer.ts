@@ -166,7 +166,13 @@ export class Trainer {
 
   async #connected(): Promise<Client> {
     const { url, retries = RETRIES, signal } = this.#options
-    this.#client ??= await connect(url, { retries, backoff: BACKOFF, chunk_bytes: CHUNK_BYTES, signal })
+    this.#client ??= await connect(url, {
+      transport: 'websocket',
+      retries,
+      backoff: BACKOFF,
+      chunk_bytes: CHUNK_BYTES,
+      signal,
+    })
     return this.#client
   }
 

@@ -4,7 +4,7 @@ import type { ConnectOptions } from '../../src/client/client.js'
 import { configOf, type SettingName } from '../../src/config.js'
 
 /** Makes a client wait only milliseconds between its attempts. */
-export const QUICK: ConnectOptions = { backoff: { first_seconds: 0.001, most_seconds: 0.01 } }
+export const QUICK: ConnectOptions = { transport: 'websocket', backoff: { first_seconds: 0.001, most_seconds: 0.01 } }
 
 export type Service = App & { url: string; port: number }
 

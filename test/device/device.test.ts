@@ -98,7 +98,7 @@ t.test('small jobs of one turn go to a lane together until a large one fills the
   const sizes: number[] = []
   const post = Worker.prototype.postMessage
   Worker.prototype.postMessage = function (request: LaneRequest, ...rest) {
-    if (request.type === 'run') sizes.push(request.jobs.length)
+    if (request.type === 'run') sizes.push(request.jobs.count)
     return post.call(this, request, ...rest)
   }
   t.teardown(() => {
@@ -249,21 +249,56 @@ t.test('an update that is not finite is not committed, though the next state is'
   await device.close()
 })
 
-t.test('a large tensor is not kept in the pool, and of small ones only so many bytes', async (t) => {
+/** Memory whose pool keeps 64 MiB of small tensors, and the numbers of the allocations that it has freed. */
+function countedMemory() {
   const freed: number[] = []
   let next = 0n
-  const memory = new StateMemory([
-    { state: { allocate: () => ++next, free: (pointer) => freed.push(Number(pointer)) }, pooledBytes: 2 ** 26 },
-  ])
-  memory.release(memory.allocate(2 ** 27))
-  t.same(freed, [1], 'beyond what a pool may hold')
-  const [a, b, c] = [memory.allocate(2 ** 25), memory.allocate(2 ** 25), memory.allocate(8)]
-  for (const tensor of [a, b, c]) memory.release(tensor)
-  t.same(freed, [1, 2], 'the oldest makes room')
-  t.equal(memory.allocate(8).pointer, c.pointer)
-  t.equal(memory.allocate(2 ** 25).pointer, b.pointer)
+  const state = { allocate: () => ++next, free: (pointer: bigint) => freed.push(Number(pointer)) }
+  return { freed, memory: new StateMemory([{ state, pooledBytes: 2 ** 26 }]) }
+}
+
+t.test('of small tensors a pool keeps only so many bytes, and only so many tensors', async (t) => {
+  const { memory, freed } = countedMemory()
+  const tensors = Array.from({ length: 5 }, () => memory.allocate(2 ** 24))
+  for (const tensor of tensors) memory.release(tensor)
+  t.same(freed, [1], 'the oldest makes room')
+  t.equal(memory.allocate(2 ** 24).pointer, tensors[4]!.pointer)
   for (const tensor of Array.from({ length: 600 }, () => memory.allocate(8))) memory.release(tensor)
-  t.equal(freed.length, 2 + 600 - 512, 'and only so many of them')
+  t.equal(freed.length, 1 + 3 + 600 - 512)
+})
+
+t.test('of large tensors a pool keeps the state of the largest parameter', async (t) => {
+  const { memory, freed } = countedMemory()
+  memory.release(memory.allocate(2 ** 27))
+  t.same(freed, [1], 'nobody has asked for any')
+  memory.keep(2 ** 28)
+  const [a, b, small] = [memory.allocate(2 ** 27), memory.allocate(2 ** 27), memory.allocate(2 ** 24)]
+  for (const tensor of [a, b, small]) memory.release(tensor)
+  t.same(freed, [1], 'both states of the parameter, and small ones beside them')
+  t.equal(memory.allocate(2 ** 27).pointer, b.pointer)
+  t.equal(memory.allocate(2 ** 27).pointer, a.pointer)
+  memory.release(memory.allocate(2 ** 29))
+  t.same(freed, [1, 5], 'more than the largest parameter has')
+  for (const tensor of [a, b]) memory.release(tensor)
+  memory.keep(0)
+  t.same(freed, [1, 5, 2, 3], 'the run of that parameter has gone')
+  t.equal(memory.allocate(2 ** 24).pointer, small.pointer)
+  memory.trim()
+})
+
+t.test('a step takes the memory that the step before has freed, also for the largest parameter', async (t) => {
+  const device = await Device.start(OPTIONS)
+  const bytes = 2 ** 25
+  const plan = sgdPlan(bytes / 4)
+  const grant = device.admit([{ plan, gradient_bytes: bytes, update_bytes: bytes, state_bytes: bytes }], 'run a')
+  const tensor = device.memory.allocate(bytes)
+  device.memory.release(tensor)
+  const again = device.memory.allocate(bytes)
+  t.equal(again.pointer, tensor.pointer)
+  device.memory.release(again)
+  device.dismiss(grant)
+  t.equal(device.memory.bytes, 0)
+  await device.close()
 })
 
 t.test('state memory is counted by reference and comes back from the pool', async (t) => {

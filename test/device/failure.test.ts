@@ -1,11 +1,12 @@
 import { mkdtempSync, readdirSync, rmSync, symlinkSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { setImmediate as turn } from 'node:timers/promises'
 import t from 'tap'
 import type { KernelSpec } from '../../kernels/kernel.js'
 import { Device, type DeviceOptions } from '../../src/device/device.js'
 import type { Job } from '../../src/device/job.js'
-import { GROUPS_PER_LANE, Lanes } from '../../src/device/lanes.js'
+import { GROUPS_PER_LANE, Lanes } from '../../src/device/lanes/lanes.js'
 import { bundledLibraryFolder } from '../../src/device/onnx/onnxruntime.js'
 import { ServiceError } from '../../src/errors.js'
 import type { Plan } from '../../src/optimizer/plan.js'
@@ -96,7 +97,7 @@ t.test('closing lets the lanes end what they have and drops what waits', async (
   const given = GROUPS_PER_LANE * device.backend.group.jobs
   const jobs = Array.from({ length: given + 3 }, () => device.run(() => job, ticket()))
   // Jobs are given out at the end of the turn that asked for them.
-  await Promise.resolve()
+  await turn()
   await device.close()
   const outcomes = (await Promise.all(jobs)).map((result) => result?.outcome)
   t.same(outcomes, [...Array(given).fill('computed'), undefined, undefined, undefined])
@@ -146,7 +147,7 @@ t.test('after a failure everything that was asked for is refused, also what wait
   const lanes = grouping(300)
   const job = sgdJob(device)
   const asked = [0, 1, 2, 3, 4, 5].map(() => lanes.run(() => job, ticket()))
-  await Promise.resolve()
+  await turn()
   const failure = new ServiceError('DEVICE_FAILED', 'it is gone')
   lanes.refuse(failure)
   t.match(await Promise.allSettled([...asked, lanes.run(() => job, ticket())]), Array(7).fill({ reason: failure }))
@@ -165,7 +166,7 @@ t.test('a group takes no more when its gradients have enough bytes', async (t) =
       return job
     }, ticket())
   })
-  await Promise.resolve()
+  await turn()
   t.same(taken, [0, 1, 2, 3], 'two groups of two gradients of 256 bytes')
   await Promise.all(jobs)
   t.same(taken, [0, 1, 2, 3, 4])

@@ -1,9 +1,9 @@
 import t, { type Test } from 'tap'
 import type { Dtype } from '../../kernels/dtype.js'
+import { createScanner } from '../../src/device/cpu/scan.js'
 import { openCuda } from '../../src/device/cuda/cuda.js'
 import { Device } from '../../src/device/device.js'
 import type { JobResult } from '../../src/device/job.js'
-import { createScanner } from '../../src/device/onnx/scan.js'
 import type { ParameterDeclaration } from '../../src/wire/frame.js'
 import {
   type AdamwState,

@@ -122,7 +122,7 @@ t.test('state that nobody reads is kept once, for so many readers', async (t) =>
   await service.app.close()
 })
 
-t.test('state that nobody reads is not kept for ever', async () => {
+t.test('state that nobody reads is not kept for ever, and who did not is counted', async (t) => {
   const { service, client } = await started(FAST)
   const { socket } = await unread(service, '/v1/runs/r/state')
   await client.step(2, [GRADIENT])
@@ -130,6 +130,7 @@ t.test('state that nobody reads is not kept for ever', async () => {
   const closed = once(socket, 'close')
   socket.resume()
   await closed
+  t.equal(await told(service, 'OVERLOADED'), 1)
   await client.close()
   await service.app.close()
 })

@@ -1,7 +1,7 @@
 import { spawnSync } from 'node:child_process'
 import { readdirSync, readFileSync } from 'node:fs'
 import t from 'tap'
-import { CUDA_KERNELS } from '../../kernels/cuda/entry-points.js'
+import { CUDA_KERNELS, LIST_BYTES, mostItems } from '../../kernels/cuda/entry-points.js'
 import {
   GEMM_CLUSTER,
   GEMM_KERNEL,
@@ -100,11 +100,17 @@ t.test('the constants that the host and the elementwise kernels both have are th
   const count = THREADS / 32
   for (const use of [
     `x * ${count} + threadIdx`,
-    `gridDim.x * ${count})`,
+    `part.count * ${count})`,
     `[${count}][32]`,
     `row += ${count})`,
     `i < ${count};`,
   ])
     t.match(CUDA_SOURCE, use)
+  t.match(CUDA_SOURCE, `Item items[(${LIST_BYTES} - sizeof(u64)) / sizeof(Item)];`)
+  for (const parameters of [1, 9, 18]) {
+    const item = 8 * (parameters + 2)
+    const bytes = 8 + item * mostItems(parameters)
+    t.ok(bytes <= LIST_BYTES && bytes + item > LIST_BYTES, 'a list has as many items as there is room for')
+  }
   t.match(CUDA_SOURCE, `return x > ${SECOND_MOMENTUM_FLOOR}f ? x : ${SECOND_MOMENTUM_FLOOR}f;`)
 })

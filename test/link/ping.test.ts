@@ -15,7 +15,7 @@ const SIZES = Array.from({ length: 126 }, (_, size) => size)
 const ping = (size: number) => rawFrame(0x89, Buffer.alloc(size, size + 1), MASK)
 const end = () => rawFrame(0x82, encodeFrame({ type: 'end', step: 1 }), MASK)
 
-/** The chunks of one gradient. All but the first are received in place. */
+/** The chunks of one gradient, which are received in place. */
 const chunks = () =>
   [0, 1, 2, 3].map((index) => {
     const offset = index * CHUNK

@@ -6,7 +6,7 @@ import { agree } from '../../src/link/transport.js'
 import type { OpenedFrame, TransportOffer, UpdatesFrame } from '../../src/wire/frame.js'
 import { makeMemory, type OwnMemory } from '../../src/wire/shared-memory.js'
 import { layOut, PROOF_BYTES } from '../../src/wire/slots.js'
-import { bytesOf, normal, RawClient, type Service, startService, turn } from '../service.js'
+import { bytesOf, normal, RawClient, type Service, startService, turn, until } from '../service.js'
 
 const GROUPS = [
   { name: 'muon', algorithm: 'muon', lr: 0.02 },
@@ -195,6 +195,41 @@ t.test('hundreds of gradients in one frame, of which some have to wait for each 
   await again.step(2, gradients)
   while (service.device.staging.used > 0) await turn()
   await again.close()
+  await service.app.close()
+  arenas.free()
+})
+
+t.test('of one frame only some hundred gradients are under way at a time', async (t) => {
+  const service = await startService()
+  const count = 1100
+  const groups = [{ name: 'sgd', algorithm: 'sgd', lr: 0.1 }]
+  const parameters = Array.from({ length: count }, (_, i) => ({ name: `p${i}`, shape: [4], group: 'sgd' }))
+  const { bytes } = layOut(parameters.map(() => 16))
+  const arenas = new Arenas([bytes, bytes])
+  const client = await RawClient.connect(service.url)
+  await client.open({ run: 'many', groups, parameters, transport: [arenas.offer] })
+  const { run } = service.device
+  let asked = 0
+  let open = () => {}
+  const opened = new Promise<void>((resolve) => {
+    open = resolve
+  })
+  service.device.run = async (...job) => {
+    asked += 1
+    await opened
+    return run.apply(service.device, job)
+  }
+  client.send({ type: 'gradients', step: 1, parameters: parameters.map((_, i) => i) })
+  client.send({ type: 'end', step: 1 })
+  await until(() => asked >= 512)
+  for (let i = 0; i < 100; i++) await turn()
+  t.ok(asked < 2 * 512, `${asked} of ${count} are under way`)
+  open()
+  let frame = await client.next()
+  while (frame.type === 'updates') frame = await client.next()
+  t.match(frame, { type: 'receipt', step: 1 })
+  t.equal(asked, count)
+  await client.close()
   await service.app.close()
   arenas.free()
 })

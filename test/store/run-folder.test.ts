@@ -140,6 +140,29 @@ t.test('tensors of every size come back, whichever are wanted', async (t) => {
   )
 })
 
+t.test('a model of many parameters leaves the event loop to others, and nothing changes meanwhile', async (t) => {
+  const folder = await start(t)
+  const count = 5000
+  const parameters = Array.from({ length: count }, (_, index) => ({ index, name: `w${index}`, shape: [2], group: 'g' }))
+  const places = parameters.map(({ index }) => ({ count: index, applied_step: 0, gradient_square: 0 }))
+  const entries = Array.from({ length: 2 * count }, (_, i) => inline(`t${i}`, 4))
+  const written: number[] = []
+  const options = { entries, record: { ...snapshot(0).record, parameters, places } }
+  let turns = 0
+  const counting = setInterval(() => turns++, 0)
+  const entry = await folder.write(snapshot(0, options), (at) => written.push(at))
+  clearInterval(counting)
+  t.ok(turns > 1)
+  t.same(written, [...entries.keys()])
+  const manifest = await folder.manifest(entry)
+  t.same(manifest.parameters, parameters)
+  t.same(manifest.places, places)
+  t.same(
+    Object.keys(manifest.dtypes),
+    entries.map(({ name }) => name),
+  )
+})
+
 t.test('a long file is handed to the disk piece by piece', async (t) => {
   const folder = await start(t)
   const entry = await folder.write(snapshot(1, { entries: [inline('a', 70 << 20)] }), nothing)

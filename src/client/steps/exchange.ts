@@ -1,8 +1,9 @@
-import type { EndFrame, ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame } from '../../wire/frame.js'
+import type { EndFrame, ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame, UpdatesFrame } from '../../wire/frame.js'
 import type { Connection } from '../connection.js'
 import { MuondError } from '../error.js'
 import { frameError } from '../refusal.js'
 import { unheard } from '../settings.js'
+import type { Arenas } from '../transport/arenas.js'
 import type { Step } from './step.js'
 import type { Updates } from './updates.js'
 
@@ -11,6 +12,8 @@ type Parts = {
   step: Step
   updates: Updates
   chunk_bytes: number
+  /** Memory that the connection shares with the service; undefined where all goes over the socket. */
+  arenas: Arenas | undefined
 }
 
 type Settle = { resolve: (receipt: ReceiptFrame) => void; reject: (reason: unknown) => void }
@@ -51,8 +54,10 @@ export class Exchange {
     let sent = 0
     let { end } = step
     while (end === undefined || sent < step.gradients.length) {
-      if (sent < step.gradients.length) await this.#sendGradient(...step.gradients[sent++])
-      else await step.more()
+      const waiting = step.gradients.slice(sent)
+      sent = step.gradients.length
+      if (waiting.length === 0) await step.more()
+      else await this.#sendGradients(waiting)
       end = step.end
     }
     this.#isSent = true
@@ -67,10 +72,27 @@ export class Exchange {
     await connection.send({ ...end, ...(without.length > 0 && { skipped: without }) })
   }
 
+  async #sendGradients(gradients: Step['gradients']): Promise<void> {
+    const { step, arenas } = this.#parts
+    const wanted = gradients.filter(([parameter]) => !step.leftOut.has(parameter))
+    for (const [parameter] of wanted) this.#unanswered.add(parameter)
+    if (arenas) return this.#shareGradients(arenas, wanted)
+    for (const [parameter, bytes] of wanted) await this.#sendGradient(parameter, bytes)
+  }
+
+  /** Puts gradients into their slots, where some may lie already, and names them to the service. */
+  async #shareGradients(arenas: Arenas, gradients: Step['gradients']): Promise<void> {
+    const { connection, step } = this.#parts
+    for (const [parameter, bytes] of gradients) {
+      const slot = arenas.gradient(parameter)
+      if (bytes.buffer !== slot.buffer || bytes.byteOffset !== slot.byteOffset) slot.set(bytes)
+    }
+    const parameters = gradients.map(([parameter]) => parameter)
+    if (parameters.length > 0) await connection.send({ type: 'gradients', step: step.number, parameters })
+  }
+
   async #sendGradient(parameter: number, bytes: Uint8Array): Promise<void> {
     const { connection, step, updates, chunk_bytes } = this.#parts
-    if (step.leftOut.has(parameter)) return
-    this.#unanswered.add(parameter)
     let sent = 0
     for (const { offset, length } of updates.gradient(parameter).cuts(chunk_bytes)) {
       const header = { type: 'gradient', parameter, step: step.number, offset } as const
@@ -83,6 +105,8 @@ export class Exchange {
     switch (frame.type) {
       case 'update':
         return this.#update(frame)
+      case 'updates':
+        return this.#updates(frame)
       case 'receipt':
         return this.#receipt(frame)
       case 'error':
@@ -97,6 +121,14 @@ export class Exchange {
 
   #update(frame: UpdateFrame): void {
     if (this.#parts.updates.take(frame)) this.#unanswered.delete(frame.parameter)
+    this.#rejectIfRefused()
+  }
+
+  #updates(frame: UpdatesFrame): void {
+    const { updates, arenas } = this.#parts
+    if (arenas === undefined) throw new MuondError('FRAME_UNEXPECTED', 'the service sent updates: no memory is shared')
+    updates.takeShared(frame, (parameter) => arenas.update(parameter))
+    for (const parameter of frame.parameters) this.#unanswered.delete(parameter)
     this.#rejectIfRefused()
   }
 

@@ -90,3 +90,11 @@ export function bytesOf(gradient: Gradient, parameter: Bound): Buffer {
   }
   return Buffer.from(gradient.buffer, gradient.byteOffset, gradient.byteLength)
 }
+
+/** An array for a gradient of a parameter, in the memory of `slot` where one is given. */
+export function emptyGradient({ size, gradient_dtype }: Bound, slot?: Uint8Array<ArrayBuffer>): Gradient {
+  const { buffer, byteOffset } = slot ?? new Uint8Array(size * bytesPerElement(gradient_dtype))
+  return gradient_dtype === 'float32'
+    ? new Float32Array(buffer, byteOffset, size)
+    : new Uint16Array(buffer, byteOffset, size)
+}

@@ -1,6 +1,6 @@
 import { bytesPerElement } from '../../../kernels/dtype.js'
 import { Assembly } from '../../wire/chunks.js'
-import type { UpdateFrame } from '../../wire/frame.js'
+import type { UpdateFrame, UpdatesFrame } from '../../wire/frame.js'
 import { Extent } from '../../wire/ranges.js'
 import { MuondError } from '../error.js'
 import { applyUpdate, type Update } from './apply.js'
@@ -70,9 +70,7 @@ export class Updates {
    */
   take(frame: UpdateFrame): boolean {
     const { parameter, step, offset, data = NOTHING } = frame
-    const bound = this.#parameters[parameter]
-    if (bound === undefined)
-      throw new MuondError('PARAMETER_UNKNOWN', `update for parameter ${parameter}`, { parameter })
+    const bound = this.#bound(parameter)
     if (step !== this.#step) throw unexpected(frame, `step ${step}, expected ${this.#step}`)
     const first = frame.data === undefined ? 0 : extentOf(bound).offsetOf(0)
     if (offset === first) this.#incoming.set(parameter, this.#begin(frame, bound))
@@ -83,6 +81,28 @@ export class Updates {
     incoming.chunks.accept({ offset, length: data.length })
     incoming.buffer.set(data, received)
     return incoming.chunks.complete && this.#finish(incoming, bound)
+  }
+
+  /**
+   * Takes one frame of updates that lie in shared memory, where `slotOf` finds their bytes.
+   * @throws MuondError FRAME_UNEXPECTED, SHAPE_MISMATCH, PARAMETER_UNKNOWN: what no service sends
+   */
+  takeShared(frame: UpdatesFrame, slotOf: (parameter: number) => Uint8Array): void {
+    const { step, parameters, scale, decay, row_scale = {} } = frame
+    for (const [i, parameter] of parameters.entries()) {
+      const bound = this.#bound(parameter)
+      if (step !== this.#step) throw unexpected({ parameter }, `step ${step}, expected ${this.#step}`)
+      if (scale.length <= i || decay.length <= i) throw unexpected({ parameter }, 'no scale or decay')
+      const rows = Object.hasOwn(row_scale, parameter) ? float32(row_scale[parameter]) : undefined
+      const factors = { scale: scale[i], decay: decay[i], row_scale: rows }
+      this.#apply({ ...factors, dtype: bound.update_dtype, data: slotOf(parameter) }, bound)
+    }
+  }
+
+  #bound(parameter: number): Bound {
+    const bound = this.#parameters[parameter]
+    if (bound !== undefined) return bound
+    throw new MuondError('PARAMETER_UNKNOWN', `update for parameter ${parameter}`, { parameter })
   }
 
   #begin(frame: UpdateFrame, bound: Bound): IncomingUpdate {
@@ -96,10 +116,14 @@ export class Updates {
     return { update: { scale, decay, dtype: update_dtype, row_scale: rows, data }, chunks, buffer }
   }
 
-  #finish({ update, buffer }: IncomingUpdate, { index, data, ...part }: Bound): true {
-    this.#incoming.delete(index)
+  #apply(update: Update, { index, data, ...part }: Bound): void {
     if (!this.#applied.has(index)) applyUpdate(data, update, part)
     this.#applied.add(index)
+  }
+
+  #finish({ update, buffer }: IncomingUpdate, bound: Bound): true {
+    this.#incoming.delete(bound.index)
+    this.#apply(update, bound)
     if (buffer.buffer.byteLength > this.#spare.byteLength) this.#spare = buffer.buffer
     return true
   }
@@ -116,7 +140,7 @@ function extentOf({ ranges, update_dtype }: Bound): Extent {
   return new Extent(ranges, bytesPerElement(update_dtype))
 }
 
-function unexpected({ parameter }: UpdateFrame, what: string): MuondError {
+function unexpected({ parameter }: Pick<UpdateFrame, 'parameter'>, what: string): MuondError {
   return new MuondError('FRAME_UNEXPECTED', `update of parameter ${parameter} with ${what}`, { parameter })
 }
 

@@ -1,6 +1,7 @@
 import type { CheckpointedFrame, MemberStatus, OpenedFrame, OpenFrame, ReceiptFrame } from '../../wire/frame.js'
 import { type Connection, whileIdle } from '../connection.js'
 import { MuondError } from '../error.js'
+import type { Handshake, Transport, TransportKind } from '../transport/transport.js'
 import { type Backoff, backoffSeconds, sleep } from './backoff.js'
 import { Exchange } from './exchange.js'
 import type { Step } from './step.js'
@@ -17,6 +18,9 @@ export type Host = {
   backoff: Backoff
   /** Most bytes of a gradient in one message; the service's own limit holds too. */
   chunk_bytes: number
+  transport: TransportKind
+  /** Whether the address leads to this host. */
+  isLocal: boolean
 }
 
 export type Outcome = { receipt: ReceiptFrame } | { error: unknown }
@@ -25,6 +29,7 @@ export type Outcome = { receipt: ReceiptFrame } | { error: unknown }
 export class Writer {
   readonly #host: Host
   readonly #frame: OpenFrame
+  readonly #transport: Transport
   #connection: Connection
   #opened: OpenedFrame
   #step: number
@@ -33,13 +38,19 @@ export class Writer {
   #stop = new AbortController()
 
   /** A first `open` is not retried: a wrong address, key or run should be heard of at once. @throws MuondError */
-  static async open(host: Host, frame: OpenFrame): Promise<Writer> {
-    return new Writer(host, frame, await handshake(await host.dial(host.signal), frame))
+  static async open(host: Host, frame: OpenFrame, transport: Transport): Promise<Writer> {
+    const shake = async (offers: Partial<OpenFrame>) => handshake(await host.dial(host.signal), { ...frame, ...offers })
+    return new Writer(host, { frame, transport }, await transport.agree(shake))
   }
 
-  private constructor(host: Host, frame: OpenFrame, { connection, opened }: Handshake) {
+  private constructor(
+    host: Host,
+    { frame, transport }: { frame: OpenFrame; transport: Transport },
+    { connection, opened }: Handshake,
+  ) {
     this.#host = host
     this.#frame = frame
+    this.#transport = transport
     this.#connection = connection
     this.#opened = opened
     this.#step = opened.step
@@ -134,7 +145,8 @@ export class Writer {
     if (this.#connection.reason !== undefined) await this.#resume(step.number)
     const connection = this.#connection
     const chunk_bytes = Math.min(this.#opened.limits.chunk_bytes, this.#host.chunk_bytes)
-    const receipt = await Exchange.run({ connection, step, updates, chunk_bytes })
+    const { taken: arenas } = this.#transport
+    const receipt = await Exchange.run({ connection, step, updates, chunk_bytes, arenas })
     this.#step = receipt.step
     this.#digest = receipt.digest
     return receipt
@@ -162,11 +174,15 @@ export class Writer {
     return { ...frame, mode: 'resume', takeover: true }
   }
 
+  #handshake(frame: OpenFrame): Promise<Handshake> {
+    return this.#transport.agree((offers) => this.#shake({ ...frame, ...offers }))
+  }
+
   /**
    * @throws MuondError RUN_NOT_FOUND with the step that the run was at, which tells a service that forgot it from a
    * wrong name
    */
-  async #handshake(frame: OpenFrame): Promise<Handshake> {
+  async #shake(frame: OpenFrame): Promise<Handshake> {
     const connection = await this.#host.dial(this.#stop.signal)
     try {
       return await handshake(connection, frame)
@@ -198,8 +214,6 @@ export class Writer {
 function isFinal(reason: unknown): boolean {
   return reason instanceof MuondError && (reason.code === 'TAKEN_OVER' || reason.code === 'CLIENT_CLOSED')
 }
-
-type Handshake = { connection: Connection; opened: OpenedFrame }
 
 async function handshake(connection: Connection, frame: OpenFrame): Promise<Handshake> {
   try {

@@ -3,52 +3,44 @@ import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
 import { fitsGemm } from '../../../kernels/cuda/gemm-plan.js'
 import { MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../../kernels/cuda/source.js'
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
-import { type KernelSpec, kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
+import { kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
+import type { Plan } from '../../optimizer/plan.js'
 import type { CudaLane, Executor, Scratch } from '../executor.js'
 import { type Job, type JobResult, type Need, scalarOf } from '../job.js'
 import { type Pointer, viewMemory } from '../onnx/onnxruntime.js'
 import { aligned } from '../staging.js'
 import { type Cuda, type CudaStream, openCuda } from './cuda.js'
+import {
+  at,
+  type CutPlan,
+  crossesBus,
+  type GpuJob,
+  isMatrices,
+  isOnGpu,
+  isReceived,
+  type JobMatrix,
+  type JobPiece,
+  type JobStack,
+  matricesOf,
+  packsOf,
+  sourceOf,
+} from './gpu-job.js'
 import { Hopper } from './hopper.js'
+import { LaunchLists } from './launch-lists.js'
 import { Orthogonalizer } from './orthogonalizer.js'
 import {
   batchesOf,
   blocksFor,
   checkBlocksOf,
-  isMuon,
   listsOf,
   type MuonSpec,
-  type Piece,
   packOf,
   partialBytes,
   piecesOf,
-  type Stack,
   scanBlocks,
 } from './pieces.js'
-import { ALIGNMENT } from './scratch.js'
+import { ALIGNMENT, workspaceBytes } from './scratch.js'
 import { ScratchMemory } from './scratch-memory.js'
-
-/** A job with its addresses in device memory. */
-type GpuJob = {
-  job: Job
-  pieces: Piece[]
-  gradient: Pointer
-  update: Pointer
-  /** Where the partial sums lie: those of both scans (gradient, update), and those that must be finite. */
-  scans: Pointer
-  checks: Pointer
-  checkBlocks: number
-  result: number
-}
-
-/** One piece of a job; `partials` are the addresses of each stack's partial sums. */
-type JobPiece = Piece & { gpuJob: GpuJob; partials: Pointer[]; last: boolean }
-
-/** A stack of a job; `partials` is the address of its first matrix's partial sums. */
-type JobStack<Spec extends KernelSpec = KernelSpec> = { gpuJob: GpuJob; stack: Stack<Spec>; partials: Pointer }
-
-/** One matrix that goes through Newton-Schulz: number `index` of its stack. */
-type JobMatrix = JobStack<MuonSpec> & { index: number }
 
 const MOST_RESULTS = 64
 // The members of `struct Second` (normuon.cu) after output_scale. Those of `struct Momentum` (muon.cu) are
@@ -70,12 +62,12 @@ export class CudaExecutor implements Executor {
   /** Copies have streams of their own, and so go on while the products of other jobs are computed. */
   readonly #copyIn: CudaStream
   readonly #copyOut: CudaStream
-  readonly #find: (name: string) => Pointer
-  readonly #kernels = new Map<string, Pointer>()
+  readonly #lists: LaunchLists
   readonly #orthogonalizer: Orthogonalizer
   readonly #hopper: Hopper | undefined
   readonly #results: { pointer: Pointer; view: DataView }
   readonly #scratch: ScratchMemory
+  readonly #plans = new WeakMap<Plan, CutPlan>()
   /** Where the partial sums of one matrix's second momentum lie. */
   readonly #lineSums: Pointer
 
@@ -86,7 +78,7 @@ export class CudaExecutor implements Executor {
     this.#copyOut = this.#cuda.createStream()
     this.#scratch = new ScratchMemory(this.#cuda)
     this.#lineSums = this.#cuda.allocate(MAX_BLOCKS * PARTIAL_BYTES)
-    this.#find = this.#cuda.load(cubin)
+    this.#lists = new LaunchLists(this.#stream, this.#cuda.load(cubin))
     this.#orthogonalizer = new Orthogonalizer(folder, gpu, this.#stream)
     this.#hopper = hopper && new Hopper(this.#cuda, this.#stream, hopper)
     const pointer = this.#cuda.allocateHost(RESULT_BYTES * MOST_RESULTS)
@@ -100,7 +92,7 @@ export class CudaExecutor implements Executor {
       if (kernel.kind !== 'muon') continue
       const [rows, cols] = dims
       const { coefficients } = kernel
-      if (this.#takesHopper(rows, cols)) this.#hopper?.run([{ rows, cols, coefficients }])
+      if (this.#takesHopper(rows, cols)) this.#hopper?.run(this.#hopper.prepare([{ rows, cols, coefficients }]))
       else this.#orthogonalizer.run(coefficients, this.#matrices(rows, cols))
     }
     this.#stream.synchronize()
@@ -109,16 +101,21 @@ export class CudaExecutor implements Executor {
   run(jobs: readonly Job[]): JobResult[] {
     const started = performance.now()
     try {
-      const batches = batchesOf(this.#lay(jobs).flatMap((gpuJob) => this.#piecesOf(gpuJob)))
+      const laid = this.#lay(jobs)
+      const pieces = laid.flatMap((gpuJob) => this.#piecesOf(gpuJob))
+      // What crosses no bus is not cut: there is nothing to overlap with.
+      const batches = laid.some(crossesBus) ? batchesOf(pieces) : [pieces]
+      this.#scanGradients(laid)
       this.#receive(batches[0])
       for (const [index, batch] of batches.entries()) {
         this.#stream.follow(this.#copyIn)
         this.#receive(batches[index + 1] ?? [])
         this.#compute(batch)
         this.#send(batch)
-        for (const { gpuJob, last } of batch) if (last) this.#report(gpuJob)
+        this.#report(batch.filter(({ last }) => last).map(({ gpuJob }) => gpuJob))
       }
     } finally {
+      this.#lists.clear()
       // Also after a failure: queued work still writes into memory that the runs are about to give away.
       for (const stream of [this.#copyIn, this.#stream, this.#copyOut]) stream.synchronize()
     }
@@ -149,8 +146,7 @@ export class CudaExecutor implements Executor {
     if (jobs.length > MOST_RESULTS) throw new Error(`${jobs.length} jobs at once, at most ${MOST_RESULTS}`)
     const take = this.#scratch.dealer()
     return jobs.map((job, result) => {
-      const pieces = piecesOf(job.plan)
-      const checkBlocks = checkBlocksOf(pieces)
+      const { pieces, checkBlocks } = this.#cut(job.plan)
       const scans = take('partials', partialBytes(checkBlocks))
       const place = (name: 'gradient' | 'update', inPlace: boolean) =>
         inPlace ? job[name].pointer : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
@@ -159,6 +155,16 @@ export class CudaExecutor implements Executor {
       const update = place('update', job.update.space === 'gpu')
       return { job, pieces, gradient, update, scans, checks, checkBlocks, result }
     })
+  }
+
+  // Jobs that are declared alike share their plan.
+  #cut(plan: Plan): CutPlan {
+    const known = this.#plans.get(plan)
+    if (known) return known
+    const pieces = piecesOf(plan)
+    const cut = { pieces, checkBlocks: checkBlocksOf(pieces) }
+    this.#plans.set(plan, cut)
+    return cut
   }
 
   #piecesOf(gpuJob: GpuJob): JobPiece[] {
@@ -177,7 +183,7 @@ export class CudaExecutor implements Executor {
   #receive(batch: readonly JobPiece[]): void {
     for (const { gpuJob, offset, elements } of batch) {
       const { job, gradient } = gpuJob
-      if (!isReceived(job)) continue
+      if (!isReceived(job) || isOnGpu(job)) continue
       const size = bytesPerElement(job.plan.kernel.gradient_dtype)
       const [start, bytes] = [BigInt(offset * size), elements * size]
       this.#copyIn.copy(gradient + start, (job.source ?? job.gradient).pointer + start, bytes)
@@ -192,6 +198,7 @@ export class CudaExecutor implements Executor {
     for (const one of stacks) if (!isMatrices(one)) this.#elementwise(one)
     const matrices = stacks.filter(isMatrices)
     for (const one of matrices) this.#momentum(one)
+    this.#lists.launch()
     this.#orthogonalize(matrices.flatMap(matricesOf))
   }
 
@@ -207,17 +214,37 @@ export class CudaExecutor implements Executor {
     }
   }
 
-  /** Queues the scans of a job's whole gradient and whole update, and the sums of all its partial sums. */
-  #report({ job, gradient, update, scans, checks, checkBlocks, result }: GpuJob): void {
-    const updateScans = scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
-    const { gradient_dtype, update_dtype } = job.plan.kernel
-    this.#scan(gradient, { bytes: job.gradient.bytes, dtype: gradient_dtype, partials: scans })
-    this.#scan(update, { bytes: job.update.bytes, dtype: update_dtype, partials: updateScans })
-    this.#launch(CUDA_KERNELS.collect(), { x: 1 }, [
-      ...[scans, BigInt(scanBlocks(job.gradient.bytes)), BigInt(job.gradient.bytes)],
-      ...[updateScans, BigInt(scanBlocks(job.update.bytes)), BigInt(job.update.bytes)],
-      ...[checks, BigInt(checkBlocks), this.#results.pointer + BigInt(result * RESULT_BYTES)],
-    ])
+  /** Queues the scans of gradients on the GPU, and with them the copies of those that their clients may change. */
+  #scanGradients(jobs: readonly GpuJob[]): void {
+    for (const gpuJob of jobs) {
+      const { job, gradient, scans } = gpuJob
+      if (!isOnGpu(job)) continue
+      const from = sourceOf(job).pointer
+      const copy = isReceived(job) ? gradient : 0n
+      this.#scan(from, { copy, bytes: job.gradient.bytes, dtype: job.plan.kernel.gradient_dtype, partials: scans })
+    }
+    this.#lists.launch()
+  }
+
+  /** Queues the scans of updates and of gradients that have come, and the sums of all partial sums of each job. */
+  #report(jobs: readonly GpuJob[]): void {
+    for (const { job, gradient, update, scans } of jobs) {
+      const { gradient_dtype, update_dtype } = job.plan.kernel
+      const updateScans = scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
+      const copy = 0n
+      if (!isOnGpu(job))
+        this.#scan(gradient, { copy, bytes: job.gradient.bytes, dtype: gradient_dtype, partials: scans })
+      this.#scan(update, { copy, bytes: job.update.bytes, dtype: update_dtype, partials: updateScans })
+    }
+    this.#lists.launch()
+    for (const { job, scans, checks, checkBlocks, result } of jobs) {
+      this.#lists.add(CUDA_KERNELS.collect(), 1, [
+        ...[scans, BigInt(scanBlocks(job.gradient.bytes)), BigInt(job.gradient.bytes)],
+        ...[scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES), BigInt(scanBlocks(job.update.bytes)), BigInt(job.update.bytes)],
+        ...[checks, BigInt(checkBlocks), this.#results.pointer + BigInt(result * RESULT_BYTES)],
+      ])
+    }
+    this.#lists.launch()
   }
 
   #judge({ expected }: Job, index: number): Omit<JobResult, 'computeSeconds'> {
@@ -240,7 +267,7 @@ export class CudaExecutor implements Executor {
     const { gradient_dtype, update_dtype } = stack.spec
     const state = job.next.map((_, i) => job.state?.[i] ?? 0n)
     const first = { stack, index: 0 }
-    this.#launch(CUDA_KERNELS.elementwise(stack.spec), { x: blocksFor(stack) }, [
+    this.#lists.add(CUDA_KERNELS.elementwise(stack.spec), blocksFor(stack), [
       at(first, gradient, gradient_dtype),
       ...[...state, ...job.next].map((pointer) => pointer && at(first, pointer, 'float32')),
       ...[at(first, update, update_dtype), BigInt(stack.rows * stack.cols)],
@@ -253,9 +280,10 @@ export class CudaExecutor implements Executor {
     const { gradient_dtype, momentum_dtype = 'float32' } = stack.spec
     const first = { stack, index: 0 }
     const buffer = job.state?.[0] ?? 0n
-    this.#launch(CUDA_KERNELS.momentum(stack.spec, packOf(stack) > 1), { x: blocksFor(stack), y: stack.count }, [
+    const blocks = blocksFor(stack)
+    this.#lists.add(CUDA_KERNELS.momentum(stack.spec, packOf(stack) > 1), blocks * stack.count, [
       ...[at(first, gradient, gradient_dtype), buffer && at(first, buffer, momentum_dtype)],
-      ...[at(first, job.next[0], momentum_dtype), packsOf(stack)],
+      ...[at(first, job.next[0], momentum_dtype), packsOf(stack), BigInt(blocks)],
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), partials],
     ])
   }
@@ -264,7 +292,8 @@ export class CudaExecutor implements Executor {
     const together = matrices.filter(({ stack }) => this.#takesHopper(stack.rows, stack.cols))
     const alone = matrices.filter(({ stack }) => !this.#takesHopper(stack.rows, stack.cols))
     for (const matrix of alone) this.#orthogonalizeAlone(matrix)
-    for (const list of listsOf(together)) this.#orthogonalizeTogether(list)
+    const workspaces = { room: this.#scratch.bytes('products'), workspaceOf: workspaceBytes }
+    for (const list of listsOf(together, workspaces)) this.#orthogonalizeTogether(list)
   }
 
   #takesHopper(rows: number, cols: number): boolean {
@@ -276,8 +305,10 @@ export class CudaExecutor implements Executor {
     const memory = this.#matrices(rows, cols)
     const { input_scale, output_scale } = this.#orthogonalizer.scales(spec.coefficients, memory)
     this.#normalize(matrix, memory.x, input_scale)
+    this.#lists.launch()
     this.#orthogonalizer.run(spec.coefficients, memory)
     this.#finish(matrix, memory.o, output_scale)
+    this.#lists.launch()
   }
 
   #orthogonalizeTogether(matrices: readonly JobMatrix[]): void {
@@ -287,10 +318,12 @@ export class CudaExecutor implements Executor {
       cols: stack.cols,
       coefficients: stack.spec.coefficients,
     }))
-    const ends = this.#hopper.ends(list)
-    for (const [i, matrix] of matrices.entries()) this.#normalize(matrix, ends[i].x, 1)
-    this.#hopper.run(list)
-    for (const [i, matrix] of matrices.entries()) this.#finish(matrix, ends[i].o, 1)
+    const program = this.#hopper.prepare(list)
+    for (const [i, matrix] of matrices.entries()) this.#normalize(matrix, program.ends[i].x, 1)
+    this.#lists.launch()
+    this.#hopper.run(program)
+    for (const [i, matrix] of matrices.entries()) this.#finish(matrix, program.ends[i].o, 1)
+    this.#lists.launch()
   }
 
   #normalize(matrix: JobMatrix, x: Pointer, input_scale: number): void {
@@ -298,7 +331,7 @@ export class CudaExecutor implements Executor {
     const { job, gradient } = gpuJob
     const { gradient_dtype, momentum_dtype = 'float32' } = stack.spec
     const blocks = blocksFor(stack)
-    this.#launch(CUDA_KERNELS.normalize(stack.spec, packOf(stack) > 1), { x: blocks }, [
+    this.#lists.add(CUDA_KERNELS.normalize(stack.spec, packOf(stack) > 1), blocks, [
       ...[at(matrix, gradient, gradient_dtype), at(matrix, job.next[0], momentum_dtype), x, packsOf(stack)],
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), scalarOf(job, 'eps'), input_scale],
       ...[partials + BigInt(index * blocks * PARTIAL_BYTES), BigInt(blocks)],
@@ -309,7 +342,7 @@ export class CudaExecutor implements Executor {
     const { gpuJob, stack } = matrix
     const { update_dtype, second_momentum } = stack.spec
     if (second_momentum) return this.#even(matrix, o, { output_scale, per: second_momentum })
-    this.#launch(CUDA_KERNELS.finish(update_dtype, packOf(stack) > 1), { x: blocksFor(stack) }, [
+    this.#lists.add(CUDA_KERNELS.finish(update_dtype, packOf(stack) > 1), blocksFor(stack), [
       ...[o, at(matrix, gpuJob.update, update_dtype), packsOf(stack), stack.factor * output_scale],
     ])
   }
@@ -321,24 +354,22 @@ export class CudaExecutor implements Executor {
     const { state, next } = gpuJob.job
     const offset = BigInt((stack.lines + index * Math.max(rows, cols)) * bytesPerElement('float32'))
     const blocks = Math.min(MAX_BLOCKS, Math.ceil(Math.max(rows, cols) / LINES_PER_BLOCK[per]))
-    this.#launch(CUDA_KERNELS.second(per), { x: blocks }, [
+    // One matrix after the other, because all of them use the same sums.
+    this.#lists.add(CUDA_KERNELS.second(per), blocks, [
       ...[o, state ? state[1] + offset : 0n, next[1] + offset, BigInt(rows), BigInt(cols), output_scale],
       ...[...SECOND_SCALARS.map((name) => scalarOf(gpuJob.job, name)), this.#lineSums],
     ])
-    this.#launch(CUDA_KERNELS.even(spec.update_dtype, packOf(stack) > 1), { x: blocksFor(stack) }, [
+    this.#lists.launch()
+    this.#lists.add(CUDA_KERNELS.even(spec.update_dtype, packOf(stack) > 1), blocksFor(stack), [
       ...[o, at(matrix, gpuJob.update, spec.update_dtype), packsOf(stack), stack.factor * output_scale],
       ...[next[1] + offset, BigInt(cols), per === 'row' ? 1n : 0n, this.#lineSums, BigInt(blocks)],
     ])
+    this.#lists.launch()
   }
 
-  #scan(pointer: Pointer, { bytes, dtype, partials }: { bytes: number; dtype: Dtype; partials: Pointer }): void {
-    this.#launch(CUDA_KERNELS.scan(dtype), { x: scanBlocks(bytes) }, [pointer, BigInt(bytes), partials])
-  }
-
-  #launch(name: string, grid: { x: number; y?: number }, parameters: readonly (bigint | number)[]): void {
-    const kernel = this.#kernels.get(name) ?? this.#find(name)
-    this.#kernels.set(name, kernel)
-    this.#stream.launch(kernel, { ...grid, threads: THREADS }, parameters)
+  #scan(from: Pointer, to: { copy: Pointer; bytes: number; dtype: Dtype; partials: Pointer }): void {
+    const { copy, bytes, dtype, partials } = to
+    this.#lists.add(CUDA_KERNELS.scan(dtype), scanBlocks(bytes), [from, copy, BigInt(bytes), partials])
   }
 
   /** The scratch memory of one matrix before and after its orthogonalization by ONNX Runtime. */
@@ -349,25 +380,4 @@ export class CudaExecutor implements Executor {
   }
 }
 
-/** Whether a job computes on a copy of its gradient: it comes from the host, or its client may change it. */
-function isReceived({ gradient, source }: Job): boolean {
-  return source !== undefined || gradient.shared || gradient.space === 'host'
-}
-
-function isMatrices(one: JobStack): one is JobStack<MuonSpec> {
-  return isMuon(one.stack)
-}
-
-function matricesOf(one: JobStack<MuonSpec>): JobMatrix[] {
-  return Array.from({ length: one.stack.count }, (_, index) => ({ ...one, index }))
-}
-
-/** The address of a matrix in a tensor of its parameter that starts at `base`. */
-function at({ stack, index }: Pick<JobMatrix, 'index'> & { stack: Stack }, base: Pointer, dtype: Dtype): Pointer {
-  return base + BigInt((stack.offset + index * stack.rows * stack.cols) * bytesPerElement(dtype))
-}
-
-function packsOf(stack: Stack): bigint {
-  return BigInt((stack.rows * stack.cols) / packOf(stack))
-}
 /* c8 ignore stop */

@@ -1,4 +1,5 @@
 import koffi from 'koffi'
+import { LIST_BYTES, mostItems } from '../../../kernels/cuda/entry-points.js'
 import { GEMM_MAP, GEMM_MAP_BYTES } from '../../../kernels/cuda/gemm.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
 
@@ -46,6 +47,11 @@ export type CudaStream = {
   clear(pointer: Pointer, bytes: number): void
   /** Launches a kernel. Each parameter takes 8 bytes: a bigint is a pointer or a u64, a number is a double. */
   launch(kernel: Pointer, grid: Grid, parameters: readonly (bigint | number)[]): void
+  /**
+   * Launches a kernel on items that all have equally many parameters. Each block is one of an item's own. At most
+   * mostItems go into one launch.
+   */
+  launchList(kernel: Pointer, threads: number, items: readonly ListItem[]): void
   /** Makes work that is queued later wait for all work that `other` has queued so far; the host does not wait. */
   follow(other: CudaStream): void
   /** Waits until all queued work is done; throws the error of the first that failed. */
@@ -55,6 +61,9 @@ export type CudaStream = {
 
 /** `shared` is dynamic shared memory in bytes. */
 export type Grid = { x: number; y?: number; threads: number; shared?: number }
+
+/** What a kernel's blocks do together, as many as the item has; parameters are those of `CudaStream.launch`. */
+export type ListItem = { blocks: number; parameters: readonly (bigint | number)[] }
 
 /** A float16 matrix in device memory, row-major, `cols` a multiple of 8; GEMM_MAP says how it is cut. */
 export type TensorMap = { pointer: Pointer; rows: number; cols: number }
@@ -127,7 +136,6 @@ const WITHOUT_TIMING = 2
 const PORTABLE = 1
 const LAZY_PEER_ACCESS = 1
 const UUID_BYTES = 16
-const MAX_PARAMETERS = 32
 
 type Call<Names extends string> = (name: Names, ...parameters: unknown[]) => void
 type DriverCall = Call<keyof typeof DRIVER>
@@ -244,23 +252,41 @@ function createStream(call: DriverCall): CudaStream {
   // A wait keeps the state that the event has at that moment, so one event serves all waits.
   const event = pointer(call, 'cuEventCreate', WITHOUT_TIMING)
   // A launch copies its parameters, so one buffer serves all launches, and the list that points to it never changes.
-  const buffer = koffi.alloc('uint64_t', MAX_PARAMETERS)
+  const buffer = koffi.alloc('uint8_t', LIST_BYTES)
   const size = koffi.alloc('uint64_t', 1)
-  const values = new DataView(koffi.view(buffer, MAX_PARAMETERS * 8))
+  const values = new DataView(koffi.view(buffer, LIST_BYTES))
   const sizes = new DataView(koffi.view(size, 8))
   const extra = BigUint64Array.of(1n, koffi.address(buffer), 2n, koffi.address(size), 0n)
+  const put = (start: number, parameters: readonly (bigint | number)[]): number => {
+    let at = start
+    for (const value of parameters) {
+      if (typeof value === 'bigint') values.setBigUint64(at, value, true)
+      else values.setFloat64(at, value, true)
+      at += 8
+    }
+    return at
+  }
   return {
     pointer: stream,
     copy: (to, from, bytes) => call('cuMemcpyAsync', to, from, bytes, stream),
     upload: (to, bytes) => call('cuMemcpyAsync', to, bytes, bytes.length, stream),
     clear: (address, bytes) => call('cuMemsetD8Async', address, 0, bytes, stream),
     launch: (kernel, { x, y = 1, threads, shared = 0 }, parameters) => {
-      for (const [index, value] of parameters.entries()) {
-        if (typeof value === 'bigint') values.setBigUint64(index * 8, value, true)
-        else values.setFloat64(index * 8, value, true)
-      }
-      sizes.setBigUint64(0, BigInt(parameters.length * 8), true)
+      sizes.setBigUint64(0, BigInt(put(0, parameters)), true)
       call('cuLaunchKernel', kernel, x, y, 1, threads, 1, 1, shared, stream, null, extra)
+    },
+    launchList: (kernel, threads, items) => {
+      const words = items[0].parameters.length + 2
+      let at = put(0, [BigInt(items.length)])
+      let first = 0
+      for (const { blocks, parameters } of items) {
+        at = put(at, parameters)
+        at = put(at, [BigInt(first), BigInt(blocks)])
+        first += blocks
+      }
+      // The size is that of the kernel's whole list, however many items it has.
+      sizes.setBigUint64(0, BigInt(8 + 8 * words * mostItems(words - 2)), true)
+      call('cuLaunchKernel', kernel, first, 1, 1, threads, 1, 1, 0, stream, null, extra)
     },
     follow: (other) => {
       call('cuEventRecord', event, other.pointer)

@@ -21,6 +21,7 @@ export type Ends = { x: Pointer; o: Pointer }
 /** The shape of a matrix of a list, and the coefficients of its Newton-Schulz. */
 type ListedMatrix = { rows: number; cols: number; coefficients: readonly Triple[] }
 type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
+/** The Newton-Schulz of one list of matrices; good until another list has been prepared or the workspaces move. */
 type Program = { ends: Ends[]; launches: Launch[]; memory: readonly Pointer[] }
 type Addresses = { [Name in keyof Workspace]: Pointer }
 
@@ -41,6 +42,7 @@ export class Hopper {
   readonly #kernel: Pointer
   readonly #clusters: number
   readonly #programs: Cache<Program>
+  readonly #texts = new WeakMap<readonly Triple[], string>()
   #memory = 0n
 
   constructor(cuda: Cuda, stream: CudaStream, cubin: Uint8Array) {
@@ -61,15 +63,16 @@ export class Hopper {
     this.#memory = memory
   }
 
-  /** The addresses of a list's matrices, in the list's order. */
-  ends(list: readonly ListedMatrix[]): Ends[] {
-    return this.#program(list).ends
+  /** The program of a list; its `ends` are those of the list's matrices, in the list's order. */
+  prepare(list: readonly ListedMatrix[]): Program {
+    const key = list.map(({ rows, cols, coefficients }) => `${rows}x${cols} ${this.#text(coefficients)}`).join('|')
+    return this.#programs.get(key, () => this.#build(list))
   }
 
   /** Queues the products of a list, whose every `x` has been written. */
-  run(list: readonly ListedMatrix[]): void {
+  run({ launches }: Program): void {
     const grid = { x: this.#clusters * GEMM_CLUSTER, threads: GEMM_THREADS, shared: GEMM_SHARED_BYTES }
-    for (const { problems, tiles, rounds } of this.#program(list).launches)
+    for (const { problems, tiles, rounds } of launches)
       this.#stream.launch(this.#kernel, grid, [problems, tiles, BigInt(rounds)])
   }
 
@@ -77,9 +80,11 @@ export class Hopper {
     this.#programs.clear()
   }
 
-  #program(list: readonly ListedMatrix[]): Program {
-    const key = list.map(({ rows, cols, coefficients }) => `${rows}x${cols} ${coefficients}`).join('|')
-    return this.#programs.get(key, () => this.#build(list))
+  // The jobs of a list share their coefficients, whose text takes longer than all else of a key.
+  #text(coefficients: readonly Triple[]): string {
+    const text = this.#texts.get(coefficients) ?? String(coefficients)
+    this.#texts.set(coefficients, text)
+    return text
   }
 
   #build(list: readonly ListedMatrix[]): Program {

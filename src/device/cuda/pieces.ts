@@ -68,18 +68,28 @@ export function batchesOf<P extends { readonly elements: number }>(pieces: reado
   return batches
 }
 
-/** Cuts matrices into lists that go through Newton-Schulz together, sorted by shape so that few lists are distinct. */
-export function listsOf<M extends { readonly stack: Stack }>(matrices: readonly M[]): M[][] {
+/**
+ * Cuts matrices into lists that go through Newton-Schulz together, sorted by shape so that few lists are distinct. A
+ * list's workspaces, of `workspaceOf` bytes each, have `room` bytes.
+ */
+export function listsOf<M extends { readonly stack: Stack }>(
+  matrices: readonly M[],
+  { room, workspaceOf }: { room: number; workspaceOf: (rows: number, cols: number) => number },
+): M[][] {
   const key = ({ stack }: M) => stack.rows * 2 ** 20 + stack.cols
   const lists: M[][] = []
   let elements = 0
+  let bytes = 0
   for (const matrix of [...matrices].sort((a, b) => key(a) - key(b))) {
-    const size = matrix.stack.rows * matrix.stack.cols
+    const { rows, cols } = matrix.stack
+    const [size, workspace] = [rows * cols, workspaceOf(rows, cols)]
     const last = lists.at(-1)
-    const joins = last && last.length < TOGETHER && elements + size <= TOGETHER_ELEMENTS
+    const fits = elements + size <= TOGETHER_ELEMENTS && bytes + workspace <= room
+    const joins = last && last.length < TOGETHER && fits
     if (joins) last.push(matrix)
     else lists.push([matrix])
     elements = (joins ? elements : 0) + size
+    bytes = (joins ? bytes : 0) + workspace
   }
   return lists
 }

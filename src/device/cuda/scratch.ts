@@ -20,8 +20,9 @@ export type Largest = {
   readonly gradient: number
   /** One update. */
   readonly update: number
-  /** The next state, for each byte of the gradient. */
+  /** The next state, and the update, for each byte of the gradient. */
   readonly stateRatio: number
+  readonly updateRatio: number
   /** The partial sums of one job. */
   readonly partials: number
   /** The workspace of one matrix whose products are our own. */
@@ -37,7 +38,7 @@ export type Largest = {
 }
 
 const NOTHING: Largest = {
-  ...{ gradient: 0, update: 0, stateRatio: 0, partials: 0 },
+  ...{ gradient: 0, update: 0, stateRatio: 0, updateRatio: 0, partials: 0 },
   ...{ workspace: 0, workspaceRatio: 0, workspaces: 0, alone: 0, provider: 0 },
 }
 
@@ -69,6 +70,7 @@ export function largest(all: readonly Largest[]): Largest {
     gradient: Math.max(a.gradient, b.gradient),
     update: Math.max(a.update, b.update),
     stateRatio: Math.max(a.stateRatio, b.stateRatio),
+    updateRatio: Math.max(a.updateRatio, b.updateRatio),
     partials: Math.max(a.partials, b.partials),
     workspace: Math.max(a.workspace, b.workspace),
     workspaceRatio: Math.max(a.workspaceRatio, b.workspaceRatio),
@@ -82,17 +84,18 @@ export function largest(all: readonly Largest[]): Largest {
 /** The scratch memory that is enough for any group of jobs of at most these sizes. */
 export function scratchFor(of: Largest, limit: GroupLimit): Scratch {
   const gradients = gradientsTogether(of, limit)
-  // An update has at most twice the bytes of its gradient.
-  const updates = Math.min(limit.jobs * of.update, 2 * gradients)
+  const updates = Math.min(limit.jobs * of.update, gradients * of.updateRatio)
   const padding = limit.jobs * ALIGNMENT
   const filled = TOGETHER_ELEMENTS * of.workspaceRatio + TOGETHER * WORKSPACE_PADDING
-  const list = Math.min(TOGETHER * of.workspace, limit.jobs * of.workspaces, filled)
+  // A lane cuts its lists so that they fit.
+  const list = Math.min(TOGETHER * of.workspace, LARGEST_TOGETHER * of.workspaces, filled)
   return {
     gradients: gradients + padding,
     updates: updates + padding,
     partials: limit.jobs * of.partials,
     products: Math.max(of.workspace, list, of.alone),
     provider: of.provider,
+    full: fullAt(of, limit),
   }
 }
 
@@ -105,9 +108,16 @@ export function totalOf({ gradients, updates, partials, products, provider }: Sc
   return gradients + updates + partials + products + provider
 }
 
-// The most bytes that the gradients of a group can have: it takes one more job as long as they have fewer than `bytes`.
-function gradientsTogether(of: Largest, { jobs, bytes }: GroupLimit): number {
-  return Math.min(jobs * of.gradient, bytes + of.gradient)
+// Scratch memory is for so many of the largest gradients, and a group has that many of them or more of smaller ones.
+const LARGEST_TOGETHER = 4
+
+function fullAt(of: Largest, { bytes }: GroupLimit): number {
+  return Math.min(bytes, (LARGEST_TOGETHER - 1) * of.gradient)
+}
+
+// The most bytes that the gradients of a group can have: it takes one more job as long as it is not full.
+function gradientsTogether(of: Largest, limit: GroupLimit): number {
+  return Math.min(limit.jobs * of.gradient, fullAt(of, limit) + of.gradient)
 }
 
 function largestMatrices(demand: Demand, kernels: Kernels): Largest {
@@ -140,5 +150,6 @@ function largestSlice(demand: Demand): Largest {
 }
 
 function tensorsOf({ gradient_bytes, update_bytes, state_bytes }: Demand): Largest {
-  return { ...NOTHING, gradient: gradient_bytes, update: update_bytes, stateRatio: state_bytes / gradient_bytes }
+  const ratios = { stateRatio: state_bytes / gradient_bytes, updateRatio: update_bytes / gradient_bytes }
+  return { ...NOTHING, gradient: gradient_bytes, update: update_bytes, ...ratios }
 }

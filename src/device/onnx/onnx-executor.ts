@@ -3,11 +3,11 @@ import { type KernelSpec, kernelIo, kernelKey, type StateIo } from '../../../ker
 import { buildKernel } from '../../../kernels/model.js'
 import type { Task } from '../../optimizer/plan.js'
 import { Cache } from '../cache.js'
+import { createScanner } from '../cpu/scan.js'
 import type { Executor, Scratch } from '../executor.js'
 import { type Job, type JobResult, type Need, SLICE_ELEMENTS, scalarOf } from '../job.js'
 import { type Span, Views } from '../region.js'
 import { type OnnxRuntime, type Pointer, type Session, type SessionTarget, viewMemory } from './onnxruntime.js'
-import { createScanner } from './scan.js'
 
 /** The memory in which the tensors of a lane lie while it computes. */
 export type TensorSpace = {
@@ -95,9 +95,10 @@ export class OnnxExecutor implements Executor {
     if (job.expected !== undefined && job.expected !== gradient.fingerprint) return finish('other_gradient')
     if (!gradient.finite || !this.#computeTasks(job, keys)) return finish('not_finite')
     const update = this.#scanner.scan(this.#views.of(job.update), job.plan.kernel.update_dtype)
+    if (!update.finite) return finish('not_finite')
     result.updateFingerprint = update.fingerprint
     result.updateSquare = update.squareSum
-    return finish(update.finite ? 'computed' : 'not_finite')
+    return finish('computed')
   }
 
   /** Runs every task of the plan; false once a check says that the next state is not finite. */

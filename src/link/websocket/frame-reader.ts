@@ -15,6 +15,11 @@ export type FrameReaderOptions = {
   skipped: (bytes: number) => void
   /** Told of a fragment that is small. */
   small: () => void
+  /**
+   * Whether an ordinary message of so many bytes, of which the first are here, may be read. Where it may not, reading
+   * is paused, and `goOn` asks again.
+   */
+  admit: (bytes: number) => boolean
   /** Whether nothing more may be read at present: the rest waits for `goOn`. */
   paused: () => boolean
 }
@@ -23,6 +28,10 @@ const SCRATCH_BYTES = 65_536
 const READ_BYTES = 4 * 2 ** 20
 // A rest below this is read together with what follows it, so that the next header costs no read of its own.
 const BATCH_BYTES = 32_768
+/** An ordinary message of no more bytes is read without being asked for: it is here in one or two reads. */
+export const FREE_BYTES = 65_536
+// A fragment is a Buffer of its own, which takes so much beside its bytes.
+const FRAGMENT_BYTES = 1024
 
 /** The payload of a gradient on its way. Without `target` it was abandoned and the rest is dropped. */
 type Payload = { head: GradientHead; key: Uint8Array; target: Uint8Array | undefined; position: number; length: number }
@@ -47,6 +56,8 @@ export class FrameReader {
   #payload: Payload | undefined
   /** Whether an ordinary message goes on in the next data frame. */
   #fragmented = false
+  /** What the fragments of the present message take that have come so far. */
+  #fragments = 0
   /** The last ping of those that have come one behind the other. */
   #ping: Buffer | undefined
   /** Whether bytes were left because reading is paused. */
@@ -116,7 +127,8 @@ export class FrameReader {
     while (at < end && !stopped) {
       if (!this.#payload && this.#ordinary === 0) {
         const done = this.#begin(at, end)
-        if (done === undefined) break
+        stopped = done === 'waits'
+        if (done === 'more' || done === 'waits') break
         at += done
       }
       at += this.#consume(at, end)
@@ -136,26 +148,48 @@ export class FrameReader {
   }
 
   /**
-   * Decides about the frame that begins at `at`: how many bytes of it are done with, undefined if more are needed to
-   * tell.
+   * Decides about the frame that begins at `at`: how many bytes of it are done with, 'more' if more are needed to
+   * tell, 'waits' if it may not be read yet.
    */
-  #begin(at: number, end: number): number | undefined {
+  #begin(at: number, end: number): number | 'more' | 'waits' {
     const bytes = this.#scratch.subarray(at, Math.min(end, at + UNDECIDED_BYTES))
     const found = recognize(bytes, this.#fragmented, this.#options.maxPayload)
-    if (found.kind === 'more') return undefined
+    if (found.kind === 'more') return 'more'
     if (found.kind === 'control') return this.#control(at, found)
     this.#forwardPing()
     const target = found.kind === 'gradient' ? this.#destination(at, found.head) : undefined
-    if (found.kind === 'ordinary' && found.isSmall) this.#options.small()
     if (found.kind === 'ordinary' || target === undefined) {
-      this.#ordinary = found.kind === 'ordinary' ? found.length : found.end
-      this.#fragmented = found.kind === 'ordinary' && found.fragmented
-      return 0
+      const frame = found.kind === 'ordinary' ? found : { length: found.end, fragmented: false, isSmall: false }
+      return this.#ordinaryFrame(at, frame)
     }
     const { head, key, start } = found
     assert.equal(target.length, head.dataLength, 'the destination is as long as the data')
     this.#payload = { head, key, target, position: 0, length: head.dataLength }
     return start
+  }
+
+  #ordinaryFrame(at: number, frame: { length: number; fragmented: boolean; isSmall: boolean }): 0 | 'waits' {
+    const { length, fragmented, isSmall } = frame
+    const isWhole = !this.#fragmented && !fragmented
+    const fragments = isWhole ? 0 : this.#fragments + length + FRAGMENT_BYTES
+    if (!this.#mayRead(at, isWhole ? length : fragments, isWhole)) return 'waits'
+    this.#fragments = fragmented ? fragments : 0
+    this.#ordinary = length
+    this.#fragmented = fragmented
+    if (isSmall) this.#options.small()
+    return 0
+  }
+
+  /**
+   * Whether the message may be read that goes on, or begins, with the frame at `at`: with it, it takes `bytes` bytes.
+   * How many it will take is known of a whole one alone. ws refuses what is too long by its header.
+   */
+  #mayRead(at: number, bytes: number, isWhole: boolean): boolean {
+    const { maxPayload, admit, paused } = this.#options
+    if (bytes <= FREE_BYTES || (maxPayload > 0 && bytes > maxPayload + 14)) return true
+    // What the messages before it have room for is given back once they are handled.
+    this.#forward(at)
+    return !paused() && admit(isWhole ? bytes : Math.max(bytes, maxPayload))
   }
 
   /** Where the gradient that begins at `at` goes, which depends on the messages before it. */

@@ -1,5 +1,6 @@
 import type { Duplex } from 'node:stream'
 import type { WebSocket } from 'ws'
+import { Queue } from '../../device/lanes/queue.js'
 
 /**
  * One message: a header alone, or a header followed by a payload that is sent from where it lies. A payload that has to
@@ -16,7 +17,7 @@ const WINDOW_BYTES = 8 << 20
 export class Sender {
   #busySince = 0
   readonly #socket: WebSocket
-  #waiting: Item[] = []
+  readonly #waiting = new Queue<Item>()
   #inSocket = 0
   /** Messages in the socket. Node calls back for each of them, also when the connection is lost. */
   #flying = 0
@@ -52,7 +53,7 @@ export class Sender {
 
   /** Drops what is not in the socket yet. */
   drop(): void {
-    for (const item of this.#waiting.splice(0)) item.resolve(false)
+    for (const item of this.#waiting.drain()) item.resolve(false)
   }
 
   get #open(): boolean {

@@ -1,12 +1,23 @@
 import assert from 'node:assert'
+import { setImmediate as turn } from 'node:timers/promises'
 import { Worker } from 'node:worker_threads'
-import type { ReadRequest, ThreadReply, ThreadRequest, WriteRequest } from './checkpoint-thread.js'
+import type { ReadRequest, ThreadReply, ThreadRequest, WriteRequest, WrittenManifest } from './checkpoint-thread.js'
 import { type Manifest, UnreadableError } from './manifest.js'
+import type { StateEntry } from './state-files.js'
 
 type Waiting = {
-  resolve: (manifest: Manifest | undefined) => void
+  resolve: (manifest: WrittenManifest | undefined) => void
   reject: (error: Error) => void
   written: (position: number) => void
+}
+
+/** What is copied to the thread at a time: so many parameters and tensors take a few milliseconds. */
+const ITEMS_PER_TURN = 2048
+
+/** A checkpoint to be written. */
+export type Writing = Omit<WriteRequest, 'type' | 'id' | 'manifest'> & {
+  manifest: Omit<Manifest, 'files' | 'bytes' | 'momentum_form' | 'dtypes'>
+  entries: readonly StateEntry[]
 }
 
 /** The thread that writes and reads the files of checkpoints, one checkpoint after the other. */
@@ -27,18 +38,26 @@ export class CheckpointFiles {
    * position of each tensor, counted over all files, once its memory is not read any more.
    * Rejects with the file system's error; then there is no such checkpoint.
    */
-  async write(request: Omit<WriteRequest, 'type' | 'id'>, written: (position: number) => void): Promise<Manifest> {
-    const manifest = await this.#ask((id) => ({ ...request, type: 'write', id }), written)
-    assert(manifest, 'what was written has a manifest')
-    return manifest
+  async write(
+    { manifest, entries, ...request }: Writing,
+    written: (position: number) => void,
+  ): Promise<WrittenManifest> {
+    const { parameters, places, ...rest } = manifest
+    const id = this.#nextId++
+    const most = Math.max(parameters.length, places.length, entries.length)
+    for (let at = 0; at < most; at += ITEMS_PER_TURN) {
+      if (at > 0) await turn()
+      const cut = <T>(list: readonly T[]) => list.slice(at, at + ITEMS_PER_TURN)
+      this.#post({ type: 'lists', id, parameters: cut(parameters), places: cut(places), entries: cut(entries) })
+    }
+    const done = await this.#ask({ ...request, manifest: rest, type: 'write', id }, written)
+    assert(done, 'what was written has a manifest')
+    return done
   }
 
   /** Reads a checkpoint's tensors into the memory of `targets`. Rejects with UnreadableError for a damaged file. */
   async read(request: Omit<ReadRequest, 'type' | 'id'>): Promise<void> {
-    await this.#ask(
-      (id) => ({ ...request, type: 'read', id }),
-      () => {},
-    )
+    await this.#ask({ ...request, type: 'read', id: this.#nextId++ }, () => {})
   }
 
   /** Ends the thread once it has done all requests. */
@@ -47,11 +66,10 @@ export class CheckpointFiles {
     return this.#exited
   }
 
-  #ask(request: (id: number) => ThreadRequest, written: Waiting['written']): Promise<Manifest | undefined> {
-    const id = this.#nextId++
+  #ask(request: WriteRequest | ReadRequest, written: Waiting['written']): Promise<WrittenManifest | undefined> {
     return new Promise((resolve, reject) => {
-      this.#waiting.set(id, { resolve, reject, written })
-      this.#post(request(id))
+      this.#waiting.set(request.id, { resolve, reject, written })
+      this.#post(request)
     })
   }
 

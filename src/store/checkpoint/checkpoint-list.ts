@@ -126,7 +126,7 @@ export async function readManifest(folder: string, run?: string): Promise<Manife
 }
 
 export function entryOf(
-  { checkpoint, tags, bytes, written_at, step, digest }: Manifest,
+  { checkpoint, tags, bytes, written_at, step, digest }: Omit<CheckpointEntry, 'branch' | 'problem'>,
   branch: number,
 ): CheckpointEntry {
   return { checkpoint, branch, tags, step, digest, bytes, written_at }

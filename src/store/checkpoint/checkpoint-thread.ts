@@ -9,21 +9,37 @@ import { errorText } from '../../errors.js'
 import { FILE_MODE, makeFolder, replaceFile, syncFolder } from '../durable.js'
 import { writeAll } from '../file-bytes.js'
 import { type Header, readHeader } from '../safetensors.js'
-import { type FileRecord, type Manifest, sealManifest, UnreadableError } from './manifest.js'
-import type { StateShard, TensorLocation } from './state-files.js'
+import { forPeople, groupsText } from './checkpoint-texts.js'
+import {
+  type FileRecord,
+  type Manifest,
+  type ParameterRecord,
+  type PlaceRecord,
+  sealManifest,
+  UnreadableError,
+} from './manifest.js'
+import { indexText, planShards, type StateEntry, type TensorLocation } from './state-files.js'
 
 // This file is a worker thread: hashing and waiting for the disk take nothing from the event loop.
 
-/** Asks for a checkpoint's folder to be written; the thread adds the files, with their hashes, to `manifest`. */
+/** The lists of a checkpoint, which are as long as the model has parameters or more. */
+type Lists = { parameters: readonly ParameterRecord[]; places: readonly PlaceRecord[]; entries: readonly StateEntry[] }
+
+/**
+ * Asks for a checkpoint's folder to be written; the thread makes the files and adds them, with their hashes, to
+ * `manifest`. A safetensors file has at most `file_bytes` of tensors, unless one tensor alone has more.
+ */
 export type WriteRequest = {
   type: 'write'
   id: number
   folder: string
   locations: readonly StateLocation[]
-  files: readonly StateShard[]
-  texts: readonly { name: string; text: string }[]
-  manifest: Omit<Manifest, 'files' | 'bytes'>
+  manifest: Omit<Manifest, 'files' | 'bytes' | 'momentum_form' | 'dtypes' | keyof Lists>
+  file_bytes: number
 }
+
+/** Comes before a request to write, any number of times: what its lists go on with. */
+export type ListsRequest = { type: 'lists'; id: number } & Lists
 
 /** Asks for a checkpoint's tensors to be read into the memory of `targets`, by name; every file must have its hash. */
 export type ReadRequest = {
@@ -35,12 +51,15 @@ export type ReadRequest = {
   targets: ReadonlyMap<string, TensorLocation & { dtype: string; shape: readonly number[] }>
 }
 
-export type ThreadRequest = WriteRequest | ReadRequest | { type: 'stop' }
+/** A manifest without its long lists: those stay in the thread. */
+export type WrittenManifest = Omit<Manifest, keyof Lists | 'dtypes' | 'files'>
+
+export type ThreadRequest = ListsRequest | WriteRequest | ReadRequest | { type: 'stop' }
 
 /** `written` is the position of a tensor, counted over all files, whose memory is not read any more. */
 export type ThreadReply =
   | { id: number; written: number }
-  | { id: number; done: Manifest | undefined }
+  | { id: number; done: WrittenManifest | undefined }
   | { id: number; error: string; unreadable: boolean }
 
 const PIECE_BYTES = 4 << 20
@@ -54,11 +73,23 @@ if (process.platform === 'linux') setPriority(Number(basename(readlinkSync('/pro
 const accesses = new Map<string, StateAccess>()
 let turn: Promise<void> = Promise.resolve()
 
+/** Of requests that have not come to their end. */
+const lists = new Map<number, { [Key in keyof Lists]: Lists[Key][number][] }>()
+
 parentPort?.on('message', (request: ThreadRequest) => {
+  if (request.type === 'lists') return collect(request)
   turn = turn.then(() => handle(request))
 })
 
-async function handle(request: ThreadRequest): Promise<void> {
+function collect({ id, parameters, places, entries }: ListsRequest): void {
+  const all = lists.get(id) ?? { parameters: [], places: [], entries: [] }
+  all.parameters.push(...parameters)
+  all.places.push(...places)
+  all.entries.push(...entries)
+  lists.set(id, all)
+}
+
+async function handle(request: Exclude<ThreadRequest, ListsRequest>): Promise<void> {
   if (request.type === 'stop') {
     for (const access of accesses.values()) access.close()
     parentPort?.close()
@@ -69,6 +100,8 @@ async function handle(request: ThreadRequest): Promise<void> {
     reply({ id, done: request.type === 'write' ? await write(request) : await read(request) })
   } catch (error) {
     reply({ id, error: errorText(error), unreadable: error instanceof UnreadableError })
+  } finally {
+    lists.delete(id)
   }
 }
 
@@ -83,7 +116,7 @@ function accessTo(location: StateLocation): StateAccess {
   return access
 }
 
-async function write(request: WriteRequest): Promise<Manifest> {
+async function write(request: WriteRequest): Promise<WrittenManifest> {
   const { folder } = request
   await makeFolder(folder)
   try {
@@ -102,7 +135,13 @@ async function discard(folder: string): Promise<void> {
   await rm(folder, { recursive: true })
 }
 
-async function fill({ id, folder, locations, files, texts, manifest }: WriteRequest): Promise<Manifest> {
+async function fill({ id, folder, locations, file_bytes, manifest }: WriteRequest): Promise<WrittenManifest> {
+  const { parameters, places, entries: all } = lists.get(id) ?? { parameters: [], places: [], entries: [] }
+  const files = planShards(all, file_bytes)
+  const texts = [
+    { name: 'state.safetensors.index.json', text: indexText(files) },
+    { name: 'param_groups.json', text: groupsText({ parameters, groups: manifest.groups }) },
+  ]
   const records: FileRecord[] = []
   let position = 0
   for (const { name, header, entries } of files) {
@@ -123,9 +162,12 @@ async function fill({ id, folder, locations, files, texts, manifest }: WriteRequ
     records.push({ name, ...file.record })
   }
   await syncFolder(folder)
-  const whole = { ...manifest, bytes: records.reduce((sum, { bytes }) => sum + bytes, 0), files: records }
+  const bytes = records.reduce((sum, record) => sum + record.bytes, 0)
+  const { dtypes, momentum_form } = forPeople(manifest, all)
+  const written = { ...manifest, momentum_form, bytes }
+  const whole = { ...written, dtypes, parameters, places, files: records }
   await replaceFile(join(folder, 'manifest.json'), sealManifest(whole))
-  return whole
+  return written
 }
 
 async function writeTensor(file: Output, { pointer, bytes }: TensorLocation, access: StateAccess): Promise<void> {

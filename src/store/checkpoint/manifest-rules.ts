@@ -86,7 +86,8 @@ const attention = record<AttentionDescription>({
   key_bias: optional(rows),
 })
 
-const settings = record<SettingsRecord>({
+/** The settings of a step, here and in a journal. */
+export const settingsRule: Rule<SettingsRecord> = record<SettingsRecord>({
   groups: list(groupRule),
   frame: record<SettingsRecord['frame']>({
     groups: dictionary(map),
@@ -95,7 +96,7 @@ const settings = record<SettingsRecord>({
   }),
 })
 
-const receipt = record<ReceiptFrame>({
+export const receiptRule: Rule<ReceiptFrame> = record<ReceiptFrame>({
   type: oneOf('receipt'),
   step: natural,
   replayed: bool,
@@ -110,19 +111,20 @@ const receipt = record<ReceiptFrame>({
   seconds: record<ReceiptFrame['seconds']>({ receive: finite, queue: finite, compute: finite, send: finite }),
 })
 
+/** How a gradient was applied, here and in a journal. */
+export const appliedRule: Rule<AppliedRecord> = record<AppliedRecord>({
+  gradient_scale: finite,
+  gradient_fingerprint: fingerprint,
+  update_fingerprint: fingerprint,
+  scale: finite,
+  decay: finite,
+})
+
 const place = record<PlaceRecord>({
   count,
   applied_step: count,
   gradient_square: atLeastZero,
-  last: optional(
-    record<AppliedRecord>({
-      gradient_scale: finite,
-      gradient_fingerprint: fingerprint,
-      update_fingerprint: fingerprint,
-      scale: finite,
-      decay: finite,
-    }),
-  ),
+  last: optional(appliedRule),
 })
 
 const device = record<DeviceRecord>({ kind: text(), name: text(), onnxruntime: text(), processor: text() })
@@ -146,8 +148,8 @@ const fields = record<Manifest>({
   parameters: list(parameter),
   attentions: list(attention),
   groups: list(groupRule),
-  last: optional(settings),
-  receipt: optional(receipt),
+  last: optional(settingsRule),
+  receipt: optional(receiptRule),
   places: list(place),
   imported: optional(record<ImportRecord>({ step_digest: sha256, hashes: list(list(sha256)) })),
   momentum_form: dictionary(oneOf('ema', 'heavy_ball')),

@@ -1,6 +1,8 @@
 import { createHash } from 'node:crypto'
+import { errorText } from '../../errors.js'
 import type { ReceiptFrame } from '../../wire/frame.js'
-import type { AppliedRecord, SettingsRecord } from '../checkpoint/manifest.js'
+import { type AppliedRecord, held, type SettingsRecord, UnreadableError } from '../checkpoint/manifest.js'
+import { headRule } from './journal-rules.js'
 
 // A journal is one record after the other. A record is
 //   4 bytes  "MJ1\n"
@@ -51,10 +53,21 @@ export function readPrefix(prefix: Buffer): { headBytes: number; payloadBytes: n
   return headBytes > MAX_HEAD_BYTES || !Number.isSafeInteger(payloadBytes) ? undefined : { headBytes, payloadBytes }
 }
 
-/** The head whose JSON follows a prefix; undefined where a bit of either was changed. */
-export function readHead(prefix: Buffer, json: Buffer): Head | undefined {
+/**
+ * The head whose JSON follows a prefix; undefined where a bit of either was changed. Throws UnreadableError with the
+ * field where the checksum is right and a field is not what it must be; `label` names the record.
+ */
+export function readHead(prefix: Buffer, json: Buffer, label: string): Head | undefined {
   if (!checksum(prefix, json).equals(prefix.subarray(SUM_AT, PREFIX_BYTES))) return undefined
-  return JSON.parse(json.toString())
+  return held(headRule, parsed(json, label), label)
+}
+
+function parsed(json: Buffer, label: string): unknown {
+  try {
+    return JSON.parse(json.toString())
+  } catch (error) {
+    throw new UnreadableError(`${label}: the head is no JSON: ${errorText(error)}`)
+  }
 }
 
 function checksum(prefix: Buffer, json: Buffer): Buffer {

@@ -26,7 +26,8 @@ type RecordAt = { head: Head; at: number; payloadAt: number; payloadBytes: numbe
 /**
  * Reads the finished steps after `step`, in order. `tail` are the bytes behind the last one, which were never
  * acknowledged.
- * Throws UnreadableError where a step is missing, and where a record is damaged before the end of a finished step.
+ * Throws UnreadableError where a step is missing, where a record is damaged before the end of a finished step, and
+ * where the checksum of a record is right and a field of it is not what it must be.
  */
 export async function readJournal(folder: string, step: number): Promise<{ steps: StoredStep[]; tail?: Tail }> {
   const steps: StoredStep[] = []
@@ -70,7 +71,7 @@ async function readSegment({ path, bytes }: Segment): Promise<{ steps: StoredSte
     let at = 0
     for (let number = 1; at < bytes; number++) {
       const label = `${path}: record ${number} at byte ${at}`
-      const record = await readRecord(file, at, bytes)
+      const record = await readRecord(file, { at, bytes, label })
       if (record === undefined) {
         await expectNoEnd(file, { from: at + 1, bytes, label })
         return {
@@ -94,15 +95,25 @@ async function readSegment({ path, bytes }: Segment): Promise<{ steps: StoredSte
   }
 }
 
-/** The record at byte `at` of a file of `bytes` bytes; undefined where no whole and undamaged one lies there. */
-async function readRecord(file: FileHandle, at: number, bytes: number): Promise<RecordAt | undefined> {
+/**
+ * The record at byte `at` of a file of `bytes` bytes; undefined where no whole and undamaged one lies there. Throws
+ * UnreadableError, which begins with `label`, for one that is undamaged and wrong.
+ */
+async function readRecord(
+  file: FileHandle,
+  { at, bytes, label }: { at: number; bytes: number; label: string },
+): Promise<RecordAt | undefined> {
   const prefix = await readBytes(file, at, PREFIX_BYTES)
   const lengths = readPrefix(prefix)
   if (lengths === undefined) return undefined
   const payloadAt = at + PREFIX_BYTES + lengths.headBytes
   const end = payloadAt + lengths.payloadBytes
   if (end > bytes) return undefined
-  const head = readHead(prefix, await readBytes(file, at + PREFIX_BYTES, lengths.headBytes))
+  const head = readHead(prefix, await readBytes(file, at + PREFIX_BYTES, lengths.headBytes), label)
+  if (head?.type === 'end' && lengths.payloadBytes > 0)
+    throw new UnreadableError(
+      `${label}: the end of step ${head.step} has ${lengths.payloadBytes} bytes of payload, expected 0`,
+    )
   return head && { head, at, payloadAt, payloadBytes: lengths.payloadBytes, end }
 }
 
@@ -124,9 +135,14 @@ async function expectNoEnd(
       at += SEARCH_BYTES - MAGIC.length + 1
       continue
     }
-    const record = await readRecord(file, at + found, bytes)
+    const place = at + found
+    const record = await readRecord(file, {
+      at: place,
+      bytes,
+      label: `${label} is damaged; the record at byte ${place}`,
+    })
     if (record?.head.type === 'end')
       throw new UnreadableError(`${label} is damaged, and step ${record.head.step} was finished after it`)
-    at = record?.end ?? at + found + 1
+    at = record?.end ?? place + 1
   }
 }

@@ -113,14 +113,12 @@ t.test('lists have the same shapes side by side, and no more of them than fill t
   const matrix = (rows: number, cols: number) => ({
     stack: { spec: MUON, rows, cols, offset: 0, lines: 0, count: 1, factor: 1 },
   })
-  const shapes = listsOf([
-    matrix(8, 8),
-    matrix(4096, 8192),
-    matrix(8, 16),
-    matrix(4096, 8192),
-    matrix(8, 8),
-    matrix(4096, 8192),
-  ])
+  const workspaces = { room: 2 ** 40, workspaceOf: (rows: number, cols: number) => rows * cols }
+  const six = [
+    ...[matrix(8, 8), matrix(4096, 8192), matrix(8, 16)],
+    ...[matrix(4096, 8192), matrix(8, 8), matrix(4096, 8192)],
+  ]
+  const shapes = listsOf(six, workspaces)
   t.same(
     shapes.map((list) => list.map(({ stack }) => `${stack.rows}x${stack.cols}`)),
     [
@@ -128,7 +126,15 @@ t.test('lists have the same shapes side by side, and no more of them than fill t
       ['4096x8192', '4096x8192'],
     ],
   )
-  const many = listsOf(Array.from({ length: 70 }, () => matrix(8, 8)))
+  t.same(
+    listsOf(six, { ...workspaces, room: 130 }).map(({ length }) => length),
+    [2, 1, 1, 1, 1],
+    'and a list whose workspaces find room',
+  )
+  const many = listsOf(
+    Array.from({ length: 70 }, () => matrix(8, 8)),
+    workspaces,
+  )
   t.same(
     many.map((list) => list.length),
     [32, 32, 6],

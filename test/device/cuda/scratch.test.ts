@@ -31,11 +31,11 @@ t.test('scratch has room for every group of jobs that is no larger than what was
   fc.assert(
     fc.property(fc.array(shape, { minLength: 1, maxLength: 12 }), (shapes) => {
       const demands = shapes.map(({ rows, cols, count }) => demand(matrices(count, rows, cols), rows * cols * count))
-      const { gradients, updates, partials, products } = scratchFor(largestOf(demands, 'own'), limit)
+      const { gradients, updates, partials, products, full } = scratchFor(largestOf(demands, 'own'), limit)
       const taken: typeof demands = []
       let bytes = 0
       for (const next of demands) {
-        if (taken.length === limit.jobs || bytes >= limit.bytes) break
+        if (taken.length === limit.jobs || bytes >= full) break
         taken.push(next)
         bytes += next.gradient_bytes
       }
@@ -44,7 +44,7 @@ t.test('scratch has room for every group of jobs that is no larger than what was
       const all = pieces
         .flat()
         .flatMap(({ stacks }) => stacks.flatMap((stack) => Array.from({ length: stack.count }, () => ({ stack }))))
-      const lists = listsOf(all).map((list) =>
+      const lists = listsOf(all, { room: products, workspaceOf: workspaceBytes }).map((list) =>
         list.reduce((total, { stack }) => total + workspaceBytes(stack.rows, stack.cols), 0),
       )
       return (
@@ -70,8 +70,9 @@ t.test(
     t.equal(scratch.products, 2 * half)
     t.equal(
       totalOf(scratch),
-      Object.values(scratch).reduce((sum, bytes) => sum + bytes, 0),
+      scratch.gradients + scratch.updates + scratch.partials + scratch.products + scratch.provider,
     )
+    t.equal(scratchFor(of, { jobs: 8, bytes: 2 ** 30 }).full, 3 * 2 * elements, 'four of the largest fit')
     t.equal(stateInFlight(of, { jobs: 3, bytes: 2 ** 30 }), 3 * 8 * elements)
     t.same(largest([]), largest([largest([])]))
   },

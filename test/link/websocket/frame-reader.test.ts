@@ -155,7 +155,7 @@ t.test('while reading is paused the rest of a read waits, and nothing of it is l
   t.equal(small.length, 1000)
   t.equal(Buffer.concat(events.map((event) => ('ordinary' in event ? event.ordinary : Buffer.of()))).length, 7000)
   t.equal(reader.goOn(), true)
-  t.equal(small.length, 1001, 'each time something goes on')
+  t.equal(small.length, 1000, 'a message that is large waits for the end of the pause')
   state.mayGoOn = Infinity
   t.equal(reader.goOn(), true)
   t.equal(reader.goOn(), false, 'there is nothing left')
@@ -181,6 +181,40 @@ t.test('a pause that ends while the last bytes are forwarded leaves nothing behi
   t.same(digest(merged(events)), digest([{ ordinary: message }]))
 })
 
+t.test('a large message is asked for at its beginning, once what is before it was forwarded', async (t) => {
+  const zero = new Uint8Array(4)
+  const small = rawFrame(0x82, randomBytes(100, 1), zero)
+  const large = rawFrame(0x82, randomBytes(100_000, 2), zero)
+  const { reader, events, asked, state } = recording()
+  state.isFull = true
+  feed(reader, Buffer.concat([small, large.subarray(0, 5000)]))
+  t.same(events, [{ ordinary: small }])
+  t.equal(reader.goOn(), true, 'it is asked for again')
+  t.same([events.length, asked], [1, []], 'reading is paused: the answer is known')
+  state.isFull = false
+  t.equal(reader.goOn(), true)
+  feed(reader, large.subarray(5000))
+  t.same(digest(merged(events)), digest([{ ordinary: Buffer.concat([small, large]) }]))
+  t.same(asked, [large.length])
+})
+
+t.test('fragments are asked for with all that their message may have, once they are many', async (t) => {
+  const zero = new Uint8Array(4)
+  const fragments = (count: number) => [
+    rawFrame(0x02, Buffer.of(1), zero),
+    ...new Array<Buffer>(count).fill(rawFrame(0x00, Buffer.of(1), zero)),
+    rawFrame(0x80, Buffer.of(1), zero),
+  ]
+  const { reader, asked } = recording()
+  feed(reader, Buffer.concat(fragments(50)))
+  t.same(asked, [], 'a short one is not asked for')
+  feed(reader, Buffer.concat(fragments(70)))
+  t.ok(asked.length > 0 && asked.every((bytes) => bytes >= 65_536), 'each counts what a Buffer takes')
+  asked.length = 0
+  feed(reader, Buffer.concat(fragments(50)))
+  t.same(asked, [], 'and the next message begins from nothing')
+})
+
 t.test('a destination of another length than the data is a bug that is not survived', async (t) => {
   const reader = new FrameReader({ ...noHooks, destination: () => new Uint8Array(5) })
   const bytes = rawGradient(0, randomBytes(IN_PLACE_BYTES, 1), { mask: new Uint8Array(4) }).subarray(0, UNDECIDED_BYTES)
@@ -194,6 +228,7 @@ const noHooks = {
   received: () => undefined,
   skipped: () => undefined,
   small: () => undefined,
+  admit: () => true,
   paused: () => false,
 }
 
@@ -212,7 +247,8 @@ function recording(refused: ReadonlySet<number> = new Set()) {
   const targets: Uint8Array[] = []
   const skipped: number[] = []
   const small: number[] = []
-  const state = { mayGoOn: Infinity, onForward: () => {} }
+  const asked: number[] = []
+  const state = { mayGoOn: Infinity, isFull: false, onForward: () => {} }
   const reader = new FrameReader({
     maxPayload: 0,
     unmask: (bytes, key) => bytes.set(bytes.map((byte, i) => byte ^ key[i & 3]!)),
@@ -228,9 +264,13 @@ function recording(refused: ReadonlySet<number> = new Set()) {
     received: () => events.push({ placed: Buffer.from(targets.at(-1)!) }),
     skipped: (bytes) => skipped.push(bytes),
     small: () => small.push(1),
-    paused: () => small.length >= state.mayGoOn,
+    admit: (bytes) => {
+      asked.push(bytes)
+      return !state.isFull
+    },
+    paused: () => state.isFull || small.length >= state.mayGoOn,
   })
-  return { reader, events, targets, skipped, small, state }
+  return { reader, events, targets, skipped, small, asked, state }
 }
 
 function receive(stream: Buffer, splits: readonly number[], refused: ReadonlySet<number>) {

@@ -46,3 +46,10 @@ export function randomBytes(length: number, seed: number): Uint8Array {
     return x & 0xff
   })
 }
+
+/** Makes a socket that of a Node without the internal fields that InPlaceWebSocket uses. */
+export function hideReadFields(socket: object): void {
+  for (const symbol of Object.getOwnPropertySymbols(socket)) {
+    if (symbol.description === 'kBuffer') Reflect.deleteProperty(socket, symbol)
+  }
+}

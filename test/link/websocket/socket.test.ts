@@ -1,5 +1,6 @@
 import { createHash } from 'node:crypto'
 import { EventEmitter, once } from 'node:events'
+import { createServer } from 'node:http'
 import { type AddressInfo, connect, Socket } from 'node:net'
 import { Duplex } from 'node:stream'
 import fc from 'fast-check'
@@ -7,7 +8,7 @@ import t, { type Test } from 'tap'
 import { type ServerOptions, WebSocket, WebSocketServer } from 'ws'
 import { bytesTaken, InPlaceWebSocket } from '../../../src/link/websocket/socket.js'
 import { encodeHeader, peekGradient } from '../../../src/wire/codec.js'
-import { randomBytes, rawFrame, rawGradient } from './raw-frame.js'
+import { hideReadFields, randomBytes, rawFrame, rawGradient } from './raw-frame.js'
 
 const zero = new Uint8Array(4)
 const mask = Uint8Array.from([0xa1, 0, 0x5c, 0xff])
@@ -209,9 +210,29 @@ t.test('what breaks the rules of WebSocket is closed as ws closes it', async (t)
   }
 })
 
+t.test('what has come with the upgrade is received in place as well, across pauses', async (t) => {
+  const frame = (data: Uint8Array, i: number) => encode({ kind: 'gradient', mask, fragments: i % 2 > 0 }, i, data)
+  for (const isLate of [false, true]) {
+    const { server, accept } = await listen(t, { isLate })
+    const sent = [70_000, 300_000, 100_000].map((length, i) => frame(randomBytes(length, i), i))
+    const pause = rawFrame(0x81, Buffer.from('pause'), mask)
+    const bytes = Buffer.concat([pause, pause, ...sent.map(({ bytes }) => bytes), pause])
+    const attached: ReturnType<typeof record>[] = []
+    const accepted = accept((connection) => attached.push(record(connection)))
+    const client = await upgrade(server, '', bytes)
+    const connection = await accepted
+    const [log] = attached
+    while (log!.events.length < 6) await once(log!, 'event')
+    t.equal(connection.inPlace, true)
+    t.equal(log!.placed, 3)
+    const text = `text ${sha1('pause')}`
+    t.same(log!.events, [text, text, ...sent.map(({ event }) => event), text])
+    client.destroy()
+  }
+})
+
 t.test('plain ws serves what the kernel cannot be let into', async (t) => {
-  const cases: [string, { options?: ServerOptions; plain?: boolean; headers?: string; head?: Uint8Array }][] = [
-    ['frames that came with the upgrade', { head: rawFrame(0x82, Buffer.from('hello'), mask) }],
+  const cases: [string, { options?: ServerOptions; plain?: boolean; headers?: string }][] = [
     [
       'compression',
       { options: { perMessageDeflate: true }, headers: 'Sec-WebSocket-Extensions: permessage-deflate\r\n' },
@@ -219,13 +240,13 @@ t.test('plain ws serves what the kernel cannot be let into', async (t) => {
     ['deferred events', { options: { allowSynchronousEvents: false } }],
     ['a socket without the fields of onread', { plain: true }],
   ]
-  for (const [name, { headers, head, ...options }] of cases) {
+  for (const [name, { headers, ...options }] of cases) {
     const { server, accept } = await listen(t, options)
     const messages: Promise<unknown[]>[] = []
     const accepted = accept((connection) => messages.push(once(connection, 'message')))
-    const client = await upgrade(server, headers, head)
+    const client = await upgrade(server, headers)
     const connection = await accepted
-    if (head === undefined) client.write(rawFrame(0x82, Buffer.from('hello'), mask))
+    client.write(rawFrame(0x82, Buffer.from('hello'), mask))
     const [message] = await messages[0]!
     t.equal(String(message), 'hello', name)
     t.equal(connection.inPlace, false)
@@ -292,18 +313,26 @@ function record(connection: InPlaceWebSocket, wanted: (head: { parameter: number
   return log
 }
 
-async function listen(t: Test, { options, plain = false }: { options?: ServerOptions; plain?: boolean } = {}) {
-  const wss = new WebSocketServer({
-    ...options,
-    port: 0,
-    host: '127.0.0.1',
-    WebSocket: InPlaceWebSocket as typeof WebSocket,
+type Listening = {
+  options?: ServerOptions
+  plain?: boolean
+  /** Whether requests are upgraded once more than them has come. */
+  isLate?: boolean
+}
+
+async function listen(t: Test, { options, plain = false, isLate = false }: Listening = {}) {
+  const wss = new WebSocketServer({ ...options, noServer: true, WebSocket: InPlaceWebSocket as typeof WebSocket })
+  const http = createServer()
+  http.on('upgrade', async (request, socket, head) => {
+    while (isLate && socket.readableLength === 0) await new Promise((resolve) => setImmediate(resolve))
+    wss.handleUpgrade(request, socket, head, (connection) => wss.emit('connection', connection, request))
   })
-  await once(wss, 'listening')
+  http.listen(0, '127.0.0.1')
+  await once(http, 'listening')
   if (plain) wss.on('headers', (_, request) => hideReadFields(request.socket))
   t.teardown(() => {
     for (const client of wss.clients) client.terminate()
-    wss.close()
+    http.close()
   })
   const accept = (attach?: (connection: InPlaceWebSocket) => void) =>
     new Promise<InPlaceWebSocket>((resolve) => {
@@ -312,14 +341,7 @@ async function listen(t: Test, { options, plain = false }: { options?: ServerOpt
         resolve(connection as InPlaceWebSocket)
       })
     })
-  return { server: `ws://127.0.0.1:${(wss.address() as AddressInfo).port}`, accept }
-}
-
-/** A Node whose sockets lack the internal fields that InPlaceWebSocket uses. */
-function hideReadFields(socket: object): void {
-  for (const symbol of Object.getOwnPropertySymbols(socket)) {
-    if (symbol.description === 'kBuffer') Reflect.deleteProperty(socket, symbol)
-  }
+  return { server: `ws://127.0.0.1:${(http.address() as AddressInfo).port}`, accept }
 }
 
 async function upgrade(server: string, headers = '', head: Uint8Array = new Uint8Array(0)): Promise<Socket> {

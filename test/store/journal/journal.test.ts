@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto'
 import {
   appendFileSync,
   copyFileSync,
@@ -9,11 +10,18 @@ import {
 } from 'node:fs'
 import { join } from 'node:path'
 import fc from 'fast-check'
-import t from 'tap'
+import t, { type Test } from 'tap'
 import { UnreadableError } from '../../../src/store/checkpoint/manifest.js'
 import { clearJournal, Journal, listSegments } from '../../../src/store/journal/journal.js'
-import { type AppliedHead, type EndHead, encodeHead } from '../../../src/store/journal/journal-format.js'
+import {
+  type AppliedHead,
+  type EndHead,
+  encodeHead,
+  type Head,
+  PREFIX_BYTES,
+} from '../../../src/store/journal/journal-format.js'
 import { cutTail, readJournal, type StoredStep } from '../../../src/store/journal/journal-reader.js'
+import { changed, wrongFields } from '../wrong-fields.js'
 
 const APPLIED = {
   gradient_scale: 1,
@@ -29,10 +37,11 @@ const gradient = (step: number, parameter: number): AppliedHead => ({
   applied: APPLIED,
 })
 const payload = (step: number, parameter: number, bytes: number) => new Uint8Array(bytes).fill(step * 10 + parameter)
+const digestOf = (step: number) => createHash('sha256').update(`step ${step}`).digest('hex')
 const end = (step: number): EndHead => ({
   type: 'end',
   step,
-  digest: `digest ${step}`,
+  digest: digestOf(step),
   skipped: [],
   settings: { groups: [], frame: { groups: {}, gradient_scale: 1, max_logits: {} } },
   receipt: {
@@ -46,7 +55,7 @@ const end = (step: number): EndHead => ({
       groups: {},
       clipped_heads: {},
     },
-    ...{ digest: `digest ${step}`, durable: true, seconds: { receive: 0, queue: 0, compute: 0, send: 0 } },
+    ...{ digest: digestOf(step), durable: true, seconds: { receive: 0, queue: 0, compute: 0, send: 0 } },
   },
 })
 const SIZES = [[3, 70], [0, 1, 200], [64]]
@@ -84,7 +93,7 @@ function contents({ step, gradients, end: { digest } }: StoredStep) {
 const expected = (steps: number) =>
   SIZES.slice(0, steps).map((sizes, i) => ({
     step: i + 1,
-    digest: `digest ${i + 1}`,
+    digest: digestOf(i + 1),
     parameters: [...sizes.keys()],
     bytes: sizes.map((bytes, parameter) => Buffer.from(payload(i + 1, parameter, bytes)).toString('hex')),
   }))
@@ -291,4 +300,98 @@ t.test('a segment that cannot be begun leaves the one before in use', async (t) 
   await write(journal, 2, [4])
   await journal.close()
   t.match(readFileSync(join(folder, '000000000001.journal'), 'latin1'), /"step":2/)
+})
+
+const GROUP = { name: 'g', algorithm: 'adamw', preset: 'torch', given: {}, hyperparameters: {} }
+/** Both heads with every field that they may have. */
+const FULL: readonly Head[] = [
+  gradient(1, 0),
+  {
+    ...end(1),
+    skipped: [1],
+    settings: {
+      groups: [GROUP],
+      frame: { groups: { g: { lr: 1 } }, gradient_scale: 0.5, max_logits: { a: [null, 5] } },
+    },
+    receipt: { ...end(1).receipt, skipped: 1, groups: { g: {} }, clipped_heads: { a: 1 }, max_logit: 5 },
+  },
+]
+/** Values that a field may have although they look wrong: those of hyperparameters, factors and logits, times. */
+const isRight = (path: string, value: unknown) =>
+  /groups\.g\./.test(path) ||
+  (/scale|decay|max_logit|seconds/.test(path) && (value === -1.5e308 || (value === null && /max_logits/.test(path))))
+
+/** A folder whose journal has these records; a head may be any value. */
+function journalOf(t: Test, records: readonly { head: unknown; bytes?: number }[]): string {
+  const folder = t.testdir({})
+  const encoded = records.flatMap(({ head, bytes = 0 }) => [encodeHead(head as Head, bytes), new Uint8Array(bytes)])
+  writeFileSync(join(folder, '000000000001.journal'), Buffer.concat(encoded))
+  return folder
+}
+
+t.test('each field of a head is of its type and in its range, whatever the checksum says', async (t) => {
+  const whole = await readJournal(
+    journalOf(
+      t,
+      FULL.map((head) => ({ head })),
+    ),
+    0,
+  )
+  t.match(whole, { steps: [{ step: 1, end: FULL[1]! }], tail: undefined })
+  for (const head of FULL) {
+    for (const { path, value, record } of wrongFields(head, isRight)) {
+      const spelled = path.replace(/[.[\]]/g, '\\$&')
+      await t.rejects(
+        readJournal(journalOf(t, [{ head: record }]), 0),
+        { name: 'UnreadableError', message: new RegExp(`\\.journal: record 1 at byte 0: ${spelled} is `) },
+        `${path} ${JSON.stringify(value)}`,
+      )
+    }
+  }
+})
+
+t.test('a head that lacks a field or has another, or whose fields do not agree, is refused by name', async (t) => {
+  const { digest: _, ...lacking } = end(1)
+  const cases: [unknown, string][] = [
+    [lacking, 'digest is undefined, expected a SHA-256 in hexadecimal'],
+    [{ ...end(1), other: 1 }, 'other is unknown'],
+    [{ ...gradient(1, 0), other: 1 }, 'other is unknown'],
+    [changed(gradient(1, 0), ['applied', 'other'], () => 1), 'applied.other is unknown'],
+    [{ ...end(1), type: 'start' }, 'type is "start", expected "gradient" or "end"'],
+    [7, 'the head is 7, expected a map'],
+    [null, 'the head is null, expected a map'],
+    [{ ...gradient(0, 0) }, 'step is 0, expected a count above 0'],
+    [{ ...end(2), step: 1 }, 'receipt.step is 2, expected 1'],
+    [{ ...end(1), digest: digestOf(2) }, `receipt.digest is ${digestOf(1)}, expected ${digestOf(2)}`],
+    [{ ...end(1), skipped: [1, 1, 0] }, 'receipt.skipped is 0, expected 2'],
+  ]
+  for (const [head, problem] of cases) {
+    const error = await readJournal(journalOf(t, [{ head }]), 0).catch((error) => error)
+    t.ok(error instanceof UnreadableError, problem)
+    t.ok(error.message.endsWith(`record 1 at byte 0: ${problem}`), error.message)
+  }
+})
+
+t.test('a wrong record is refused wherever it stands, also where it would be a tail', async (t) => {
+  const wrong = { ...gradient(2, 0), parameter: -1 }
+  const first = [{ head: gradient(1, 0), bytes: 3 }, { head: end(1) }]
+  await t.rejects(readJournal(journalOf(t, [...first, { head: wrong, bytes: 3 }]), 0), {
+    message: /: record 3 at byte \d+: parameter is -1, expected a count$/,
+  })
+  await t.rejects(readJournal(journalOf(t, [...first, { head: end(2), bytes: 3 }]), 0), {
+    message: /: record 3 at byte \d+: the end of step 2 has 3 bytes of payload, expected 0$/,
+  })
+  // Behind a damaged record the end of a step is searched for: what is found there must be right, too.
+  const folder = journalOf(t, [...first, { head: wrong, bytes: 3 }])
+  const bytes = readFileSync(segmentOf(folder))
+  bytes[PREFIX_BYTES]! ^= 1
+  writeFileSync(segmentOf(folder), bytes)
+  await t.rejects(readJournal(folder, 0), { name: 'UnreadableError' })
+  const unparsed = Buffer.from('{"type"')
+  const record = encodeHead(end(1), 0).subarray(0, PREFIX_BYTES)
+  record.writeUInt32LE(unparsed.length, 4)
+  const sum = createHash('sha256').update(record.subarray(4, 16)).update(unparsed).digest()
+  sum.copy(record, 16, 0, 8)
+  writeFileSync(segmentOf(folder), Buffer.concat([record, unparsed]))
+  await t.rejects(readJournal(folder, 0), { message: /: record 1 at byte 0: the head is no JSON: / })
 })

@@ -21,7 +21,7 @@ from .error import MuondError
 from .steps.attempts import Attempts
 from .steps.backoff import Backoff
 from .transport.address import Endpoint
-from .transport.upgrade import problem_error
+from .transport.upgrade import connect_unix, problem_error
 from .wire.safetensors import HEADER_BYTES, Described, read_header, write_header
 
 # A state of gigabytes is read and written by the service before it answers.
@@ -41,6 +41,18 @@ class Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+        self._seconds = timeout
+
+    def connect(self) -> None:
+        self.sock = connect_unix(self._path, self._seconds)
 
 
 class Rest:
@@ -65,9 +77,11 @@ class Rest:
             **endpoint.headers,
             **({"Authorization": f"Bearer {endpoint.token}"} if endpoint.token else {}),
         }
-        if endpoint.tls:
+        if endpoint.socket_path is not None:
+            self._connection: http.client.HTTPConnection = _UnixConnection(endpoint.socket_path, timeout_seconds)
+        elif endpoint.tls:
             context = endpoint.ssl_context or ssl.create_default_context()
-            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+            self._connection = http.client.HTTPSConnection(
                 endpoint.host, endpoint.port, timeout=timeout_seconds, context=context
             )
         else:

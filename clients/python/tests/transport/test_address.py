@@ -16,6 +16,8 @@ from muond.transport.address import Endpoint, endpoint
         ("https://muond.example/proxy/stream?key=1", "wss://muond.example:443/proxy/stream?key=1", False),
         ("ws://[::1]:9", "ws://[::1]:9/v1/stream", True),
         ("ws://10.0.0.1", "ws://10.0.0.1:80/v1/stream", False),
+        ("ws+unix:///run/muond.sock", "ws+unix:///run/muond.sock:/v1/stream", True),
+        ("ws+unix:///run/muond.sock:/other?key=1", "ws+unix:///run/muond.sock:/other?key=1", True),
     ],
 )
 def test_an_address_is_completed(text: str, url: str, loopback: bool) -> None:
@@ -29,6 +31,8 @@ def test_an_address_is_completed(text: str, url: str, loopback: bool) -> None:
         ("127.0.0.1:8787", "has the scheme"),
         ("ftp://host", "has the scheme 'ftp'"),
         ("ws://", "names no host"),
+        ("ws+unix://", "names no socket"),
+        ("ws+unix://run/muond.sock", "names no socket"),
         ("ws://me:secret@host", "a user or a password"),
     ],
 )
@@ -36,6 +40,15 @@ def test_a_wrong_address_is_refused_without_its_secret(text: str, words: str) ->
     with pytest.raises(ValueError, match=words) as caught:
         endpoint(text)
     assert "secret" not in str(caught.value)
+
+
+def test_a_unix_socket_is_known_by_its_path() -> None:
+    found = endpoint("ws+unix:///run/muond.sock")
+    assert (found.authority, found.host_header, found.socket_path) == (
+        "/run/muond.sock",
+        "localhost",
+        "/run/muond.sock",
+    )
 
 
 def test_a_header_cannot_bring_another_one() -> None:

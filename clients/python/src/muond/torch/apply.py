@@ -81,7 +81,7 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update], views: Views
         data = views.of(those, tensors)
         if decay != 0:
             _multiply(tensors, 1 - decay)
-        torch._foreach_add_(tensors, data, alpha=scale)
+        _add(tensors, data, scale)
         if device.type == "cuda" and not shared:  # pragma: no cover - needs a GPU
             # The page-locked memory is used again once this returns.
             torch.cuda.current_stream(device).synchronize()
@@ -89,6 +89,24 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update], views: Views
         if update.row_scale is not None:
             factors = torch.tensor(update.row_scale, device="cpu")
             _scale_rows(slots[update.parameter.index].local, factors, update.parameter)
+
+
+# Adding more than these takes a GPU longer than launching a kernel for it.
+_SMALL_ELEMENTS = 1 << 18
+
+
+def _add(tensors: list[torch.Tensor], data: list[torch.Tensor], scale: float) -> None:
+    if tensors[0].device.type == "cuda" and tensors[0].dtype != data[0].dtype:  # pragma: no cover - needs a GPU
+        # For two dtypes `_foreach_add_` launches a kernel for each tensor: many small ones are of one dtype sooner.
+        small = [i for i, tensor in enumerate(tensors) if tensor.numel() <= _SMALL_ELEMENTS]
+        large = [i for i, tensor in enumerate(tensors) if tensor.numel() > _SMALL_ELEMENTS]
+        widened = [torch.empty_like(tensors[i], memory_format=torch.contiguous_format) for i in small]
+        if small:
+            torch._foreach_copy_(widened, [data[i] for i in small])
+            torch._foreach_add_([tensors[i] for i in small], widened, alpha=scale)
+        tensors, data = [tensors[i] for i in large], [data[i] for i in large]
+    if tensors:
+        torch._foreach_add_(tensors, data, alpha=scale)
 
 
 def _multiply(tensors: list[torch.Tensor], factor: float) -> None:

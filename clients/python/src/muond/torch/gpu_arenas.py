@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..transport.arenas import PROOF_BYTES, Sizes, Slots, answer_to, lay_out
+from ..transport.arenas import HEAD_BYTES, PROOF_BYTES, Sizes, Slots, answer_to, lay_out
 from ..transport.choice import MakeArenas
 from ..wire.frame import Frame
 from .slots import Slot
@@ -48,10 +48,22 @@ class GpuArenas:  # pragma: no cover - needs a GPU: bench/python/samehost.py
                 _, size = lay_out(sizes)
                 self._pointers.append(self._allocate(size))
                 whole = torch.as_tensor(_Bytes(self._pointers[-1], size), device=device)
+                whole.zero_()
                 self._arenas.append(Slots(whole, sizes))
         except BaseException:
             self.close()
             raise
+
+    @property
+    def count(self) -> int:
+        """The number of slots."""
+        return self._arenas[0].count
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """The bytes of all gradients' slots, and zeros between them."""
+        gradients: torch.Tensor = self._arenas[0].whole[HEAD_BYTES:]
+        return gradients
 
     def offer(self) -> Frame:
         self._nonce = secrets.token_bytes(PROOF_BYTES)

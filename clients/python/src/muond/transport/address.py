@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 DEFAULT_URL = "ws://127.0.0.1:8787"
 _SCHEMES = {"ws": False, "http": False, "wss": True, "https": True}
+_UNIX = "ws+unix"
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,25 @@ class Endpoint:
     """Sent as ``Authorization: Bearer``."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     ssl_context: ssl.SSLContext | None = field(default=None, repr=False)
+    socket_path: str | None = None
+    """Of a Unix socket on this machine; ``host`` and ``port`` say nothing then."""
 
     @property
     def authority(self) -> str:
-        """``host:port`` as a header and an error message have it."""
+        """What tells this service from others: ``host:port``, or the path of its socket."""
+        return self.socket_path if self.socket_path is not None else self.host_header
+
+    @property
+    def host_header(self) -> str:
+        """The ``Host`` of a request."""
+        if self.socket_path is not None:
+            return self.host
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def url(self) -> str:
+        if self.socket_path is not None:
+            return f"{_UNIX}://{self.socket_path}:{self.path}"
         return f"{'wss' if self.tls else 'ws'}://{self.authority}{self.path}"
 
     @property
@@ -52,31 +64,37 @@ def endpoint(
     ssl_context: ssl.SSLContext | None = None,
 ) -> Endpoint:
     """Reads an address: ``ws://host:port``, ``wss://…``, or the same with http; without a path it means ``/v1/stream``.
+    ``ws+unix:///run/muond.sock`` is a Unix socket, and ``ws+unix:///run/muond.sock:/path`` has a path.
 
     ``url`` defaults to the environment's MUOND_URL, then to ws://127.0.0.1:8787; ``token`` to MUOND_TOKEN.
     Raises ValueError, naming what is wrong with the address.
     """
     text = url if url is not None else os.environ.get("MUOND_URL", DEFAULT_URL)
     parts = urlsplit(text)
-    if parts.scheme not in _SCHEMES:
+    if parts.scheme not in _SCHEMES and parts.scheme != _UNIX:
         raise ValueError(
-            f"the url '{text}' has the scheme '{parts.scheme}', expected ws://, wss://, http:// or https://"
+            f"the url '{text}' has the scheme '{parts.scheme}', expected ws://, wss://, http://, https:// or {_UNIX}://"
         )
-    if not parts.hostname:
+    is_unix = parts.scheme == _UNIX
+    if is_unix and (parts.netloc or not parts.path.strip("/")):
+        raise ValueError(f"the url '{text}' names no socket, expected {_UNIX}:///path/of.sock")
+    if not is_unix and not parts.hostname:
         raise ValueError(f"the url '{text}' names no host")
     if parts.username is not None or parts.password is not None:
         raise ValueError(f"the url of {parts.hostname} has a user or a password in it; give the key as token=")
     for name, value in {**(headers or {}), "token": token or ""}.items():
         if any(character in f"{name}{value}" for character in "\r\n"):
             raise ValueError(f"the header '{name}' has a line break in it")
-    tls = _SCHEMES[parts.scheme]
-    path = "/v1/stream" if parts.path in ("", "/") else parts.path
+    tls = _SCHEMES.get(parts.scheme, False)
+    socket_path, _, rest = parts.path.partition(":") if is_unix else (None, "", parts.path)
+    path = "/v1/stream" if rest in ("", "/") else rest
     return Endpoint(
-        host=parts.hostname,
-        port=parts.port if parts.port is not None else (443 if tls else 80),
+        host=parts.hostname or "localhost",
+        port=parts.port if not is_unix and parts.port is not None else (443 if tls else 80),
         path=f"{path}?{parts.query}" if parts.query else path,
         tls=tls,
         token=token if token is not None else os.environ.get("MUOND_TOKEN"),
         headers=dict(headers or {}),
         ssl_context=ssl_context,
+        socket_path=socket_path,
     )

@@ -22,7 +22,8 @@ Sizes = Sequence[int]
 """Bytes of each parameter's tensor, in the order of ``open``."""
 
 PROOF_BYTES = 32
-_HEAD_BYTES = 256
+HEAD_BYTES = 256
+"""Bytes before the first slot: the proof lies in them."""
 _ALIGNMENT = 256
 
 
@@ -55,7 +56,7 @@ class Arenas(Protocol):
 def lay_out(sizes: Sizes) -> tuple[list[int], int]:
     """Where each slot begins, and the bytes of the whole arena."""
     offsets: list[int] = []
-    end = _HEAD_BYTES
+    end = HEAD_BYTES
     for size in sizes:
         offsets.append(end)
         end += -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -71,6 +72,10 @@ class Slots:
         self._sizes = list(sizes)
         self._offsets, _ = lay_out(sizes)
         self._known: dict[int, Any] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self._sizes)
 
     def slot(self, index: int) -> Any:
         if index not in self._known:

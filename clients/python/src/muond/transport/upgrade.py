@@ -62,7 +62,24 @@ def dial(endpoint: Endpoint) -> Upgraded:
     return upgraded
 
 
+def connect_unix(path: str, seconds: float) -> socket.socket:
+    """Connects to a Unix socket, within so many seconds for that and for each later read. Raises OSError."""
+    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connected.settimeout(seconds)
+        connected.connect(path)
+    except OSError:
+        connected.close()
+        raise
+    return connected
+
+
 def _connect(endpoint: Endpoint) -> ByteSocket:
+    if endpoint.socket_path is not None:
+        try:
+            return connect_unix(endpoint.socket_path, HANDSHAKE_SECONDS)
+        except OSError as error:
+            raise _lost(endpoint, error) from error
     try:
         raw = socket.create_connection((endpoint.host, endpoint.port), HANDSHAKE_SECONDS)
     except OSError as error:
@@ -85,7 +102,7 @@ def _connect(endpoint: Endpoint) -> ByteSocket:
 
 
 def _lost(endpoint: Endpoint, error: OSError) -> MuondError:
-    hint = ": is muond running there?" if isinstance(error, ConnectionRefusedError) else ""
+    hint = ": is muond running there?" if isinstance(error, (ConnectionRefusedError, FileNotFoundError)) else ""
     # A certificate does not become right by waiting, a service that starts up does come.
     retryable = not isinstance(error, (ssl.SSLError, socket.gaierror))
     return MuondError("CONNECTION_LOST", f"no connection to {endpoint.url}: {error}{hint}", retryable=retryable)
@@ -112,7 +129,7 @@ def _upgrade(connected: ByteSocket, endpoint: Endpoint) -> Upgraded:
 def _request(endpoint: Endpoint, key: bytes) -> bytes:
     lines = [
         f"GET {endpoint.path} HTTP/1.1",
-        f"Host: {endpoint.authority}",
+        f"Host: {endpoint.host_header}",
         "Upgrade: websocket",
         "Connection: Upgrade",
         f"Sec-WebSocket-Key: {key.decode()}",

@@ -13,10 +13,17 @@ export type WasmFunction = {
   body: Code
 }
 
+/** A function of a module. */
+export type WasmEntry = (...values: number[]) => void
+
 export type WasmInstance = {
-  memory: Uint8Array
-  call: (name: string, ...values: number[]) => void
+  memory: Uint8Array<ArrayBuffer>
+  /** The function that is exported by this name. */
+  entry: (name: string) => WasmEntry
 }
+
+/** Memory is made in pages of so many bytes. */
+export const PAGE = 65_536
 
 const VALUE_TYPES = { i32: 0x7f, i64: 0x7e, v128: 0x7b } as const
 
@@ -27,12 +34,16 @@ export function instantiate(module: Uint8Array): WasmInstance {
   const { exports } = new WebAssembly.Instance(new WebAssembly.Module(module))
   const { memory } = exports
   if (!(memory instanceof WebAssembly.Memory)) throw new TypeError('the WebAssembly module exports no memory')
-  const call = (name: string, ...values: number[]) => {
-    const entry = exports[name]
-    if (typeof entry !== 'function') throw new TypeError(`the WebAssembly module exports no function '${name}'`)
-    entry(...values)
+  const entry = (name: string): WasmEntry => {
+    const found = exports[name]
+    if (!isEntry(found)) throw new TypeError(`the WebAssembly module exports no function '${name}'`)
+    return found
   }
-  return { memory: new Uint8Array(memory.buffer), call }
+  return { memory: new Uint8Array(memory.buffer), entry }
+}
+
+function isEntry(value: unknown): value is WasmEntry {
+  return typeof value === 'function'
 }
 
 /** The bytes of a module that exports the functions and `memory`, which has `pages` pages of 64 KiB and never grows. */
@@ -83,23 +94,38 @@ export const v128 = {
   /** A constant of four equal 32-bit lanes. */
   splat: (lane: number): Code => [0xfd, 0x0c, ...[0, 1, 2, 3].flatMap(() => littleEndian32(lane))],
   and: vectorOperation(0x4e),
+  or: vectorOperation(0x50),
+  /** (one, other, mask): the bits of `one` where the mask has a 1, of `other` where it has a 0. */
+  select: vectorOperation(0x52),
   /** The high half in both halves. */
-  high: (value: Code): Code => [
-    ...value,
-    ...value,
-    0xfd,
-    0x0d,
-    ...[0, 1].flatMap(() => [8, 9, 10, 11, 12, 13, 14, 15]),
-  ],
-  i16x8: { maxSigned: vectorOperation(0x98) },
+  high: (value: Code): Code => shuffle(value, value, [4, 5, 6, 7, 4, 5, 6, 7]),
+  i16x8: {
+    maxSigned: vectorOperation(0x98),
+    /** Eight lanes of (low, high), each of four unsigned numbers that fit in 16 bits. */
+    narrowUnsigned: vectorOperation(0x86),
+    /** The first four lanes of two vectors in turns: one, other, one, other, … */
+    interleaveLow: (one: Code, other: Code): Code => shuffle(one, other, [0, 8, 1, 9, 2, 10, 3, 11]),
+    interleaveHigh: (one: Code, other: Code): Code => shuffle(one, other, [4, 12, 5, 13, 6, 14, 7, 15]),
+  },
   i32x4: {
     lessSigned: vectorOperation(0x39),
+    /** The first, and the last, four of eight unsigned 16-bit lanes. */
+    extendLow: vectorOperation(0xa9),
+    extendHigh: vectorOperation(0xaa),
     shiftLeft: vectorOperation(0xab),
     shiftRightUnsigned: vectorOperation(0xad),
     add: vectorOperation(0xae),
+    sub: vectorOperation(0xb1),
     maxSigned: vectorOperation(0xb8),
   },
-  f32x4: { sub: vectorOperation(0xe5) },
+  f32x4: {
+    sqrt: vectorOperation(0xe3),
+    add: vectorOperation(0xe4),
+    sub: vectorOperation(0xe5),
+    mul: vectorOperation(0xe6),
+    div: vectorOperation(0xe7),
+    max: vectorOperation(0xe9),
+  },
   f64x2: { promoteLow: vectorOperation(0x5f), add: vectorOperation(0xf0), mul: vectorOperation(0xf2) },
 }
 
@@ -108,12 +134,60 @@ export function whileLoop(condition: Code, body: Code): Code {
   return [...condition, 0x04, 0x40, 0x03, 0x40, ...body, ...condition, 0x0d, 0x00, 0x0b, 0x0b]
 }
 
+/** A local variable of a function that is being written. */
+export type Variable = { readonly get: Code; set(value: Code): void }
+
+/** A function that is being written from its first instruction to its last. A value that is named has its own local. */
+export class FunctionWriter {
+  readonly #parameters: readonly ValueType[]
+  readonly #locals: ValueType[] = []
+  #code: number[] = []
+
+  constructor(parameters: readonly ValueType[]) {
+    this.#parameters = parameters
+  }
+
+  do(code: Code): void {
+    this.#code.push(...code)
+  }
+
+  variable(value: Code, type: ValueType = 'v128'): Variable {
+    const index = this.#parameters.length + this.#locals.push(type) - 1
+    this.do(local.set(index, value))
+    return { get: local.get(index), set: (next) => this.do(local.set(index, next)) }
+  }
+
+  /** Computes a value once; the result reads it. */
+  let(value: Code): Code {
+    return this.variable(value).get
+  }
+
+  /** Repeats what `write` writes as long as `condition` (an i32) holds; not at all if it does not hold at first. */
+  while(condition: Code, write: () => void): void {
+    const before = this.#code
+    this.#code = []
+    write()
+    const body = this.#code
+    this.#code = before
+    this.do(whileLoop(condition, body))
+  }
+
+  end(name: string): WasmFunction {
+    return { name, parameters: this.#parameters, locals: this.#locals, body: this.#code }
+  }
+}
+
 function operation(opcode: number) {
   return (...operands: Code[]): Code => [...operands.flat(), opcode]
 }
 
 function vectorOperation(opcode: number) {
   return (...operands: Code[]): Code => [...operands.flat(), 0xfd, ...unsigned(opcode)]
+}
+
+/** Eight 16-bit lanes out of the sixteen of two vectors. */
+function shuffle(one: Code, other: Code, lanes: readonly number[]): Code {
+  return [...one, ...other, 0xfd, 0x0d, ...lanes.flatMap((lane) => [2 * lane, 2 * lane + 1])]
 }
 
 /** A load (address) or store (address, value) at `address + offset`; the alignment is a hint, not a demand. */

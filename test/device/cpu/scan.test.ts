@@ -1,8 +1,8 @@
 import fc from 'fast-check'
 import t from 'tap'
 import { bytesPerElement, DTYPES, type Dtype } from '../../../kernels/dtype.js'
-import { createScanner } from '../../../src/device/onnx/scan.js'
-import { instantiate } from '../../../src/device/onnx/wasm.js'
+import { createScanner } from '../../../src/device/cpu/scan.js'
+import { instantiate } from '../../../src/device/cpu/wasm.js'
 
 const scanner = createScanner()
 const dtypes = Object.keys(DTYPES) as Dtype[]
@@ -218,7 +218,10 @@ t.test('a module without what is asked of it is refused', async (t) => {
   const empty = Uint8Array.from([0x00, 0x61, 0x73, 0x6d, 0x01, 0x00, 0x00, 0x00])
   t.throws(() => instantiate(empty), new TypeError('the WebAssembly module exports no memory'))
   const memoryOnly = Uint8Array.from([...empty, 5, 3, 1, 0, 1, 7, 10, 1, 6, ...Buffer.from('memory'), 2, 0])
-  t.throws(() => instantiate(memoryOnly).call('run'), new TypeError("the WebAssembly module exports no function 'run'"))
+  t.throws(
+    () => instantiate(memoryOnly).entry('run'),
+    new TypeError("the WebAssembly module exports no function 'run'"),
+  )
 })
 
 /** protocol.md, Fingerprint, word by word. */

@@ -1,11 +1,12 @@
 import { parentPort, workerData } from 'node:worker_threads'
-import { CudaExecutor } from './cuda/cuda-executor.js'
-import { cudaSpace } from './cuda/cuda-space.js'
-import type { Executor, LaneOptions, LaneReply, LaneRequest } from './executor.js'
-import type { JobResult } from './job.js'
-import { hostSpace } from './onnx/host-space.js'
-import { OnnxExecutor } from './onnx/onnx-executor.js'
-import { openOnnxRuntime } from './onnx/onnxruntime.js'
+import { CpuExecutor } from '../cpu/cpu-executor.js'
+import { CudaExecutor } from '../cuda/cuda-executor.js'
+import { cudaSpace } from '../cuda/cuda-space.js'
+import type { Executor, LaneOptions, LaneReply, LaneRequest } from '../executor.js'
+import type { JobResult } from '../job.js'
+import { OnnxExecutor } from '../onnx/onnx-executor.js'
+import { openOnnxRuntime } from '../onnx/onnxruntime.js'
+import { packResults, unpackJobs } from './packed-jobs.js'
 
 const executor = start(workerData)
 
@@ -20,7 +21,7 @@ function start(options: LaneOptions): Executor {
   const runtime = openOnnxRuntime(options.folder)
   /* c8 ignore next -- needs a GPU: npm run test:gpu */
   if (options.kind === 'cuda_onnx') return new OnnxExecutor(runtime, cudaSpace(options.gpu), { half: true })
-  return new OnnxExecutor(runtime, hostSpace(runtime, options.threads), { half: false })
+  return new CpuExecutor(runtime, options.threads)
 }
 
 function handle(request: LaneRequest): LaneReply | undefined {
@@ -31,7 +32,7 @@ function handle(request: LaneRequest): LaneReply | undefined {
         return []
       })
     case 'run':
-      return answer(request.id, () => executor.run(request.jobs))
+      return answer(request.id, () => executor.run(unpackJobs(request.jobs)))
     case 'forget':
       executor.forget(request.pointer)
       return undefined
@@ -42,7 +43,7 @@ function handle(request: LaneRequest): LaneReply | undefined {
 
 function answer(id: number, work: () => JobResult[]): LaneReply {
   try {
-    return { id, results: work() }
+    return { id, results: packResults(work()) }
   } catch (error) {
     return { id, error: String(error).replace(/^\w*Error: /, '') }
   }

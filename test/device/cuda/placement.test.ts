@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { placement } from '../../src/device/placement.js'
+import { placement } from '../../../src/device/cuda/placement.js'
 
 t.test('one unit gets everything', async (t) => {
   t.same(placement([3, 5], [7]), { units: [0, 0], bytes: [8] })

@@ -1,8 +1,10 @@
 import { Worker } from 'node:worker_threads'
-import { ServiceError } from '../errors.js'
-import type { LaneOptions, LaneReply, LaneRequest, Scratch } from './executor.js'
-import type { GroupLimit, Job, JobResult, Need } from './job.js'
-import type { Pointer } from './onnx/onnxruntime.js'
+import { ServiceError } from '../../errors.js'
+import type { LaneOptions, LaneReply, LaneRequest, Scratch } from '../executor.js'
+import type { GroupLimit, Job, JobResult, Need } from '../job.js'
+import type { Pointer } from '../onnx/onnxruntime.js'
+import { packJobs, unpackResults } from './packed-jobs.js'
+import { Queue } from './queue.js'
 
 /** By its ticket a job is cancelled, as long as no lane has it. */
 export type Ticket = { cancelled: boolean }
@@ -24,6 +26,8 @@ type Lane = { worker: Worker; busy: Map<number, OpenRequest>; groups: number; ex
 
 // One group computes and one waits in the lane's port, so that a lane never idles for a turn of the event loop.
 export const GROUPS_PER_LANE = 2
+// Fewer jobs than these are not shared out among lanes: together they cost fewer messages and fewer launches.
+const LEAST_TOGETHER = 4
 // A lane's error arrives as text: only its words tell a lack of memory from other failures.
 const OUT_OF_MEMORY =
   /failed to allocate memory|bad_alloc|CUDA_ERROR_OUT_OF_MEMORY|array length|array buffer allocation failed/i
@@ -33,7 +37,9 @@ export class Lanes {
   readonly #fail: (error: Error) => void
   readonly #lanes: Lane[]
   readonly #limit: GroupLimit
-  #queue: QueuedJob[] = []
+  /** A group is full when its gradients have so many bytes. */
+  #full: number
+  readonly #queue = new Queue<QueuedJob>()
   #nextId = 1
   #failure: ServiceError | undefined
   #dispatching = false
@@ -42,6 +48,7 @@ export class Lanes {
   constructor({ lane, group }: { lane: LaneOptions; group: GroupLimit }, count: number, fail: (error: Error) => void) {
     this.#fail = fail
     this.#limit = group
+    this.#full = group.bytes
     this.#lanes = Array.from({ length: count }, () => this.#start(lane))
   }
 
@@ -52,7 +59,10 @@ export class Lanes {
   /** Has every lane prepare the kernels and set the scratch memory aside. */
   async load(needs: readonly Need[], scratch?: Scratch): Promise<void> {
     if (this.#failure) throw this.#failure
+    // While the lanes' memory changes, groups are those that fit into the least of it.
+    if (scratch) this.#full = Math.min(this.#full, scratch.full)
     await Promise.all(this.#lanes.map((lane) => this.#ask(lane, (id) => ({ type: 'load', id, needs, scratch }))))
+    if (scratch) this.#full = scratch.full
   }
 
   /** Computes in the order of the calls; undefined where the ticket was cancelled or `job` answered undefined. */
@@ -73,40 +83,43 @@ export class Lanes {
   refuse(failure: ServiceError): void {
     this.#failure = failure
     for (const lane of this.#lanes) for (const request of lane.busy.values()) request.reject(failure)
-    for (const queued of this.#queue.splice(0)) queued.reject(failure)
+    for (const queued of this.#queue.drain()) queued.reject(failure)
   }
 
   /** Ends the lanes after the jobs that they were given; jobs in the queue are dropped, their results undefined. */
   async close(): Promise<void> {
-    for (const queued of this.#queue.splice(0)) queued.resolve(undefined)
+    for (const queued of this.#queue.drain()) queued.resolve(undefined)
     for (const lane of this.#lanes) this.#post(lane, { type: 'stop' })
     await Promise.all(this.#lanes.map((lane) => lane.exited))
   }
 
-  // Jobs that are asked for in one turn of the event loop can share a group.
+  // Jobs that are asked for in one turn of the event loop can share a group. A microtask would be too early: those of
+  // one frame come one after the other, each in a microtask of its own.
   #dispatch(): void {
     if (this.#dispatching) return
     this.#dispatching = true
-    queueMicrotask(() => {
+    setImmediate(() => {
       this.#dispatching = false
       this.#give()
     })
   }
 
   #give(): void {
+    // What waits is shared out, so that no lane idles while another has all of it.
+    const share = Math.max(LEAST_TOGETHER, Math.ceil(this.#queue.length / this.#lanes.length))
     while (this.#queue.length > 0) {
       const lane = this.#lanes.reduce((least, other) => (other.groups < least.groups ? other : least))
       if (lane.groups >= GROUPS_PER_LANE) return
-      const group = this.#take()
+      const group = this.#take(Math.min(share, this.#limit.jobs))
       if (group.length > 0) this.#send(lane, group)
     }
   }
 
-  /** Makes the next jobs of one group; cancelled and undefined ones are left out. */
-  #take(): MadeJob[] {
+  /** Makes the next jobs of one group, at most `most`; cancelled and undefined ones are left out. */
+  #take(most: number): MadeJob[] {
     const group: MadeJob[] = []
     let bytes = 0
-    while (group.length < this.#limit.jobs && bytes < this.#limit.bytes) {
+    while (group.length < most && bytes < this.#full) {
       const next = this.#queue.shift()
       if (next === undefined) break
       const made = make(next)
@@ -119,7 +132,7 @@ export class Lanes {
 
   #send(lane: Lane, group: readonly MadeJob[]): void {
     lane.groups += 1
-    const jobs = group.map(({ made }) => made)
+    const jobs = packJobs(group.map(({ made }) => made))
     this.#ask(lane, (id) => ({ type: 'run', id, jobs }))
       .then((results) => {
         for (const [i, { resolve }] of group.entries()) resolve(results[i])
@@ -165,7 +178,7 @@ export class Lanes {
   #receive(lane: Lane, reply: LaneReply): void {
     const request = lane.busy.get(reply.id)
     lane.busy.delete(reply.id)
-    if ('results' in reply) return request?.resolve(reply.results)
+    if ('results' in reply) return request?.resolve(unpackResults(reply.results))
     // A lane that lacks memory has changed nothing: only the run that asked is refused, and the device goes on.
     if (OUT_OF_MEMORY.test(reply.error)) return request?.reject(new ServiceError('OVER_CAPACITY', reply.error))
     this.#fail(new Error(reply.error))

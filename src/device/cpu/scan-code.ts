@@ -1,6 +1,16 @@
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
 import { FINGERPRINT, mix } from '../../../kernels/fingerprint.js'
-import { assemble, type Code, i32, i64, instantiate, local, type ValueType, v128, whileLoop } from './wasm.js'
+import {
+  type Code,
+  i32,
+  i64,
+  local,
+  type ValueType,
+  v128,
+  type WasmEntry,
+  type WasmFunction,
+  whileLoop,
+} from './wasm.js'
 
 /** The result of one pass over a tensor's bytes. `squareSum` means nothing unless `finite`. */
 export type Scan = {
@@ -12,31 +22,27 @@ export type Scan = {
   squareSum: number
 }
 
-/** Scans tensors in 128 KiB of memory of its own; a thread needs one. */
-export type Scanner = {
-  /** Reads `bytes` (little-endian, any alignment) once. Throws RangeError if the last element is incomplete. */
-  scan: (bytes: Uint8Array, dtype: Dtype) => Scan
-}
-
-const WINDOW = 65_536
 const BLOCK = 64
 const ACCUMULATORS = 4
 
-// Offsets in the second page of the memory: the values that go from one window to the next.
-const STATE = {
-  sum: WINDOW,
-  key: WINDOW + 8,
-  step: WINDOW + 16,
-  first: WINDOW + 24,
-  second: WINDOW + 32,
-  largest: WINDOW + 48,
-  squares: WINDOW + 64,
-  end: WINDOW + 64 + 16 * ACCUMULATORS,
+// Offsets from the first byte of a scan's record in the module's memory.
+const RECORD = {
+  sum: 0,
+  key: 8,
+  step: 16,
+  first: 24,
+  second: 32,
+  largest: 48,
+  squares: 64,
+  end: 64 + 16 * ACCUMULATORS,
 } as const
 
-const BLOCKS_END = 0
-const END = 1
-const POSITION = 2
+/** The bytes of the record that goes from one call of a scan to the next. */
+export const SCAN_BYTES = RECORD.end
+
+const POSITION = 0
+const BLOCKS_END = 1
+const END = 2
 const SUM = 3
 const KEY = 4
 const WORD = 5
@@ -49,9 +55,9 @@ const HALF = 11
 const DOUBLE = 12
 const SQUARES = 13
 
-const PARAMETERS: readonly ValueType[] = ['i32', 'i32']
+const PARAMETERS: readonly ValueType[] = ['i32', 'i32', 'i32']
 const LOCALS: readonly ValueType[] = [
-  ...(['i32', 'i64', 'i64', 'i64', 'i64', 'i64', 'i64'] as const),
+  ...(['i64', 'i64', 'i64', 'i64', 'i64', 'i64'] as const),
   ...(['v128', 'v128', 'v128', 'v128'] as const),
   ...Array.from({ length: ACCUMULATORS }, () => 'v128' as const),
 ]
@@ -66,54 +72,12 @@ const DECODE = {
   { lanes: (loaded: Code) => readonly Code[]; magnitude: number; wide: boolean; infinity: number }
 >
 
-const MODULE = assemble(2, [
-  { name: 'float32', parameters: PARAMETERS, locals: LOCALS, body: scanWindow('float32') },
-  { name: 'bfloat16', parameters: PARAMETERS, locals: LOCALS, body: scanWindow('bfloat16') },
-  { name: 'float16', parameters: PARAMETERS, locals: LOCALS, body: scanWindow('float16') },
-])
-
-export function createScanner(): Scanner {
-  const { memory, call } = instantiate(MODULE)
-  const state = new DataView(memory.buffer)
-  state.setBigUint64(STATE.step, FINGERPRINT.step, true)
-  state.setBigUint64(STATE.first, FINGERPRINT.first, true)
-  state.setBigUint64(STATE.second, FINGERPRINT.second, true)
-  const scan = (bytes: Uint8Array, dtype: Dtype): Scan => {
-    if (bytes.length % bytesPerElement(dtype) !== 0) {
-      throw new RangeError(`a ${dtype} tensor cannot have ${bytes.length} bytes`)
-    }
-    state.setBigUint64(STATE.sum, 0n, true)
-    state.setBigUint64(STATE.key, FINGERPRINT.step, true)
-    memory.fill(0, STATE.largest, STATE.end)
-    for (let at = 0; at < bytes.length; at += WINDOW) {
-      const length = Math.min(WINDOW, bytes.length - at)
-      memory.set(bytes.subarray(at, at + length))
-      memory.fill(0, length, Math.ceil(length / 8) * 8)
-      call(dtype, length - (length % BLOCK), length)
-    }
-    return {
-      fingerprint: BigInt.asUintN(64, state.getBigUint64(STATE.sum, true) + mix(BigInt(bytes.length))),
-      finite: largestMagnitude(state, dtype) < DECODE[dtype].infinity,
-      squareSum: squareSum(state),
-    }
-  }
-  return { scan }
-}
-
-function largestMagnitude(state: DataView, dtype: Dtype): number {
-  const width = bytesPerElement(dtype)
-  const lanes = Array.from({ length: 16 / width }, (_, lane) => STATE.largest + lane * width)
-  return Math.max(...lanes.map((at) => (DECODE[dtype].wide ? state.getInt32(at, true) : state.getInt16(at, true))))
-}
-
-function squareSum(state: DataView): number {
-  let sum = 0
-  for (let at: number = STATE.squares; at < STATE.end; at += 8) sum += state.getFloat64(at, true)
-  return sum
-}
-
-/** The body of scan(blocksEnd, end): whole blocks up to `blocksEnd`, then words up to `end`, from the state page on. */
-function scanWindow(dtype: Dtype): Code {
+/**
+ * A function that scans a range of the memory: (position, blocksEnd, end) are addresses. It takes whole blocks up to
+ * `blocksEnd`, then words up to `end`, and adds them to the record at the address `record`. The bytes between the last
+ * element and a word's end must be zero.
+ */
+export function scanFunction(name: string, dtype: Dtype, record: number): WasmFunction {
   const block = Array.from({ length: BLOCK / 16 }, (_, part) => [
     ...fingerprintWord(part * 16),
     ...fingerprintWord(part * 16 + 8),
@@ -121,12 +85,80 @@ function scanWindow(dtype: Dtype): Code {
     ...squares(dtype, part * 2),
   ])
   const word = [...fingerprintWord(0), ...local.set(LOADED, v128.loadLow(0, local.get(POSITION))), ...squares(dtype, 0)]
-  return [
-    ...loadState(),
+  const body = [
+    ...loadRecord(record),
     ...whileLoop(i32.lessUnsigned(local.get(POSITION), local.get(BLOCKS_END)), [...block.flat(), ...advance(BLOCK)]),
     ...whileLoop(i32.lessUnsigned(local.get(POSITION), local.get(END)), [...word, ...advance(8)]),
-    ...storeState(),
+    ...storeRecord(record),
   ]
+  return { name, parameters: PARAMETERS, locals: LOCALS, body }
+}
+
+/** One scan after the other with one function of `scanFunction`, in windows that begin at the address `window`. */
+export class WindowScan {
+  readonly #memory: Uint8Array
+  readonly #view: DataView
+  readonly #call: WasmEntry
+  readonly #dtype: Dtype
+  readonly #record: number
+  readonly #window: number
+
+  constructor(
+    { memory, call }: { memory: Uint8Array<ArrayBuffer>; call: WasmEntry },
+    { dtype, record, window }: { dtype: Dtype; record: number; window: number },
+  ) {
+    this.#memory = memory
+    this.#view = new DataView(memory.buffer)
+    this.#call = call
+    this.#dtype = dtype
+    this.#record = record
+    this.#window = window
+    this.#view.setBigUint64(record + RECORD.step, FINGERPRINT.step, true)
+    this.#view.setBigUint64(record + RECORD.first, FINGERPRINT.first, true)
+    this.#view.setBigUint64(record + RECORD.second, FINGERPRINT.second, true)
+  }
+
+  /** Begins with another tensor. */
+  reset(): void {
+    this.#view.setBigUint64(this.#record + RECORD.sum, 0n, true)
+    this.#view.setBigUint64(this.#record + RECORD.key, FINGERPRINT.step, true)
+    this.#memory.fill(0, this.#record + RECORD.largest, this.#record + RECORD.end)
+  }
+
+  /** Scans the next `bytes` bytes, which lie in the window. All windows but the last are of whole blocks. */
+  add(bytes: number): void {
+    const start = this.#window
+    if (bytes % 8 > 0) this.#memory.fill(0, start + bytes, start + bytes + 8 - (bytes % 8))
+    this.#call(start, start + bytes - (bytes % BLOCK), start + bytes)
+  }
+
+  /** What the windows since `reset` came to, which were of `bytes` bytes together. */
+  result(bytes: number): Scan {
+    const sum = this.#view.getBigUint64(this.#record + RECORD.sum, true)
+    return {
+      fingerprint: BigInt.asUintN(64, sum + mix(BigInt(bytes))),
+      finite: this.#largestMagnitude() < DECODE[this.#dtype].infinity,
+      squareSum: this.#squareSum(),
+    }
+  }
+
+  #largestMagnitude(): number {
+    const wide = DECODE[this.#dtype].wide
+    const width = bytesPerElement(this.#dtype)
+    let largest = 0
+    for (let lane = 0; lane < 16; lane += width) {
+      const at = this.#record + RECORD.largest + lane
+      largest = Math.max(largest, wide ? this.#view.getInt32(at, true) : this.#view.getInt16(at, true))
+    }
+    return largest
+  }
+
+  #squareSum(): number {
+    let sum = 0
+    for (let at: number = RECORD.squares; at < RECORD.end; at += 8)
+      sum += this.#view.getFloat64(this.#record + at, true)
+    return sum
+  }
 }
 
 function advance(bytes: number): Code {
@@ -192,30 +224,30 @@ function float16Lanes(loaded: Code): readonly Code[] {
   })
 }
 
-function loadState(): Code {
-  const word = (index: number, at: number) => local.set(index, i64.load(at, i32.const(0)))
-  const lanes = (index: number, at: number) => local.set(index, v128.load(at, i32.const(0)))
+function loadRecord(record: number): Code {
+  const word = (index: number, at: number) => local.set(index, i64.load(record + at, i32.const(0)))
+  const lanes = (index: number, at: number) => local.set(index, v128.load(record + at, i32.const(0)))
   return [
-    ...word(SUM, STATE.sum),
-    ...word(KEY, STATE.key),
+    ...word(SUM, RECORD.sum),
+    ...word(KEY, RECORD.key),
     // The constants are loaded from memory, because the engine would rebuild one of 64 bits at every use.
-    ...word(STEP_LOCAL, STATE.step),
-    ...word(FIRST_LOCAL, STATE.first),
-    ...word(SECOND_LOCAL, STATE.second),
-    ...lanes(LARGEST, STATE.largest),
+    ...word(STEP_LOCAL, RECORD.step),
+    ...word(FIRST_LOCAL, RECORD.first),
+    ...word(SECOND_LOCAL, RECORD.second),
+    ...lanes(LARGEST, RECORD.largest),
     ...accumulators().flatMap(({ index, at }) => lanes(index, at)),
   ]
 }
 
-function storeState(): Code {
+function storeRecord(record: number): Code {
   return [
-    ...i64.store(STATE.sum, i32.const(0), local.get(SUM)),
-    ...i64.store(STATE.key, i32.const(0), local.get(KEY)),
-    ...v128.store(STATE.largest, i32.const(0), local.get(LARGEST)),
-    ...accumulators().flatMap(({ index, at }) => v128.store(at, i32.const(0), local.get(index))),
+    ...i64.store(record + RECORD.sum, i32.const(0), local.get(SUM)),
+    ...i64.store(record + RECORD.key, i32.const(0), local.get(KEY)),
+    ...v128.store(record + RECORD.largest, i32.const(0), local.get(LARGEST)),
+    ...accumulators().flatMap(({ index, at }) => v128.store(record + at, i32.const(0), local.get(index))),
   ]
 }
 
 function accumulators(): readonly { index: number; at: number }[] {
-  return Array.from({ length: ACCUMULATORS }, (_, i) => ({ index: SQUARES + i, at: STATE.squares + 16 * i }))
+  return Array.from({ length: ACCUMULATORS }, (_, i) => ({ index: SQUARES + i, at: RECORD.squares + 16 * i }))
 }

@@ -1,0 +1,87 @@
+import type { OpenedFrame, OpenFrame } from '../../wire/frame.js'
+import type { Connection } from '../connection.js'
+import { MuondError } from '../error.js'
+import type { Bound } from '../steps/parameter.js'
+import { Arenas } from './arenas.js'
+
+/** How gradients and updates may travel: `shm` is memory that client and service share, `auto` the fastest there is. */
+export const TRANSPORTS = ['auto', 'shm', 'websocket'] as const
+export type TransportKind = (typeof TRANSPORTS)[number]
+
+export type Handshake = { connection: Connection; opened: OpenedFrame }
+
+/** A connection and the answer to its `open`, which had these offers. */
+type Shake = (offers: Pick<OpenFrame, 'transport'>) => Promise<Handshake>
+
+/** The memory of one run that is offered with every `open`. Once it was taken it stays, whatever comes later. */
+export class Transport {
+  readonly #asked: TransportKind
+  #arenas: Arenas | undefined
+  #isOffered = true
+  #isTold = false
+  #hasAgreed = false
+  /** The memory that the newest connection shares with the service. */
+  taken: Arenas | undefined
+
+  /**
+   * Makes the memory that `asked` names; `auto` makes some for a service on this host alone.
+   * @throws MuondError REQUEST_INVALID where it cannot be made and must be
+   */
+  constructor(asked: TransportKind, isLocal: boolean, parameters: readonly Bound[]) {
+    this.#asked = asked
+    if (asked === 'websocket' || (asked === 'auto' && !isLocal)) return
+    try {
+      this.#arenas = new Arenas(parameters)
+    } catch (error) {
+      if (asked === 'auto') return
+      throw new MuondError('REQUEST_INVALID', `transport 'shm' is not possible here: ${error}`, {}, { cause: error })
+    }
+  }
+
+  /** Opens a connection with what there is to offer. @throws MuondError REQUEST_INVALID: what must be taken was not */
+  async agree(shake: Shake): Promise<Handshake> {
+    this.taken = undefined
+    const offered = this.#isOffered ? this.#arenas : undefined
+    const shaken = await shake(offered ? { transport: [offered.offer()] } : {})
+    if (offered === undefined) return shaken
+    const { kind, refused = [] } = shaken.opened.transport ?? {}
+    if (kind === 'shm' && offered.isProved) {
+      this.#hasAgreed = true
+      this.taken = offered
+      return shaken
+    }
+    const isElsewhere = kind === 'shm'
+    const reasons = isElsewhere
+      ? "shm: the service does not see this process's memory"
+      : refused.map(({ kind, reason }) => `${kind}: ${reason}`).join('; ')
+    this.#fallBack(shaken.connection, reasons)
+    if (!isElsewhere) return shaken
+    // The service relies on memory that is not this: the run is opened again, without an offer.
+    this.#isOffered = false
+    await shaken.connection.close(new MuondError('CLIENT_CLOSED', reasons))
+    return shake({})
+  }
+
+  /** Gives the memory back. */
+  close(): void {
+    this.taken = undefined
+    this.#arenas?.close()
+    this.#arenas = undefined
+  }
+
+  /** Tells once why no memory is shared. @throws MuondError where it must be */
+  #fallBack(connection: Connection, why: string): void {
+    if (this.#asked === 'shm') {
+      const reason = why || 'the service shares no memory'
+      const error = new MuondError('REQUEST_INVALID', `transport 'shm' was not taken: ${reason}`)
+      connection.fail(error)
+      throw error
+    }
+    // Of a step in flight the gradients may lie in memory that was taken first: that stays.
+    if (!this.#hasAgreed) this.close()
+    if (this.#isTold || why === '') return
+    this.#isTold = true
+    const message = `gradients and updates go over the socket, which is slower than shared memory: ${why}`
+    process.emitWarning(`${message}. transport: 'websocket' asks for that`, { code: 'MUOND_TRANSPORT' })
+  }
+}

@@ -1,0 +1,156 @@
+import type { Plan } from '../../optimizer/plan.js'
+import type { Job, JobResult } from '../job.js'
+import type { Allocation, Span } from '../region.js'
+
+/**
+ * Jobs on their way to another thread. Objects are cloned property by property, which takes longer than a small job:
+ * of all jobs together two arrays are sent, and what many of them share once.
+ */
+export type PackedJobs = {
+  readonly count: number
+  readonly plans: readonly Plan[]
+  readonly owners: readonly Allocation[]
+  /** Addresses and fingerprints. */
+  readonly words: BigUint64Array
+  readonly numbers: Float64Array
+}
+
+/** Results on their way back. */
+export type PackedResults = { readonly words: BigUint64Array; readonly numbers: Float64Array }
+
+const OUTCOMES = ['computed', 'other_gradient', 'not_finite'] as const satisfies JobResult['outcome'][]
+const RESULT_WORDS = 2
+const RESULT_NUMBERS = 4
+
+export function packJobs(jobs: readonly Job[]): PackedJobs {
+  const writer = new Writer()
+  for (const job of jobs) writer.job(job)
+  return { count: jobs.length, ...writer.end() }
+}
+
+export function unpackJobs(packed: PackedJobs): Job[] {
+  const reader = new Reader(packed)
+  return Array.from({ length: packed.count }, () => reader.job())
+}
+
+export function packResults(results: readonly JobResult[]): PackedResults {
+  const words = new BigUint64Array(RESULT_WORDS * results.length)
+  const numbers = new Float64Array(RESULT_NUMBERS * results.length)
+  for (const [i, result] of results.entries()) {
+    words[RESULT_WORDS * i] = result.gradientFingerprint
+    words[RESULT_WORDS * i + 1] = result.updateFingerprint
+    numbers[RESULT_NUMBERS * i] = OUTCOMES.indexOf(result.outcome)
+    numbers[RESULT_NUMBERS * i + 1] = result.gradientSquare
+    numbers[RESULT_NUMBERS * i + 2] = result.updateSquare
+    numbers[RESULT_NUMBERS * i + 3] = result.computeSeconds
+  }
+  return { words, numbers }
+}
+
+export function unpackResults({ words, numbers }: PackedResults): JobResult[] {
+  return Array.from({ length: words.length / RESULT_WORDS }, (_, i) => ({
+    outcome: OUTCOMES[numbers[RESULT_NUMBERS * i]],
+    gradientFingerprint: words[RESULT_WORDS * i],
+    updateFingerprint: words[RESULT_WORDS * i + 1],
+    gradientSquare: numbers[RESULT_NUMBERS * i + 1],
+    updateSquare: numbers[RESULT_NUMBERS * i + 2],
+    computeSeconds: numbers[RESULT_NUMBERS * i + 3],
+  }))
+}
+
+/** What many jobs share, each with the number by which a job names it. */
+class Shared<T> {
+  readonly values: T[] = []
+  readonly #numbers = new Map<T, number>()
+
+  numberOf(value: T): number {
+    const known = this.#numbers.get(value)
+    if (known !== undefined) return known
+    const number = this.values.push(value) - 1
+    this.#numbers.set(value, number)
+    return number
+  }
+}
+
+class Writer {
+  readonly #plans = new Shared<Plan>()
+  readonly #owners = new Shared<Allocation>()
+  readonly #words: bigint[] = []
+  readonly #numbers: number[] = []
+
+  job({ plan, gradient, source, gradient_scale, state, next, update, expected }: Job): void {
+    this.#numbers.push(this.#plans.numberOf(plan), gradient_scale)
+    this.#span(gradient)
+    this.#optional(source, () => source && this.#span(source))
+    this.#span(update)
+    this.#optional(state, () => state && this.#pointers(state))
+    this.#pointers(next)
+    this.#optional(expected, () => expected !== undefined && this.#words.push(expected))
+  }
+
+  end(): Omit<PackedJobs, 'count'> {
+    const words = BigUint64Array.from(this.#words)
+    return { plans: this.#plans.values, owners: this.#owners.values, words, numbers: Float64Array.from(this.#numbers) }
+  }
+
+  #optional(value: unknown, write: () => unknown): void {
+    this.#numbers.push(value === undefined ? 0 : 1)
+    write()
+  }
+
+  #span({ space, pointer, bytes, owner, shared }: Span): void {
+    this.#words.push(pointer)
+    this.#numbers.push(bytes, this.#owners.numberOf(owner), space === 'gpu' ? 1 : 0, shared ? 1 : 0)
+  }
+
+  #pointers(pointers: readonly bigint[]): void {
+    this.#numbers.push(pointers.length)
+    this.#words.push(...pointers)
+  }
+}
+
+class Reader {
+  readonly #packed: PackedJobs
+  #word = 0
+  #number = 0
+
+  constructor(packed: PackedJobs) {
+    this.#packed = packed
+  }
+
+  job(): Job {
+    const plan = this.#packed.plans[this.#next()]
+    const gradient_scale = this.#next()
+    const gradient = this.#span()
+    const source = this.#optional(() => this.#span())
+    const update = this.#span()
+    const state = this.#optional(() => this.#pointers())
+    const next = this.#pointers()
+    const expected = this.#optional(() => this.#nextWord())
+    return { plan, gradient, source, gradient_scale, state, next, update, expected }
+  }
+
+  #next(): number {
+    return this.#packed.numbers[this.#number++]
+  }
+
+  #nextWord(): bigint {
+    return this.#packed.words[this.#word++]
+  }
+
+  #optional<T>(read: () => T): T | undefined {
+    return this.#next() === 0 ? undefined : read()
+  }
+
+  #span(): Span {
+    const pointer = this.#nextWord()
+    const bytes = this.#next()
+    const owner = this.#packed.owners[this.#next()]
+    const space = this.#next() === 1 ? 'gpu' : 'host'
+    return { pointer, bytes, owner, space, shared: this.#next() === 1 }
+  }
+
+  #pointers(): bigint[] {
+    return Array.from({ length: this.#next() }, () => this.#nextWord())
+  }
+}

@@ -1,0 +1,61 @@
+import { deserialize, serialize } from 'node:v8'
+import fc from 'fast-check'
+import t from 'tap'
+import type { Job, JobResult } from '../../../src/device/job.js'
+import { packJobs, packResults, unpackJobs, unpackResults } from '../../../src/device/lanes/packed-jobs.js'
+import { type Span, wholeOf } from '../../../src/device/region.js'
+import type { Plan } from '../../../src/optimizer/plan.js'
+
+const word = fc.bigInt({ min: 0n, max: 2n ** 64n - 1n })
+const words = fc.array(word, { maxLength: 3 })
+const SGD = { kind: 'sgd', gradient_dtype: 'float32', update_dtype: 'bfloat16' } as const
+const planOf = (scale: number): Plan => {
+  return { kernel: SGD, tasks: [{ dims: [4], offset: 0 }], scalars: { c_m: 1 }, scale, decay: 0, rms_factor: 1 }
+}
+const PLANS = [planOf(1), planOf(2)]
+const WHOLES = [
+  wholeOf({ pointer: 2n ** 63n, bytes: 2 ** 40 }, 'host'),
+  wholeOf({ pointer: 64n, bytes: 8 }, 'gpu', true),
+]
+
+const span: fc.Arbitrary<Span> = fc
+  .record({ whole: fc.constantFrom(...WHOLES), pointer: word, bytes: fc.nat() })
+  .map(({ whole, pointer, bytes }) => ({ ...whole, pointer, bytes }))
+const job: fc.Arbitrary<Job> = fc.record({
+  plan: fc.constantFrom(...PLANS),
+  gradient: span,
+  source: fc.option(span, { nil: undefined }),
+  gradient_scale: fc.double(),
+  state: fc.option(words, { nil: undefined }),
+  next: words,
+  update: span,
+  expected: fc.option(word, { nil: undefined }),
+})
+const result: fc.Arbitrary<JobResult> = fc.record({
+  outcome: fc.constantFrom('computed', 'other_gradient', 'not_finite'),
+  gradientFingerprint: word,
+  updateFingerprint: word,
+  gradientSquare: fc.double(),
+  updateSquare: fc.double(),
+  computeSeconds: fc.double(),
+})
+
+t.test('any jobs arrive in another thread as they were, and share what they shared', async (t) => {
+  fc.assert(
+    fc.property(fc.array(job, { maxLength: 20 }), (jobs) => {
+      const found = unpackJobs(deserialize(serialize(packJobs(jobs))))
+      const alike = jobs.every(({ plan }, i) => (plan === jobs[0]!.plan) === (found[i]!.plan === found[0]!.plan))
+      return alike && t.same(found, jobs)
+    }),
+    { seed: 5, numRuns: 200 },
+  )
+})
+
+t.test('any results come back as they were', async (t) => {
+  fc.assert(
+    fc.property(fc.array(result, { maxLength: 20 }), (results) => {
+      return t.same(unpackResults(deserialize(serialize(packResults(results)))), results)
+    }),
+    { seed: 6, numRuns: 200 },
+  )
+})
