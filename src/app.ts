@@ -33,6 +33,7 @@ import { Session } from './link/session.js'
 import { Intake } from './link/websocket/intake.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
 import { createMetrics, type Metrics } from './metrics.js'
+import type { Run } from './run/run.js'
 import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
 import { MESSAGE_BYTES } from './wire/frame.js'
@@ -170,8 +171,13 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
     state_bytes: () => device.memory.bytes,
     runs: () => runs.list().length,
     connections: () => streams.size,
+    members: () => runs.list().reduce((sum, run) => sum + membersOf(run), 0),
     build: { version: VERSION, onnxruntime: device.backend.version, device: device.backend.name },
   })
+}
+
+function membersOf({ intake: { members } }: Run): number {
+  return members.layout.named ? members.connected.length : 0
 }
 
 async function registerWebSocket(app: FastifyInstance, services: AppServices): Promise<void> {

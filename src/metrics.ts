@@ -22,6 +22,7 @@ export type Observed = {
   state_bytes: () => number
   runs: () => number
   connections: () => number
+  members: () => number
   sockets: () => Promise<number>
   unfinished_bytes: () => number
   build: { version: string; onnxruntime: string; device: string }
@@ -74,6 +75,11 @@ export function createMetrics(registry = new Registry()) {
       buckets: PHASE_BUCKETS,
       registers: [registry],
     }),
+    member_wait_seconds_total: counter<'rank'>(
+      'member_wait_seconds_total',
+      'Seconds from the first end of a step until that of a rank: how long others waited for it. Ranks from 64 on are one.',
+      ['rank'],
+    ),
     checkpoint_failures_total: counter('checkpoint_failures_total', 'Checkpoints that could not be written.'),
     refused_sockets_total: counter('refused_sockets_total', 'TCP connections closed over max_sockets.'),
     in_place_connections_total: counter(
@@ -99,6 +105,7 @@ function addGauges(registry: Registry, observed: Observed): void {
     state_bytes: 'Bytes of optimizer state on the device.',
     runs: 'Runs in memory.',
     connections: 'Streams that are open.',
+    members: 'Members of runs that have a connection, where a run has named members.',
     sockets: 'TCP connections, streams among them.',
     unfinished_bytes: 'Bytes that messages of more than 64 KiB take until they are handled, over all streams.',
   } as const
@@ -107,6 +114,7 @@ function addGauges(registry: Registry, observed: Observed): void {
     'state_bytes',
     'runs',
     'connections',
+    'members',
     'sockets',
     'unfinished_bytes',
   ] as const) {

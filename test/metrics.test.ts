@@ -10,6 +10,7 @@ function observed() {
     state_bytes: () => now.state,
     runs: () => now.runs,
     connections: () => now.connections,
+    members: () => 2,
     sockets: async () => now.sockets,
     unfinished_bytes: () => now.unfinished,
     build: { version: '1.2.3', onnxruntime: '1.30.0', device: 'cpu' },

@@ -5,9 +5,9 @@ import { type ClientOptions, WebSocket } from 'ws'
 import { type App, buildApp } from '../src/app.js'
 import { configOf } from '../src/config.js'
 import type { ErrorCode } from '../src/errors.js'
-import { chunksOf } from '../src/wire/chunks.js'
 import { decodeServerFrame, encodeFrame, encodeWithData } from '../src/wire/codec.js'
 import type { ClientFrame, GradientFrame, ReceiptFrame, ServerFrame } from '../src/wire/frame.js'
+import { Extent } from '../src/wire/ranges.js'
 import { gaussian } from './reference.js'
 
 export type Service = App & { url: string; http: string }
@@ -79,17 +79,16 @@ export class RawClient {
     this.socket.send(encodeFrame(frame))
   }
 
-  /** Sends a gradient in chunks of `chunk` bytes. */
+  /** Sends a gradient, or the bytes of it that `extent` has, in chunks of at most `chunk` bytes. */
   gradient(
     parameter: number,
     step: number,
-    { values, chunk = 2 ** 20 }: { values: Float32Array | Uint16Array; chunk?: number },
+    { values, chunk = 2 ** 20, extent }: { values: Float32Array | Uint16Array; chunk?: number; extent?: Extent },
   ): void {
     const bytes = bytesOf(values)
-    for (const { offset, length } of chunksOf(bytes.length, chunk)) {
-      this.socket.send(
-        encodeWithData({ type: 'gradient', parameter, step, offset }, bytes.subarray(offset, offset + length)),
-      )
+    for (const { offset, pieces } of (extent ?? Extent.whole(bytes.length)).cuts(chunk)) {
+      const data = Buffer.concat(pieces.map((piece) => bytes.subarray(piece.offset, piece.offset + piece.length)))
+      this.socket.send(encodeWithData({ type: 'gradient', parameter, step, offset }, data))
     }
   }
 
@@ -140,17 +139,17 @@ export class RawClient {
 
   #assemble(frame: Extract<ServerFrame, { type: 'update' }>): void {
     const {
-      offset,
       parameter,
       data = Buffer.alloc(0),
-      scale = 0,
+      scale,
       decay = 0,
       replayed = false,
       gradient_norm = 0,
       update_rms = 0,
       row_scale,
     } = frame
-    if (offset === 0)
+    // The factors are in an update's first frame.
+    if (scale !== undefined)
       this.updates.set(parameter, {
         ...{ scale, decay, replayed, gradient_norm, update_rms, data: Buffer.from(data) },
         ...(row_scale && { row_scale: Buffer.from(row_scale) }),

@@ -2,7 +2,14 @@ import type { IncomingMessage } from 'node:http'
 import { WebSocket } from 'ws'
 import { ServiceError } from '../errors.js'
 import { decodeServerFrame, encodeFrame, encodeHeader } from '../wire/codec.js'
-import type { CheckpointedFrame, ClientFrame, GradientFrame, ServerFrame } from '../wire/frame.js'
+import type {
+  CheckpointedFrame,
+  ClientFrame,
+  GradientFrame,
+  MemberStatus,
+  MembersFrame,
+  ServerFrame,
+} from '../wire/frame.js'
 import { MuondError } from './error.js'
 import { closeError, frameError, refusedUpgrade } from './refusal.js'
 
@@ -34,6 +41,8 @@ export class Connection {
   onFrame: (frame: ServerFrame) => void = whileIdle
   /** Gets the reason when the socket is gone, whoever ended it. */
   onClosed: (reason: unknown) => void = () => {}
+  /** What `members` frames have told of each rank. */
+  readonly members = new Map<number, MemberStatus>()
   /** Resolves after onClosed was called. */
   readonly closed: Promise<void>
   readonly #socket: WebSocket
@@ -145,12 +154,17 @@ export class Connection {
       if (!isBinary || !Buffer.isBuffer(data))
         throw new MuondError('FRAME_MALFORMED', 'the service sent a text message')
       const frame = decodeServerFrame(data)
+      if (frame.type === 'members') return this.#tellMembers(frame)
       const waiting = frame.type === 'checkpointed' ? this.#checkpoints.shift() : undefined
       if (frame.type === 'checkpointed' && waiting) return waiting(frame)
       this.onFrame(frame)
     } catch (error) {
       this.fail(error instanceof ServiceError ? new MuondError(error.code, error.message, {}, { cause: error }) : error)
     }
+  }
+
+  #tellMembers({ members }: MembersFrame): void {
+    for (const status of members) this.members.set(status.rank, status)
   }
 
   async #refused(response: IncomingMessage): Promise<void> {

@@ -1,6 +1,7 @@
 import {
   type CheckpointedFrame,
   type GroupDeclaration,
+  type MemberStatus,
   type Mode,
   type OpenedFrame,
   type OpenFrame,
@@ -33,7 +34,12 @@ export type OpenOptions = {
   parameters: readonly Parameter[]
   /** What QK-clip watches; a parameter is given by its index. */
   attentions?: OpenFrame['attentions']
-  /** Take the run from a connection that still holds it. */
+  /**
+   * The run has `world_size` members, and this client is one of them: it sends and receives the `ranges` of each
+   * parameter.
+   */
+  member?: OpenFrame['member']
+  /** Take the run, or the member's place in it, from a connection that still holds it. */
   takeover?: boolean
   /** With `resume`: go back to this checkpoint. */
   checkpoint?: string
@@ -106,6 +112,11 @@ export class Run {
   /** The service's answer to the newest `open`: name, epoch, groups, limits, device and more. */
   get opened(): OpenedFrame {
     return this.#writer.opened
+  }
+
+  /** Every member of the run by its rank, and whether it has a connection; empty for a run without members. */
+  get members(): readonly MemberStatus[] {
+    return this.#writer.members
   }
 
   /** The last finished step, 0 at first. */
@@ -271,7 +282,8 @@ export class Run {
   #add(step: Step, key: string | number, gradient: Gradient): void {
     const parameter = this.#find(key)
     if (step.has(parameter.index)) throw conflict(step.number, `has a gradient of '${parameter.name}' already`)
-    step.add(parameter.index, bytesOf(gradient, parameter))
+    const bytes = bytesOf(gradient, parameter)
+    if (parameter.size > 0) step.add(parameter.index, bytes)
   }
 
   #find(key: string | number): Bound {
@@ -288,7 +300,7 @@ export class Run {
     const both = names((index) => step.has(index) && indices.has(index))
     if (both.length > 0)
       throw conflict(step.number, `has both a gradient and a place in skipped for ${both.join(', ')}`)
-    const missing = names((index) => !step.has(index) && !indices.has(index))
+    const missing = names((index) => !step.has(index) && !indices.has(index) && this.parameters[index].size > 0)
     if (missing.length === 0) return [...indices]
     const message = `step ${step.number} has neither a gradient nor a place in skipped for ${missing.join(', ')}`
     throw new MuondError('STEP_INCOMPLETE', message, { step: step.number })

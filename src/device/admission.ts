@@ -91,6 +91,20 @@ export class Admission {
     return grant
   }
 
+  /** Grants memory of the host for gradients and updates beside the runs', or refuses as `admit` does. */
+  reserveHost(bytes: number, what: string): Grant {
+    const { units, hostBytes } = this.#capacity
+    const isHost = hostBytes === undefined
+    const grant: Grant = {
+      ...{ units: [], gradientBytes: 0, largestState: 0, hostBytes: isHost ? 0 : bytes },
+      bytes: units.map((_, unit) => (isHost && unit === 0 ? bytes : 0)),
+      largest: units.map(({ kernels }) => largestOf([], kernels)),
+    }
+    this.#check(grant, what)
+    this.#granted.add(grant)
+    return grant
+  }
+
   dismiss(grant: Grant): void {
     this.#granted.delete(grant)
   }

@@ -132,6 +132,11 @@ export class Device {
     return this.#admission.reserve(bytes, what)
   }
 
+  /** Grants memory of the host beside the runs', as `admit` does. */
+  reserveHost(bytes: number, what: string): Grant {
+    return this.#admission.reserveHost(bytes, what)
+  }
+
   dismiss(grant: Grant): void {
     this.#admission.dismiss(grant)
     this.memory.keep(this.#admission.largestState)

@@ -2,6 +2,7 @@ import type { FastifyReply } from 'fastify'
 import { ServiceError } from '../errors.js'
 import type { Receipt } from '../run/history.js'
 import type { Run } from '../run/run.js'
+import type { MemberStatus } from '../wire/frame.js'
 import type { components } from './openapi.js'
 
 /** Most event streams at a time. */
@@ -14,7 +15,7 @@ const HEARTBEAT_MS = 15_000
 
 type Reader = { end: () => void }
 
-/** Server-sent events: sends every receipt of a run to each reader of the run. */
+/** Server-sent events: sends every receipt of a run, and which members come and go, to each reader of the run. */
 export class Events {
   #readers = new Set<Reader>()
 
@@ -38,13 +39,18 @@ export class Events {
     const reader: Reader = { end: () => raw.end() }
     this.#readers.add(reader)
     for (const receipt of run.receipts(after)) send(receipt)
+    const tell = ({ rank, connected }: MemberStatus) => {
+      raw.write(`event: member\ndata: ${JSON.stringify({ rank, connected })}\n\n`)
+    }
     run.on('receipt', send)
+    run.on('member', tell)
     // A run that leaves memory comes back as another one, which has this one's readers no more.
     run.on('gone', reader.end)
     const heartbeat = setInterval(() => raw.write(': nothing new\n\n'), HEARTBEAT_MS).unref()
     raw.once('close', () => {
       clearInterval(heartbeat)
       run.off('receipt', send)
+      run.off('member', tell)
       run.off('gone', reader.end)
       this.#readers.delete(reader)
     })

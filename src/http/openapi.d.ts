@@ -311,7 +311,8 @@ export interface paths {
         };
         /**
          * Each receipt as it happens, as server-sent events
-         * @description Event `receipt`, its `id` the step and its `data` a Receipt in JSON. With `Last-Event-ID` the kept receipts after
+         * @description Event `receipt`, its `id` the step and its `data` a Receipt in JSON. In a run with members event `member` has in
+         *     its `data` the `rank` of one that came or went, and whether it is `connected`. With `Last-Event-ID` the kept receipts after
          *     that step come first; without it the stream starts with the next one. A reader that falls 1 MiB behind is cut off,
          *     and comes back with `Last-Event-ID`. The stream ends when the run is deleted or the service shuts down.
          */
@@ -557,10 +558,19 @@ export interface components {
             ahead: number[];
             /** @description What QK-clip watches. */
             attentions: components["schemas"]["Attention"][];
+            /** @description Every rank of a run with members, in order; absent for a run with one connection. */
+            members?: components["schemas"]["Member"][];
             /** @description Every effective hyperparameter of the step in progress, by group. */
             groups: {
                 [key: string]: components["schemas"]["Hyperparameters"];
             };
+        };
+        Member: {
+            rank: number;
+            /** @description Whether it has a connection. */
+            connected: boolean;
+            /** @description Whether its `end` of the step in progress has come: the others wait for a member whose has not. */
+            ended: boolean;
         };
         Imported: {
             /** @description The last finished step, which the state follows. */

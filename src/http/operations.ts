@@ -301,7 +301,19 @@ function checkpointBody(folder: RunFolder, entry: CheckpointEntry): Schemas['Che
 
 function runBody(runs: Runs, run: Run): Schemas['Run'] {
   const { groups, ahead } = run.opened(true)
-  return { ...runSummary(runs, run), ahead: [...ahead], attentions: [...run.attentions], groups: { ...groups } }
+  const members = memberRows(run)
+  return {
+    ...runSummary(runs, run),
+    ...(members && { members }),
+    ...{ ahead: [...ahead], attentions: [...run.attentions], groups: { ...groups } },
+  }
+}
+
+/** The members of a run that has some: who is connected, and whose `end` of the step in progress has come. */
+function memberRows({ intake }: Run): Schemas['Member'][] | undefined {
+  const { layout, status } = intake.members
+  const ended = new Set(intake.ended)
+  return layout.named ? status.map((member) => ({ ...member, ended: ended.has(member.rank) })) : undefined
 }
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {

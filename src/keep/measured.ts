@@ -1,6 +1,9 @@
 import { type Metrics, PHASES } from '../metrics.js'
 import type { Run } from '../run/run.js'
 
+/** Ranks with a label of their own: the number of series stays bounded. */
+const MOST_RANKS = 64
+
 /**
  * Has the metrics count every step that a run finishes from here on: steps that a restart computes again were counted
  * before.
@@ -11,6 +14,12 @@ export function measure(run: Run, metrics: Metrics): void {
     for (const count of Object.values(clipped_heads)) metrics.clipped_heads_total.inc(count)
     if (max_logit !== undefined) metrics.max_logit.observe(max_logit)
     for (const phase of PHASES) metrics.step_phase_seconds.observe({ phase }, seconds[phase])
+  })
+  run.on('waited', (waited) => {
+    for (const { rank, seconds } of waited) {
+      const label = rank < MOST_RANKS ? String(rank) : `${MOST_RANKS} and more`
+      metrics.member_wait_seconds_total.inc({ rank: label }, seconds)
+    }
   })
   run.on('committed', (seconds) => metrics.journal_commit_seconds.observe(seconds))
 }

@@ -1,8 +1,9 @@
+import { isDeepStrictEqual } from 'node:util'
 import type { Demand } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithms/algorithm.js'
 import { attentionDifference, parseAttentions } from '../optimizer/attention.js'
-import { type Groups, groupOf, stateBearing } from '../optimizer/hyperparameters.js'
+import { effective, type Group, type Groups, groupOf, show, stateBearing } from '../optimizer/hyperparameters.js'
 import {
   findingDifference,
   PARAMETERS_PER_YIELD,
@@ -13,18 +14,43 @@ import {
 import type { Presets } from '../optimizer/preset.js'
 import { parseGroups } from '../run/declaration.js'
 import type { Run } from '../run/run.js'
+import { seatOf } from '../run/seat.js'
 import { inSlices } from '../run/slices.js'
+import type { Layout } from '../run/step/layout.js'
+import type { Seat } from '../run/step/member.js'
 import type { OpenFrame } from '../wire/frame.js'
 
 // What an `open` asks for, held against the run that is there.
 
-/** Throws RUN_BUSY where a connection has the run and the `open` does not ask to replace it. */
-export function checkFree(run: Run, { takeover }: OpenFrame): void {
-  if (!run.connected || takeover) return
-  throw new ServiceError(
-    'RUN_BUSY',
-    `run '${run.name}' has a connection (epoch ${run.epoch}), open it with takeover to replace that`,
-  )
+/** A place in a run that nothing speaks against: the seat, and the layout that it is one of. */
+export type Place = { seat: Seat | undefined; layout: Layout }
+
+/**
+ * Throws RUN_BUSY where a connection has the place in the run that an `open` asks for and it does not ask to replace
+ * that, and RUN_MISMATCH where others have the run in another layout.
+ */
+export function checkFree(run: Run, { member, takeover = false }: OpenFrame): void {
+  run.intake.members.checkFree(member, takeover)
+}
+
+/**
+ * Finds the place that an `open` asks for. Throws PARAMETER_INVALID, and RUN_MISMATCH for ranges that are others now.
+ * Yields from time to time.
+ */
+export function* findingPlace(run: Run, frame: OpenFrame): Generator<undefined, Place> {
+  const seat = yield* seatOf(frame, run.parameters)
+  const layout = run.intake.members.layoutFor(seat)
+  if (seat) yield* layout.checking(seat)
+  return { seat, layout }
+}
+
+/**
+ * Whether an `open` that may only create a run may join it: others have created it for all members, and wait for them.
+ */
+export function mayJoin(run: Run | undefined, { member }: OpenFrame): boolean {
+  if (!run || !member) return false
+  const { members } = run.intake
+  return members.layout.fits(member) && members.hasOthers(member) && isFresh(run)
 }
 
 /** Compares what a resuming `open` gives with what the run has; answers the groups to replace, if any were given. */
@@ -32,7 +58,8 @@ export async function checkSame(run: Run, frame: OpenFrame, presets: Presets): P
   const existing = run.groups
   const groups = frame.groups && parseGroups(frame.groups, presets)
   if (groups) {
-    const difference = groupDifference(existing, groups)
+    const joins = frame.member !== undefined && isFresh(run) && run.intake.members.hasOthers(frame.member)
+    const difference = groupDifference(existing, groups, joins)
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
   }
   if (frame.parameters) {
@@ -44,18 +71,31 @@ export async function checkSame(run: Run, frame: OpenFrame, presets: Presets): P
     const difference = attentionDifference(run.attentions, parseAttentions(frame.attentions, run.parameters))
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
   }
-  return groups
+  // Hyperparameters are rank 0's to give.
+  return frame.member && frame.member.rank > 0 ? undefined : groups
 }
 
-function groupDifference(existing: Groups, given: Groups): string | undefined {
+/** Whether nothing of a run's first step was applied. */
+export function isFresh(run: Run): boolean {
+  return run.step === 0 && !run.begun
+}
+
+/** `wholly`: of a run that its members are about to begin, every hyperparameter has to be the same. */
+function groupDifference(existing: Groups, given: Groups, wholly: boolean): string | undefined {
   for (const [name, group] of existing) {
     const other = given.get(name)
     if (!other) return `its group '${name}' is not given`
-    const difference = stateBearing(group, other)
+    const difference = stateBearing(group, other) ?? (wholly ? valueDifference(group, other) : undefined)
     if (difference) return `group '${name}': ${difference}`
   }
   for (const name of given.keys()) if (!existing.has(name)) return `it has no group '${name}'`
   return undefined
+}
+
+function valueDifference(existing: Group, given: Group): string | undefined {
+  const [has, other] = [effective(existing), effective(given)]
+  const key = Object.keys(has).find((name) => !isDeepStrictEqual(has[name], other[name]))
+  return key && `${key} is ${show(has[key])} in the run, ${show(other[key])} given`
 }
 
 /** `scales`: bytes of row scales by parameter. `held`: a checkpoint may hold the state of one step beside the next. */

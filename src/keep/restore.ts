@@ -154,8 +154,8 @@ async function applyAgain(run: Run, { member, gradient, files, elsewhere }: Agai
       const file = files.get(path) ?? open(path, 'r')
       files.set(path, file)
       await readInto(region.view, await file, at)
-      const step = run.expect(member, index, number)
-      const update = await run.compute(member, { step, index, gradient: region.retain() })
+      const step = run.intake.expect(member, index, number)
+      const update = await run.intake.compute({ member, step, index, gradient: region.retain() })
       update?.memory.release()
       run.acknowledge(index, applied, elsewhere)
     } finally {

@@ -18,7 +18,7 @@ import { Archive } from './archive.js'
 import type { IdleRun } from './idle.js'
 import type { Keeper, Log } from './keeper.js'
 import { type Kept, releaseKept } from './kept.js'
-import { checkFree, checkSame, demandsOf } from './opening.js'
+import { checkFree, checkSame, demandsOf, findingPlace, isFresh, mayJoin, type Place } from './opening.js'
 import { pendingImport } from './receive-state.js'
 import { Residents } from './residents.js'
 import { Turns } from './turns.js'
@@ -160,7 +160,7 @@ export class Runs {
       const run = this.#residents.get(name)
       if (!run && !this.#archive?.absent.has(name)) this.get(name)
       this.#residents.leave(name)
-      run?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
+      run?.intake.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
       await run?.settled()
       try {
         await this.#archive?.remove(name, run)
@@ -282,7 +282,8 @@ export class Runs {
     if (this.#device.failed) throw this.#deviceFailure()
     if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, connection)
     const exists = this.#residents.get(name) !== undefined || this.#archive?.absent.has(name)
-    if (exists && (mode === 'create' || from)) throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
+    if (exists && (from || (mode === 'create' && !mayJoin(this.#residents.get(name), frame))))
+      throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
     if (from) return this.#branch(frame, from, connection)
     const known = await this.#find(name)
     if (!known && mode === 'resume') this.get(name)
@@ -300,13 +301,17 @@ export class Runs {
   async #resume(run: Run, frame: OpenFrame, connection: Connection, kept?: Kept): Promise<Opened> {
     checkFree(run, frame)
     const groups = await checkSame(run, frame, this.#presets)
+    const { seat, layout } = await inSlices(findingPlace(run, frame))
+    // Of a run with members each one opens a run that exists, but for the first.
+    const resumed = seat === undefined || !isFresh(run)
+    run.intake.prepare(layout)
     await this.#archive?.opened(run)
-    const member = await run.attach(connection)
-    const opened = { run, member, resumed: true }
+    const member = await run.attach(connection, seat, layout)
+    const opened = { run, member, resumed }
     if (kept) await this.#takeBack(run, member, kept)
     if (!groups) return opened
     await this.#archive?.replaced(run, groups).catch((error) => {
-      run.detach(member)
+      run.intake.detach(member)
       throw error
     })
     run.replaceGroups(groups)
@@ -320,6 +325,10 @@ export class Runs {
     const known = this.#residents.get(name)
     if (!archive || !known) return this.#loadBack(frame, checkpoint, connection)
     checkFree(known, frame)
+    if (known.intake.members.hasOthers(frame.member)) {
+      const message = `checkpoint '${checkpoint}': other members have run '${name}', one of them goes back before the others open it`
+      throw new ServiceError('RUN_BUSY', message)
+    }
     await checkSame(known, frame, this.#presets)
     const kept = await archive.fetch(known, checkpoint)
     try {
@@ -354,7 +363,7 @@ export class Runs {
     try {
       await this.#archive?.goBack(run, kept.manifest.checkpoint, kept)
     } catch (error) {
-      run.detach(member)
+      run.intake.detach(member)
       await this.#drop(run)
       throw error
     }
@@ -369,15 +378,20 @@ export class Runs {
 
   async #create(frame: OpenFrame, connection: Connection): Promise<Opened> {
     const declaration = await inSlices(declarationOf(frame, this.#presets))
+    let place: Place | undefined
     const run = await this.#residents.place(async () => {
       const made = await this.build(frame.run, declaration)
-      await this.#archive?.create(made).catch((error) => {
+      try {
+        place = await inSlices(findingPlace(made, frame))
+        made.intake.prepare(place.layout)
+        await this.#archive?.create(made)
+        return made
+      } catch (error) {
         made.dispose()
         throw error
-      })
-      return made
+      }
     })
-    return { run, member: await run.attach(connection), resumed: false }
+    return { run, member: await run.attach(connection, place?.seat, place?.layout), resumed: false }
   }
 
   /** Makes a run that begins with the state of a checkpoint of another one, and goes on with its steps and digest. */
@@ -387,7 +401,8 @@ export class Runs {
     const run = await this.#residents.place(() =>
       archive.branch(frame.run, from, (made) => checkSame(made, frame, this.#presets)),
     )
-    return { run, member: await run.attach(connection), resumed: false }
+    const { seat, layout } = await inSlices(findingPlace(run, frame))
+    return { run, member: await run.attach(connection, seat, layout), resumed: false }
   }
 
   #checkSizes(parameters: readonly Parameter[]): void {
@@ -404,7 +419,7 @@ export class Runs {
   #expelAll(): void {
     const error = this.#deviceFailure({ close: 1011 })
     for (const run of this.list()) {
-      run.expel(error)
+      run.intake.expel(error)
       this.#residents.leave(run.name)
     }
   }

@@ -10,7 +10,15 @@ import type { Run } from '../run/run.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
 import type { Connection } from '../run/step/member.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
-import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame, TransportAnswer } from '../wire/frame.js'
+import type {
+  CheckpointFrame,
+  ClientFrame,
+  EndFrame,
+  MemberStatus,
+  OpenFrame,
+  ReceiptFrame,
+  TransportAnswer,
+} from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
 import { Window } from './pace.js'
 import { Reception } from './reception.js'
@@ -51,6 +59,9 @@ export class Session implements Connection, GradientSink {
   #joined: Joined | undefined
   /** Memory that the client shares; undefined where all of its tensors come over the socket. */
   #arenas: SharedArenas | undefined
+  /** Members of the run that have come or gone, of which the client was not told yet. */
+  #changes = new Map<number, MemberStatus>()
+  #isOpened = false
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
   #leaving = false
@@ -208,7 +219,7 @@ export class Session implements Connection, GradientSink {
   // After `open` only a `step` frame can be refused by its bytes without ending the connection.
   #decode(bytes: Uint8Array): ClientFrame | Promise<ClientFrame> {
     const refused = (error: unknown) => {
-      this.#joined?.run.refuseAnnouncement(this.#joined.member)
+      this.#joined?.run.intake.refuseAnnouncement(this.#joined.member)
       throw error
     }
     try {
@@ -222,7 +233,7 @@ export class Session implements Connection, GradientSink {
   #dispatch(joined: Joined, frame: Exclude<ClientFrame, OpenFrame>): Promise<void> | undefined {
     switch (frame.type) {
       case 'step':
-        return void joined.run.announce(joined.member, frame)
+        return void joined.run.intake.announce(joined.member, frame)
       case 'gradient':
         return this.#reception.take(joined, frame)
       case 'gradients':
@@ -240,16 +251,31 @@ export class Session implements Connection, GradientSink {
       throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#joined.run.name}' already`)
     const { config, device, log } = this.#context
     const { run, member, resumed } = await this.#context.runs.open(frame, this)
-    if (this.#leaving) return run.detach(member)
+    if (this.#leaving) return run.intake.detach(member)
     this.#joined = { run, member }
     log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
     const { chunk_bytes, staging_bytes, max_parameters, idle_seconds } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
     const limits = { chunk_bytes, staging_bytes, max_parameters, idle_seconds }
     const transport = this.#agree(frame, run)
-    const opened = { type: 'opened', ...run.opened(resumed), ...transport, limits, server } as const
-    if (frame.parameters) return this.#send(opened)
-    void this.#sender.send({ header: await inSlices(encodingOpened(opened, run.describeParameters())) })
+    const opened = { type: 'opened', ...run.opened(resumed, member), ...transport, limits, server } as const
+    this.#changes = new Map()
+    if (frame.parameters) this.#send(opened)
+    else void this.#sender.send({ header: await inSlices(encodingOpened(opened, run.describeParameters())) })
+    this.#isOpened = true
+    if (this.#changes.size > 0) this.#tellChanges()
+  }
+
+  /** The changes of one turn of the event loop are told in one frame, and none before `opened`. */
+  changed(status: MemberStatus): void {
+    this.#changes.set(status.rank, status)
+    if (this.#changes.size === 1 && this.#isOpened) setImmediate(() => this.#tellChanges())
+  }
+
+  #tellChanges(): void {
+    const members = [...this.#changes.values()]
+    this.#changes.clear()
+    if (!this.#leaving) this.#send({ type: 'members', members })
   }
 
   /** The transport as `opened` has it; nothing where the client has offered none. */
@@ -284,17 +310,19 @@ export class Session implements Connection, GradientSink {
 
   /** Ends a step once all its updates were sent. The receipt is out before anything of the next step is looked at. */
   async #end({ run, member }: Joined, { step, skipped = [] }: EndFrame): Promise<void> {
+    run.intake.beginEnd(member, step, skipped)
     await this.#answers.settled()
     if (this.#leaving) return
-    const receipt = await run.end(member, step, skipped)
-    await this.#sendSkipped(run, receipt)
+    const receipt = await run.intake.end(member, step, skipped)
+    if (!receipt) return
+    await this.#sendSkipped({ run, member }, receipt)
     await this.#sender.send({ header: encodeFrame(receipt) })
     if (this.#draining) this.#leave(1012, 'the service shuts down')
   }
 
   /** Each waits for the one before to leave: a step may clip every parameter of a model without one gradient. */
-  async #sendSkipped(run: Joined['run'], { step, replayed }: ReceiptFrame): Promise<void> {
-    for (const { parameter, row_scale } of run.skippedRowScales()) {
+  async #sendSkipped({ run, member }: Joined, { step, replayed }: ReceiptFrame): Promise<void> {
+    for (const { parameter, row_scale } of run.skippedRowScales(member)) {
       const keys = { parameter, step, offset: 0, scale: 0, decay: 0, row_scale, replayed }
       const sent = await this.#sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
       if (!sent) return
@@ -358,7 +386,7 @@ export class Session implements Connection, GradientSink {
     this.#leaving = true
     this.#reception.abandon()
     this.#gone.abort()
-    this.#joined?.run.detach(this.#joined.member)
+    this.#joined?.run.intake.detach(this.#joined.member)
     this.#arenas?.close()
   }
 

@@ -84,6 +84,8 @@ export function agree(
 }
 
 function take(offer: TransportOffer, { device, run, local }: Agreement): SharedArenas {
+  if (run.intake.members.layout.named)
+    throw new Refusal('the run has members: each of them sends and receives its ranges over the socket')
   if (!local) throw new Refusal('the client is on another host: no memory is shared')
   if (offer.nonce.length !== PROOF_BYTES)
     throw new Refusal(`the nonce has ${offer.nonce.length} bytes, expected ${PROOF_BYTES}`)

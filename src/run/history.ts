@@ -1,14 +1,23 @@
 import type { ImportRecord, RunRecord } from '../store/checkpoint/manifest.js'
-import type { ReceiptFrame } from '../wire/frame.js'
+import type { MemberStatus, ReceiptFrame } from '../wire/frame.js'
 import { FIRST_DIGEST } from './digest.js'
 
 export type Receipt = ReceiptFrame
 
+/** For how many seconds the members of a run have waited at the end of a step for that of a rank. */
+export type Waited = { readonly rank: number; readonly seconds: number }
+
 /**
- * Events of a run: the receipt of each finished step, the seconds that the journal took to write a step, and the end,
- * when it leaves memory.
+ * Events of a run: the receipt of each finished step, the seconds that the journal took to write a step and those that
+ * members waited for each other, a member that came or went, and the end, when it leaves memory.
  */
-export type RunEvents = { receipt: [Receipt]; committed: [number]; gone: [] }
+export type RunEvents = {
+  receipt: [Receipt]
+  committed: [number]
+  waited: [readonly Waited[]]
+  member: [MemberStatus]
+  gone: []
+}
 
 /** The newest receipts are kept: so many, of so many bytes together. */
 export type ReceiptLimits = { readonly receipts_kept: number; readonly receipts_bytes: number }

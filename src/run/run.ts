@@ -8,20 +8,22 @@ import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import { type Groups, groupOf } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
-import { checkMaxLogits } from '../optimizer/qk-clip.js'
 import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/checkpoint/manifest.js'
 import type { Journal } from '../store/journal/journal.js'
 import type { EndHead } from '../store/journal/journal-format.js'
-import type { OpenedFrame, ParameterDescription, StepFrame } from '../wire/frame.js'
+import type { OpenedFrame, ParameterDescription } from '../wire/frame.js'
 import { Boundary } from './boundary.js'
 import { History, type Receipt, type RunEvents } from './history.js'
 import { importNote, type PendingImport } from './imported-state.js'
-import type { GradientPlaces, Place, PlaceRow } from './place.js'
+import type { Place, PlaceRow } from './place.js'
 import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import type { RestoredState, RunOptions } from './run-options.js'
 import { type HeldTensor, type ScaledUpdate, Shard } from './shard.js'
-import { checkComplete, conclude, effectiveGroups } from './step/conclusion.js'
-import { type Connection, Member } from './step/member.js'
+import { conclude, effectiveGroups } from './step/conclusion.js'
+import type { Whole } from './step/gathering.js'
+import { Intake } from './step/intake.js'
+import type { Layout } from './step/layout.js'
+import type { Connection, Member, Seat } from './step/member.js'
 import { Step, type StepSettings } from './step/step.js'
 import { Steps } from './step/steps.js'
 
@@ -33,14 +35,14 @@ export class Run extends EventEmitter<RunEvents> {
   readonly name: string
   readonly created_at: string
   readonly boundary: Boundary
+  /** What the run's members send. */
+  readonly intake: Intake
   readonly #shard: Shard
   readonly #history: History
   readonly #steps: Steps
-  #member: Member | undefined
   #epoch = 0
   #note = ''
   #journal: Journal | undefined
-  #idleSince: number | undefined = performance.now()
   #isGone = false
   #inFlight = new Set<Promise<unknown>>()
 
@@ -54,6 +56,16 @@ export class Run extends EventEmitter<RunEvents> {
     this.#history = new History(receipts)
     this.#shard = new Shard(device, { run: name, ...rest })
     this.#steps = new Steps(name, new Step(1, groups))
+    this.intake = new Intake(device, {
+      ...{ name, parameters: rest.parameters, attentions: rest.attentions, shard: this.#shard, steps: this.#steps },
+      held: () => this.boundary.held,
+      settled: () => this.settled(),
+      stepOfGradient: (index, number) => this.#stepOfGradient(index, number),
+      compute: (whole) => this.#compute(whole),
+      changed: (status) => void this.emit('member', status),
+      last: () => this.#history.last,
+      conclude: (step, waited) => this.#conclude(step, waited),
+    })
   }
 
   /** How often the run was opened: a connection of an older epoch has lost it. */
@@ -118,12 +130,12 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** Whether a connection has the run. */
   get connected(): boolean {
-    return this.#member !== undefined
+    return this.intake.members.connected.length > 0
   }
 
   /** Since when no connection has the run, as `performance.now` counts; undefined while one has it. */
   get idleSince(): number | undefined {
-    return this.#idleSince
+    return this.intake.members.idleSince
   }
 
   /** Bytes of state that are live. */
@@ -146,33 +158,11 @@ export class Run extends EventEmitter<RunEvents> {
     return this.#steps.current.begun
   }
 
-  /**
-   * Makes a connection the run's only member. The jobs of the one before settle first: the parameters that they
-   * applied show in `ahead`, and their values hold for the step; with nothing applied the values are forgotten.
-   */
-  async attach(connection: Connection): Promise<Member> {
-    const older = this.#member
-    const member = new Member(connection)
-    this.#member = member
-    this.#idleSince = undefined
-    older?.fence()
-    await this.settled()
-    this.#steps.current.forget()
+  /** Gives a connection its seat in a layout, as `Intake.attach` does: the run has another epoch. */
+  async attach(connection: Connection, seat?: Seat, layout?: Layout): Promise<Member> {
+    const member = await this.intake.attach(connection, seat, layout)
     this.#epoch += 1
     return member
-  }
-
-  /** The member's connection is gone. Jobs that no lane has begun are dropped. */
-  detach(member: Member): void {
-    member.lose()
-    if (this.#member !== member) return
-    this.#member = undefined
-    this.#idleSince = performance.now()
-  }
-
-  /** Tells the connection that has the run why it has to go; the run has no member any more. */
-  expel(error: ServiceError): void {
-    this.#member?.expel(error)
   }
 
   /** When every job of this run has been committed or dropped. */
@@ -180,13 +170,16 @@ export class Run extends EventEmitter<RunEvents> {
     while (this.#inFlight.size > 0) await Promise.allSettled(this.#inFlight)
   }
 
-  /** The answer to an `open` that has found or made the run, but for the parameters. */
-  opened(resumed: boolean): Omit<OpenedFrame, 'type' | 'limits' | 'server' | 'parameters'> {
+  /** The answer to an `open` that has found or made the run, but for the parameters; a member is told of the others. */
+  opened(resumed: boolean, member?: Member): Omit<OpenedFrame, 'type' | 'limits' | 'server' | 'parameters'> {
+    const { layout, status } = this.intake.members
+    const { rank = 0, world_size = 1 } = member ?? {}
     return {
       ...{ run: this.name, epoch: this.epoch, step: this.step, resumed, digest: this.digest },
       ...{ ahead: this.ahead, attentions: this.attentions },
       groups: effectiveGroups(this.groups),
       ...(this.note && { note: this.note }),
+      ...(member && layout.named && { member: { rank, world_size }, members: status }),
     }
   }
 
@@ -197,85 +190,13 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * Takes a `step` frame: for the step in progress its values, for the last finished one only the values that it had.
+   * The row scales of a member's parameters that the last finished step skipped: QK-clip does not wait for a gradient.
+   * One at a time.
    */
-  announce(member: Member, { step: number, groups = {}, gradient_scale = 1, max_logits = {} }: StepFrame): void {
-    const step = this.#steps.of(number, `a step frame for step ${number}`)
-    step.refuse(member)
-    step.announce(member, {
-      ...{ groups, gradient_scale },
-      max_logits: checkMaxLogits(this.attentions, max_logits, number),
-    })
-  }
-
-  /**
-   * A frame of this member that announces a step could not be read: nothing is taken for that step before another one
-   * comes.
-   */
-  refuseAnnouncement(member: Member): void {
-    this.#steps.current.refuse(member)
-  }
-
-  /**
-   * Answers the step that a member's gradient is to be applied in, or computed again. Throws STEP_CONFLICT where
-   * neither can be.
-   */
-  expect(member: Member, index: number, number: number): Step {
-    const step = this.#stepOfGradient(index, number)
-    step.checkAccepted(member)
-    step.begin()
-    return step
-  }
-
-  /**
-   * Computes and commits, or replays, one parameter's part of a step. Takes the gradient's regions over, and releases
-   * them when the lane and the journal have read them, whatever comes of it. Undefined: the member that sent it has
-   * lost the run.
-   */
-  async compute(
-    member: Member,
-    { step, index, gradient, source, target }: { step: Step; index: number } & GradientPlaces,
-  ): Promise<ScaledUpdate | undefined> {
-    try {
-      if (this.boundary.held) await this.boundary.held
-      if (member.lost) return undefined
-      // An import may have come between the gradient's first chunk and its last.
-      this.#stepOfGradient(index, step.number)
-      const { ticket } = member
-      const update = await this.#track(this.#shard.compute(step, index, { gradient, source, target, ticket }))
-      if (update) this.#store(step, index, gradient)
-      return update
-    } finally {
-      gradient.release()
-      source?.release()
-    }
-  }
-
-  /**
-   * The row scales of parameters that the last finished step skipped: QK-clip does not wait for a gradient. One at a
-   * time.
-   */
-  skippedRowScales(): Generator<{ parameter: number; row_scale: Uint8Array }> {
+  *skippedRowScales(member: Member): Generator<{ parameter: number; row_scale: Uint8Array }> {
     assert(this.#steps.finished, 'a step was finished')
-    return this.#shard.skippedRowScales(this.#steps.finished)
-  }
-
-  /**
-   * Finishes a step whose every parameter was applied or is skipped, or answers a finished one's receipt again. With
-   * a journal the step is on the disk first; where it cannot be, STORAGE_FAILED is thrown and the step is not
-   * finished.
-   */
-  async end(member: Member, number: number, skipped: readonly number[]): Promise<Receipt> {
-    if (this.boundary.held) await this.boundary.held
-    const step = this.#steps.of(number, `end for step ${number}`)
-    step.checkAccepted(member)
-    const { last } = this.#history
-    if (step === this.#steps.finished && last) return { ...last, replayed: true }
-    checkComplete(step, this.#shard, new Set(skipped))
-    const durable = this.#journal !== undefined
-    const receipt = conclude(step, this.#shard, { digest: this.digest, durable })
-    if (!this.#journal) return this.#finish(receipt)
-    return this.#track(this.#commit(this.#journal, receipt, skipped).then(() => this.#finish(receipt)))
+    for (const scale of this.#shard.skippedRowScales(this.#steps.finished))
+      if (member.has(this.parameter(scale.parameter))) yield scale
   }
 
   receipts(after: number): Receipt[] {
@@ -353,6 +274,7 @@ export class Run extends EventEmitter<RunEvents> {
     const applied = record.places.flatMap(({ applied_step }, index) => (applied_step === record.step ? [index] : []))
     const finished = record.last && Step.finished(record.step, settingsOf(record.last), applied)
     this.#steps.restore(finished, new Step(record.step + 1, groupsOf(record.groups)))
+    this.intake.forget()
     this.#note = note
   }
 
@@ -379,7 +301,8 @@ export class Run extends EventEmitter<RunEvents> {
    * another one.
    */
   async endAgain(member: Member, { step, skipped, digest, receipt }: EndHead): Promise<void> {
-    const computed = await this.end(member, step, skipped)
+    const computed = await this.intake.end(member, step, skipped)
+    assert(computed, 'a journal is never lost as a member')
     if (computed.digest !== digest)
       throw new UnreadableError(`step ${step} has digest ${computed.digest}, expected ${digest}`)
     this.#history.acknowledge(receipt)
@@ -399,6 +322,7 @@ export class Run extends EventEmitter<RunEvents> {
   /** Gives all memory back. The run has no member and no job any more. */
   dispose(): void {
     this.#isGone = true
+    this.intake.close()
     this.#shard.dispose()
     this.emit('gone')
   }
@@ -407,8 +331,32 @@ export class Run extends EventEmitter<RunEvents> {
     return this.#steps.ofGradient(this.parameter(index), number, this.#history.imported !== undefined)
   }
 
+  /** Computes and commits, or replays, one parameter's part of a step. */
+  async #compute({ step, index, explain, ...asked }: Whole): Promise<ScaledUpdate | undefined> {
+    if (this.boundary.held) await this.boundary.held
+    if (asked.ticket.cancelled) return undefined
+    // An import may have come since the gradient did.
+    this.#stepOfGradient(index, step.number)
+    const computing = this.#shard.compute(step, index, asked).catch(async (error) => {
+      throw await explain(error)
+    })
+    const update = await this.#track(computing)
+    if (update) this.#store(step, index, asked.gradient)
+    return update
+  }
+
+  /** Finishes a step whose every parameter was applied or is skipped. With a journal the step is on the disk first. */
+  #conclude(step: Step, waited: RunEvents['waited'][0]): Receipt | Promise<Receipt> {
+    const durable = this.#journal !== undefined
+    const receipt = conclude(step, this.#shard, { digest: this.digest, durable })
+    this.emit('waited', waited)
+    if (!this.#journal) return this.#finish(receipt)
+    return this.#track(this.#commit(this.#journal, receipt).then(() => this.#finish(receipt)))
+  }
+
   #finish(receipt: Receipt): Receipt {
     this.#steps.finish()
+    this.intake.finish()
     this.#history.add(receipt)
     this.emit('receipt', receipt)
     return receipt
@@ -426,11 +374,24 @@ export class Run extends EventEmitter<RunEvents> {
       .then(() => kept.release())
   }
 
-  async #commit(journal: Journal, receipt: Receipt, skipped: readonly number[]): Promise<void> {
+  /**
+   * Has the journal take what it lacks of the gradients that members have put together: they need not send it again.
+   */
+  #storeApplied(step: Step): void {
+    for (const index of step.applied) {
+      const gradient = this.intake.applied(index, step.number)
+      if (gradient) this.#store(step, index, gradient)
+      gradient?.release()
+    }
+  }
+
+  async #commit(journal: Journal, receipt: Receipt): Promise<void> {
     const started = performance.now()
     const step = this.#steps.current
     const { digest } = receipt
     const settings = settingsRecord(step.settings)
+    const skipped = this.parameters.flatMap(({ index }) => (step.hasApplied(index) ? [] : [index]))
+    this.#storeApplied(step)
     await step.end(() =>
       journal.commit({ type: 'end', step: step.number, digest, skipped, settings, receipt }, step.applied),
     )

@@ -1,20 +1,18 @@
 import { ServiceError } from '../errors.js'
 import { atOnce } from './at-once.js'
 import {
-  CLIENT_FRAMES,
   type ClientFrame,
   type GradientFrame,
   OPEN_BYTES,
   type OpenedFrame,
   OTHER_KEYS_BYTES,
-  PARAMETER_DESCRIPTION,
   type ParameterDescription,
   PROTOCOL,
-  SERVER_FRAMES,
   type ServerFrame,
   STEP_BYTES,
   type UpdateFrame,
 } from './frame.js'
+import { CLIENT_FRAMES, PARAMETER_DESCRIPTION, SERVER_FRAMES } from './frame-schemas.js'
 import { type Cursor, cursorOf, ITEMS_PER_YIELD, malformed, nextToken, scan, takeBytes } from './msgpack.js'
 import { binHead, listHead, pack } from './pack.js'
 import { type MapSchema, quote, readMessage } from './schema.js'
@@ -102,9 +100,7 @@ export function* encodingOpened(
   frame: Omit<OpenedFrame, 'parameters'>,
   parameters: Iterable<ParameterDescription>,
 ): Generator<undefined, Buffer> {
-  const header = pack(frame, SERVER_FRAMES.opened)
-  // One more pair in the map; `opened` does not reach the 15 at which the count would leave the first byte.
-  header[0] += 1
+  const header = withOneMorePair(pack(frame, SERVER_FRAMES.opened))
   const list: Buffer[] = []
   for (const parameter of parameters) {
     list.push(pack(parameter, PARAMETER_DESCRIPTION))
@@ -121,10 +117,14 @@ export type DataHeader = Omit<GradientFrame, 'data'> | Omit<UpdateFrame, 'data'>
  * after it as a fragment of its own, so no tensor is copied.
  */
 export function encodeHeader(frame: DataHeader, dataLength: number): Buffer {
-  const header = Buffer.concat([pack(frame, schemaOf(frame)), DATA_KEY, binHead(dataLength)])
-  // One more pair in the map; no frame reaches the 15 at which the count would leave the first byte.
-  header[0] += 1
-  return header
+  return withOneMorePair(Buffer.concat([pack(frame, schemaOf(frame)), DATA_KEY, binHead(dataLength)]))
+}
+
+/** Counts one more pair in the map that the message is: msgpack has the count of up to 15 in the first byte. */
+function withOneMorePair(message: Buffer): Buffer {
+  if (message[0] === MOST_IN_FIRST_BYTE) return Buffer.concat([SIXTEEN_PAIRS, message.subarray(1)])
+  message[0] += 1
+  return message
 }
 
 /** Encodes header and payload into one message: a copy, for small tensors and tests. */
@@ -231,6 +231,8 @@ function readString(cursor: Cursor): string | undefined {
   return kind === 'string' ? takeBytes(cursor, value)?.toString() : undefined
 }
 
+const MOST_IN_FIRST_BYTE = 0x8f
+const SIXTEEN_PAIRS = Buffer.of(0xde, 0, 16)
 const PARAMETERS_KEY = Buffer.concat([Buffer.of(0xa0 | 'parameters'.length), Buffer.from('parameters')])
 const DATA_KEY = Buffer.from([0xa4, 0x64, 0x61, 0x74, 0x61])
 

@@ -19,7 +19,11 @@ const frame = (run: string, keys: Partial<OpenFrame> = {}): OpenFrame => ({
   parameters: PARAMETERS,
   ...keys,
 })
-const connection = (told: ServiceError[] = []): Connection => ({ fence: () => {}, expel: (error) => told.push(error) })
+const connection = (told: ServiceError[] = []): Connection => ({
+  fence: () => {},
+  expel: (error) => told.push(error),
+  changed: () => {},
+})
 
 t.test('no more runs than allowed, opened side by side too', async (t) => {
   const { runs, app } = await startService({ max_runs: 2 })
@@ -92,7 +96,7 @@ t.test('a step that lacks many parameters names ten of them and counts the rest'
   const { runs, app } = await startService({ lanes: 1 })
   const parameters = Array.from({ length: 13 }, (_, i) => ({ name: `p${i}`, shape: [1], group: 'g' }))
   const { run, member } = await runs.open(frame('r', { parameters }), connection())
-  await t.rejects(run.end(member, 1, [0]), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
+  await t.rejects(run.intake.end(member, 1, [0]), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
   await app.close()
 })
 

@@ -9,7 +9,8 @@ import {
   encodeWithData,
   peekGradient,
 } from '../../src/wire/codec.js'
-import { type ClientFrame, type GradientFrame, SERVER_FRAMES, type ServerFrame } from '../../src/wire/frame.js'
+import type { ClientFrame, GradientFrame, ServerFrame } from '../../src/wire/frame.js'
+import { SERVER_FRAMES } from '../../src/wire/frame-schemas.js'
 import { type Cursor, cursorOf, nextToken, takeBytes } from '../../src/wire/msgpack.js'
 import type { Schema } from '../../src/wire/schema.js'
 import {
@@ -362,6 +363,8 @@ function withFloats(frame: ServerFrame, groups: Record<string, Record<string, un
     }
     case 'error':
       return { ...frame, retry_after_seconds: x }
+    case 'members':
+      return frame
     case 'draining':
       return { ...frame, deadline_seconds: x }
     case 'checkpointed':

@@ -1,5 +1,6 @@
 import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
 import { float16Values, numberToBfloat16 } from '../../../kernels/narrow.js'
+import { Ranges } from '../../wire/ranges.js'
 import { MuondError } from '../error.js'
 
 /** A parameter's values: float32, or bfloat16 as its raw bits. */
@@ -15,7 +16,7 @@ export type Update = {
   dtype: Dtype
   /** Little-endian, C order, at an address that is a multiple of 4. */
   data?: Uint8Array
-  /** One factor for each of equally many consecutive elements; absent when all are 1. */
+  /** One factor for each of equally many consecutive elements of the whole tensor; absent when all are 1. */
   row_scale?: Float32Array
 }
 
@@ -25,20 +26,37 @@ const BLOCK = 4096
 /**
  * W <- row_scale ⊙ ((1 - decay) · W + scale · data), in place, with the roundings of docs/protocol.md ("Arithmetic"):
  * every factor, product and sum is rounded to float32, and the result to the weights' own type. The sizes are checked
- * before anything is written.
+ * before anything is written. `part`: the weights are those of `ranges`, of a tensor with so many elements.
  * @throws MuondError SHAPE_MISMATCH
  */
-export function applyUpdate(weights: Weights, update: Update): void {
+export function applyUpdate(
+  weights: Weights,
+  update: Update,
+  part: { ranges: Ranges; elements: number } = { ranges: Ranges.whole(weights.length), elements: weights.length },
+): void {
   const { data, row_scale } = update
   if (data !== undefined) requireSize('data', data.byteLength, weights.length * bytesPerElement(update.dtype))
   if (row_scale === undefined) return applyRows(weights, update, { first: 0, end: weights.length, factor: 1 })
-  const width = weights.length / row_scale.length
+  const width = part.elements / row_scale.length
   if (!Number.isInteger(width)) {
-    throw new MuondError('SHAPE_MISMATCH', `row_scale has ${row_scale.length} factors, for ${weights.length} weights`)
+    throw new MuondError('SHAPE_MISMATCH', `row_scale has ${row_scale.length} factors, for ${part.elements} weights`)
   }
-  row_scale.forEach((factor, row) => {
-    applyRows(weights, update, { first: row * width, end: (row + 1) * width, factor })
-  })
+  for (const { first, end, row } of rowsOf(part.ranges, width))
+    applyRows(weights, update, { first, end, factor: row_scale[row] })
+}
+
+/** The pieces of ranges that lie in one row of `width` elements each; `first` and `end` count the ranges' elements. */
+function* rowsOf(ranges: Ranges, width: number): Generator<{ first: number; end: number; row: number }> {
+  let first = 0
+  for (const [start, stop] of ranges.list()) {
+    for (let at = start; at < stop; ) {
+      const row = Math.floor(at / width)
+      const end = first + Math.min(stop, (row + 1) * width) - at
+      yield { first, end, row }
+      at += end - first
+      first = end
+    }
+  }
 }
 
 function requireSize(name: string, size: number, expected: number): void {

@@ -1,4 +1,3 @@
-import { chunksOf } from '../../wire/chunks.js'
 import type { EndFrame, ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame, UpdatesFrame } from '../../wire/frame.js'
 import type { Connection } from '../connection.js'
 import { MuondError } from '../error.js'
@@ -93,10 +92,12 @@ export class Exchange {
   }
 
   async #sendGradient(parameter: number, bytes: Uint8Array): Promise<void> {
-    const { connection, step, chunk_bytes } = this.#parts
-    for (const { offset, length } of chunksOf(bytes.byteLength, chunk_bytes)) {
+    const { connection, step, updates, chunk_bytes } = this.#parts
+    let sent = 0
+    for (const { offset, length } of updates.gradient(parameter).cuts(chunk_bytes)) {
       const header = { type: 'gradient', parameter, step: step.number, offset } as const
-      await connection.sendData(header, bytes.subarray(offset, offset + length))
+      await connection.sendData(header, bytes.subarray(sent, sent + length))
+      sent += length
     }
   }
 

@@ -1,21 +1,28 @@
 import { bytesPerElement, type Dtype, isDtype } from '../../../kernels/dtype.js'
 import type { ParameterDeclaration } from '../../wire/frame.js'
+import { Ranges, rangesProblem } from '../../wire/ranges.js'
 import { MuondError } from '../error.js'
 import type { Weights } from './apply.js'
 
 /**
  * A parameter as the trainer declares it: what `open` sends, and the array that its updates are applied to, in place.
+ * With `ranges` the array has their elements alone, one behind the other, and so have gradients.
  */
 export type Parameter = ParameterDeclaration & { readonly data: Weights }
 
 /** float32, or bfloat16 or float16 as raw bits, in C order. */
 export type Gradient = Float32Array | Uint16Array
 
-/** A parameter in use: `dtype` of each direction is settled, `size` is in elements. */
+/**
+ * A parameter in use: `dtype` of each direction is settled, `size` is in elements, of `ranges` out of the `elements` of
+ * the whole tensor.
+ */
 export type Bound = {
   readonly index: number
   readonly name: string
   readonly size: number
+  readonly elements: number
+  readonly ranges: Ranges
   readonly data: Weights
   readonly gradient_dtype: Dtype
   readonly update_dtype: Dtype
@@ -25,20 +32,28 @@ export type Bound = {
  * What goes into the open frame. @throws MuondError SHAPE_MISMATCH when `data` does not have the elements of `shape`
  */
 export function declarationOf({ data, ...declaration }: Parameter): ParameterDeclaration {
-  const { name, shape } = declaration
-  const size = sizeOf(shape)
+  const { name, shape, ranges } = declaration
+  const elements = sizeOf(shape)
+  const problem = ranges && rangesProblem(ranges, elements)
+  if (problem) throw new MuondError('PARAMETER_INVALID', `parameter '${name}': ${problem}`)
+  const { elements: size } = rangesOf(declaration)
   if (data.length === size) return declaration
-  const message = `parameter '${name}' has shape [${shape.join(', ')}], its data has ${data.length} elements, expected ${size}`
+  const part = ranges ? ' with ranges' : ''
+  const message = `parameter '${name}' has shape [${shape.join(', ')}]${part}, its data has ${data.length} elements, expected ${size}`
   throw new MuondError('SHAPE_MISMATCH', message)
 }
 
 /** What the run has accepted of the trainer's parameters, in use. */
 export function bind(parameters: readonly Parameter[]): readonly Bound[] {
-  return parameters.map(({ name, shape, data, gradient_dtype = 'float32', update_dtype = 'float32' }, index) => {
+  return parameters.map((parameter, index) => {
+    const { name, shape, data, gradient_dtype = 'float32', update_dtype = 'float32' } = parameter
+    const ranges = rangesOf(parameter)
     return {
       index,
       name,
-      size: sizeOf(shape),
+      size: ranges.elements,
+      elements: sizeOf(shape),
+      ranges,
       data,
       gradient_dtype: dtype(gradient_dtype),
       update_dtype: dtype(update_dtype),
@@ -49,6 +64,10 @@ export function bind(parameters: readonly Parameter[]): readonly Bound[] {
 function dtype(name: string): Dtype {
   if (isDtype(name)) return name
   throw new MuondError('DTYPE_UNSUPPORTED', `a parameter has dtype '${name}', which this client does not know`)
+}
+
+function rangesOf({ shape, ranges }: ParameterDeclaration): Ranges {
+  return ranges ? new Ranges(ranges.map(([start, stop]) => [start, stop])) : Ranges.whole(sizeOf(shape))
 }
 
 function sizeOf(shape: readonly number[]): number {

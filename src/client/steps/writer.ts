@@ -1,4 +1,4 @@
-import type { CheckpointedFrame, OpenedFrame, OpenFrame, ReceiptFrame } from '../../wire/frame.js'
+import type { CheckpointedFrame, MemberStatus, OpenedFrame, OpenFrame, ReceiptFrame } from '../../wire/frame.js'
 import { type Connection, whileIdle } from '../connection.js'
 import { MuondError } from '../error.js'
 import type { Handshake, Transport, TransportKind } from '../transport/transport.js'
@@ -60,6 +60,12 @@ export class Writer {
   /** The service's answer to the newest `open`. */
   get opened(): OpenedFrame {
     return this.#opened
+  }
+
+  /** The run's members as the newest frames tell of them. */
+  get members(): readonly MemberStatus[] {
+    const now = this.#connection.members
+    return (this.#opened.members ?? []).map((status) => now.get(status.rank) ?? status)
   }
 
   /** The last finished step. */

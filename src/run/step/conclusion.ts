@@ -4,22 +4,33 @@ import { clipSummary } from '../../optimizer/qk-clip.js'
 import { nextDigest } from '../digest.js'
 import type { Receipt } from '../history.js'
 import type { Shard } from '../shard.js'
+import type { Member } from './member.js'
 import type { Step } from './step.js'
 
 // The end of a step: whether it is complete, and the receipt that says what it came to.
 
 const NAMES_IN_MESSAGE = 10
 
-/** Throws STEP_INCOMPLETE where a parameter was neither applied nor skipped, and STEP_CONFLICT where one was both. */
-export function checkComplete(step: Step, shard: Shard, skipped: ReadonlySet<number>): void {
+/**
+ * Throws STEP_INCOMPLETE where a parameter that a member has elements of was neither applied nor skipped, and
+ * STEP_CONFLICT where one was both.
+ */
+export function checkComplete(
+  step: Step,
+  shard: Shard,
+  { member, skipped }: { member: Member; skipped: ReadonlySet<number> },
+): void {
   const { number, expected: expected_step } = step
   for (const index of skipped) {
     const { parameter } = shard.place(index)
-    if (!step.hasApplied(index)) continue
+    if (!step.hasApplied(index) || !member.has(parameter)) continue
     const message = `parameter '${parameter.name}' was applied in step ${number} and cannot be skipped in it any more`
     throw new ServiceError('STEP_CONFLICT', message, { step: number, expected_step, parameter: index })
   }
-  const missing = shard.parameters.filter(({ index }) => !step.hasApplied(index) && !skipped.has(index))
+  const missing = shard.parameters.filter((parameter) => {
+    const { index } = parameter
+    return !step.hasApplied(index) && !skipped.has(index) && member.has(parameter)
+  })
   if (missing.length === 0) return
   const names = missing.slice(0, NAMES_IN_MESSAGE).map(({ name }) => `'${name}'`)
   const more = missing.length > names.length ? ` and ${missing.length - names.length} more` : ''

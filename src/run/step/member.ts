@@ -1,5 +1,9 @@
+import { bytesPerElement } from '../../../kernels/dtype.js'
 import type { Ticket } from '../../device/device.js'
 import type { ServiceError } from '../../errors.js'
+import type { Parameter } from '../../optimizer/parameter.js'
+import type { MemberStatus } from '../../wire/frame.js'
+import { Extent, Ranges } from '../../wire/ranges.js'
 
 /** The connection that a member speaks through. */
 export type Connection = {
@@ -7,24 +11,58 @@ export type Connection = {
   fence(): void
   /** Ends the connection because its run is gone or the device has failed. */
   expel(error: ServiceError): void
+  /** Another member of the run has opened it, or was lost. */
+  changed(status: MemberStatus): void
 }
 
+/** The place of a member in a run: `ranges` are its elements of each parameter, left out where it has all of them. */
+export type Seat = { readonly rank: number; readonly world_size: number; readonly ranges?: readonly Ranges[] }
+
+/** A run's only member, which sends and receives everything. */
+export const ONLY: Seat = { rank: 0, world_size: 1 }
+
 /**
- * One connection's place in a run, from the `open` that gave it until it is lost. Its jobs are computed as long as it
- * lasts.
+ * One connection's place in a run, from the `open` that gave it until it is lost. It sends and receives its elements of
+ * each parameter; a run's only member has all of them.
  */
 export class Member {
-  /** Cancelled when the member is lost: jobs that no lane has begun are dropped. */
+  readonly rank: number
+  readonly world_size: number
+  /** Cancelled when the member is lost: jobs of its own that no lane has begun are dropped. */
   readonly ticket: Ticket = { cancelled: false }
   readonly #connection: Connection | undefined
+  readonly #ranges: readonly Ranges[] | undefined
 
   /** A journal whose steps are computed again is a member without a connection: nobody can take its place. */
-  constructor(connection?: Connection) {
+  constructor(connection?: Connection, { rank, world_size, ranges }: Seat = ONLY) {
+    this.rank = rank
+    this.world_size = world_size
     this.#connection = connection
+    this.#ranges = ranges
   }
 
   get lost(): boolean {
     return this.ticket.cancelled
+  }
+
+  /** Whether it has elements of a parameter. */
+  has(parameter: Parameter): boolean {
+    return this.elements(parameter) > 0
+  }
+
+  /** How many elements of a parameter it has. */
+  elements(parameter: Parameter): number {
+    return this.#of(parameter).elements
+  }
+
+  /** The bytes of a parameter's gradient that it sends. */
+  gradient(parameter: Parameter): Extent {
+    return new Extent(this.#of(parameter), bytesPerElement(parameter.gradient_dtype))
+  }
+
+  /** The bytes of a parameter's update that it receives. */
+  update(parameter: Parameter): Extent {
+    return new Extent(this.#of(parameter), bytesPerElement(parameter.update_dtype))
   }
 
   /** Its connection is gone. */
@@ -41,5 +79,14 @@ export class Member {
   /** Tells the connection why it has to go. */
   expel(error: ServiceError): void {
     this.#connection?.expel(error)
+  }
+
+  /** Tells the connection that another member has opened the run or was lost. */
+  changed(status: MemberStatus): void {
+    this.#connection?.changed(status)
+  }
+
+  #of({ index, elements }: Parameter): Ranges {
+    return this.#ranges ? this.#ranges[index] : Ranges.whole(elements)
   }
 }

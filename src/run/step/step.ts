@@ -2,7 +2,7 @@ import assert from 'node:assert'
 import { isDeepStrictEqual } from 'node:util'
 import { ServiceError } from '../../errors.js'
 import { type Groups, updateGroup } from '../../optimizer/hyperparameters.js'
-import type { MaxLogits } from '../../optimizer/qk-clip.js'
+import { isWithin, largestLogits, type MaxLogits } from '../../optimizer/qk-clip.js'
 import type { StepSeconds } from '../../wire/frame.js'
 import type { Member } from './member.js'
 
@@ -30,12 +30,13 @@ export type Seconds = { -readonly [Phase in keyof StepSeconds]: number }
  */
 export type StepState = 'untouched' | 'announced' | 'applying' | 'ending' | 'finished'
 
-const NO_VALUES: StepValues = { groups: {}, gradient_scale: 1, max_logits: new Map() }
+const NO_LOGITS: MaxLogits = new Map()
+const NO_VALUES: StepValues = { groups: {}, gradient_scale: 1, max_logits: NO_LOGITS }
 
 /**
  * One step of a run, from its first frame to its receipt: its values, the parameters that were applied for it, what
  * its members were refused, and where its time went. Hyperparameters are sticky: the values of a `step` frame hold
- * for the steps after it, too.
+ * for the steps after it, too. They are rank 0's, and max_logits are the largest of all members.
  */
 export class Step {
   readonly number: number
@@ -46,6 +47,11 @@ export class Step {
   /** In force from the next step on, where an `open` in the middle of this one gave groups. */
   #replacement: Groups | undefined
   readonly #applied = new Set<number>()
+  /**
+   * The ranks that have begun the step, and the max_logits that each has given for it; undefined for a rank that has
+   * begun a step again of which it is not known any more who gave what.
+   */
+  readonly #said = new Map<number, MaxLogits | undefined>()
   /** Members whose newest `step` frame was refused. A lost member is forgotten with its connection. */
   readonly #refused = new WeakSet<Member>()
   readonly #seconds: Seconds = { receive: 0, queue: 0, compute: 0, send: 0 }
@@ -102,15 +108,27 @@ export class Step {
   }
 
   /**
-   * Takes the values of a member's `step` frame. Once the values are fixed a frame that says the same is accepted,
-   * another one is refused with STEP_CONFLICT; HYPERPARAMETER_INVALID is thrown for values that no step can have. A
-   * refusal changes no value.
+   * Takes the values of a member's `step` frame. Hyperparameters are rank 0's to give; another member may repeat them
+   * after it. Once a member's values are fixed a frame that says the same is accepted, another one is refused with
+   * STEP_CONFLICT; HYPERPARAMETER_INVALID is thrown for values that no step can have. A refusal changes no value.
    */
-  announce(member: Member, values: StepValues): void {
+  announce(member: Member, given: Partial<StepValues>): void {
     this.refuse(member)
-    if (this.#state === 'untouched') this.#fix(values)
-    else this.#confirm(values)
+    const { rank } = member
+    if (this.#said.has(rank) || this.begun || this.#state === 'finished') this.#confirm(member, given)
+    else if (rank === 0) this.#fix({ ...NO_VALUES, ...given })
+    else this.#contribute(rank, given)
     this.#refused.delete(member)
+  }
+
+  /** Whether every member has begun the step: nothing of it is computed before. */
+  isBegunByAll(world_size: number): boolean {
+    return this.#said.size === world_size
+  }
+
+  /** Whether a rank has begun the step. */
+  isBegunBy(rank: number): boolean {
+    return this.#said.has(rank)
   }
 
   /** A `step` frame of this member was refused: nothing of its part is taken before it has sent another one. */
@@ -131,15 +149,21 @@ export class Step {
     })
   }
 
-  /** A gradient's first chunk has come: the values are fixed from here on. */
-  begin(): void {
-    if (this.#state === 'untouched') this.#state = 'announced'
+  /**
+   * A gradient's first chunk or the `end` of a member has come: its values are fixed from here on. Answers whether the
+   * member had not begun the step before.
+   */
+  begin({ rank }: Member): boolean {
+    if (this.#said.has(rank)) return false
+    this.#say(rank, this.#state === 'untouched' || this.#state === 'announced' ? NO_LOGITS : undefined)
+    return true
   }
 
   /** Computes with the values of a step of the journal, whatever is in force. */
   repeat(settings: StepSettings): void {
     assert(this.#state === 'untouched', 'a step of the journal is computed before any other frame of it comes')
     this.#settings = settings
+    this.#said.set(0, settings.frame.max_logits)
     this.#state = 'announced'
   }
 
@@ -151,13 +175,20 @@ export class Step {
   }
 
   /**
-   * The member whose frames fixed the values is gone. Unless something was applied with them, another may give
-   * others.
+   * A member is gone, and has not begun the step unless something was applied: whoever takes its place may give other
+   * values.
    */
-  forget(): void {
-    if (this.#state !== 'announced') return
-    this.#state = 'untouched'
-    this.#settings = { frame: NO_VALUES, groups: this.#before, gradient_scale: 1 }
+  forget({ rank }: Pick<Member, 'rank'>): void {
+    if (this.#state !== 'announced' || !this.#said.delete(rank)) return
+    if (rank === 0) this.#settings = { frame: NO_VALUES, groups: this.#before, gradient_scale: 1 }
+    this.#combine()
+    if (this.#said.size === 0) this.#state = 'untouched'
+  }
+
+  /** Other members go on with the step: each of them has to begin it. */
+  forgetAll(): void {
+    for (const rank of [...this.#said.keys()]) this.forget({ rank })
+    this.#said.clear()
   }
 
   /**
@@ -171,8 +202,10 @@ export class Step {
     }
     this.#before = groups
     this.#replacement = undefined
-    this.#state = 'announced'
-    this.forget()
+    this.#said.delete(0)
+    this.#settings = { frame: { ...NO_VALUES, max_logits: NO_LOGITS }, groups, gradient_scale: 1 }
+    this.#combine()
+    this.#state = this.#said.size === 0 ? 'untouched' : 'announced'
   }
 
   /** Adds to the time spent in a phase. The time of a replay counts for the step that it has delayed. */
@@ -214,13 +247,61 @@ export class Step {
       throw new ServiceError('HYPERPARAMETER_INVALID', message, { step })
     }
     this.#settings = { frame: values, groups, gradient_scale }
-    this.#state = 'announced'
+    this.#say(0, values.max_logits)
   }
 
-  #confirm(values: StepValues): void {
-    if (isDeepStrictEqual(this.#settings.frame, values)) return
-    const { number: step, expected: expected_step } = this
-    const message = `step ${step} has begun with other values than this step frame gives`
-    throw new ServiceError('STEP_CONFLICT', message, { step, expected_step })
+  /** Takes the max_logits of another rank than 0. */
+  #contribute(rank: number, { max_logits = NO_LOGITS, ...values }: Partial<StepValues>): void {
+    if (!this.#said.has(0) && !isNothing(values))
+      throw this.#conflict(`rank ${rank} gives values of step ${this.number} before rank 0 has begun it`)
+    this.#checkRepeated(rank, values)
+    this.#say(rank, max_logits)
   }
+
+  #say(rank: number, max_logits: MaxLogits | undefined): void {
+    this.#said.set(rank, max_logits)
+    if (this.#state === 'untouched') this.#state = 'announced'
+    if (this.#state === 'announced') this.#combine()
+  }
+
+  /** The max_logits of the step: the largest that a member has given for each head. */
+  #combine(): void {
+    const { frame, ...rest } = this.#settings
+    const given = [...this.#said.values()].flatMap((logits) => (logits ? [logits] : []))
+    this.#settings = { ...rest, frame: { ...frame, max_logits: given.reduce(largestLogits, NO_LOGITS) } }
+  }
+
+  #confirm({ rank, world_size }: Member, given: Partial<StepValues>): void {
+    const { max_logits = NO_LOGITS, ...values } = given
+    const { frame } = this.#settings
+    const all = world_size === 1
+    this.#checkRepeated(rank, rank === 0 ? { groups: {}, gradient_scale: 1, ...values } : values)
+    const before = all ? frame.max_logits : this.#said.get(rank)
+    if (before ? isDeepStrictEqual(before, max_logits) : isWithin(max_logits, frame.max_logits)) {
+      if (!this.#said.has(rank)) this.#said.set(rank, undefined)
+      return
+    }
+    const message = all
+      ? `step ${this.number} has begun with other values than this step frame gives`
+      : `rank ${rank} has begun step ${this.number} with other max_logits than its step frame gives`
+    throw this.#conflict(message)
+  }
+
+  /** Throws STEP_CONFLICT where a rank gives other hyperparameters than rank 0 has. */
+  #checkRepeated(rank: number, values: Partial<Omit<StepValues, 'max_logits'>>): void {
+    const { groups, gradient_scale } = this.#settings.frame
+    if (isDeepStrictEqual({ groups, gradient_scale, ...values }, { groups, gradient_scale })) return
+    const whose = rank === 0 ? '' : ` of rank ${rank}, which are rank 0's to give`
+    throw this.#conflict(`step ${this.number} has begun with other values than this step frame gives${whose}`)
+  }
+
+  #conflict(message: string): ServiceError {
+    const { number: step, expected: expected_step } = this
+    return new ServiceError('STEP_CONFLICT', message, { step, expected_step })
+  }
+}
+
+/** Whether a `step` frame gives no hyperparameters. */
+function isNothing({ groups, gradient_scale }: Partial<StepValues>): boolean {
+  return groups === undefined && gradient_scale === undefined
 }

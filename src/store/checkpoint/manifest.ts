@@ -50,7 +50,7 @@ export type SettingsRecord = {
 export type ImportRecord = { step_digest: string; hashes: readonly (readonly string[])[] }
 
 /** A parameter as it was declared, with its position among all. */
-export type ParameterRecord = ParameterDeclaration & { readonly index?: number }
+export type ParameterRecord = Omit<ParameterDeclaration, 'ranges'> & { readonly index?: number }
 
 /** A run between two steps, without its tensors. */
 export type RunRecord = {

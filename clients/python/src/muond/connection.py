@@ -65,6 +65,8 @@ class Connection:
         self._receiver = Receiver(self._socket, upgraded.rest, destination=self._destination, ping=self._pong)
         self._lock = threading.Lock()
         self._listener = Listener()
+        self.members: dict[int, bool] = {}
+        """What the service has told of the run's members: whether a rank has a connection."""
         self._reason: BaseException | None = None
         self._ended = False
         self._process = os.getpid()
@@ -151,7 +153,9 @@ class Connection:
             if self._reason is not None:
                 continue
             listener = self._listener
-            if received.placed:
+            if received.frame["type"] == "members":
+                self.members.update({member["rank"]: member["connected"] for member in received.frame["members"]})
+            elif received.placed:
                 listener.placed(received.frame)
             else:
                 listener.frame(received.frame)

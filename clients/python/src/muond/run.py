@@ -51,6 +51,7 @@ def open_run(
     groups: Sequence[Mapping[str, Any]] | None = None,
     mode: str = "create_or_resume",
     attentions: Sequence[Mapping[str, Any]] | None = None,
+    member: tuple[int, int] | None = None,
     takeover: bool = False,
     checkpoint: str | None = None,
     branch_of: tuple[str, str] | None = None,
@@ -69,6 +70,8 @@ def open_run(
     """Opens a run, on a connection of its own; its updates are applied to each parameter's ``data``, in place.
 
     ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
+    ``member``: (rank, world size) of a run with many members, of which each sends and receives the ``ranges`` of each parameter;
+    their tensors go over the socket.
     ``groups``: maps of ``name``, ``algorithm`` or ``preset``, and hyperparameters. ``checkpoint``: with ``resume``, go back to it.
     ``branch_of``: (another run of the service, a checkpoint of that by id or tag); a new run begins with its state, step and digest,
     and the weights must be those of that step.
@@ -88,6 +91,7 @@ def open_run(
         "groups": None if groups is None else [dict(group) for group in groups],
         "parameters": declared,
         "attentions": None if attentions is None else [dict(attention) for attention in attentions],
+        "member": None if member is None else {"rank": member[0], "world_size": member[1]},
         "takeover": takeover or None,
         "checkpoint": checkpoint,
         "from": None if branch_of is None else {"run": branch_of[0], "checkpoint": branch_of[1]},
@@ -97,6 +101,12 @@ def open_run(
     is_default = mode == "create_or_resume"
     frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "create" if branch_of and is_default else mode}
     frame.update({key: value for key, value in given.items() if value is not None})
+    if member is not None:
+        if transport not in ("auto", "websocket"):
+            raise ValueError(
+                f"transport={transport!r} is not possible: members of a run share no memory with the service"
+            )
+        transport = "websocket"
     shared = Transport.choose(transport, address, sizes_of(declared), gpu_arenas)
     try:
         writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes, shared), frame)
@@ -154,6 +164,11 @@ class Run:
     def opened(self) -> Frame:
         """The service's answer to the newest ``open``: epoch, groups, limits, device and more."""
         return self._writer.opened
+
+    @property
+    def members(self) -> Mapping[int, bool]:
+        """{rank: whether it has a connection}, as the service has told last; empty for a run without members."""
+        return self._writer.members
 
     @property
     def arenas(self) -> Arenas | None:
@@ -448,6 +463,8 @@ class Run:
     def _add(self, step: Step, gradients: Sequence[Gradient]) -> None:
         """All of them or none."""
         seen: set[int] = set()
+        # Of a tensor without elements here there is nothing to be sent.
+        gradients = [gradient for gradient in gradients if self.parameters[gradient.parameter].size > 0]
         for gradient in gradients:
             if gradient.parameter in seen or step.has(gradient.parameter):
                 raise _conflict(step, f"has a gradient of '{self.parameters[gradient.parameter].name}' already")
@@ -460,7 +477,8 @@ class Run:
         both = [f"'{p.name}'" for p in self.parameters if step.has(p.index) and p.index in skip]
         if both:
             raise _conflict(step, f"has both a gradient and a place in skipped for {', '.join(both)}")
-        missing = [f"'{p.name}'" for p in self.parameters if not step.has(p.index) and p.index not in skip]
+        given = [p.size == 0 or step.has(p.index) or p.index in skip for p in self.parameters]
+        missing = [f"'{p.name}'" for p, is_given in zip(self.parameters, given, strict=True) if not is_given]
         if missing:
             message = f"step {step.number} has neither a gradient nor a place in skipped for {', '.join(missing)}"
             raise MuondError("STEP_INCOMPLETE", message, ErrorFields(step=step.number))

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..wire.bfloat16 import from_bfloat16, to_bfloat16
+from .parameter import Bound
 from .updates import Bytes, Update
 
 # Elements at a time: what lies between the operations stays in the second-level cache.
@@ -42,7 +43,7 @@ def apply_update(weights: Weights, update: Update) -> None:
             data = widen(update.data, update.parameter.update_dtype, block)
             values += np.multiply(data, update.scale, dtype=wide)
         if update.row_scale is not None:
-            values *= _factors(update.row_scale, len(flat), block)
+            values *= _factors(update.row_scale, update.parameter, block)
         _write(flat[block], values)
 
 
@@ -68,6 +69,7 @@ def _write(block: Weights, values: npt.NDArray[Any]) -> None:
         block[...] = values
 
 
-def _factors(row_scale: npt.NDArray[np.float32], size: int, block: slice) -> npt.NDArray[np.float32]:
-    rows = np.arange(block.start, block.stop) // (size // len(row_scale))
-    return np.take(row_scale, rows)
+def _factors(row_scale: npt.NDArray[np.float32], parameter: Bound, block: slice) -> npt.NDArray[np.float32]:
+    ranges = parameter.ranges
+    elements = np.arange(block.start, block.stop) if ranges is None else ranges.elements(block)
+    return np.take(row_scale, elements // (parameter.whole // len(row_scale)))

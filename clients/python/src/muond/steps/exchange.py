@@ -98,8 +98,9 @@ class Exchange(Listener):
     def _chunks(self, gradient: Gradient) -> Iterator[tuple[Frame, memoryview]]:
         header = {"type": "gradient", "parameter": gradient.parameter, "step": self._step.number}
         data = gradient.bytes
-        for offset in range(0, len(data), self._chunk_bytes):
-            yield {**header, "offset": offset}, data[offset : offset + self._chunk_bytes]
+        offset = self._updates.gradient_offset(gradient.parameter)
+        for position in range(0, len(data), self._chunk_bytes):
+            yield {**header, "offset": offset(position)}, data[position : position + self._chunk_bytes]
 
     def _is_shared(self, gradient: Gradient) -> bool:
         """Whether the service finds the gradient in memory that this connection shares."""

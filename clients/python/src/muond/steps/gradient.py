@@ -21,8 +21,8 @@ def bytes_of(gradient: npt.ArrayLike, parameter: Bound) -> memoryview:
     Any float array is taken, and bfloat16 as uint16 bits. Raises MuondError SHAPE_MISMATCH, DTYPE_UNSUPPORTED.
     """
     array = np.asarray(gradient)
-    if array.shape != parameter.shape:
-        raise _wrong("SHAPE_MISMATCH", parameter, f"shape {list(array.shape)}, expected {list(parameter.shape)}")
+    if array.shape != parameter.held:
+        raise _wrong("SHAPE_MISMATCH", parameter, f"shape {list(array.shape)}, expected {list(parameter.held)}")
     return _in_dtype(array, parameter).reshape(-1).view(np.uint8).data
 
 

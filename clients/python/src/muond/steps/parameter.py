@@ -9,23 +9,46 @@ from functools import cached_property
 from typing import Any
 
 from ..error import ErrorFields, MuondError
+from .ranges import Ranges
 
 BYTES_PER_ELEMENT: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Bound:
-    """``shape`` and ``size`` in elements; the dtype of each direction is settled."""
+    """``shape`` is the whole tensor's, ``size`` the elements of it that are sent and received; the dtypes are settled."""
 
     index: int
     name: str
     shape: tuple[int, ...]
     gradient_dtype: str
     update_dtype: str
+    ranges: Ranges | None = None
+    """None for all elements."""
+
+    @cached_property
+    def whole(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
 
     @cached_property
     def size(self) -> int:
-        return math.prod(self.shape)
+        return self.whole if self.ranges is None else self.ranges.size
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The shape of an array with the elements that are sent and received."""
+        return self.shape if self.ranges is None else (self.size,)
+
+    def gradient_offset(self, position: int) -> int:
+        """Where the byte at a position of the gradient lies in the whole tensor."""
+        unit = BYTES_PER_ELEMENT[self.gradient_dtype]
+        return position if self.ranges is None else self.ranges.offset(position, unit)
+
+    def update_offset(self, position: int) -> int:
+        """Where the byte at a position of the update lies in the whole tensor."""
+        unit = BYTES_PER_ELEMENT[self.update_dtype]
+        return position if self.ranges is None else self.ranges.offset(position, unit)
 
     @cached_property
     def gradient_bytes(self) -> int:
@@ -45,6 +68,7 @@ def bind(declarations: Sequence[Mapping[str, Any]]) -> list[Bound]:
             shape=tuple(declaration["shape"]),
             gradient_dtype=_dtype(declaration.get("gradient_dtype", "float32")),
             update_dtype=_dtype(declaration.get("update_dtype", "float32")),
+            ranges=None if declaration.get("ranges") is None else Ranges(declaration["ranges"]),
         )
         for index, declaration in enumerate(declarations)
     ]
@@ -71,6 +95,6 @@ def check_bytes(parameter: Bound, count: int) -> None:
     """Raises MuondError SHAPE_MISMATCH unless a gradient of ``count`` bytes is one of this parameter."""
     if count == parameter.gradient_bytes:
         return
-    expected = f"{parameter.gradient_dtype} of shape {list(parameter.shape)} has {parameter.gradient_bytes}"
+    expected = f"{parameter.gradient_dtype} of shape {list(parameter.held)} has {parameter.gradient_bytes}"
     message = f"the gradient of '{parameter.name}' has {count} bytes, {expected}"
     raise MuondError("SHAPE_MISMATCH", message, ErrorFields(parameter=parameter.index))

@@ -139,6 +139,12 @@ class Writer:
         self._host.transport.close()
 
     @property
+    def members(self) -> dict[int, bool]:
+        """{rank: whether it has a connection}, as the newest frames tell."""
+        told = {member["rank"]: member["connected"] for member in self.opened.get("members", [])}
+        return {**told, **self._connection.members}
+
+    @property
     def arenas(self) -> Arenas | None:
         """The memory that the connection shares with the service; None where everything goes over its socket."""
         return self._host.transport.taken

@@ -17,13 +17,27 @@ from ..run import Run
 from ..transport.address import Endpoint
 from .living import begins, ends, go_with
 from .opening import new_run_name, open_slots
+from .ranks import Ranks
 from .settings import Settings
+from .shards import like_shard
 from .slots import Slot, group_names, make_slots
 from .state.kinds import state_names
 from .state.tensors import read_begun, read_state, write_state
 from .state.view import State
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+def _sharded_as(slot: Slot, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What has the shape of a sharded parameter, sharded as that is; counts, and what has one number for each row, whole."""
+    if slot.shard is None:
+        return entries
+    return {name: like_shard(t, slot.tensor) if t.shape == slot.shape else t for name, t in entries.items()}
+
+
+def _close(run: Run | None) -> None:
+    if run is not None:
+        run.close()
 
 
 class Home:
@@ -45,8 +59,16 @@ class Home:
         self._listed: list[list[int]] = []
         self._slot_of: dict[torch.Tensor, Slot] = {}
         self._undeclared: list[torch.Tensor] = []
+        self.ranks: Ranks | None = None
+        """The members of the run, where the parameters are sharded."""
 
     # Life
+
+    def join(self, ranks: Ranks | None) -> None:
+        """All ranks have one run: that of rank 0."""
+        self.ranks = ranks
+        if ranks is not None:
+            self.name, self._own_name = ranks.from_first((self.name, self._own_name))
 
     def close(self, *, delete: bool = False) -> None:
         """Closes the connection; with ``delete`` the run goes as well."""
@@ -57,7 +79,7 @@ class Home:
         ends(self.address, self.name)
         if self.run is not None:
             self.run.close()
-        if delete and was_open:
+        if delete and was_open and self._is_first:
             with self.rest() as rest:
                 rest.delete(self.name)
 
@@ -103,11 +125,22 @@ class Home:
             return parameter in with_state or self._wanted(parameter)
 
         slots = make_slots(groups, self.settings, wanted, self.slots)
-        given = self.settings
-        run = open_slots(
-            name, slots, groups, self.address, given, mode=mode, checkpoint=checkpoint, branch_of=branch_of
-        )
+        ranks = self.ranks
+
+        def open_it(mode: str, checkpoint: str | None, branch_of: tuple[str, str] | None) -> Run:
+            how = {"mode": mode, "checkpoint": checkpoint, "branch_of": branch_of, "ranks": ranks}
+            return open_slots(name, slots, groups, self.address, self.settings, **how)  # type: ignore[arg-type]
+
+        if ranks is None:
+            return open_it(mode, checkpoint, branch_of), slots
+        # Rank 0 alone makes the run, takes it over or goes back to a checkpoint; then the others join it.
+        first = ranks.together(lambda: open_it(mode, checkpoint, branch_of) if ranks.rank == 0 else None, _close)
+        run = ranks.together(lambda: first or open_it("resume", None, None), _close)
         return run, slots
+
+    @property
+    def _is_first(self) -> bool:
+        return self.ranks is None or self.ranks.rank == 0
 
     def _wanted(self, parameter: torch.Tensor) -> bool:
         """Frozen parameters are not declared, but where hooks or attentions are set up for them."""
@@ -122,7 +155,7 @@ class Home:
         self._slot_of = {slot.tensor: slot for slot in slots}
         if self._goes is not None:
             self._goes.detach()
-        self._goes = go_with(self, run, self.address) if self._is_own(name) else None
+        self._goes = go_with(self, run, self.address) if self._is_own(name) and self._is_first else None
         self._listed = [[id(parameter) for parameter in group["params"]] for group in groups]
         self._undeclared = [p for group in groups for p in group["params"] if p not in self._slot_of and p.numel() > 0]
         begins(self, self.address, name)
@@ -130,7 +163,7 @@ class Home:
     def leave(self, run: Run) -> None:
         """Closes a run that this optimizer does not keep; one that was made for it goes."""
         run.close()
-        if not run.opened["resumed"]:
+        if not run.opened["resumed"] and self._is_first:
             with suppress(MuondError), self.rest() as rest:
                 rest.delete(run.name)
 
@@ -192,9 +225,18 @@ class Home:
         *,
         partial: bool = False,
     ) -> None:
+        self.require_whole()
         groups = self.groups()
         rows = [(slot, groups[slot.group], state.get(slot.tensor, {})) for slot in slots]
         write_state(run, rows, partial=partial)
+
+    def require_whole(self) -> None:
+        """Raises ValueError where the parameters are sharded: their state is read from the service, and never given to it."""
+        if self.ranks is not None:
+            raise ValueError(
+                f"run '{self.name}' has sharded parameters, whose state cannot be given to the service: it has the state already, so "
+                "go on with mode='resume' and the run's name, on any number of ranks"
+            )
 
     def _declare_again(self, old: Run) -> None:
         """Goes on in another run, with the parameters that there are now and the state that they have. A run's own are fixed."""
@@ -284,7 +326,8 @@ class Home:
             return {}
         with self.rest() as rest:
             tensors = read_state(rest, run, self.slots)
-        return {slot.tensor: entries for slot, entries in zip(self.slots, tensors, strict=True) if entries}
+        rows = zip(self.slots, tensors, strict=True)
+        return {slot.tensor: _sharded_as(slot, entries) for slot, entries in rows if entries}
 
     def readable(self) -> Run | None:
         """The run between two steps; None before there is one, unless this optimizer is to go on with one that exists."""

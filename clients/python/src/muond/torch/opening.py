@@ -18,6 +18,7 @@ from ..steps.updates import Update
 from ..transport.address import Endpoint
 from .apply import Views, apply_updates
 from .gpu_arenas import arenas_of
+from .ranks import Ranks
 from .settings import Settings
 from .slots import Slot, attention_declarations, group_declarations
 from .staging import allocator
@@ -42,8 +43,12 @@ def open_slots(
     mode: str,
     checkpoint: str | None = None,
     branch_of: tuple[str, str] | None = None,
+    ranks: Ranks | None = None,
 ) -> Run:
-    """Opens a run whose updates are applied to the slots' tensors. Raises MuondError, with what a trainer can do about it."""
+    """Opens a run whose updates are applied to the slots' tensors, as a member of it where there are ``ranks``.
+
+    Raises MuondError, with what a trainer can do about it.
+    """
 
     views = Views()
 
@@ -58,6 +63,7 @@ def open_slots(
             groups=group_declarations(groups),
             parameters=[slot.declaration for slot in slots],
             attentions=attention_declarations(given.attentions, slots) or None,
+            member=None if ranks is None else (ranks.rank, ranks.world_size),
             takeover=given.takeover,
             checkpoint=checkpoint,
             branch_of=branch_of,
@@ -69,7 +75,7 @@ def open_slots(
             backoff=given.backoff,
             chunk_bytes=given.chunk_bytes,
             transport=given.transport,
-            gpu_arenas=arenas_of(slots),
+            gpu_arenas=None if ranks is not None else arenas_of(slots),
             apply=apply,
             allocate=allocator(slots),
         )

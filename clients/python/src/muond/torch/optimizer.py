@@ -29,6 +29,7 @@ from .home import Home
 from .hyperparameters import changes
 from .preset import with_preset
 from .progress import Progress
+from .ranks import ranks_of
 from .settings import Options, Settings, settings
 from .slots import Slot, make_slots
 from .staging import Staging
@@ -79,14 +80,17 @@ class Optimizer(torch.optim.Optimizer):
         self._shelf = Shelf(given.keep_last)
         self._known_presets: Mapping[str, Any] | None = None
         self._begun_with: dict[str, dict[str, Any]] = {}
-        self._progress = Progress(self._home.name) if given.progress else None
+        self._progress: Progress | None = None
         self.receipt: Receipt | None = None
         """Of the last finished step."""
         self._inherited = defaults
         super().__init__(params, defaults)
         self.defaults = defaults or common_values(self.param_groups)
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
-        make_slots(self.param_groups, given)
+        self._home.join(ranks_of(make_slots(self.param_groups, given)))
+        if self._home.ranks is not None:
+            _check_shared(given)
+        self._progress = Progress(self._home.name) if given.progress else None
         Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
         if given.overlap:
             self._attach()
@@ -233,11 +237,15 @@ class Optimizer(torch.optim.Optimizer):
             return False
         arenas = run.arenas
         if arenas is not None and run.transport == "cuda-ipc":  # pragma: no cover - needs a GPU
-            rows = [(s, s.tensor.grad, self.param_groups[s.group]) for s in self._home.slots]
+            rows = [(s, s.gradient, self.param_groups[s.group]) for s in self._home.slots]
             given = [(slot, gradient, group) for slot, gradient, group in rows if gradient is not None]
             if not given or self._staging.place_finite(arenas, given):
                 return False
         names = tuple(slot.name for slot in nonfinite(self._home.slots))
+        ranks = self._home.ranks
+        # Of a step that is skipped by one rank none may be computed by another.
+        if ranks is not None and ranks.any(bool(names)):
+            names = tuple(dict.fromkeys(name for those in ranks.of_all(names) for name in those))
         if not names:
             return False
         step = run.step_count + 1
@@ -270,7 +278,7 @@ class Optimizer(torch.optim.Optimizer):
     def _send_and_end(self, run: Run) -> Receipt:
         left = [slot for slot in self._home.slots if not run.has_gradient(slot.index)]
         skipped = [slot.index for slot in left if slot.tensor.grad is None]
-        given = [(slot, slot.tensor.grad) for slot in left if slot.tensor.grad is not None]
+        given = [(slot, gradient) for slot in left if (gradient := slot.gradient) is not None]
         on_gpu = any(gradient.is_cuda for _, gradient in given)
         # The first ones leave while the others are rounded; a GPU does many in one launch.
         for together in _together(given, _TOGETHER_ON[run.transport if on_gpu else "websocket"]):
@@ -298,8 +306,11 @@ class Optimizer(torch.optim.Optimizer):
     def _begin_step(self, run: Run) -> None:
         max_logits = self._settings.max_logits
         self._begun_with = self._changed_groups(run)
+        # Hyperparameters of a run with members are rank 0's to give.
+        ranks = self._home.ranks
+        groups = self._begun_with if ranks is None or ranks.rank == 0 else None
         run.begin(
-            groups=self._begun_with or None,
+            groups=groups or None,
             max_logits=None if max_logits is None else max_logits.reading(),
             skip_refused=True,
         )
@@ -419,8 +430,9 @@ class Optimizer(torch.optim.Optimizer):
 
         If the service has the very tensors of the dictionary already, nothing is sent; else it goes back to the dictionary's
         checkpoint, or takes its tensors. A state of another optimizer that lives is copied, into a run of this one's own.
-        Raises MuondError; ValueError if the groups differ. Nothing has changed then.
+        Raises MuondError; ValueError if the groups differ, or the parameters are sharded. Nothing has changed then.
         """
+        self._home.require_whole()
         given = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, given)
@@ -500,6 +512,20 @@ class Optimizer(torch.optim.Optimizer):
         ]
         self._begin(groups, state["defaults"], state["settings"])
         self._home.state.replace(state["state"])
+
+
+def _check_shared(given: Settings) -> None:
+    """Raises ValueError for options that ranks with shards cannot have."""
+    refused = {
+        "overlap=True": (given.overlap, "FSDP2 gives its gradients after the backward pass"),
+        f"keep={given.keep!r}": (
+            given.keep is not None,
+            "use checkpoint() of the service and torch.distributed.checkpoint",
+        ),
+    }
+    for option, (is_given, why) in refused.items():
+        if is_given:
+            raise ValueError(f"{option} is not possible with sharded parameters: {why}")
 
 
 def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:

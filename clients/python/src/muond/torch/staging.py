@@ -134,7 +134,7 @@ class Staging:
         """
         dtype = WIRE_DTYPES[slot.declaration.gradient_dtype]
         given = gradient.detach()
-        gradient = _as_taken(given, slot.tensor.detach(), group)
+        gradient = _as_taken(given, slot.local.detach(), group)
         # What was computed here is nobody else's to change.
         borrow = borrow or gradient is not given
         if borrow and gradient.device.type == "cpu" and gradient.dtype == dtype and gradient.is_contiguous():
@@ -147,7 +147,7 @@ class Staging:
 
     def _buffer(self, slot: Slot, dtype: torch.dtype, *, pinned: bool) -> tuple[torch.Tensor, memoryview]:
         if slot.index not in self._buffers:
-            buffer = torch.empty(slot.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+            buffer = torch.empty(slot.local.shape, dtype=dtype, device="cpu", pin_memory=pinned)
             self._buffers[slot.index] = buffer, memory_of(buffer)
         return self._buffers[slot.index]
 

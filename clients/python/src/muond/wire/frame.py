@@ -49,10 +49,11 @@ _REQUIRED: Mapping[str, Mapping[str, type]] = {
     },
     "checkpointed": {"checkpoint": str, "step": int, "digest": str, "bytes": int},
     "error": {"code": str, "message": str, "status": int, "retryable": bool},
+    "members": {"members": list},
     "draining": {"deadline_seconds": float},
 }
 _OPTIONAL: Mapping[str, Mapping[str, type]] = {
-    "opened": {"transport": dict},
+    "opened": {"transport": dict, "member": dict, "members": list},
     "updates": {"row_scale": dict},
     "update": {
         "scale": float,

@@ -1,0 +1,100 @@
+"""What of a parameter lies on this rank, where a trainer shards its model (FSDP2)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """``ranges`` of the elements in C order that lie on this rank, and the mesh of all ranks."""
+
+    ranges: list[Range]
+    mesh: Any
+
+
+def shard_of(name: str, tensor: torch.Tensor) -> Shard | None:
+    """The shard of a DTensor; None for a tensor that is whole. Raises ValueError for what cannot be sent as ranges."""
+    # Looked for by name: torch.distributed takes a second to import, and nobody has these without it.
+    if type(tensor).__name__ == "FlatParameter" or getattr(tensor, "_fsdp_flattened", False):
+        raise ValueError(
+            f"parameter '{name}' is sharded by FullyShardedDataParallel, which hides where its elements are: use fully_shard (FSDP2)"
+        )
+    if type(tensor).__name__ != "DTensor":
+        return None
+    sharded: Any = tensor
+    mesh, placements = sharded.device_mesh, sharded.placements
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"parameter '{name}' is on a mesh of {mesh.ndim} dimensions {mesh.mesh_dim_names or ''}: muond takes shards of one "
+            "(fully_shard on a 1-D mesh); hybrid sharding and tensor parallelism beside it are not possible yet"
+        )
+    (placement,) = placements
+    if type(placement).__name__ != "Shard":
+        raise ValueError(
+            f"parameter '{name}' has the placement {placement!r}, expected Shard: {_REMEDY.get(type(placement).__name__, _OTHER)}"
+        )
+    (chunk,) = sharded.__create_chunk_list__()
+    return Shard(ranges_of(tuple(tensor.shape), tuple(chunk.offsets), tuple(chunk.sizes)), mesh)
+
+
+_REMEDY = {
+    "Partial": "reduce it first, redistribute([Shard(0)])",
+    "Replicate": "shard it (fully_shard), or keep it out of the mesh",
+    "_StridedShard": "a strided shard is no run of rows: use fully_shard without tensor parallelism",
+}
+_OTHER = "redistribute([Shard(0)])"
+
+
+def ranges_of(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> list[Range]:
+    """The elements in C order of a block of a tensor, as ranges: one for rows, one for each row of columns."""
+    if 0 in sizes:
+        return []
+    cut = max((d for d in range(len(shape)) if sizes[d] != shape[d]), default=-1)
+    if cut < 0:
+        return [(0, math.prod(shape))]
+    inner = math.prod(shape[cut + 1 :])
+    outer = [range(offsets[d], offsets[d] + sizes[d]) for d in range(cut)]
+    ranges: list[Range] = []
+    for place in itertools.product(*outer):
+        row = 0
+        for size, index in zip(shape, place, strict=False):
+            row = row * size + index
+        start = (row * shape[cut] + offsets[cut]) * inner
+        ranges.append((start, start + sizes[cut] * inner))
+    return ranges
+
+
+def like_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape of a sharded parameter, sharded as that is."""
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = parameter
+    (chunk,) = sharded.__create_chunk_list__()
+    part = whole[tuple(slice(o, o + size) for o, size in zip(chunk.offsets, chunk.sizes, strict=True))]
+    return DTensor.from_local(
+        part.contiguous(),
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor that lie on this rank, in its own memory."""
+    if type(tensor).__name__ != "DTensor":
+        return tensor
+    sharded: Any = tensor
+    with torch.no_grad():
+        part: torch.Tensor = sharded.to_local()
+    return part

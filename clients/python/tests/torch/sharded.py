@@ -1,0 +1,123 @@
+"""A trainer whose model is sharded over processes (FSDP2, gloo): what each rank runs, and the same without ranks."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+import muond.torch
+
+WIDTH = 6
+
+
+def model() -> torch.nn.Sequential:
+    """Rows that no number of ranks divides: (5, 6), (5,), (6, 5), (1, 6)."""
+    torch.manual_seed(7)
+    return torch.nn.Sequential(
+        torch.nn.Linear(WIDTH, 5), torch.nn.Tanh(), torch.nn.Linear(5, WIDTH, bias=False), torch.nn.Linear(WIDTH, 1)
+    )
+
+
+def optimizer(module: torch.nn.Module, url: str, run: str, **options: Any) -> muond.torch.Optimizer:
+    groups = [
+        {"parameters": ["0.weight", "2.weight"], "algorithm": "muon", "lr": 0.02, "name": "matrices"},
+        {"parameters": ["*.bias", "3.weight"], "algorithm": "adamw", "lr": 0.01, "name": "rest"},
+    ]
+    given = {"url": url, "run": run, "gradient_dtype": "float32", "update_dtype": "float32", **options}
+    return muond.torch.Optimizer(module.named_parameters(), groups, **given)
+
+
+def backward(module: torch.nn.Module, step: int, *, share: float = 1.0) -> None:
+    """The loss of a batch that is the same on every rank, times this rank's share of it."""
+    generator = torch.Generator().manual_seed(step)
+    batch = torch.randn(8, WIDTH, generator=generator)
+    loss = (module(batch) - batch.sum(1, keepdim=True)).square().mean()
+    (loss * share).backward()
+
+
+def train(
+    module: torch.nn.Module, muon: muond.torch.Optimizer, steps: range, *, share: float = 1.0
+) -> list[tuple[int, str]]:
+    """(step, digest) of each step; the learning rate is another one in each."""
+    digests: list[tuple[int, str]] = []
+    for step in steps:
+        muon.zero_grad()
+        for group in muon.param_groups:
+            group["lr"] = 0.02 / step
+        backward(module, step, share=share)
+        receipt = muon.step()
+        digests.append((receipt.step, receipt.digest))
+    return digests
+
+
+def shard(module: torch.nn.Module) -> None:
+    fully_shard(module)
+    # The gradient is the sum over the ranks, of which one has all of it: no rounding of a mean tells them from one process.
+    module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+    # What gloo has in place of a sum with a factor.
+    module.set_force_sum_reduction_for_comms(enable=True)  # type: ignore[operator]
+
+
+def whole(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: p.detach().full_tensor().clone() if hasattr(p, "full_tensor") else p.detach().clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def join(rank: int, world_size: int, meeting: Path) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+
+def skip_nan(module: torch.nn.Module, muon: muond.torch.Optimizer, *, is_bad: bool) -> None:
+    """A step in which one rank has NaN is none, on every rank."""
+    backward(module, 1)
+    gradients: Any = [p.grad for p in module.parameters()]
+    if is_bad:
+        for gradient in gradients:
+            gradient.to_local().fill_(float("nan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert muon.step() is None
+
+
+def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """Takes ``steps`` with the weights of ``weights``, if there is such a file, and leaves those it comes to there."""
+    join(rank, world_size, folder / f"meeting-{given['steps'][0]}-{world_size}")
+    module = model()
+    weights = folder / "weights.pt"
+    if weights.exists():
+        module.load_state_dict(torch.load(weights))
+    shard(module)
+    muon = optimizer(module, given["url"], given["run"], mode=given["mode"])
+    if given["mode"] == "create":
+        skip_nan(module, muon, is_bad=rank == world_size - 1)
+    digests = train(module, muon, range(*given["steps"]), share=float(rank == 0))
+    state = whole(module)
+    muon.close()
+    if rank == 0:
+        torch.save(state, weights)
+        (folder / "digests.json").write_text(json.dumps(digests))
+    dist.destroy_process_group()
+
+
+WORK: dict[str, Callable[..., None]] = {"main": main}
+
+if __name__ == "__main__":
+    what, rank, world_size, folder, given = sys.argv[1:]
+    WORK[what](int(rank), int(world_size), Path(folder), json.loads(given))

@@ -1,0 +1,169 @@
+"""Models that FSDP2 shards train as one process does, bit for bit, and go on with another number of ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sharded
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+import muond.torch
+from muond import Parameter
+from muond.steps.parameter import Bound
+from muond.steps.ranges import Ranges
+from muond.steps.updates import Update
+from muond.torch.apply import Views, apply_updates
+from muond.torch.ranks import Ranks
+from muond.torch.shards import ranges_of
+from muond.torch.slots import Slot
+from service import Service
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """This process is the only rank: the code of ranks runs where its coverage is seen."""
+    sharded.join(0, 1, tmp_path / "meeting")
+    yield
+    dist.destroy_process_group()
+
+
+def run_ranks(work: str, world_size: int, folder: Path, **given: Any) -> None:
+    """Runs a function of sharded.py in so many processes. A rank that fails shows what it wrote."""
+    command = [sys.executable, sharded.__file__, work]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world_size), str(folder), json.dumps(given)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    written = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(written)
+
+
+def test_ranks_train_as_one_process_and_resume_with_another_number(shared: Service, name: str, tmp_path: Path) -> None:
+    module = sharded.model()
+    muon = sharded.optimizer(module, shared.url, f"{name}-alone")
+    expected = sharded.train(module, muon, range(1, 9))
+    muon.close()
+    digests: list[list[Any]] = []
+    for first, world_size in ((1, 4), (4, 2), (6, 3)):
+        last = {1: 4, 4: 6, 6: 9}[first]
+        mode = "create" if first == 1 else "resume"
+        run_ranks("main", world_size, tmp_path, url=shared.url, run=name, mode=mode, steps=[first, last])
+        digests += json.loads((tmp_path / "digests.json").read_text())
+    assert [tuple(one) for one in digests] == expected
+    got = torch.load(tmp_path / "weights.pt")
+    for key, weights in sharded.whole(module).items():
+        assert torch.equal(got[key].view(torch.int32), weights.view(torch.int32)), key
+
+
+def test_a_rank_alone_is_a_member_too(shared: Service, name: str, one_rank: None) -> None:
+    alone, module = sharded.model(), sharded.model()
+    whole = sharded.optimizer(alone, shared.url, f"{name}-alone")
+    sharded.shard(module)
+    muon = sharded.optimizer(module, shared.url, name)
+    assert sharded.train(module, muon, range(1, 4)) == sharded.train(alone, whole, range(1, 4))
+    assert muon.run.members == {0: True}
+    for given, expected in zip(module.parameters(), alone.parameters(), strict=True):
+        read, of_whole = muon.state[given], whole.state[expected]
+        assert read.keys() == of_whole.keys()
+        for key, value in read.items():
+            found = value.full_tensor() if hasattr(value, "full_tensor") else value
+            assert torch.equal(found, of_whole[key]), key
+            assert hasattr(value, "full_tensor") == (key != "step")
+    state = muon.state_dict()
+    with pytest.raises(ValueError, match="go on with mode='resume'"):
+        muon.load_state_dict(state)
+    muon.close(delete=True)
+    with pytest.raises(muond.MuondError, match="there is no run"):
+        sharded.optimizer(module, shared.url, name, mode="resume").open()
+    whole.close()
+
+
+def test_a_step_with_nan_is_none(shared: Service, name: str, one_rank: None) -> None:
+    module = sharded.model()
+    sharded.shard(module)
+    with sharded.optimizer(module, shared.url, name) as muon:
+        sharded.train(module, muon, range(1, 2))
+        before = sharded.whole(module)
+        sharded.backward(module, 2, share=float("nan"))
+        with pytest.warns(RuntimeWarning, match=r"0\.weight.* and 2 more .* has NaN"):
+            assert muon.step() is None
+        for key, weights in sharded.whole(module).items():
+            assert torch.equal(weights, before[key])
+        muon.zero_grad()
+        sharded.backward(module, 2)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+        receipt = muon.step()
+        assert receipt.step == 2
+        assert receipt.gradient_norm == pytest.approx(0.1, rel=1e-4)
+
+
+def test_rows_of_a_shard_are_scaled(one_rank: None) -> None:
+    tensor = torch.ones(3, 2)
+    parameter = Bound(0, "p", (6, 2), "float32", "float32", Ranges([(5, 11)]))
+    update = Update(parameter, 0.0, 0.0, None, np.arange(6, dtype=np.float32))
+    slot = Slot(0, 0, "p", tensor, (6, 2), Parameter("p", "g", shape=(6, 2)))
+    apply_updates([slot], [update], Views())
+    assert tensor.reshape(-1).tolist() == [2, 3, 3, 4, 4, 5]
+
+
+def test_what_cannot_be_sharded_is_refused_by_name(shared: Service, name: str, one_rank: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    two = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+
+    def refused(tensors: list[Any], match: str, **options: Any) -> None:
+        pairs = [(f"p{i}", torch.nn.Parameter(tensor)) for i, tensor in enumerate(tensors)]
+        groups = [{"parameters": ["*"], "algorithm": "sgd", "lr": 0.1}]
+        with pytest.raises(ValueError, match=match):
+            muond.torch.Optimizer(pairs, groups, url=shared.url, run=name, **options)
+
+    local = torch.ones(4, 4)
+    shard = DTensor.from_local(local, mesh, [Shard(0)])
+    refused([DTensor.from_local(local, mesh, [Partial()])], r"'p0' has the placement Partial.*reduce it first")
+    refused([DTensor.from_local(local, mesh, [Replicate()])], r"'p0' has the placement Replicate.*fully_shard")
+    refused([DTensor.from_local(local, two, [Replicate(), Shard(0)])], "'p0' is on a mesh of 2 dimensions")
+    refused([shard, local], "'p1' is whole on every rank, 'p0' is sharded")
+    refused([shard, DTensor.from_local(local, two["shard"], [Shard(0)])], "'p0' and 'p1' are on different meshes")
+    refused([shard], "overlap=True is not possible with sharded parameters", overlap=True)
+    refused([shard], "keep='cpu' is not possible", keep="cpu")
+    flat = torch.nn.Parameter(local)
+    flat._fsdp_flattened = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"'w' is sharded by FullyShardedDataParallel.*FSDP2"):
+        muond.torch.Muon([("w", flat)], url=shared.url)
+
+
+def test_blocks_are_ranges() -> None:
+    assert ranges_of((4, 6), (1, 0), (2, 6)) == [(6, 18)]
+    assert ranges_of((2, 3, 4), (0, 1, 0), (2, 2, 4)) == [(4, 12), (16, 24)]
+    assert ranges_of((2, 3), (0, 1), (2, 1)) == [(1, 2), (4, 5)]
+    assert ranges_of((2, 3), (2, 0), (0, 3)) == []
+    assert ranges_of((), (), ()) == [(0, 1)]
+
+
+def test_where_one_rank_cannot_open_none_goes_on(shared: Service, name: str, one_rank: None) -> None:
+    module = sharded.model()
+    sharded.shard(module)
+    muond.torch.Muon([("w", torch.nn.Parameter(torch.ones(2, 2)))], url=shared.url, run=name).open()
+    with pytest.raises(muond.MuondError) as caught:
+        sharded.optimizer(module, shared.url, name).open()
+    assert caught.value.code == "RUN_EXISTS"
+    ranks = Ranks(init_device_mesh("cpu", (1,)))
+    undone: list[int] = []
+    ranks.of_all = lambda _: ["ValueError: no"]  # type: ignore[method-assign, assignment]
+    with pytest.raises(muond.MuondError, match="another rank cannot open the run: rank 0: ValueError: no"):
+        ranks.together(lambda: 1, undone.append)
+    assert undone == [1]
