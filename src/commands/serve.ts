@@ -7,6 +7,9 @@ import { type Config, type Environment, readCommand, unknownVariables } from '..
 const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT', 'SIGUSR2'] as const
 // What closing needs beyond the drain itself: close frames, lanes that end their work.
 const CLOSE_SECONDS = 10
+// Connections that wait to be accepted. Beyond it the kernel drops what asks for one, which asks again a second later:
+// with node's 511 a crowd of new sockets made a health probe wait for so long. Linux takes 4096 at most by itself.
+const BACKLOG = 4096
 // How long the last checkpoints may take beside that. A supervisor that kills the process before loses the steps
 // since the last checkpoint; with a journal it loses none.
 const CHECKPOINT_SECONDS = 600
@@ -46,8 +49,8 @@ async function listen({ app, listenLocally }: App, { host, port, socket }: Confi
   // fastify would log the address in words of its own; `listening` has to be the first line.
   const { level } = logger
   logger.level = 'silent'
+  const address = await app.listen({ host, port, backlog: BACKLOG })
   if (socket !== '') await listenLocally(socket)
-  const address = await app.listen({ host, port })
   logger.level = level
   return address
 }

@@ -60,7 +60,9 @@ async function checkStale(path: string): Promise<void> {
   throw new ConfigError(`socket '${path}' is in use: another server listens there`)
 }
 
-/** Listens at `path`. The file is made before `listen` returns, with the mode that the process has for new files then. */
+/**
+ * Listens at `path`. The file is made before `listen` returns, with the mode that the process has for new files then.
+ */
 async function bind(door: Server, path: string): Promise<void> {
   if (statOf(path)) unlinkSync(path)
   const before = process.umask(OTHERS_MAY_NOTHING)

@@ -1,7 +1,10 @@
 import { type ChildProcessByStdio, spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { existsSync, mkdtempSync, rmSync } from 'node:fs'
 import { open as openFile, readFile } from 'node:fs/promises'
 import { createServer } from 'node:net'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { createInterface, type Interface } from 'node:readline'
 import type { Readable } from 'node:stream'
 import { fileURLToPath } from 'node:url'
@@ -86,6 +89,21 @@ t.test('a text that cannot be written is one line and exit code 1', async (t) =>
   const [errors, exit] = await Promise.all([child.stderr!.toArray(), once(child, 'exit')])
   t.same([Buffer.concat(errors).toString(), exit], ['muond: ENOSPC: no space left on device, write\n', [1, null]])
   await full.close()
+})
+
+t.test('a Unix socket is listened on beside the address, and said to be', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'muond-'))
+  t.teardown(() => rmSync(folder, { recursive: true }))
+  const path = join(folder, 'm.sock')
+  const { child, first } = await serve(t, [], { MUOND_SOCKET: path })
+  t.match(first, { event: 'listening', socket: path })
+  t.match(await result(start([...SMALL, '--socket', path])), {
+    code: 1,
+    err: `muond: socket '${path}' is in use: another service listens there\n`,
+  })
+  child.kill('SIGTERM')
+  await once(child, 'exit')
+  t.notOk(existsSync(path))
 })
 
 t.test('a start that cannot succeed is one line and exit code 1', async (t) => {
