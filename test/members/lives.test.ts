@@ -1,6 +1,6 @@
 import t from 'tap'
 import type { OpenFrame } from '../../src/wire/frame.js'
-import { normal, RawClient, startService, until } from '../service.js'
+import { normal, RawClient, startService, turn, until } from '../service.js'
 import { alone, byColumns, Crew, evenly, gradientsOf, Mate, MODEL } from './crew.js'
 
 const STEPS = gradientsOf(MODEL, { seed: 21, steps: 4 })
@@ -239,6 +239,28 @@ t.test('memory for the parts of members is granted at open, or the bytes are nam
   t.match(await other.expect('error'), { code: 'OVER_CAPACITY' })
   t.equal(service.runs.get('large').epoch, 1)
   await other.close()
+  await service.app.close()
+})
+
+t.test('a member that is slow holds up the end of the step, and no other member’s sending', async (t) => {
+  // The parts of one member alone are more than the staging arena has.
+  const service = await startService({ staging_bytes: 2 ** 20 })
+  const parameters = Array.from({ length: 8 }, (_, i) => ({ name: `p${i}`, shape: [1024, 512], group: 'g' }))
+  const model = { groups: [{ name: 'g', algorithm: 'sgd', lr: 1 }], parameters }
+  const crew = await Crew.open(service.url, 'slow', { model, split: evenly(model, 2) })
+  const [zero, one] = crew.mates as [Mate, Mate]
+  const gradient = normal(3, 1024 * 512)
+  one.client.send({ type: 'step', step: 1 })
+  one.send(0, 1, gradient)
+  for (const parameter of zero.own) zero.send(parameter, 1, gradient)
+  const received = async () => (await service.metrics.received_bytes_total.get()).values[0]!.value
+  while ((await received()) < 9 * 2 ** 20) await turn()
+  t.equal(service.device.staging.used, 0)
+  zero.end(1)
+  for (const parameter of one.own.slice(1)) one.send(parameter, 1, gradient)
+  one.end(1)
+  t.match(await Promise.all([zero.receipt(), one.receipt()]), [{ applied: 8 }, { applied: 8 }])
+  await crew.close()
   await service.app.close()
 })
 
