@@ -61,7 +61,7 @@ export class RawClient {
 
   private constructor(socket: WebSocket) {
     this.socket = socket
-    socket.on('message', (data) => this.#take(decodeServerFrame(data as Buffer)))
+    socket.on('message', (data) => this.#take(known(decodeServerFrame(data as Buffer))))
     this.#closed = once(socket, 'close').then(
       ([code, reason]): Closed => ({ type: 'closed', code, reason: String(reason) }),
     )
@@ -156,4 +156,10 @@ export class RawClient {
       })
     else this.updates.get(parameter)!.data = Buffer.concat([this.updates.get(parameter)!.data, data])
   }
+}
+
+/** A frame of this service; one of a type that its own decoder does not know fails the test. */
+export function known(frame: ServerFrame | undefined): ServerFrame {
+  if (frame === undefined) throw new Error('the service sent a frame of an unknown type')
+  return frame
 }

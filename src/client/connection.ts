@@ -154,6 +154,8 @@ export class Connection {
       if (!isBinary || !Buffer.isBuffer(data))
         throw new MuondError('FRAME_MALFORMED', 'the service sent a text message')
       const frame = decodeServerFrame(data)
+      // The service may have types of frames that this version does not know.
+      if (frame === undefined) return
       if (frame.type === 'members') return this.#tellMembers(frame)
       const waiting = frame.type === 'checkpointed' ? this.#checkpoints.shift() : undefined
       if (frame.type === 'checkpointed' && waiting) return waiting(frame)

@@ -63,12 +63,14 @@ export function* decodingClientFrame(bytes: Uint8Array, limits: DecodeLimits): G
 }
 
 /**
- * Decodes one message of the service, for clients. Keys that this version does not know are passed on.
+ * Decodes one message of the service, for clients. Keys that this version does not know are passed on; a frame of a
+ * type that it does not know is undefined.
  * @throws ServiceError FRAME_MALFORMED
  */
-export function decodeServerFrame(bytes: Uint8Array): ServerFrame {
-  const { type, schema } = atOnce(recognize(bytes, SERVER_FRAMES))
-  return atOnce(readMessage(bytes, schema, type)) as ServerFrame
+export function decodeServerFrame(bytes: Uint8Array): ServerFrame | undefined {
+  const { name } = atOnce(reading(bytes))
+  if (!isKey(name, SERVER_FRAMES)) return undefined
+  return atOnce(readMessage(bytes, SERVER_FRAMES[name], name)) as ServerFrame
 }
 
 /** A gradient frame but for its data, which begins at byte `dataStart` of the message and has `dataLength` bytes. */
@@ -139,8 +141,18 @@ type Look = (key: string, at: number, scanned: { cursor: Cursor; entries: Readon
 function* recognize<T extends string>(
   bytes: Uint8Array,
   table: Readonly<Record<T, MapSchema>>,
-  look?: Look,
+  look: Look,
 ): Generator<undefined, Recognized<T>> {
+  const { cursor, entries, name } = yield* reading(bytes, look)
+  if (!isKey(name, table)) throw malformed(`unknown frame type ${quote(name)}`)
+  return { cursor, entries, type: name, schema: table[name] }
+}
+
+/** Finds where a message has its keys, and the name of its type. */
+function* reading(
+  bytes: Uint8Array,
+  look?: Look,
+): Generator<undefined, { cursor: Cursor; entries: Map<string, number>; name: string }> {
   const cursor = cursorOf(bytes)
   const entries = yield* scan(cursor, (key, at, entries) => look?.(key, at, { cursor, entries }))
   const at = entries.get('type')
@@ -148,8 +160,7 @@ function* recognize<T extends string>(
   cursor.position = at
   const name = readString(cursor)
   if (name === undefined) throw malformed('the type of the frame is not a string')
-  if (!isKey(name, table)) throw malformed(`unknown frame type ${quote(name)}`)
-  return { cursor, entries, type: name, schema: table[name] }
+  return { cursor, entries, name }
 }
 
 function isKey<T extends string>(name: string, table: Readonly<Record<T, unknown>>): name is T {

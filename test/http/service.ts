@@ -5,6 +5,7 @@ import { type App, buildApp } from '../../src/app.js'
 import { configOf, type SettingName } from '../../src/config.js'
 import { decodeServerFrame, encodeFrame, encodeWithData } from '../../src/wire/codec.js'
 import type { ClientFrame, GradientFrame, OpenFrame, ReceiptFrame, ServerFrame } from '../../src/wire/frame.js'
+import { known } from '../service.js'
 
 type Settings = Partial<Record<SettingName, string | number>>
 type Teardown = Pick<typeof t, 'teardown'>
@@ -40,7 +41,7 @@ export async function connect(
   })
   const frames: ServerFrame[] = []
   socket.on('message', (data) => {
-    frames.push(decodeServerFrame(data as Buffer))
+    frames.push(known(decodeServerFrame(data as Buffer)))
     socket.emit('frame')
   })
   await once(socket, 'open')

@@ -14,7 +14,7 @@ from .transport.address import Endpoint
 from .transport.receiver import Closed, Receiver
 from .transport.sender import Message, Sender
 from .transport.upgrade import dial
-from .wire.frame import Frame, frame_error
+from .wire.frame import Frame, frame_error, is_known
 from .wire.msgpack import encode, encode_head
 
 # Close codes that say more than that the connection is gone; the others are met with a new connection.
@@ -150,7 +150,7 @@ class Connection:
                 self._because(_close_error(received))
                 self._sender.close(1000, 0)
                 return
-            if self._reason is not None:
+            if self._reason is not None or not is_known(received.frame):
                 continue
             listener = self._listener
             if received.frame["type"] == "members":

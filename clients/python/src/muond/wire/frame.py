@@ -78,10 +78,15 @@ def decode_frame(message: bytes | bytearray | memoryview) -> Frame:
 
 
 def check_frame(frame: Frame) -> Frame:
-    """Returns the frame if its type is known and every key has the right type. Raises MuondError FRAME_MALFORMED."""
+    """Returns the frame if every key of its type has the right type. Raises MuondError FRAME_MALFORMED.
+
+    The service may have types that this version does not know: ``is_known`` tells.
+    """
     name = frame.get("type")
-    if not isinstance(name, str) or name not in _REQUIRED:
-        raise malformed(f"the service sent a frame of unknown type {name!r}")
+    if not isinstance(name, str):
+        raise malformed(f"the service sent a frame of type {name!r}")
+    if not is_known(frame):
+        return frame
     for key, kind in _REQUIRED[name].items():
         if key not in frame:
             raise malformed(f"the service sent {name} without '{key}'")
@@ -90,6 +95,11 @@ def check_frame(frame: Frame) -> Frame:
         if key in frame:
             _check(name, key, frame[key], kind)
     return frame
+
+
+def is_known(frame: Frame) -> bool:
+    """Whether this version knows frames of this type; others are to be ignored."""
+    return frame["type"] in _REQUIRED
 
 
 def _check(name: str, key: str, value: Any, kind: type) -> None:
