@@ -70,13 +70,18 @@ export class StateReaders {
   }
 
   /**
-   * Pieces of state, which are made as they are read. All readers together make one in each turn of the event loop: a
-   * socket that takes all it is given asks for the next piece in the same turn, and many such sockets open at once.
+   * Pieces of state, `bytes` in all, which are made as they are read. All readers together make one in each turn of
+   * the event loop: a socket that takes all it is given asks for the next piece in the same turn, and many such sockets
+   * may open at once.
    */
-  async *inTurns<T>(pieces: Iterable<T>): AsyncGenerator<T, void, void> {
+  async *inTurns<T extends Uint8Array>(pieces: Iterable<T>, bytes: number): AsyncGenerator<T, void, void> {
+    let rest = bytes
     await this.#nextTurn()
     for (const piece of pieces) {
       yield piece
+      rest -= piece.length
+      // The state is given back as soon as the last piece was taken, and not when others have had their turns.
+      if (rest === 0) return
       await this.#nextTurn()
     }
   }

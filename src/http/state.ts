@@ -25,7 +25,7 @@ export async function stateNorms(
   try {
     const described: StateTensor[] = []
     for (const { name, dtype, shape, tensor } of held) {
-      const norm = Math.sqrt(await squareSum(readers.inTurns(device.read([tensor])), READERS[dtype]))
+      const norm = Math.sqrt(await squareSum(readers.inTurns(device.read([tensor]), tensor.bytes), READERS[dtype]))
       const elements = tensor.bytes / bytesPerElement(dtype)
       described.push({ name, dtype, shape: [...shape], norm, rms: norm / Math.sqrt(elements) })
     }
@@ -57,7 +57,7 @@ export function stateBody(
   const entries = entriesOf(held)
   const header = encodeHeader(entries, metadata)
   const length = entries.reduce((sum, { bytes }) => sum + bytes, header.length)
-  const body = Readable.from(readers.inTurns(pieces(device, header, { held, step })), { objectMode: false })
+  const body = Readable.from(readers.inTurns(pieces(device, header, { held, step }), length), { objectMode: false })
   // Not in the generator: a reader that leaves before the first piece never starts it.
   body.once('close', release)
   return { length, body }
@@ -69,9 +69,17 @@ export async function runStateBody(
   { readers, run }: { readers: StateReaders; run: Run },
 ): Promise<{ length: number; body: Readable }> {
   const { file, release } = await betweenSteps(runs, run, async () => readers.file(run))
-  const body = Readable.from(readers.inTurns(file.pieces()), { objectMode: false })
-  body.once('close', release)
-  return { length: file.bytes, body }
+  try {
+    const { bytes, pieces } = await file.body()
+    const body = Readable.from(readers.inTurns(pieces(), bytes), { objectMode: false })
+    body.once('close', release)
+    return { length: bytes, body }
+    /* c8 ignore start -- the header of a run that was opened can be written */
+  } catch (error) {
+    release()
+    throw error
+  }
+  /* c8 ignore stop */
 }
 
 /** A parameter's state tensors and the memory that they may take when the run has gone on. */
