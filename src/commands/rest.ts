@@ -9,7 +9,7 @@ import { errorText } from '../errors.js'
 export type ServiceAddress = { url: string; token: string | undefined }
 
 const DEFAULT_URL = 'http://127.0.0.1:8787'
-/** How a command reaches a service: its URL or that of a Unix socket, without a slash at the end, and a key. */
+/** A Unix socket: its absolute path, and behind a colon the path of a request, which clients may give. */
 const UNIX_URL = /^(?:ws|http)\+unix:\/\/(\/[^:]+)(?::\/.*)?$/
 
 /**
