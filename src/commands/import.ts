@@ -45,7 +45,8 @@ it executes nothing and refuses everything else by its name.
   --step N              Count of parameters whose optimizer keeps none;
                         default 1, and only SGD asks whether it is 0
   --partial             A parameter that the file does not have keeps its state
-  --url URL             The service; default http://127.0.0.1:8787
+  --url URL             The service; default http://127.0.0.1:8787,
+                        or of a Unix socket, ws+unix:///run/muond.sock
   --token-file FILE     Holds a key that may write; also the variable MUOND_TOKEN
   --help                Prints this`
 

@@ -32,6 +32,8 @@ export type SharedRegion = { region: Region; unit: number }
 const UPDATES_PER_STAGING = 2
 // Copying this many bytes takes a fraction of a millisecond.
 const READ_BYTES = 1 << 20
+// Each tensor costs more than a microsecond, however small it is.
+const READ_TENSORS = 2048
 
 const { coefficients, ns_steps } = NAMED_COEFFICIENTS.keller_jordan
 const DTYPES = { gradient_dtype: 'float32', update_dtype: 'float32' } as const
@@ -217,10 +219,16 @@ export class Device {
   }
 
   /**
-   * Copies of the bytes of state tensors, one behind the other, in pieces of READ_BYTES, the last one of less: a stream
-   * takes longer for a small piece than to copy it. The event loop can turn in between. The caller has references.
+   * Copies of the bytes of state tensors, one behind the other, in pieces of READ_BYTES: a stream takes longer for a
+   * small piece than to copy it. The last piece of each READ_TENSORS tensors has less. The event loop can turn in
+   * between. The caller has references.
    */
   *read(tensors: readonly Tensor[]): Generator<Uint8Array<ArrayBuffer>> {
+    for (let at = 0; at < tensors.length; at += READ_TENSORS) yield* this.#readFew(tensors.slice(at, at + READ_TENSORS))
+  }
+
+  /** At most READ_TENSORS tensors, in pieces of READ_BYTES. */
+  *#readFew(tensors: readonly Tensor[]): Generator<Uint8Array<ArrayBuffer>> {
     let rest = total(tensors.map(({ bytes }) => bytes))
     let piece = new Uint8Array(Math.min(rest, READ_BYTES))
     let filled = 0

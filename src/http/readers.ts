@@ -3,6 +3,7 @@ import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import { type StateFile, stateFile } from '../keep/state-file.js'
 import type { Run } from '../run/run.js'
+import { turn } from '../run/slices.js'
 
 /** How many may read state of one run at a time. */
 export const MOST_READERS = 8
@@ -19,6 +20,8 @@ export class StateReaders {
   readonly #device: Device
   readonly #counts = new Map<Run, { readers: number }>()
   readonly #shared = new Map<Run, Shared>()
+  /** The last turn of the event loop that a reader was given. */
+  #lastTurn = Promise.resolve()
 
   constructor(device: Device) {
     this.#device = device
@@ -64,6 +67,29 @@ export class StateReaders {
       leave()
       throw error
     }
+  }
+
+  /**
+   * Pieces of state, `bytes` in all, which are made as they are read. All readers together make one in each turn of
+   * the event loop: a socket that takes all it is given asks for the next piece in the same turn, and many such sockets
+   * may open at once.
+   */
+  async *inTurns<T extends Uint8Array>(pieces: Iterable<T>, bytes: number): AsyncGenerator<T, void, void> {
+    let rest = bytes
+    await this.#nextTurn()
+    for (const piece of pieces) {
+      yield piece
+      rest -= piece.length
+      // The state is given back as soon as the last piece was taken, and not when others have had their turns.
+      if (rest === 0) return
+      await this.#nextTurn()
+    }
+  }
+
+  /** Resolves in a turn of the event loop that no other reader is given. */
+  #nextTurn(): Promise<void> {
+    this.#lastTurn = this.#lastTurn.then(turn)
+    return this.#lastTurn
   }
 
   #join(run: Run): Shared {

@@ -85,10 +85,10 @@ export class Place {
   }
 
   /** What a checkpoint says of it beside its tensors. */
-  toRecord(): PlaceRecord {
-    const { count, appliedStep, gradientSquare, record } = this
-    const last = record && { last: appliedRecord(record) }
-    return { count, applied_step: appliedStep, gradient_square: gradientSquare, ...last }
+  toRecord(count: number): PlaceRecord {
+    const { appliedStep, gradientSquare, record } = this
+    const kept = { count, applied_step: appliedStep, gradient_square: gradientSquare }
+    return record ? { ...kept, last: appliedRecord(record) } : kept
   }
 
   /**

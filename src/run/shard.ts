@@ -113,15 +113,18 @@ export class Shard {
    * References to all state, or to what `imported` puts in its place. The caller releases them with `Device.memory`.
    */
   hold(imported?: readonly (ImportedPlace | undefined)[]): { places: PlaceRecord[]; tensors: HeldTensor[] } {
-    const held = this.#places.map((place, i) => ({ place, ...stateOf(imported?.[i] ?? place) }))
-    return {
-      places: held.map(({ place, count }) => ({ ...place.toRecord(), count })),
-      tensors: held.flatMap(({ place: { parameter }, count, tensors }) =>
-        tensors.map((tensor, i) => {
-          return { ...parameter.state[i], tensor: this.#device.memory.retain(tensor), parameter, count }
-        }),
-      ),
+    const [places, held]: [PlaceRecord[], HeldTensor[]] = [[], []]
+    for (const [i, place] of this.#places.entries()) {
+      const { parameter } = place
+      const { count, tensors } = stateOf(imported?.[i] ?? place)
+      places.push(place.toRecord(count))
+      for (const [j, tensor] of tensors.entries()) {
+        // Field by field: a spread takes half a second for 200,000 tensors.
+        const { name, dtype, shape, bytes } = parameter.state[j]
+        held.push({ name, dtype, shape, bytes, tensor: this.#device.memory.retain(tensor), parameter, count })
+      }
     }
+    return { places, tensors: held }
   }
 
   /** Goes on from state that no step of the run has made. A parameter without a place keeps its state. */

@@ -1,12 +1,14 @@
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
 import { exportCommand } from '../../src/commands/export.js'
+import { importCommand } from '../../src/commands/import.js'
 import { byteProgress } from '../../src/commands/progress.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
-import { train, trainStep } from '../run/trainer.js'
+import { MODEL, train, trainStep } from '../run/trainer.js'
 import { exporting, opened, SILENT, start, stateOf } from './interchange.js'
 
 const id = (step: number) => `step-${String(step).padStart(12, '0')}`
@@ -237,6 +239,31 @@ t.test('NorMuon’s statistic is nothing that torch has', async (t) => {
   await service.app.close()
 })
 
+t.test('a run is exported and imported over a Unix socket', async (t) => {
+  const service = await start()
+  const { client } = await train(service, { run: 'a', last: 3 })
+  const folder = mkdtempSync(join(tmpdir(), 'muond-'))
+  t.teardown(() => rmSync(folder, { recursive: true }))
+  const path = join(folder, 'm.sock')
+  await service.listenLocally(path)
+  const body = await stateOf(service, 'a')
+  for (const [i, url] of [`ws+unix://${path}`, `http+unix://${path}`, `ws+unix://${path}:/v1/stream`].entries()) {
+    const out = join(folder, `${i}.safetensors`)
+    await exportCommand(['a', '--to', 'safetensors', '--out', out, '--url', url], {}, SILENT)
+    t.same(readFileSync(out), body, url)
+    const other = await opened(service, `to-${i}`, MODEL)
+    await importCommand([`to-${i}`, out, '--from', 'muond', '--url', url], {}, SILENT)
+    t.same(parseSafetensors(await stateOf(service, `to-${i}`)).tensors, parseSafetensors(body).tensors, url)
+    await other.close()
+  }
+  const missing = ['a', '--to', 'safetensors', '--out', join(folder, 'x'), '--url', `ws+unix://${path}.gone`]
+  await t.rejects(exportCommand(missing, {}, SILENT), {
+    message: /^ws\+unix:.*m\.sock\.gone cannot be reached: .*ENOENT/,
+  })
+  await client.close()
+  await service.app.close()
+})
+
 t.test('every mistake has one line', async (t) => {
   const service = await start({ read_keys: 'reader', api_keys: 'writer' })
   const folder = t.testdir({ key: 'reader\n' })
@@ -253,6 +280,7 @@ t.test('every mistake has one line', async (t) => {
       /^--data and --url exclude each other$/,
     ],
     [['a', '--to', 'safetensors', '--out', out, '--url', 'ftp://x'], /^--url is 'ftp:\/\/x', expected one such as/],
+    [['a', '--to', 'safetensors', '--out', out, '--url', 'ws+unix://run/m.sock'], /expected .* or ws\+unix:\/\/\/run/],
     [
       ['a', '--to', 'safetensors', '--out', out, '--url', 'http://127.0.0.1:1'],
       /^http:\/\/127\.0\.0\.1:1 cannot be reached: .*ECONNREFUSED/,

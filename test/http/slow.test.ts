@@ -122,6 +122,44 @@ t.test('state that nobody reads is kept once, for so many readers', async (t) =>
   await service.app.close()
 })
 
+t.test('all readers of state together make one piece of it in a turn of the event loop', async (t) => {
+  const { service, client } = await started()
+  const { device } = service
+  const read = device.read.bind(device)
+  /** The turns in which a piece was made. */
+  const turns: number[] = []
+  device.read = function* (tensors) {
+    for (const piece of read(tensors)) {
+      turns.push(now)
+      yield piece
+    }
+  }
+  let now = 0
+  const count = () => {
+    now += 1
+    counting = setImmediate(count)
+  }
+  let counting = setImmediate(count)
+  const parameter = '/v1/runs/r/parameters/0'
+  const paths = [
+    '/v1/runs/r/state',
+    '/v1/runs/r/state',
+    `${parameter}/state`,
+    `${parameter}/state`,
+    parameter,
+    parameter,
+  ]
+  const bodies = await Promise.all(
+    paths.map(async (path) => Buffer.from(await (await fetch(`${service.http}${path}`)).arrayBuffer())),
+  )
+  clearImmediate(counting)
+  t.equal(turns.length, (paths.length * 4 * ELEMENTS) / 2 ** 20, 'a piece has 1 MiB')
+  t.equal(new Set(turns).size, turns.length)
+  for (const i of [0, 2, 4]) t.ok(Buffer.compare(bodies[i]!, bodies[i + 1]!) === 0, `${paths[i]} reads the same twice`)
+  await client.close()
+  await service.app.close()
+})
+
 t.test('state that nobody reads is not kept for ever, and who did not is counted', async (t) => {
   const { service, client } = await started(FAST)
   const { socket } = await unread(service, '/v1/runs/r/state')
