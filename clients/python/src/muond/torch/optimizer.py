@@ -39,7 +39,7 @@ from .state.loading import load
 from .state.matching import TOKEN, match
 from .state.packing import in_order, packed
 from .state.restoring import go_back
-from .state.saving import saved
+from .state.saving import collector_paused, saved
 from .state.view import State
 from .streaming import Streaming
 
@@ -412,13 +412,18 @@ class Optimizer(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        entries, token = saved(self._home)
-        groups, number_of = packed(self.param_groups)
-        state = {
-            number_of.get(id(key), key) if isinstance(key, torch.Tensor) else key: value
-            for key, value in in_order(entries, number_of)
-        }
-        answer: dict[str, Any] = {"state": state, "param_groups": groups, **({} if token is None else {TOKEN: token})}
+        with collector_paused():
+            entries, token = saved(self._home)
+            groups, number_of = packed(self.param_groups)
+            state = {
+                number_of.get(id(key), key) if isinstance(key, torch.Tensor) else key: value
+                for key, value in in_order(entries, number_of)
+            }
+            answer: dict[str, Any] = {
+                "state": state,
+                "param_groups": groups,
+                **({} if token is None else {TOKEN: token}),
+            }
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, answer)
             answer = answer if changed is None else changed

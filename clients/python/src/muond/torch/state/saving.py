@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from ..home import Home
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without garbage collection: it would look through the whole program again and again while thousands of tensors are made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def saved(home: Home, *, tensors: bool = False) -> tuple[dict[torch.Tensor, dict[str, Any]], dict[str, Any] | None]:

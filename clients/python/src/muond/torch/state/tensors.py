@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,22 +30,9 @@ def read_state(rest: Rest, run: Run, slots: Sequence[Slot]) -> list[dict[str, to
     """
     # Before the tensors: a step that another trainer has begun would be waited for.
     require_place(run, rest.run(run.name))
-    with _collector_paused():
-        tensors, metadata = rest.state(run.name)
-        require_place(run, {"step": int(metadata["step"]), "digest": metadata["digest"], "ahead": []})
-        return _by_slot(slots, tensors)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without garbage collection: it would look through the whole program again and again while thousands of tensors are made."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    tensors, metadata = rest.state(run.name)
+    require_place(run, {"step": int(metadata["step"]), "digest": metadata["digest"], "ahead": []})
+    return _by_slot(slots, tensors)
 
 
 def _by_slot(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[dict[str, torch.Tensor]]:
