@@ -119,7 +119,7 @@ export class Lanes {
   #take(most: number): MadeJob[] {
     const group: MadeJob[] = []
     let bytes = 0
-    while (group.length < most && bytes < this.#full) {
+    while (group.length < most && (bytes < this.#full || group.length === 0)) {
       const next = this.#queue.shift()
       if (next === undefined) break
       const made = make(next)
