@@ -129,6 +129,11 @@ export class Device {
     return grant
   }
 
+  /** Throws what `admit` would if the runs with the grants `leaving` had left. */
+  checkAdmission(leaving: ReadonlySet<Grant>, demands: readonly Demand[], what: string): void {
+    this.#admission.checkWithout(leaving, demands, what)
+  }
+
   /** Grants state memory beside the runs', `bytes[i]` of unit i, as `admit` does. */
   reserve(bytes: readonly number[], what: string): Grant {
     return this.#admission.reserve(bytes, what)

@@ -52,6 +52,8 @@ export class Runs {
   readonly #log: Log
   readonly #archive: Archive | undefined
   readonly #residents: Residents
+  /** The runs that a start is about to bring back. */
+  readonly #starting = new Set<string>()
   readonly #turns = new Turns()
   readonly #imports = new Map<Run, Promise<unknown>>()
   readonly #closing = new AbortController()
@@ -182,7 +184,11 @@ export class Runs {
     const scales = rowScaleBytes(attentions, parameters)
     const held = this.#archive !== undefined
     const demands = await inSlices(demandsOf(parameters, { groups, scales, held }))
-    const grant = this.#device.admit(demands, `run '${name}'`)
+    const what = `run '${name}'`
+    const admit = () => this.#device.admit(demands, what)
+    const grant = this.#starting.has(name)
+      ? admit()
+      : await this.#residents.admit(admit, (leaving) => this.#device.checkAdmission(leaving, demands, what))
     await this.#device.load(demands).catch((error) => {
       this.#device.dismiss(grant)
       throw error
@@ -264,11 +270,14 @@ export class Runs {
 
   /** A start makes no room: of the runs that it would bring back one would only push the other out. */
   async #restoreIfRoom(name: string): Promise<void> {
+    this.#starting.add(name)
     try {
       if (!this.#residents.isFull) await this.#find(name)
       if (!this.stored.has(name)) return
     } catch (error) {
       if (!(error instanceof ServiceError) || error.code !== 'OVER_CAPACITY') throw error
+    } finally {
+      this.#starting.delete(name)
     }
     await this.#archive?.describe(name)
     this.#log.info({ event: 'run_stays_on_disk', run: name })

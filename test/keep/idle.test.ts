@@ -6,6 +6,7 @@ import t, { type Test } from 'tap'
 import { buildApp } from '../../src/app.js'
 import { configOf } from '../../src/config.js'
 import type { components } from '../../src/http/openapi.js'
+import type { OpenFrame } from '../../src/wire/frame.js'
 import { gradientsOf, known, MODEL, type Trace, train, trainStep, undisturbed } from '../run/trainer.js'
 import { RawClient, type Service, startService, until } from '../service.js'
 import { flip, id, manifestOf, runFolder, start as startIn } from './data-folder.js'
@@ -76,6 +77,39 @@ const omit = ({ ...run }: Summary & { ahead?: unknown; attentions?: unknown; gro
   for (const key of ['ahead', 'attentions', 'groups'] as const) delete run[key]
   return run
 }
+
+t.test('for a run that finds no memory others leave that nobody uses, and none where that would not do', async (t) => {
+  const data = t.testdir({})
+  const before = await startIn(data, { checkpoint_steps: 0 })
+  await trained(before, 'r', 2)
+  const bytes = before.device.admittedBytes
+  await before.runs.restIdle(later())
+  await before.app.close()
+  const service = await start(t, data, { state_bytes_limit: Math.floor(1.5 * bytes) })
+  const names = () => service.runs.list().map(({ name }) => name)
+  t.same(names(), ['r'])
+  await trained(service, 'other', 1)
+  t.same(names(), ['other'])
+  const after = await train(service, { last: 4, open: { mode: 'resume' } })
+  t.match(after.opened, { step: 2, resumed: true, digest: reference[1]!.digest })
+  t.same(known(after.traces), known(reference.slice(2)))
+  t.same(names(), ['r'])
+  const refusal = async (frame: Pick<OpenFrame, 'run' | 'groups' | 'parameters' | 'mode'>) => {
+    const client = await RawClient.connect(service.url)
+    client.send({ type: 'open', protocol: 1, ...frame })
+    const error = await client.expect('error')
+    await client.close()
+    return error
+  }
+  const refused = (run: string) => ({ code: 'OVER_CAPACITY', message: new RegExp(`run '${run}' needs \\d+ bytes`) })
+  t.match(await refusal({ ...MODEL, run: 'other', mode: 'resume' }), refused('other'), 'a connection has the other one')
+  await after.client.close()
+  await until(() => !service.runs.get('r').connected)
+  const parameters = [{ name: 'w', shape: [bytes], group: 'g' }]
+  const groups = [{ name: 'g', algorithm: 'sgd' }]
+  t.match(await refusal({ run: 'large', groups, parameters }), refused('large'))
+  t.same(names(), ['r'], 'nobody leaves in vain')
+})
 
 t.test('what has a connection, or state on its way in, stays', async (t) => {
   const service = await start(t, t.testdir({}), { max_runs: 2 })
