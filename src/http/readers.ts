@@ -81,8 +81,7 @@ export class StateReaders {
       yield piece
       rest -= piece.length
       // The state is given back as soon as the last piece was taken, and not when others have had their turns.
-      if (rest === 0) return
-      await this.#nextTurn()
+      if (rest > 0) await this.#nextTurn()
     }
   }
 

@@ -17,6 +17,7 @@ export function measure(run: Run, metrics: Metrics): void {
   })
   run.on('waited', (waited) => {
     for (const { rank, seconds } of waited) {
+      /* c8 ignore next -- a run of more ranks than have a label */
       const label = rank < MOST_RANKS ? String(rank) : `${MOST_RANKS} and more`
       metrics.member_wait_seconds_total.inc({ rank: label }, seconds)
     }

@@ -263,6 +263,7 @@ export class Session implements Connection, GradientSink {
     if (frame.parameters) this.#send(opened)
     else void this.#sender.send({ header: await inSlices(encodingOpened(opened, run.describeParameters())) })
     this.#isOpened = true
+    /* c8 ignore next -- another member comes while the answer is made */
     if (this.#changes.size > 0) this.#tellChanges()
   }
 

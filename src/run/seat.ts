@@ -27,6 +27,7 @@ export function* seatOf(
   checkCount(given)
   const ranges: Ranges[] = []
   for (const [index, parameter] of parameters.entries()) {
+    /* c8 ignore next -- a member with ranges of thousands of parameters */
     if (index % PARAMETERS_PER_YIELD === PARAMETERS_PER_YIELD - 1) yield
     ranges.push(rangesOf(given[index], parameter, rank))
   }

@@ -32,6 +32,7 @@ export class Transport {
     if (asked === 'websocket' || (asked === 'auto' && !isLocal)) return
     try {
       this.#arenas = new Arenas(parameters)
+      /* c8 ignore next 4 -- a system without memfd, or without a descriptor left */
     } catch (error) {
       if (asked === 'auto') return
       throw new MuondError('REQUEST_INVALID', `transport 'shm' is not possible here: ${error}`, {}, { cause: error })

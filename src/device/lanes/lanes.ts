@@ -60,8 +60,10 @@ export class Lanes {
   async load(needs: readonly Need[], scratch?: Scratch): Promise<void> {
     if (this.#failure) throw this.#failure
     // While the lanes' memory changes, groups are those that fit into the least of it.
+    /* c8 ignore next -- needs a GPU: npm run test:gpu */
     if (scratch) this.#full = Math.min(this.#full, scratch.full)
     await Promise.all(this.#lanes.map((lane) => this.#ask(lane, (id) => ({ type: 'load', id, needs, scratch }))))
+    /* c8 ignore next -- needs a GPU: npm run test:gpu */
     if (scratch) this.#full = scratch.full
   }
 

@@ -152,6 +152,7 @@ export class Gathering {
 
   /** When no gradient is computed, and none waits to be. */
   async idle(): Promise<void> {
+    /* c8 ignore next -- an import comes while a lane computes */
     while (this.#computing.size > 0) await Promise.all(this.#computing)
   }
 
@@ -168,6 +169,7 @@ export class Gathering {
   /** Goes on in another layout of named members. Nothing is computed and no part waits. */
   relay(layout: Layout): void {
     this.#means.layout = layout
+    /* c8 ignore next -- the layout changes while a repeated gradient is half there */
     for (const slot of this.#slots.values()) if (slot.spoiled.size > 0) release(slot)
   }
 
@@ -276,6 +278,7 @@ export class Gathering {
     if (!isNotFinite || !this.#means.buffers) return error
     const parameter = this.#means.parameters[index]
     const ranks = await inSlices(blaming([...slot.parts.values()], parameter))
+    /* c8 ignore next -- finite gradients whose update or state is not */
     const who = ranks.length === 0 ? 'no rank sent NaN or Inf' : `NaN or Inf was sent by rank ${ranks.join(', ')}`
     return new ServiceError('GRADIENT_NOT_FINITE', `${error.message}; ${who}`, error.fields)
   }

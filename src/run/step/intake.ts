@@ -159,6 +159,7 @@ export class Intake {
     try {
       // An import may have come between the gradient's first chunk and its last.
       this.#host.stepOfGradient(part.index, part.step.number)
+      /* c8 ignore next -- it may be lost while its last chunk is stored */
       return part.member.lost ? undefined : await this.#gathering.add(part)
     } finally {
       part.gradient.release()

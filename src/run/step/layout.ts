@@ -56,6 +56,7 @@ export class Layout {
     }
     for (const parameter of this.#parameters) {
       const { index, name } = parameter
+      /* c8 ignore next -- a member with ranges of thousands of parameters */
       if (index % PARAMETERS_PER_YIELD === PARAMETERS_PER_YIELD - 1) yield
       if (known?.opened && !known.ranges?.[index].equals(ranges[index])) {
         const message = `rank ${rank} has other ranges of parameter '${name}' in this run: open it with the same, or once the others have left`
@@ -115,10 +116,13 @@ export class Layout {
   }
 
   #firstGap(): Gap | undefined {
-    const ranks = [...this.#ranks.values()]
-    if (ranks.some(({ ranges }) => !ranges)) return undefined
+    const ranks: (readonly Ranges[])[] = []
+    for (const { ranges } of this.#ranks.values()) {
+      if (!ranges) return undefined
+      ranks.push(ranges)
+    }
     for (const parameter of this.#parameters) {
-      const parts = ranks.flatMap(({ ranges }) => (ranges ? [ranges[parameter.index]] : []))
+      const parts = ranks.map((ranges) => ranges[parameter.index])
       if (parts.reduce((sum, { elements }) => sum + elements, 0) === parameter.elements) continue
       const sorted = parts.flatMap((part) => [...part.list()]).sort(([one], [other]) => one - other)
       return { parameter, range: gapOf(sorted, parameter.elements) }

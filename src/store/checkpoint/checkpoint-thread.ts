@@ -136,6 +136,7 @@ async function discard(folder: string): Promise<void> {
 }
 
 async function fill({ id, folder, locations, file_bytes, manifest }: WriteRequest): Promise<WrittenManifest> {
+  /* c8 ignore next -- the lists of a checkpoint come before it, if it has any */
   const { parameters, places, entries: all } = lists.get(id) ?? { parameters: [], places: [], entries: [] }
   const files = planShards(all, file_bytes)
   const texts = [

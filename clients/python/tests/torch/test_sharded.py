@@ -24,7 +24,7 @@ from muond.steps.ranges import Ranges
 from muond.steps.updates import Update
 from muond.torch.apply import Views, apply_updates
 from muond.torch.ranks import Ranks
-from muond.torch.shards import ranges_of
+from muond.torch.shards import local, ranges_of
 from muond.torch.slots import Slot
 from service import Service
 
@@ -131,16 +131,16 @@ def test_what_cannot_be_sharded_is_refused_by_name(shared: Service, name: str, o
         with pytest.raises(ValueError, match=match):
             muond.torch.Optimizer(pairs, groups, url=shared.url, run=name, **options)
 
-    local = torch.ones(4, 4)
-    shard = DTensor.from_local(local, mesh, [Shard(0)])
-    refused([DTensor.from_local(local, mesh, [Partial()])], r"'p0' has the placement Partial.*reduce it first")
-    refused([DTensor.from_local(local, mesh, [Replicate()])], r"'p0' has the placement Replicate.*fully_shard")
-    refused([DTensor.from_local(local, two, [Replicate(), Shard(0)])], "'p0' is on a mesh of 2 dimensions")
+    whole = torch.ones(4, 4)
+    shard = DTensor.from_local(whole, mesh, [Shard(0)])
+    refused([DTensor.from_local(whole, mesh, [Partial()])], r"'p0' has the placement Partial.*reduce it first")
+    refused([DTensor.from_local(whole, mesh, [Replicate()])], r"'p0' has the placement Replicate.*fully_shard")
+    refused([DTensor.from_local(whole, two, [Replicate(), Shard(0)])], "'p0' is on a mesh of 2 dimensions")
     refused([shard, local], "'p1' is whole on every rank, 'p0' is sharded")
-    refused([shard, DTensor.from_local(local, two["shard"], [Shard(0)])], "'p0' and 'p1' are on different meshes")
+    refused([shard, DTensor.from_local(whole, two["shard"], [Shard(0)])], "'p0' and 'p1' are on different meshes")
     refused([shard], "overlap=True is not possible with sharded parameters", overlap=True)
     refused([shard], "keep='cpu' is not possible", keep="cpu")
-    flat = torch.nn.Parameter(local)
+    flat = torch.nn.Parameter(whole)
     flat._fsdp_flattened = True  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"'w' is sharded by FullyShardedDataParallel.*FSDP2"):
         muond.torch.Muon([("w", flat)], url=shared.url)
@@ -167,3 +167,8 @@ def test_where_one_rank_cannot_open_none_goes_on(shared: Service, name: str, one
     with pytest.raises(muond.MuondError, match="another rank cannot open the run: rank 0: ValueError: no"):
         ranks.together(lambda: 1, undone.append)
     assert undone == [1]
+
+
+def test_a_tensor_that_nobody_shards_is_all_here() -> None:
+    tensor = torch.zeros(3)
+    assert local(tensor) is tensor

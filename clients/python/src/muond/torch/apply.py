@@ -105,7 +105,7 @@ def _add(tensors: list[torch.Tensor], data: list[torch.Tensor], scale: float) ->
             torch._foreach_copy_(widened, [data[i] for i in small])
             torch._foreach_add_([tensors[i] for i in small], widened, alpha=scale)
         tensors, data = [tensors[i] for i in large], [data[i] for i in large]
-    if tensors:
+    if tensors:  # pragma: no branch - on a CPU there are some
         torch._foreach_add_(tensors, data, alpha=scale)
 
 

@@ -44,8 +44,7 @@ def _by_slot(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[dict[str,
             by_slot[parameter]["step"] = torch.tensor(float(count), dtype=torch.float32, device="cpu")
     for tensor in tensors[len(counts) :]:
         parameter, _, name = tensor.name.removeprefix("state.").rpartition(".")
-        if counts[parameter]:
-            by_slot[parameter][name] = _to_torch(tensor)
+        by_slot[parameter][name] = _to_torch(tensor)
     return [by_slot[slot.name] for slot in slots]
 
 
