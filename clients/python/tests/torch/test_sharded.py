@@ -136,7 +136,7 @@ def test_what_cannot_be_sharded_is_refused_by_name(shared: Service, name: str, o
     refused([DTensor.from_local(whole, mesh, [Partial()])], r"'p0' has the placement Partial.*reduce it first")
     refused([DTensor.from_local(whole, mesh, [Replicate()])], r"'p0' has the placement Replicate.*fully_shard")
     refused([DTensor.from_local(whole, two, [Replicate(), Shard(0)])], "'p0' is on a mesh of 2 dimensions")
-    refused([shard, local], "'p1' is whole on every rank, 'p0' is sharded")
+    refused([shard, whole], "'p1' is whole on every rank, 'p0' is sharded")
     refused([shard, DTensor.from_local(whole, two["shard"], [Shard(0)])], "'p0' and 'p1' are on different meshes")
     refused([shard], "overlap=True is not possible with sharded parameters", overlap=True)
     refused([shard], "keep='cpu' is not possible", keep="cpu")
