@@ -199,9 +199,8 @@ export class Reception implements GradientSink {
     const { parameter, step: number, offset, data } = frame
     const first = firstOffset(joined, parameter)
     if (offset === first) this.#dropped = { parameter, step: number }
-    const { name } = run.parameter(parameter)
-    const extent = member.gradient(run.parameter(parameter))
-    const assembly = new Assembly(extent, gradientLabel(name, number))
+    const declared = run.parameter(parameter)
+    const assembly = new Assembly(member.gradient(declared), gradientLabel(declared.name, number))
     if (offset !== first) assembly.accept({ offset, length: data.length })
     this.#parts.checkOpen({ parameter, step: number })
     const { step, pieces } = this.#counted(() => {
