@@ -173,7 +173,7 @@ export class Keeper {
         ...{ tags, server: VERSION, device: signature, record, entries, locations },
         file_bytes: config.checkpoint_file_bytes,
       },
-      (position) => position >= counts && snapshot.releaseTensor(position - counts),
+      (written) => snapshot.releaseFirst(written - counts),
     )
   }
 

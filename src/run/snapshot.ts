@@ -25,8 +25,8 @@ export class Snapshot {
   readonly #device: Device
   readonly #parameters: readonly Parameter[]
   readonly #states: readonly PlaceState[]
-  #held: number
-  readonly #released: Uint8Array
+  /** How many tensors were given back, from the first on. */
+  #released = 0
 
   constructor(
     device: Device,
@@ -39,8 +39,6 @@ export class Snapshot {
     const tensors: Tensor[] = []
     for (const state of states) for (const tensor of state.tensors ?? []) tensors.push(device.memory.retain(tensor))
     this.tensors = tensors
-    this.#held = tensors.length
-    this.#released = new Uint8Array(tensors.length)
   }
 
   /** Yields from time to time. */
@@ -63,16 +61,13 @@ export class Snapshot {
     return { record: { ...this.head, parameters, places }, tensors }
   }
 
-  /** Gives a tensor back by its position in `tensors`. */
-  releaseTensor(position: number): void {
-    if (this.#released[position]) return
-    this.#released[position] = 1
-    this.#held -= 1
-    this.#device.memory.release(this.tensors[position])
+  /** Gives the first `count` tensors back that were not given back yet. */
+  releaseFirst(count: number): void {
+    for (; this.#released < count; this.#released++) this.#device.memory.release(this.tensors[this.#released])
   }
 
-  /** Gives back every tensor that was not given back yet. */
+  /** Gives every tensor back that was not given back yet. */
   release(): void {
-    for (let position = 0; this.#held > 0; position++) this.releaseTensor(position)
+    this.releaseFirst(this.tensors.length)
   }
 }
