@@ -1,6 +1,6 @@
 import assert from 'node:assert'
 import type { Device, Ticket } from '../device/device.js'
-import type { Job, JobResult } from '../device/job.js'
+import type { Job, JobResult, Mean } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
@@ -9,7 +9,7 @@ import type { Parameter } from '../optimizer/parameter.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { StateTensor } from '../optimizer/state.js'
 import { type PlaceRecord, UnreadableError } from '../store/checkpoint/manifest.js'
-import type { DigestRecord } from './digest.js'
+import type { Contributor, DigestRecord } from './digest.js'
 import type { Plans } from './plans.js'
 import { appliedOf, appliedRecord, fingerprintText } from './record.js'
 import type { Step } from './step/step.js'
@@ -34,13 +34,23 @@ export type Update = {
 }
 
 /**
- * Where a gradient lies, and for one in memory that the client shares: `source` where it is to be copied from first,
- * and `target` where its update goes.
+ * Where a gradient lies, and for one in memory that the client shares: `source` where it is to be copied from first.
+ * `target` is where its update goes; left out, the device has memory for it.
  */
-export type GradientPlaces = { gradient: Region; source?: Region; target?: () => Region }
+export type GradientPlaces = {
+  gradient: Region
+  source?: Region
+  target?: () => Region
+  /** What the gradient is the mean of, which is written there first; a gradient of a journal is there already. */
+  mean?: Mean
+  /** The replicas that the gradient, float32 then, is the mean of. */
+  contributors?: readonly Contributor[]
+}
 
 /** A gradient to compute with, unless the ticket is cancelled before a lane begins. */
 type Asked = GradientPlaces & { ticket: Ticket }
+
+type Computed = { plan: Plan; result: JobResult; next: Tensor[] } & Pick<GradientPlaces, 'contributors'>
 
 /** What a step, or an import, has left of a parameter. It does not change: the next step leaves another one. */
 export type PlaceState = {
@@ -168,16 +178,20 @@ export class Place {
    * Computes and commits this parameter's part of a step, or computes it again where the step has applied it.
    * Undefined: the ticket was cancelled before a lane began.
    */
-  async compute(step: Step, { gradient, source, target, ticket }: Asked): Promise<Update | undefined> {
+  async compute(step: Step, { target, ticket, ...places }: Asked): Promise<Update | undefined> {
     const { settings } = step
+    const { contributors } = places
     const replayed = step.hasApplied(this.parameter.index)
     const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
-    const plan = this.#plans.of(this.parameter, groupOf(this.parameter, settings.groups), at)
+    const plan = this.#plans.of(this.parameter, groupOf(this.parameter, settings.groups), {
+      ...at,
+      isMean: contributors !== undefined,
+    })
     const outputs = new Outputs(this.#device, this.unit, target)
     const queuedAt = performance.now()
     const job = () => {
       step.spend('queue', (performance.now() - queuedAt) / 1000)
-      return this.#job(step, { plan, gradient, source, outputs })
+      return this.#job(step, { plan, outputs, ...places })
     }
     const result = await this.#run(job, step, ticket).catch((error) => {
       outputs.release()
@@ -185,7 +199,7 @@ export class Place {
     })
     if (result === undefined) return undefined
     if (replayed) outputs.releaseNext()
-    else this.#commit(step, { plan, result, next: outputs.next })
+    else this.#commit(step, { plan, result, next: outputs.next, contributors })
     step.spend('compute', result.computeSeconds)
     return {
       memory: outputs.update,
@@ -203,12 +217,13 @@ export class Place {
     return result
   }
 
-  #job(step: Step, { plan, gradient, source, outputs }: GradientPlaces & { plan: Plan; outputs: Outputs }): Job {
+  #job(step: Step, { plan, gradient, source, mean, outputs }: GradientPlaces & { plan: Plan; outputs: Outputs }): Job {
     const replayed = step.hasApplied(this.parameter.index)
     return {
       plan,
       gradient,
       source,
+      mean,
       gradient_scale: step.settings.gradient_scale,
       state: this.#state.tensors?.map((tensor) => tensor.pointer),
       ...outputs.allocate(this.parameter),
@@ -244,14 +259,16 @@ export class Place {
     )
   }
 
-  #commit(step: Step, { plan, result, next }: { plan: Plan; result: JobResult; next: Tensor[] }): void {
+  #commit(step: Step, { plan, result, next, contributors }: Computed): void {
     const { gradient_scale } = step.settings
     step.apply(this.parameter.index)
     const { gradientFingerprint, updateFingerprint } = result
+    const { scale, decay } = plan
+    const applied = { gradient_scale, gradientFingerprint, updateFingerprint, scale, decay }
     this.#replace({
       count: this.count + 1,
       appliedStep: step.number,
-      record: { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay },
+      record: contributors ? { ...applied, contributors } : applied,
       gradientSquare: result.gradientSquare * gradient_scale ** 2,
       tensors: next,
     })

@@ -1,5 +1,6 @@
+import { DTYPES, isDtype } from '../../../kernels/dtype.js'
 import type { Plan } from '../../optimizer/plan.js'
-import type { Job, JobResult } from '../job.js'
+import type { Job, JobResult, Look, Mean, Request } from '../job.js'
 import type { Allocation, Span } from '../region.js'
 
 /**
@@ -18,19 +19,22 @@ export type PackedJobs = {
 /** Results on their way back. */
 export type PackedResults = { readonly words: BigUint64Array; readonly numbers: Float64Array }
 
+const DTYPE_NAMES = Object.keys(DTYPES).filter(isDtype)
+// In the place of the number of a job's plan.
+const NO_PLAN = -1
 const OUTCOMES = ['computed', 'other_gradient', 'not_finite'] as const satisfies JobResult['outcome'][]
 const RESULT_WORDS = 2
 const RESULT_NUMBERS = 4
 
-export function packJobs(jobs: readonly Job[]): PackedJobs {
+export function packJobs(jobs: readonly Request[]): PackedJobs {
   const writer = new Writer()
-  for (const job of jobs) writer.job(job)
+  for (const job of jobs) writer.request(job)
   return { count: jobs.length, ...writer.end() }
 }
 
-export function unpackJobs(packed: PackedJobs): Job[] {
+export function unpackJobs(packed: PackedJobs): Request[] {
   const reader = new Reader(packed)
-  return Array.from({ length: packed.count }, () => reader.job())
+  return Array.from({ length: packed.count }, () => reader.request())
 }
 
 export function packResults(results: readonly JobResult[]): PackedResults {
@@ -78,10 +82,17 @@ class Writer {
   readonly #words: bigint[] = []
   readonly #numbers: number[] = []
 
-  job({ plan, gradient, source, gradient_scale, state, next, update, expected }: Job): void {
+  request(request: Request): void {
+    if ('plan' in request) return this.#job(request)
+    this.#numbers.push(NO_PLAN, DTYPE_NAMES.indexOf(request.looksAt))
+    this.#span(request.gradient)
+  }
+
+  #job({ plan, gradient, source, mean, gradient_scale, state, next, update, expected }: Job): void {
     this.#numbers.push(this.#plans.numberOf(plan), gradient_scale)
     this.#span(gradient)
     this.#optional(source, () => source && this.#span(source))
+    this.#optional(mean, () => mean && this.#mean(mean))
     this.#span(update)
     this.#optional(state, () => state && this.#pointers(state))
     this.#pointers(next)
@@ -103,6 +114,14 @@ class Writer {
     this.#numbers.push(bytes, this.#owners.numberOf(owner), space === 'gpu' ? 1 : 0, shared ? 1 : 0)
   }
 
+  #mean({ dtype, parts }: Mean): void {
+    this.#numbers.push(DTYPE_NAMES.indexOf(dtype), parts.length)
+    for (const { span, share } of parts) {
+      this.#numbers.push(share)
+      this.#span(span)
+    }
+  }
+
   #pointers(pointers: readonly bigint[]): void {
     this.#numbers.push(pointers.length)
     this.#words.push(...pointers)
@@ -118,16 +137,25 @@ class Reader {
     this.#packed = packed
   }
 
-  job(): Job {
-    const plan = this.#packed.plans[this.#next()]
+  request(): Request {
+    const plan = this.#next()
+    return plan === NO_PLAN ? this.#look() : this.#job(this.#packed.plans[plan])
+  }
+
+  #look(): Look {
+    return { looksAt: DTYPE_NAMES[this.#next()], gradient: this.#span() }
+  }
+
+  #job(plan: Plan): Job {
     const gradient_scale = this.#next()
     const gradient = this.#span()
     const source = this.#optional(() => this.#span())
+    const mean = this.#optional(() => this.#mean())
     const update = this.#span()
     const state = this.#optional(() => this.#pointers())
     const next = this.#pointers()
     const expected = this.#optional(() => this.#nextWord())
-    return { plan, gradient, source, gradient_scale, state, next, update, expected }
+    return { plan, gradient, source, mean, gradient_scale, state, next, update, expected }
   }
 
   #next(): number {
@@ -148,6 +176,12 @@ class Reader {
     const owner = this.#packed.owners[this.#next()]
     const space = this.#next() === 1 ? 'gpu' : 'host'
     return { pointer, bytes, owner, space, shared: this.#next() === 1 }
+  }
+
+  #mean(): Mean {
+    const dtype = DTYPE_NAMES[this.#next()]
+    const parts = Array.from({ length: this.#next() }, () => ({ share: this.#next(), span: this.#span() }))
+    return { dtype, parts }
   }
 
   #pointers(): bigint[] {
