@@ -34,9 +34,10 @@ export function* seatOf(
   return { rank, world_size, ranges }
 }
 
-function rangesOf({ ranges }: ParameterDeclaration, { index, name, elements }: Parameter, rank: number): Ranges {
+function rangesOf({ ranges }: ParameterDeclaration, parameter: Parameter, rank: number): Ranges {
+  const { index, name, elements } = parameter
   if (!ranges) return Ranges.whole(elements)
-  const problem = rangesProblem(ranges, elements)
+  const problem = rangesProblem(ranges, parameter)
   if (problem) throw invalid(`parameter '${name}' of rank ${rank}: ${problem}`, index)
   return new Ranges(ranges.map(([start, stop]) => [start, stop]))
 }

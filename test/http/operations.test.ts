@@ -96,7 +96,7 @@ t.test('capabilities are the settings, the tables and the device', async (t) => 
   t.match(capabilities, {
     server: { name: 'muond', version: VERSION },
     protocols: [1],
-    dtypes: ['float32', 'bfloat16', 'float16'],
+    dtypes: ['float32', 'bfloat16', 'float16', 'int8_block256', 'int4_block64'],
     devices: [{ name: 'cpu', kind: 'cpu', onnxruntime: device.backend.version, lanes: 1 }],
     limits: { max_runs: 7, chunk_bytes: 1000, state_bytes: 123_456, staging_bytes: 2 ** 20, max_connections: 256 },
   })

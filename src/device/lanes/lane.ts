@@ -7,8 +7,9 @@ import type { JobResult } from '../job.js'
 import { OnnxExecutor } from '../onnx/onnx-executor.js'
 import { openOnnxRuntime } from '../onnx/onnxruntime.js'
 import { packResults, unpackJobs } from './packed-jobs.js'
+import { Transcoder } from './transcoder.js'
 
-const executor = start(workerData)
+const executor = new Transcoder(start(workerData))
 
 parentPort?.on('message', (request: LaneRequest) => {
   const reply = handle(request)

@@ -1,5 +1,7 @@
+import assert from 'node:assert'
+import { isBlockDtype, WIRE_DTYPES } from '../../../kernels/dtype.js'
 import type { Plan } from '../../optimizer/plan.js'
-import type { Job, JobResult } from '../job.js'
+import type { Blocks, Job, JobResult } from '../job.js'
 import type { Allocation, Span } from '../region.js'
 
 /**
@@ -78,11 +80,13 @@ class Writer {
   readonly #words: bigint[] = []
   readonly #numbers: number[] = []
 
-  job({ plan, gradient, source, gradient_scale, state, next, update, expected }: Job): void {
+  job({ plan, gradient, received, source, gradient_scale, state, next, update, sent, expected }: Job): void {
     this.#numbers.push(this.#plans.numberOf(plan), gradient_scale)
     this.#span(gradient)
+    this.#optional(received, () => received && this.#blocks(received))
     this.#optional(source, () => source && this.#span(source))
     this.#span(update)
+    this.#optional(sent, () => sent && this.#blocks(sent))
     this.#optional(state, () => state && this.#pointers(state))
     this.#pointers(next)
     this.#optional(expected, () => expected !== undefined && this.#words.push(expected))
@@ -101,6 +105,11 @@ class Writer {
   #span({ space, pointer, bytes, owner, shared }: Span): void {
     this.#words.push(pointer)
     this.#numbers.push(bytes, this.#owners.numberOf(owner), space === 'gpu' ? 1 : 0, shared ? 1 : 0)
+  }
+
+  #blocks({ span, dtype }: Blocks): void {
+    this.#numbers.push(WIRE_DTYPES.indexOf(dtype))
+    this.#span(span)
   }
 
   #pointers(pointers: readonly bigint[]): void {
@@ -122,12 +131,14 @@ class Reader {
     const plan = this.#packed.plans[this.#next()]
     const gradient_scale = this.#next()
     const gradient = this.#span()
+    const received = this.#optional(() => this.#blocks())
     const source = this.#optional(() => this.#span())
     const update = this.#span()
+    const sent = this.#optional(() => this.#blocks())
     const state = this.#optional(() => this.#pointers())
     const next = this.#pointers()
     const expected = this.#optional(() => this.#nextWord())
-    return { plan, gradient, source, gradient_scale, state, next, update, expected }
+    return { plan, gradient, received, source, gradient_scale, state, next, update, sent, expected }
   }
 
   #next(): number {
@@ -148,6 +159,12 @@ class Reader {
     const owner = this.#packed.owners[this.#next()]
     const space = this.#next() === 1 ? 'gpu' : 'host'
     return { pointer, bytes, owner, space, shared: this.#next() === 1 }
+  }
+
+  #blocks(): Blocks {
+    const dtype = WIRE_DTYPES[this.#next()]
+    assert(isBlockDtype(dtype), 'the writer has written it')
+    return { span: this.#span(), dtype }
   }
 
   #pointers(): bigint[] {
