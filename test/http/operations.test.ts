@@ -103,7 +103,15 @@ t.test('capabilities are the settings, the tables and the device', async (t) => 
   t.same(Object.keys(capabilities.algorithms), ['muon', 'adamw', 'adam', 'rmsprop', 'sgd', 'muonclip'])
   t.match(capabilities.algorithms.muon.momentum, { default: 0.95, sticky: true })
   t.match(capabilities.algorithms.adamw.betas, { default: [0.9, 0.999] })
-  t.same(Object.keys(capabilities.presets), ['deepseek-v4', 'diloco', 'kimi-k2', 'moonlight', 'muloco', 'nanogpt', 'torch'])
+  t.same(Object.keys(capabilities.presets), [
+    'deepseek-v4',
+    'diloco',
+    'kimi-k2',
+    'moonlight',
+    'muloco',
+    'nanogpt',
+    'torch',
+  ])
   t.match(capabilities.presets['deepseek-v4'], {
     description: /^DeepSeek-V4/,
     source: /arXiv/,
