@@ -20,6 +20,23 @@ export function decodeBlocks(bytes: Uint8Array, dtype: BlockDtype, values: Float
   }
 }
 
+/** Whether every element of a tensor in blocks is finite. */
+export function areBlocksFinite(bytes: Uint8Array, dtype: BlockDtype): boolean {
+  const { elements, bits } = BLOCK_DTYPES[dtype]
+  const width = tensorBytes(dtype, elements)
+  const values = new Float32Array(elements)
+  for (let at = 0; at < bytes.length; at += width) {
+    const scale = bfloat16ToNumber(bytes[at] | (bytes[at + 1] << 8))
+    // The largest magnitude that an integer has; a comparison with NaN is false.
+    if (Math.fround(Math.abs(scale) * 2 ** (bits - 1)) < Infinity) continue
+    const block = bytes.subarray(at, at + width)
+    const some = values.subarray(0, ((block.length - SCALE_BYTES) * 8) / bits)
+    decodeBlocks(block, dtype, some)
+    if (!some.every(Number.isFinite)) return false
+  }
+  return true
+}
+
 /**
  * Encodes float32 numbers in blocks (docs/protocol.md, Tensors in blocks): scale = bfloat16(max |x| / most), and each
  * integer is x / scale, rounded to even. Answers the sum of the squares of what the blocks decode to, in float64.

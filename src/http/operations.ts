@@ -13,6 +13,7 @@ import { groupOf } from '../optimizer/hyperparameters.js'
 import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
+import { memberId } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import type { DataFolder } from '../store/data-folder.js'
@@ -313,7 +314,10 @@ function runBody(runs: Runs, run: Run): Schemas['Run'] {
 function memberRows({ intake }: Run): Schemas['Member'][] | undefined {
   const { layout, status } = intake.members
   const ended = new Set(intake.ended)
-  return layout.named ? status.map((member) => ({ ...member, ended: ended.has(member.rank) })) : undefined
+  const { world_size } = layout
+  return layout.named
+    ? status.map((member) => ({ ...member, ended: ended.has(memberId({ ...member, world_size })) }))
+    : undefined
 }
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {

@@ -14,11 +14,11 @@ import {
 } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import { parseGroups } from '../run/declaration.js'
+import type { Layout } from '../run/members/layout.js'
+import { memberId, type Seat } from '../run/members/member.js'
+import { seatOf } from '../run/members/seat.js'
 import type { Run } from '../run/run.js'
-import { seatOf } from '../run/seat.js'
 import { inSlices } from '../run/slices.js'
-import type { Layout } from '../run/step/layout.js'
-import type { Seat } from '../run/step/member.js'
 import type { OpenFrame } from '../wire/frame.js'
 
 // What an `open` asks for, held against the run that is there.
@@ -72,8 +72,8 @@ export async function checkSame(run: Run, frame: OpenFrame, presets: Presets): P
     const difference = attentionDifference(run.attentions, parseAttentions(frame.attentions, run.parameters))
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
   }
-  // Hyperparameters are rank 0's to give.
-  return frame.member && frame.member.rank > 0 ? undefined : groups
+  // Hyperparameters are rank 0's to give, of replica 0.
+  return frame.member && memberId(frame.member) > 0 ? undefined : groups
 }
 
 /** Whether nothing of a run's first step was applied. */

@@ -9,9 +9,9 @@ import type { Parameter } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import { type Declaration, declarationOf, refuseUnsupported } from '../run/declaration.js'
 import type { ImportedState } from '../run/imported-state.js'
+import type { Connection, Member } from '../run/members/member.js'
 import { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
-import type { Connection, Member } from '../run/step/member.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { OpenFrame, Source } from '../wire/frame.js'
 import { Archive } from './archive.js'
@@ -313,17 +313,19 @@ export class Runs {
     const { seat, layout } = await inSlices(findingPlace(run, frame))
     // Of a run with members each one opens a run that exists, but for the first.
     const resumed = seat === undefined || !isFresh(run)
-    run.intake.prepare(layout)
+    await run.intake.prepare(layout)
     await this.#archive?.opened(run)
     const member = await run.attach(connection, seat, layout)
     const opened = { run, member, resumed }
     if (kept) await this.#takeBack(run, member, kept)
     if (!groups) return opened
-    await this.#archive?.replaced(run, groups).catch((error) => {
+    try {
+      await this.#archive?.replaced(run, groups)
+      run.replaceGroups(groups)
+    } catch (error) {
       run.intake.detach(member)
       throw error
-    })
-    run.replaceGroups(groups)
+    }
     return opened
   }
 
@@ -392,7 +394,7 @@ export class Runs {
       const made = await this.build(frame.run, declaration)
       try {
         place = await inSlices(findingPlace(made, frame))
-        made.intake.prepare(place.layout)
+        await made.intake.prepare(place.layout)
         await this.#archive?.create(made)
         return made
       } catch (error) {

@@ -1,12 +1,17 @@
 import { createHash } from 'node:crypto'
+import type { Contribution } from '../wire/frame.js'
 
-/** What an applied gradient adds to a step's digest. */
+/** A replica that a gradient is the mean of: its weight, and the fingerprint of what it has sent. */
+export type Contributor = Contribution & { readonly fingerprint: bigint }
+
+/** What an applied gradient adds to a step's digest; `contributors`, where it is a mean of replicas. */
 export type DigestRecord = {
   gradient_scale: number
   gradientFingerprint: bigint
   updateFingerprint: bigint
   scale: number
   decay: number
+  contributors?: readonly Contributor[]
 }
 
 /**
@@ -17,6 +22,7 @@ export type StepRecord = { applied?: DigestRecord; row_scale?: Uint8Array }
 
 const APPLIED = 1
 const HAS_ROW_SCALE = 2
+const IS_MEAN = 4
 
 /** The digest before the first step. */
 export const FIRST_DIGEST = createHash('sha256').update('muond digest 1').digest('hex')
@@ -30,7 +36,8 @@ export function nextDigest(previous: string, step: number, records: Iterable<Ste
   hash.update(encodeLong(step))
   let index = 0
   for (const { applied, row_scale } of records) {
-    hash.update(encodePlace(index++, (applied ? APPLIED : 0) + (row_scale ? HAS_ROW_SCALE : 0)))
+    const flags = (applied ? APPLIED : 0) + (row_scale ? HAS_ROW_SCALE : 0) + (applied?.contributors ? IS_MEAN : 0)
+    hash.update(encodePlace(index++, flags))
     if (applied) hash.update(encodeApplied(applied))
     if (row_scale) hash.update(encodeCount(row_scale.length / Float32Array.BYTES_PER_ELEMENT)).update(row_scale)
   }
@@ -70,7 +77,19 @@ function encodeApplied(record: DigestRecord): Buffer {
   bytes.writeBigUInt64LE(record.updateFingerprint, 16)
   bytes.writeDoubleLE(record.scale, 24)
   bytes.writeDoubleLE(record.decay, 32)
-  return bytes
+  if (!record.contributors) return bytes
+  return Buffer.concat([bytes.subarray(0, 16), encodeContributors(record.contributors), bytes.subarray(16)])
+}
+
+function encodeContributors(contributors: readonly Contributor[]): Buffer {
+  const all = contributors.map(({ replica, weight, fingerprint }) => {
+    const bytes = Buffer.alloc(4 + 2 * 8)
+    bytes.writeUInt32LE(replica, 0)
+    bytes.writeDoubleLE(weight, 4)
+    bytes.writeBigUInt64LE(fingerprint, 12)
+    return bytes
+  })
+  return Buffer.concat([encodeCount(contributors.length), ...all])
 }
 
 function encodeLong(value: number): Buffer {

@@ -45,7 +45,16 @@ function dtypeOf(declared: ParameterDeclaration, key: 'gradient_dtype' | 'update
   return name
 }
 
-const bytesOfUpdate = (one: ParameterDeclaration) => tensorBytes(dtypeOf(one, 'update_dtype'), elementsOf(one))
+export const bytesOfUpdate = (one: ParameterDeclaration) => tensorBytes(dtypeOf(one, 'update_dtype'), elementsOf(one))
+
+/** `among`: which replica the member is of, of how many. */
+export type MateOptions = {
+  model: Model
+  split: Split
+  rank: number
+  among?: { replica: number; replicas: number }
+  quorum?: NonNullable<OpenFrame['quorum']>
+}
 
 /** One member of a run as a client: it sends its elements of whole gradients, and puts its elements of updates down. */
 export class Mate {
@@ -57,14 +66,15 @@ export class Mate {
   client!: RawClient
   opened!: Awaited<ReturnType<RawClient['open']>>
 
-  constructor(url: string, run: string, { model, split, rank }: { model: Model; split: Split; rank: number }) {
+  constructor(url: string, run: string, { model, split, rank, among, quorum }: MateOptions) {
     this.#url = url
     this.#model = model
     this.#split = split
     this.rank = rank
     const world_size = split[0]!.length
     const parameters = model.parameters.map((one, i) => ({ ...one, ranges: split[i]![rank]! }))
-    this.frame = { type: 'open', protocol: 1, run, ...model, parameters, member: { rank, world_size } }
+    const member = { rank, world_size, ...among }
+    this.frame = { type: 'open', protocol: 1, run, ...model, parameters, member, ...(quorum && { quorum }) }
   }
 
   async open(keys: Partial<OpenFrame> = {}): Promise<this> {
@@ -92,8 +102,8 @@ export class Mate {
     this.client.gradient(parameter, step, { values, extent: this.extent(parameter), ...(chunk && { chunk }) })
   }
 
-  end(step: number, skipped?: readonly number[]): void {
-    this.client.send({ type: 'end', step, ...(skipped && { skipped }) })
+  end(step: number, skipped?: readonly number[], weight?: number): void {
+    this.client.send({ type: 'end', step, ...(skipped && { skipped }), ...(weight !== undefined && { weight }) })
   }
 
   /** The next receipt; frames that tell of other members may come before it. */

@@ -5,6 +5,8 @@ import { BLOCK_DTYPES, type BlockDtype, isBlockDtype, tensorBytes } from '../../
 import { makeMemory } from '../../src/wire/shared-memory.js'
 import { layOut } from '../../src/wire/slots.js'
 import { alone, Crew, elementsOf, gradientsOf, type Model, type Split } from '../members/crew.js'
+import { meanOf } from '../replicas/oracle.js'
+import { closeTroop, openTroop, receipts, send, updatesOf } from '../replicas/troop.js'
 import { normal, RawClient, startService } from '../service.js'
 
 const NAMES = Object.keys(BLOCK_DTYPES).filter(isBlockDtype)
@@ -286,3 +288,70 @@ t.test('random gradients of many lengths come back as their blocks', async () =>
     { seed: 18, numRuns: 25 },
   )
 })
+
+/** More elements than are averaged at a time, and no whole blocks. */
+const LARGE: Model = {
+  groups: [{ name: 's', algorithm: 'sgd', lr: 1 }],
+  parameters: [
+    { name: 'large', shape: [40_003], group: 's', gradient_dtype: 'int8_block256', update_dtype: 'float32' },
+    { name: 'small', shape: [65], group: 's', gradient_dtype: 'int4_block64', update_dtype: 'int4_block64' },
+  ],
+}
+const HALVES: Split = [
+  [[[0, 256 * 80]], [[256 * 80, 40_003]]],
+  [[], [[0, 65]]],
+]
+
+t.test('the mean of replicas is that of what their blocks decode to, also after a crash', async (t) => {
+  const data = t.testdir()
+  const start = () => startService({ data, durability: 'journal', checkpoint_steps: 0, lanes: 1, drain_seconds: 0 })
+  const durable = await start()
+  const weights = [1, 2.5, 1]
+  const values = weights.map((_, r) => [normal(r + 1, 40_003), normal(r + 11, 65)])
+  const sent = values.map(([large, small]) => [blocksOf(large!, 'int8_block256'), blocksOf(small!, 'int4_block64')])
+  const wide = sent.map(([large, small]) => [
+    decoded(large!, 'int8_block256', 40_003),
+    decoded(small!, 'int4_block64', 65),
+  ])
+  const means = [0, 1].map((p) => meanOf(wide.map((each, r) => ({ values: each[p]!, weight: weights[r]! }))))
+  const troop = await openTroop(durable.url, 'r', { model: LARGE, split: HALVES, replicas: 3 })
+  for (const [r, replica] of troop.entries()) send(replica, 1, { gradients: sent[r]!, weight: weights[r]! })
+  let digest = ''
+  for (const replica of troop) {
+    const [receipt] = await receipts(replica)
+    digest = receipt!.digest
+    const updates = updatesOf(replica, LARGE)
+    t.same(float32(updates[0]!), means[0])
+    t.same(updates[1], blocksOf(means[1]!, 'int4_block64'))
+  }
+  await closeTroop(troop)
+  await durable.app.close()
+  const after = await start()
+  const client = await RawClient.connect(after.url)
+  t.match(await client.open({ run: 'r', mode: 'resume' }), { step: 1, digest })
+  await client.close()
+  await after.app.close()
+})
+
+t.test(
+  'blocks that are not finite are refused to the replica that has sent them, before anything is averaged',
+  async (t) => {
+    const troop = await openTroop(url, fresh(), { model: LARGE, split: HALVES, replicas: 2 })
+    const good = [blocksOf(normal(1, 40_003), 'int8_block256'), blocksOf(normal(2, 65), 'int4_block64')]
+    const [one, other] = troop
+    for (const [at, pattern] of [
+      [0, 0x7fc0],
+      [40_003 - 67, 0x7f7f],
+    ] as const) {
+      const bad = Uint8Array.from(good[0]!)
+      bad.set([pattern & 0xff, pattern >> 8], tensorBytes('int8_block256', at - (at % 256)))
+      other![at === 0 ? 0 : 1]!.send(0, 1, bad)
+      // The other rank's part makes it whole.
+      other![at === 0 ? 1 : 0]!.send(0, 1, good[0]!)
+      for (const mate of other!) t.match(await mate.error(), { code: 'GRADIENT_NOT_FINITE', parameter: 0 })
+    }
+    for (const replica of [one!, other!]) send(replica, 1, { gradients: good })
+    for (const replica of [one!, other!]) t.match((await receipts(replica))[0], { step: 1, contributed: true })
+    await closeTroop(troop)
+  },
+)

@@ -1,13 +1,15 @@
-import { ServiceError } from '../errors.js'
-import { PARAMETERS_PER_YIELD, type Parameter } from '../optimizer/parameter.js'
-import type { OpenFrame, ParameterDeclaration } from '../wire/frame.js'
-import { Ranges, rangesProblem } from '../wire/ranges.js'
-import type { Seat } from './step/member.js'
+import { ServiceError } from '../../errors.js'
+import { PARAMETERS_PER_YIELD, type Parameter } from '../../optimizer/parameter.js'
+import type { OpenFrame, ParameterDeclaration, Quorum } from '../../wire/frame.js'
+import { Ranges, rangesProblem } from '../../wire/ranges.js'
+import type { Position, Seat } from './member.js'
 
 /** Ranges of one `open`: a column shard has one for each row. */
 export const MAX_RANGES = 65_536
 /** Members of a run. */
 export const MAX_MEMBERS = 1024
+/** A day: timers reach little further than 24 of them. */
+const MOST_SECONDS = 86_400
 
 /**
  * The seat that an `open` asks for in a run with these parameters; undefined for a run's only member. Throws
@@ -15,15 +17,15 @@ export const MAX_MEMBERS = 1024
  * time.
  */
 export function* seatOf(
-  { member, parameters: given }: OpenFrame,
+  { member, quorum, parameters: given }: OpenFrame,
   parameters: readonly Parameter[],
 ): Generator<undefined, Seat | undefined> {
+  if (quorum) checkQuorum(quorum, member)
   if (!member) return refuseRanges(given)
-  const { rank, world_size } = member
-  if (world_size < 1 || world_size > MAX_MEMBERS)
-    throw invalid(`member.world_size is ${world_size}, expected 1 to ${MAX_MEMBERS}`)
-  if (rank >= world_size) throw invalid(`member.rank is ${rank}, expected less than world_size, ${world_size}`)
-  if (!given) return { rank, world_size }
+  checkPosition(member)
+  const { rank } = member
+  const seat = { ...member, ...(quorum && { quorum }) }
+  if (!given) return seat
   checkCount(given)
   const ranges: Ranges[] = []
   for (const [index, parameter] of parameters.entries()) {
@@ -31,7 +33,27 @@ export function* seatOf(
     if (index % PARAMETERS_PER_YIELD === PARAMETERS_PER_YIELD - 1) yield
     ranges.push(rangesOf(given[index], parameter, rank))
   }
-  return { rank, world_size, ranges }
+  return { ...seat, ranges }
+}
+
+function checkPosition({ rank, world_size, replica = 0, replicas = 1 }: Position): void {
+  for (const [name, count] of Object.entries({ world_size, replicas }))
+    if (count < 1 || count > MAX_MEMBERS) throw invalid(`member.${name} is ${count}, expected 1 to ${MAX_MEMBERS}`)
+  if (world_size * replicas > MAX_MEMBERS) {
+    const members = `member.world_size ${world_size} times member.replicas ${replicas} is ${world_size * replicas} members`
+    throw invalid(`${members}, expected at most ${MAX_MEMBERS}`)
+  }
+  if (rank >= world_size) throw invalid(`member.rank is ${rank}, expected less than world_size, ${world_size}`)
+  if (replica >= replicas) throw invalid(`member.replica is ${replica}, expected less than replicas, ${replicas}`)
+}
+
+function checkQuorum({ min_replicas, deadline_seconds }: Quorum, member: Position | undefined): void {
+  if (!member) throw invalid('quorum is of a run with replicas: give member as well')
+  const { replicas = 1 } = member
+  if (min_replicas < 1 || min_replicas > replicas)
+    throw invalid(`quorum.min_replicas is ${min_replicas}, expected 1 to member.replicas, ${replicas}`)
+  if (!(deadline_seconds > 0 && deadline_seconds <= MOST_SECONDS))
+    throw invalid(`quorum.deadline_seconds is ${deadline_seconds}, expected more than 0 and at most ${MOST_SECONDS}`)
 }
 
 function rangesOf({ ranges }: ParameterDeclaration, parameter: Parameter, rank: number): Ranges {
