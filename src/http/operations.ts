@@ -1,6 +1,6 @@
 import { Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import { DTYPES } from '../../kernels/dtype.js'
+import { WIRE_DTYPES } from '../../kernels/dtype.js'
 import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
@@ -237,7 +237,7 @@ function capabilities({
       Object.entries(HYPERPARAMETERS).map(([name, table]) => [name, hyperparametersOf(table)]),
     ),
     presets: Object.fromEntries([...presets].map(([name, preset]) => [name, presetBody(preset)])),
-    dtypes: Object.keys(DTYPES),
+    dtypes: [...WIRE_DTYPES],
     devices: [
       {
         name: device.backend.name,

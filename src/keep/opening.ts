@@ -1,4 +1,5 @@
 import { isDeepStrictEqual } from 'node:util'
+import { isBlockDtype, tensorBytes } from '../../kernels/dtype.js'
 import type { Demand } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithms/algorithm.js'
@@ -110,19 +111,29 @@ export function* demandsOf(
   const alike = new Map<Parameter['state'], Demand>()
   const demands: Demand[] = []
   for (const parameter of parameters) {
-    const { index, state, update_bytes } = parameter
+    const { index, state } = parameter
     if (index % PARAMETERS_PER_YIELD === PARAMETERS_PER_YIELD - 1) yield
     const demand = alike.get(state) ?? demandOf(parameter, groups, held)
     alike.set(state, demand)
     const scale = scales.get(index)
-    demands.push(scale === undefined ? demand : { ...demand, update_bytes: update_bytes + scale })
+    demands.push(scale === undefined ? demand : { ...demand, update_bytes: demand.update_bytes + scale })
   }
   return demands
 }
 
 function demandOf(parameter: Parameter, groups: Groups, held: boolean): Demand {
-  const { gradient_bytes, update_bytes } = parameter
+  const { gradient_bytes, update_bytes } = bytesOf(parameter)
   const plan = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
   const state_bytes = stateBytes(parameter)
   return { plan, gradient_bytes, update_bytes, state_bytes, held_bytes: held ? state_bytes : 0 }
+}
+
+/** What travels in blocks has memory of its own as float32 while it is computed, beside that of the update. */
+function bytesOf({ elements, gradient_dtype, update_dtype, gradient_bytes, update_bytes }: Parameter) {
+  const float32 = tensorBytes('float32', elements)
+  const floats = [gradient_dtype, update_dtype].filter(isBlockDtype).length * float32
+  return {
+    gradient_bytes: isBlockDtype(gradient_dtype) ? float32 : gradient_bytes,
+    update_bytes: update_bytes + floats,
+  }
 }
