@@ -1,4 +1,5 @@
 import assert from 'node:assert'
+import { DTYPES, isBlockDtype } from '../../kernels/dtype.js'
 import type { Device, Ticket } from '../device/device.js'
 import type { Job, JobResult, Mean } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
@@ -49,6 +50,8 @@ export type GradientPlaces = {
 
 /** A gradient to compute with, unless the ticket is cancelled before a lane begins. */
 type Asked = GradientPlaces & { ticket: Ticket }
+
+type Asking = GradientPlaces & { plan: Plan; outputs: Outputs }
 
 type Computed = { plan: Plan; result: JobResult; next: Tensor[] } & Pick<GradientPlaces, 'contributors'>
 
@@ -197,6 +200,7 @@ export class Place {
       outputs.release()
       throw this.#located(error, step)
     })
+    outputs.releaseFloats()
     if (result === undefined) return undefined
     if (replayed) outputs.releaseNext()
     else this.#commit(step, { plan, result, next: outputs.next, contributors })
@@ -217,16 +221,15 @@ export class Place {
     return result
   }
 
-  #job(step: Step, { plan, gradient, source, mean, outputs }: GradientPlaces & { plan: Plan; outputs: Outputs }): Job {
+  #job(step: Step, { plan, outputs, gradient, source, mean, contributors }: Asking): Job {
     const replayed = step.hasApplied(this.parameter.index)
     return {
       plan,
-      gradient,
       source,
       mean,
       gradient_scale: step.settings.gradient_scale,
       state: this.#state.tensors?.map((tensor) => tensor.pointer),
-      ...outputs.allocate(this.parameter),
+      ...outputs.allocate(this.parameter, { gradient, isMean: contributors !== undefined }),
       expected: replayed ? this.record?.gradientFingerprint : undefined,
     }
   }
@@ -290,6 +293,8 @@ class Outputs {
   readonly #device: Device
   readonly #unit: number
   readonly #target: (() => Region) | undefined
+  /** Float32 of what travels in blocks, while a lane computes. */
+  readonly #floats: Region[] = []
   #update: Region | undefined
 
   /** `target` is where the update goes; left out, the device has memory for it. */
@@ -304,10 +309,31 @@ class Outputs {
     return this.#update
   }
 
-  allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
+  /** A mean of replicas is float32, whatever they send. */
+  allocate(
+    parameter: Parameter,
+    { gradient, isMean }: { gradient: Region; isMean: boolean },
+  ): Pick<Job, 'gradient' | 'received' | 'next' | 'update' | 'sent'> {
+    const { state, update_bytes, gradient_dtype, update_dtype } = parameter
     for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes, this.#unit))
     this.#update = this.#target?.() ?? this.#device.takeUpdate(update_bytes)
-    return { next: this.next.map((tensor) => tensor.pointer), update: this.update }
+    const received = isBlockDtype(gradient_dtype) && !isMean ? { span: gradient, dtype: gradient_dtype } : undefined
+    const sent = isBlockDtype(update_dtype) ? { span: this.update, dtype: update_dtype } : undefined
+    return {
+      next: this.next.map((tensor) => tensor.pointer),
+      ...(received ? { received, gradient: this.#float32(parameter) } : { gradient }),
+      ...(sent ? { sent, update: this.#float32(parameter) } : { update: this.update }),
+    }
+  }
+
+  #float32({ elements }: Parameter): Region {
+    const region = this.#device.takeUpdate(elements * DTYPES.float32.bytes)
+    this.#floats.push(region)
+    return region
+  }
+
+  releaseFloats(): void {
+    for (const region of this.#floats.splice(0)) region.release()
   }
 
   releaseNext(): void {
@@ -316,6 +342,7 @@ class Outputs {
 
   release(): void {
     this.releaseNext()
+    this.releaseFloats()
     this.#update?.release()
   }
 }

@@ -1,4 +1,4 @@
-import { bytesPerElement } from '../../kernels/dtype.js'
+import { isWireDtype, tensorBytes, type WireDtype } from '../../kernels/dtype.js'
 import type { OpenFrame, ParameterDeclaration, ReceiptFrame } from '../../src/wire/frame.js'
 import { Extent, type Range, Ranges } from '../../src/wire/ranges.js'
 import { bytesOf, normal, RawClient } from '../service.js'
@@ -37,6 +37,15 @@ export function byColumns({ parameters }: Model, world_size: number): Split {
     })
   })
 }
+
+function dtypeOf(declared: ParameterDeclaration, key: 'gradient_dtype' | 'update_dtype'): WireDtype {
+  const { [key]: name = 'float32' } = declared
+  /* c8 ignore next -- fails the test */
+  if (!isWireDtype(name)) throw new Error(name)
+  return name
+}
+
+export const bytesOfUpdate = (one: ParameterDeclaration) => tensorBytes(dtypeOf(one, 'update_dtype'), elementsOf(one))
 
 /** `among`: which replica the member is of, of how many. */
 export type MateOptions = {
@@ -84,14 +93,12 @@ export class Mate {
   }
 
   extent(parameter: number, dtype: 'gradient_dtype' | 'update_dtype' = 'gradient_dtype'): Extent {
-    const { [dtype]: name = 'float32' } = this.#model.parameters[parameter]!
-    /* c8 ignore next -- fails the test */
-    if (name !== 'float32' && name !== 'bfloat16' && name !== 'float16') throw new Error(name)
-    return new Extent(new Ranges(this.#split[parameter]![this.rank]!), bytesPerElement(name))
+    const name = dtypeOf(this.#model.parameters[parameter]!, dtype)
+    return Extent.of(name, new Ranges(this.#split[parameter]![this.rank]!))
   }
 
   /** Sends its part of a whole gradient. */
-  send(parameter: number, step: number, values: Float32Array, chunk?: number): void {
+  send(parameter: number, step: number, values: Float32Array | Uint8Array, chunk?: number): void {
     this.client.gradient(parameter, step, { values, extent: this.extent(parameter), ...(chunk && { chunk }) })
   }
 
@@ -152,7 +159,7 @@ export class Crew {
   }
 
   /** One step, in the order of the ranks; answers the whole updates and the receipts of all. */
-  async step(step: number, gradients: readonly Float32Array[]) {
+  async step(step: number, gradients: readonly (Float32Array | Uint8Array)[]) {
     for (const mate of this.mates) {
       for (const parameter of mate.own) mate.send(parameter, step, gradients[parameter]!)
       mate.end(step)
@@ -163,7 +170,7 @@ export class Crew {
 
   /** The whole updates that the members have together. */
   updates(): Uint8Array[] {
-    const updates = this.#model.parameters.map((one) => new Uint8Array(4 * elementsOf(one)))
+    const updates = this.#model.parameters.map((one) => new Uint8Array(bytesOfUpdate(one)))
     for (const mate of this.mates) mate.place(updates)
     return updates
   }
@@ -187,9 +194,9 @@ export async function alone(url: string, run: string, { model, steps }: { model:
 }
 
 /** The gradients of each step. */
-export type Gradients = readonly (readonly Float32Array[])[]
+export type Gradients = readonly (readonly (Float32Array | Uint8Array)[])[]
 
-export function gradientsOf({ parameters }: Model, { seed, steps }: { seed: number; steps: number }): Gradients {
+export function gradientsOf({ parameters }: Model, { seed, steps }: { seed: number; steps: number }): Float32Array[][] {
   return Array.from({ length: steps }, (_, step) =>
     parameters.map((one, i) => normal(seed + 1000 * step + i, elementsOf(one))),
   )

@@ -1,4 +1,4 @@
-import { Mate, type Model, type Split } from '../members/crew.js'
+import { bytesOfUpdate, Mate, type Model, type Split } from '../members/crew.js'
 
 /** What every member of a run with replicas is opened with. */
 export type TroopOptions = {
@@ -25,7 +25,7 @@ export async function openTroop(url: string, run: string, options: TroopOptions)
 export function send(
   replica: readonly Mate[],
   step: number,
-  { gradients, weight }: { gradients: readonly Float32Array[]; weight?: number },
+  { gradients, weight }: { gradients: readonly (Float32Array | Uint8Array)[]; weight?: number },
 ): void {
   for (const mate of replica) {
     for (const parameter of mate.own) mate.send(parameter, step, gradients[parameter]!)
@@ -40,7 +40,7 @@ export function receipts(replica: readonly Mate[]) {
 
 /** The whole updates that the ranks of a replica have together. */
 export function updatesOf(replica: readonly Mate[], model: Model): Uint8Array[] {
-  const updates = model.parameters.map(({ shape }) => new Uint8Array(shape.reduce((all, size) => all * size, 4)))
+  const updates = model.parameters.map((one) => new Uint8Array(bytesOfUpdate(one)))
   for (const mate of replica) mate.place(updates)
   return updates
 }

@@ -1,7 +1,17 @@
-import { bytesPerElement, DTYPES, type Dtype, isDtype } from '../../../kernels/dtype.js'
+import { decodeBlocks } from '../../../kernels/blocks.js'
+import {
+  bytesPerElement,
+  DTYPES,
+  type Dtype,
+  isBlockDtype,
+  isDtype,
+  kernelDtype,
+  tensorBytes,
+  type WireDtype,
+} from '../../../kernels/dtype.js'
 import type { Mean } from '../job.js'
 import { addressOf, copyMemory } from '../onnx/onnxruntime.js'
-import type { Span } from '../region.js'
+import type { Span, Views } from '../region.js'
 import { decodeEight } from './narrow-code.js'
 import { assemble, FunctionWriter, i32, instantiate, local, PAGE, v128, type WasmFunction } from './wasm.js'
 
@@ -21,10 +31,11 @@ const NAMES = Object.keys(DTYPES).filter(isDtype)
  *
  *     m = c_0 · g_0,  then for k = 1, 2, …  m = m + (c_k · g_k)
  *
- * It works on a window at a time, in memory of its own; a thread needs one.
+ * It works on a window at a time, in memory of its own; a thread needs one. What travels in blocks is decoded there.
  */
 export class Averager {
   readonly #memory
+  readonly #tensor: Float32Array
   readonly #share: DataView
   readonly #entry
 
@@ -33,26 +44,34 @@ export class Averager {
     const functions = NAMES.flatMap((dtype) => [meanFunction(dtype, 'first'), meanFunction(dtype, 'next')])
     const { memory, entry } = instantiate(assemble(3, functions))
     this.#memory = addressOf(memory)
+    this.#tensor = new Float32Array(memory.buffer, LAYOUT.tensor, WINDOW_ELEMENTS)
     this.#share = new DataView(memory.buffer, LAYOUT.share, VECTOR)
     this.#entry = entry
   }
 
   /** Writes the mean, float32, to `target`. The parts are finite and have as many elements. */
-  write(target: Span, { dtype, parts }: Mean): void {
-    const [width, wide] = [bytesPerElement(dtype), bytesPerElement('float32')]
+  write(target: Span, { dtype, parts }: Mean, views: Views): void {
+    const wide = bytesPerElement('float32')
     const elements = target.bytes / wide
-    const [first, next] = [this.#entry(`first_${dtype}`), this.#entry(`next_${dtype}`)]
+    const [first, next] = ['first', 'next'].map((turn) => this.#entry(`${turn}_${kernelDtype(dtype)}`))
     for (let at = 0; at < elements; at += WINDOW_ELEMENTS) {
       const count = Math.min(WINDOW_ELEMENTS, elements - at)
       const end = Math.ceil(count / TURN) * TURN * wide
       for (const [i, { span, share }] of parts.entries()) {
         for (let lane = 0; lane < VECTOR; lane += wide) this.#share.setFloat32(lane, share, true)
-        copyMemory(this.#memory + BigInt(LAYOUT.tensor), span.pointer + BigInt(at * width), count * width)
+        this.#load(span, dtype, { at, count }, views)
         if (i === 0) first(end)
         else next(end)
       }
       copyMemory(target.pointer + BigInt(at * wide), this.#memory + BigInt(LAYOUT.sum), count * wide)
     }
+  }
+
+  /** Brings a window of a tensor, which begins where a block does. */
+  #load(span: Span, dtype: WireDtype, { at, count }: { at: number; count: number }, views: Views): void {
+    const [from, to] = [tensorBytes(dtype, at), tensorBytes(dtype, at + count)]
+    if (isBlockDtype(dtype)) decodeBlocks(views.of(span).subarray(from, to), dtype, this.#tensor.subarray(0, count))
+    else copyMemory(this.#memory + BigInt(LAYOUT.tensor), span.pointer + BigInt(from), to - from)
   }
 }
 

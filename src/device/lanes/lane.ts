@@ -8,8 +8,9 @@ import { OnnxExecutor } from '../onnx/onnx-executor.js'
 import { openOnnxRuntime } from '../onnx/onnxruntime.js'
 import { packResults, unpackJobs } from './packed-jobs.js'
 import { Requests } from './requests.js'
+import { Transcoder } from './transcoder.js'
 
-const requests = new Requests(start(workerData))
+const requests = new Requests(new Transcoder(start(workerData)))
 
 parentPort?.on('message', (request: LaneRequest) => {
   const reply = handle(request)

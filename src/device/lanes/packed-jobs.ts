@@ -1,6 +1,7 @@
-import { DTYPES, isDtype } from '../../../kernels/dtype.js'
+import assert from 'node:assert'
+import { isBlockDtype, isWireDtype, WIRE_DTYPES, type WireDtype } from '../../../kernels/dtype.js'
 import type { Plan } from '../../optimizer/plan.js'
-import type { Job, JobResult, Look, Mean, Request } from '../job.js'
+import type { Blocks, Job, JobResult, Look, Mean, Request } from '../job.js'
 import type { Allocation, Span } from '../region.js'
 
 /**
@@ -19,7 +20,6 @@ export type PackedJobs = {
 /** Results on their way back. */
 export type PackedResults = { readonly words: BigUint64Array; readonly numbers: Float64Array }
 
-const DTYPE_NAMES = Object.keys(DTYPES).filter(isDtype)
 // In the place of the number of a job's plan.
 const NO_PLAN = -1
 const OUTCOMES = ['computed', 'other_gradient', 'not_finite'] as const satisfies JobResult['outcome'][]
@@ -84,16 +84,18 @@ class Writer {
 
   request(request: Request): void {
     if ('plan' in request) return this.#job(request)
-    this.#numbers.push(NO_PLAN, DTYPE_NAMES.indexOf(request.looksAt))
+    this.#numbers.push(NO_PLAN, WIRE_DTYPES.indexOf(request.looksAt))
     this.#span(request.gradient)
   }
 
-  #job({ plan, gradient, source, mean, gradient_scale, state, next, update, expected }: Job): void {
+  #job({ plan, gradient, received, source, mean, gradient_scale, state, next, update, sent, expected }: Job): void {
     this.#numbers.push(this.#plans.numberOf(plan), gradient_scale)
     this.#span(gradient)
+    this.#optional(received, () => received && this.#blocks(received))
     this.#optional(source, () => source && this.#span(source))
     this.#optional(mean, () => mean && this.#mean(mean))
     this.#span(update)
+    this.#optional(sent, () => sent && this.#blocks(sent))
     this.#optional(state, () => state && this.#pointers(state))
     this.#pointers(next)
     this.#optional(expected, () => expected !== undefined && this.#words.push(expected))
@@ -114,8 +116,13 @@ class Writer {
     this.#numbers.push(bytes, this.#owners.numberOf(owner), space === 'gpu' ? 1 : 0, shared ? 1 : 0)
   }
 
+  #blocks({ span, dtype }: Blocks): void {
+    this.#numbers.push(WIRE_DTYPES.indexOf(dtype))
+    this.#span(span)
+  }
+
   #mean({ dtype, parts }: Mean): void {
-    this.#numbers.push(DTYPE_NAMES.indexOf(dtype), parts.length)
+    this.#numbers.push(WIRE_DTYPES.indexOf(dtype), parts.length)
     for (const { span, share } of parts) {
       this.#numbers.push(share)
       this.#span(span)
@@ -143,19 +150,21 @@ class Reader {
   }
 
   #look(): Look {
-    return { looksAt: DTYPE_NAMES[this.#next()], gradient: this.#span() }
+    return { looksAt: this.#dtype(), gradient: this.#span() }
   }
 
   #job(plan: Plan): Job {
     const gradient_scale = this.#next()
     const gradient = this.#span()
+    const received = this.#optional(() => this.#blocks())
     const source = this.#optional(() => this.#span())
     const mean = this.#optional(() => this.#mean())
     const update = this.#span()
+    const sent = this.#optional(() => this.#blocks())
     const state = this.#optional(() => this.#pointers())
     const next = this.#pointers()
     const expected = this.#optional(() => this.#nextWord())
-    return { plan, gradient, source, mean, gradient_scale, state, next, update, expected }
+    return { plan, gradient, received, source, mean, gradient_scale, state, next, update, sent, expected }
   }
 
   #next(): number {
@@ -178,10 +187,22 @@ class Reader {
     return { pointer, bytes, owner, space, shared: this.#next() === 1 }
   }
 
+  #blocks(): Blocks {
+    const dtype = this.#dtype()
+    assert(isBlockDtype(dtype), 'the writer has written it')
+    return { span: this.#span(), dtype }
+  }
+
   #mean(): Mean {
-    const dtype = DTYPE_NAMES[this.#next()]
+    const dtype = this.#dtype()
     const parts = Array.from({ length: this.#next() }, () => ({ share: this.#next(), span: this.#span() }))
     return { dtype, parts }
+  }
+
+  #dtype(): WireDtype {
+    const dtype = WIRE_DTYPES[this.#next()]
+    assert(isWireDtype(dtype), 'the writer has written one')
+    return dtype
   }
 
   #pointers(): bigint[] {

@@ -1,4 +1,3 @@
-import { bytesPerElement } from '../../../kernels/dtype.js'
 import type { Ticket } from '../../device/device.js'
 import type { ServiceError } from '../../errors.js'
 import type { Parameter } from '../../optimizer/parameter.js'
@@ -80,12 +79,12 @@ export class Member {
 
   /** The bytes of a parameter's gradient that it sends. */
   gradient(parameter: Parameter): Extent {
-    return new Extent(this.#of(parameter), bytesPerElement(parameter.gradient_dtype))
+    return Extent.of(parameter.gradient_dtype, this.#of(parameter))
   }
 
   /** The bytes of a parameter's update that it receives. */
   update(parameter: Parameter): Extent {
-    return new Extent(this.#of(parameter), bytesPerElement(parameter.update_dtype))
+    return Extent.of(parameter.update_dtype, this.#of(parameter))
   }
 
   /** Its connection is gone. */

@@ -56,9 +56,10 @@ function checkQuorum({ min_replicas, deadline_seconds }: Quorum, member: Positio
     throw invalid(`quorum.deadline_seconds is ${deadline_seconds}, expected more than 0 and at most ${MOST_SECONDS}`)
 }
 
-function rangesOf({ ranges }: ParameterDeclaration, { index, name, elements }: Parameter, rank: number): Ranges {
+function rangesOf({ ranges }: ParameterDeclaration, parameter: Parameter, rank: number): Ranges {
+  const { index, name, elements } = parameter
   if (!ranges) return Ranges.whole(elements)
-  const problem = rangesProblem(ranges, elements)
+  const problem = rangesProblem(ranges, parameter)
   if (problem) throw invalid(`parameter '${name}' of rank ${rank}: ${problem}`, index)
   return new Ranges(ranges.map(([start, stop]) => [start, stop]))
 }

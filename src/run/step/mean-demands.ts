@@ -6,7 +6,8 @@ import { type Parameter, stateBytes } from '../../optimizer/parameter.js'
 /** A parameter as a mean of replicas is computed for it: that is float32, whatever they send. */
 export function withMeanGradient(parameter: Parameter): Parameter {
   const gradient_bytes = parameter.elements * Float32Array.BYTES_PER_ELEMENT
-  return { ...parameter, gradient_dtype: 'float32', gradient_bytes }
+  const kernel_dtypes = { ...parameter.kernel_dtypes, gradient_dtype: 'float32' } as const
+  return { ...parameter, gradient_dtype: 'float32', kernel_dtypes, gradient_bytes }
 }
 
 /** What steps of means demand of a device beside those of what is sent: the same where float32 is sent. */
