@@ -29,12 +29,8 @@ from .steps.writer import RETRIES, Failed, Host, Writer
 from .transport.address import Endpoint, endpoint
 from .transport.arenas import Arenas, HostArenas
 from .transport.choice import MakeArenas, Transport
-<<<<<<< HEAD
-from .wire.frame import PROTOCOL, Frame, MemberKey
-=======
 from .wire.dtype import BLOCKS
-from .wire.frame import PROTOCOL, Frame
->>>>>>> main
+from .wire.frame import PROTOCOL, Frame, MemberKey
 
 Key = int | str
 """A parameter by index, or by name."""
@@ -506,7 +502,7 @@ class Run:
             raise MuondError("STEP_INCOMPLETE", message, ErrorFields(step=step.number))
 
 
-def _shares_nothing(declared: Sequence[Mapping[str, Any]], member: tuple[int, int] | None) -> str | None:
+def _shares_nothing(declared: Sequence[Mapping[str, Any]], member: tuple[int, ...] | None) -> str | None:
     """Why the tensors of a run can go over the socket alone; None where they can be shared."""
     if member is not None:
         return "members of a run share no memory with the service"
