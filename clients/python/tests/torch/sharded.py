@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import muond.torch
+from muond import MuondError
 
 WIDTH = 6
 
@@ -59,8 +62,8 @@ def train(
     return digests
 
 
-def shard(module: torch.nn.Module) -> None:
-    fully_shard(module)
+def shard(module: torch.nn.Module, mesh: Any = None, **how: Any) -> None:
+    fully_shard(module, mesh=mesh, **how)
     # The gradient is the sum over the ranks, of which one has all of it: no rounding of a mean tells them from one process.
     module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
     # What gloo has in place of a sum with a factor.
@@ -117,7 +120,48 @@ def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> Non
     dist.destroy_process_group()
 
 
-WORK: dict[str, Callable[..., None]] = {"main": main}
+def hybrid(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """Two times two processes: shards in each pair, and both pairs have the same."""
+    join(rank, world_size, folder / f"meeting-{given['steps'][0]}-{world_size}")
+    module = model()
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+    shard(module, mesh)
+    muon = optimizer(module, given["url"], given["run"])
+    skip_nan(module, muon, is_bad=rank == 1)
+    digests = train(module, muon, range(*given["steps"]), share=float(rank == 0))
+    state = whole(module)
+    assert muon.step_count == given["steps"][1] - 1
+    assert muon.run_name == given["run"]
+    entries = muon.state_dict()["state"]
+    torch.save((digests, state, [entries[i]["momentum_buffer"].full_tensor() for i in (0, 1)]), folder / f"{rank}.pt")
+    if rank > 1:
+        with pytest.raises(RuntimeError, match="is that of the first process with these weights"):
+            muon.open()
+    # A step that fails on the pair that has the run fails on the other one, too.
+    muon.zero_grad()
+    backward(module, 1, share=float(rank == 0))
+    muon.param_groups[0]["lr"] = -1.0
+    with pytest.raises((MuondError, ValueError), match="Learning rate should be >= 0"):
+        muon.step()
+    for name, tensor in whole(module).items():
+        assert torch.equal(tensor, state[name])
+    muon.close()
+    dist.destroy_process_group()
+
+
+def parallel(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """DistributedDataParallel: each process has the whole model, and the mean of all gradients."""
+    join(rank, world_size, folder / "meeting")
+    module = model()
+    ddp = torch.nn.parallel.DistributedDataParallel(module)
+    muon = optimizer(module, given["url"], given["run"], process_group=dist.group.WORLD)
+    digests = train(ddp, muon, range(*given["steps"]), share=float(world_size) if rank == 0 else 0.0)
+    torch.save((digests, whole(module), muon.state_dict()), folder / f"{rank}.pt")
+    muon.close()
+    dist.destroy_process_group()
+
+
+WORK: dict[str, Callable[..., None]] = {"main": main, "hybrid": hybrid, "parallel": parallel}
 
 if __name__ == "__main__":
     what, rank, world_size, folder, given = sys.argv[1:]

@@ -23,9 +23,11 @@ from muond.steps.parameter import Bound
 from muond.steps.ranges import Ranges
 from muond.steps.updates import Update
 from muond.torch.apply import Views, apply_updates
+from muond.torch.copies import Copies, told
 from muond.torch.ranks import Ranks
 from muond.torch.shards import local, ranges_of
 from muond.torch.slots import Slot
+from muond.torch.state.place import Followed
 from service import Service
 
 
@@ -68,6 +70,94 @@ def test_ranks_train_as_one_process_and_resume_with_another_number(shared: Servi
     got = torch.load(tmp_path / "weights.pt")
     for key, weights in sharded.whole(module).items():
         assert torch.equal(got[key].view(torch.int32), weights.view(torch.int32)), key
+
+
+def test_pairs_with_the_same_shards_train_as_one_process(shared: Service, name: str, tmp_path: Path) -> None:
+    module = sharded.model()
+    muon = sharded.optimizer(module, shared.url, f"{name}-alone")
+    expected = sharded.train(module, muon, range(1, 51))
+    buffers = [muon.state_dict()["state"][i]["momentum_buffer"] for i in (0, 1)]
+    muon.close()
+    run_ranks("hybrid", 4, tmp_path, url=shared.url, run=name, steps=[1, 51])
+    for rank in range(4):
+        digests, weights, found = torch.load(tmp_path / f"{rank}.pt")
+        assert digests == expected
+        for key, tensor in sharded.whole(module).items():
+            assert torch.equal(weights[key].view(torch.int32), tensor.view(torch.int32)), key
+        assert all(torch.equal(one, other) for one, other in zip(found, buffers, strict=True))
+
+
+def test_processes_with_whole_models_have_one_run(shared: Service, name: str, tmp_path: Path) -> None:
+    module = sharded.model()
+    muon = sharded.optimizer(module, shared.url, f"{name}-alone")
+    expected = sharded.train(module, muon, range(1, 6))
+    run_ranks("parallel", 2, tmp_path, url=shared.url, run=name, steps=[1, 6])
+    states = []
+    for rank in range(2):
+        digests, weights, state = torch.load(tmp_path / f"{rank}.pt")
+        assert digests == expected
+        for key, tensor in sharded.whole(module).items():
+            assert torch.equal(weights[key].view(torch.int32), tensor.view(torch.int32)), key
+        states.append(state)
+    assert states[0]["muond"] == states[1]["muond"]
+    # Any of them is the whole state: one process goes on with it.
+    alone = sharded.optimizer(sharded.model(), shared.url, f"{name}-on")
+    alone.load_state_dict(states[1])
+    assert torch.equal(
+        alone.state_dict()["state"][1]["momentum_buffer"], muon.state_dict()["state"][1]["momentum_buffer"]
+    )
+
+
+class Second(Copies):
+    """A process that follows, whose first one is played by the test."""
+
+    def __init__(self, told: list[Any]) -> None:
+        self.is_first = False
+        self.told = told
+
+    def from_first(self, value: Any) -> Any:
+        return self.told.pop(0)
+
+    def _copy(self, weights: Any) -> None:
+        for tensor in weights:
+            tensor.detach().fill_(1.0)
+
+
+def test_a_process_that_follows_has_what_the_first_one_has(shared: Service, name: str, one_rank: None) -> None:
+    first = sharded.model()
+    muon = sharded.optimizer(first, shared.url, name, process_group=dist.group.WORLD)
+    module = sharded.model()
+    copies = Copies(dist.group.WORLD)
+    copies.is_first = False
+    copies._copy([torch.ones(2, 3).t(), torch.ones(0)])
+    with pytest.raises(muond.MuondError, match="the first copy of the model has failed: RuntimeError: no"):
+        raise told(RuntimeError("no")) or AssertionError
+    (digest,) = sharded.train(first, muon, range(1, 2))
+    run = muon.run
+    second = sharded.optimizer(module, shared.url, None)
+    second._home.copies = Second([])
+    assert (second.step_count, second.state_dict()["state"]) == (0, {})
+    second._home.copies.told[:] = [(None, None, False), None]
+    sharded.backward(module, 1)
+    assert second.step() is None
+    second._home.copies.told[:] = [(muon.receipt, None, True), Followed(run.name, run.step_count, run.digest)]
+    assert (1, second.step().digest) == digest
+    assert (second.step_count, second.run_name) == (1, name)
+    assert all(bool((p == 1).all()) for p in module.parameters())
+    mine, theirs = second.state_dict(), muon.state_dict()
+    assert mine["muond"] == theirs["muond"]
+    assert torch.equal(mine["state"][1]["momentum_buffer"], theirs["state"][1]["momentum_buffer"])
+    second._home.copies.told[:] = [(None, muond.MuondError("OVER_CAPACITY", "no room"), True)]
+    with pytest.raises(muond.MuondError, match="no room"):
+        second.step()
+    with pytest.raises(RuntimeError, match="is that of the first process with these weights"):
+        second.open()
+    muon.param_groups[0]["lr"] = -1.0
+    sharded.backward(first, 2)
+    with pytest.raises(ValueError, match="Learning rate should be >= 0"):
+        muon.step()
+    second.close()
+    muon.close()
 
 
 def test_a_rank_alone_is_a_member_too(shared: Service, name: str, one_rank: None) -> None:
@@ -135,7 +225,12 @@ def test_what_cannot_be_sharded_is_refused_by_name(shared: Service, name: str, o
     shard = DTensor.from_local(whole, mesh, [Shard(0)])
     refused([DTensor.from_local(whole, mesh, [Partial()])], r"'p0' has the placement Partial.*reduce it first")
     refused([DTensor.from_local(whole, mesh, [Replicate()])], r"'p0' has the placement Replicate.*fully_shard")
-    refused([DTensor.from_local(whole, two, [Replicate(), Shard(0)])], "'p0' is on a mesh of 2 dimensions")
+    refused(
+        [DTensor.from_local(whole, two, [Shard(0), Shard(1)])], "'p0' is on a mesh of 2 dimensions.*tensor parallelism"
+    )
+    hybrid = DTensor.from_local(whole, two, [Replicate(), Shard(0)])
+    refused([hybrid], "state='checkpoint' is not possible where several processes", state="checkpoint")
+    refused([hybrid], "process_group is of whole models", process_group=mesh.get_group())
     refused([shard, whole], "'p1' is whole on every rank, 'p0' is sharded")
     refused([shard, DTensor.from_local(whole, two["shard"], [Shard(0)])], "'p0' and 'p1' are on different meshes")
     refused([shard], "overlap=True is not possible with sharded parameters", overlap=True)

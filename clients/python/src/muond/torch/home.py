@@ -15,6 +15,7 @@ from ..error import MuondError
 from ..rest import Rest
 from ..run import Run
 from ..transport.address import Endpoint
+from .copies import Copies
 from .living import begins, ends, go_with
 from .opening import new_run_name, open_slots
 from .ranks import Ranks
@@ -22,6 +23,7 @@ from .settings import Settings
 from .shards import like_shard
 from .slots import Slot, group_names, make_slots
 from .state.kinds import state_names
+from .state.place import Followed
 from .state.tensors import read_begun, read_state, write_state
 from .state.view import State
 
@@ -61,14 +63,36 @@ class Home:
         self._undeclared: list[torch.Tensor] = []
         self.ranks: Ranks | None = None
         """The members of the run, where the parameters are sharded."""
+        self.copies: Copies | None = None
+        """Processes that have the same weights, of which the first one has the run."""
+        self._followed: Followed | None = None
 
     # Life
 
-    def join(self, ranks: Ranks | None) -> None:
-        """All ranks have one run: that of rank 0."""
-        self.ranks = ranks
-        if ranks is not None:
-            self.name, self._own_name = ranks.from_first((self.name, self._own_name))
+    def join(self, ranks: Ranks | None, copies: Copies | None) -> None:
+        """All ranks and all copies have one run: that of the first."""
+        self.ranks, self.copies = ranks, copies
+        for each in (ranks, copies):
+            if each is not None:
+                self.name, self._own_name = each.from_first((self.name, self._own_name))
+
+    @property
+    def follows(self) -> bool:
+        """Whether another process takes the steps, and this one has its weights."""
+        return self.copies is not None and not self.copies.is_first
+
+    def follow(self, at: Followed) -> None:
+        """The process that takes the steps is there."""
+        self._followed = at
+        self.name = at.name
+        self.slots = make_slots(self.groups(), self.settings, self._wanted, self.slots)
+        self._slot_of = {slot.tensor: slot for slot in self.slots}
+
+    @property
+    def step_count(self) -> int:
+        """The last finished step, 0 before the run is open."""
+        at = self._followed if self.run is None else self.run
+        return 0 if at is None else at.step_count
 
     def close(self, *, delete: bool = False) -> None:
         """Closes the connection; with ``delete`` the run goes as well."""
@@ -87,6 +111,10 @@ class Home:
         """Opens the run, and imports what was written into the state before there was one."""
         if self.closed:
             raise MuondError("CLIENT_CLOSED", f"the optimizer of run '{self.name}' was closed")
+        if self.follows:
+            raise RuntimeError(
+                f"run '{self.name}' is that of the first process with these weights: this one has them from there, and no connection"
+            )
         run, slots = self.open_run(self.name, mode, checkpoint)
         self._settle(run)
         self.adopt(run, slots, self.name)
@@ -329,8 +357,10 @@ class Home:
         rows = zip(self.slots, tensors, strict=True)
         return {slot.tensor: _sharded_as(slot, entries) for slot, entries in rows if entries}
 
-    def readable(self) -> Run | None:
+    def readable(self) -> Run | Followed | None:
         """The run between two steps; None before there is one, unless this optimizer is to go on with one that exists."""
+        if self.follows:
+            return self._followed
         if self.run is None and self.settings.mode != "create":
             self.open(self.settings.mode, self.settings.checkpoint)
         if self.run is not None and self.run.in_flight:

@@ -24,6 +24,7 @@ from ..steps.interrupt import interrupt_later
 from ..transport.address import endpoint
 from ..wire.dtype import BLOCKS
 from .checks import check_values
+from .copies import Copies
 from .feedback import Feedback
 from .finite import nonfinite
 from .grouping import common_values, complete_group, resolve_groups, with_names
@@ -31,8 +32,9 @@ from .home import Home
 from .hyperparameters import changes
 from .preset import with_preset
 from .progress import Progress
-from .ranks import ranks_of
+from .ranks import copies_of, ranks_of
 from .settings import Options, Settings, settings
+from .shards import local
 from .slots import Slot, make_slots
 from .staging import Staging
 from .state.kept import Shelf
@@ -40,6 +42,7 @@ from .state.late_momentum import begin_late_momentum
 from .state.loading import load
 from .state.matching import TOKEN, match
 from .state.packing import in_order, packed
+from .state.place import place_of
 from .state.restoring import go_back
 from .state.saving import collector_paused, saved
 from .state.view import State
@@ -92,9 +95,11 @@ class Optimizer(torch.optim.Optimizer):
         self.defaults = defaults or common_values(self.param_groups)
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
         slots = make_slots(self.param_groups, given)
-        self._home.join(ranks_of(slots))
+        self._home.join(ranks_of(slots), copies_of(slots, given.process_group))
         if self._home.ranks is not None:
             _check_shared(given, slots)
+        if self._home.copies is not None:
+            _check_copied(given)
         self._progress = Progress(self._home.name) if given.progress else None
         Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
         if given.overlap:
@@ -124,7 +129,7 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def step_count(self) -> int:
         """The last finished step of the run, 0 before it is open."""
-        return 0 if self._home.run is None else self._home.run.step_count
+        return self._home.step_count
 
     def open(self) -> Run:
         """Opens the run, which the first step does by itself. Raises MuondError RUN_EXISTS, RUN_MISMATCH, OVER_CAPACITY…"""
@@ -195,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        receipt = self._take_step()
+        receipt = self._take_step() if self._home.copies is None else self._take_together(self._home.copies)
         return receipt if closure is None else loss
 
     def _take_step(self) -> Receipt | None:
@@ -215,6 +220,18 @@ class Optimizer(torch.optim.Optimizer):
                 if self._streaming is not None:
                     self._streaming.reset()
                     self._streaming.attach()
+
+    def _take_together(self, copies: Copies) -> Receipt | None:
+        """Takes a step, or has the process take it that has the run; then this one has its weights."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        receipt = copies.take(self._take_step, [local(p) for p in trained])
+        at = copies.from_first(None if self._home.run is None else place_of(self._home.run))
+        if copies.is_first or at is None:
+            return receipt
+        self._home.follow(at)
+        self._home.state.moved()
+        self.receipt = receipt or self.receipt
+        return receipt
 
     def _has_gradients(self) -> bool:
         return any(p.requires_grad or p.grad is not None for group in self.param_groups for p in group["params"])
@@ -511,7 +528,12 @@ class Optimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} of run '{self.run_name}' cannot be pickled: its max_logits measures the modules of this "
                 "process. Save its state_dict()"
             )
-        kept = replace(self._settings, run=None, mode="create", token=None, headers=None, ssl_context=None)
+        kept = replace(
+            replace(self._settings, run=None, mode="create", process_group=None),
+            token=None,
+            headers=None,
+            ssl_context=None,
+        )
         return self._copied(kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
@@ -551,6 +573,21 @@ def _check_shared(given: Settings, slots: Sequence[Slot]) -> None:
     for option, (is_given, why) in refused.items():
         if is_given:
             raise ValueError(f"{option} is not possible with sharded parameters: {why}")
+
+
+def _check_copied(given: Settings) -> None:
+    """Raises ValueError for options that processes with the same weights cannot have."""
+    refused = {
+        "overlap=True": given.overlap,
+        f"keep={given.keep!r}": given.keep is not None,
+        "state='checkpoint'": given.state == "checkpoint",
+        "max_logits": given.max_logits is not None,
+    }
+    for option, is_given in refused.items():
+        if is_given:
+            raise ValueError(
+                f"{option} is not possible where several processes have the same weights: one of them has the run"
+            )
 
 
 def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:

@@ -15,10 +15,15 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Shard:
-    """``ranges`` of the elements in C order that lie on this rank, and the mesh of all ranks."""
+    """``ranges`` of the elements in C order that lie on this rank, the mesh of all ranks, and its dimension that shards.
+
+    Of a mesh of two dimensions the other one, ``copies``, has the same shards several times (HSDP).
+    """
 
     ranges: list[Range]
     mesh: Any
+    dimension: int = 0
+    copies: int | None = None
 
 
 def shard_of(name: str, tensor: torch.Tensor) -> Shard | None:
@@ -32,18 +37,20 @@ def shard_of(name: str, tensor: torch.Tensor) -> Shard | None:
         return None
     sharded: Any = tensor
     mesh, placements = sharded.device_mesh, sharded.placements
-    if mesh.ndim != 1:
+    kinds = [type(placement).__name__ for placement in placements]
+    if mesh.ndim > 1 and kinds != ["Replicate", "Shard"]:
         raise ValueError(
-            f"parameter '{name}' is on a mesh of {mesh.ndim} dimensions {mesh.mesh_dim_names or ''}: muond takes shards of one "
-            "(fully_shard on a 1-D mesh); hybrid sharding and tensor parallelism beside it are not possible yet"
+            f"parameter '{name}' is on a mesh of {mesh.ndim} dimensions {mesh.mesh_dim_names or ''} as {list(placements)}: muond takes "
+            "shards of one dimension, or of the second of two whose first replicates (fully_shard on a 1-D mesh or, for hybrid "
+            "sharding, a 2-D one); tensor parallelism beside it is not possible"
         )
-    (placement,) = placements
-    if type(placement).__name__ != "Shard":
+    if kinds[-1] != "Shard":
         raise ValueError(
-            f"parameter '{name}' has the placement {placement!r}, expected Shard: {_REMEDY.get(type(placement).__name__, _OTHER)}"
+            f"parameter '{name}' has the placement {placements[-1]!r}, expected Shard: {_REMEDY.get(kinds[-1], _OTHER)}"
         )
     (chunk,) = sharded.__create_chunk_list__()
-    return Shard(ranges_of(tuple(tensor.shape), tuple(chunk.offsets), tuple(chunk.sizes)), mesh)
+    ranges = ranges_of(tuple(tensor.shape), tuple(chunk.offsets), tuple(chunk.sizes))
+    return Shard(ranges, mesh, mesh.ndim - 1, 0 if mesh.ndim > 1 else None)
 
 
 _REMEDY = {
