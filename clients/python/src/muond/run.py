@@ -339,7 +339,12 @@ class Run:
         self._require_idle()
         with self._writer.rest() as rest:
             answer = rest.import_state(self.name, tensors, metadata, partial=partial)
-        self._writer.moved(answer["step"], answer["digest"])
+        self.moved(answer["step"], answer["digest"])
+
+    def moved(self, step: int, digest: str) -> None:
+        """Another member has imported state into the run: it goes on from there. Not while a step is in flight."""
+        self._require_idle()
+        self._writer.moved(step, digest)
         self._updates.next(self.step_count + 1)
 
     def reopen(self, checkpoint: str | None = None) -> None:

@@ -13,6 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -149,6 +156,36 @@ def hybrid(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> N
     dist.destroy_process_group()
 
 
+def checkpointed(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """Goes on from what torch.distributed.checkpoint has of any number of ranks, and leaves it more."""
+    join(rank, world_size, folder / f"meeting-{world_size}")
+    module = model()
+    mesh = None
+    if given["hybrid"]:
+        mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+    shard(module, mesh)
+    muon = optimizer(module, given["url"], given["run"])
+    where = folder / "checkpoint"
+    if where.exists():
+        state = {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, muon)}
+        dcp.load(state, checkpoint_id=where)
+        set_model_state_dict(module, state["model"])
+        set_optimizer_state_dict(module, muon, state["optimizer"])
+        taken = muon.state_dict()
+        digest = taken["muond"]["digest"]
+        # What the service has already is not sent again.
+        muon.load_state_dict(taken)
+        assert muon.state_dict()["muond"]["digest"] == digest
+    train(module, muon, range(*given["steps"]), share=float(rank == 0))
+    state = {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, muon)}
+    dcp.save(state, checkpoint_id=where)
+    weights = whole(module)
+    if rank == 0:
+        torch.save(weights, folder / "weights.pt")
+    muon.close()
+    dist.destroy_process_group()
+
+
 def parallel(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
     """DistributedDataParallel: each process has the whole model, and the mean of all gradients."""
     join(rank, world_size, folder / "meeting")
@@ -161,7 +198,12 @@ def parallel(rank: int, world_size: int, folder: Path, given: dict[str, Any]) ->
     dist.destroy_process_group()
 
 
-WORK: dict[str, Callable[..., None]] = {"main": main, "hybrid": hybrid, "parallel": parallel}
+WORK: dict[str, Callable[..., None]] = {
+    "main": main,
+    "hybrid": hybrid,
+    "parallel": parallel,
+    "checkpointed": checkpointed,
+}
 
 if __name__ == "__main__":
     what, rank, world_size, folder, given = sys.argv[1:]

@@ -87,6 +87,21 @@ def test_pairs_with_the_same_shards_train_as_one_process(shared: Service, name: 
         assert all(torch.equal(one, other) for one, other in zip(found, buffers, strict=True))
 
 
+def test_a_distributed_checkpoint_goes_on_with_another_number_of_ranks(
+    shared: Service, name: str, tmp_path: Path
+) -> None:
+    module = sharded.model()
+    muon = sharded.optimizer(module, shared.url, f"{name}-alone")
+    sharded.train(module, muon, range(1, 10))
+    for first, world_size, hybrid in ((1, 3, False), (4, 2, False), (7, 4, True)):
+        given = {"run": f"{name}-{first}", "steps": [first, first + 3], "hybrid": hybrid}
+        run_ranks("checkpointed", world_size, tmp_path, url=shared.url, **given)
+    got = torch.load(tmp_path / "weights.pt")
+    for key, weights in sharded.whole(module).items():
+        assert torch.equal(got[key].view(torch.int32), weights.view(torch.int32)), key
+    muon.close()
+
+
 def test_processes_with_whole_models_have_one_run(shared: Service, name: str, tmp_path: Path) -> None:
     module = sharded.model()
     muon = sharded.optimizer(module, shared.url, f"{name}-alone")
@@ -175,8 +190,35 @@ def test_a_rank_alone_is_a_member_too(shared: Service, name: str, one_rank: None
             assert torch.equal(found, of_whole[key]), key
             assert hasattr(value, "full_tensor") == (key != "step")
     state = muon.state_dict()
-    with pytest.raises(ValueError, match="go on with mode='resume'"):
-        muon.load_state_dict(state)
+    digest = muon.run.digest
+    muon.load_state_dict(state)
+    assert muon.run.digest == digest, "the service has it"
+    sharded.train(module, muon, range(4, 5))
+    muon.load_state_dict(state)
+    assert muon.run.digest not in (digest, state["muond"]["digest"])
+    for key, value in muon.state_dict()["state"][0].items():
+        before = state["state"][0][key]
+        assert torch.equal(*(one.full_tensor() if hasattr(one, "full_tensor") else one for one in (value, before)))
+    with pytest.raises(ValueError, match="is checkpoint 'c' of run 'r': go back to it with mode='resume'"):
+        muon.load_state_dict({**state, "muond": {"checkpoint": "c", "run": "r"}})
+    muon.state[module[0].weight]["step"] = torch.tensor(9.0)
+    with pytest.raises(ValueError, match="whose state cannot be written by one rank"):
+        muon.step()
+    other = sharded.model()
+    sharded.shard(other)
+    late = sharded.optimizer(other, shared.url, f"{name}-late")
+    late.load_state_dict(state)
+    assert late.step_count == 0
+    assert torch.equal(
+        late.state_dict()["state"][0]["momentum_buffer"].full_tensor(),
+        state["state"][0]["momentum_buffer"].full_tensor(),
+    )
+    late.close()
+    broken = sharded.optimizer(other, shared.url, f"{name}-broken")
+    wrong = {**state, "state": {**state["state"], 1: {"step": torch.tensor(1.0), "momentum_buffer": torch.ones(1)}}}
+    with pytest.raises((muond.MuondError, ValueError)):
+        broken.load_state_dict(wrong)
+    broken.close()
     muon.close(delete=True)
     with pytest.raises(muond.MuondError, match="there is no run"):
         sharded.optimizer(module, shared.url, name, mode="resume").open()

@@ -33,6 +33,8 @@ class Copies:
     def take(self, step: Callable[[], Receipt | None], weights: Sequence[torch.Tensor]) -> Receipt | None:
         """Has the first one take a step; all have its receipt, or raise its error, and have its weights afterwards.
 
+        What returns None has moved no weights.
+
         The weights go to the others, not the update: they are what the step comes to, whatever its decay and row scales are, and
         all copies have the same bits even after an error in the middle of a step.
         """

@@ -20,21 +20,14 @@ from .living import begins, ends, go_with
 from .opening import new_run_name, open_slots
 from .ranks import Ranks
 from .settings import Settings
-from .shards import like_shard
-from .slots import Slot, group_names, make_slots
+from .shards import whole_entries
+from .slots import Slot, group_names, make_slots, sharded_as
 from .state.kinds import state_names
 from .state.place import Followed
 from .state.tensors import read_begun, read_state, write_state
 from .state.view import State
 
 Groups = Sequence[Mapping[str, Any]]
-
-
-def _sharded_as(slot: Slot, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What has the shape of a sharded parameter, sharded as that is; counts, and what has one number for each row, whole."""
-    if slot.shard is None:
-        return entries
-    return {name: like_shard(t, slot.tensor) if t.shape == slot.shape else t for name, t in entries.items()}
 
 
 def _close(run: Run | None) -> None:  # pragma: no cover - another rank fails, in a process of its own
@@ -258,12 +251,24 @@ class Home:
         rows = [(slot, groups[slot.group], state.get(slot.tensor, {})) for slot in slots]
         write_state(run, rows, partial=partial)
 
+    def write_shards(
+        self, ranks: Ranks, run: Run, slots: Sequence[Slot], state: Mapping[torch.Tensor, Mapping[str, Any]]
+    ) -> None:
+        """Gives a run the state of sharded parameters. A collective: rank 0 puts the whole tensors together in host memory."""
+        groups = self.groups()
+        rows = [
+            (slot, groups[slot.group], whole_entries(state.get(slot.tensor, {}), ranks.rank == 0)) for slot in slots
+        ]
+        ranks.together(lambda: write_state(run, rows, partial=False) if ranks.rank == 0 else None, lambda _: None)
+        step, digest = ranks.from_first((run.step_count, run.digest))
+        run.moved(step, digest)
+
     def require_whole(self) -> None:
-        """Raises ValueError where the parameters are sharded: their state is read from the service, and never given to it."""
+        """Raises ValueError where the parameters are sharded: what one rank writes into ``optimizer.state`` no other one knows of."""
         if self.ranks is not None:
             raise ValueError(
-                f"run '{self.name}' has sharded parameters, whose state cannot be given to the service: it has the state already, so "
-                "go on with mode='resume' and the run's name, on any number of ranks"
+                f"run '{self.name}' has sharded parameters, whose state cannot be written by one rank: load_state_dict takes it "
+                "from all"
             )
 
     def _declare_again(self, old: Run) -> None:
@@ -355,7 +360,7 @@ class Home:
         with self.rest() as rest:
             tensors = read_state(rest, run, self.slots)
         rows = zip(self.slots, tensors, strict=True)
-        return {slot.tensor: _sharded_as(slot, entries) for slot, entries in rows if entries}
+        return {slot.tensor: sharded_as(slot, entries) for slot, entries in rows if entries}
 
     def readable(self) -> Run | Followed | None:
         """The run between two steps; None before there is one, unless this optimizer is to go on with one that exists."""

@@ -40,7 +40,7 @@ from .staging import Staging
 from .state.kept import Shelf
 from .state.late_momentum import begin_late_momentum
 from .state.loading import load
-from .state.matching import TOKEN, match
+from .state.matching import TOKEN, Loaded, match
 from .state.packing import in_order, packed
 from .state.place import place_of
 from .state.restoring import go_back
@@ -465,9 +465,9 @@ class Optimizer(torch.optim.Optimizer):
 
         If the service has the very tensors of the dictionary already, nothing is sent; else it goes back to the dictionary's
         checkpoint, or takes its tensors. A state of another optimizer that lives is copied, into a run of this one's own.
-        Raises MuondError; ValueError if the groups differ, or the parameters are sharded. Nothing has changed then.
+        Of sharded parameters it may have been written by any number of ranks, and rank 0 puts it together.
+        Raises MuondError; ValueError if the groups differ. Nothing has changed then.
         """
-        self._home.require_whole()
         given = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, given)
@@ -476,7 +476,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in loaded.groups:
             check_values(group)
         with self._opening:
-            load(self._home, given.get(TOKEN) or {}, loaded, loaded.groups)
+            self._load(given.get(TOKEN) or {}, loaded)
             self.param_groups = loaded.groups
         if self._streaming is not None:
             self._streaming.reset()
@@ -497,6 +497,17 @@ class Optimizer(torch.optim.Optimizer):
             checkpoint = self._shelf.keep(run, self._home.slots, self.param_groups, self._feedback)
         assert checkpoint is not None
         return checkpoint
+
+    def _load(self, token: Mapping[str, Any], loaded: Loaded) -> None:
+        home, copies = self._home, self._home.copies
+        if copies is None:
+            load(home, token, loaded, loaded.groups)
+            return
+        copies.take(lambda: load(home, token, loaded, loaded.groups), [])
+        at = copies.from_first(None if home.run is None else place_of(home.run))
+        if home.follows and at is not None:
+            home.follow(at)
+            home.state.moved()
 
     def rollback(self) -> int:
         """Goes back to the last step for which the service has the state and this process the weights (``keep="cpu"``).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,18 @@ def like_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         shape=whole.shape,
         stride=whole.stride(),
     )
+
+
+def whole_entries(entries: Mapping[str, Any], is_kept: bool) -> dict[str, Any]:
+    """The state of a sharded parameter with whole tensors in host memory, where they are kept. A collective of all shards."""
+    whole: dict[str, Any] = {}
+    for name in sorted(entries):
+        value = entries[name]
+        if type(value).__name__ == "DTensor":
+            gathered = value.detach().full_tensor()
+            value = gathered.cpu() if is_kept else None
+        whole[name] = value
+    return whole
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
