@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import muond.torch
 from muond import MuondError
@@ -186,6 +186,68 @@ def checkpointed(rank: int, world_size: int, folder: Path, given: dict[str, Any]
     dist.destroy_process_group()
 
 
+class Tied(torch.nn.Module):
+    """An embedding that is the head as well, a frozen layer, and one that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding = torch.nn.Embedding(10, WIDTH)
+        self.frozen = torch.nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.trained = torch.nn.Linear(WIDTH, WIDTH)
+        self.head = torch.nn.Linear(WIDTH, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.trained(self.frozen(self.embedding(tokens))))
+        return logits
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "kept": {"reshard_after_forward": False},
+    "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}
+
+
+def tied_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """One step with gradients that are clipped over all ranks."""
+    tokens = torch.randint(10, (4, 7), generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    logits = module(tokens[:, :-1]).flatten(0, 1).float()
+    torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 0.05)
+    optimizer.step()
+
+
+def policies(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """Beside torch's own SGD of the same shards: the same weights."""
+    join(rank, world_size, folder / "meeting")
+    for policy, how in POLICIES.items():
+        ours, theirs = Tied(), Tied()
+        for module in (ours, theirs):
+            fully_shard(module.trained, **how)
+            fully_shard(module, **how)
+        groups = [{"parameters": ["*"], "algorithm": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}]
+        options: Any = {"url": given["url"], "run": f"{given['run']}-{policy}"}
+        muon = muond.torch.Optimizer(
+            ours.named_parameters(), groups, gradient_dtype="float32", update_dtype="float32", **options
+        )
+        sgd = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], 0.1, 0.9, nesterov=True)
+        for step in range(4):
+            tied_step(ours, muon, 10 * step + rank)
+            tied_step(theirs, sgd, 10 * step + rank)
+        before, after = whole(Tied()), whole(ours)
+        for name, expected in whole(theirs).items():
+            torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-6, msg=f"{policy}: {name}")
+            assert torch.equal(after[name], before[name]) == name.startswith("frozen"), name
+        assert muon.receipt is not None
+        assert muon.receipt.gradient_norm <= 0.0501
+        muon.close()
+    dist.destroy_process_group()
+
+
 def parallel(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
     """DistributedDataParallel: each process has the whole model, and the mean of all gradients."""
     join(rank, world_size, folder / "meeting")
@@ -203,6 +265,7 @@ WORK: dict[str, Callable[..., None]] = {
     "hybrid": hybrid,
     "parallel": parallel,
     "checkpointed": checkpointed,
+    "policies": policies,
 }
 
 if __name__ == "__main__":

@@ -102,6 +102,10 @@ def test_a_distributed_checkpoint_goes_on_with_another_number_of_ranks(
     muon.close()
 
 
+def test_policies_of_fsdp_frozen_and_tied_parameters(shared: Service, name: str, tmp_path: Path) -> None:
+    run_ranks("policies", 2, tmp_path, url=shared.url, run=name)
+
+
 def test_processes_with_whole_models_have_one_run(shared: Service, name: str, tmp_path: Path) -> None:
     module = sharded.model()
     muon = sharded.optimizer(module, shared.url, f"{name}-alone")
