@@ -108,7 +108,6 @@ def skip_nan(module: torch.nn.Module, muon: muond.torch.Optimizer, *, is_bad: bo
 
 def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
     """Takes ``steps`` with the weights of ``weights``, if there is such a file, and leaves those it comes to there."""
-    join(rank, world_size, folder / f"meeting-{given['steps'][0]}-{world_size}")
     module = model()
     weights = folder / "weights.pt"
     if weights.exists():
@@ -124,12 +123,10 @@ def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> Non
     if rank == 0:
         torch.save(state, weights)
         (folder / "digests.json").write_text(json.dumps(digests))
-    dist.destroy_process_group()
 
 
 def hybrid(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
     """Two times two processes: shards in each pair, and both pairs have the same."""
-    join(rank, world_size, folder / f"meeting-{given['steps'][0]}-{world_size}")
     module = model()
     mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
     shard(module, mesh)
@@ -140,7 +137,9 @@ def hybrid(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> N
     assert muon.step_count == given["steps"][1] - 1
     assert muon.run_name == given["run"]
     entries = muon.state_dict()["state"]
-    torch.save((digests, state, [entries[i]["momentum_buffer"].full_tensor() for i in (0, 1)]), folder / f"{rank}.pt")
+    torch.save(
+        (digests, state, [entries[i]["momentum_buffer"].full_tensor() for i in (0, 1)]), folder / f"hybrid-{rank}.pt"
+    )
     if rank > 1:
         with pytest.raises(RuntimeError, match="is that of the first process with these weights"):
             muon.open()
@@ -153,12 +152,10 @@ def hybrid(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> N
     for name, tensor in whole(module).items():
         assert torch.equal(tensor, state[name])
     muon.close()
-    dist.destroy_process_group()
 
 
 def checkpointed(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
     """Goes on from what torch.distributed.checkpoint has of any number of ranks, and leaves it more."""
-    join(rank, world_size, folder / f"meeting-{world_size}")
     module = model()
     mesh = None
     if given["hybrid"]:
@@ -181,9 +178,8 @@ def checkpointed(rank: int, world_size: int, folder: Path, given: dict[str, Any]
     dcp.save(state, checkpoint_id=where)
     weights = whole(module)
     if rank == 0:
-        torch.save(weights, folder / "weights.pt")
+        torch.save(weights, folder / "checkpointed.pt")
     muon.close()
-    dist.destroy_process_group()
 
 
 class Tied(torch.nn.Module):
@@ -223,7 +219,6 @@ def tied_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: i
 
 def policies(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
     """Beside torch's own SGD of the same shards: the same weights."""
-    join(rank, world_size, folder / "meeting")
     for policy, how in POLICIES.items():
         ours, theirs = Tied(), Tied()
         for module in (ours, theirs):
@@ -245,19 +240,17 @@ def policies(rank: int, world_size: int, folder: Path, given: dict[str, Any]) ->
         assert muon.receipt is not None
         assert muon.receipt.gradient_norm <= 0.0501
         muon.close()
-    dist.destroy_process_group()
+    (folder / "policies.json").write_text(json.dumps(list(POLICIES)))
 
 
 def parallel(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
     """DistributedDataParallel: each process has the whole model, and the mean of all gradients."""
-    join(rank, world_size, folder / "meeting")
     module = model()
     ddp = torch.nn.parallel.DistributedDataParallel(module)
     muon = optimizer(module, given["url"], given["run"], process_group=dist.group.WORLD)
     digests = train(ddp, muon, range(*given["steps"]), share=float(world_size) if rank == 0 else 0.0)
-    torch.save((digests, whole(module), muon.state_dict()), folder / f"{rank}.pt")
+    torch.save((digests, whole(module), muon.state_dict()), folder / f"parallel-{rank}.pt")
     muon.close()
-    dist.destroy_process_group()
 
 
 WORK: dict[str, Callable[..., None]] = {
@@ -269,5 +262,9 @@ WORK: dict[str, Callable[..., None]] = {
 }
 
 if __name__ == "__main__":
-    what, rank, world_size, folder, given = sys.argv[1:]
-    WORK[what](int(rank), int(world_size), Path(folder), json.loads(given))
+    # Processes take a while to start: they do one piece of work after the other.
+    rank, world_size, folder, works = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+    join(rank, world_size, folder / f"meeting-{world_size}-{sys.argv[5]}")
+    for what, given in works.items():
+        WORK[what](rank, world_size, folder, given)
+    dist.destroy_process_group()

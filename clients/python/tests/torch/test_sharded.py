@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,12 +40,12 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def run_ranks(work: str, world_size: int, folder: Path, **given: Any) -> None:
-    """Runs a function of sharded.py in so many processes. A rank that fails shows what it wrote."""
-    command = [sys.executable, sharded.__file__, work]
+def run_ranks(world_size: int, folder: Path, works: dict[str, dict[str, Any]]) -> None:
+    """Runs functions of sharded.py in so many processes. A rank that fails shows what it wrote."""
+    meeting = secrets.token_hex(4)
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(world_size), str(folder), json.dumps(given)],
+            [sys.executable, sharded.__file__, str(rank), str(world_size), str(folder), json.dumps(works), meeting],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -53,6 +54,20 @@ def run_ranks(work: str, world_size: int, folder: Path, **given: Any) -> None:
     ]
     written = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(written)
+
+
+@pytest.fixture(scope="module")
+def done(shared: Service, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes, and then four, have done."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def given(work: str, first: int, last: int, **more: Any) -> dict[str, dict[str, Any]]:
+        return {work: {"url": shared.url, "run": f"sharded-{work}-{first}", "steps": [first, last + 1], **more}}
+
+    two = given("policies", 1, 4) | given("parallel", 1, 5) | given("checkpointed", 1, 3, hybrid=False)
+    run_ranks(2, folder, two)
+    run_ranks(4, folder, given("checkpointed", 4, 6, hybrid=True) | given("hybrid", 1, 50))
+    return folder
 
 
 def test_ranks_train_as_one_process_and_resume_with_another_number(shared: Service, name: str, tmp_path: Path) -> None:
@@ -64,7 +79,8 @@ def test_ranks_train_as_one_process_and_resume_with_another_number(shared: Servi
     for first, world_size in ((1, 4), (4, 2), (6, 3)):
         last = {1: 4, 4: 6, 6: 9}[first]
         mode = "create" if first == 1 else "resume"
-        run_ranks("main", world_size, tmp_path, url=shared.url, run=name, mode=mode, steps=[first, last])
+        given = {"url": shared.url, "run": name, "mode": mode, "steps": [first, last]}
+        run_ranks(world_size, tmp_path, {"main": given})
         digests += json.loads((tmp_path / "digests.json").read_text())
     assert [tuple(one) for one in digests] == expected
     got = torch.load(tmp_path / "weights.pt")
@@ -72,48 +88,41 @@ def test_ranks_train_as_one_process_and_resume_with_another_number(shared: Servi
         assert torch.equal(got[key].view(torch.int32), weights.view(torch.int32)), key
 
 
-def test_pairs_with_the_same_shards_train_as_one_process(shared: Service, name: str, tmp_path: Path) -> None:
+def test_pairs_with_the_same_shards_train_as_one_process(shared: Service, name: str, done: Path) -> None:
     module = sharded.model()
     muon = sharded.optimizer(module, shared.url, f"{name}-alone")
     expected = sharded.train(module, muon, range(1, 51))
     buffers = [muon.state_dict()["state"][i]["momentum_buffer"] for i in (0, 1)]
     muon.close()
-    run_ranks("hybrid", 4, tmp_path, url=shared.url, run=name, steps=[1, 51])
     for rank in range(4):
-        digests, weights, found = torch.load(tmp_path / f"{rank}.pt")
+        digests, weights, found = torch.load(done / f"hybrid-{rank}.pt")
         assert digests == expected
         for key, tensor in sharded.whole(module).items():
             assert torch.equal(weights[key].view(torch.int32), tensor.view(torch.int32)), key
         assert all(torch.equal(one, other) for one, other in zip(found, buffers, strict=True))
 
 
-def test_a_distributed_checkpoint_goes_on_with_another_number_of_ranks(
-    shared: Service, name: str, tmp_path: Path
-) -> None:
+def test_a_distributed_checkpoint_goes_on_with_another_number_of_ranks(shared: Service, name: str, done: Path) -> None:
     module = sharded.model()
     muon = sharded.optimizer(module, shared.url, f"{name}-alone")
-    sharded.train(module, muon, range(1, 10))
-    for first, world_size, hybrid in ((1, 3, False), (4, 2, False), (7, 4, True)):
-        given = {"run": f"{name}-{first}", "steps": [first, first + 3], "hybrid": hybrid}
-        run_ranks("checkpointed", world_size, tmp_path, url=shared.url, **given)
-    got = torch.load(tmp_path / "weights.pt")
+    sharded.train(module, muon, range(1, 7))
+    got = torch.load(done / "checkpointed.pt")
     for key, weights in sharded.whole(module).items():
         assert torch.equal(got[key].view(torch.int32), weights.view(torch.int32)), key
     muon.close()
 
 
-def test_policies_of_fsdp_frozen_and_tied_parameters(shared: Service, name: str, tmp_path: Path) -> None:
-    run_ranks("policies", 2, tmp_path, url=shared.url, run=name)
+def test_policies_of_fsdp_frozen_and_tied_parameters(done: Path) -> None:
+    assert json.loads((done / "policies.json").read_text()) == list(sharded.POLICIES)
 
 
-def test_processes_with_whole_models_have_one_run(shared: Service, name: str, tmp_path: Path) -> None:
+def test_processes_with_whole_models_have_one_run(shared: Service, name: str, done: Path) -> None:
     module = sharded.model()
     muon = sharded.optimizer(module, shared.url, f"{name}-alone")
     expected = sharded.train(module, muon, range(1, 6))
-    run_ranks("parallel", 2, tmp_path, url=shared.url, run=name, steps=[1, 6])
     states = []
     for rank in range(2):
-        digests, weights, state = torch.load(tmp_path / f"{rank}.pt")
+        digests, weights, state = torch.load(done / f"parallel-{rank}.pt")
         assert digests == expected
         for key, tensor in sharded.whole(module).items():
             assert torch.equal(weights[key].view(torch.int32), tensor.view(torch.int32)), key
@@ -226,6 +235,22 @@ def test_a_rank_alone_is_a_member_too(shared: Service, name: str, one_rank: None
     muon.close(delete=True)
     with pytest.raises(muond.MuondError, match="there is no run"):
         sharded.optimizer(module, shared.url, name, mode="resume").open()
+    whole.close()
+
+
+def test_a_model_may_be_sharded_after_the_optimizer_was_made_of_it(shared: Service, name: str, one_rank: None) -> None:
+    alone, module = sharded.model(), sharded.model()
+    whole = sharded.optimizer(alone, shared.url, f"{name}-alone")
+    muon = sharded.optimizer(module, shared.url, name)
+    number_of = {id(p): i for i, p in enumerate(module.parameters())}
+    sharded.shard(module)
+    parameters = list(module.parameters())
+    # As Accelerate does with fsdp_version 2.
+    for group in muon.param_groups:
+        group["params"] = [parameters[number_of[id(p)]] for p in group["params"]]
+    assert sharded.train(module, muon, range(1, 4)) == sharded.train(alone, whole, range(1, 4))
+    assert muon.run.members == {0: True}
+    muon.close()
     whole.close()
 
 

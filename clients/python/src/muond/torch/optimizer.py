@@ -34,7 +34,7 @@ from .preset import with_preset
 from .progress import Progress
 from .ranks import copies_of, ranks_of
 from .settings import Options, Settings, settings
-from .shards import local
+from .shards import is_sharded, local
 from .slots import Slot, make_slots
 from .staging import Staging
 from .state.kept import Shelf
@@ -94,17 +94,31 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.defaults = defaults or common_values(self.param_groups)
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
-        slots = make_slots(self.param_groups, given)
-        self._home.join(ranks_of(slots), copies_of(slots, given.process_group))
-        if self._home.ranks is not None:
-            _check_shared(given, slots)
-        if self._home.copies is not None:
-            _check_copied(given)
+        self._join()
         self._progress = Progress(self._home.name) if given.progress else None
         Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
         if given.overlap:
             self._attach()
         self._ready = True
+
+    def _join(self) -> None:
+        """Finds the processes that have the run together: the parameters say who has what of them."""
+        slots = make_slots(self.param_groups, self._settings)
+        self._home.join(ranks_of(slots), copies_of(slots, self._settings.process_group))
+        if self._home.ranks is not None:
+            _check_shared(self._settings, slots)
+        if self._home.copies is not None:
+            _check_copied(self._settings)
+
+    def _join_late(self) -> None:
+        """Accelerate shards the model after the optimizer was made of it, and puts the shards into its param_groups."""
+        home = self._home
+        if (
+            home.run is None
+            and home.ranks is None
+            and any(is_sharded(p) for g in self.param_groups for p in g["params"])
+        ):
+            self._join()
 
     # Life
 
@@ -134,6 +148,7 @@ class Optimizer(torch.optim.Optimizer):
     def open(self) -> Run:
         """Opens the run, which the first step does by itself. Raises MuondError RUN_EXISTS, RUN_MISMATCH, OVER_CAPACITY…"""
         with self._opening:
+            self._join_late()
             return self._home.run or self._home.open(self._settings.mode, self._settings.checkpoint)
 
     def close(self, *, delete: bool = False) -> None:
@@ -200,6 +215,7 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._join_late()
         receipt = self._take_step() if self._home.copies is None else self._take_together(self._home.copies)
         return receipt if closure is None else loss
 
@@ -476,6 +492,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in loaded.groups:
             check_values(group)
         with self._opening:
+            self._join_late()
             self._load(given.get(TOKEN) or {}, loaded)
             self.param_groups = loaded.groups
         if self._streaming is not None:

@@ -33,7 +33,7 @@ def shard_of(name: str, tensor: torch.Tensor) -> Shard | None:
         raise ValueError(
             f"parameter '{name}' is sharded by FullyShardedDataParallel, which hides where its elements are: use fully_shard (FSDP2)"
         )
-    if type(tensor).__name__ != "DTensor":
+    if not is_sharded(tensor):
         return None
     sharded: Any = tensor
     mesh, placements = sharded.device_mesh, sharded.placements
@@ -102,16 +102,22 @@ def whole_entries(entries: Mapping[str, Any], is_kept: bool) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     for name in sorted(entries):
         value = entries[name]
-        if type(value).__name__ == "DTensor":
+        if is_sharded(value):
             gathered = value.detach().full_tensor()
             value = gathered.cpu() if is_kept else None
         whole[name] = value
     return whole
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    # By name, as above.
+    return type(tensor).__name__ == "DTensor"
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of a tensor that lie on this rank, in its own memory."""
-    if type(tensor).__name__ != "DTensor":
+    if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor
     with torch.no_grad():
