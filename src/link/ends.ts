@@ -34,6 +34,7 @@ export class Ends {
     run.intake.beginEnd(member, given)
     // The mean of replicas is computed when the step is closed, which this `end` may do.
     if (!run.intake.averages) await answers.settled()
+    /* c8 ignore next -- it may end while its last updates are sent */
     if (gone.aborted) return false
     const ended = await run.intake.end(member, given)
     if (ended === 'left_out') return this.#catchUp(joined, step)
@@ -47,6 +48,7 @@ export class Ends {
     const { notice, missed: waits } = joined.run.intake.catchUp(joined.member, number)
     if (notice) this.#parts.report(notice)
     const missed = await waits
+    /* c8 ignore next -- it may be lost before the others have finished the step */
     if (!missed) return false
     const { step, updates, receipt } = missed
     try {
@@ -69,6 +71,7 @@ export class Ends {
     for (const { parameter, row_scale } of run.skippedRowScales(member, of)) {
       const keys = { parameter, step, offset: 0, scale: 0, decay: 0, row_scale, replayed }
       const sent = await this.#parts.sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
+      /* c8 ignore next -- it may end while row scales are sent */
       if (!sent) return
     }
   }

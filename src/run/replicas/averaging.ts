@@ -77,6 +77,7 @@ export class Averaging {
 
   /** When nothing is computed. */
   async idle(): Promise<void> {
+    /* c8 ignore next -- a member opens the run while a mean is computed again */
     while (this.#computing.size > 0) await Promise.all(this.#computing)
   }
 
@@ -125,6 +126,7 @@ export class Averaging {
   #checkReachable(index: number, step: Step): void {
     const { gatherings, host } = this.#means
     const { current } = host.steps
+    /* c8 ignore next -- after a disk that was full some send again what others have not yet */
     if (step === current) return
     const isGone = ({ replica }: Contributor) => {
       const ranks = gatherings[replica]?.ranks
@@ -137,11 +139,13 @@ export class Averaging {
   }
 
   #isWhole(replica: number, index: number, step: Step): boolean {
+    /* c8 ignore next -- a replica that the run has not any more */
     return this.#means.gatherings[replica]?.isWhole(index, step) ?? false
   }
 
   /** What the parameter's gradient was the mean of when it was last applied. */
   #contributors(index: number): readonly Contributor[] {
+    /* c8 ignore next -- a step that had no replicas, which none is told to have been part of */
     return this.#means.host.shard.place(index).record?.contributors ?? []
   }
 

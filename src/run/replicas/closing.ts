@@ -103,6 +103,7 @@ export class Closing {
 
   #leaveOut(step: Step, replica: number): void {
     const { ending, gatherings, host, members } = this.#means
+    /* c8 ignore next -- a step that is closed a second time, after some of it was refused */
     if (step.isLeftOut(replica)) return
     step.leaveOut(replica)
     gatherings[replica].drop()

@@ -59,6 +59,7 @@ export class Lates {
   async missed(member: Member): Promise<Missed | undefined> {
     const late = this.#told.get(member)
     const missed = await late?.missed
+    /* c8 ignore next -- it may be lost in the very turn in which the step is finished */
     if (this.#told.get(member) !== late) return undefined
     this.#told.delete(member)
     return missed
@@ -67,6 +68,7 @@ export class Lates {
   /** A step is finished. */
   finish(step: Step, receipt: Receipt): void {
     for (const late of this.#told.values()) {
+      /* c8 ignore next -- one that was told of an older step, and has not ended it yet */
       if (late.step !== step || late.isThere) continue
       late.isThere = true
       late.resolve(this.#collect(step, receipt))
@@ -84,6 +86,7 @@ export class Lates {
 
   /** The run ends. */
   close(): void {
+    /* c8 ignore next -- a run that is deleted before such a member has ended the step */
     for (const member of [...this.#told.keys()]) this.leave(member)
   }
 

@@ -10,11 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import muond.torch
+from muond import MuondError
 
 WIDTH = 6
 
@@ -59,8 +69,8 @@ def train(
     return digests
 
 
-def shard(module: torch.nn.Module) -> None:
-    fully_shard(module)
+def shard(module: torch.nn.Module, mesh: Any = None, **how: Any) -> None:
+    fully_shard(module, mesh=mesh, **how)
     # The gradient is the sum over the ranks, of which one has all of it: no rounding of a mean tells them from one process.
     module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
     # What gloo has in place of a sum with a factor.
@@ -98,7 +108,6 @@ def skip_nan(module: torch.nn.Module, muon: muond.torch.Optimizer, *, is_bad: bo
 
 def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
     """Takes ``steps`` with the weights of ``weights``, if there is such a file, and leaves those it comes to there."""
-    join(rank, world_size, folder / f"meeting-{given['steps'][0]}-{world_size}")
     module = model()
     weights = folder / "weights.pt"
     if weights.exists():
@@ -114,11 +123,148 @@ def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> Non
     if rank == 0:
         torch.save(state, weights)
         (folder / "digests.json").write_text(json.dumps(digests))
-    dist.destroy_process_group()
 
 
-WORK: dict[str, Callable[..., None]] = {"main": main}
+def hybrid(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """Two times two processes: shards in each pair, and both pairs have the same."""
+    module = model()
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+    shard(module, mesh)
+    muon = optimizer(module, given["url"], given["run"])
+    skip_nan(module, muon, is_bad=rank == 1)
+    digests = train(module, muon, range(*given["steps"]), share=float(rank == 0))
+    state = whole(module)
+    assert muon.step_count == given["steps"][1] - 1
+    assert muon.run_name == given["run"]
+    entries = muon.state_dict()["state"]
+    torch.save(
+        (digests, state, [entries[i]["momentum_buffer"].full_tensor() for i in (0, 1)]), folder / f"hybrid-{rank}.pt"
+    )
+    if rank > 1:
+        with pytest.raises(RuntimeError, match="is that of the first process with these weights"):
+            muon.open()
+    # A step that fails on the pair that has the run fails on the other one, too.
+    muon.zero_grad()
+    backward(module, 1, share=float(rank == 0))
+    muon.param_groups[0]["lr"] = -1.0
+    with pytest.raises((MuondError, ValueError), match="Learning rate should be >= 0"):
+        muon.step()
+    for name, tensor in whole(module).items():
+        assert torch.equal(tensor, state[name])
+    muon.close()
+
+
+def checkpointed(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """Goes on from what torch.distributed.checkpoint has of any number of ranks, and leaves it more."""
+    module = model()
+    mesh = None
+    if given["hybrid"]:
+        mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("replicate", "shard"))
+    shard(module, mesh)
+    muon = optimizer(module, given["url"], given["run"])
+    where = folder / "checkpoint"
+    if where.exists():
+        state = {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, muon)}
+        dcp.load(state, checkpoint_id=where)
+        set_model_state_dict(module, state["model"])
+        set_optimizer_state_dict(module, muon, state["optimizer"])
+        taken = muon.state_dict()
+        digest = taken["muond"]["digest"]
+        # What the service has already is not sent again.
+        muon.load_state_dict(taken)
+        assert muon.state_dict()["muond"]["digest"] == digest
+    train(module, muon, range(*given["steps"]), share=float(rank == 0))
+    state = {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, muon)}
+    dcp.save(state, checkpoint_id=where)
+    weights = whole(module)
+    if rank == 0:
+        torch.save(weights, folder / "checkpointed.pt")
+    muon.close()
+
+
+class Tied(torch.nn.Module):
+    """An embedding that is the head as well, a frozen layer, and one that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embedding = torch.nn.Embedding(10, WIDTH)
+        self.frozen = torch.nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.trained = torch.nn.Linear(WIDTH, WIDTH)
+        self.head = torch.nn.Linear(WIDTH, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.trained(self.frozen(self.embedding(tokens))))
+        return logits
+
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "kept": {"reshard_after_forward": False},
+    "mixed": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}
+
+
+def tied_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """One step with gradients that are clipped over all ranks."""
+    tokens = torch.randint(10, (4, 7), generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    logits = module(tokens[:, :-1]).flatten(0, 1).float()
+    torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 0.05)
+    optimizer.step()
+
+
+def policies(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """Beside torch's own SGD of the same shards: the same weights."""
+    for policy, how in POLICIES.items():
+        ours, theirs = Tied(), Tied()
+        for module in (ours, theirs):
+            fully_shard(module.trained, **how)
+            fully_shard(module, **how)
+        groups = [{"parameters": ["*"], "algorithm": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True}]
+        options: Any = {"url": given["url"], "run": f"{given['run']}-{policy}"}
+        muon = muond.torch.Optimizer(
+            ours.named_parameters(), groups, gradient_dtype="float32", update_dtype="float32", **options
+        )
+        sgd = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], 0.1, 0.9, nesterov=True)
+        for step in range(4):
+            tied_step(ours, muon, 10 * step + rank)
+            tied_step(theirs, sgd, 10 * step + rank)
+        before, after = whole(Tied()), whole(ours)
+        for name, expected in whole(theirs).items():
+            torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-6, msg=f"{policy}: {name}")
+            assert torch.equal(after[name], before[name]) == name.startswith("frozen"), name
+        assert muon.receipt is not None
+        assert muon.receipt.gradient_norm <= 0.0501
+        muon.close()
+    (folder / "policies.json").write_text(json.dumps(list(POLICIES)))
+
+
+def parallel(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """DistributedDataParallel: each process has the whole model, and the mean of all gradients."""
+    module = model()
+    ddp = torch.nn.parallel.DistributedDataParallel(module)
+    muon = optimizer(module, given["url"], given["run"], process_group=dist.group.WORLD)
+    digests = train(ddp, muon, range(*given["steps"]), share=float(world_size) if rank == 0 else 0.0)
+    torch.save((digests, whole(module), muon.state_dict()), folder / f"parallel-{rank}.pt")
+    muon.close()
+
+
+WORK: dict[str, Callable[..., None]] = {
+    "main": main,
+    "hybrid": hybrid,
+    "parallel": parallel,
+    "checkpointed": checkpointed,
+    "policies": policies,
+}
 
 if __name__ == "__main__":
-    what, rank, world_size, folder, given = sys.argv[1:]
-    WORK[what](int(rank), int(world_size), Path(folder), json.loads(given))
+    # Processes take a while to start: they do one piece of work after the other.
+    rank, world_size, folder, works = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+    join(rank, world_size, folder / f"meeting-{world_size}-{sys.argv[5]}")
+    for what, given in works.items():
+        WORK[what](rank, world_size, folder, given)
+    dist.destroy_process_group()

@@ -15,24 +15,19 @@ from ..error import MuondError
 from ..rest import Rest
 from ..run import Run
 from ..transport.address import Endpoint
+from .copies import Copies
 from .living import begins, ends, go_with
 from .opening import new_run_name, open_slots
 from .ranks import Ranks
 from .settings import Settings
-from .shards import like_shard
-from .slots import Slot, group_names, make_slots
+from .shards import whole_entries
+from .slots import Slot, group_names, make_slots, sharded_as
 from .state.kinds import state_names
+from .state.place import Followed
 from .state.tensors import read_begun, read_state, write_state
 from .state.view import State
 
 Groups = Sequence[Mapping[str, Any]]
-
-
-def _sharded_as(slot: Slot, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What has the shape of a sharded parameter, sharded as that is; counts, and what has one number for each row, whole."""
-    if slot.shard is None:
-        return entries
-    return {name: like_shard(t, slot.tensor) if t.shape == slot.shape else t for name, t in entries.items()}
 
 
 def _close(run: Run | None) -> None:  # pragma: no cover - another rank fails, in a process of its own
@@ -61,14 +56,36 @@ class Home:
         self._undeclared: list[torch.Tensor] = []
         self.ranks: Ranks | None = None
         """The members of the run, where the parameters are sharded."""
+        self.copies: Copies | None = None
+        """Processes that have the same weights, of which the first one has the run."""
+        self._followed: Followed | None = None
 
     # Life
 
-    def join(self, ranks: Ranks | None) -> None:
-        """All ranks have one run: that of rank 0."""
-        self.ranks = ranks
-        if ranks is not None:
-            self.name, self._own_name = ranks.from_first((self.name, self._own_name))
+    def join(self, ranks: Ranks | None, copies: Copies | None) -> None:
+        """All ranks and all copies have one run: that of the first."""
+        self.ranks, self.copies = ranks, copies
+        for each in (ranks, copies):
+            if each is not None:
+                self.name, self._own_name = each.from_first((self.name, self._own_name))
+
+    @property
+    def follows(self) -> bool:
+        """Whether another process takes the steps, and this one has its weights."""
+        return self.copies is not None and not self.copies.is_first
+
+    def follow(self, at: Followed) -> None:
+        """The process that takes the steps is there."""
+        self._followed = at
+        self.name = at.name
+        self.slots = make_slots(self.groups(), self.settings, self._wanted, self.slots)
+        self._slot_of = {slot.tensor: slot for slot in self.slots}
+
+    @property
+    def step_count(self) -> int:
+        """The last finished step, 0 before the run is open."""
+        at = self._followed if self.run is None else self.run
+        return 0 if at is None else at.step_count
 
     def close(self, *, delete: bool = False) -> None:
         """Closes the connection; with ``delete`` the run goes as well."""
@@ -87,6 +104,10 @@ class Home:
         """Opens the run, and imports what was written into the state before there was one."""
         if self.closed:
             raise MuondError("CLIENT_CLOSED", f"the optimizer of run '{self.name}' was closed")
+        if self.follows:
+            raise RuntimeError(
+                f"run '{self.name}' is that of the first process with these weights: this one has them from there, and no connection"
+            )
         run, slots = self.open_run(self.name, mode, checkpoint)
         self._settle(run)
         self.adopt(run, slots, self.name)
@@ -230,12 +251,24 @@ class Home:
         rows = [(slot, groups[slot.group], state.get(slot.tensor, {})) for slot in slots]
         write_state(run, rows, partial=partial)
 
+    def write_shards(
+        self, ranks: Ranks, run: Run, slots: Sequence[Slot], state: Mapping[torch.Tensor, Mapping[str, Any]]
+    ) -> None:
+        """Gives a run the state of sharded parameters. A collective: rank 0 puts the whole tensors together in host memory."""
+        groups = self.groups()
+        rows = [
+            (slot, groups[slot.group], whole_entries(state.get(slot.tensor, {}), ranks.rank == 0)) for slot in slots
+        ]
+        ranks.together(lambda: write_state(run, rows, partial=False) if ranks.rank == 0 else None, lambda _: None)
+        step, digest = ranks.from_first((run.step_count, run.digest))
+        run.moved(step, digest)
+
     def require_whole(self) -> None:
-        """Raises ValueError where the parameters are sharded: their state is read from the service, and never given to it."""
+        """Raises ValueError where the parameters are sharded: what one rank writes into ``optimizer.state`` no other one knows of."""
         if self.ranks is not None:
             raise ValueError(
-                f"run '{self.name}' has sharded parameters, whose state cannot be given to the service: it has the state already, so "
-                "go on with mode='resume' and the run's name, on any number of ranks"
+                f"run '{self.name}' has sharded parameters, whose state cannot be written by one rank: load_state_dict takes it "
+                "from all"
             )
 
     def _declare_again(self, old: Run) -> None:
@@ -327,10 +360,12 @@ class Home:
         with self.rest() as rest:
             tensors = read_state(rest, run, self.slots)
         rows = zip(self.slots, tensors, strict=True)
-        return {slot.tensor: _sharded_as(slot, entries) for slot, entries in rows if entries}
+        return {slot.tensor: sharded_as(slot, entries) for slot, entries in rows if entries}
 
-    def readable(self) -> Run | None:
+    def readable(self) -> Run | Followed | None:
         """The run between two steps; None before there is one, unless this optimizer is to go on with one that exists."""
+        if self.follows:
+            return self._followed
         if self.run is None and self.settings.mode != "create":
             self.open(self.settings.mode, self.settings.checkpoint)
         if self.run is not None and self.run.in_flight:

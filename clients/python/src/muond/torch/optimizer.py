@@ -24,6 +24,7 @@ from ..steps.interrupt import interrupt_later
 from ..transport.address import endpoint
 from ..wire.dtype import BLOCKS
 from .checks import check_values
+from .copies import Copies
 from .feedback import Feedback
 from .finite import nonfinite
 from .grouping import common_values, complete_group, resolve_groups, with_names
@@ -31,15 +32,17 @@ from .home import Home
 from .hyperparameters import changes
 from .preset import with_preset
 from .progress import Progress
-from .ranks import ranks_of
+from .ranks import copies_of, ranks_of
 from .settings import Options, Settings, settings
+from .shards import is_sharded, local
 from .slots import Slot, make_slots
 from .staging import Staging
 from .state.kept import Shelf
 from .state.late_momentum import begin_late_momentum
 from .state.loading import load
-from .state.matching import TOKEN, match
+from .state.matching import TOKEN, Loaded, match
 from .state.packing import in_order, packed
+from .state.place import place_of
 from .state.restoring import go_back
 from .state.saving import collector_paused, saved
 from .state.view import State
@@ -91,15 +94,31 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.defaults = defaults or common_values(self.param_groups)
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
-        slots = make_slots(self.param_groups, given)
-        self._home.join(ranks_of(slots))
-        if self._home.ranks is not None:
-            _check_shared(given, slots)
+        self._join()
         self._progress = Progress(self._home.name) if given.progress else None
         Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
         if given.overlap:
             self._attach()
         self._ready = True
+
+    def _join(self) -> None:
+        """Finds the processes that have the run together: the parameters say who has what of them."""
+        slots = make_slots(self.param_groups, self._settings)
+        self._home.join(ranks_of(slots), copies_of(slots, self._settings.process_group))
+        if self._home.ranks is not None:
+            _check_shared(self._settings, slots)
+        if self._home.copies is not None:
+            _check_copied(self._settings)
+
+    def _join_late(self) -> None:
+        """Accelerate shards the model after the optimizer was made of it, and puts the shards into its param_groups."""
+        home = self._home
+        if (
+            home.run is None
+            and home.ranks is None
+            and any(is_sharded(p) for g in self.param_groups for p in g["params"])
+        ):
+            self._join()
 
     # Life
 
@@ -124,11 +143,12 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def step_count(self) -> int:
         """The last finished step of the run, 0 before it is open."""
-        return 0 if self._home.run is None else self._home.run.step_count
+        return self._home.step_count
 
     def open(self) -> Run:
         """Opens the run, which the first step does by itself. Raises MuondError RUN_EXISTS, RUN_MISMATCH, OVER_CAPACITY…"""
         with self._opening:
+            self._join_late()
             return self._home.run or self._home.open(self._settings.mode, self._settings.checkpoint)
 
     def close(self, *, delete: bool = False) -> None:
@@ -195,7 +215,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        receipt = self._take_step()
+        self._join_late()
+        receipt = self._take_step() if self._home.copies is None else self._take_together(self._home.copies)
         return receipt if closure is None else loss
 
     def _take_step(self) -> Receipt | None:
@@ -215,6 +236,18 @@ class Optimizer(torch.optim.Optimizer):
                 if self._streaming is not None:
                     self._streaming.reset()
                     self._streaming.attach()
+
+    def _take_together(self, copies: Copies) -> Receipt | None:
+        """Takes a step, or has the process take it that has the run; then this one has its weights."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        receipt = copies.take(self._take_step, [local(p) for p in trained])
+        at = copies.from_first(None if self._home.run is None else place_of(self._home.run))
+        if copies.is_first or at is None:
+            return receipt
+        self._home.follow(at)
+        self._home.state.moved()
+        self.receipt = receipt or self.receipt
+        return receipt
 
     def _has_gradients(self) -> bool:
         return any(p.requires_grad or p.grad is not None for group in self.param_groups for p in group["params"])
@@ -448,9 +481,9 @@ class Optimizer(torch.optim.Optimizer):
 
         If the service has the very tensors of the dictionary already, nothing is sent; else it goes back to the dictionary's
         checkpoint, or takes its tensors. A state of another optimizer that lives is copied, into a run of this one's own.
-        Raises MuondError; ValueError if the groups differ, or the parameters are sharded. Nothing has changed then.
+        Of sharded parameters it may have been written by any number of ranks, and rank 0 puts it together.
+        Raises MuondError; ValueError if the groups differ. Nothing has changed then.
         """
-        self._home.require_whole()
         given = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, given)
@@ -459,7 +492,8 @@ class Optimizer(torch.optim.Optimizer):
         for group in loaded.groups:
             check_values(group)
         with self._opening:
-            load(self._home, given.get(TOKEN) or {}, loaded, loaded.groups)
+            self._join_late()
+            self._load(given.get(TOKEN) or {}, loaded)
             self.param_groups = loaded.groups
         if self._streaming is not None:
             self._streaming.reset()
@@ -480,6 +514,17 @@ class Optimizer(torch.optim.Optimizer):
             checkpoint = self._shelf.keep(run, self._home.slots, self.param_groups, self._feedback)
         assert checkpoint is not None
         return checkpoint
+
+    def _load(self, token: Mapping[str, Any], loaded: Loaded) -> None:
+        home, copies = self._home, self._home.copies
+        if copies is None:
+            load(home, token, loaded, loaded.groups)
+            return
+        copies.take(lambda: load(home, token, loaded, loaded.groups), [])
+        at = copies.from_first(None if home.run is None else place_of(home.run))
+        if home.follows and at is not None:
+            home.follow(at)
+            home.state.moved()
 
     def rollback(self) -> int:
         """Goes back to the last step for which the service has the state and this process the weights (``keep="cpu"``).
@@ -511,7 +556,12 @@ class Optimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} of run '{self.run_name}' cannot be pickled: its max_logits measures the modules of this "
                 "process. Save its state_dict()"
             )
-        kept = replace(self._settings, run=None, mode="create", token=None, headers=None, ssl_context=None)
+        kept = replace(
+            replace(self._settings, run=None, mode="create", process_group=None),
+            token=None,
+            headers=None,
+            ssl_context=None,
+        )
         return self._copied(kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
@@ -551,6 +601,21 @@ def _check_shared(given: Settings, slots: Sequence[Slot]) -> None:
     for option, (is_given, why) in refused.items():
         if is_given:
             raise ValueError(f"{option} is not possible with sharded parameters: {why}")
+
+
+def _check_copied(given: Settings) -> None:
+    """Raises ValueError for options that processes with the same weights cannot have."""
+    refused = {
+        "overlap=True": given.overlap,
+        f"keep={given.keep!r}": given.keep is not None,
+        "state='checkpoint'": given.state == "checkpoint",
+        "max_logits": given.max_logits is not None,
+    }
+    for option, is_given in refused.items():
+        if is_given:
+            raise ValueError(
+                f"{option} is not possible where several processes have the same weights: one of them has the run"
+            )
 
 
 def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:

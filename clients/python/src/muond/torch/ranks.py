@@ -8,19 +8,20 @@ from typing import Any, TypeVar
 import torch
 
 from ..error import MuondError
+from .copies import Copies
 from .slots import Slot
 
 T = TypeVar("T")
 
 
 class Ranks:
-    """All processes of a mesh. Every method is a collective: all ranks call it, in the same order."""
+    """All processes along a dimension of a mesh. Every method is a collective: all ranks call it, in the same order."""
 
-    def __init__(self, mesh: Any) -> None:
+    def __init__(self, mesh: Any, dimension: int = 0) -> None:
         self._mesh = mesh
-        self._group = mesh.get_group()
-        self.rank: int = mesh.get_local_rank()
-        self.world_size: int = mesh.size()
+        self._group = mesh.get_group(dimension)
+        self.rank: int = mesh.get_local_rank(dimension)
+        self.world_size: int = mesh.size(dimension)
 
     def from_first(self, value: T) -> T:
         """What rank 0 gives."""
@@ -82,4 +83,17 @@ def ranks_of(slots: Sequence[Slot]) -> Ranks | None:
     other = next((slot for slot in sharded if slot.shard is not None and slot.shard.mesh != first.shard.mesh), None)
     if other is not None:
         raise ValueError(f"parameters '{first.name}' and '{other.name}' are on different meshes: one run has one")
-    return Ranks(first.shard.mesh)
+    return Ranks(first.shard.mesh, first.shard.dimension)
+
+
+def copies_of(slots: Sequence[Slot], process_group: Any | None) -> Copies | None:
+    """The processes that have the same shards (HSDP), or those of ``process_group``; None where there is one alone.
+
+    Raises ValueError for sharded parameters with a ``process_group``.
+    """
+    shard = next((slot.shard for slot in slots if slot.shard is not None), None)
+    if shard is None:
+        return None if process_group is None else Copies(process_group)
+    if process_group is not None:
+        raise ValueError("process_group is of whole models with the same gradients (DDP): the parameters are sharded")
+    return None if shard.copies is None else Copies(shard.mesh.get_group(shard.copies))

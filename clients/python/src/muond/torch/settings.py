@@ -60,6 +60,7 @@ class Options(TypedDict, total=False):
     keep_last: int
     callback: Callable[[Receipt], object] | None
     progress: bool
+    process_group: Any
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,10 @@ class Settings:
     keep_last: int = 1
     callback: Callable[[Receipt], object] | None = None
     progress: bool = False
+    process_group: Any = None
+    """The processes that have the same whole model and, once they are reduced, the same gradients (DistributedDataParallel):
+    a ``torch.distributed.ProcessGroup``. The first one of them takes every step, and the others are given its weights. Left out,
+    each process has a run of its own. Sharded parameters say by themselves who has what."""
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, ("create", "resume", "create_or_resume"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,15 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Shard:
-    """``ranges`` of the elements in C order that lie on this rank, and the mesh of all ranks."""
+    """``ranges`` of the elements in C order that lie on this rank, the mesh of all ranks, and its dimension that shards.
+
+    Of a mesh of two dimensions the other one, ``copies``, has the same shards several times (HSDP).
+    """
 
     ranges: list[Range]
     mesh: Any
+    dimension: int = 0
+    copies: int | None = None
 
 
 def shard_of(name: str, tensor: torch.Tensor) -> Shard | None:
@@ -28,22 +33,24 @@ def shard_of(name: str, tensor: torch.Tensor) -> Shard | None:
         raise ValueError(
             f"parameter '{name}' is sharded by FullyShardedDataParallel, which hides where its elements are: use fully_shard (FSDP2)"
         )
-    if type(tensor).__name__ != "DTensor":
+    if not is_sharded(tensor):
         return None
     sharded: Any = tensor
     mesh, placements = sharded.device_mesh, sharded.placements
-    if mesh.ndim != 1:
+    kinds = [type(placement).__name__ for placement in placements]
+    if mesh.ndim > 1 and kinds != ["Replicate", "Shard"]:
         raise ValueError(
-            f"parameter '{name}' is on a mesh of {mesh.ndim} dimensions {mesh.mesh_dim_names or ''}: muond takes shards of one "
-            "(fully_shard on a 1-D mesh); hybrid sharding and tensor parallelism beside it are not possible yet"
+            f"parameter '{name}' is on a mesh of {mesh.ndim} dimensions {mesh.mesh_dim_names or ''} as {list(placements)}: muond takes "
+            "shards of one dimension, or of the second of two whose first replicates (fully_shard on a 1-D mesh or, for hybrid "
+            "sharding, a 2-D one); tensor parallelism beside it is not possible"
         )
-    (placement,) = placements
-    if type(placement).__name__ != "Shard":
+    if kinds[-1] != "Shard":
         raise ValueError(
-            f"parameter '{name}' has the placement {placement!r}, expected Shard: {_REMEDY.get(type(placement).__name__, _OTHER)}"
+            f"parameter '{name}' has the placement {placements[-1]!r}, expected Shard: {_REMEDY.get(kinds[-1], _OTHER)}"
         )
     (chunk,) = sharded.__create_chunk_list__()
-    return Shard(ranges_of(tuple(tensor.shape), tuple(chunk.offsets), tuple(chunk.sizes)), mesh)
+    ranges = ranges_of(tuple(tensor.shape), tuple(chunk.offsets), tuple(chunk.sizes))
+    return Shard(ranges, mesh, mesh.ndim - 1, 0 if mesh.ndim > 1 else None)
 
 
 _REMEDY = {
@@ -90,9 +97,27 @@ def like_shard(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     )
 
 
+def whole_entries(entries: Mapping[str, Any], is_kept: bool) -> dict[str, Any]:
+    """The state of a sharded parameter with whole tensors in host memory, where they are kept. A collective of all shards."""
+    whole: dict[str, Any] = {}
+    for name in sorted(entries):
+        value = entries[name]
+        if is_sharded(value):
+            gathered = value.detach().full_tensor()
+            value = gathered.cpu() if is_kept else None
+        whole[name] = value
+    return whole
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    # By name, as above.
+    return type(tensor).__name__ == "DTensor"
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of a tensor that lie on this rank, in its own memory."""
-    if type(tensor).__name__ != "DTensor":
+    if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor
     with torch.no_grad():

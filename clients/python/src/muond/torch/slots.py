@@ -12,7 +12,7 @@ import torch
 from ..declaration import Parameter
 from .hyperparameters import hyperparameters
 from .settings import Settings, wire_dtype
-from .shards import Shard, local, shard_of
+from .shards import Shard, like_shard, local, shard_of
 
 LAYOUT_KEYS = ("split", "heads", "matrices")
 _MATRICES = ("muon", "muonclip")
@@ -44,6 +44,13 @@ class Slot:
         """The gradient of the weights that lie on this rank."""
         gradient = self.tensor.grad
         return gradient if gradient is None or self.shard is None else local(gradient)
+
+
+def sharded_as(slot: Slot, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What has the shape of a sharded parameter, sharded as that is; counts, and what has one number for each row, whole."""
+    if slot.shard is None:
+        return entries
+    return {name: like_shard(t, slot.tensor) if t.shape == slot.shape else t for name, t in entries.items()}
 
 
 def make_slots(

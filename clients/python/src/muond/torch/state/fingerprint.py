@@ -34,7 +34,8 @@ def same_bits(one: Any, other: Any) -> bool:
     one, other = on_host(one), on_host(other)
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return bool(memoryview(_elements(one)).cast("B") == memoryview(_elements(other)).cast("B"))
+    # A view of no elements cannot be cast: a rank may have an empty shard.
+    return one.numel() == 0 or bool(memoryview(_elements(one)).cast("B") == memoryview(_elements(other)).cast("B"))
 
 
 def _elements(tensor: torch.Tensor) -> Any:

@@ -14,7 +14,7 @@ from ...run import Run
 from ..slots import Slot
 from .fingerprint import on_host
 from .kinds import complete_entries
-from .place import require_place
+from .place import Followed, require_place
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -23,7 +23,7 @@ Entries = Mapping[str, Any]
 """What a state_dict has of one parameter: {name: tensor or number}."""
 
 
-def read_state(rest: Rest, run: Run, slots: Sequence[Slot]) -> list[dict[str, torch.Tensor]]:
+def read_state(rest: Rest, run: Run | Followed, slots: Sequence[Slot]) -> list[dict[str, torch.Tensor]]:
     """The state of every slot in host memory, in one request; empty for a parameter without a step.
 
     Raises MuondError, STEP_CONFLICT where the service is at another step than this client.
@@ -48,7 +48,7 @@ def _by_slot(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[dict[str,
     return [by_slot[slot.name] for slot in slots]
 
 
-def read_begun(rest: Rest, run: Run, slots: Sequence[Slot]) -> list[bool]:
+def read_begun(rest: Rest, run: Run | Followed, slots: Sequence[Slot]) -> list[bool]:
     """Whether the service has a state of each slot; no tensor is transferred. Raises MuondError as ``read_state`` does."""
     require_place(run, rest.run(run.name))
     counts = dict(_counts(rest.counts(run.name)))
