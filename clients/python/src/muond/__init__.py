@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .declaration import Parameter
+from .declaration import Member, Parameter, Quorum
 from .error import ErrorFields, MuondError
 from .receipt import Checkpoint, Receipt
 from .run import Run, open_run
@@ -26,11 +26,13 @@ __all__ = [
     "DiLoCo",
     "ErrorFields",
     "MaxLogits",
+    "Member",
     "Muon",
     "MuonClip",
     "MuondError",
     "Optimizer",
     "Parameter",
+    "Quorum",
     "Receipt",
     "Run",
     "open_run",

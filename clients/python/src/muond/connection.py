@@ -14,7 +14,7 @@ from .transport.address import Endpoint
 from .transport.receiver import Closed, Receiver
 from .transport.sender import Message, Sender
 from .transport.upgrade import dial
-from .wire.frame import Frame, frame_error, is_known
+from .wire.frame import Frame, MemberKey, frame_error, is_known, members_of
 from .wire.msgpack import encode, encode_head
 
 # Close codes that say more than that the connection is gone; the others are met with a new connection.
@@ -65,8 +65,8 @@ class Connection:
         self._receiver = Receiver(self._socket, upgraded.rest, destination=self._destination, ping=self._pong)
         self._lock = threading.Lock()
         self._listener = Listener()
-        self.members: dict[int, bool] = {}
-        """What the service has told of the run's members: whether a rank has a connection."""
+        self.members: dict[MemberKey, bool] = {}
+        """What the service has told of the run's members: whether each has a connection."""
         self._reason: BaseException | None = None
         self._ended = False
         self._process = os.getpid()
@@ -154,7 +154,7 @@ class Connection:
                 continue
             listener = self._listener
             if received.frame["type"] == "members":
-                self.members.update({member["rank"]: member["connected"] for member in received.frame["members"]})
+                self.members.update(members_of(received.frame))
             elif received.placed:
                 listener.placed(received.frame)
             else:

@@ -4,9 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .steps.apply import Weights
+
+
+class Member(NamedTuple):
+    """Which member of a run a connection is: ``rank`` counts within a replica, which has a whole model."""
+
+    rank: int
+    world_size: int
+    replica: int = 0
+    replicas: int = 1
+
+    def declaration(self) -> dict[str, int]:
+        """What goes into the open frame."""
+        own = {"rank": self.rank, "world_size": self.world_size}
+        return own if self.replicas == 1 else {**own, "replica": self.replica, "replicas": self.replicas}
+
+
+class Quorum(NamedTuple):
+    """When a step may be closed without all replicas: with all that are connected, or after a deadline with most of them."""
+
+    min_replicas: int
+    """Fewer never close a step."""
+    deadline_seconds: float
+    """Counted from the first member that has ended its part of the step."""
 
 
 @dataclass(frozen=True)

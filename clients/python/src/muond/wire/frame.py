@@ -53,7 +53,7 @@ _REQUIRED: Mapping[str, Mapping[str, type]] = {
     "draining": {"deadline_seconds": float},
 }
 _OPTIONAL: Mapping[str, Mapping[str, type]] = {
-    "opened": {"transport": dict, "member": dict, "members": list},
+    "opened": {"transport": dict, "member": dict, "members": list, "quorum": dict},
     "updates": {"row_scale": dict},
     "update": {
         "scale": float,
@@ -64,8 +64,8 @@ _OPTIONAL: Mapping[str, Mapping[str, type]] = {
         "update_rms": float,
         "data": bytes,
     },
-    "receipt": {"max_logit": float},
-    "error": {"parameter": int, "step": int, "expected_step": int, "retry_after_seconds": float},
+    "receipt": {"max_logit": float, "contributors": list, "contributed": bool},
+    "error": {"parameter": int, "step": int, "expected_step": int, "retry_after_seconds": float, "left_out": bool},
 }
 
 
@@ -112,6 +112,18 @@ def _check(name: str, key: str, value: Any, kind: type) -> None:
 
 def frame_error(frame: Frame, refused: tuple[str, ...] = ()) -> MuondError:
     """The error that an error frame carries; the service's word on ``retryable`` counts."""
-    keys = ("parameter", "step", "expected_step", "retry_after_seconds")
+    keys = ("parameter", "step", "expected_step", "retry_after_seconds", "left_out")
     fields = ErrorFields(**{key: frame[key] for key in keys if key in frame}, refused=refused)
     return MuondError(frame["code"], frame["message"], fields, status=frame["status"], retryable=frame["retryable"])
+
+
+MemberKey = int | tuple[int, int]
+"""A member of a run by its rank, in a run with several replicas by (replica, rank)."""
+
+
+def members_of(frame: Frame) -> dict[MemberKey, bool]:
+    """Whether each member that a frame tells of has a connection."""
+    return {
+        (member["replica"], member["rank"]) if "replica" in member else member["rank"]: member["connected"]
+        for member in frame.get("members", [])
+    }
