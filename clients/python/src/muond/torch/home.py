@@ -16,7 +16,7 @@ from ..rest import Rest
 from ..run import Run
 from ..transport.address import Endpoint
 from .living import begins, ends, go_with
-from .opening import new_run_name, open_slots
+from .opening import Replica, new_run_name, open_slots
 from .ranks import Ranks
 from .settings import Settings
 from .shards import like_shard
@@ -61,6 +61,8 @@ class Home:
         self._undeclared: list[torch.Tensor] = []
         self.ranks: Ranks | None = None
         """The members of the run, where the parameters are sharded."""
+        self.replica: Replica | None = None
+        """Which of several replicas of the run this is; None for the only one."""
 
     # Life
 
@@ -88,7 +90,8 @@ class Home:
         if self.closed:
             raise MuondError("CLIENT_CLOSED", f"the optimizer of run '{self.name}' was closed")
         run, slots = self.open_run(self.name, mode, checkpoint)
-        self._settle(run)
+        if self.replica is None:
+            self._settle(run)
         self.adopt(run, slots, self.name)
         try:
             self.carry_out()
@@ -128,7 +131,13 @@ class Home:
         ranks = self.ranks
 
         def open_it(mode: str, checkpoint: str | None, branch_of: tuple[str, str] | None) -> Run:
-            how = {"mode": mode, "checkpoint": checkpoint, "branch_of": branch_of, "ranks": ranks}
+            how = {
+                "mode": mode,
+                "checkpoint": checkpoint,
+                "branch_of": branch_of,
+                "ranks": ranks,
+                "replica": self.replica,
+            }
             return open_slots(name, slots, groups, self.address, self.settings, **how)  # type: ignore[arg-type]
 
         if ranks is None:
