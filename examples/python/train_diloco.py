@@ -17,6 +17,7 @@ import signal
 import tempfile
 import urllib.request
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch.multiprocessing import get_context
 from figure import BLUE, GREEN, GREY, ORANGE, VERMILION, Line, Panel, save_figure
 from gpt import Gpt, Size, seeded_gpt
 from muond import DiLoCo, MuondError
+from muond.torch.settings import Dtype
 from progress import progress
 from schedule import rate_at
 from service import ROOT, serving
@@ -42,7 +44,7 @@ class Way:
 
     name: str
     colour: str
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     kill: bool = False
 
 
@@ -100,7 +102,8 @@ def train_apart(way: Way, arguments: argparse.Namespace, url: str) -> Trained:
     run = f"train-diloco-{os.getpid()}-{WAYS.index(way)}"
     spawn = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        given = (way, arguments, url, run, folder)
+        # All replicas are there before one begins, so that no quorum closes a round without one that has not come yet.
+        given = (way, arguments, url, run, folder, spawn.Barrier(arguments.replicas))
         processes = [
             spawn.Process(target=replica_main, args=(replica, *given)) for replica in range(arguments.replicas)
         ]
@@ -109,52 +112,39 @@ def train_apart(way: Way, arguments: argparse.Namespace, url: str) -> Trained:
         if way.kill:
             processes[-1].join()
             assert processes[-1].exitcode == -signal.SIGKILL, "the last replica ends itself in the middle of the run"
-            processes[-1] = spawn.Process(target=replica_main, args=(arguments.replicas - 1, *given, True))
+            processes[-1] = spawn.Process(target=replica_main, args=(arguments.replicas - 1, *given[:-1], None))
             processes[-1].start()
         for process in processes:
             process.join()
             if process.exitcode != 0:
                 raise SystemExit(f"a replica of '{way.name}' ended with {process.exitcode}")
-        found = [json.loads((Path(folder) / f"{replica}.json").read_text()) for replica in range(arguments.replicas)]
-    rounds = arguments.steps // arguments.sync_every
-    absent = rounds - found[-1]["contributed"]
-    notes = f"in {rounds - absent} of {rounds} rounds" if way.kill else ""
+        losses, contributed = json.loads((Path(folder) / "found.json").read_text())
+    notes = f"in {contributed} of {arguments.steps // arguments.sync_every} rounds"
     sent, received = ((after - at) / arguments.replicas for after, at in zip(counted(url), before, strict=True))
-    return Trained(way.name.replace("\n", " "), way.colour, found[0]["losses"], sent, received, notes)
+    return Trained(way.name.replace("\n", " "), way.colour, losses, sent, received, notes)
 
 
 def replica_main(
-    replica: int, way: Way, arguments: argparse.Namespace, url: str, run: str, folder: str, is_back: bool = False
+    replica: int, way: Way, arguments: argparse.Namespace, url: str, run: str, folder: str, start: Any | None
 ) -> None:
-    """The training of one replica, which ends when the run has had all its rounds."""
-    torch.set_num_threads(1)
+    """The training of one replica, which ends when the run has had all its rounds. Without ``start`` it is one that comes back."""
     model, inner, _ = make_model(arguments, arguments.seed)
-    rounds, newest = arguments.steps // arguments.sync_every, Path(folder) / "newest.pt"
+    last, newest = arguments.replicas - 1, Path(folder) / "newest.pt"
     losses: list[tuple[int, float]] = []
     contributed = 0
-    options: dict[str, Any] = {"gradient_dtype": way.dtype, "update_dtype": way.dtype, "takeover": is_back}
-    quorum = {"min_replicas": arguments.replicas - 1, "deadline_seconds": 120.0}
+    bar = progress(way.name.replace("\n", " "), arguments.steps) if replica == 0 else nullcontext(lambda *_: None)
     with (
-        DiLoCo(
-            model,
-            inner,
-            arguments.sync_every,
-            replica=replica,
-            replicas=arguments.replicas,
-            **quorum,
-            url=url,
-            run=run,
-            **options,
-        ) as optimizer,
-        progress(way.name.replace("\n", " "), arguments.steps if replica == 0 else 0) as show,
+        make_optimizer(model, inner, replica, way, arguments, url, run, takeover=start is None) as optimizer,
+        bar as show,
     ):
-        if is_back:
+        rounds = optimizer.outer.open()
+        if start is None:
             rejoin(optimizer, newest)
-        # Open before the first round ends: a quorum of those that are there would close it.
-        optimizer.outer.open()
-        while optimizer.outer.step_count < rounds:
-            step = optimizer.outer.step_count * arguments.sync_every + optimizer.inner_steps
-            if way.kill and not is_back and replica == arguments.replicas - 1 and step == arguments.steps // 2 + 1:
+        else:
+            start.wait()
+        while rounds.step_count < arguments.steps // arguments.sync_every:
+            step = rounds.step_count * arguments.sync_every + optimizer.inner_steps
+            if way.kill and start is not None and replica == last and step == arguments.steps // 2 + 1:
                 # As a machine that loses power.
                 os.kill(os.getpid(), signal.SIGKILL)
             for group in inner.param_groups:
@@ -163,16 +153,43 @@ def replica_main(
             loss = model(batch_of(arguments, arguments.seed, replica, step))
             loss.backward()
             optimizer.step()
-            if optimizer.inner_steps == 0:
+            show(step + 1, f"loss {loss.item():.3f}")
+            if optimizer.inner_steps == 0 and replica == 0:
                 receipt = optimizer.receipt
                 assert receipt is not None, "a round is over"
-                contributed += receipt.contributed
-                if replica == 0:
-                    losses.append((receipt.step * arguments.sync_every, validation_loss(model, arguments)))
-                    keep(optimizer, newest)
-            if replica == 0:
-                show(step + 1, f"loss {loss.item():.3f}")
-    (Path(folder) / f"{replica}.json").write_text(json.dumps({"losses": losses, "contributed": contributed}))
+                contributed += any(one["replica"] == last for one in receipt.contributors)
+                losses.append((receipt.step * arguments.sync_every, validation_loss(model, arguments)))
+                keep(optimizer, newest)
+    if replica == 0:
+        (Path(folder) / "found.json").write_text(json.dumps([losses, contributed]))
+
+
+def make_optimizer(
+    model: Gpt,
+    inner: torch.optim.Optimizer,
+    replica: int,
+    way: Way,
+    arguments: argparse.Namespace,
+    url: str,
+    run: str,
+    *,
+    takeover: bool,
+) -> DiLoCo:
+    """Where one is killed the others go on without it; else all wait for all."""
+    return DiLoCo(
+        model,
+        inner,
+        arguments.sync_every,
+        replica=replica,
+        replicas=arguments.replicas,
+        min_replicas=arguments.replicas - 1 if way.kill else None,
+        deadline_seconds=120.0,
+        url=url,
+        run=run,
+        gradient_dtype=way.dtype,
+        update_dtype=way.dtype,
+        takeover=takeover,
+    )
 
 
 def keep(optimizer: DiLoCo, path: Path) -> None:
@@ -234,7 +251,14 @@ def counted(url: str) -> tuple[float, float]:
 
 
 def report(synchronous: Sequence[Trained], diloco: Sequence[Trained]) -> str:
-    header = ("trained", "last validation loss", "sent, MiB", "received, MiB", "share of synchronous", "last replica")
+    header = (
+        "trained",
+        "last validation loss",
+        "sent, MiB",
+        "received, MiB",
+        "share of synchronous",
+        "the last replica",
+    )
     whole = synchronous[0].sent
     rows = [
         (

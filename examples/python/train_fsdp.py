@@ -15,6 +15,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def train(arguments: argparse.Namespace, url: str | None) -> None:
     losses: list[float] = []
     with (
         Optimizer(model.named_parameters(), groups, url=url) as optimizer,
-        progress(f"{world_size} ranks", arguments.steps if rank == 0 else 0) as show,
+        progress(f"{world_size} ranks", arguments.steps) if rank == 0 else nullcontext(lambda *_: None) as show,
     ):
         scheduler = LambdaLR(optimizer, lambda step: rate_at(step, arguments.steps))
         for step, batch in enumerate(batches(arguments, rank, world_size), 1):
@@ -85,8 +86,7 @@ def train(arguments: argparse.Namespace, url: str | None) -> None:
             scheduler.step()
             dist.all_reduce(mean := loss.detach() / world_size)
             losses.append(mean.item())
-            if rank == 0:
-                show(step, f"loss {losses[-1]:.3f}")
+            show(step, f"loss {losses[-1]:.3f}")
         shares: list[tuple[int, str]] = [(0, "")] * world_size
         dist.all_gather_object(shares, (elements_here(model), optimizer.run.digest))
         if rank == 0:
