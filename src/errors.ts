@@ -3,7 +3,7 @@
  * `close` is the WebSocket close code that follows the error frame; without it the connection stays open.
  */
 export const ERRORS = {
-  UNAUTHORIZED: { status: 401, retryable: false },
+  UNAUTHORIZED: { status: 401, close: 1008, retryable: false },
   FORBIDDEN: { status: 403, retryable: false },
   NOT_FOUND: { status: 404, retryable: false },
   REQUEST_INVALID: { status: 400, retryable: false },

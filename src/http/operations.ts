@@ -19,6 +19,7 @@ import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { RunFolder } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
+import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './contract.js'
 import { type Events, receiptBody } from './events.js'
@@ -113,10 +114,18 @@ function serviceHandlers({
 
 function runHandlers({ config, device, runs, events, readers }: Services): Pick<Handlers, RunOperation> {
   return {
-    listRuns: () => ({
-      runs: [...runs.list().map((run) => runSummary(runs, run)), ...[...runs.idle.values()].map(idleSummary)],
-      stored: [...runs.stored].map(storedRun),
-    }),
+    listRuns: (request) => {
+      const principal = principalIn(request)
+      const own = ({ name }: { name: string }) => principal.sees(name)
+      const inMemory = runs.list().filter(own)
+      return {
+        runs: [
+          ...inMemory.map((run) => runSummary(runs, run)),
+          ...[...runs.idle.values()].filter(own).map(idleSummary),
+        ],
+        stored: [...runs.stored].map(storedRun).filter(own),
+      }
+    },
     getRun: ({ params }) => {
       const idle = runs.idle.get(params.run)
       return idle ? idleBody(idle) : runBody(runs, runs.get(params.run))

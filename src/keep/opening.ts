@@ -1,5 +1,7 @@
+import { constants } from 'node:buffer'
 import { isDeepStrictEqual } from 'node:util'
 import { isBlockDtype, tensorBytes } from '../../kernels/dtype.js'
+import type { Config } from '../config.js'
 import type { Demand } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithms/algorithm.js'
@@ -22,6 +24,9 @@ import { inSlices } from '../run/slices.js'
 import type { OpenFrame } from '../wire/frame.js'
 
 // What an `open` asks for, held against the run that is there.
+
+// Of one view of memory.
+const { MAX_LENGTH } = constants
 
 /** A place in a run that nothing speaks against: the seat, and the layout that it is one of. */
 export type Place = { seat: Seat | undefined; layout: Layout }
@@ -97,6 +102,22 @@ function valueDifference(existing: Group, given: Group): string | undefined {
   const [has, other] = [effective(existing), effective(given)]
   const key = Object.keys(has).find((name) => !isDeepStrictEqual(has[name], other[name]))
   return key && `${key} is ${show(has[key])} in the run, ${show(other[key])} given`
+}
+
+/** Throws OVER_CAPACITY where a run has more parameters, or larger ones, than the service can have. */
+export function checkSizes(parameters: readonly Parameter[], { max_parameters }: Pick<Config, 'max_parameters'>): void {
+  const { length } = parameters
+  if (length > max_parameters)
+    throw new ServiceError('OVER_CAPACITY', `a run holds at most ${max_parameters} parameters, given are ${length}`)
+  const large = parameters.find((parameter) => largestTensor(parameter) > MAX_LENGTH)
+  if (large === undefined) return
+  const message = `parameter '${large.name}' has tensors of ${largestTensor(large)} bytes, node ${process.version} reaches ${MAX_LENGTH}: run the service on a newer one`
+  throw new ServiceError('OVER_CAPACITY', message, { parameter: large.index })
+}
+
+/** The bytes of the largest tensor of a parameter that travels. */
+function largestTensor({ gradient_bytes, update_bytes }: Parameter): number {
+  return Math.max(gradient_bytes, update_bytes)
 }
 
 /** `scales`: bytes of row scales by parameter. `held`: a checkpoint may hold the state of one step beside the next. */

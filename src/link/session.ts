@@ -2,6 +2,7 @@ import assert from 'node:assert'
 import type { Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
 import type { RawData, WebSocket } from 'ws'
+import type { Principal } from '../access/principal.js'
 import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
@@ -14,6 +15,7 @@ import type { CheckpointFrame, ClientFrame, EndFrame, MemberStatus, OpenFrame, T
 import { Answers, type Joined, type Means } from './answers.js'
 import { Ends } from './ends.js'
 import { Window } from './pace.js'
+import { checkOpening } from './permission.js'
 import { Reception } from './reception.js'
 import { agree, type SharedArenas } from './transport.js'
 import type { Claim, Intake } from './websocket/intake.js'
@@ -29,6 +31,8 @@ export type SessionContext = Means & {
   stream: Socket
   /** Whether the client is on this host. */
   local: boolean
+  /** Whose key the connection was opened with. */
+  principal: Principal
 }
 
 // A peer that was told to go gets this long to take the last frames before its socket is cut: with up to 32 MiB before
@@ -98,6 +102,10 @@ export class Session implements Connection, GradientSink {
     socket.on('message', (data, binary) => this.#receive(data, binary))
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
+    socket.once(
+      'close',
+      context.principal.use(() => this.#checkAccess()),
+    )
     const { send_timeout_seconds, open_timeout_seconds } = context.config
     this.#timer = setInterval(() => this.#checkProgress(), Math.min(send_timeout_seconds, open_timeout_seconds) * 250)
     this.#timer.unref()
@@ -259,11 +267,13 @@ export class Session implements Connection, GradientSink {
   async #open(frame: OpenFrame): Promise<void> {
     if (this.#joined)
       throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#joined.run.name}' already`)
-    const { config, device, log } = this.#context
+    const { config, device, log, principal } = this.#context
+    checkOpening(principal, this.#context.runs, frame)
     const { run, member, resumed } = await this.#context.runs.open(frame, this)
     if (this.#leaving) return run.intake.detach(member)
     this.#joined = { run, member }
-    log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
+    const { name, epoch, step } = run
+    log.info({ event: 'run_opened', run: name, epoch, step, resumed, client: frame.client, key: principal.name })
     const { chunk_bytes, staging_bytes, max_parameters, idle_seconds } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
     const limits = { chunk_bytes, staging_bytes, max_parameters, idle_seconds }
@@ -275,6 +285,17 @@ export class Session implements Connection, GradientSink {
     this.#isOpened = true
     /* c8 ignore next -- another member comes while the answer is made */
     if (this.#changes.size > 0) this.#tellChanges()
+  }
+
+  /** The key's grants have changed: a connection that may not go on is closed. */
+  #checkAccess(): void {
+    try {
+      this.#context.principal.demand('step', 'the stream')
+      if (this.#joined) this.#context.principal.demandName(this.#joined.run.name)
+    } catch (error) {
+      assert(error instanceof ServiceError)
+      this.#report(new ServiceError(error.code, error.message, { close: 1008 }))
+    }
   }
 
   /** The changes of one turn of the event loop are told in one frame, and none before `opened`. */
@@ -301,6 +322,7 @@ export class Session implements Connection, GradientSink {
 
   /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
   async #checkpoint({ run }: Joined, { tag }: CheckpointFrame): Promise<void> {
+    this.#context.principal.demand('checkpoint', "a frame 'checkpoint'")
     if (this.#answers.busy || run.begun) {
       throw new ServiceError(
         'FRAME_UNEXPECTED',
