@@ -2,10 +2,12 @@
 
     python examples/python/train_diloco.py              # some minutes on two cores
 
-Beside it one process trains with the batches of all replicas in every step, on three seeds, as data parallel training
-would: the same tokens, and 30 times the bytes. Then the same replicas send integers of four bits, and at last one of
-them is killed in the middle of a round and comes back: the others do not wait for it. A table and a figure say what
-became of the loss, and what travelled. A service is started for as long as this runs, unless --url says where one is.
+They begin with a model that was trained for some steps, as in the paper (arXiv 2311.08105): at the very beginning weights
+move too fast to part. Beside it one process trains with the batches of all replicas in every step, on three seeds, as
+data parallel training would: the same tokens, and 30 times the bytes. Then the same replicas send integers of four
+bits, and at last one of them is killed in the middle of a round and comes back: the others do not wait for it. A table
+and a figure say what became of the loss, and what travelled. A service is started for as long as this runs, unless
+--url says where one is.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from torch.multiprocessing import get_context
 
-from figure import BLUE, GREEN, GREY, ORANGE, VERMILION, Line, Panel, save_figure
+from figure import BLUE, GREY, ORANGE, VERMILION, Line, Panel, save_figure
 from gpt import Gpt, Size, seeded_gpt
 from muond import DiLoCo, MuondError
 from muond.torch.settings import Dtype
@@ -69,20 +71,28 @@ class Trained:
 
 def main() -> None:
     arguments = parse_arguments()
-    synchronous = [train_synchronously(arguments, arguments.seed + i) for i in range(arguments.seeds)]
-    with serving(arguments.url) as url:
-        diloco = [train_apart(way, arguments, url) for way in WAYS]
+    with serving(arguments.url) as url, tempfile.TemporaryDirectory() as folder:
+        start = Path(folder) / "start.pt"
+        first = train_synchronously(arguments, arguments.seed, start)
+        others = [train_synchronously(arguments, arguments.seed + i) for i in range(1, arguments.seeds)]
+        synchronous = [first, *others]
+        diloco = [train_apart(way, arguments, url, start) for way in WAYS]
     print(f"\n{report(synchronous, diloco)}")
     if save_figure(arguments.out, panels(synchronous, diloco), "inner step"):
         print(f"\n{arguments.out}")
 
 
-def train_synchronously(arguments: argparse.Namespace, seed: int) -> Trained:
-    """One process with the batches of all replicas in each step. Its bytes are those of float32 gradients and updates."""
+def train_synchronously(arguments: argparse.Namespace, seed: int, start: Path | None = None) -> Trained:
+    """One process with the batches of all replicas in each step; ``start`` is where it leaves what the replicas begin with.
+
+    Its bytes are those of float32 gradients and updates, from there on.
+    """
     model, inner, scheduler = make_model(arguments, seed)
     losses: list[tuple[int, float]] = []
     with progress(f"synchronous, seed {seed}", arguments.steps) as show:
         for step in range(arguments.steps):
+            if start is not None and step == arguments.pretrain:
+                torch.save({"model": model.state_dict(), "inner": inner.state_dict()}, start)
             inner.zero_grad()
             batch = torch.cat([batch_of(arguments, seed, replica, step) for replica in range(arguments.replicas)])
             loss = model(batch)
@@ -92,18 +102,18 @@ def train_synchronously(arguments: argparse.Namespace, seed: int) -> Trained:
             if (step + 1) % arguments.sync_every == 0:
                 losses.append((step + 1, validation_loss(model, arguments)))
             show(step + 1, f"loss {loss.item():.3f}")
-    size = 4 * sum(parameter.numel() for parameter in model.parameters()) * arguments.steps
+    size = 4 * sum(parameter.numel() for parameter in model.parameters()) * (arguments.steps - arguments.pretrain)
     return Trained(f"synchronous, seed {seed}", GREY, losses, size, size)
 
 
-def train_apart(way: Way, arguments: argparse.Namespace, url: str) -> Trained:
+def train_apart(way: Way, arguments: argparse.Namespace, url: str, begin: Path) -> Trained:
     """All replicas as processes, and the one that was killed once more."""
     before = counted(url)
     run = f"train-diloco-{os.getpid()}-{WAYS.index(way)}"
     spawn = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         # All replicas are there before one begins, so that no quorum closes a round without one that has not come yet.
-        given = (way, arguments, url, run, folder, spawn.Barrier(arguments.replicas))
+        given = (way, arguments, url, run, folder, begin, spawn.Barrier(arguments.replicas))
         processes = [
             spawn.Process(target=replica_main, args=(replica, *given)) for replica in range(arguments.replicas)
         ]
@@ -119,17 +129,27 @@ def train_apart(way: Way, arguments: argparse.Namespace, url: str) -> Trained:
             if process.exitcode != 0:
                 raise SystemExit(f"a replica of '{way.name}' ended with {process.exitcode}")
         losses, contributed = json.loads((Path(folder) / "found.json").read_text())
-    notes = f"in {contributed} of {arguments.steps // arguments.sync_every} rounds"
+    notes = f"in {contributed} of {rounds_of(arguments)} rounds"
     sent, received = ((after - at) / arguments.replicas for after, at in zip(counted(url), before, strict=True))
     return Trained(way.name.replace("\n", " "), way.colour, losses, sent, received, notes)
 
 
 def replica_main(
-    replica: int, way: Way, arguments: argparse.Namespace, url: str, run: str, folder: str, start: Any | None
+    replica: int,
+    way: Way,
+    arguments: argparse.Namespace,
+    url: str,
+    run: str,
+    folder: str,
+    begin: Path,
+    start: Any | None,
 ) -> None:
     """The training of one replica, which ends when the run has had all its rounds. Without ``start`` it is one that comes back."""
     model, inner, _ = make_model(arguments, arguments.seed)
     last, newest = arguments.replicas - 1, Path(folder) / "newest.pt"
+    begun = torch.load(begin, weights_only=True)
+    model.load_state_dict(begun["model"])
+    inner.load_state_dict(begun["inner"])
     losses: list[tuple[int, float]] = []
     contributed = 0
     bar = progress(way.name.replace("\n", " "), arguments.steps) if replica == 0 else nullcontext(lambda *_: None)
@@ -142,9 +162,10 @@ def replica_main(
             rejoin(optimizer, newest)
         else:
             start.wait()
-        while rounds.step_count < arguments.steps // arguments.sync_every:
-            step = rounds.step_count * arguments.sync_every + optimizer.inner_steps
-            if way.kill and start is not None and replica == last and step == arguments.steps // 2 + 1:
+        power_fails = arguments.pretrain + arguments.sync_every + 1
+        while rounds.step_count < rounds_of(arguments):
+            step = arguments.pretrain + rounds.step_count * arguments.sync_every + optimizer.inner_steps
+            if way.kill and start is not None and replica == last and step == power_fails:
                 # As a machine that loses power.
                 os.kill(os.getpid(), signal.SIGKILL)
             for group in inner.param_groups:
@@ -158,7 +179,7 @@ def replica_main(
                 receipt = optimizer.receipt
                 assert receipt is not None, "a round is over"
                 contributed += any(one["replica"] == last for one in receipt.contributors)
-                losses.append((receipt.step * arguments.sync_every, validation_loss(model, arguments)))
+                losses.append((step + 1, validation_loss(model, arguments)))
                 keep(optimizer, newest)
     if replica == 0:
         (Path(folder) / "found.json").write_text(json.dumps([losses, contributed]))
@@ -222,6 +243,10 @@ def make_model(arguments: argparse.Namespace, seed: int) -> Inner:
     return model, inner, torch.optim.lr_scheduler.LambdaLR(inner, lambda step: rate_at(step, arguments.steps))
 
 
+def rounds_of(arguments: argparse.Namespace) -> int:
+    return int((arguments.steps - arguments.pretrain) // arguments.sync_every)
+
+
 def batch_of(arguments: argparse.Namespace, seed: int, replica: int, step: int) -> torch.Tensor:
     """The same whenever it is asked for, so that a replica that comes back reads on."""
     generator = torch.Generator().manual_seed((seed * 1000 + replica) * 1_000_000 + step)
@@ -281,14 +306,12 @@ def report(synchronous: Sequence[Trained], diloco: Sequence[Trained]) -> str:
 def panels(synchronous: Sequence[Trained], diloco: Sequence[Trained]) -> list[Panel]:
     everyone = (*synchronous, *diloco)
     losses = [Line(one.name, one.colour, one.losses, dashed=one.colour == VERMILION) for one in everyone]
-    size = synchronous[0].sent / synchronous[0].losses[-1][0] / MEBIBYTE
-    travelled = [Line("synchronous", GREY, [(step, size * step) for step, _ in synchronous[0].losses])] + [
+    rounds = [step for step, _ in diloco[0].losses]
+    travelled = [
         Line(
-            one.name,
-            colour,
-            [(step, one.sent / MEBIBYTE * step / one.losses[-1][0]) for step, _ in one.losses],
+            one.name, one.colour, [(step, one.sent / MEBIBYTE * (i + 1) / len(rounds)) for i, step in enumerate(rounds)]
         )
-        for one, colour in zip(diloco[:2], (BLUE, GREEN), strict=True)
+        for one in (synchronous[0], *diloco[:2])
     ]
     return [
         Panel(
@@ -303,6 +326,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--replicas", type=int, default=4, help="processes (4)")
     add("--sync-every", type=int, default=30, help="inner steps of a round (30)")
+    add("--pretrain", type=int, default=300, help="synchronous steps before the replicas part (300)")
     add("--width", type=int, default=64, help="of the residual stream (64)")
     add("--depth", type=int, default=2, help="layers (2)")
     add("--heads", type=int, default=4, help="of each attention (4)")
@@ -315,8 +339,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--url", help="a service that runs; default: one is started for as long as this runs")
     add("--out", type=Path, default=Path("train_diloco.png"), help="the figure (train_diloco.png)")
     arguments = parser.parse_args()
-    if arguments.steps % arguments.sync_every:
-        parser.error(f"--steps {arguments.steps} is no multiple of --sync-every {arguments.sync_every}")
+    apart = arguments.steps - arguments.pretrain
+    if apart <= 0 or apart % arguments.sync_every:
+        parser.error(f"--steps less --pretrain are {apart}, expected a multiple of --sync-every {arguments.sync_every}")
     if arguments.replicas < 2:
         parser.error(f"--replicas is {arguments.replicas}, at least 2")
     return arguments
