@@ -507,7 +507,7 @@ class Run:
             raise MuondError("STEP_INCOMPLETE", message, ErrorFields(step=step.number))
 
 
-def _shares_nothing(declared: Sequence[Mapping[str, Any]], member: tuple[int, ...] | None) -> str | None:
+def _shares_nothing(declared: Sequence[Mapping[str, Any]], member: Member | tuple[int, int] | None) -> str | None:
     """Why the tensors of a run can go over the socket alone; None where they can be shared."""
     if member is not None:
         return "members of a run share no memory with the service"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -236,3 +238,113 @@ def test_a_service_that_is_killed_in_the_middle_of_a_round_changes_nothing(durab
         service.kill_and_restart()
         train(model, optimizer, 4, 5)
     assert distance(model, reference(net(), 8, 3)) < 2e-6
+
+
+def replicas_of(count: int, url: str, run: str, **options: Any) -> list[tuple[nn.Module, DiLoCo]]:
+    models = [net() for _ in range(count)]
+    return [
+        (model, DiLoCo(model, adamw(model), 2, replica=replica, replicas=count, url=url, run=run, **options))
+        for replica, model in enumerate(models)
+    ]
+
+
+def together(work: list[Callable[[], Any]]) -> list[Any]:
+    with ThreadPoolExecutor(len(work)) as pool:
+        return [future.result() for future in [pool.submit(each) for each in work]]
+
+
+def train_on(replica: int, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 1) -> None:
+    """Each replica has data of its own."""
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss_of(model, 100 * replica + step).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+def mean_reference(count: int, rounds: int, sync_every: int) -> nn.Module:
+    """Algorithm 1 of arXiv 2311.08105 with several workers, in float64 outside."""
+    shared = net()
+    weights = [p.detach().double().clone().requires_grad_() for p in shared.parameters()]
+    outer = torch.optim.SGD(weights, lr=0.7, momentum=0.9, nesterov=True)
+    workers = [net() for _ in range(count)]
+    inners = [adamw(worker) for worker in workers]
+    for number in range(rounds):
+        for replica, (worker, inner) in enumerate(zip(workers, inners, strict=True)):
+            train_on(replica, worker, inner, sync_every, number * sync_every + 1)
+        for i, wide in enumerate(weights):
+            moved = [wide.detach() - list(worker.parameters())[i].detach().double() for worker in workers]
+            wide.grad = torch.stack(moved).mean(dim=0)
+        outer.step()
+        with torch.no_grad():
+            for worker in workers:
+                for wide, p in zip(weights, worker.parameters(), strict=True):
+                    p.copy_(wide)
+    return workers[0]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_replicas_have_the_weights_of_the_paper(shared: Service, name: str, count: int) -> None:
+    replicas = replicas_of(count, shared.url, name)
+    together([partial(train_on, r, model, optimizer, 6) for r, (model, optimizer) in enumerate(replicas)])
+    for model, optimizer in replicas:
+        assert distance(model, replicas[0][0]) == 0
+        assert [one["replica"] for one in optimizer.receipt.contributors] == list(range(count))  # type: ignore[union-attr]
+        optimizer.close()
+    assert distance(replicas[0][0], mean_reference(count, 3, 2)) < 2e-6
+
+
+def test_a_replica_that_is_gone_is_not_waited_for_and_comes_back(shared: Service, name: str) -> None:
+    quorum: dict[str, Any] = {"min_replicas": 1, "deadline_seconds": 60.0, "gradient_dtype": "int4_block64"}
+    (first, one), (second, other) = replicas_of(2, shared.url, name, **quorum)
+    together([partial(train_on, 0, first, one, 4), partial(train_on, 1, second, other, 4)])
+    old = other.state_dict()
+    other.close()
+    train_on(0, first, one, 2, 5)
+    assert [each["replica"] for each in one.receipt.contributors] == [0]  # type: ignore[union-attr]
+    again = net()
+    with DiLoCo(
+        again, adamw(again), 2, replica=1, replicas=2, url=shared.url, run=name, takeover=True, **quorum
+    ) as back:
+        with pytest.raises(MuondError, match="is of step 2 with digest") as caught:
+            back.rejoin(old)
+        assert caught.value.code == "STEP_CONFLICT"
+        with pytest.raises(MuondError, match="is of step 2 with digest"):
+            back.load_state_dict(old)
+        back.rejoin(saved_and_loaded(one.state_dict()))
+        assert distance(again, first) == 0
+        together([partial(train_on, 0, first, one, 2, 7), partial(train_on, 1, again, back, 2, 7)])
+        assert distance(again, first) == 0
+        assert len(back.receipt.contributors) == 2  # type: ignore[union-attr]
+        # Its own state, of the step that the run is at, goes on with what its gradients have lost.
+        state, lost = saved_and_loaded(back.state_dict()), back.outer.state[back._pairs[0][2]]["error_feedback"]
+        back.load_state_dict(state)
+        assert torch.equal(back.outer.state[back._pairs[0][2]]["error_feedback"], lost)
+        with pytest.raises(ValueError, match="the state dict is of several, here is one replica"):
+            DiLoCo(again, adamw(again), 2, url=shared.url).load_state_dict(state)
+    one.close()
+
+
+def test_a_replica_that_is_late_has_what_the_others_have(shared: Service, name: str) -> None:
+    quorum: dict[str, Any] = {"min_replicas": 2, "deadline_seconds": 0.05}
+    replicas = replicas_of(3, shared.url, name, **quorum)
+    for _, optimizer in replicas:
+        optimizer.outer.open()
+    late, slow = replicas[2]
+    together([partial(train_on, r, model, optimizer, 2) for r, (model, optimizer) in enumerate(replicas[:2])])
+    train_on(2, late, slow, 2)
+    assert slow.receipt is not None
+    assert not slow.receipt.contributed
+    assert distance(late, replicas[0][0]) == 0
+    for _, optimizer in replicas:
+        optimizer.close()
+
+
+def test_replicas_that_cannot_be_are_refused(shared: Service) -> None:
+    model = net()
+    for options, message in [
+        ({"replica": 2, "replicas": 2, "run": "r"}, "replica is 2, expected 0 to 1"),
+        ({"replicas": 2}, "replicas need run='a name'"),
+        ({"min_replicas": 1}, "min_replicas is 1, and there is one replica"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            DiLoCo(model, adamw(model), url=shared.url, **options)  # type: ignore[arg-type]

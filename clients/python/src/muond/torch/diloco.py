@@ -10,9 +10,11 @@ import torch
 from torch._compile import _disable_dynamo
 from typing_extensions import Unpack
 
-from ..error import MuondError
+from ..declaration import Quorum
+from ..error import ErrorFields, MuondError
 from ..receipt import Receipt
 from .names import plain_name
+from .opening import Replica
 from .optimizer import Optimizer
 from .settings import Options
 
@@ -36,7 +38,7 @@ ModelOrParams = torch.nn.Module | Iterable[tuple[str, torch.Tensor]]
 
 
 class DiLoCo(torch.optim.Optimizer):
-    """DiLoCo (Douillard et al., 2023, arXiv 2311.08105) around an optimizer of torch.
+    """DiLoCo (Douillard et al., 2023, arXiv 2311.08105) around an optimizer of torch, in one replica or several.
 
     Every ``sync_every`` steps of ``inner_optimizer`` the outer one is fed with ``θ_ref - θ``, how far the weights have gone since the
     last synchronization, in place of a gradient: the service's ``sgd`` with Nesterov momentum. What it makes of ``θ_ref`` are then
@@ -46,6 +48,12 @@ class DiLoCo(torch.optim.Optimizer):
     ``momentum``, ``nesterov``: of the outer optimizer, the paper's unless a ``preset`` (``diloco``, ``muloco``) says otherwise. The
     other keywords are those of ``muond.torch.settings.Settings``; here gradients and updates travel as float32 unless asked otherwise
     (``int8_block256``, ``int4_block64`` for slow links, with error feedback).
+
+    ``replica`` of ``replicas``: processes that train the same model on data of their own, with one name for the ``run``; the mean
+    of their differences is taken. With ``min_replicas`` nobody waits for more than that for longer than ``deadline_seconds`` after
+    the first: who is late has lost its round, and goes on with the weights of the others. Without, all wait for all. The weights
+    must be the same everywhere when a run begins (a seed); one that comes later takes them from another's ``state_dict``
+    (``rejoin``).
 
     ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's, so schedulers work with either of the two. ``outer`` is the
     outer one. Buffers of the model are nobody's here.
@@ -61,6 +69,10 @@ class DiLoCo(torch.optim.Optimizer):
         momentum: float | None = None,
         nesterov: bool | None = None,
         preset: str | None = None,
+        replica: int = 0,
+        replicas: int = 1,
+        min_replicas: int | None = None,
+        deadline_seconds: float = 60.0,
         **options: Unpack[Options],
     ) -> None:
         if sync_every < 1:
@@ -83,10 +95,16 @@ class DiLoCo(torch.optim.Optimizer):
         # Hooks and schedulers are torch's own matter; the groups that it makes are not kept.
         super().__init__([parameter for _, parameter, _ in self._pairs], {})
         given = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
+        if replicas > 1:
+            if options.get("run") is None:
+                raise ValueError("replicas need run='a name', the same for all of them")
+            options = {"mode": "create_or_resume", **options}
         self.outer = Optimizer(
             [_group(self._pairs, preset, {key: value for key, value in given.items() if value is not None})],
             **{"gradient_dtype": "float32", "update_dtype": "float32", **options, "on_nonfinite": "raise"},  # type: ignore[arg-type]
         )
+        self._replica = _replica(replica, replicas, min_replicas, deadline_seconds)
+        self.outer._home.replica = self._replica
         self._ready = True
 
     # Life
@@ -205,37 +223,93 @@ class DiLoCo(torch.optim.Optimizer):
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, and under ``diloco`` ``θ_ref``, the count of inner steps and the outer's. Raises MuondError."""
-        self._require_synchronized()
+        """The inner optimizer's, and under ``diloco`` ``θ_ref``, the count of inner steps and the outer's. Raises MuondError.
+
+        Of several replicas the outer optimizer's state is the service's to keep: the dictionary says of which step it is.
+        """
+        if self.inner_steps == self.sync_every:
+            raise RuntimeError("a synchronization has failed: take it with step() before the state is looked at")
         own = {
             "inner_steps": self.inner_steps,
             "reference": {name: reference.detach().clone() for name, _, reference in self._pairs},
-            "outer": self.outer.state_dict(),
+            **({"outer": self.outer.state_dict()} if self._replica is None else self._shared_state()),
         }
         return {**self.inner.state_dict(), KEY: own}
 
+    def _shared_state(self) -> dict[str, Any]:
+        run = self.outer.open()
+        feedback = self.outer._feedback
+        lost = {} if feedback is None else feedback.copied(reference for _, _, reference in self._pairs)
+        named = {name: lost[reference] for name, _, reference in self._pairs if reference in lost}
+        return {"step": run.step_count, "digest": run.digest, "error_feedback": named}
+
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes to a state; the model's weights of it are the caller's to load. Raises ValueError, MuondError."""
+        """Goes to a state; the model's weights of it are the caller's to load. Raises ValueError, MuondError.
+
+        Of several replicas: this replica's own state, of the step that the run is at.
+        """
         given = dict(state_dict)
-        own = given.pop(KEY, None)
+        own = self._taken_apart(given)
+        if not 0 <= own["inner_steps"] < self.sync_every:
+            raise ValueError(
+                f"the state dict is of {own['inner_steps']} inner steps after a synchronization, sync_every is {self.sync_every}"
+            )
+        if self._replica is None:
+            self.outer.load_state_dict(own["outer"])
+        else:
+            self._check_step(own)
+        self.inner.load_state_dict(given)
+        self._take_reference(own)
+        self.inner_steps = own["inner_steps"]
+        if self._replica is not None and self.outer._feedback is not None:
+            lost = own["error_feedback"]
+            self.outer._feedback.set({reference: lost[name] for name, _, reference in self._pairs if name in lost})
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def rejoin(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes the weights of another replica's ``state_dict``, of the step that the run is at, and begins a round with them.
+
+        Weights and ``θ_ref`` are the other's ``θ_ref``; the inner optimizer's state stays as it is. Raises ValueError; MuondError
+        STEP_CONFLICT where the run is at another step.
+        """
+        own = self._taken_apart(dict(state_dict))
+        self._check_step(own)
+        self._take_reference(own)
+        self._begin_round()
+
+    def _taken_apart(self, given: dict[str, Any]) -> dict[str, Any]:
+        own: dict[str, Any] | None = given.pop(KEY, None)
         if own is None:
             raise ValueError(
                 f"the state dict has no '{KEY}': it is that of another optimizer. One of the inner optimizer is loaded into that, "
                 "before DiLoCo is made around it"
             )
+        wanted = "outer" if self._replica is None else "step"
+        if wanted not in own:
+            kinds = ("one replica", "several")
+            theirs, ours = kinds if self._replica is not None else kinds[::-1]
+            raise ValueError(f"the state dict is of {theirs}, here is {ours}")
         self._check_reference(own["reference"])
-        if not 0 <= own["inner_steps"] < self.sync_every:
-            raise ValueError(
-                f"the state dict is of {own['inner_steps']} inner steps after a synchronization, sync_every is {self.sync_every}"
-            )
-        self.outer.load_state_dict(own["outer"])
-        self.inner.load_state_dict(given)
-        with torch.no_grad():
-            for name, _, reference in self._pairs:
-                reference.copy_(own["reference"][name])
-                reference.grad = None
-        self.inner_steps = own["inner_steps"]
+        return own
+
+    def _check_step(self, own: Mapping[str, Any]) -> None:
+        run = self.outer.open()
+        if (run.step_count, run.digest) == (own["step"], own["digest"]):
+            return
+        raise MuondError(
+            "STEP_CONFLICT",
+            f"the state dict is of step {own['step']} with digest {own['digest']}, run '{run.name}' is at step {run.step_count} with "
+            f"{run.digest}: take the newest state_dict of a replica",
+            ErrorFields(step=own["step"], expected_step=run.step_count + 1),
+        )
+
+    @torch.no_grad()
+    def _take_reference(self, own: Mapping[str, Any]) -> None:
+        for name, _, reference in self._pairs:
+            reference.copy_(own["reference"][name])
+            reference.grad = None
         self._is_undecided = False
 
     def _check_reference(self, saved: Mapping[str, torch.Tensor]) -> None:
@@ -247,10 +321,6 @@ class DiLoCo(torch.optim.Optimizer):
             raise ValueError(
                 f"parameter '{name}' has shape {given.get(name)} in the state dict and {shapes.get(name)} here (None: there is none)"
             )
-
-    def _require_synchronized(self) -> None:
-        if self.inner_steps == self.sync_every:
-            raise RuntimeError("a synchronization has failed: take it with step() before the state is looked at")
 
     def __getstate__(self) -> NoReturn:
         raise TypeError(
@@ -289,3 +359,15 @@ def _group(pairs: list[Pair], preset: str | None, given: Mapping[str, Any]) -> d
     values = {"lr": 0.7, "momentum": 0.9, "nesterov": True} if preset is None else {"preset": preset}
     params = [(name, reference) for name, _, reference in pairs]
     return {"params": params, "name": "outer", "algorithm": "sgd", **values, **given}
+
+
+def _replica(replica: int, replicas: int, min_replicas: int | None, deadline_seconds: float) -> Replica | None:
+    if not 0 <= replica < replicas:
+        raise ValueError(f"replica is {replica}, expected 0 to {replicas - 1}: there are {replicas} replicas")
+    if replicas == 1:
+        if min_replicas is not None:
+            raise ValueError(
+                f"min_replicas is {min_replicas}, and there is one replica: say how many replicas there are"
+            )
+        return None
+    return Replica(replica, replicas, None if min_replicas is None else Quorum(min_replicas, deadline_seconds))

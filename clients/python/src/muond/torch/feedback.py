@@ -35,10 +35,10 @@ class Feedback:
         self._lost[slot.index] = slot.tensor, wanted - decode(data, dtype, wanted.numel()).view(wanted.shape)
         return data
 
-    def finish(self, refused: Container[int | None]) -> None:
-        """The step is finished; what the service has refused has lost nothing."""
+    def finish(self, refused: Container[int | None], *, contributed: bool) -> None:
+        """The step is finished; what the service has refused, or has left out, has lost nothing."""
         for index, (tensor, lost) in self._lost.items():
-            if index not in refused:
+            if contributed and index not in refused:
                 self._state()[tensor][KEY] = lost
         self._lost.clear()
 
@@ -46,6 +46,11 @@ class Feedback:
         """What each of these parameters has lost so far. It is never changed in place."""
         found = {tensor: self._of(tensor) for tensor in tensors}
         return {tensor: lost for tensor, lost in found.items() if lost is not None}
+
+    def set(self, lost: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """What these parameters have lost, as another process had it."""
+        for tensor, value in lost.items():
+            self._state()[tensor][KEY] = value.to(tensor.device, copy=True)
 
     def go_back(self, tensors: Iterable[torch.Tensor], copied: Mapping[torch.Tensor, torch.Tensor]) -> None:
         """Goes back to what these parameters had lost when it was ``copied``."""

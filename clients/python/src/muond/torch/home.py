@@ -17,7 +17,7 @@ from ..run import Run
 from ..transport.address import Endpoint
 from .copies import Copies
 from .living import begins, ends, go_with
-from .opening import new_run_name, open_slots
+from .opening import Replica, new_run_name, open_slots
 from .ranks import Ranks
 from .settings import Settings
 from .shards import whole_entries
@@ -59,6 +59,8 @@ class Home:
         self.copies: Copies | None = None
         """Processes that have the same weights, of which the first one has the run."""
         self._followed: Followed | None = None
+        self.replica: Replica | None = None
+        """Which of several replicas of the run this is; None for the only one."""
 
     # Life
 
@@ -109,7 +111,8 @@ class Home:
                 f"run '{self.name}' is that of the first process with these weights: this one has them from there, and no connection"
             )
         run, slots = self.open_run(self.name, mode, checkpoint)
-        self._settle(run)
+        if self.replica is None:
+            self._settle(run)
         self.adopt(run, slots, self.name)
         try:
             self.carry_out()
@@ -149,7 +152,13 @@ class Home:
         ranks = self.ranks
 
         def open_it(mode: str, checkpoint: str | None, branch_of: tuple[str, str] | None) -> Run:
-            how = {"mode": mode, "checkpoint": checkpoint, "branch_of": branch_of, "ranks": ranks}
+            how = {
+                "mode": mode,
+                "checkpoint": checkpoint,
+                "branch_of": branch_of,
+                "ranks": ranks,
+                "replica": self.replica,
+            }
             return open_slots(name, slots, groups, self.address, self.settings, **how)  # type: ignore[arg-type]
 
         if ranks is None:

@@ -344,7 +344,9 @@ class Optimizer(torch.optim.Optimizer):
     def _finished(self, receipt: Receipt) -> None:
         self.receipt = receipt
         if self._feedback is not None:
-            self._feedback.finish({error.fields.parameter for error in receipt.refused})
+            self._feedback.finish(
+                {error.fields.parameter for error in receipt.refused}, contributed=receipt.contributed
+            )
 
     def _begin_step(self, run: Run) -> None:
         if self._feedback is not None:
