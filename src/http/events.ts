@@ -39,8 +39,8 @@ export class Events {
     const reader: Reader = { end: () => raw.end() }
     this.#readers.add(reader)
     for (const receipt of run.receipts(after)) send(receipt)
-    const tell = ({ rank, connected }: MemberStatus) => {
-      raw.write(`event: member\ndata: ${JSON.stringify({ rank, connected })}\n\n`)
+    const tell = (status: MemberStatus) => {
+      raw.write(`event: member\ndata: ${JSON.stringify(status)}\n\n`)
     }
     run.on('receipt', send)
     run.on('member', tell)
@@ -63,8 +63,8 @@ export class Events {
 }
 
 /** A receipt in REST: the frame without its type. */
-export function receiptBody({ type: _, ...receipt }: Receipt): components['schemas']['Receipt'] {
-  return { ...receipt }
+export function receiptBody({ type: _, contributors, ...receipt }: Receipt): components['schemas']['Receipt'] {
+  return { ...receipt, ...(contributors && { contributors: [...contributors] }) }
 }
 
 function eventOf(receipt: Receipt): string {

@@ -312,7 +312,7 @@ export interface paths {
         /**
          * Each receipt as it happens, as server-sent events
          * @description Event `receipt`, its `id` the step and its `data` a Receipt in JSON. In a run with members event `member` has in
-         *     its `data` the `rank` of one that came or went, and whether it is `connected`. With `Last-Event-ID` the kept receipts after
+         *     its `data` the `rank` (and `replica`, where there are several) of one that came or went, and whether it is `connected`. With `Last-Event-ID` the kept receipts after
          *     that step come first; without it the stream starts with the next one. A reader that falls 1 MiB behind is cut off,
          *     and comes back with `Last-Event-ID`. The stream ends when the run is deleted or the service shuts down.
          */
@@ -587,11 +587,19 @@ export interface components {
             };
         };
         Member: {
+            /** @description Counts within the replica. */
             rank: number;
+            /** @description Absent where the run has one. */
+            replica?: number;
             /** @description Whether it has a connection. */
             connected: boolean;
             /** @description Whether its `end` of the step in progress has come: the others wait for a member whose has not. */
             ended: boolean;
+        };
+        Contribution: {
+            replica: number;
+            /** @description Its share of the mean is this, divided by the sum of all. */
+            weight: number;
         };
         Imported: {
             /** @description The last finished step, which the state follows. */
@@ -707,6 +715,8 @@ export interface components {
             };
             /** @description The largest of the step's max_logits. */
             max_logit?: number;
+            /** @description The replicas whose mean the step is made of, in order; absent in a run with one. */
+            contributors?: components["schemas"]["Contribution"][];
             digest: string;
             /** @description Whether the step survives the process. */
             durable: boolean;

@@ -1,6 +1,6 @@
 import { Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import { DTYPES } from '../../kernels/dtype.js'
+import { WIRE_DTYPES } from '../../kernels/dtype.js'
 import type { Principal } from '../access/principal.js'
 import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
@@ -14,6 +14,7 @@ import { groupOf } from '../optimizer/hyperparameters.js'
 import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
+import { memberId } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import type { DataFolder } from '../store/data-folder.js'
@@ -247,7 +248,7 @@ function capabilities({
       Object.entries(HYPERPARAMETERS).map(([name, table]) => [name, hyperparametersOf(table)]),
     ),
     presets: Object.fromEntries([...presets].map(([name, preset]) => [name, presetBody(preset)])),
-    dtypes: Object.keys(DTYPES),
+    dtypes: [...WIRE_DTYPES],
     devices: [
       {
         name: device.backend.name,
@@ -338,7 +339,10 @@ function runBody(runs: Runs, run: Run): Schemas['Run'] {
 function memberRows({ intake }: Run): Schemas['Member'][] | undefined {
   const { layout, status } = intake.members
   const ended = new Set(intake.ended)
-  return layout.named ? status.map((member) => ({ ...member, ended: ended.has(member.rank) })) : undefined
+  const { world_size } = layout
+  return layout.named
+    ? status.map((member) => ({ ...member, ended: ended.has(memberId({ ...member, world_size })) }))
+    : undefined
 }
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {

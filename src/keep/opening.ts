@@ -1,5 +1,6 @@
 import { constants } from 'node:buffer'
 import { isDeepStrictEqual } from 'node:util'
+import { isBlockDtype, tensorBytes } from '../../kernels/dtype.js'
 import type { Principal } from '../access/principal.js'
 import type { RunQuotas, RunSize } from '../access/quotas.js'
 import type { Config } from '../config.js'
@@ -18,11 +19,11 @@ import {
 } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import { parseGroups } from '../run/declaration.js'
+import type { Layout } from '../run/members/layout.js'
+import { type Connection, memberId, type Seat } from '../run/members/member.js'
+import { seatOf } from '../run/members/seat.js'
 import type { Run } from '../run/run.js'
-import { seatOf } from '../run/seat.js'
 import { inSlices } from '../run/slices.js'
-import type { Layout } from '../run/step/layout.js'
-import type { Connection, Seat } from '../run/step/member.js'
 import type { OpenFrame } from '../wire/frame.js'
 
 // What an `open` asks for, held against the run that is there.
@@ -113,8 +114,8 @@ export async function checkSame(run: Run, frame: OpenFrame, presets: Presets): P
     const difference = attentionDifference(run.attentions, parseAttentions(frame.attentions, run.parameters))
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
   }
-  // Hyperparameters are rank 0's to give.
-  return frame.member && frame.member.rank > 0 ? undefined : groups
+  // Hyperparameters are rank 0's to give, of replica 0.
+  return frame.member && memberId(frame.member) > 0 ? undefined : groups
 }
 
 /** Whether nothing of a run's first step was applied. */
@@ -168,19 +169,29 @@ export function* demandsOf(
   const alike = new Map<Parameter['state'], Demand>()
   const demands: Demand[] = []
   for (const parameter of parameters) {
-    const { index, state, update_bytes } = parameter
+    const { index, state } = parameter
     if (index % PARAMETERS_PER_YIELD === PARAMETERS_PER_YIELD - 1) yield
     const demand = alike.get(state) ?? demandOf(parameter, groups, held)
     alike.set(state, demand)
     const scale = scales.get(index)
-    demands.push(scale === undefined ? demand : { ...demand, update_bytes: update_bytes + scale })
+    demands.push(scale === undefined ? demand : { ...demand, update_bytes: demand.update_bytes + scale })
   }
   return demands
 }
 
 function demandOf(parameter: Parameter, groups: Groups, held: boolean): Demand {
-  const { gradient_bytes, update_bytes } = parameter
+  const { gradient_bytes, update_bytes } = bytesOf(parameter)
   const plan = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
   const state_bytes = stateBytes(parameter)
   return { plan, gradient_bytes, update_bytes, state_bytes, held_bytes: held ? state_bytes : 0 }
+}
+
+/** What travels in blocks has memory of its own as float32 while it is computed, beside that of the update. */
+function bytesOf({ elements, gradient_dtype, update_dtype, gradient_bytes, update_bytes }: Parameter) {
+  const float32 = tensorBytes('float32', elements)
+  const floats = [gradient_dtype, update_dtype].filter(isBlockDtype).length * float32
+  return {
+    gradient_bytes: isBlockDtype(gradient_dtype) ? float32 : gradient_bytes,
+    update_bytes: update_bytes + floats,
+  }
 }

@@ -9,9 +9,9 @@ import { rowScaleBytes } from '../optimizer/attention.js'
 import type { Presets } from '../optimizer/preset.js'
 import { type Declaration, declarationOf, refuseUnsupported } from '../run/declaration.js'
 import type { ImportedState } from '../run/imported-state.js'
+import type { Connection, Member } from '../run/members/member.js'
 import { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
-import type { Connection, Member } from '../run/step/member.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { OpenFrame, Source } from '../wire/frame.js'
 import { notFound } from './absent.js'
@@ -254,9 +254,7 @@ export class Runs {
   }
 
   /** Has what is not on the disk yet taken there, for a shutdown. */
-  async checkpoint(): Promise<void> {
-    await this.#archive?.checkpointAll()
-  }
+  checkpoint = async (): Promise<void> => this.#archive?.checkpointAll()
 
   /** When everything that was begun is on the disk. No run has a connection any more. */
   async close(): Promise<void> {
@@ -296,19 +294,18 @@ export class Runs {
   }
 
   async #open(frame: OpenFrame, opener: Opener): Promise<Opened> {
-    const { connection } = opener
     const { run: name, mode, checkpoint, from } = frame
     refuseUnsupported(frame, this.#archive !== undefined)
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and opens no run')
     // The runs are not gone: a service that is started again has those that are on the disk.
     if (this.#device.failed) throw this.#deviceFailure()
-    if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, connection)
+    if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, opener.connection)
     if (this.has(name) && (from || (mode === 'create' && !mayJoin(this.#residents.get(name), frame))))
       throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
     if (from) return this.#branch(frame, from, opener)
     const known = await this.#find(name)
     if (!known && mode === 'resume') this.get(name)
-    if (known) return this.#resume(known, frame, connection)
+    if (known) return this.#resume(known, frame, opener.connection)
     return this.#create(frame, opener)
   }
 
@@ -325,17 +322,19 @@ export class Runs {
     const { seat, layout } = await inSlices(findingPlace(run, frame))
     // Of a run with members each one opens a run that exists, but for the first.
     const resumed = seat === undefined || !isFresh(run)
-    run.intake.prepare(layout)
+    await run.intake.prepare(layout)
     await this.#archive?.opened(run)
     const member = await run.attach(connection, seat, layout)
     const opened = { run, member, resumed }
     if (kept) await this.#takeBack(run, member, kept)
     if (!groups) return opened
-    await this.#archive?.replaced(run, groups).catch((error) => {
+    try {
+      await this.#archive?.replaced(run, groups)
+      run.replaceGroups(groups)
+    } catch (error) {
       run.intake.detach(member)
       throw error
-    })
-    run.replaceGroups(groups)
+    }
     return opened
   }
 
@@ -405,7 +404,7 @@ export class Runs {
       const made = await this.build(frame.run, declaration)
       try {
         place = await inSlices(findingPlace(made, frame))
-        made.intake.prepare(place.layout)
+        await made.intake.prepare(place.layout)
         await this.#archive?.create(made)
         return made
       } catch (error) {

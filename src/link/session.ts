@@ -8,20 +8,13 @@ import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
+import type { Connection } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
-import type { Connection } from '../run/step/member.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
-import type {
-  CheckpointFrame,
-  ClientFrame,
-  EndFrame,
-  MemberStatus,
-  OpenFrame,
-  ReceiptFrame,
-  TransportAnswer,
-} from '../wire/frame.js'
+import type { CheckpointFrame, ClientFrame, EndFrame, MemberStatus, OpenFrame, TransportAnswer } from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
+import { Ends } from './ends.js'
 import { Window } from './pace.js'
 import { Pauses } from './pauses.js'
 import { checkOpening } from './permission.js'
@@ -59,16 +52,19 @@ export class Session implements Connection, GradientSink {
   readonly #sender: Sender
   readonly #answers: Answers
   readonly #reception: Reception
+  readonly #ends: Ends
   readonly #gone = new AbortController()
   /** The run that this connection has opened; undefined before, and once the run is gone. */
   #joined: Joined | undefined
   /** Memory that the client shares; undefined where all of its tensors come over the socket. */
   #arenas: SharedArenas | undefined
   /** Members of the run that have come or gone, of which the client was not told yet. */
-  #changes = new Map<number, MemberStatus>()
+  #changes = new Map<string, MemberStatus>()
   #isOpened = false
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
+  /** Of the present turn of the event loop; undefined where it has brought no frame yet. */
+  #slice: number | undefined
   #leaving = false
   #draining = false
   readonly #connectedAt = performance.now()
@@ -92,6 +88,8 @@ export class Session implements Connection, GradientSink {
       abandoned: () => this.#inPlace?.abandon(),
       redirected: (destination) => this.#inPlace?.redirect(destination),
     })
+    const [sender, answers, gone] = [this.#sender, this.#answers, this.#gone.signal]
+    this.#ends = new Ends({ sender, answers, gone, report: (error) => this.#report(error) })
     this.#window = new Window(context.config)
     this.#small = new SmallFrames(socket, () => this.#slowDown('small', () => this.#small.wait))
     this.#room = context.intake.enter({
@@ -166,12 +164,11 @@ export class Session implements Connection, GradientSink {
    */
   async #pump(): Promise<void> {
     this.#pumping = true
-    let until = sliceEnd()
     for (let message = this.#inbox.shift(); message && !this.#leaving; message = this.#inbox.shift()) {
       let isRefused = false
       try {
         const waits = this.#handle(message.bytes, message.binary)
-        if (waits === undefined && performance.now() < until) continue
+        if (waits === undefined && performance.now() < this.#sliceEnd) continue
         this.#pauses.begin('frames')
         await (waits ?? turn())
       } catch (error) {
@@ -180,7 +177,6 @@ export class Session implements Connection, GradientSink {
       } finally {
         this.#room.handled(isRefused)
       }
-      until = sliceEnd()
     }
     this.#pumping = false
     this.#pauses.end('frames')
@@ -189,6 +185,20 @@ export class Session implements Connection, GradientSink {
   /** Does not read a connection that sends more than it may until it has waited for long enough. */
   #slowDown(reason: 'small' | 'rate', wait: () => number): void {
     if (!this.#leaving) this.#pauses.until(reason, wait)
+  }
+
+  /**
+   * When this connection has had enough of the present turn of the event loop, by performance.now(). One turn may bring
+   * many reads, each of many frames.
+   */
+  get #sliceEnd(): number {
+    if (this.#slice === undefined) {
+      this.#slice = sliceEnd()
+      setImmediate(() => {
+        this.#slice = undefined
+      })
+    }
+    return this.#slice
   }
 
   /** Counts what has come against the bytes a second of its key, and of all. */
@@ -283,7 +293,7 @@ export class Session implements Connection, GradientSink {
 
   /** The changes of one turn of the event loop are told in one frame, and none before `opened`. */
   changed(status: MemberStatus): void {
-    this.#changes.set(status.rank, status)
+    this.#changes.set(`${status.replica} ${status.rank}`, status)
     if (this.#changes.size === 1 && this.#isOpened) setImmediate(() => this.#tellChanges())
   }
 
@@ -324,25 +334,9 @@ export class Session implements Connection, GradientSink {
     throw new ServiceError('DRAINING', 'the service shuts down and begins no step', { ...gradient, close: 1012 })
   }
 
-  /** Ends a step once all its updates were sent. The receipt is out before anything of the next step is looked at. */
-  async #end({ run, member }: Joined, { step, skipped = [] }: EndFrame): Promise<void> {
-    run.intake.beginEnd(member, step, skipped)
-    await this.#answers.settled()
-    if (this.#leaving) return
-    const receipt = await run.intake.end(member, step, skipped)
-    if (!receipt) return
-    await this.#sendSkipped({ run, member }, receipt)
-    await this.#sender.send({ header: encodeFrame(receipt) })
-    if (this.#draining) this.#leave(1012, 'the service shuts down')
-  }
-
-  /** Each waits for the one before to leave: a step may clip every parameter of a model without one gradient. */
-  async #sendSkipped({ run, member }: Joined, { step, replayed }: ReceiptFrame): Promise<void> {
-    for (const { parameter, row_scale } of run.skippedRowScales(member)) {
-      const keys = { parameter, step, offset: 0, scale: 0, decay: 0, row_scale, replayed }
-      const sent = await this.#sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
-      if (!sent) return
-    }
+  async #end(joined: Joined, frame: EndFrame): Promise<void> {
+    const isEnded = await this.#ends.take(joined, frame)
+    if (isEnded && this.#draining) this.#leave(1012, 'the service shuts down')
   }
 
   /** Tells the client of an error. A bug of ours is logged and told as INTERNAL, without its text. */

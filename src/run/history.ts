@@ -4,18 +4,21 @@ import { FIRST_DIGEST } from './digest.js'
 
 export type Receipt = ReceiptFrame
 
-/** For how many seconds the members of a run have waited at the end of a step for that of a rank. */
-export type Waited = { readonly rank: number; readonly seconds: number }
+/** For how many seconds the members of a run have waited at the end of a step for that of a rank of a replica. */
+export type Waited = { readonly rank: number; readonly replica: number; readonly seconds: number }
 
 /**
  * Events of a run: the receipt of each finished step, the seconds that the journal took to write a step and those that
- * members waited for each other, a member that came or went, and the end, when it leaves memory.
+ * members waited for each other, a member that came or went, the replicas that a step was closed without, a quorum that
+ * did not come, and the end, when the run leaves memory.
  */
 export type RunEvents = {
   receipt: [Receipt]
   committed: [number]
   waited: [readonly Waited[]]
   member: [MemberStatus]
+  left_out: [number]
+  quorum_lost: []
   gone: []
 }
 
