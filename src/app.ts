@@ -15,6 +15,7 @@ import fastify, {
 } from 'fastify'
 import type { WebSocket } from 'ws'
 import { Keys } from './access/keys.js'
+import { Rate } from './access/rate.js'
 import { Refusals } from './access/refusals.js'
 import { type Config, VERSION } from './config.js'
 import { Device } from './device/device.js'
@@ -72,6 +73,8 @@ const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
 type AppServices = Services & {
   keys: Keys
+  /** Of the bytes that all streams send. */
+  rate: Rate
   streams: Set<Session>
   local: Set<LocalSocket>
   intake: Intake
@@ -116,6 +119,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
   const services: AppServices = {
     config,
     keys,
+    rate: new Rate(() => config.max_bytes_per_second || undefined),
     device,
     runs,
     data,
@@ -334,8 +338,9 @@ async function refuseOtherUpgrades({ ws, routeOptions, method, url }: FastifyReq
   throw new ServiceError('REQUEST_INVALID', `only /v1/stream is a WebSocket: ask for ${request} without 'Upgrade'`)
 }
 
-function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppServices): void {
-  if (!ws) return
+function refuseUpgrade(request: FastifyRequest, { runs, streams, config }: AppServices): void {
+  if (!request.ws) return
+  principalIn(request).checkConnections()
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and takes no stream')
   if (streams.size < config.max_connections) return
   throw new ServiceError('OVERLOADED', `there are ${streams.size} streams, at most ${config.max_connections}`, {
@@ -346,11 +351,11 @@ function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppSer
 function openStream(
   socket: WebSocket,
   request: FastifyRequest,
-  { config, device, runs, metrics, streams, intake }: AppServices,
+  { config, device, runs, metrics, rate, streams, intake }: AppServices,
 ): void {
   const { raw, log } = request
   const [local, principal] = [isLocal(raw.socket), principalIn(request)]
-  const means = { config, device, runs, metrics, intake, log, stream: raw.socket, local, principal }
+  const means = { config, device, runs, metrics, intake, log, stream: raw.socket, local, principal, rate }
   const stream = new Session(socket, means)
   streams.add(stream)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)

@@ -89,6 +89,11 @@ export const SETTINGS = {
     [2 ** 25, BYTES],
     'Room for messages of more than 64 KiB, over all streams; those that find none are not read until they do.',
   ),
+  max_bytes_per_second: integer(
+    0,
+    [0, BYTES],
+    'Bytes that all streams together may send over their sockets; what is faster is read later. 0 is without a limit.',
+  ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),
   receipts_bytes: integer(

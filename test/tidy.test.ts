@@ -25,7 +25,9 @@ const SHARED = ['src/errors.ts', 'src/config.ts', 'src/metrics.ts', 'src/text-ta
 const OWNERS: Record<string, (file: string) => boolean> = {
   koffi: (file) => /^src\/(device\/(onnx\/onnxruntime|cuda\/cuda)|store\/lock|wire\/shared-memory)\.ts$/.test(file),
   ws: (file) =>
-    /^src\/(app|link\/(session|websocket\/(intake|sender|small-frames|socket))|client\/(steps\/)?\w+)\.ts$/.test(file),
+    /^src\/(app|link\/(session|pauses|websocket\/(intake|sender|small-frames|socket))|client\/(steps\/)?\w+)\.ts$/.test(
+      file,
+    ),
   fastify: (file) => /^src\/(app|http\/[\w-]+|link\/session)\.ts$/.test(file),
   'prom-client': (file) => file === 'src/metrics.ts',
   'env-schema': (file) => file === 'src/config.ts',

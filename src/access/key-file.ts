@@ -5,6 +5,7 @@ import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
 import { list, oneOf, optional, record, sha256, text } from '../store/rules.js'
 import { SCOPES, type Scope } from './principal.js'
+import { type Quotas, quotasRule } from './quotas.js'
 
 /** A key as its file has it: never the key itself. */
 export type KeyRecord = {
@@ -14,6 +15,7 @@ export type KeyRecord = {
   readonly scopes: readonly Scope[]
   /** The beginning of the names of its runs; undefined where all runs are its. */
   readonly runs?: string | undefined
+  readonly quotas?: Quotas | undefined
 }
 
 /** What every key of `muond keys` begins with, by which scanners for secrets know one. */
@@ -29,6 +31,7 @@ const keyRule = record<KeyRecord>({
   runs: optional(
     text("the beginning of run names, with '.', '_' or '-' at its end", /^[A-Za-z0-9][A-Za-z0-9._-]{0,126}[._-]$/),
   ),
+  quotas: optional(quotasRule),
 })
 const fileRule = record<{ keys: KeyRecord[] }>({ keys: list(keyRule) })
 

@@ -1,4 +1,6 @@
 import { ServiceError } from '../errors.js'
+import type { Quotas } from './quotas.js'
+import { Rate } from './rate.js'
 
 /**
  * What a key may do; no scope has another one in it.
@@ -11,13 +13,21 @@ export const SCOPES = ['step', 'read', 'checkpoint', 'admin'] as const
 export type Scope = (typeof SCOPES)[number]
 
 /** What a principal may do, and with which runs; without `runs` with all of them. */
-export type Grants = { readonly name: string; readonly scopes: readonly Scope[]; readonly runs?: string | undefined }
+export type Grants = {
+  readonly name: string
+  readonly scopes: readonly Scope[]
+  readonly runs?: string | undefined
+  readonly quotas?: Quotas | undefined
+}
 
 /** Whoever sends requests with one key. It stays the same while its grants change, and until the key is removed. */
 export class Principal {
   #grants: Grants | undefined
   readonly #name: string
   readonly #uses = new Set<() => void>()
+  #connections = 0
+  /** Of the bytes that its streams send. */
+  readonly rate = new Rate(() => this.quotas.bytes_per_second)
 
   constructor(grants: Grants) {
     this.#grants = grants
@@ -29,9 +39,31 @@ export class Principal {
     return this.#name
   }
 
-  /** Whether all runs are its. */
-  get hasAllRuns(): boolean {
-    return this.#grants !== undefined && this.#grants.runs === undefined
+  /** The most that it may have of each thing. */
+  get quotas(): Quotas {
+    return this.#grants?.quotas ?? {}
+  }
+
+  /** Its streams and event streams. */
+  get connections(): number {
+    return this.#connections
+  }
+
+  /** Counts a connection, until the function is called that this returns. */
+  connect(): () => void {
+    this.#connections += 1
+    return () => {
+      this.#connections -= 1
+    }
+  }
+
+  /** Throws OVERLOADED where it may have no more connections. */
+  checkConnections(): void {
+    const { connections: most = Number.POSITIVE_INFINITY } = this.quotas
+    if (this.#connections < most) return
+    const remedy = 'close one, or raise quotas.connections of the key'
+    const message = `the key '${this.#name}' has ${this.#connections} connections, its quota is ${most}: ${remedy}`
+    throw new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 })
   }
 
   /** Whether a run of this name is its, if there is one: for anybody else there is none. */

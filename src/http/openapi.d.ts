@@ -458,7 +458,10 @@ export interface components {
                 state_bytes: number;
                 /** @description Most runs in memory. */
                 max_runs: number;
+                /** @description Most streams. */
                 max_connections: number;
+                /** @description Bytes that all streams may send over their sockets; 0 is without a limit. */
+                max_bytes_per_second: number;
                 /** @description Most parameters of one run. */
                 max_parameters: number;
                 /** @description Receipts kept per run. */
@@ -466,6 +469,24 @@ export interface components {
                 /** @description A run without a connection for so long leaves memory, or ends where there is no data folder; 0 is never. */
                 idle_seconds: number;
             };
+            /** @description What the key that asks has, and may have. Its runs are all that it sees, whichever key made them. */
+            quotas: {
+                /** @description Runs, in memory or on the disk. */
+                runs: components["schemas"]["Quota"];
+                /** @description Of all its runs. */
+                parameters: components["schemas"]["Quota"];
+                /** @description Of all its runs. */
+                state_bytes: components["schemas"]["Quota"];
+                /** @description Streams and event streams. */
+                connections: components["schemas"]["Quota"];
+                /** @description Bytes that its streams send over their sockets, in the last second. */
+                bytes_per_second: components["schemas"]["Quota"];
+            };
+        };
+        Quota: {
+            used: number;
+            /** @description The most; absent where only the limits of the service hold. */
+            quota?: number;
         };
         Hyperparameter: {
             /** @description The value where none is given. */
@@ -508,16 +529,16 @@ export interface components {
             /** Format: date-time */
             created_at: string;
             /**
-             * @description Whether it is in memory. One that nobody uses is on the disk only (settings `idle_seconds` and `max_runs`): its
-             *     `state_bytes` are 0, and an `open` or a request for more than this brings it back. With a journal it may then have
-             *     later steps than are told here, where it has not been in memory since the service was started.
+             * @description Whether it is in memory. One that nobody uses is on the disk only (settings `idle_seconds` and `max_runs`): an `open`
+             *     or a request for more than this brings it back. With a journal it may then have later steps than are told here,
+             *     where it has not been in memory since the service was started.
              */
             in_memory: boolean;
             /** @description Whether a connection writes to the run. */
             connected: boolean;
             /** @description How many parameters the run has. */
             parameters: number;
-            /** @description Bytes of its state on the device. */
+            /** @description Bytes of its state on the device; of one that is not in memory, those that it takes there. */
             state_bytes: number;
             /** @description The last step that a crash leaves. 0 without a data folder. */
             durable_step: number;

@@ -1,6 +1,7 @@
 import { Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { WIRE_DTYPES } from '../../kernels/dtype.js'
+import type { Principal } from '../access/principal.js'
 import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
@@ -107,7 +108,10 @@ function serviceHandlers({
     },
     getMetrics: async (_request, reply) =>
       reply.type(metrics.registry.contentType).send(await metrics.registry.metrics()),
-    getCapabilities: () => capabilities({ config, device, presets }),
+    getCapabilities: (request) => ({
+      ...capabilities({ config, device, presets }),
+      quotas: quotasOf(principalIn(request), runs),
+    }),
     getOpenapi: (_request, reply) => reply.type('application/yaml').send(contract.text),
   }
 }
@@ -162,9 +166,12 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
       const run = await runs.wake(params.run)
       return { receipts: run.receipts(query.after).map(receiptBody) }
     },
-    streamEvents: ({ params, headers }, reply) => {
-      const run = runs.get(params.run)
+    streamEvents: (request, reply) => {
+      const { params, headers } = request
+      const [run, principal] = [runs.get(params.run), principalIn(request)]
+      principal.checkConnections()
       events.open(run, reply, Number(headers['last-event-id'] ?? run.step))
+      reply.raw.once('close', principal.connect())
       return reply
     },
   }
@@ -227,17 +234,12 @@ function capabilities({
   config,
   device,
   presets,
-}: Pick<Services, 'config' | 'device' | 'presets'>): Schemas['Capabilities'] {
-  const { chunk_bytes, staging_bytes, max_runs, max_connections, max_parameters, receipts_kept, idle_seconds } = config
+}: Pick<Services, 'config' | 'device' | 'presets'>): Omit<Schemas['Capabilities'], 'quotas'> {
+  const { chunk_bytes, staging_bytes, max_runs, max_connections, max_bytes_per_second } = config
+  const { max_parameters, receipts_kept, idle_seconds } = config
   const limits = {
-    chunk_bytes,
-    staging_bytes,
-    state_bytes: device.stateBytesLimit,
-    max_runs,
-    max_connections,
-    max_parameters,
-    receipts_kept,
-    idle_seconds,
+    ...{ chunk_bytes, staging_bytes, state_bytes: device.stateBytesLimit, max_runs },
+    ...{ max_connections, max_bytes_per_second, max_parameters, receipts_kept, idle_seconds },
   }
   return {
     server: { name: 'muond', version: VERSION },
@@ -256,6 +258,20 @@ function capabilities({
       },
     ],
     limits,
+  }
+}
+
+/** What a principal has, and where its key has quotas, what it may have. */
+function quotasOf(principal: Principal, runs: Runs): Schemas['Capabilities']['quotas'] {
+  const { quotas, connections, rate } = principal
+  const usage = runs.quotas.usage(principal)
+  const row = (used: number, quota: number | undefined) => ({ used, ...(quota !== undefined && { quota }) })
+  return {
+    runs: row(usage.runs, quotas.runs),
+    parameters: row(usage.parameters, quotas.parameters),
+    state_bytes: row(usage.state_bytes, quotas.state_bytes),
+    connections: row(connections, quotas.connections),
+    bytes_per_second: row(rate.last(), quotas.bytes_per_second),
   }
 }
 
@@ -293,7 +309,7 @@ function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
 }
 
 function idleSummary({ groups: _, attentions: __, ...rest }: IdleRun): Schemas['RunSummary'] {
-  return { ...rest, in_memory: false, connected: false, state_bytes: 0 }
+  return { ...rest, in_memory: false, connected: false }
 }
 
 function idleBody(idle: IdleRun): Schemas['Run'] {

@@ -1,6 +1,8 @@
 import { constants } from 'node:buffer'
 import { isDeepStrictEqual } from 'node:util'
 import { isBlockDtype, tensorBytes } from '../../kernels/dtype.js'
+import type { Principal } from '../access/principal.js'
+import type { RunQuotas, RunSize } from '../access/quotas.js'
 import type { Config } from '../config.js'
 import type { Demand } from '../device/job.js'
 import { ServiceError } from '../errors.js'
@@ -8,6 +10,7 @@ import { planStep } from '../optimizer/algorithms/algorithm.js'
 import { attentionDifference, parseAttentions } from '../optimizer/attention.js'
 import { effective, type Group, type Groups, groupOf, show, stateBearing } from '../optimizer/hyperparameters.js'
 import {
+  allStateBytes,
   findingDifference,
   PARAMETERS_PER_YIELD,
   type Parameter,
@@ -17,7 +20,7 @@ import {
 import type { Presets } from '../optimizer/preset.js'
 import { parseGroups } from '../run/declaration.js'
 import type { Layout } from '../run/members/layout.js'
-import { memberId, type Seat } from '../run/members/member.js'
+import { type Connection, memberId, type Seat } from '../run/members/member.js'
 import { seatOf } from '../run/members/seat.js'
 import type { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
@@ -30,6 +33,40 @@ const { MAX_LENGTH } = constants
 
 /** A place in a run that nothing speaks against: the seat, and the layout that it is one of. */
 export type Place = { seat: Seat | undefined; layout: Layout }
+
+/** Every run: in memory, idle, and on the disk in another way. */
+type RunTable = {
+  list(): readonly Run[]
+  readonly idle: ReadonlyMap<string, RunSize>
+  readonly stored: ReadonlyMap<string, string>
+}
+
+/** Who opens a run; without a principal no quota holds. */
+export type Opener = { readonly connection: Connection; readonly principal: Principal | undefined }
+
+/**
+ * Counts a run that is about to be made against the quotas of its opener, until the function is called that this
+ * returns. Throws OVER_CAPACITY.
+ */
+export function reserve(quotas: RunQuotas, { principal }: Opener, size: RunSize): () => void {
+  return principal ? quotas.reserve(principal, size) : () => {}
+}
+
+/** Of a run on the disk that was not read yet nothing is known but its name. */
+export const UNKNOWN_SIZE = { parameters: 0, state_bytes: 0 } as const
+
+/** What a run takes once every parameter has taken a step. */
+export function sizeOf({ name, parameters }: { name: string; parameters: readonly Parameter[] }): RunSize {
+  return { name, parameters: parameters.length, state_bytes: allStateBytes(parameters) }
+}
+
+/** What all runs take. */
+export function* sizesOf(runs: RunTable): Generator<RunSize> {
+  for (const { name, parameters, fullStateBytes } of runs.list())
+    yield { name, parameters: parameters.length, state_bytes: fullStateBytes }
+  yield* runs.idle.values()
+  for (const name of runs.stored.keys()) yield { ...UNKNOWN_SIZE, name }
+}
 
 /**
  * Throws RUN_BUSY where a connection has the place in the run that an `open` asks for and it does not ask to replace

@@ -1,3 +1,5 @@
+import type { Principal } from '../access/principal.js'
+import { RunQuotas } from '../access/quotas.js'
 import type { Config } from '../config.js'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
@@ -17,7 +19,21 @@ import { Archive } from './archive.js'
 import type { IdleRun } from './idle.js'
 import type { Keeper, Log } from './keeper.js'
 import { type Kept, releaseKept } from './kept.js'
-import { checkFree, checkSame, checkSizes, demandsOf, findingPlace, isFresh, mayJoin, type Place } from './opening.js'
+import {
+  checkFree,
+  checkSame,
+  checkSizes,
+  demandsOf,
+  findingPlace,
+  isFresh,
+  mayJoin,
+  type Opener,
+  type Place,
+  reserve,
+  sizeOf,
+  sizesOf,
+  UNKNOWN_SIZE,
+} from './opening.js'
 import { pendingImport } from './receive-state.js'
 import { Residents } from './residents.js'
 import { Turns } from './turns.js'
@@ -51,6 +67,8 @@ export class Runs {
   /** The runs that a start is about to bring back. */
   readonly #starting = new Set<string>()
   readonly #turns = new Turns()
+  /** What runs take of the quotas of keys, also those on the disk. */
+  readonly quotas = new RunQuotas(() => sizesOf(this))
   readonly #imports = new Map<Run, Promise<unknown>>()
   readonly #closing = new AbortController()
 
@@ -102,14 +120,7 @@ export class Runs {
 
   /** Why a run cannot be had. */
   #notFound(name: string): ServiceError {
-    if (this.idle.has(name)) {
-      const remedy = 'an open brings it back, and so does reading its state'
-      return new ServiceError('RESTORING', `run '${name}' is idle and on the disk: ${remedy}`)
-    }
-    const problem = this.stored.get(name)
-    if (problem === '') return new ServiceError('RESTORING', `run '${name}' waits to be restored`)
-    if (problem) return new ServiceError('CHECKPOINT_UNREADABLE', problem)
-    return this.absent(name)
+    return this.#archive?.absent.notInMemory(name) ?? this.absent(name)
   }
 
   /** What is told of a run that does not exist, and of one that is not for whoever asks. */
@@ -151,10 +162,10 @@ export class Runs {
     return this.#restoring
   }
 
-  /** Opens a run for a connection. Calls for one name are served one after the other, in their order. */
-  open(frame: OpenFrame, connection: Connection): Promise<Opened> {
+  /** Opens a run for a connection, within the quotas of a principal. Calls for one name are served in their order. */
+  open(frame: OpenFrame, connection: Connection, principal?: Principal): Promise<Opened> {
     const names = frame.from ? [frame.run, frame.from.run] : [frame.run]
-    return this.#turns.takeAll(names, () => this.#open(frame, connection))
+    return this.#turns.takeAll(names, () => this.#open(frame, { connection, principal }))
   }
 
   /** Deletes a run with its state and checkpoints; its connection is closed. */
@@ -243,9 +254,7 @@ export class Runs {
   }
 
   /** Has what is not on the disk yet taken there, for a shutdown. */
-  async checkpoint(): Promise<void> {
-    await this.#archive?.checkpointAll()
-  }
+  checkpoint = async (): Promise<void> => this.#archive?.checkpointAll()
 
   /** When everything that was begun is on the disk. No run has a connection any more. */
   async close(): Promise<void> {
@@ -284,20 +293,20 @@ export class Runs {
     this.#log.info({ event: 'run_stays_on_disk', run: name })
   }
 
-  async #open(frame: OpenFrame, connection: Connection): Promise<Opened> {
+  async #open(frame: OpenFrame, opener: Opener): Promise<Opened> {
     const { run: name, mode, checkpoint, from } = frame
     refuseUnsupported(frame, this.#archive !== undefined)
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and opens no run')
     // The runs are not gone: a service that is started again has those that are on the disk.
     if (this.#device.failed) throw this.#deviceFailure()
-    if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, connection)
+    if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, opener.connection)
     if (this.has(name) && (from || (mode === 'create' && !mayJoin(this.#residents.get(name), frame))))
       throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
-    if (from) return this.#branch(frame, from, connection)
+    if (from) return this.#branch(frame, from, opener)
     const known = await this.#find(name)
     if (!known && mode === 'resume') this.get(name)
-    if (known) return this.#resume(known, frame, connection)
-    return this.#create(frame, connection)
+    if (known) return this.#resume(known, frame, opener.connection)
+    return this.#create(frame, opener)
   }
 
   async #find(name: string): Promise<Run | undefined> {
@@ -387,10 +396,11 @@ export class Runs {
     run.dispose()
   }
 
-  async #create(frame: OpenFrame, connection: Connection): Promise<Opened> {
+  async #create(frame: OpenFrame, opener: Opener): Promise<Opened> {
     const declaration = await inSlices(declarationOf(frame, this.#presets))
     let place: Place | undefined
-    const run = await this.#residents.place(async () => {
+    const release = reserve(this.quotas, opener, sizeOf({ name: frame.run, ...declaration }))
+    const make = async () => {
       const made = await this.build(frame.run, declaration)
       try {
         place = await inSlices(findingPlace(made, frame))
@@ -401,19 +411,26 @@ export class Runs {
         made.dispose()
         throw error
       }
-    })
-    return { run, member: await run.attach(connection, place?.seat, place?.layout), resumed: false }
+    }
+    const run = await this.#residents.place(make).finally(release)
+    return { run, member: await run.attach(opener.connection, place?.seat, place?.layout), resumed: false }
   }
 
   /** Makes a run that begins with the state of a checkpoint of another one, and goes on with its steps and digest. */
-  async #branch(frame: OpenFrame, from: Source, connection: Connection): Promise<Opened> {
+  async #branch(frame: OpenFrame, from: Source, opener: Opener): Promise<Opened> {
     const archive = this.#archive
     if (!archive || !this.has(from.run)) throw this.#notFound(from.run)
-    const run = await this.#residents.place(() =>
-      archive.branch(frame.run, from, (made) => checkSame(made, frame, this.#presets)),
-    )
+    // Before others make room for it. Of a source that was not read yet the size is known once the run is made.
+    const source = [...sizesOf(this)].find(({ name }) => name === from.run)
+    let release = reserve(this.quotas, opener, { ...UNKNOWN_SIZE, ...source, name: frame.run })
+    const check = (made: Run) => {
+      release()
+      release = reserve(this.quotas, opener, sizeOf(made))
+      return checkSame(made, frame, this.#presets)
+    }
+    const run = await this.#residents.place(() => archive.branch(frame.run, from, check)).finally(() => release())
     const { seat, layout } = await inSlices(findingPlace(run, frame))
-    return { run, member: await run.attach(connection, seat, layout), resumed: false }
+    return { run, member: await run.attach(opener.connection, seat, layout), resumed: false }
   }
 
   #expelAll(): void {

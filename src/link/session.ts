@@ -3,6 +3,7 @@ import type { Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
 import type { RawData, WebSocket } from 'ws'
 import type { Principal } from '../access/principal.js'
+import type { Rate } from '../access/rate.js'
 import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
@@ -15,6 +16,7 @@ import type { CheckpointFrame, ClientFrame, EndFrame, MemberStatus, OpenFrame, T
 import { Answers, type Joined, type Means } from './answers.js'
 import { Ends } from './ends.js'
 import { Window } from './pace.js'
+import { Pauses } from './pauses.js'
 import { checkOpening } from './permission.js'
 import { Reception } from './reception.js'
 import { agree, type SharedArenas } from './transport.js'
@@ -33,6 +35,8 @@ export type SessionContext = Means & {
   local: boolean
   /** Whose key the connection was opened with. */
   principal: Principal
+  /** Of the bytes that all streams send. */
+  rate: Rate
 }
 
 // A peer that was told to go gets this long to take the last frames before its socket is cut: with up to 32 MiB before
@@ -40,9 +44,6 @@ export type SessionContext = Means & {
 const GRACE_MS = 10_000
 // What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
 const UNREAD_BYTES = 32 << 20
-
-/** A frame has to wait for something; small frames come too fast; a large message finds no room. */
-type PauseReason = 'frames' | 'small' | 'room'
 
 /** One connection: it takes frames in their order, and ends when it should. */
 export class Session implements Connection, GradientSink {
@@ -70,13 +71,13 @@ export class Session implements Connection, GradientSink {
   readonly #window: Window
   readonly #small: SmallFrames
   readonly #room: Claim
-  /** Why the socket is not read. */
-  readonly #paused = new Set<PauseReason>()
+  readonly #pauses: Pauses
   #timer: NodeJS.Timeout
 
   constructor(socket: WebSocket, context: SessionContext) {
     this.#socket = socket
     this.#context = context
+    this.#pauses = new Pauses(socket)
     this.#sender = new Sender(socket)
     this.#answers = new Answers(context, this.#sender, (error) => this.#report(error))
     this.#reception = new Reception(context, {
@@ -90,22 +91,21 @@ export class Session implements Connection, GradientSink {
     const [sender, answers, gone] = [this.#sender, this.#answers, this.#gone.signal]
     this.#ends = new Ends({ sender, answers, gone, report: (error) => this.#report(error) })
     this.#window = new Window(context.config)
-    this.#small = new SmallFrames(socket, () => this.#slowDown())
+    this.#small = new SmallFrames(socket, () => this.#slowDown('small', () => this.#small.wait))
     this.#room = context.intake.enter({
       socket,
       stream: context.stream,
       isMember: () => this.#joined !== undefined,
-      wait: () => this.#pause('room'),
-      goOn: () => this.#resume('room'),
+      wait: () => this.#pauses.begin('room'),
+      goOn: () => this.#pauses.end('room'),
     })
     if (this.#inPlace) this.#inPlace.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
-    socket.once(
-      'close',
-      context.principal.use(() => this.#checkAccess()),
-    )
+    const { principal } = context
+    const uses = [principal.connect(), principal.use(() => this.#checkAccess())]
+    for (const release of uses) socket.once('close', release)
     const { send_timeout_seconds, open_timeout_seconds } = context.config
     this.#timer = setInterval(() => this.#checkProgress(), Math.min(send_timeout_seconds, open_timeout_seconds) * 250)
     this.#timer.unref()
@@ -140,6 +140,7 @@ export class Session implements Connection, GradientSink {
   }
 
   received(head: GradientHead): void {
+    this.#spend(head.dataLength)
     this.#reception.received(head)
   }
 
@@ -152,6 +153,7 @@ export class Session implements Connection, GradientSink {
     this.#room.arrived()
     if (this.#leaving) return this.#room.handled(false)
     assert(Buffer.isBuffer(data), 'ws gives a Buffer in its default mode; fragments were joined by it')
+    this.#spend(data.length)
     this.#inbox.push({ bytes: data, binary })
     if (!this.#pumping) void this.#pump()
   }
@@ -167,7 +169,7 @@ export class Session implements Connection, GradientSink {
       try {
         const waits = this.#handle(message.bytes, message.binary)
         if (waits === undefined && performance.now() < this.#sliceEnd) continue
-        this.#pause('frames')
+        this.#pauses.begin('frames')
         await (waits ?? turn())
       } catch (error) {
         isRefused = this.#joined === undefined
@@ -177,7 +179,12 @@ export class Session implements Connection, GradientSink {
       }
     }
     this.#pumping = false
-    this.#resume('frames')
+    this.#pauses.end('frames')
+  }
+
+  /** Does not read a connection that sends more than it may until it has waited for long enough. */
+  #slowDown(reason: 'small' | 'rate', wait: () => number): void {
+    if (!this.#leaving) this.#pauses.until(reason, wait)
   }
 
   /**
@@ -194,26 +201,12 @@ export class Session implements Connection, GradientSink {
     return this.#slice
   }
 
-  #pause(reason: PauseReason): void {
-    this.#paused.add(reason)
-    this.#socket.pause()
-  }
-
-  #resume(reason: PauseReason): void {
-    this.#paused.delete(reason)
-    if (this.#paused.size === 0) this.#socket.resume()
-  }
-
-  /** Does not read a connection that sends more small frames than it may until it has waited for long enough. */
-  #slowDown(): void {
-    if (this.#paused.has('small') || this.#leaving) return
-    this.#pause('small')
-    const goOn = () => {
-      const { wait } = this.#small
-      if (wait > 0) setTimeout(goOn, wait).unref()
-      else this.#resume('small')
-    }
-    setTimeout(goOn, this.#small.wait).unref()
+  /** Counts what has come against the bytes a second of its key, and of all. */
+  #spend(bytes: number): void {
+    const rates = [this.#context.principal.rate, this.#context.rate]
+    for (const rate of rates) rate.spend(bytes)
+    const wait = () => Math.max(...rates.map((rate) => rate.wait()))
+    if (wait() > 0) this.#slowDown('rate', wait)
   }
 
   #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {
@@ -269,7 +262,7 @@ export class Session implements Connection, GradientSink {
       throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#joined.run.name}' already`)
     const { config, device, log, principal } = this.#context
     checkOpening(principal, this.#context.runs, frame)
-    const { run, member, resumed } = await this.#context.runs.open(frame, this)
+    const { run, member, resumed } = await this.#context.runs.open(frame, this, principal)
     if (this.#leaving) return run.intake.detach(member)
     this.#joined = { run, member }
     const { name, epoch, step } = run
@@ -416,7 +409,11 @@ export class Session implements Connection, GradientSink {
   #checkProgress(): void {
     const now = performance.now()
     const { stream, config } = this.#context
-    const since = Math.min(this.#reception.startedAt ?? Infinity, this.#sender.busySince ?? Infinity)
+    // Whoever is made to wait is not slow.
+    const isHeld = this.#pauses.has('rate')
+    const since = isHeld
+      ? Infinity
+      : Math.min(this.#reception.startedAt ?? Infinity, this.#sender.busySince ?? Infinity)
     // A client may send a whole step before it reads: both directions count.
     const refusal = this.#window.check(now, {
       since,
@@ -426,7 +423,7 @@ export class Session implements Connection, GradientSink {
     const { open_timeout_seconds } = config
     if (this.#joined || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
     const message = `nothing was opened within ${open_timeout_seconds} seconds`
-    if (!this.#paused.has('room')) return this.#report(new ServiceError('FRAME_UNEXPECTED', message))
+    if (!this.#pauses.has('room')) return this.#report(new ServiceError('FRAME_UNEXPECTED', message))
     const wait = `${message}: a message of ${this.#room.wanted} bytes has waited for others`
     this.#report(new ServiceError('OVERLOADED', wait, { retry_after_seconds: 1 }))
   }

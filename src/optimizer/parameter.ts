@@ -71,6 +71,11 @@ export function stateBytes(parameter: Parameter): number {
   return parameter.state.reduce((sum, { bytes }) => sum + bytes, 0)
 }
 
+/** Bytes of state that all of them have from their first step on. */
+export function allStateBytes(parameters: readonly Parameter[]): number {
+  return parameters.reduce((sum, parameter) => sum + stateBytes(parameter), 0)
+}
+
 /**
  * The first difference between a run's parameters and a resuming client's; undefined where they are the same. Yields
  * from time to time.

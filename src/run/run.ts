@@ -144,6 +144,11 @@ export class Run extends EventEmitter<RunEvents> {
     return this.intake.members.idleSince
   }
 
+  /** Bytes of state that it has once every parameter has taken a step. */
+  get fullStateBytes(): number {
+    return this.#shard.fullStateBytes
+  }
+
   /** Bytes of state that are live. */
   get stateBytes(): number {
     return this.#shard.stateBytes

@@ -4,7 +4,7 @@ import type { Tensor } from '../device/memory.js'
 import type { RunStaging } from '../device/run-staging.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
-import type { Parameter } from '../optimizer/parameter.js'
+import { allStateBytes, type Parameter } from '../optimizer/parameter.js'
 import { type Claims, claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
 import type { AppliedRecord, PlaceRecord } from '../store/checkpoint/manifest.js'
 import type { StepRecord } from './digest.js'
@@ -32,6 +32,8 @@ export class Shard {
   readonly staging: RunStaging
   readonly attentions: readonly Attention[]
   readonly parameters: readonly Parameter[]
+  /** Bytes of state that they have once every parameter has taken a step. */
+  readonly fullStateBytes: number
   readonly #run: string
   readonly #device: Device
   readonly #places: readonly Place[]
@@ -43,6 +45,7 @@ export class Shard {
     this.grant = grant
     this.staging = device.stagingOf(grant)
     this.parameters = parameters
+    this.fullStateBytes = allStateBytes(parameters)
     this.attentions = attentions
     this.#claims = claimsByParameter(attentions)
     const plans = new Plans()

@@ -16,7 +16,7 @@ async function keys(...argv: string[]) {
 t.test('add makes a key, prints it once, and its file has the hash only', async (t) => {
   const file = join(t.testdir({}), 'keys.yaml')
   const first = await keys('add', 'alice', '--file', file, '--runs', 'alice-', '--scopes', 'step,read')
-  const second = await keys('add', 'root', '--file', file)
+  const second = await keys('add', 'root', '--file', file, '--quotas', 'runs=4,bytes_per_second=2000000')
   t.match(first, {
     printed: /^muond_[A-Za-z0-9_-]{43}$/,
     shown: `alice: step, read; runs named alice-…. The key is shown this once: ${file} has its SHA-256.\n`,
@@ -34,9 +34,9 @@ t.test('add makes a key, prints it once, and its file has the hash only', async 
   t.equal(known.find(`${first.printed}x`), undefined)
   t.same(await keys('list', '--file', file), {
     printed: [
-      'key    scopes                  runs',
+      'key    scopes                  runs     quotas',
       'alice  step, read              alice-…',
-      'root   step, read, checkpoint  all',
+      'root   step, read, checkpoint  all      runs 4, bytes_per_second 2000000',
     ].join('\n'),
     shown: '',
   })
@@ -78,6 +78,8 @@ t.test('what cannot be is one line, and changes nothing', async (t) => {
     [['add', 'b c', '--file', file], /keys\[1\]\.name is "b c", expected 1 to 64/],
     [['add', 'b', '--file', file, '--scopes', 'step,write'], /scopes\[1\] is "write", expected "step" or "read" or/],
     [['add', 'b', '--file', file, '--runs', 'team1'], /runs is "team1", expected the beginning of run names, with/],
+    [['add', 'b', '--file', file, '--quotas', 'runs=many'], /quotas\.runs is "many", expected a count above 0/],
+    [['add', 'b', '--file', file, '--quotas', 'runs'], /quotas\.runs is "", expected a count above 0/],
     [['remove', 'b', '--file', file], /has no key 'b', but a$/],
     [['add', 'b', '--file', join(file, 'c')], /cannot be written: ENOTDIR/],
     [['add', 'b', '--file', join(file, '..')], /cannot be read: EISDIR/],

@@ -98,7 +98,15 @@ t.test('capabilities are the settings, the tables and the device', async (t) => 
     protocols: [1],
     dtypes: ['float32', 'bfloat16', 'float16', 'int8_block256', 'int4_block64'],
     devices: [{ name: 'cpu', kind: 'cpu', onnxruntime: device.backend.version, lanes: 1 }],
-    limits: { max_runs: 7, chunk_bytes: 1000, state_bytes: 123_456, staging_bytes: 2 ** 20, max_connections: 256 },
+    limits: {
+      max_runs: 7,
+      chunk_bytes: 1000,
+      state_bytes: 123_456,
+      staging_bytes: 2 ** 20,
+      max_connections: 256,
+      max_bytes_per_second: 0,
+    },
+    quotas: { runs: { used: 0 }, parameters: { used: 0 }, state_bytes: { used: 0 }, connections: { used: 0 } },
   })
   t.same(Object.keys(capabilities.algorithms), ['muon', 'adamw', 'adam', 'rmsprop', 'sgd', 'muonclip'])
   t.match(capabilities.algorithms.muon.momentum, { default: 0.95, sticky: true })

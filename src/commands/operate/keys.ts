@@ -9,7 +9,7 @@ import { FILE_MODE, replaceFile } from '../../store/durable.js'
 import { tableLines } from '../../text-table.js'
 import type { Terminal } from '../progress.js'
 
-const HELP = `muond keys add NAME --file FILE [--scopes LIST] [--runs PREFIX]
+const HELP = `muond keys add NAME --file FILE [--scopes LIST] [--runs PREFIX] [--quotas LIST]
 muond keys remove NAME --file FILE
 muond keys list --file FILE
 
@@ -29,6 +29,8 @@ of keys that are gone.
   --scopes LIST  Comma-separated; default step,read,checkpoint: a trainer's
   --runs PREFIX  The beginning of the names of its runs, with a '.', '_' or
                  '-' at its end; without it all runs are the key's
+  --quotas LIST  Comma-separated, such as runs=4,state_bytes=8000000000; also
+                 parameters, connections and bytes_per_second
   --help         Prints this`
 
 /** What a trainer takes. */
@@ -45,7 +47,7 @@ export async function keysCommand(
   env: Environment,
   { terminal }: { terminal: Terminal },
 ): Promise<string | undefined> {
-  const types = { file: 'string', scopes: 'string', runs: 'string', help: 'boolean' } as const
+  const types = { file: 'string', scopes: 'string', runs: 'string', quotas: 'string', help: 'boolean' } as const
   const { values, positionals } = readArguments(argv, types)
   if (values.help) return HELP
   const [verb, name, ...more] = positionals
@@ -56,26 +58,39 @@ export async function keysCommand(
   if (file === '') throw new ConfigError('--file is missing: the file that has the keys, or MUOND_KEYS_FILE')
   if (verb === 'list') return tableOf(readKeyFile(file))
   if (verb === 'remove') return remove(file, String(name))
-  const { scopes = TRAINER, runs } = values
-  const record = { name: String(name), scopes: String(scopes).split(','), ...(runs !== undefined && { runs }) }
-  return add(file, record, terminal)
+  const { scopes = TRAINER, runs, quotas } = values
+  const given = {
+    ...{ name: String(name), scopes: String(scopes).split(',') },
+    ...(runs !== undefined && { runs }),
+    ...(quotas !== undefined && { quotas: quotasIn(String(quotas)) }),
+  }
+  return add(file, given, terminal)
 }
 
 async function add(
   file: string,
-  { name, scopes, runs }: { name: string; scopes: string[]; runs?: unknown },
+  { name, scopes, ...rest }: { name: string; scopes: string[]; runs?: unknown; quotas?: object },
   terminal: Terminal,
 ): Promise<string> {
   const key = newKey()
   await edit(file, (document, records) => {
-    const entry = document.createNode({ name, sha256: hashOf(key), scopes, ...(runs !== undefined && { runs }) })
+    const entry = document.createNode({ name, sha256: hashOf(key), scopes, ...rest })
     entry.setIn(['scopes'], document.createNode(scopes, { flow: true }))
     if (records.length === 0) document.setIn(['keys'], [entry])
     else document.addIn(['keys'], entry)
   })
-  const whose = runs === undefined ? 'all runs' : `runs named ${runs}…`
+  const whose = rest.runs === undefined ? 'all runs' : `runs named ${rest.runs}…`
   terminal.write(`${name}: ${scopes.join(', ')}; ${whose}. The key is shown this once: ${file} has its SHA-256.\n`)
   return key
+}
+
+/** `runs=4,connections=2` as a map; what the values and names may be the file's rule says. */
+function quotasIn(list: string): Record<string, unknown> {
+  const entries = list.split(',').map((entry) => {
+    const [name, value = ''] = entry.split('=')
+    return [name, /^\d+$/.test(value) ? Number(value) : value]
+  })
+  return Object.fromEntries(entries)
 }
 
 async function remove(file: string, name: string): Promise<undefined> {
@@ -115,10 +130,14 @@ function textOf(file: string): string {
 }
 
 function tableOf(records: readonly KeyRecord[]): string {
-  const rows = records.map(({ name, scopes, runs }) => [
+  const rows = records.map(({ name, scopes, runs, quotas = {} }) => [
     name,
     SCOPES.filter((scope) => scopes.includes(scope)).join(', '),
     runs === undefined ? 'all' : `${runs}…`,
+    Object.entries(quotas)
+      .map(([kind, most]) => `${kind} ${most}`)
+      .join(', '),
   ])
-  return tableLines({ head: ['key', 'scopes', 'runs'], align: ['left', 'left', 'left'], rows }).join('\n')
+  const head = ['key', 'scopes', 'runs', 'quotas']
+  return tableLines({ head, align: ['left', 'left', 'left', 'left'], rows }).join('\n')
 }
