@@ -18,12 +18,13 @@ import { Device } from './device/device.js'
 import { ServiceError } from './errors.js'
 import { type Access, authenticator, chooseSubprotocol } from './http/auth.js'
 import { type Endpoint, endpointsOf, readContract } from './http/contract.js'
-import { docs } from './http/docs.js'
 import { Events } from './http/events.js'
 import { type LocalSocket, listenLocally } from './http/local-socket.js'
-import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
+import { type AnyHandler, createHandlers, type Page, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
+import { docs } from './http/pages/docs.js'
+import { ui } from './http/pages/ui.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { StateReaders } from './http/readers.js'
 import { limitSockets } from './http/sockets.js'
@@ -154,6 +155,7 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   app.addHook('onClose', () => close(services))
   answerProblems(app, metrics)
   await app.register((scope) => docs(scope, contract))
+  await app.register(ui)
   await app.register((scope) => registerOperations(scope, services))
   await app.ready()
   return app
@@ -226,8 +228,7 @@ async function registerOperations(scope: FastifyInstance, services: AppServices)
   const handlers: Readonly<Record<string, AnyHandler>> = createHandlers(services)
   takeStreams(scope)
   const endpoints = endpointsOf(services.contract)
-  // The plugin of `/docs` serves that operation.
-  for (const endpoint of endpoints.filter(({ id }) => id !== 'getDocs'))
+  for (const endpoint of endpoints.filter(({ id }) => !PAGES.has(id)))
     scope.route(routeOf(endpoint, handlers[endpoint.id], services))
   for (const url of new Set(endpoints.map(({ url }) => url))) refuseOtherMethods(scope, url)
 }
@@ -242,6 +243,9 @@ function routeOf(endpoint: Endpoint, handler: AnyHandler | undefined, services: 
   const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, services)
   return { ...route, config: { ...config, upgradable: true }, onRequest, wsHandler, exposeHeadRoute: false }
 }
+
+/** Operations that the plugins of these pages serve. */
+const PAGES: ReadonlySet<string> = new Set<Page>(['getDocs', 'getUi'])
 
 /** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
 const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])

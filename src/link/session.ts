@@ -6,6 +6,7 @@ import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
+import type { Refusal } from '../run/history.js'
 import type { Run } from '../run/run.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
 import type { Connection } from '../run/step/member.js'
@@ -341,6 +342,7 @@ export class Session implements Connection, GradientSink {
     if (known !== error) log.error({ event: 'internal_error', err: error })
     else log.info({ event: 'refused', code: known.code, reason: known.message, run: this.#joined?.run.name })
     metrics.errors_total.inc({ code: known.code })
+    this.#joined?.run.refused(refusalOf(known, this.#joined.member))
     if (known.close !== undefined) this.#sender.drop()
     this.#send(errorFrame(known))
     if (known.close !== undefined) this.#leave(known.close, known.code)
@@ -414,6 +416,11 @@ export class Session implements Connection, GradientSink {
     const wait = `${message}: a message of ${this.#room.wanted} bytes has waited for others`
     this.#report(new ServiceError('OVERLOADED', wait, { retry_after_seconds: 1 }))
   }
+}
+
+function refusalOf({ code, message, fields: { parameter, step } }: ServiceError, { rank }: Joined['member']): Refusal {
+  const where = { ...(parameter !== undefined && { parameter }), ...(step !== undefined && { step }) }
+  return { at: new Date().toISOString(), rank, code, message, ...where }
 }
 
 function errorFrame(error: ServiceError) {

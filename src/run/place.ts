@@ -21,7 +21,14 @@ export type PlaceRow = {
   step: number
   record: DigestRecord | undefined
   state_bytes: number
+  last: LastStep | undefined
 }
+
+/**
+ * L2 norm of the gradient that a parameter was last applied with, after gradient_scale, and root of the mean square of
+ * its update's elements.
+ */
+export type LastStep = { gradient_norm: number; update_rms: number }
 
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {
@@ -52,6 +59,10 @@ export class Place {
   appliedStep = 0
   record: DigestRecord | undefined
   gradientSquare = 0
+  /**
+   * Root of the mean square of the last update's elements; undefined where this process has not computed that update.
+   */
+  updateRms: number | undefined
   /** Whether another kind of device computed the last step: its update has other bits here. */
   #elsewhere = false
   readonly #device: Device
@@ -70,6 +81,12 @@ export class Place {
   /** Its state; undefined before its first step, when all of it is zero. */
   get tensors(): readonly Tensor[] | undefined {
     return this.#tensors
+  }
+
+  /** Undefined where this process has not computed the last step of the parameter. */
+  get last(): LastStep | undefined {
+    const { gradientSquare, updateRms } = this
+    return updateRms === undefined ? undefined : { gradient_norm: Math.sqrt(gradientSquare), update_rms: updateRms }
   }
 
   get stateBytes(): number {
@@ -100,6 +117,7 @@ export class Place {
     this.count = kept.count
     this.appliedStep = kept.applied_step
     this.gradientSquare = kept.gradient_square
+    this.updateRms = undefined
     this.record = kept.last && appliedOf(kept.last)
     this.#elsewhere = elsewhere
   }
@@ -171,7 +189,7 @@ export class Place {
       scale: plan.scale,
       decay: plan.decay,
       gradient_norm: Math.sqrt(result.gradientSquare) * Math.abs(settings.gradient_scale),
-      update_rms: plan.rms_factor * Math.sqrt(result.updateSquare / this.parameter.elements),
+      update_rms: this.#rms(plan, result),
     }
   }
 
@@ -222,6 +240,10 @@ export class Place {
     )
   }
 
+  #rms({ rms_factor }: Plan, { updateSquare }: JobResult): number {
+    return rms_factor * Math.sqrt(updateSquare / this.parameter.elements)
+  }
+
   #commit(step: Step, { plan, result, next }: { plan: Plan; result: JobResult; next: Tensor[] }): void {
     const { gradient_scale } = step.settings
     step.apply(this.parameter.index)
@@ -230,6 +252,7 @@ export class Place {
     this.count += 1
     this.appliedStep = step.number
     this.gradientSquare = result.gradientSquare * gradient_scale ** 2
+    this.updateRms = this.#rms(plan, result)
     const { gradientFingerprint, updateFingerprint } = result
     this.record = { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay }
     this.#elsewhere = false

@@ -3,7 +3,7 @@ import { isDeepStrictEqual } from 'node:util'
 import { ServiceError } from '../../errors.js'
 import { type Groups, updateGroup } from '../../optimizer/hyperparameters.js'
 import { isWithin, largestLogits, type MaxLogits } from '../../optimizer/qk-clip.js'
-import type { StepSeconds } from '../../wire/frame.js'
+import { StepClock } from './clock.js'
 import type { Member } from './member.js'
 
 /** The values of a `step` frame with its defaults filled in: two frames that mean the same compare equal. */
@@ -15,9 +15,6 @@ export type StepValues = {
 
 /** A step's hyperparameters: `frame` has the values that the client sent for it, `groups` all that are in force. */
 export type StepSettings = { frame: StepValues; groups: Groups; gradient_scale: number }
-
-/** Seconds that a step has spent in each phase, summed over its parameters. */
-export type Seconds = { -readonly [Phase in keyof StepSeconds]: number }
 
 /**
  * How far a step has come:
@@ -40,6 +37,7 @@ const NO_VALUES: StepValues = { groups: {}, gradient_scale: 1, max_logits: NO_LO
  */
 export class Step {
   readonly number: number
+  readonly clock = new StepClock()
   #state: StepState = 'untouched'
   #settings: StepSettings
   /** In force when the step began. */
@@ -54,7 +52,6 @@ export class Step {
   readonly #said = new Map<number, MaxLogits | undefined>()
   /** Members whose newest `step` frame was refused. A lost member is forgotten with its connection. */
   readonly #refused = new WeakSet<Member>()
-  readonly #seconds: Seconds = { receive: 0, queue: 0, compute: 0, send: 0 }
   #next: Step | undefined
 
   /** `groups` are in force unless the `step` frame changes them. */
@@ -91,10 +88,6 @@ export class Step {
 
   hasApplied(index: number): boolean {
     return this.#applied.has(index)
-  }
-
-  get seconds(): Readonly<Seconds> {
-    return this.#seconds
   }
 
   /** Whether the step is more than announced: it can only be ended now, not forgotten. */
@@ -210,9 +203,9 @@ export class Step {
   }
 
   /** Adds to the time spent in a phase. The time of a replay counts for the step that it has delayed. */
-  spend(phase: keyof Seconds, seconds: number): void {
-    const step = this.#next ?? this
-    step.#seconds[phase] += seconds
+  spend(...spent: Parameters<StepClock['spend']>): void {
+    const { clock } = this.#next ?? this
+    clock.spend(...spent)
   }
 
   /** Has `commit` write the step; where that fails the step is where it was, and may be ended again. */
@@ -261,6 +254,7 @@ export class Step {
 
   #say(rank: number, max_logits: MaxLogits | undefined): void {
     this.#said.set(rank, max_logits)
+    this.clock.begin()
     if (this.#state === 'untouched') this.#state = 'announced'
     if (this.#state === 'announced') this.#combine()
   }
