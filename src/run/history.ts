@@ -27,9 +27,9 @@ export type Refusal = {
 }
 
 /**
- * Events of a run: each finished step with its receipt and what was measured of it, the seconds that the journal took to
- * write a step and those that members waited for each other, a member that came or went, an error that one was told,
- * and the end, when the run leaves memory.
+ * Events of a run: each finished step with its receipt and what was measured of it, the seconds that the journal took
+ * to write a step and those that members waited for each other, a member that came or went, an error that one was
+ * told, and the end, when the run leaves memory.
  */
 export type RunEvents = {
   receipt: [Receipt, Measured, Step]
