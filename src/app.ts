@@ -33,7 +33,7 @@ import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
 import { Intake } from './link/websocket/intake.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
-import { createMetrics, type Metrics } from './metrics.js'
+import { createMetrics, type Metrics, type RunPulse } from './metrics.js'
 import type { Run } from './run/run.js'
 import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
@@ -125,7 +125,7 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   const { config, metrics, contract } = services
   const app = fastify({
     ...(logger ? { loggerInstance: logger } : {}),
-    // logRequest logs requests as events.
+    // recordRequest logs requests as events.
     logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: MAX_BODY_BYTES,
     // While the server closes, requests on open connections are answered like any other, as problem documents.
@@ -151,7 +151,7 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
     'onSend',
     limitAnswer(config, ({ code }) => metrics.errors_total.inc({ code })),
   )
-  app.addHook('onResponse', logRequest)
+  app.addHook('onResponse', (request, reply) => recordRequest(request, reply, metrics))
   app.addHook('onClose', () => close(services))
   answerProblems(app, metrics)
   await app.register((scope) => docs(scope, contract))
@@ -161,7 +161,8 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   return app
 }
 
-function observe({ server }: FastifyInstance, { device, runs, metrics, streams, intake }: AppServices): void {
+function observe({ server }: FastifyInstance, services: AppServices): void {
+  const { config, device, runs, metrics, streams, intake } = services
   metrics.observe({
     sockets: promisify(server.getConnections).bind(server),
     unfinished_bytes: () => intake.bytes,
@@ -174,8 +175,27 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
     runs: () => runs.list().length,
     connections: () => streams.size,
     members: () => runs.list().reduce((sum, run) => sum + membersOf(run), 0),
+    limits: {
+      runs: config.max_runs,
+      connections: config.max_connections,
+      sockets: config.max_sockets,
+      state_bytes: device.stateBytesLimit,
+      unfinished_bytes: config.unfinished_bytes,
+    },
+    pulses: config.run_metrics ? () => runs.list().map(pulseOf) : undefined,
     build: { version: VERSION, onnxruntime: device.backend.version, device: device.backend.name },
   })
+}
+
+function pulseOf({ name: run, step, connected, pace, last }: Run): RunPulse {
+  return {
+    ...{ run, step, connected },
+    last_step_timestamp_seconds: pace && Date.parse(pace.last_step_at) / 1000,
+    step_seconds: pace?.step_seconds,
+    gradient_norm: last?.receipt.gradient_norm,
+    update_rms: last?.measured?.update_rms,
+    max_logit: last?.receipt.max_logit,
+  }
 }
 
 function membersOf({ intake: { members } }: Run): number {
@@ -236,7 +256,7 @@ async function registerOperations(scope: FastifyInstance, services: AppServices)
 function routeOf(endpoint: Endpoint, handler: AnyHandler | undefined, services: AppServices): RouteOptions {
   const { id, method, url, schema } = endpoint
   assert(handler, `operation ${id} has no handler`)
-  const config = { access: accessOf(endpoint), streamed: id === 'putState' }
+  const config = { access: accessOf(endpoint), streamed: id === 'putState', endless: id === 'streamEvents' }
   const route: RouteOptions = { method, url, schema, handler, config, exposeHeadRoute: !STREAMED.has(id) }
   if (id !== 'openStream') return route
   const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
@@ -358,13 +378,11 @@ async function closed(sockets: readonly WebSocket[], milliseconds: number): Prom
   timer.abort()
 }
 
-async function logRequest(request: FastifyRequest, reply: FastifyReply): Promise<void> {
-  const { method, url } = request.routeOptions
-  request.log.debug({
-    event: 'request',
-    method,
-    route: url,
-    status: reply.statusCode,
-    seconds: reply.elapsedTime / 1000,
-  })
+async function recordRequest(request: FastifyRequest, reply: FastifyReply, metrics: Metrics): Promise<void> {
+  const { method } = request
+  const { url: route = 'none', config } = request.routeOptions
+  const { statusCode: status } = reply
+  const seconds = reply.elapsedTime / 1000
+  request.log.debug({ event: 'request', method, route, status, seconds })
+  if (!config.endless && !request.ws) metrics.http_request_seconds.observe({ method, route, status }, seconds)
 }

@@ -118,6 +118,7 @@ export const SETTINGS = {
   read_keys: keys('Comma-separated bearer keys that may only read.'),
   api_keys_file: text('', 'File with more api_keys: one a line.'),
   read_keys_file: text('', 'File with more read_keys: one a line.'),
+  run_metrics: flag('Series of their own in /metrics for each run in memory, with its name as a label.'),
   log_level: text('info', 'Least severe events to log.', {
     enum: LOG_LEVELS,
     expected: `be one of ${LOG_LEVELS.join(', ')}`,

@@ -112,6 +112,7 @@ export class Session implements Connection, GradientSink {
   }
 
   fence(): void {
+    this.#context.metrics.takeovers_total.inc()
     this.#leave(4409, 'another connection has taken the run over')
   }
 

@@ -96,9 +96,14 @@ export class History {
     this.#limits = limits
   }
 
+  /** The last finished step; undefined before the first one. */
+  get newest(): Finished | undefined {
+    return this.#receipts.at(-1)
+  }
+
   /** The receipt of the last finished step. */
   get last(): Receipt | undefined {
-    return this.#receipts.at(-1)?.receipt
+    return this.newest?.receipt
   }
 
   /** Of the last finished step itself. */

@@ -164,7 +164,10 @@ t.test('memory that a service has taken and does not see any more is offered no 
   const run = await client.open({ run: 'r', parameters: PARAMETERS })
   t.equal(run.transport, 'shm')
   run.gradientView(0).fill(1)
-  for (const expected of [[true, true, false], [true, true, false, false]]) {
+  for (const expected of [
+    [true, true, false],
+    [true, true, false, false],
+  ]) {
     await run.reopen()
     t.same(offers, expected)
     t.equal(run.transport, 'websocket')
