@@ -44,9 +44,9 @@ export class StateReaders {
    * Keeps memory beside that of the runs, which tensors of a run may take when it has gone on; the answer gives it
    * back. Throws OVER_CAPACITY.
    */
-  keep(run: Run, tensors: readonly { tensor: { unit: number; bytes: number } }[]): Grant {
+  keep(run: Run, tensors: readonly { unit: number; bytes: number }[]): Grant {
     const needed = run.grant.bytes.map(() => 0)
-    for (const { tensor } of tensors) needed[tensor.unit] += tensor.bytes
+    for (const { unit, bytes } of tensors) needed[unit] += bytes
     return this.#device.reserve(needed, `a reader of the state of run '${run.name}'`)
   }
 

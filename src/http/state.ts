@@ -91,7 +91,10 @@ function holdParameter(
   const leave = readers.enter(run)
   const held = run.stateTensors(index)
   try {
-    const grant = readers.keep(run, held)
+    const grant = readers.keep(
+      run,
+      held.map(({ tensor }) => tensor),
+    )
     const giveBack = () => {
       release(device, held)
       device.dismiss(grant)

@@ -65,6 +65,8 @@ export class Session implements Connection, GradientSink {
   #isOpened = false
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
+  /** Of the present turn of the event loop; undefined where it has brought no frame yet. */
+  #slice: number | undefined
   #leaving = false
   #draining = false
   readonly #connectedAt = performance.now()
@@ -158,12 +160,11 @@ export class Session implements Connection, GradientSink {
    */
   async #pump(): Promise<void> {
     this.#pumping = true
-    let until = sliceEnd()
     for (let message = this.#inbox.shift(); message && !this.#leaving; message = this.#inbox.shift()) {
       let isRefused = false
       try {
         const waits = this.#handle(message.bytes, message.binary)
-        if (waits === undefined && performance.now() < until) continue
+        if (waits === undefined && performance.now() < this.#sliceEnd) continue
         this.#pause('frames')
         await (waits ?? turn())
       } catch (error) {
@@ -172,10 +173,23 @@ export class Session implements Connection, GradientSink {
       } finally {
         this.#room.handled(isRefused)
       }
-      until = sliceEnd()
     }
     this.#pumping = false
     this.#resume('frames')
+  }
+
+  /**
+   * When this connection has had enough of the present turn of the event loop, by performance.now(). One turn may bring
+   * many reads, each of many frames.
+   */
+  get #sliceEnd(): number {
+    if (this.#slice === undefined) {
+      this.#slice = sliceEnd()
+      setImmediate(() => {
+        this.#slice = undefined
+      })
+    }
+    return this.#slice
   }
 
   #pause(reason: PauseReason): void {

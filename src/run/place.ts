@@ -49,26 +49,45 @@ export type GradientPlaces = { gradient: Region; source?: Region; target?: () =>
 /** A gradient to compute with, unless the ticket is cancelled before a lane begins. */
 type Asked = GradientPlaces & { ticket: Ticket }
 
+/** What a step, or an import, has left of a parameter. It does not change: the next step leaves another one. */
+export type PlaceState = {
+  /** How many updates were applied: torch's `step`. */
+  readonly count: number
+  /** The run's step that was applied last; 0 is never. */
+  readonly appliedStep: number
+  /** What that step came to. */
+  readonly record: DigestRecord | undefined
+  /** The sum of squares of that step's gradient. */
+  readonly gradientSquare: number
+  /** Root of the mean square of that step's update; left out where this process has not computed it. */
+  readonly updateRms?: number
+  /** Undefined before its first step, when all of it is zero. */
+  readonly tensors: readonly Tensor[] | undefined
+}
+
+const UNTOUCHED: PlaceState = {
+  count: 0,
+  appliedStep: 0,
+  record: undefined,
+  gradientSquare: 0,
+  tensors: undefined,
+}
+
+/** What a checkpoint says of a state beside its tensors. */
+export function placeRecord({ count, appliedStep, gradientSquare, record }: PlaceState): PlaceRecord {
+  const kept = { count, applied_step: appliedStep, gradient_square: gradientSquare }
+  return record ? { ...kept, last: appliedRecord(record) } : kept
+}
+
 /** One parameter's place in a run: its state, and what it was last applied with. */
 export class Place {
   readonly parameter: Parameter
   readonly unit: number
-  /** How many updates were applied to it: torch's `step`. */
-  count = 0
-  /** The run's step it was last applied for; 0 is never. */
-  appliedStep = 0
-  record: DigestRecord | undefined
-  gradientSquare = 0
-  /**
-   * Root of the mean square of the last update's elements; undefined where this process has not computed that update.
-   */
-  updateRms: number | undefined
+  #state = UNTOUCHED
   /** Whether another kind of device computed the last step: its update has other bits here. */
   #elsewhere = false
   readonly #device: Device
   readonly #plans: Plans
-  /** Undefined before its first step, when its state is all zeros. */
-  #tensors: Tensor[] | undefined
 
   /** `unit` of the device has its state and computes its steps; `plans` are those of the whole run. */
   constructor(device: Device, plans: Plans, { parameter, unit = 0 }: { parameter: Parameter; unit?: number }) {
@@ -78,47 +97,54 @@ export class Place {
     this.parameter = parameter
   }
 
-  /** Its state; undefined before its first step, when all of it is zero. */
-  get tensors(): readonly Tensor[] | undefined {
-    return this.#tensors
+  get state(): PlaceState {
+    return this.#state
+  }
+
+  get count(): number {
+    return this.#state.count
+  }
+
+  get appliedStep(): number {
+    return this.#state.appliedStep
+  }
+
+  get record(): DigestRecord | undefined {
+    return this.#state.record
+  }
+
+  get gradientSquare(): number {
+    return this.#state.gradientSquare
+  }
+
+  get updateRms(): number | undefined {
+    return this.#state.updateRms
   }
 
   /** Undefined where this process has not computed the last step of the parameter. */
   get last(): LastStep | undefined {
-    const { gradientSquare, updateRms } = this
+    const { gradientSquare, updateRms } = this.#state
     return updateRms === undefined ? undefined : { gradient_norm: Math.sqrt(gradientSquare), update_rms: updateRms }
   }
 
   get stateBytes(): number {
-    return (this.#tensors ?? []).reduce((sum, tensor) => sum + tensor.bytes, 0)
+    return (this.#state.tensors ?? []).reduce((sum, tensor) => sum + tensor.bytes, 0)
   }
 
   /** References to the state tensors, none before the first step. The caller releases them with `Device.memory`. */
   stateTensors(): (StateTensor & { tensor: Tensor })[] {
-    return (this.#tensors ?? []).map((tensor, i) => ({
+    return (this.#state.tensors ?? []).map((tensor, i) => ({
       ...this.parameter.state[i],
       tensor: this.#device.memory.retain(tensor),
     }))
-  }
-
-  /** What a checkpoint says of it beside its tensors. */
-  toRecord(count: number): PlaceRecord {
-    const { appliedStep, gradientSquare, record } = this
-    const kept = { count, applied_step: appliedStep, gradient_square: gradientSquare }
-    return record ? { ...kept, last: appliedRecord(record) } : kept
   }
 
   /**
    * Takes over what a checkpoint has of it; the tensors, undefined where all are zero, are this place's from now on.
    */
   restore(kept: PlaceRecord, tensors: Tensor[] | undefined, elsewhere: boolean): void {
-    this.dispose()
-    this.#tensors = tensors
-    this.count = kept.count
-    this.appliedStep = kept.applied_step
-    this.gradientSquare = kept.gradient_square
-    this.updateRms = undefined
-    this.record = kept.last && appliedOf(kept.last)
+    const { count, applied_step: appliedStep, gradient_square: gradientSquare, last } = kept
+    this.#replace({ count, appliedStep, gradientSquare, record: last && appliedOf(last), tensors })
     this.#elsewhere = elsewhere
   }
 
@@ -127,9 +153,7 @@ export class Place {
    * are zero. What the last step came to stays known, but cannot be computed again.
    */
   takeOver(tensors: Tensor[] | undefined, count: number): void {
-    this.dispose()
-    this.#tensors = tensors
-    this.count = count
+    this.#replace({ ...this.#state, tensors, count })
   }
 
   /**
@@ -150,14 +174,13 @@ export class Place {
         `the ${what} of parameter '${this.parameter.name}' has fingerprint ${has}, expected ${expected}`,
       )
     }
-    this.record = first
+    this.#state = { ...this.#state, record: first }
     this.#elsewhere = elsewhere
   }
 
   /** Gives the state back. */
   dispose(): void {
-    for (const tensor of this.#tensors ?? []) this.#device.memory.release(tensor)
-    this.#tensors = undefined
+    this.#replace({ ...this.#state, tensors: undefined })
   }
 
   /**
@@ -206,7 +229,7 @@ export class Place {
       gradient,
       source,
       gradient_scale: step.settings.gradient_scale,
-      state: this.#tensors?.map((tensor) => tensor.pointer),
+      state: this.#state.tensors?.map((tensor) => tensor.pointer),
       ...outputs.allocate(this.parameter),
       expected: replayed ? this.record?.gradientFingerprint : undefined,
     }
@@ -240,22 +263,28 @@ export class Place {
     )
   }
 
+  #commit(step: Step, { plan, result, next }: { plan: Plan; result: JobResult; next: Tensor[] }): void {
+    const { gradient_scale } = step.settings
+    step.apply(this.parameter.index)
+    const { gradientFingerprint, updateFingerprint } = result
+    this.#replace({
+      count: this.count + 1,
+      appliedStep: step.number,
+      record: { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay },
+      gradientSquare: result.gradientSquare * gradient_scale ** 2,
+      updateRms: this.#rms(plan, result),
+      tensors: next,
+    })
+    this.#elsewhere = false
+  }
+
   #rms({ rms_factor }: Plan, { updateSquare }: JobResult): number {
     return rms_factor * Math.sqrt(updateSquare / this.parameter.elements)
   }
 
-  #commit(step: Step, { plan, result, next }: { plan: Plan; result: JobResult; next: Tensor[] }): void {
-    const { gradient_scale } = step.settings
-    step.apply(this.parameter.index)
-    this.dispose()
-    this.#tensors = next
-    this.count += 1
-    this.appliedStep = step.number
-    this.gradientSquare = result.gradientSquare * gradient_scale ** 2
-    this.updateRms = this.#rms(plan, result)
-    const { gradientFingerprint, updateFingerprint } = result
-    this.record = { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay }
-    this.#elsewhere = false
+  #replace(state: PlaceState): void {
+    for (const tensor of this.#state.tensors ?? []) this.#device.memory.release(tensor)
+    this.#state = state
   }
 }
 

@@ -18,7 +18,8 @@ import { importNote, type PendingImport } from './imported-state.js'
 import type { Place, PlaceRow } from './place.js'
 import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import type { RestoredState, RunOptions } from './run-options.js'
-import { type HeldTensor, type ScaledUpdate, Shard } from './shard.js'
+import { type ScaledUpdate, Shard } from './shard.js'
+import { Snapshot } from './snapshot.js'
 import { conclude, effectiveGroups } from './step/conclusion.js'
 import type { Whole } from './step/gathering.js'
 import { Intake } from './step/intake.js'
@@ -38,6 +39,7 @@ export class Run extends EventEmitter<RunEvents> {
   readonly boundary: Boundary
   /** What the run's members send. */
   readonly intake: Intake
+  readonly #device: Device
   readonly #shard: Shard
   readonly #history: History
   readonly #refusals = new Refusals()
@@ -52,6 +54,7 @@ export class Run extends EventEmitter<RunEvents> {
     super()
     // Event streams and requests for checkpoints listen, and both are bounded where they begin.
     this.setMaxListeners(0)
+    this.#device = device
     this.name = name
     this.created_at = created_at ?? new Date().toISOString()
     this.boundary = new Boundary(this)
@@ -260,26 +263,27 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * All that a checkpoint is made of, as of the last finished step, or with an import after it; the caller releases
-   * the tensors. No parameter may be applied for the next step yet.
+   * All that a checkpoint is made of, as of the last finished step, or with an import after it; the caller releases it.
+   * No parameter may be applied for the next step yet.
    */
-  snapshot(pending?: PendingImport): { record: RunRecord; tensors: HeldTensor[] } {
+  snapshot(pending?: PendingImport): Snapshot {
     assert(!this.begun, 'a checkpoint is taken between two steps')
     const { step, previous, last: receipt } = this.#history
     const { digest, imported } = pending ?? this.#history
-    const { places, tensors } = this.#shard.hold(pending?.state.places)
     const last = this.#steps.finished?.settings
-    const record: RunRecord = {
+    const head = {
       ...{ run: this.name, created_at: this.created_at, epoch: this.epoch, step, digest, previous_digest: previous },
-      parameters: this.parameters.map((parameter) => describe(parameter)),
       attentions: this.attentions,
       groups: groupRecords(this.groupsBefore),
       ...(last && { last: settingsRecord(last) }),
       ...(receipt && { receipt }),
-      places,
       ...(imported && { imported }),
     }
-    return { record, tensors }
+    return new Snapshot(this.#device, {
+      head,
+      parameters: this.parameters,
+      states: this.#shard.states(pending?.state.places),
+    })
   }
 
   /** Goes on from state that was imported. Between two steps. */

@@ -6,20 +6,16 @@ import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import type { Parameter } from '../optimizer/parameter.js'
 import { type Claims, claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
-import type { StateTensor } from '../optimizer/state.js'
 import type { AppliedRecord, PlaceRecord } from '../store/checkpoint/manifest.js'
 import type { StepRecord } from './digest.js'
 import type { ImportedPlace } from './imported-state.js'
-import { type GradientPlaces, Place, type Update } from './place.js'
+import { type GradientPlaces, Place, type PlaceState, type Update } from './place.js'
 import { Plans } from './plans.js'
 import { appliedOf } from './record.js'
 import type { Step } from './step/step.js'
 
 /** An update with the factor of each row that QK-clip scales (float32 bytes); undefined where none is scaled. */
 export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined }
-
-/** A state tensor that is held for a reader, and whose it is. */
-export type HeldTensor = StateTensor & { tensor: Tensor; parameter: Parameter; count: number }
 
 /** `grant` is the memory that the device has admitted for the parameters. */
 export type ShardOptions = {
@@ -109,22 +105,12 @@ export class Shard {
     }
   }
 
-  /**
-   * References to all state, or to what `imported` puts in its place. The caller releases them with `Device.memory`.
-   */
-  hold(imported?: readonly (ImportedPlace | undefined)[]): { places: PlaceRecord[]; tensors: HeldTensor[] } {
-    const [places, held]: [PlaceRecord[], HeldTensor[]] = [[], []]
-    for (const [i, place] of this.#places.entries()) {
-      const { parameter } = place
-      const { count, tensors } = stateOf(imported?.[i] ?? place)
-      places.push(place.toRecord(count))
-      for (const [j, tensor] of tensors.entries()) {
-        // Field by field: a spread takes half a second for 200,000 tensors.
-        const { name, dtype, shape, bytes } = parameter.state[j]
-        held.push({ name, dtype, shape, bytes, tensor: this.#device.memory.retain(tensor), parameter, count })
-      }
-    }
-    return { places, tensors: held }
+  /** The state of every parameter, or what `imported` puts in its place. */
+  states(imported?: readonly (ImportedPlace | undefined)[]): PlaceState[] {
+    return this.#places.map(({ state }, i) => {
+      const given = imported?.[i]
+      return given ? { ...state, count: given.count, tensors: given.tensors } : state
+    })
   }
 
   /** Goes on from state that no step of the run has made. A parameter without a place keeps its state. */
@@ -157,8 +143,4 @@ export class Shard {
     this.staging.close()
     this.#device.dismiss(this.grant)
   }
-}
-
-function stateOf({ count, tensors = [] }: { count: number; tensors?: readonly Tensor[] }) {
-  return { count, tensors }
 }

@@ -88,8 +88,8 @@ export class Gathering {
 
   /** Forgets a member's part of a gradient that waits for others, if there is one. */
   withdraw({ rank }: Member, index: number): void {
-    const slot = this.#slot(index)
-    if (slot.computing) return
+    const slot = this.#slots.get(index)
+    if (!slot || slot.computing) return
     slot.parts.get(rank)?.resolve(undefined)
     slot.parts.delete(rank)
   }
@@ -295,7 +295,9 @@ export class Gathering {
   }
 
   #checkSkip({ rank }: Member, index: number): void {
-    const sent = [...(this.#slots.get(index)?.parts.keys() ?? [])].filter((other) => other !== rank)
+    const parts = this.#slots.get(index)?.parts
+    if (!parts || parts.size === 0) return
+    const sent = [...parts.keys()].filter((other) => other !== rank)
     if (sent.length > 0 && this.#haveSpoken(rank, index)) throw this.#mixture(index, { sent, skipping: [rank] })
   }
 
