@@ -37,6 +37,7 @@ import { createMetrics, type Metrics, type RunPulse } from './metrics.js'
 import type { Run } from './run/run.js'
 import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
+import type { Tracing } from './tracing.js'
 import { MESSAGE_BYTES } from './wire/frame.js'
 
 /** The service without its process: it does not listen yet, and has read no environment variable. */
@@ -66,6 +67,8 @@ type AppServices = Services & {
   local: Set<LocalSocket>
   intake: Intake
   data: DataFolder | undefined
+  /** Undefined where nothing is traced. */
+  tracing: Tracing | undefined
 }
 
 const MAX_BODY_BYTES = 65_536
@@ -86,7 +89,15 @@ const KEEPALIVE_MS = 60_000
  * Starts the device and builds the app on it. Throws the device's reason where it cannot start, and ConfigError for a
  * preset or a data folder that cannot be used.
  */
-export async function buildApp({ config, logger }: { config: Config; logger?: FastifyBaseLogger }): Promise<App> {
+export async function buildApp({
+  config,
+  logger,
+  tracing,
+}: {
+  config: Config
+  logger?: FastifyBaseLogger
+  tracing?: Tracing | undefined
+}): Promise<App> {
   const contract = readContract()
   const presets = readPresets(config.presets)
   const data = config.data ? await DataFolder.open(config.data, config.data_wait_seconds) : undefined
@@ -96,7 +107,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
   })
   const metrics = createMetrics()
   const log = logger ?? SILENT
-  const runs = new Runs({ device, config, presets, metrics, data, log })
+  const runs = new Runs({ device, config, presets, metrics, data, log, ...(tracing && { watch: tracing.watch }) })
   const intake = new Intake(config.unfinished_bytes, ({ code, message }) => {
     log.warn({ event: 'refused', code, reason: message })
     metrics.errors_total.inc({ code })
@@ -114,6 +125,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     streams: new Set(),
     local: new Set(),
     intake,
+    tracing,
   }
   const app = await createServer(services, logger)
   const listen = async (path: string) => void services.local.add(await listenLocally(app.server, path))
@@ -353,8 +365,9 @@ function isLocal({ remoteAddress }: Socket): boolean {
 }
 
 /** Closes all that streams use, which are closed already. Runs go first: they need the data folder and the device. */
-async function close({ runs, data, device }: AppServices): Promise<void> {
+async function close({ runs, data, device, tracing }: AppServices): Promise<void> {
   await runs.close()
+  await tracing?.close()
   await data?.close()
   await device.close()
 }

@@ -13,6 +13,7 @@ const LAYERS = [
   'src/run',
   'src/keep',
   'src/link',
+  'src/tracing.ts',
   'src/http',
   'src/app.ts',
   'src/commands',

@@ -106,7 +106,8 @@ export class Intake {
   /**
    * Takes a `step` frame: for the step in progress its values, for the last finished one only the values that it had.
    */
-  announce(member: Member, { step: number, groups, gradient_scale, max_logits = {} }: StepFrame): void {
+  announce(member: Member, frame: StepFrame): void {
+    const { step: number, groups, gradient_scale, max_logits = {}, traceparent } = frame
     const step = this.#host.steps.of(number, `a step frame for step ${number}`)
     step.refuse(member)
     const values: Partial<StepValues> = {
@@ -115,6 +116,7 @@ export class Intake {
       max_logits: checkMaxLogits(this.#host.attentions, max_logits, number),
     }
     step.announce(member, values)
+    if (traceparent !== undefined && member.rank === 0) step.traceparent = traceparent
     this.#gathering.begun()
   }
 

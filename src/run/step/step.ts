@@ -38,6 +38,8 @@ const NO_VALUES: StepValues = { groups: {}, gradient_scale: 1, max_logits: NO_LO
 export class Step {
   readonly number: number
   readonly clock = new StepClock()
+  /** The span of rank 0 that the step's span is below, as its newest `step` frame has it. */
+  traceparent: string | undefined
   #state: StepState = 'untouched'
   #settings: StepSettings
   /** In force when the step began. */
