@@ -1,5 +1,6 @@
 # Two images of one build:   docker build --target cpu -t muond .   and   docker build --target cuda -t muond:cuda .
-# They listen on every address, so they start with keys only (MUOND_API_KEYS, or a file: MUOND_API_KEYS_FILE) or with MUOND_INSECURE=true.
+# They listen on every address, so they start with keys only (MUOND_KEYS_FILE, MUOND_API_KEYS) and with TLS (MUOND_TLS_CERT, MUOND_TLS_KEY);
+# MUOND_INSECURE_NO_TLS=true is for a proxy in front that has TLS (docs/security.md).
 # `npm run test:image` carries these steps out in plain folders (deploy/dockerfile.test.ts).
 
 FROM node:24-bookworm-slim AS build

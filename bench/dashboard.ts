@@ -123,7 +123,7 @@ async function takePictures(browser: Browser, folder: string): Promise<void> {
   await trainer.close()
   await others[0]?.close()
   await service.app.close()
-  const keyed = await startService({ api_keys: 'key' })
+  const keyed = await startService({ api_keys: 'a-key-of-sixteen-letters' })
   const { page, close } = await openPage(browser, keyed.http)
   await page.getByRole('dialog').waitFor()
   await page.screenshot({ path: join(folder, 'key.png') })

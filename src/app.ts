@@ -1,4 +1,5 @@
 import assert from 'node:assert'
+import type { RequestListener, Server } from 'node:http'
 import type { Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { promisify } from 'node:util'
@@ -13,13 +14,17 @@ import fastify, {
   type RouteOptions,
 } from 'fastify'
 import type { WebSocket } from 'ws'
+import { Keys } from './access/keys.js'
+import { Refusals } from './access/refusals.js'
 import { type Config, VERSION } from './config.js'
 import { Device } from './device/device.js'
 import { ServiceError } from './errors.js'
-import { type Access, authenticator, chooseSubprotocol } from './http/auth.js'
+import { authenticator, chooseSubprotocol, principalIn, runGuard } from './http/auth.js'
 import { type Endpoint, endpointsOf, readContract } from './http/contract.js'
 import { Events } from './http/events.js'
-import { type LocalSocket, listenLocally } from './http/local-socket.js'
+import { type LocalSocket, listenLocally } from './http/listening/local-socket.js'
+import { limitSockets } from './http/listening/sockets.js'
+import { createSecureServer, readCredentials, renewal, speaksTls } from './http/listening/tls.js'
 import { type AnyHandler, createHandlers, type Page, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
@@ -27,7 +32,7 @@ import { docs } from './http/pages/docs.js'
 import { ui } from './http/pages/ui.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { StateReaders } from './http/readers.js'
-import { limitSockets } from './http/sockets.js'
+import { refusalLimit } from './http/refusal-limit.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
@@ -55,6 +60,11 @@ export type App = {
    * none.
    */
   listenLocally(path: string): Promise<void>
+  /**
+   * Reads the files of keys and certificates again. Throws ConfigError for one that cannot be used, and then goes on
+   * with those of before.
+   */
+  reload(): { keys: number }
   /** Waits at most `drain_seconds` for the steps in flight, takes checkpoints, and closes everything. */
   drain(): Promise<void>
 }
@@ -63,6 +73,7 @@ export type App = {
 const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
 type AppServices = Services & {
+  keys: Keys
   streams: Set<Session>
   local: Set<LocalSocket>
   intake: Intake
@@ -79,15 +90,15 @@ const MAX_PATH_PARAMETER = 1024
 const COERCING = new Ajv({ coerceTypes: true, useDefaults: true, strict: false, validateSchema: false })
 const EXACT = new Ajv({ useDefaults: true, strict: false, validateSchema: false })
 // How often node looks for sockets whose request does not come.
-const CHECK_MS = 1000
+const HTTP = { connectionsCheckingInterval: 1000 }
 // A peer that does not answer our close frame is cut off after this.
 const CLOSE_GRACE_MS = 1000
 // A peer that is silent for so long is asked by TCP whether it is still there: one that lost its power never says so.
 const KEEPALIVE_MS = 60_000
 
 /**
- * Starts the device and builds the app on it. Throws the device's reason where it cannot start, and ConfigError for a
- * preset or a data folder that cannot be used.
+ * Starts the device and builds the app on it. Throws the device's reason where it cannot start, and ConfigError for
+ * keys, a certificate, a preset or a data folder that cannot be used.
  */
 export async function buildApp({
   config,
@@ -99,6 +110,8 @@ export async function buildApp({
   tracing?: Tracing | undefined
 }): Promise<App> {
   const contract = readContract()
+  const keys = new Keys(config)
+  if (speaksTls(config)) readCredentials(config)
   const presets = readPresets(config.presets)
   const data = config.data ? await DataFolder.open(config.data, config.data_wait_seconds) : undefined
   const device = await Device.start(config).catch(async (error) => {
@@ -114,6 +127,7 @@ export async function buildApp({
   })
   const services: AppServices = {
     config,
+    keys,
     device,
     runs,
     data,
@@ -128,21 +142,38 @@ export async function buildApp({
     tracing,
   }
   const app = await createServer(services, logger)
+  const reload = () => {
+    const renew = renewal(app.server, config)
+    const reloaded = keys.reload()
+    renew()
+    return reloaded
+  }
   const listen = async (path: string) => void services.local.add(await listenLocally(app.server, path))
   const restored = runs.restore()
-  return { app, device, runs, data, metrics, restored, listenLocally: listen, drain: () => drain(app, services) }
+  return {
+    app,
+    device,
+    runs,
+    data,
+    metrics,
+    restored,
+    listenLocally: listen,
+    reload,
+    drain: () => drain(app, services),
+  }
 }
 
 async function createServer(services: AppServices, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
-  const { config, metrics, contract } = services
+  const { config, metrics, contract, keys, runs } = services
   const app = fastify({
+    ...(speaksTls(config) && { serverFactory: secureFactory(config) }),
     ...(logger ? { loggerInstance: logger } : {}),
     // recordRequest logs requests as events.
     logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: MAX_BODY_BYTES,
     // While the server closes, requests on open connections are answered like any other, as problem documents.
     return503OnClosing: false,
-    http: { connectionsCheckingInterval: CHECK_MS },
+    http: HTTP,
     routerOptions: { maxParamLength: MAX_PATH_PARAMETER },
     clientErrorHandler: answerClientError,
     frameworkErrors: (error, request, reply) => sendProblem(error, { request, reply, metrics }),
@@ -154,8 +185,9 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   app.server.headersTimeout = config.open_timeout_seconds * 1000
   // First, because its hooks end the connection of an upgrade that any later hook refuses.
   await registerWebSocket(app, services)
+  app.decorateRequest('principal', null)
   app.addHook('onRequest', originGuard(config))
-  app.addHook('onRequest', authenticator(config))
+  app.addHook('onRequest', authenticator(keys))
   app.addHook('onRequest', refuseOtherUpgrades)
   app.addHook('preParsing', refuseEncodings)
   app.addHook('preParsing', limitBody(config))
@@ -163,14 +195,21 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
     'onSend',
     limitAnswer(config, ({ code }) => metrics.errors_total.inc({ code })),
   )
+  app.addHook('preHandler', runGuard(runs))
   app.addHook('onResponse', (request, reply) => recordRequest(request, reply, metrics))
   app.addHook('onClose', () => close(services))
-  answerProblems(app, metrics)
+  answerProblems(app, metrics, refusalLimit(new Refusals(config.max_refusals_per_minute)))
   await app.register((scope) => docs(scope, contract))
   await app.register(ui)
   await app.register((scope) => registerOperations(scope, services))
   await app.ready()
   return app
+}
+
+/** The server of HTTP over TLS, on which fastify then sets the same timeouts as on its own. */
+function secureFactory(config: Config): (handler: RequestListener) => Server {
+  const handshakeTimeout = config.open_timeout_seconds * 1000
+  return (handler) => createSecureServer(config, { ...HTTP, handshakeTimeout }, handler)
 }
 
 function observe({ server }: FastifyInstance, services: AppServices): void {
@@ -266,9 +305,9 @@ async function registerOperations(scope: FastifyInstance, services: AppServices)
 }
 
 function routeOf(endpoint: Endpoint, handler: AnyHandler | undefined, services: AppServices): RouteOptions {
-  const { id, method, url, schema } = endpoint
+  const { id, method, url, access, schema } = endpoint
   assert(handler, `operation ${id} has no handler`)
-  const config = { access: accessOf(endpoint), streamed: id === 'putState', endless: id === 'streamEvents' }
+  const config = { access, streamed: id === 'putState', endless: id === 'streamEvents' }
   const route: RouteOptions = { method, url, schema, handler, config, exposeHeadRoute: !STREAMED.has(id) }
   if (id !== 'openStream') return route
   const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
@@ -312,12 +351,6 @@ function takeStreams(scope: FastifyInstance): void {
   })
 }
 
-/** The contract says which operations are open to all; whatever is not a plain GET needs a key that may write. */
-function accessOf({ id, method, open }: Endpoint): Access {
-  if (open) return 'open'
-  return method === 'GET' && id !== 'openStream' ? 'read' : 'write'
-}
-
 function refuseOtherMethods(scope: FastifyInstance, url: string): void {
   const allowed = scope.supportedMethods.filter((method) => scope.hasRoute({ method, url })).sort()
   const method = scope.supportedMethods.filter((other) => !allowed.includes(other))
@@ -348,11 +381,13 @@ function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppSer
 
 function openStream(
   socket: WebSocket,
-  { raw, log }: FastifyRequest,
+  request: FastifyRequest,
   { config, device, runs, metrics, streams, intake }: AppServices,
 ): void {
-  const local = isLocal(raw.socket)
-  const stream = new Session(socket, { config, device, runs, metrics, intake, log, stream: raw.socket, local })
+  const { raw, log } = request
+  const [local, principal] = [isLocal(raw.socket), principalIn(request)]
+  const means = { config, device, runs, metrics, intake, log, stream: raw.socket, local, principal }
+  const stream = new Session(socket, means)
   streams.add(stream)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)
   socket.once('close', () => streams.delete(stream))

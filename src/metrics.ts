@@ -126,11 +126,13 @@ export function createMetrics(registry = new Registry()) {
       'Seconds that the receipt of a step waited for the disk to have the step.',
       PHASE_BUCKETS,
     ),
-    member_wait_seconds_total: counter<'rank'>(
+    member_wait_seconds_total: counter<'rank' | 'replica'>(
       'member_wait_seconds_total',
-      'Seconds from the first end of a step until that of a rank: how long others waited for it. Ranks from 64 on are one.',
-      ['rank'],
+      'Seconds from the first end of a step until that of a rank: how long others waited for it. Ranks, and replicas, from 64 on are one.',
+      ['rank', 'replica'],
     ),
+    left_out_replicas_total: counter('left_out_replicas_total', 'Connected replicas that a step was closed without.'),
+    lost_quorums_total: counter('lost_quorums_total', 'Deadlines of steps at which too few replicas had come.'),
     checkpoint_failures_total: counter('checkpoint_failures_total', 'Checkpoints that could not be written.'),
     refused_sockets_total: counter('refused_sockets_total', 'TCP connections closed over max_sockets.'),
     in_place_connections_total: counter(

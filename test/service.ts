@@ -23,8 +23,8 @@ export async function startService(settings: Settings = {}): Promise<Service> {
 }
 
 export const normal = (seed: number, count: number) => Float32Array.from(gaussian(seed, count))
-export const bytesOf = (values: Float32Array | Uint16Array) =>
-  new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
+type Elements = Float32Array | Uint16Array | Uint8Array
+export const bytesOf = (values: Elements) => new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
 
 /** Gives the service, which runs in this process, a turn of the event loop. */
 export const turn = () => new Promise((resolve) => setImmediate(resolve))
@@ -83,7 +83,7 @@ export class RawClient {
   gradient(
     parameter: number,
     step: number,
-    { values, chunk = 2 ** 20, extent }: { values: Float32Array | Uint16Array; chunk?: number; extent?: Extent },
+    { values, chunk = 2 ** 20, extent }: { values: Elements; chunk?: number; extent?: Extent },
   ): void {
     const bytes = bytesOf(values)
     for (const { offset, pieces } of (extent ?? Extent.whole(bytes.length)).cuts(chunk)) {
@@ -112,7 +112,7 @@ export class RawClient {
   /** Sends a whole step in the given order of parameters and waits for its receipt. */
   async step(
     step: number,
-    gradients: readonly Float32Array[],
+    gradients: readonly Elements[],
     order: readonly number[] = gradients.map((_, i) => i),
     chunk?: number,
   ): Promise<ReceiptFrame> {

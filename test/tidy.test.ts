@@ -9,6 +9,7 @@ const LAYERS = [
   'src/optimizer',
   'src/device',
   'src/store',
+  'src/access',
   'src/exchange',
   'src/run',
   'src/keep',
@@ -26,7 +27,7 @@ const OWNERS: Record<string, (file: string) => boolean> = {
   koffi: (file) => /^src\/(device\/(onnx\/onnxruntime|cuda\/cuda)|store\/lock|wire\/shared-memory)\.ts$/.test(file),
   ws: (file) =>
     /^src\/(app|link\/(session|websocket\/(intake|sender|small-frames|socket))|client\/(steps\/)?\w+)\.ts$/.test(file),
-  fastify: (file) => /^src\/(app|http\/(pages\/)?\w+|link\/session)\.ts$/.test(file),
+  fastify: (file) => /^src\/(app|http\/(pages\/)?[\w-]+|link\/session)\.ts$/.test(file),
   'prom-client': (file) => file === 'src/metrics.ts',
   'env-schema': (file) => file === 'src/config.ts',
 }

@@ -41,8 +41,8 @@ export class Connection {
   onFrame: (frame: ServerFrame) => void = whileIdle
   /** Gets the reason when the socket is gone, whoever ended it. */
   onClosed: (reason: unknown) => void = () => {}
-  /** What `members` frames have told of each rank. */
-  readonly members = new Map<number, MemberStatus>()
+  /** What `members` frames have told of each member, by its `memberKey`. */
+  readonly members = new Map<string, MemberStatus>()
   /** Resolves after onClosed was called. */
   readonly closed: Promise<void>
   readonly #socket: WebSocket
@@ -166,7 +166,7 @@ export class Connection {
   }
 
   #tellMembers({ members }: MembersFrame): void {
-    for (const status of members) this.members.set(status.rank, status)
+    for (const status of members) this.members.set(memberKey(status), status)
   }
 
   async #refused(response: IncomingMessage): Promise<void> {
@@ -204,4 +204,9 @@ export const UNIX = 'ws+unix:'
 export function isLocal({ protocol, hostname }: URL): boolean {
   if (protocol === UNIX) return true
   return hostname === 'localhost' || hostname === '[::1]' || /^127\.\d+\.\d+\.\d+$/.test(hostname)
+}
+
+/** A member among those of its run. */
+export function memberKey({ rank, replica = 0 }: MemberStatus): string {
+  return `${replica} ${rank}`
 }

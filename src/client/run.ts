@@ -11,6 +11,7 @@ import {
 import { MuondError } from './error.js'
 import { Feed } from './receipts.js'
 import { frameError } from './refusal.js'
+import { type Groups, mergeGroups, owedOf } from './settings.js'
 import {
   type Bound,
   bind,
@@ -36,9 +37,11 @@ export type OpenOptions = {
   attentions?: OpenFrame['attentions']
   /**
    * The run has `world_size` members, and this client is one of them: it sends and receives the `ranges` of each
-   * parameter.
+   * parameter. With `replicas` it has as many in each, and every step is made with the mean of what they send.
    */
   member?: OpenFrame['member']
+  /** When a step may be closed without all replicas; default never. Each replica gets its updates all the same. */
+  quorum?: OpenFrame['quorum']
   /** Take the run, or the member's place in it, from a connection that still holds it. */
   takeover?: boolean
   /** With `resume`: go back to this checkpoint. */
@@ -55,6 +58,8 @@ export type OpenOptions = {
 export type EndOptions = {
   /** Names or indices of the parameters without a gradient in this step. */
   skipped?: readonly (string | number)[]
+  /** Of the replica in the mean of replicas, say the tokens of its batch; default 1. All ranks of one give the same. */
+  weight?: number
 }
 
 /** By index, or by name. */
@@ -99,6 +104,8 @@ export class Run {
   readonly #receipts = new Feed<Receipt>()
   #flight: Flight | undefined
   #isReopening = false
+  /** Hyperparameters of a step that was closed before they came: they are said again with the next one. */
+  #owed: Groups | undefined
 
   constructor(writer: Writer, { parameters, transport, signal }: RunParts) {
     this.parameters = parameters
@@ -169,10 +176,10 @@ export class Run {
    *   parameter that is not refused, since their updates may be applied on either side. Nothing is applied a second
    *   time.
    */
-  async step(gradients: Gradients, { skipped, ...options }: StepOptions & EndOptions = {}): Promise<Receipt> {
+  async step(gradients: Gradients, { skipped, weight, ...options }: StepOptions & EndOptions = {}): Promise<Receipt> {
     const step = this.#newStep(options)
     for (const [key, gradient] of entriesOf(gradients)) this.#add(step, key, gradient)
-    step.finish(this.#complete(step, skipped))
+    step.finish(this.#complete(step, skipped), weight)
     return this.#land(this.#start(step))
   }
 
@@ -191,9 +198,9 @@ export class Run {
   }
 
   /** Ends the step that `gradient` began; resolves and rejects as `step` does. */
-  async end({ skipped }: EndOptions = {}): Promise<Receipt> {
+  async end({ skipped, weight }: EndOptions = {}): Promise<Receipt> {
     const flight = this.#growing()
-    flight.step.finish(this.#complete(flight.step, skipped))
+    flight.step.finish(this.#complete(flight.step, skipped), weight)
     return this.#land(flight)
   }
 
@@ -226,6 +233,7 @@ export class Run {
       await this.#flight?.outcome
       this.#flight = undefined
       await this.#writer.reopen(checkpoint)
+      this.#owed = undefined
       this.#updates.next(this.step_count + 1)
     } finally {
       this.#isReopening = false
@@ -249,7 +257,8 @@ export class Run {
 
   #newStep(options: StepOptions): Step {
     this.#requireIdle()
-    return new Step(this.step_count + 1, options)
+    const groups = this.#owed && mergeGroups(this.#owed, options.groups)
+    return new Step(this.step_count + 1, groups ? { ...options, groups } : options)
   }
 
   #requireIdle(): void {
@@ -273,6 +282,7 @@ export class Run {
     this.#flight = undefined
     if ('error' in outcome) throw outcome.error
     this.#updates.next(this.step_count + 1)
+    this.#owed = outcome.receipt.contributed === false ? owedOf(flight.step.frame, outcome.receipt) : undefined
     const refused = [...flight.step.leftOut.values()].map((frame) => frameError(frame))
     const receipt = { ...outcome.receipt, refused }
     this.#receipts.push(receipt)

@@ -101,15 +101,18 @@ export class Admission {
     return grant
   }
 
-  /** Grants memory of the host for gradients and updates beside the runs', or refuses as `admit` does. */
-  reserveHost(bytes: number, what: string): Grant {
+  /**
+   * Grants memory of the host for gradients and updates beside the runs', and what jobs of such `demands` need of a
+   * lane, or refuses as `admit` does.
+   */
+  reserveHost(bytes: number, what: string, demands: readonly Demand[] = []): Grant {
     const { units, hostBytes } = this.#capacity
     const isHost = hostBytes === undefined
     const grant: Grant = {
       /* c8 ignore next 2 -- members of a run on a GPU: its memory beside the host's */
       ...{ units: [], gradientBytes: 0, largestState: 0, hostBytes: isHost ? 0 : bytes },
       bytes: units.map((_, unit) => (isHost && unit === 0 ? bytes : 0)),
-      largest: units.map(({ kernels }) => largestOf([], kernels)),
+      largest: units.map(({ kernels }) => largestOf(kernels ? demands : [], kernels)),
     }
     this.#check(grant, what, this.#granted)
     this.#granted.add(grant)

@@ -7,7 +7,7 @@ import type { Mapping } from '../wire/shared-memory.js'
 import { Admission, type Grant } from './admission.js'
 import { type Backend, type BackendOptions, openBackend } from './backend.js'
 import { largestOf, scratchFor } from './cuda/scratch.js'
-import { type Demand, type Job, type JobResult, needsOf } from './job.js'
+import { type Demand, type JobResult, needsOf, type Request } from './job.js'
 import { Lanes, refusalOf, type Ticket } from './lanes/lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import type { Pointer } from './onnx/onnxruntime.js'
@@ -139,9 +139,9 @@ export class Device {
     return this.#admission.reserve(bytes, what)
   }
 
-  /** Grants memory of the host beside the runs', as `admit` does. */
-  reserveHost(bytes: number, what: string): Grant {
-    return this.#admission.reserveHost(bytes, what)
+  /** Grants memory of the host beside the runs', and what jobs of such `demands` need of a lane, as `admit` does. */
+  reserveHost(bytes: number, what: string, demands: readonly Demand[] = []): Grant {
+    return this.#admission.reserveHost(bytes, what, demands)
   }
 
   dismiss(grant: Grant): void {
@@ -267,7 +267,7 @@ export class Device {
    * Computes on a unit, in the order of the calls. `job` is called when a lane is free: a cancelled ticket, or a job
    * that is undefined by then, costs nothing, and the result is undefined.
    */
-  run(job: () => Job | undefined, ticket: Ticket, unit = 0): Promise<JobResult | undefined> {
+  run(job: () => Request | undefined, ticket: Ticket, unit = 0): Promise<JobResult | undefined> {
     return this.#lanes[unit].run(job, ticket)
   }
 

@@ -42,7 +42,7 @@ export class Events {
     }
     for (const { receipt, measured } of run.receipts(after)) write(receiptEvent(receipt, measured))
     const finished = (receipt: Receipt, measured: Measured) => write(receiptEvent(receipt, measured))
-    const changed = ({ rank, connected }: MemberStatus) => write(eventOf('member', { rank, connected }))
+    const changed = (status: MemberStatus) => write(eventOf('member', status))
     const refused = (refusal: Refusal) => write(eventOf('refused', refusal))
     const reader: Reader = { end: () => raw.end() }
     this.#readers.add(reader)
@@ -65,8 +65,8 @@ export class Events {
 
 /** A receipt in REST: the frame without its type, and what this process has measured of the step. */
 export function receiptBody({ receipt, measured }: Finished): components['schemas']['Receipt'] {
-  const { type: _, ...rest } = receipt
-  return { ...rest, ...(measured && { measured }) }
+  const { type: _, contributors, ...rest } = receipt
+  return { ...rest, ...(contributors && { contributors: [...contributors] }), ...(measured && { measured }) }
 }
 
 function receiptEvent(receipt: Receipt, measured: Measured | undefined): string {

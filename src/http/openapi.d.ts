@@ -332,8 +332,9 @@ export interface paths {
         /**
          * Each receipt as it happens, as server-sent events
          * @description Event `receipt`, its `id` the step and its `data` a Receipt in JSON. Event `member` has in its `data` the `rank` of a member
-         *     that came or went (0 in a run with one connection), and whether it is `connected`. Event `refused` has a Refusal: an error that
-         *     a member was told. With `Last-Event-ID` the kept receipts after that step come first; without it the stream starts with the next one. A reader that falls 1 MiB behind is cut off,
+         *     that came or went (0 in a run with one connection; and `replica`, where there are several), and whether it is `connected`.
+         *     Event `refused` has a Refusal: an error that a member was told. With `Last-Event-ID` the kept receipts after
+         *     that step come first; without it the stream starts with the next one. A reader that falls 1 MiB behind is cut off,
          *     and comes back with `Last-Event-ID`. The stream ends when the run is deleted or the service shuts down.
          */
         get: operations["streamEvents"];
@@ -616,11 +617,19 @@ export interface components {
             };
         };
         Member: {
+            /** @description Counts within the replica. */
             rank: number;
+            /** @description Absent where the run has one. */
+            replica?: number;
             /** @description Whether it has a connection. */
             connected: boolean;
             /** @description Whether its `end` of the step in progress has come: the others wait for a member whose has not. */
             ended: boolean;
+        };
+        Contribution: {
+            replica: number;
+            /** @description Its share of the mean is this, divided by the sum of all. */
+            weight: number;
         };
         Imported: {
             /** @description The last finished step, which the state follows. */
@@ -743,6 +752,8 @@ export interface components {
             };
             /** @description The largest of the step's max_logits. */
             max_logit?: number;
+            /** @description The replicas whose mean the step is made of, in order; absent in a run with one. */
+            contributors?: components["schemas"]["Contribution"][];
             digest: string;
             /** @description Whether the step survives the process. */
             durable: boolean;
@@ -772,6 +783,8 @@ export interface components {
             at: string;
             /** @description Of the member; 0 in a run with one connection. */
             rank: number;
+            /** @description Of the member; absent for replica 0. */
+            replica?: number;
             /** @description One of the codes in docs/protocol.md. */
             code: string;
             message: string;

@@ -1,6 +1,6 @@
 import { Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import { DTYPES } from '../../kernels/dtype.js'
+import { WIRE_DTYPES } from '../../kernels/dtype.js'
 import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
@@ -13,11 +13,13 @@ import { groupOf } from '../optimizer/hyperparameters.js'
 import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
+import { memberId } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { RunFolder } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
+import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './contract.js'
 import { type Events, receiptBody } from './events.js'
@@ -115,10 +117,18 @@ function serviceHandlers({
 
 function runHandlers({ config, device, runs, events, readers }: Services): Pick<Handlers, RunOperation> {
   return {
-    listRuns: () => ({
-      runs: [...runs.list().map((run) => runSummary(runs, run)), ...[...runs.idle.values()].map(idleSummary)],
-      stored: [...runs.stored].map(storedRun),
-    }),
+    listRuns: (request) => {
+      const principal = principalIn(request)
+      const own = ({ name }: { name: string }) => principal.sees(name)
+      const inMemory = runs.list().filter(own)
+      return {
+        runs: [
+          ...inMemory.map((run) => runSummary(runs, run)),
+          ...[...runs.idle.values()].filter(own).map(idleSummary),
+        ],
+        stored: [...runs.stored].map(storedRun).filter(own),
+      }
+    },
     getRun: ({ params }) => {
       const idle = runs.idle.get(params.run)
       return idle ? idleBody(idle) : runBody(runs, runs.get(params.run))
@@ -241,7 +251,7 @@ function capabilities({
       Object.entries(HYPERPARAMETERS).map(([name, table]) => [name, hyperparametersOf(table)]),
     ),
     presets: Object.fromEntries([...presets].map(([name, preset]) => [name, presetBody(preset)])),
-    dtypes: Object.keys(DTYPES),
+    dtypes: [...WIRE_DTYPES],
     devices: [
       {
         name: device.backend.name,
@@ -319,7 +329,10 @@ function runBody(runs: Runs, run: Run): Schemas['Run'] {
 function memberRows({ intake }: Run): Schemas['Member'][] | undefined {
   const { layout, status } = intake.members
   const ended = new Set(intake.ended)
-  return layout.named ? status.map((member) => ({ ...member, ended: ended.has(member.rank) })) : undefined
+  const { world_size } = layout
+  return layout.named
+    ? status.map((member) => ({ ...member, ended: ended.has(memberId({ ...member, world_size })) }))
+    : undefined
 }
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {

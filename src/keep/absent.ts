@@ -50,6 +50,13 @@ export class AbsentRuns {
   }
 }
 
+/** What a client is told of a run that does not exist. One ends after `idle_seconds` of rest, or with 0 never. */
+export function notFound(name: string, idle_seconds: number): ServiceError {
+  const ended =
+    idle_seconds === 0 ? '' : `; without a data folder one ends after ${idle_seconds} seconds without a connection`
+  return new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'${ended}`)
+}
+
 /** What a client is told of an error that came of reading a run's folder. */
 export function unreadable(name: string, error: unknown): unknown {
   const message = `run '${name}' cannot be restored: ${errorText(error)}`

@@ -1,4 +1,7 @@
+import { constants } from 'node:buffer'
 import { isDeepStrictEqual } from 'node:util'
+import { isBlockDtype, tensorBytes } from '../../kernels/dtype.js'
+import type { Config } from '../config.js'
 import type { Demand } from '../device/job.js'
 import { ServiceError } from '../errors.js'
 import { planStep } from '../optimizer/algorithms/algorithm.js'
@@ -13,14 +16,17 @@ import {
 } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import { parseGroups } from '../run/declaration.js'
+import type { Layout } from '../run/members/layout.js'
+import { memberId, type Seat } from '../run/members/member.js'
+import { seatOf } from '../run/members/seat.js'
 import type { Run } from '../run/run.js'
-import { seatOf } from '../run/seat.js'
 import { inSlices } from '../run/slices.js'
-import type { Layout } from '../run/step/layout.js'
-import type { Seat } from '../run/step/member.js'
 import type { OpenFrame } from '../wire/frame.js'
 
 // What an `open` asks for, held against the run that is there.
+
+// Of one view of memory.
+const { MAX_LENGTH } = constants
 
 /** A place in a run that nothing speaks against: the seat, and the layout that it is one of. */
 export type Place = { seat: Seat | undefined; layout: Layout }
@@ -71,8 +77,8 @@ export async function checkSame(run: Run, frame: OpenFrame, presets: Presets): P
     const difference = attentionDifference(run.attentions, parseAttentions(frame.attentions, run.parameters))
     if (difference) throw new ServiceError('RUN_MISMATCH', `run '${run.name}': ${difference}`)
   }
-  // Hyperparameters are rank 0's to give.
-  return frame.member && frame.member.rank > 0 ? undefined : groups
+  // Hyperparameters are rank 0's to give, of replica 0.
+  return frame.member && memberId(frame.member) > 0 ? undefined : groups
 }
 
 /** Whether nothing of a run's first step was applied. */
@@ -98,6 +104,22 @@ function valueDifference(existing: Group, given: Group): string | undefined {
   return key && `${key} is ${show(has[key])} in the run, ${show(other[key])} given`
 }
 
+/** Throws OVER_CAPACITY where a run has more parameters, or larger ones, than the service can have. */
+export function checkSizes(parameters: readonly Parameter[], { max_parameters }: Pick<Config, 'max_parameters'>): void {
+  const { length } = parameters
+  if (length > max_parameters)
+    throw new ServiceError('OVER_CAPACITY', `a run holds at most ${max_parameters} parameters, given are ${length}`)
+  const large = parameters.find((parameter) => largestTensor(parameter) > MAX_LENGTH)
+  if (large === undefined) return
+  const message = `parameter '${large.name}' has tensors of ${largestTensor(large)} bytes, node ${process.version} reaches ${MAX_LENGTH}: run the service on a newer one`
+  throw new ServiceError('OVER_CAPACITY', message, { parameter: large.index })
+}
+
+/** The bytes of the largest tensor of a parameter that travels. */
+function largestTensor({ gradient_bytes, update_bytes }: Parameter): number {
+  return Math.max(gradient_bytes, update_bytes)
+}
+
 /** `scales`: bytes of row scales by parameter. `held`: a checkpoint may hold the state of one step beside the next. */
 type Asked = { groups: Groups; scales: ReadonlyMap<number, number>; held: boolean }
 
@@ -110,19 +132,29 @@ export function* demandsOf(
   const alike = new Map<Parameter['state'], Demand>()
   const demands: Demand[] = []
   for (const parameter of parameters) {
-    const { index, state, update_bytes } = parameter
+    const { index, state } = parameter
     if (index % PARAMETERS_PER_YIELD === PARAMETERS_PER_YIELD - 1) yield
     const demand = alike.get(state) ?? demandOf(parameter, groups, held)
     alike.set(state, demand)
     const scale = scales.get(index)
-    demands.push(scale === undefined ? demand : { ...demand, update_bytes: update_bytes + scale })
+    demands.push(scale === undefined ? demand : { ...demand, update_bytes: demand.update_bytes + scale })
   }
   return demands
 }
 
 function demandOf(parameter: Parameter, groups: Groups, held: boolean): Demand {
-  const { gradient_bytes, update_bytes } = parameter
+  const { gradient_bytes, update_bytes } = bytesOf(parameter)
   const plan = planStep(parameter, groupOf(parameter, groups), { step: 1, replay: false })
   const state_bytes = stateBytes(parameter)
   return { plan, gradient_bytes, update_bytes, state_bytes, held_bytes: held ? state_bytes : 0 }
+}
+
+/** What travels in blocks has memory of its own as float32 while it is computed, beside that of the update. */
+function bytesOf({ elements, gradient_dtype, update_dtype, gradient_bytes, update_bytes }: Parameter) {
+  const float32 = tensorBytes('float32', elements)
+  const floats = [gradient_dtype, update_dtype].filter(isBlockDtype).length * float32
+  return {
+    gradient_bytes: isBlockDtype(gradient_dtype) ? float32 : gradient_bytes,
+    update_bytes: update_bytes + floats,
+  }
 }

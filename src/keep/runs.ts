@@ -1,30 +1,26 @@
-import { constants } from 'node:buffer'
 import type { Config } from '../config.js'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import { rowScaleBytes } from '../optimizer/attention.js'
-import type { Parameter } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import { type Declaration, declarationOf, refuseUnsupported } from '../run/declaration.js'
 import type { ImportedState } from '../run/imported-state.js'
+import type { Connection, Member } from '../run/members/member.js'
 import { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
-import type { Connection, Member } from '../run/step/member.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { OpenFrame, Source } from '../wire/frame.js'
+import { notFound } from './absent.js'
 import { Archive } from './archive.js'
 import type { IdleRun } from './idle.js'
 import type { Keeper, Log } from './keeper.js'
 import { type Kept, releaseKept } from './kept.js'
-import { checkFree, checkSame, demandsOf, findingPlace, isFresh, mayJoin, type Place } from './opening.js'
+import { checkFree, checkSame, checkSizes, demandsOf, findingPlace, isFresh, mayJoin, type Place } from './opening.js'
 import { pendingImport } from './receive-state.js'
 import { Residents } from './residents.js'
 import { Turns } from './turns.js'
-
-// Of one view of memory.
-const { MAX_LENGTH } = constants
 
 /** The run that an `open` gave, the connection's place in it, and whether the run existed before. */
 export type Opened = { run: Run; member: Member; resumed: boolean }
@@ -87,6 +83,11 @@ export class Runs {
     return this.#archive?.absent.idle ?? new Map()
   }
 
+  /** Whether there is a run of this name, in memory or on the disk. */
+  has(name: string): boolean {
+    return this.#residents.get(name) !== undefined || (this.#archive?.absent.has(name) ?? false)
+  }
+
   get(name: string): Run {
     const run = this.#residents.get(name)
     if (run) return run
@@ -110,12 +111,12 @@ export class Runs {
     const problem = this.stored.get(name)
     if (problem === '') return new ServiceError('RESTORING', `run '${name}' waits to be restored`)
     if (problem) return new ServiceError('CHECKPOINT_UNREADABLE', problem)
-    const { idle_seconds } = this.#config
-    const ended =
-      this.#archive || idle_seconds === 0
-        ? ''
-        : `; without a data folder one ends after ${idle_seconds} seconds without a connection`
-    return new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'${ended}`)
+    return this.absent(name)
+  }
+
+  /** What is told of a run that does not exist, and of one that is not for whoever asks. */
+  absent(name: string): ServiceError {
+    return notFound(name, this.#archive ? 0 : this.#config.idle_seconds)
   }
 
   /** What takes a run's checkpoints. Throws RUN_NOT_FOUND, and PARAMETER_INVALID where nothing is kept. */
@@ -176,7 +177,7 @@ export class Runs {
 
   /** Admits a run and makes the device ready for it. */
   async build(name: string, declaration: Declaration, created_at?: string): Promise<Run> {
-    this.#checkSizes(declaration.parameters)
+    checkSizes(declaration.parameters, this.#config)
     const grant = await this.#admit(name, declaration)
     return new Run(this.#device, { name, created_at, ...declaration, grant, receipts: this.#config })
   }
@@ -292,8 +293,7 @@ export class Runs {
     // The runs are not gone: a service that is started again has those that are on the disk.
     if (this.#device.failed) throw this.#deviceFailure()
     if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, connection)
-    const exists = this.#residents.get(name) !== undefined || this.#archive?.absent.has(name)
-    if (exists && (from || (mode === 'create' && !mayJoin(this.#residents.get(name), frame))))
+    if (this.has(name) && (from || (mode === 'create' && !mayJoin(this.#residents.get(name), frame))))
       throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
     if (from) return this.#branch(frame, from, connection)
     const known = await this.#find(name)
@@ -315,17 +315,19 @@ export class Runs {
     const { seat, layout } = await inSlices(findingPlace(run, frame))
     // Of a run with members each one opens a run that exists, but for the first.
     const resumed = seat === undefined || !isFresh(run)
-    run.intake.prepare(layout)
+    await run.intake.prepare(layout)
     await this.#archive?.opened(run)
     const member = await run.attach(connection, seat, layout)
     const opened = { run, member, resumed }
     if (kept) await this.#takeBack(run, member, kept)
     if (!groups) return opened
-    await this.#archive?.replaced(run, groups).catch((error) => {
+    try {
+      await this.#archive?.replaced(run, groups)
+      run.replaceGroups(groups)
+    } catch (error) {
       run.intake.detach(member)
       throw error
-    })
-    run.replaceGroups(groups)
+    }
     return opened
   }
 
@@ -394,7 +396,7 @@ export class Runs {
       const made = await this.build(frame.run, declaration)
       try {
         place = await inSlices(findingPlace(made, frame))
-        made.intake.prepare(place.layout)
+        await made.intake.prepare(place.layout)
         await this.#archive?.create(made)
         return made
       } catch (error) {
@@ -408,23 +410,12 @@ export class Runs {
   /** Makes a run that begins with the state of a checkpoint of another one, and goes on with its steps and digest. */
   async #branch(frame: OpenFrame, from: Source, connection: Connection): Promise<Opened> {
     const archive = this.#archive
-    if (!archive || !(this.#residents.get(from.run) || archive.absent.has(from.run))) throw this.#notFound(from.run)
+    if (!archive || !this.has(from.run)) throw this.#notFound(from.run)
     const run = await this.#residents.place(() =>
       archive.branch(frame.run, from, (made) => checkSame(made, frame, this.#presets)),
     )
     const { seat, layout } = await inSlices(findingPlace(run, frame))
     return { run, member: await run.attach(connection, seat, layout), resumed: false }
-  }
-
-  #checkSizes(parameters: readonly Parameter[]): void {
-    const { max_parameters } = this.#config
-    const { length } = parameters
-    if (length > max_parameters)
-      throw new ServiceError('OVER_CAPACITY', `a run holds at most ${max_parameters} parameters, given are ${length}`)
-    const large = parameters.find((parameter) => largestTensor(parameter) > MAX_LENGTH)
-    if (large === undefined) return
-    const message = `parameter '${large.name}' has tensors of ${largestTensor(large)} bytes, node ${process.version} reaches ${MAX_LENGTH}: run the service on a newer one`
-    throw new ServiceError('OVER_CAPACITY', message, { parameter: large.index })
   }
 
   #expelAll(): void {
@@ -439,9 +430,4 @@ export class Runs {
     const { backend, failed } = this.#device
     return new ServiceError('DEVICE_FAILED', `the device ${backend.name} has failed: ${failed?.message}`, fields)
   }
-}
-
-/** The bytes of the largest tensor of a parameter that travels. */
-function largestTensor({ gradient_bytes, update_bytes }: Parameter): number {
-  return Math.max(gradient_bytes, update_bytes)
 }

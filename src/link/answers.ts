@@ -3,11 +3,11 @@ import type { Device } from '../device/device.js'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
+import type { Member } from '../run/members/member.js'
 import type { GradientPlaces } from '../run/place.js'
 import type { Run } from '../run/run.js'
 import type { ScaledUpdate } from '../run/shard.js'
-import type { Repeated } from '../run/step/gathering.js'
-import type { Member } from '../run/step/member.js'
+import type { Repeated } from '../run/step/part.js'
 import type { Step } from '../run/step/step.js'
 import { encodeFrame, encodeHeader } from '../wire/codec.js'
 import type { UpdatesFrame } from '../wire/frame.js'
@@ -35,6 +35,9 @@ export type Gradient = Joined & {
   ready?: Promise<void>
   repeated?: Repeated
 } & Omit<GradientPlaces, 'gradient'>
+
+/** An update of a step that was closed without a member's replica. */
+type MissedUpdate = { step: Step; index: number; update: ScaledUpdate }
 
 /** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
 export class Answers {
@@ -133,6 +136,11 @@ export class Answers {
       this.#means.metrics.sent_bytes_total.inc(update.memory.bytes)
       told()
     }
+  }
+
+  /** Sends a member its elements of an update that it has missed. */
+  sendMissed({ run, member }: Joined, { step, index, update }: MissedUpdate): Promise<void> {
+    return this.#send(step, { index, extent: member.update(run.parameter(index)) }, update)
   }
 
   /** Sends the elements of an update that the member has. The factors are in its first frame. */

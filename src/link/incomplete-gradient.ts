@@ -1,7 +1,7 @@
 import type { Region } from '../device/region.js'
 import type { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
-import type { Receiver } from '../run/step/gathering.js'
+import type { Receiver } from '../run/step/part.js'
 import type { Assembly } from '../wire/chunks.js'
 import type { Chunk } from '../wire/ranges.js'
 import type { Gradient } from './answers.js'

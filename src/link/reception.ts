@@ -2,7 +2,7 @@ import assert from 'node:assert'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import { turn } from '../run/slices.js'
-import type { Receiver } from '../run/step/gathering.js'
+import type { Receiver } from '../run/step/part.js'
 import type { Step } from '../run/step/step.js'
 import { Assembly } from '../wire/chunks.js'
 import type { GradientHead } from '../wire/codec.js'
@@ -198,6 +198,7 @@ export class Reception implements GradientSink {
     const { run, member } = joined
     const { parameter, step: number, offset, data } = frame
     const first = firstOffset(joined, parameter)
+    if (run.intake.drops(member, number)) return undefined
     if (offset === first) this.#dropped = { parameter, step: number }
     const declared = run.parameter(parameter)
     const assembly = new Assembly(member.gradient(declared), gradientLabel(declared.name, number))

@@ -2,26 +2,21 @@ import assert from 'node:assert'
 import type { Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
 import type { RawData, WebSocket } from 'ws'
+import type { Principal } from '../access/principal.js'
 import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
 import type { Refusal } from '../run/history.js'
+import type { Connection } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
-import type { Connection } from '../run/step/member.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
-import type {
-  CheckpointFrame,
-  ClientFrame,
-  EndFrame,
-  MemberStatus,
-  OpenFrame,
-  ReceiptFrame,
-  TransportAnswer,
-} from '../wire/frame.js'
+import type { CheckpointFrame, ClientFrame, EndFrame, MemberStatus, OpenFrame, TransportAnswer } from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
+import { Ends } from './ends.js'
 import { Window } from './pace.js'
+import { checkOpening } from './permission.js'
 import { Reception } from './reception.js'
 import { agree, type SharedArenas } from './transport.js'
 import type { Claim, Intake } from './websocket/intake.js'
@@ -37,6 +32,8 @@ export type SessionContext = Means & {
   stream: Socket
   /** Whether the client is on this host. */
   local: boolean
+  /** Whose key the connection was opened with. */
+  principal: Principal
 }
 
 // A peer that was told to go gets this long to take the last frames before its socket is cut: with up to 32 MiB before
@@ -55,13 +52,14 @@ export class Session implements Connection, GradientSink {
   readonly #sender: Sender
   readonly #answers: Answers
   readonly #reception: Reception
+  readonly #ends: Ends
   readonly #gone = new AbortController()
   /** The run that this connection has opened; undefined before, and once the run is gone. */
   #joined: Joined | undefined
   /** Memory that the client shares; undefined where all of its tensors come over the socket. */
   #arenas: SharedArenas | undefined
   /** Members of the run that have come or gone, of which the client was not told yet. */
-  #changes = new Map<number, MemberStatus>()
+  #changes = new Map<string, MemberStatus>()
   #isOpened = false
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
@@ -90,6 +88,8 @@ export class Session implements Connection, GradientSink {
       abandoned: () => this.#inPlace?.abandon(),
       redirected: (destination) => this.#inPlace?.redirect(destination),
     })
+    const [sender, answers, gone] = [this.#sender, this.#answers, this.#gone.signal]
+    this.#ends = new Ends({ sender, answers, gone, report: (error) => this.#report(error) })
     this.#window = new Window(context.config)
     this.#small = new SmallFrames(socket, () => this.#slowDown())
     this.#room = context.intake.enter({
@@ -103,6 +103,10 @@ export class Session implements Connection, GradientSink {
     socket.on('message', (data, binary) => this.#receive(data, binary))
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
+    socket.once(
+      'close',
+      context.principal.use(() => this.#checkAccess()),
+    )
     const { send_timeout_seconds, open_timeout_seconds } = context.config
     this.#timer = setInterval(() => this.#checkProgress(), Math.min(send_timeout_seconds, open_timeout_seconds) * 250)
     this.#timer.unref()
@@ -265,11 +269,13 @@ export class Session implements Connection, GradientSink {
   async #open(frame: OpenFrame): Promise<void> {
     if (this.#joined)
       throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#joined.run.name}' already`)
-    const { config, device, log } = this.#context
+    const { config, device, log, principal } = this.#context
+    checkOpening(principal, this.#context.runs, frame)
     const { run, member, resumed } = await this.#context.runs.open(frame, this)
     if (this.#leaving) return run.intake.detach(member)
     this.#joined = { run, member }
-    log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
+    const { name, epoch, step } = run
+    log.info({ event: 'run_opened', run: name, epoch, step, resumed, client: frame.client, key: principal.name })
     const { chunk_bytes, staging_bytes, max_parameters, idle_seconds } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
     const limits = { chunk_bytes, staging_bytes, max_parameters, idle_seconds }
@@ -283,9 +289,20 @@ export class Session implements Connection, GradientSink {
     if (this.#changes.size > 0) this.#tellChanges()
   }
 
+  /** The key's grants have changed: a connection that may not go on is closed. */
+  #checkAccess(): void {
+    try {
+      this.#context.principal.demand('step', 'the stream')
+      if (this.#joined) this.#context.principal.demandName(this.#joined.run.name)
+    } catch (error) {
+      assert(error instanceof ServiceError)
+      this.#report(new ServiceError(error.code, error.message, { close: 1008 }))
+    }
+  }
+
   /** The changes of one turn of the event loop are told in one frame, and none before `opened`. */
   changed(status: MemberStatus): void {
-    this.#changes.set(status.rank, status)
+    this.#changes.set(`${status.replica} ${status.rank}`, status)
     if (this.#changes.size === 1 && this.#isOpened) setImmediate(() => this.#tellChanges())
   }
 
@@ -307,6 +324,7 @@ export class Session implements Connection, GradientSink {
 
   /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
   async #checkpoint({ run }: Joined, { tag }: CheckpointFrame): Promise<void> {
+    this.#context.principal.demand('checkpoint', "a frame 'checkpoint'")
     if (this.#answers.busy || run.begun) {
       throw new ServiceError(
         'FRAME_UNEXPECTED',
@@ -325,25 +343,9 @@ export class Session implements Connection, GradientSink {
     throw new ServiceError('DRAINING', 'the service shuts down and begins no step', { ...gradient, close: 1012 })
   }
 
-  /** Ends a step once all its updates were sent. The receipt is out before anything of the next step is looked at. */
-  async #end({ run, member }: Joined, { step, skipped = [] }: EndFrame): Promise<void> {
-    run.intake.beginEnd(member, step, skipped)
-    await this.#answers.settled()
-    if (this.#leaving) return
-    const receipt = await run.intake.end(member, step, skipped)
-    if (!receipt) return
-    await this.#sendSkipped({ run, member }, receipt)
-    await this.#sender.send({ header: encodeFrame(receipt) })
-    if (this.#draining) this.#leave(1012, 'the service shuts down')
-  }
-
-  /** Each waits for the one before to leave: a step may clip every parameter of a model without one gradient. */
-  async #sendSkipped({ run, member }: Joined, { step, replayed }: ReceiptFrame): Promise<void> {
-    for (const { parameter, row_scale } of run.skippedRowScales(member)) {
-      const keys = { parameter, step, offset: 0, scale: 0, decay: 0, row_scale, replayed }
-      const sent = await this.#sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
-      if (!sent) return
-    }
+  async #end(joined: Joined, frame: EndFrame): Promise<void> {
+    const isEnded = await this.#ends.take(joined, frame)
+    if (isEnded && this.#draining) this.#leave(1012, 'the service shuts down')
   }
 
   /** Tells the client of an error. A bug of ours is logged and told as INTERNAL, without its text. */
@@ -433,9 +435,12 @@ export class Session implements Connection, GradientSink {
   }
 }
 
-function refusalOf({ code, message, fields: { parameter, step } }: ServiceError, { rank }: Joined['member']): Refusal {
+function refusalOf(
+  { code, message, fields: { parameter, step } }: ServiceError,
+  { rank, replica }: Joined['member'],
+): Refusal {
   const where = { ...(parameter !== undefined && { parameter }), ...(step !== undefined && { step }) }
-  return { at: new Date().toISOString(), rank, code, message, ...where }
+  return { at: new Date().toISOString(), rank, ...(replica > 0 && { replica }), code, message, ...where }
 }
 
 function errorFrame(error: ServiceError) {

@@ -1,5 +1,6 @@
 import assert from 'node:assert'
 import { createHash } from 'node:crypto'
+import { isBlockDtype } from '../../kernels/dtype.js'
 import type { Device, SharedRegion } from '../device/device.js'
 import type { Region } from '../device/region.js'
 import { errorText } from '../errors.js'
@@ -90,6 +91,8 @@ function take(offer: TransportOffer, { device, run, local }: Agreement): SharedA
   if (offer.nonce.length !== PROOF_BYTES)
     throw new Refusal(`the nonce has ${offer.nonce.length} bytes, expected ${PROOF_BYTES}`)
   const { parameters } = run
+  const inBlocks = parameters.find((one) => isBlockDtype(one.gradient_dtype) || isBlockDtype(one.update_dtype))
+  if (inBlocks) throw new Refusal(`the tensors of parameter '${inBlocks.name}' travel in blocks, over the socket alone`)
   const sizes = [
     parameters.map(({ gradient_bytes }) => gradient_bytes),
     parameters.map(({ update_bytes }) => update_bytes),

@@ -1,12 +1,17 @@
 import { createHash } from 'node:crypto'
+import type { Contribution } from '../wire/frame.js'
 
-/** What an applied gradient adds to a step's digest. */
+/** A replica that a gradient is the mean of: its weight, and the fingerprint of what it has sent. */
+export type Contributor = Contribution & { readonly fingerprint: bigint }
+
+/** What an applied gradient adds to a step's digest; `contributors`, where it is a mean of replicas. */
 export type DigestRecord = {
   gradient_scale: number
   gradientFingerprint: bigint
   updateFingerprint: bigint
   scale: number
   decay: number
+  contributors?: readonly Contributor[]
 }
 
 /**
@@ -17,6 +22,7 @@ export type StepRecord = { applied?: DigestRecord; row_scale?: Uint8Array }
 
 const APPLIED = 1
 const HAS_ROW_SCALE = 2
+const IS_MEAN = 4
 
 /** The digest before the first step. */
 export const FIRST_DIGEST = createHash('sha256').update('muond digest 1').digest('hex')
@@ -29,7 +35,8 @@ export function nextDigest(previous: string, step: number, records: Iterable<Ste
   const hash = new RecordHash().hex(previous).long(BigInt(step))
   let index = 0
   for (const { applied, row_scale } of records) {
-    hash.count(index++).byte((applied ? APPLIED : 0) + (row_scale ? HAS_ROW_SCALE : 0))
+    const flags = (applied ? APPLIED : 0) + (row_scale ? HAS_ROW_SCALE : 0) + (applied?.contributors ? IS_MEAN : 0)
+    hash.count(index++).byte(flags)
     if (applied) hash.applied(applied)
     if (row_scale) hash.count(row_scale.length / Float32Array.BYTES_PER_ELEMENT).bytes(row_scale)
   }
@@ -85,8 +92,10 @@ class RecordHash {
     return this
   }
 
-  applied({ gradient_scale, gradientFingerprint, updateFingerprint, scale, decay }: DigestRecord): this {
-    return this.double(gradient_scale).long(gradientFingerprint).long(updateFingerprint).double(scale).double(decay)
+  applied({ gradient_scale, gradientFingerprint, contributors, updateFingerprint, scale, decay }: DigestRecord): this {
+    this.double(gradient_scale).long(gradientFingerprint)
+    if (contributors) this.#contributors(contributors)
+    return this.long(updateFingerprint).double(scale).double(decay)
   }
 
   bytes(value: Uint8Array): this {
@@ -102,6 +111,11 @@ class RecordHash {
   digest(): string {
     this.#flush()
     return this.#hash.digest('hex')
+  }
+
+  #contributors(contributors: readonly Contributor[]): void {
+    this.count(contributors.length)
+    for (const { replica, weight, fingerprint } of contributors) this.count(replica).double(weight).long(fingerprint)
   }
 
   /** Where the next `bytes` bytes go. */

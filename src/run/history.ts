@@ -13,13 +13,15 @@ export type Finished = { readonly receipt: Receipt; readonly measured: Measured 
 /** When the last step was finished, and the wall-clock seconds of the newest steps, the mean of them. */
 export type Pace = { last_step_at: string; step_seconds: number }
 
-/** For how many seconds the members of a run have waited at the end of a step for that of a rank. */
-export type Waited = { readonly rank: number; readonly seconds: number }
+/** For how many seconds the members of a run have waited at the end of a step for that of a rank of a replica. */
+export type Waited = { readonly rank: number; readonly replica: number; readonly seconds: number }
 
 /** An error that a member of a run was told; `at` is an RFC 3339 time. */
 export type Refusal = {
   readonly at: string
   readonly rank: number
+  /** Left out for replica 0. */
+  readonly replica?: number
   readonly code: ErrorCode
   readonly message: string
   readonly parameter?: number
@@ -29,7 +31,8 @@ export type Refusal = {
 /**
  * Events of a run: each finished step with its receipt and what was measured of it, the seconds that the journal took
  * to write a step and those that members waited for each other, a member that came or went, an error that one was
- * told, and the end, when the run leaves memory.
+ * told, the replicas that a step was closed without, a quorum that did not come, and the end, when the run leaves
+ * memory.
  */
 export type RunEvents = {
   receipt: [Receipt, Measured, Step]
@@ -37,6 +40,8 @@ export type RunEvents = {
   waited: [readonly Waited[]]
   member: [MemberStatus]
   refused: [Refusal]
+  left_out: [number]
+  quorum_lost: []
   gone: []
 }
 

@@ -1,6 +1,7 @@
 import assert from 'node:assert'
+import { DTYPES, isBlockDtype } from '../../kernels/dtype.js'
 import type { Device, Ticket } from '../device/device.js'
-import type { Job, JobResult } from '../device/job.js'
+import type { Job, JobResult, Mean } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
@@ -9,7 +10,7 @@ import type { Parameter } from '../optimizer/parameter.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { StateTensor } from '../optimizer/state.js'
 import { type PlaceRecord, UnreadableError } from '../store/checkpoint/manifest.js'
-import type { DigestRecord } from './digest.js'
+import type { Contributor, DigestRecord } from './digest.js'
 import type { Plans } from './plans.js'
 import { appliedOf, appliedRecord, fingerprintText } from './record.js'
 import type { Step } from './step/step.js'
@@ -41,13 +42,25 @@ export type Update = {
 }
 
 /**
- * Where a gradient lies, and for one in memory that the client shares: `source` where it is to be copied from first,
- * and `target` where its update goes.
+ * Where a gradient lies, and for one in memory that the client shares: `source` where it is to be copied from first.
+ * `target` is where its update goes; left out, the device has memory for it.
  */
-export type GradientPlaces = { gradient: Region; source?: Region; target?: () => Region }
+export type GradientPlaces = {
+  gradient: Region
+  source?: Region
+  target?: () => Region
+  /** What the gradient is the mean of, which is written there first; a gradient of a journal is there already. */
+  mean?: Mean
+  /** The replicas that the gradient, float32 then, is the mean of. */
+  contributors?: readonly Contributor[]
+}
 
 /** A gradient to compute with, unless the ticket is cancelled before a lane begins. */
 type Asked = GradientPlaces & { ticket: Ticket }
+
+type Asking = GradientPlaces & { plan: Plan; outputs: Outputs }
+
+type Computed = { plan: Plan; result: JobResult; next: Tensor[] } & Pick<GradientPlaces, 'contributors'>
 
 /** What a step, or an import, has left of a parameter. It does not change: the next step leaves another one. */
 export type PlaceState = {
@@ -187,24 +200,29 @@ export class Place {
    * Computes and commits this parameter's part of a step, or computes it again where the step has applied it.
    * Undefined: the ticket was cancelled before a lane began.
    */
-  async compute(step: Step, { gradient, source, target, ticket }: Asked): Promise<Update | undefined> {
+  async compute(step: Step, { target, ticket, ...places }: Asked): Promise<Update | undefined> {
     const { settings } = step
+    const { contributors } = places
     const replayed = step.hasApplied(this.parameter.index)
     const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
-    const plan = this.#plans.of(this.parameter, groupOf(this.parameter, settings.groups), at)
+    const plan = this.#plans.of(this.parameter, groupOf(this.parameter, settings.groups), {
+      ...at,
+      isMean: contributors !== undefined,
+    })
     const outputs = new Outputs(this.#device, this.unit, target)
     const queuedAt = performance.now()
     const job = () => {
       step.spend('queue', (performance.now() - queuedAt) / 1000)
-      return this.#job(step, { plan, gradient, source, outputs })
+      return this.#job(step, { plan, outputs, ...places })
     }
     const result = await this.#run(job, step, ticket).catch((error) => {
       outputs.release()
       throw this.#located(error, step)
     })
+    outputs.releaseFloats()
     if (result === undefined) return undefined
     if (replayed) outputs.releaseNext()
-    else this.#commit(step, { plan, result, next: outputs.next })
+    else this.#commit(step, { plan, result, next: outputs.next, contributors })
     step.spend('compute', result.computeSeconds)
     return {
       memory: outputs.update,
@@ -222,15 +240,15 @@ export class Place {
     return result
   }
 
-  #job(step: Step, { plan, gradient, source, outputs }: GradientPlaces & { plan: Plan; outputs: Outputs }): Job {
+  #job(step: Step, { plan, outputs, gradient, source, mean, contributors }: Asking): Job {
     const replayed = step.hasApplied(this.parameter.index)
     return {
       plan,
-      gradient,
       source,
+      mean,
       gradient_scale: step.settings.gradient_scale,
       state: this.#state.tensors?.map((tensor) => tensor.pointer),
-      ...outputs.allocate(this.parameter),
+      ...outputs.allocate(this.parameter, { gradient, isMean: contributors !== undefined }),
       expected: replayed ? this.record?.gradientFingerprint : undefined,
     }
   }
@@ -263,14 +281,16 @@ export class Place {
     )
   }
 
-  #commit(step: Step, { plan, result, next }: { plan: Plan; result: JobResult; next: Tensor[] }): void {
+  #commit(step: Step, { plan, result, next, contributors }: Computed): void {
     const { gradient_scale } = step.settings
     step.apply(this.parameter.index)
     const { gradientFingerprint, updateFingerprint } = result
+    const { scale, decay } = plan
+    const applied = { gradient_scale, gradientFingerprint, updateFingerprint, scale, decay }
     this.#replace({
       count: this.count + 1,
       appliedStep: step.number,
-      record: { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay },
+      record: contributors ? { ...applied, contributors } : applied,
       gradientSquare: result.gradientSquare * gradient_scale ** 2,
       updateRms: this.#rms(plan, result),
       tensors: next,
@@ -297,6 +317,8 @@ class Outputs {
   readonly #device: Device
   readonly #unit: number
   readonly #target: (() => Region) | undefined
+  /** Float32 of what travels in blocks, while a lane computes. */
+  readonly #floats: Region[] = []
   #update: Region | undefined
 
   /** `target` is where the update goes; left out, the device has memory for it. */
@@ -311,10 +333,31 @@ class Outputs {
     return this.#update
   }
 
-  allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
+  /** A mean of replicas is float32, whatever they send. */
+  allocate(
+    parameter: Parameter,
+    { gradient, isMean }: { gradient: Region; isMean: boolean },
+  ): Pick<Job, 'gradient' | 'received' | 'next' | 'update' | 'sent'> {
+    const { state, update_bytes, gradient_dtype, update_dtype } = parameter
     for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes, this.#unit))
     this.#update = this.#target?.() ?? this.#device.takeUpdate(update_bytes)
-    return { next: this.next.map((tensor) => tensor.pointer), update: this.update }
+    const received = isBlockDtype(gradient_dtype) && !isMean ? { span: gradient, dtype: gradient_dtype } : undefined
+    const sent = isBlockDtype(update_dtype) ? { span: this.update, dtype: update_dtype } : undefined
+    return {
+      next: this.next.map((tensor) => tensor.pointer),
+      ...(received ? { received, gradient: this.#float32(parameter) } : { gradient }),
+      ...(sent ? { sent, update: this.#float32(parameter) } : { update: this.update }),
+    }
+  }
+
+  #float32({ elements }: Parameter): Region {
+    const region = this.#device.takeUpdate(elements * DTYPES.float32.bytes)
+    this.#floats.push(region)
+    return region
+  }
+
+  releaseFloats(): void {
+    for (const region of this.#floats.splice(0)) region.release()
   }
 
   releaseNext(): void {
@@ -323,6 +366,7 @@ class Outputs {
 
   release(): void {
     this.releaseNext()
+    this.releaseFloats()
     this.#update?.release()
   }
 }

@@ -11,21 +11,21 @@ import { describe, type Parameter } from '../optimizer/parameter.js'
 import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/checkpoint/manifest.js'
 import type { Journal } from '../store/journal/journal.js'
 import type { EndHead } from '../store/journal/journal-format.js'
-import type { OpenedFrame, ParameterDescription } from '../wire/frame.js'
+import type { Contribution, OpenedFrame, ParameterDescription } from '../wire/frame.js'
 import { Boundary } from './boundary.js'
 import { type Finished, History, type Pace, type Receipt, type Refusal, Refusals, type RunEvents } from './history.js'
 import { importNote, type PendingImport } from './imported-state.js'
+import type { Layout } from './members/layout.js'
+import type { Connection, Member, Seat } from './members/member.js'
 import type { Place, PlaceRow } from './place.js'
 import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import type { RestoredState, RunOptions } from './run-options.js'
 import { type ScaledUpdate, Shard } from './shard.js'
 import { Snapshot } from './snapshot.js'
 import { conclude, effectiveGroups } from './step/conclusion.js'
-import type { Whole } from './step/gathering.js'
 import { Intake } from './step/intake.js'
-import type { Layout } from './step/layout.js'
 import { measured } from './step/measured.js'
-import type { Connection, Member, Seat } from './step/member.js'
+import type { Whole } from './step/part.js'
 import { Step, type StepSettings } from './step/step.js'
 import { Steps } from './step/steps.js'
 
@@ -67,9 +67,12 @@ export class Run extends EventEmitter<RunEvents> {
       settled: () => this.settled(),
       stepOfGradient: (index, number) => this.#stepOfGradient(index, number),
       compute: (whole) => this.#compute(whole),
+      groups: () => this.groups,
       changed: (status) => void this.emit('member', status),
       last: () => this.#history.last,
       conclude: (step, waited) => this.#conclude(step, waited),
+      leftOut: (replicas) => void this.emit('left_out', replicas),
+      quorumLost: () => void this.emit('quorum_lost'),
     })
   }
 
@@ -177,15 +180,21 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** The answer to an `open` that has found or made the run, but for the parameters; a member is told of the others. */
   opened(resumed: boolean, member?: Member): Omit<OpenedFrame, 'type' | 'limits' | 'server' | 'parameters'> {
-    const { layout, status } = this.intake.members
-    const { rank = 0, world_size = 1 } = member ?? {}
     return {
       ...{ run: this.name, epoch: this.epoch, step: this.step, resumed, digest: this.digest },
       ...{ ahead: this.ahead, attentions: this.attentions },
       groups: effectiveGroups(this.groups),
       ...(this.note && { note: this.note }),
-      ...(member && layout.named && { member: { rank, world_size }, members: status }),
+      ...(member && this.#membersFor(member)),
     }
+  }
+
+  #membersFor({ rank, world_size, replica, replicas }: Member): Partial<OpenedFrame> {
+    const { layout, status } = this.intake.members
+    if (!layout.named) return {}
+    const place = layout.averages ? { replica, replicas } : {}
+    const { quorum } = layout
+    return { member: { rank, world_size, ...place }, members: status, ...(quorum && { quorum }) }
   }
 
   /** The parameters as `opened` lists them, one at a time: a large model has many. */
@@ -195,13 +204,15 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * The row scales of a member's parameters that the last finished step skipped: QK-clip does not wait for a gradient.
-   * One at a time.
+   * The row scales of a member's parameters that a finished step, by default the last one, has skipped: QK-clip does
+   * not wait for a gradient. One at a time.
    */
-  *skippedRowScales(member: Member): Generator<{ parameter: number; row_scale: Uint8Array }> {
-    assert(this.#steps.finished, 'a step was finished')
-    for (const scale of this.#shard.skippedRowScales(this.#steps.finished))
-      if (member.has(this.parameter(scale.parameter))) yield scale
+  *skippedRowScales(
+    member: Member,
+    step: Step | undefined = this.#steps.finished,
+  ): Generator<{ parameter: number; row_scale: Uint8Array }> {
+    assert(step, 'a step was finished')
+    for (const scale of this.#shard.skippedRowScales(step)) if (member.has(this.parameter(scale.parameter))) yield scale
   }
 
   /** How fast it goes; undefined where this process has finished no step of it. */
@@ -299,7 +310,8 @@ export class Run extends EventEmitter<RunEvents> {
     this.#shard.restore(record.places, { tensors, elsewhere })
     this.#history.restore(record)
     const applied = record.places.flatMap(({ applied_step }, index) => (applied_step === record.step ? [index] : []))
-    const finished = record.last && Step.finished(record.step, settingsOf(record.last), applied)
+    const contributors = record.receipt?.contributors ?? []
+    const finished = record.last && Step.finished(record.step, settingsOf(record.last), { applied, contributors })
     this.#steps.restore(finished, new Step(record.step + 1, groupsOf(record.groups)))
     this.intake.forget()
     this.#note = note
@@ -310,9 +322,9 @@ export class Run extends EventEmitter<RunEvents> {
     this.#epoch = epoch
   }
 
-  /** The step in progress is one of a journal: it is computed with the values that it had. */
-  repeat(settings: StepSettings): void {
-    this.#steps.current.repeat(settings)
+  /** The step in progress is one of a journal: it is computed with the values and the replicas that it had. */
+  repeat(settings: StepSettings, contributors: readonly Contribution[]): void {
+    this.#steps.current.repeat(settings, contributors)
   }
 
   /**
@@ -328,8 +340,8 @@ export class Run extends EventEmitter<RunEvents> {
    * another one.
    */
   async endAgain(member: Member, { step, skipped, digest, receipt }: EndHead): Promise<void> {
-    const computed = await this.intake.end(member, step, skipped)
-    assert(computed, 'a journal is never lost as a member')
+    const computed = await this.intake.end(member, { step, skipped, weight: 1 })
+    assert(typeof computed === 'object', 'a journal is never lost as a member')
     if (computed.digest !== digest)
       throw new UnreadableError(`step ${step} has digest ${computed.digest}, expected ${digest}`)
     this.#history.acknowledge(receipt)

@@ -4,6 +4,7 @@ import {
   type CheckpointedFrame,
   type CheckpointFrame,
   type ClientFrame,
+  type Contribution,
   type DrainingFrame,
   type EndFrame,
   type ErrorFrame,
@@ -18,6 +19,7 @@ import {
   type OpenFrame,
   type ParameterDeclaration,
   type ParameterDescription,
+  type Quorum,
   type ReceiptFrame,
   type RowsDeclaration,
   RUN_NAME,
@@ -110,7 +112,8 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
       from: map<Source>({ run: { is: 'name', pattern: RUN_NAME }, checkpoint: string }, {}),
       client: { is: 'name', pattern: /^.{0,256}$/su },
       transport: list(offer),
-      member: map<MemberDeclaration>({ rank: uint, world_size: uint }, {}),
+      member: map<MemberDeclaration>({ rank: uint, world_size: uint }, { replica: uint, replicas: uint }),
+      quorum: map<Quorum>({ min_replicas: uint, deadline_seconds: float }, {}),
     },
   ),
   step: map<StepFrame>(
@@ -124,7 +127,7 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
   ),
   gradient: map<GradientFrame>({ type: string, parameter: uint, step: uint, offset: uint, data: bin }, {}),
   gradients: map<GradientsFrame>({ type: string, step: uint, parameters: list(uint) }, {}),
-  end: map<EndFrame>({ type: string, step: uint }, { skipped: list(uint) }),
+  end: map<EndFrame>({ type: string, step: uint }, { skipped: list(uint), weight: float }),
   checkpoint: map<CheckpointFrame>({ type: string }, { tag: string }),
 }
 
@@ -148,7 +151,7 @@ const attentionDescription = openMap<AttentionDescription>(
   { ...dims, ...biases },
 )
 
-const memberStatus = openMap<MemberStatus>({ rank: uint, connected: bool }, {})
+const memberStatus = openMap<MemberStatus>({ rank: uint, connected: bool }, { replica: uint })
 
 /** Every frame the service may send. */
 export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
@@ -176,8 +179,9 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
         },
         {},
       ),
-      member: openMap<MemberDeclaration>({ rank: uint, world_size: uint }, {}),
+      member: openMap<MemberDeclaration>({ rank: uint, world_size: uint }, { replica: uint, replicas: uint }),
       members: list(memberStatus),
+      quorum: openMap<Quorum>({ min_replicas: uint, deadline_seconds: float }, {}),
     },
   ),
   update: openMap<UpdateFrame>(
@@ -213,7 +217,11 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       durable: bool,
       seconds: openMap<StepSeconds>({ receive: float, queue: float, compute: float, send: float }, {}),
     },
-    { max_logit: float },
+    {
+      max_logit: float,
+      contributors: list(openMap<Contribution>({ replica: uint, weight: float }, {})),
+      contributed: bool,
+    },
   ),
   checkpointed: openMap<CheckpointedFrame>(
     { type: string, checkpoint: string, step: uint, digest: string, bytes: uint },
@@ -221,7 +229,7 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
   ),
   error: openMap<ErrorFrame>(
     { type: string, code: string, message: string, status: uint, retryable: bool },
-    { parameter: uint, step: uint, expected_step: uint, retry_after_seconds: float },
+    { parameter: uint, step: uint, expected_step: uint, retry_after_seconds: float, left_out: bool },
   ),
   members: openMap<MembersFrame>({ type: string, members: list(memberStatus) }, {}),
   draining: openMap<DrainingFrame>({ type: string, deadline_seconds: float }, {}),

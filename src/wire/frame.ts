@@ -50,11 +50,28 @@ export type ParameterDeclaration = Layout & {
   readonly ranges?: readonly (readonly number[])[]
 }
 
-/** Which member of a run a connection is: `rank` counts from 0 to `world_size` - 1. */
-export type MemberDeclaration = { readonly rank: number; readonly world_size: number }
+/**
+ * Which member of a run a connection is: `rank` counts from 0 to `world_size` - 1 within the replica, and `replica`
+ * (default 0) from 0 to `replicas` - 1 (default 1).
+ */
+export type MemberDeclaration = {
+  readonly rank: number
+  readonly world_size: number
+  readonly replica?: number
+  readonly replicas?: number
+}
 
-/** Whether the member of a rank has a connection. */
-export type MemberStatus = { readonly rank: number; readonly connected: boolean }
+/** Whether the member of a rank has a connection; `replica` only in a run with several. */
+export type MemberStatus = { readonly rank: number; readonly replica?: number; readonly connected: boolean }
+
+/**
+ * When a step may be closed without all replicas: `deadline_seconds` after the first `end` of it, or with all that are
+ * connected, and never with fewer than `min_replicas`.
+ */
+export type Quorum = { readonly min_replicas: number; readonly deadline_seconds: number }
+
+/** A replica of which the gradients of a step are the mean, and its weight there. */
+export type Contribution = { readonly replica: number; readonly weight: number }
 
 /** Rows of a parameter from `first_row` on, head after head (default 0). `parameter` is an index. */
 export type RowsDeclaration = { readonly parameter: number; readonly first_row?: number }
@@ -130,6 +147,8 @@ export type OpenFrame = {
   readonly transport?: readonly TransportOffer[]
   /** Left out: the run's only member, which sends and receives all elements. */
   readonly member?: MemberDeclaration
+  /** Left out: a step needs all replicas. */
+  readonly quorum?: Quorum
 }
 
 export type StepFrame = {
@@ -158,7 +177,13 @@ export type GradientsFrame = {
   readonly parameters: readonly number[]
 }
 
-export type EndFrame = { readonly type: 'end'; readonly step: number; readonly skipped?: readonly number[] }
+export type EndFrame = {
+  readonly type: 'end'
+  readonly step: number
+  readonly skipped?: readonly number[]
+  /** Of the replica in the mean of replicas, above 0; default 1. */
+  readonly weight?: number
+}
 
 export type CheckpointFrame = { readonly type: 'checkpoint'; readonly tag?: string }
 
@@ -184,6 +209,8 @@ export type OpenedFrame = {
   readonly member?: MemberDeclaration
   /** All members of the run, where `open` gave one. */
   readonly members?: readonly MemberStatus[]
+  /** In force in a run with several replicas. */
+  readonly quorum?: Quorum
   readonly limits: { readonly chunk_bytes: number; readonly [limit: string]: unknown }
   readonly server: {
     readonly name: string
@@ -249,6 +276,10 @@ export type ReceiptFrame = {
   readonly digest: string
   readonly durable: boolean
   readonly seconds: StepSeconds
+  /** The replicas whose mean the step is made of, in a run with several. */
+  readonly contributors?: readonly Contribution[]
+  /** Whether the replica of this member is one of them. */
+  readonly contributed?: boolean
 }
 
 export type CheckpointedFrame = {
@@ -269,6 +300,8 @@ export type ErrorFrame = {
   readonly step?: number
   readonly expected_step?: number
   readonly retry_after_seconds?: number
+  /** The step was closed without this replica: its updates and its receipt come with the `end` of it. */
+  readonly left_out?: boolean
 }
 
 /** Members that have opened the run or were lost since the last such frame, or since `opened`. */

@@ -1,3 +1,5 @@
+import { elementsPerBlock, isDtype, tensorBytes, type WireDtype } from '../../kernels/dtype.js'
+
 /** A contiguous part of a tensor, in bytes; `offset` counts from the tensor's first byte. */
 export type Chunk = { readonly offset: number; readonly length: number }
 
@@ -81,8 +83,16 @@ export class Ranges {
   }
 }
 
-/** What is wrong with a list of ranges of a tensor with so many elements, in words; undefined where nothing is. */
-export function rangesProblem(list: readonly (readonly number[])[], elements: number): string | undefined {
+/** A tensor that ranges are of: how many elements it has, and as what its gradient and its update travel. */
+export type Ranged = { readonly elements: number; readonly gradient_dtype: WireDtype; readonly update_dtype: WireDtype }
+
+/** What is wrong with a list of ranges of a tensor, in words; undefined where nothing is. */
+export function rangesProblem(
+  list: readonly (readonly number[])[],
+  { elements, gradient_dtype, update_dtype }: Ranged,
+): string | undefined {
+  // The longer block is a multiple of the shorter one.
+  const block = Math.max(elementsPerBlock(gradient_dtype), elementsPerBlock(update_dtype))
   let end = 0
   for (const [i, range] of list.entries()) {
     const [start, stop] = range
@@ -91,9 +101,16 @@ export function rangesProblem(list: readonly (readonly number[])[], elements: nu
     if (start >= stop) return `${shown}, expected a start below its stop: leave an empty range out`
     if (start < end) return `${shown}, expected a start of ${end} or more: ranges are sorted and do not overlap`
     if (stop > elements) return `${shown}, expected a stop of at most ${elements}, its elements`
+    if (start % block > 0 || (stop % block > 0 && stop < elements))
+      return `${shown}, expected multiples of ${block}: blocks of ${gradient_dtype} and ${update_dtype} are not cut`
     end = stop
   }
   return undefined
+}
+
+/** The bytes of ranges that begin where blocks do. */
+function* inBlocks(dtype: WireDtype, ranges: Ranges): Generator<Range> {
+  for (const [start, stop] of ranges.list()) yield [tensorBytes(dtype, start), tensorBytes(dtype, stop)]
 }
 
 /** A frame's worth of a tensor: `offset` is where its first byte lies, and `pieces` are where all of them do. */
@@ -110,6 +127,12 @@ export class Extent {
     this.bytes = ranges.elements * unit
     this.#ranges = ranges
     this.#unit = unit
+  }
+
+  /** What a member sends or receives of a tensor that travels as `dtype`. */
+  static of(dtype: WireDtype, ranges: Ranges): Extent {
+    if (isDtype(dtype)) return new Extent(ranges, tensorBytes(dtype, 1))
+    return new Extent(new Ranges(inBlocks(dtype, ranges)), 1)
   }
 
   /** All of a tensor of so many bytes. */

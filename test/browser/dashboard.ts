@@ -152,16 +152,16 @@ t.test('ten thousand parameters are a few dozen rows of the page, which can be f
 })
 
 t.test('a service with keys shows nothing before it is given one, and the key stays in its tab', async (t) => {
-  const { service, trainer } = await startStage({ api_keys: 'right-key' }, { steps: 2, token: 'right-key' })
+  const { service, trainer } = await startStage({ api_keys: 'right-key-0123456789' }, { steps: 2, token: 'right-key-0123456789' })
   const { page, close } = await openPage(browser, service.http)
   const dialog = page.getByRole('dialog', { name: 'Key of this service' })
   await dialog.waitFor()
   await dialog.getByRole('alert').getByText('a key is needed').waitFor()
   await checkAccessible(t, page, 'the question for the key')
-  await page.keyboard.type('wrong-key')
+  await page.keyboard.type('wrong-key-0123456789')
   await page.keyboard.press('Enter')
   await dialog.getByRole('alert').getByText('this key is not known').waitFor()
-  await dialog.getByLabel('Bearer key').fill('right-key')
+  await dialog.getByLabel('Bearer key').fill('right-key-0123456789')
   await page.keyboard.press('Enter')
   await page.getByRole('link', { name: RUN }).click()
   await fact(page, 'Step').getByText('2', { exact: true }).waitFor()
@@ -171,7 +171,7 @@ t.test('a service with keys shows nothing before it is given one, and the key st
     '[JSON.stringify(sessionStorage), JSON.stringify(localStorage), document.cookie, location.href, document.body.outerHTML]',
   )
   t.same(
-    kept.map((text) => text.includes('right-key')),
+    kept.map((text) => text.includes('right-key-0123456789')),
     [true, false, false, false, false],
     'it is in the session storage alone',
   )

@@ -2,12 +2,13 @@ import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, 
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
-import { join } from 'node:path'
+import { dirname, join } from 'node:path'
 import t from 'tap'
 import { exportCommand } from '../../src/commands/export.js'
 import { importCommand } from '../../src/commands/import.js'
 import { byteProgress } from '../../src/commands/progress.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
+import { keyOf, keysFile } from '../http/keys.js'
 import { MODEL, train, trainStep } from '../run/trainer.js'
 import { exporting, opened, SILENT, start, stateOf } from './interchange.js'
 
@@ -265,8 +266,13 @@ t.test('a run is exported and imported over a Unix socket', async (t) => {
 })
 
 t.test('every mistake has one line', async (t) => {
-  const service = await start({ read_keys: 'reader', api_keys: 'writer' })
-  const folder = t.testdir({ key: 'reader\n' })
+  const file = keysFile(t, [
+    { name: 'reader', scopes: ['read'] },
+    { name: 'writer', scopes: ['step'] },
+  ])
+  const service = await start({ keys_file: file.path })
+  const folder = dirname(file.path)
+  writeFileSync(join(folder, 'key'), `${keyOf('reader')}\n`)
   const out = join(folder, 'x')
   const CASES: [string[], RegExp][] = [
     [[], /^export takes the name of one run/],
@@ -311,10 +317,16 @@ t.test('every mistake has one line', async (t) => {
     await t.rejects(exportCommand(argv, {}, SILENT), { name: 'ConfigError', message }, argv.join(' '))
   const fromVariable = exportCommand(
     ['a', '--to', 'safetensors', '--out', out, '--url', service.http],
-    { MUOND_TOKEN: 'reader' },
+    { MUOND_TOKEN: keyOf('reader') },
     SILENT,
   )
   await t.rejects(fromVariable, { message: /RUN_NOT_FOUND/ })
+  const unfit = exportCommand(
+    ['a', '--to', 'safetensors', '--out', out, '--url', service.http],
+    { MUOND_TOKEN: keyOf('writer') },
+    SILENT,
+  )
+  await t.rejects(unfit, { message: /takes a key with the scope read; this one has step \(FORBIDDEN\)$/ })
   t.match(await exportCommand(['--help'], {}, SILENT), /^muond export RUN --to FORMAT --out PATH/)
   await service.app.close()
 })

@@ -96,14 +96,22 @@ t.test('capabilities are the settings, the tables and the device', async (t) => 
   t.match(capabilities, {
     server: { name: 'muond', version: VERSION },
     protocols: [1],
-    dtypes: ['float32', 'bfloat16', 'float16'],
+    dtypes: ['float32', 'bfloat16', 'float16', 'int8_block256', 'int4_block64'],
     devices: [{ name: 'cpu', kind: 'cpu', onnxruntime: device.backend.version, lanes: 1 }],
     limits: { max_runs: 7, chunk_bytes: 1000, state_bytes: 123_456, staging_bytes: 2 ** 20, max_connections: 256 },
   })
   t.same(Object.keys(capabilities.algorithms), ['muon', 'adamw', 'adam', 'rmsprop', 'sgd', 'muonclip'])
   t.match(capabilities.algorithms.muon.momentum, { default: 0.95, sticky: true })
   t.match(capabilities.algorithms.adamw.betas, { default: [0.9, 0.999] })
-  t.same(Object.keys(capabilities.presets), ['deepseek-v4', 'kimi-k2', 'moonlight', 'nanogpt', 'torch'])
+  t.same(Object.keys(capabilities.presets), [
+    'deepseek-v4',
+    'diloco',
+    'kimi-k2',
+    'moonlight',
+    'muloco',
+    'nanogpt',
+    'torch',
+  ])
   t.match(capabilities.presets['deepseek-v4'], {
     description: /^DeepSeek-V4/,
     source: /arXiv/,

@@ -7,7 +7,7 @@ import { decodeServerFrame, encodeFrame, encodeWithData } from '../../src/wire/c
 import type { ClientFrame, GradientFrame, OpenFrame, ReceiptFrame, ServerFrame } from '../../src/wire/frame.js'
 import { known } from '../service.js'
 
-type Settings = Partial<Record<SettingName, string | number>>
+type Settings = Partial<Record<SettingName, string | number | boolean>>
 type Teardown = Pick<typeof t, 'teardown'>
 
 /** The real service on a free port; it is drained when the test ends. */

@@ -17,7 +17,7 @@ function plainGet(url: string, headers: Record<string, string>): Promise<{ body:
 }
 
 t.test('the dashboard and all of its files come from the service, without a key', async (t) => {
-  const { url } = await startService(t, { api_keys: 'key' })
+  const { url } = await startService(t, { api_keys: 'a-key-of-sixteen-letters' })
   const page = await fetch(`${url}/ui`)
   t.equal(page.status, 200)
   t.match(page.headers.get('content-type'), /^text\/html/)

@@ -1,7 +1,7 @@
 import t from 'tap'
 import type { ServiceError } from '../../src/errors.js'
 import type { Plan } from '../../src/optimizer/plan.js'
-import type { Connection } from '../../src/run/step/member.js'
+import type { Connection } from '../../src/run/members/member.js'
 import type { OpenFrame } from '../../src/wire/frame.js'
 import { normal, RawClient, startService } from '../service.js'
 
@@ -96,7 +96,8 @@ t.test('a step that lacks many parameters names ten of them and counts the rest'
   const { runs, app } = await startService({ lanes: 1 })
   const parameters = Array.from({ length: 13 }, (_, i) => ({ name: `p${i}`, shape: [1], group: 'g' }))
   const { run, member } = await runs.open(frame('r', { parameters }), connection())
-  await t.rejects(run.intake.end(member, 1, [0]), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
+  const end = { step: 1, skipped: [0], weight: 1 }
+  await t.rejects(run.intake.end(member, end), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
   await app.close()
 })
 

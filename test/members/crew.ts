@@ -1,4 +1,4 @@
-import { bytesPerElement } from '../../kernels/dtype.js'
+import { isWireDtype, tensorBytes, type WireDtype } from '../../kernels/dtype.js'
 import type { OpenFrame, ParameterDeclaration, ReceiptFrame } from '../../src/wire/frame.js'
 import { Extent, type Range, Ranges } from '../../src/wire/ranges.js'
 import { bytesOf, normal, RawClient } from '../service.js'
@@ -38,6 +38,24 @@ export function byColumns({ parameters }: Model, world_size: number): Split {
   })
 }
 
+function dtypeOf(declared: ParameterDeclaration, key: 'gradient_dtype' | 'update_dtype'): WireDtype {
+  const { [key]: name = 'float32' } = declared
+  /* c8 ignore next -- fails the test */
+  if (!isWireDtype(name)) throw new Error(name)
+  return name
+}
+
+export const bytesOfUpdate = (one: ParameterDeclaration) => tensorBytes(dtypeOf(one, 'update_dtype'), elementsOf(one))
+
+/** `among`: which replica the member is of, of how many. */
+export type MateOptions = {
+  model: Model
+  split: Split
+  rank: number
+  among?: { replica: number; replicas: number }
+  quorum?: NonNullable<OpenFrame['quorum']>
+}
+
 /** One member of a run as a client: it sends its elements of whole gradients, and puts its elements of updates down. */
 export class Mate {
   readonly rank: number
@@ -48,14 +66,15 @@ export class Mate {
   client!: RawClient
   opened!: Awaited<ReturnType<RawClient['open']>>
 
-  constructor(url: string, run: string, { model, split, rank }: { model: Model; split: Split; rank: number }) {
+  constructor(url: string, run: string, { model, split, rank, among, quorum }: MateOptions) {
     this.#url = url
     this.#model = model
     this.#split = split
     this.rank = rank
     const world_size = split[0]!.length
     const parameters = model.parameters.map((one, i) => ({ ...one, ranges: split[i]![rank]! }))
-    this.frame = { type: 'open', protocol: 1, run, ...model, parameters, member: { rank, world_size } }
+    const member = { rank, world_size, ...among }
+    this.frame = { type: 'open', protocol: 1, run, ...model, parameters, member, ...(quorum && { quorum }) }
   }
 
   async open(keys: Partial<OpenFrame> = {}): Promise<this> {
@@ -74,19 +93,17 @@ export class Mate {
   }
 
   extent(parameter: number, dtype: 'gradient_dtype' | 'update_dtype' = 'gradient_dtype'): Extent {
-    const { [dtype]: name = 'float32' } = this.#model.parameters[parameter]!
-    /* c8 ignore next -- fails the test */
-    if (name !== 'float32' && name !== 'bfloat16' && name !== 'float16') throw new Error(name)
-    return new Extent(new Ranges(this.#split[parameter]![this.rank]!), bytesPerElement(name))
+    const name = dtypeOf(this.#model.parameters[parameter]!, dtype)
+    return Extent.of(name, new Ranges(this.#split[parameter]![this.rank]!))
   }
 
   /** Sends its part of a whole gradient. */
-  send(parameter: number, step: number, values: Float32Array, chunk?: number): void {
+  send(parameter: number, step: number, values: Float32Array | Uint8Array, chunk?: number): void {
     this.client.gradient(parameter, step, { values, extent: this.extent(parameter), ...(chunk && { chunk }) })
   }
 
-  end(step: number, skipped?: readonly number[]): void {
-    this.client.send({ type: 'end', step, ...(skipped && { skipped }) })
+  end(step: number, skipped?: readonly number[], weight?: number): void {
+    this.client.send({ type: 'end', step, ...(skipped && { skipped }), ...(weight !== undefined && { weight }) })
   }
 
   /** The next receipt; frames that tell of other members may come before it. */
@@ -142,7 +159,7 @@ export class Crew {
   }
 
   /** One step, in the order of the ranks; answers the whole updates and the receipts of all. */
-  async step(step: number, gradients: readonly Float32Array[]) {
+  async step(step: number, gradients: readonly (Float32Array | Uint8Array)[]) {
     for (const mate of this.mates) {
       for (const parameter of mate.own) mate.send(parameter, step, gradients[parameter]!)
       mate.end(step)
@@ -153,7 +170,7 @@ export class Crew {
 
   /** The whole updates that the members have together. */
   updates(): Uint8Array[] {
-    const updates = this.#model.parameters.map((one) => new Uint8Array(4 * elementsOf(one)))
+    const updates = this.#model.parameters.map((one) => new Uint8Array(bytesOfUpdate(one)))
     for (const mate of this.mates) mate.place(updates)
     return updates
   }
@@ -177,9 +194,9 @@ export async function alone(url: string, run: string, { model, steps }: { model:
 }
 
 /** The gradients of each step. */
-export type Gradients = readonly (readonly Float32Array[])[]
+export type Gradients = readonly (readonly (Float32Array | Uint8Array)[])[]
 
-export function gradientsOf({ parameters }: Model, { seed, steps }: { seed: number; steps: number }): Gradients {
+export function gradientsOf({ parameters }: Model, { seed, steps }: { seed: number; steps: number }): Float32Array[][] {
   return Array.from({ length: steps }, (_, step) =>
     parameters.map((one, i) => normal(seed + 1000 * step + i, elementsOf(one))),
   )

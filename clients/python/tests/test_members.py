@@ -151,7 +151,8 @@ def test_what_does_not_fit_is_told(shared: Service, name: str) -> None:
 def test_ranges_count_positions_and_offsets() -> None:
     ranges = Ranges([(2, 5), (5, 6), (9, 12)])
     assert ranges.size == 7
-    assert [ranges.offset(4 * i, 4) for i in range(8)] == [8, 12, 16, 20, 36, 40, 44, 48]
-    assert ranges.offset(13, 4) == 21
+    in_bytes = ranges.in_bytes("float32")
+    assert [in_bytes.offset(4 * i) for i in range(8)] == [8, 12, 16, 20, 36, 40, 44, 48]
+    assert in_bytes.offset(13) == 21
     assert ranges.elements(slice(1, 7)).tolist() == [3, 4, 5, 9, 10, 11]
-    assert (Ranges([]).size, Ranges([]).offset(0, 4)) == (0, 0)
+    assert (Ranges([]).size, Ranges([]).in_bytes("float32").offset(0)) == (0, 0)

@@ -1,4 +1,5 @@
-import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
+import { decodeBlocks } from '../../../kernels/blocks.js'
+import { type Dtype, isBlockDtype, tensorBytes, type WireDtype } from '../../../kernels/dtype.js'
 import { float16Values, numberToBfloat16 } from '../../../kernels/narrow.js'
 import { Ranges } from '../../wire/ranges.js'
 import { MuondError } from '../error.js'
@@ -13,7 +14,7 @@ export type Weights = Float32Array | Uint16Array
 export type Update = {
   scale: number
   decay: number
-  dtype: Dtype
+  dtype: WireDtype
   /** Little-endian, C order, at an address that is a multiple of 4. */
   data?: Uint8Array
   /** One factor for each of equally many consecutive elements of the whole tensor; absent when all are 1. */
@@ -31,11 +32,12 @@ const BLOCK = 4096
  */
 export function applyUpdate(
   weights: Weights,
-  update: Update,
+  sent: Update,
   part: { ranges: Ranges; elements: number } = { ranges: Ranges.whole(weights.length), elements: weights.length },
 ): void {
-  const { data, row_scale } = update
-  if (data !== undefined) requireSize('data', data.byteLength, weights.length * bytesPerElement(update.dtype))
+  const { data, row_scale } = sent
+  if (data !== undefined) requireSize('data', data.byteLength, tensorBytes(sent.dtype, weights.length))
+  const update = decoded(sent, weights.length)
   if (row_scale === undefined) return applyRows(weights, update, { first: 0, end: weights.length, factor: 1 })
   const width = part.elements / row_scale.length
   if (!Number.isInteger(width)) {
@@ -59,6 +61,19 @@ function* rowsOf(ranges: Ranges, width: number): Generator<{ first: number; end:
   }
 }
 
+/** An update with elements of their own. */
+type ElementUpdate = Update & { dtype: Dtype }
+
+/** One that travels in blocks is decoded. */
+function decoded(update: Update, elements: number): ElementUpdate {
+  const { dtype, data } = update
+  if (!isBlockDtype(dtype)) return { ...update, dtype }
+  if (data === undefined) return { ...update, dtype: 'float32' }
+  const values = new Float32Array(elements)
+  decodeBlocks(data, dtype, values)
+  return { ...update, dtype: 'float32', data: new Uint8Array(values.buffer) }
+}
+
 function requireSize(name: string, size: number, expected: number): void {
   if (size !== expected) throw new MuondError('SHAPE_MISMATCH', `${name} has ${size} bytes, expected ${expected}`)
 }
@@ -69,7 +84,7 @@ type Rows = { first: number; end: number; factor: number }
 /** Each of them a float32. */
 type Factors = { keep: number; scale: number; factor: number }
 
-function applyRows(weights: Weights, update: Update, rows: Rows): void {
+function applyRows(weights: Weights, update: ElementUpdate, rows: Rows): void {
   const factors = { keep: Math.fround(1 - update.decay), scale: Math.fround(update.scale), factor: rows.factor }
   for (let first = rows.first; first < rows.end; first += BLOCK) {
     const range = { first, end: Math.min(first + BLOCK, rows.end) }

@@ -59,8 +59,9 @@ export class Step {
     this.#grew()
   }
 
-  finish(skipped: readonly number[]): void {
-    this.#end = { type: 'end', step: this.number, ...(skipped.length > 0 && { skipped }) }
+  finish(skipped: readonly number[], weight?: number): void {
+    const given = { ...(skipped.length > 0 && { skipped }), ...(weight !== undefined && { weight }) }
+    this.#end = { type: 'end', step: this.number, ...given }
     this.#grew()
   }
 

@@ -1,4 +1,3 @@
-import { bytesPerElement } from '../../../kernels/dtype.js'
 import { Assembly } from '../../wire/chunks.js'
 import type { UpdateFrame, UpdatesFrame } from '../../wire/frame.js'
 import { Extent } from '../../wire/ranges.js'
@@ -44,7 +43,7 @@ export class Updates {
   /** Where the bytes of a parameter's gradient lie in the whole tensor. */
   gradient(parameter: number): Extent {
     const { ranges, gradient_dtype } = this.#parameters[parameter]
-    return new Extent(ranges, bytesPerElement(gradient_dtype))
+    return Extent.of(gradient_dtype, ranges)
   }
 
   has(parameter: number): boolean {
@@ -137,7 +136,7 @@ export class Updates {
 
 /** Where the bytes of a parameter's update lie in the whole tensor. */
 function extentOf({ ranges, update_dtype }: Bound): Extent {
-  return new Extent(ranges, bytesPerElement(update_dtype))
+  return Extent.of(update_dtype, ranges)
 }
 
 function unexpected({ parameter }: Pick<UpdateFrame, 'parameter'>, what: string): MuondError {

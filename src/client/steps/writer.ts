@@ -1,5 +1,5 @@
 import type { CheckpointedFrame, MemberStatus, OpenedFrame, OpenFrame, ReceiptFrame } from '../../wire/frame.js'
-import { type Connection, whileIdle } from '../connection.js'
+import { type Connection, memberKey, whileIdle } from '../connection.js'
 import { MuondError } from '../error.js'
 import type { Handshake, Transport, TransportKind } from '../transport/transport.js'
 import { type Backoff, backoffSeconds, sleep } from './backoff.js'
@@ -65,7 +65,7 @@ export class Writer {
   /** The run's members as the newest frames tell of them. */
   get members(): readonly MemberStatus[] {
     const now = this.#connection.members
-    return (this.#opened.members ?? []).map((status) => now.get(status.rank) ?? status)
+    return (this.#opened.members ?? []).map((status) => now.get(memberKey(status)) ?? status)
   }
 
   /** The last finished step. */
@@ -146,7 +146,9 @@ export class Writer {
     const connection = this.#connection
     const chunk_bytes = Math.min(this.#opened.limits.chunk_bytes, this.#host.chunk_bytes)
     const { taken: arenas } = this.#transport
-    const receipt = await Exchange.run({ connection, step, updates, chunk_bytes, arenas })
+    const averages = (this.#opened.member?.replicas ?? 1) > 1
+    const { retries } = this.#host
+    const receipt = await Exchange.run({ connection, step, updates, chunk_bytes, arenas, averages, retries })
     this.#step = receipt.step
     this.#digest = receipt.digest
     return receipt

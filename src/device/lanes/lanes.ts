@@ -1,7 +1,7 @@
 import { Worker } from 'node:worker_threads'
 import { ServiceError } from '../../errors.js'
 import type { LaneOptions, LaneReply, LaneRequest, Scratch } from '../executor.js'
-import type { GroupLimit, Job, JobResult, Need } from '../job.js'
+import type { GroupLimit, JobResult, Need, Request } from '../job.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
 import { packJobs, unpackResults } from './packed-jobs.js'
 import { Queue } from './queue.js'
@@ -14,13 +14,13 @@ type OpenRequest = { resolve: (results: readonly JobResult[]) => void; reject: (
 
 /** A job in the queue; `job` makes it when a lane is free. */
 type QueuedJob = {
-  job: () => Job | undefined
+  job: () => Request | undefined
   ticket: Ticket
   resolve: (result: JobResult | undefined) => void
   reject: (error: unknown) => void
 }
 
-type MadeJob = QueuedJob & { made: Job }
+type MadeJob = QueuedJob & { made: Request }
 
 type Lane = { worker: Worker; busy: Map<number, OpenRequest>; groups: number; exited: Promise<void> }
 
@@ -68,7 +68,7 @@ export class Lanes {
   }
 
   /** Computes in the order of the calls; undefined where the ticket was cancelled or `job` answered undefined. */
-  run(job: () => Job | undefined, ticket: Ticket): Promise<JobResult | undefined> {
+  run(job: () => Request | undefined, ticket: Ticket): Promise<JobResult | undefined> {
     if (this.#failure) return Promise.reject(this.#failure)
     return new Promise((resolve, reject) => {
       this.#queue.push({ job, ticket, resolve, reject })
@@ -189,7 +189,7 @@ export class Lanes {
 }
 
 /** Makes a job; undefined where its ticket was cancelled, it is not wanted any more, or making it failed. */
-function make({ job, ticket, resolve, reject }: QueuedJob): Job | undefined {
+function make({ job, ticket, resolve, reject }: QueuedJob): Request | undefined {
   try {
     const made = ticket.cancelled ? undefined : job()
     if (made === undefined) resolve(undefined)

@@ -3,8 +3,8 @@ import { effective, type Group, type Groups } from '../../optimizer/hyperparamet
 import { clipSummary } from '../../optimizer/qk-clip.js'
 import { nextDigest } from '../digest.js'
 import type { Receipt } from '../history.js'
+import type { Member } from '../members/member.js'
 import type { Shard } from '../shard.js'
-import type { Member } from './member.js'
 import type { Step } from './step.js'
 
 // The end of a step: whether it is complete, and the receipt that says what it came to.
@@ -12,13 +12,13 @@ import type { Step } from './step.js'
 const NAMES_IN_MESSAGE = 10
 
 /**
- * Throws STEP_INCOMPLETE where a parameter that a member has elements of was neither applied nor skipped, and
- * STEP_CONFLICT where one was both.
+ * Throws STEP_INCOMPLETE where a parameter that a member has elements of was neither skipped nor `isThere`, which is to
+ * say applied, and STEP_CONFLICT where one was skipped and applied.
  */
 export function checkComplete(
   step: Step,
   shard: Shard,
-  { member, skipped }: { member: Member; skipped: ReadonlySet<number> },
+  { member, skipped, isThere }: { member: Member; skipped: ReadonlySet<number>; isThere: (index: number) => boolean },
 ): void {
   const { number, expected: expected_step } = step
   for (const index of skipped) {
@@ -29,7 +29,7 @@ export function checkComplete(
   }
   const missing = shard.parameters.filter((parameter) => {
     const { index } = parameter
-    return !step.hasApplied(index) && !skipped.has(index) && member.has(parameter)
+    return !isThere(index) && !skipped.has(index) && member.has(parameter)
   })
   if (missing.length === 0) return
   const names = missing.slice(0, NAMES_IN_MESSAGE).map(({ name }) => `'${name}'`)
@@ -43,7 +43,8 @@ export function checkComplete(
 
 /** The receipt of a step that is complete; `digest` is the one before it, `durable` whether a journal has the step. */
 export function conclude(step: Step, shard: Shard, { digest, durable }: { digest: string; durable: boolean }): Receipt {
-  const { groups, frame } = step.settings
+  const { settings, contributors } = step
+  const { groups, frame } = settings
   const applied = shard.applied(step)
   return {
     type: 'receipt',
@@ -57,6 +58,7 @@ export function conclude(step: Step, shard: Shard, { digest, durable }: { digest
     digest: nextDigest(digest, step.number, shard.records(step)),
     durable,
     seconds: { ...step.clock.seconds },
+    ...(contributors.length > 0 && { contributors }),
   }
 }
 

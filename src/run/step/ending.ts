@@ -1,51 +1,61 @@
 import type { Receipt, Waited } from '../history.js'
-import type { Member } from './member.js'
+import type { Member } from '../members/member.js'
 
-type Ended = {
-  member: Member
-  at: number
-  resolve: (receipt: Receipt | Promise<Receipt> | undefined) => void
-}
+/** What a member's `end` comes to: undefined where the member is lost before, or its `end` was taken back. */
+export type Ended = Receipt | 'left_out' | undefined
+
+/** A member whose `end` has come, and the weight that it gives its replica. */
+export type EndedMember = { readonly member: Member; readonly weight: number; readonly skipped: readonly number[] }
+
+type Waiting = EndedMember & { at: number; resolve: (ended: Ended | Promise<Ended>) => void }
 
 /** The barrier at the end of a step: the members whose `end` has come wait here for those of all. */
 export class Ending {
-  readonly #ended = new Map<number, Ended>()
+  readonly #ended = new Map<number, Waiting>()
 
   /** How many members wait. */
   get size(): number {
     return this.#ended.size
   }
 
-  /** The ranks whose `end` has come. */
-  get ranks(): number[] {
+  /** The numbers of the members whose `end` has come. */
+  get ids(): number[] {
     return [...this.#ended.keys()]
   }
 
-  /** Seconds that the others have waited for the `end` of each rank, counted from the first one. */
+  /** Seconds that the others have waited for the `end` of each member, counted from the first one. */
   get waited(): Waited[] {
-    const all = [...this.#ended]
-    const first = all.reduce((least, [, { at }]) => Math.min(least, at), Infinity)
-    return all.map(([rank, { at }]) => ({ rank, seconds: (at - first) / 1000 }))
+    const all = [...this.#ended.values()]
+    const first = all.reduce((least, { at }) => Math.min(least, at), Infinity)
+    return all.map(({ member: { rank, replica }, at }) => ({ rank, replica, seconds: (at - first) / 1000 }))
   }
 
-  /** Has a member wait; resolves with the receipt, or with undefined where the member is lost before. */
-  wait(member: Member): Promise<Receipt | undefined> {
+  /** The members of a replica whose `end` has come. */
+  of(replica: number): EndedMember[] {
+    return [...this.#ended.values()].filter(({ member }) => member.replica === replica)
+  }
+
+  /** Has a member wait for the receipt. */
+  wait(ended: EndedMember): Promise<Ended> {
     return new Promise((resolve) => {
-      this.#ended.set(member.rank, { member, at: performance.now(), resolve })
+      this.#ended.set(ended.member.id, { ...ended, at: performance.now(), resolve })
     })
   }
 
-  /** Lets all members go with the receipt, or with the reason why there is none. */
-  settle(receipt: Receipt | Promise<Receipt>): void {
-    for (const { resolve } of this.#ended.values()) resolve(receipt)
-    this.#ended.clear()
+  /** Lets members go, all of them if none are named, with what their `end` comes to. */
+  settle(ended: Ended | Promise<Ended>, members = this.#members): void {
+    for (const { id } of members) {
+      this.#ended.get(id)?.resolve(ended)
+      this.#ended.delete(id)
+    }
   }
 
   /** A member is lost: its `end` is forgotten. */
   leave(member: Member): void {
-    const ended = this.#ended.get(member.rank)
-    if (ended?.member !== member) return
-    this.#ended.delete(member.rank)
-    ended.resolve(undefined)
+    if (this.#ended.get(member.id)?.member === member) this.settle(undefined, [member])
+  }
+
+  get #members(): readonly Pick<Member, 'id'>[] {
+    return [...this.#ended.values()].map(({ member }) => member)
   }
 }

@@ -1,64 +1,28 @@
-import type { Ticket } from '../../device/device.js'
 import { ServiceError } from '../../errors.js'
 import type { Parameter } from '../../optimizer/parameter.js'
-import type { GradientPlaces } from '../place.js'
+import type { Member } from '../members/member.js'
+import type { Ranks } from '../members/ranks.js'
 import type { ScaledUpdate } from '../shard.js'
 import { inSlices } from '../slices.js'
-import type { Buffers } from './buffers.js'
-import type { Layout } from './layout.js'
-import type { Member } from './member.js'
 import { findingNotFinite } from './not-finite.js'
+import { type Compute, type Part, passed, type Receiver, type Region, Slot, type Waiting } from './part.js'
 import type { Step } from './step.js'
-
-/** A member's part of a gradient, which has come whole. */
-export type Part = GradientPlaces & { step: Step; index: number; member: Member; repeated?: Repeated }
-
-/** A gradient of which all parts have come; `explain` says more of the error that refuses it. */
-export type Whole = GradientPlaces & {
-  step: Step
-  index: number
-  ticket: Ticket
-  explain: (error: unknown) => Promise<unknown>
-}
-
-/** A part of a gradient that was applied before: it is not stored, but held against the bytes that were applied. */
-export type Repeated = { differs: boolean }
-
-/** Where a member's part of a gradient is received. */
-export type Receiver = { region: Region; repeated?: Repeated }
-
-type Region = GradientPlaces['gradient']
-type Settle = { resolve: (update: ScaledUpdate | undefined) => void; reject: (error: unknown) => void }
-type Waiting = Part & Settle
-
-/** What came of a gradient that was applied: its update, which every member that has elements of it is sent. */
-type Kept = { step: number; update: ScaledUpdate }
-
-/** One parameter's gradient, as far as it has come. */
-class Slot {
-  /** The parts of one step that wait for the others, by rank. */
-  readonly parts = new Map<number, Waiting>()
-  computing = false
-  kept: Kept | undefined
-  /** Ranks whose elements in the buffer are of a later step than `kept`. */
-  readonly spoiled = new Set<number>()
-}
+import type { Updates } from './updates.js'
 
 export type GatheringMeans = {
   parameters: readonly Parameter[]
-  layout: Layout
+  ranks: Ranks
   /** Undefined for a run's only member: its gradients are whole when they come, and their updates are not kept. */
-  buffers: Buffers | undefined
+  memory: { gradient: (index: number) => Region; updates: Updates } | undefined
   /** The step in progress. */
   current: () => Step
-  /** Computes a gradient that is whole; undefined where its ticket was cancelled. */
-  compute: (whole: Whole) => Promise<ScaledUpdate | undefined>
+  /** Told of a gradient that is whole, and again whenever a member begins the step. */
+  whole: (index: number, step: Step) => void
 }
 
 /**
- * Where the parts that the members of a run send become gradients. A gradient is computed when all of its elements
- * have come and every member has begun the step; its update then answers every part. The only member's gradient is one
- * part, and is computed at once.
+ * Where the parts that the ranks of one replica send become gradients, whose updates answer every part. The only
+ * member's gradient is one part.
  */
 export class Gathering {
   readonly #means: GatheringMeans
@@ -71,16 +35,20 @@ export class Gathering {
     this.#means = means
   }
 
+  get ranks(): Ranks {
+    return this.#means.ranks
+  }
+
   /**
    * Where a member's part of a gradient goes; undefined for the only member, whose gradients have memory of their own.
    * The newest part of a member counts: one that waits for others is forgotten, and its answer is that there is none.
    */
   receive(member: Member, index: number, step: Step): Receiver | undefined {
-    const { buffers } = this.#means
-    if (!buffers) return undefined
+    const { memory } = this.#means
+    if (!memory) return undefined
     const slot = this.#slot(index)
-    const region = buffers.gradient(index)
-    const isKept = slot.kept?.step === step.number && step.hasApplied(index)
+    const region = memory.gradient(index)
+    const isKept = memory.updates.of(index, step.number) !== undefined && step.hasApplied(index)
     if (isKept && !slot.spoiled.has(member.rank)) return { region, repeated: { differs: false } }
     slot.spoiled.add(member.rank)
     return { region }
@@ -91,7 +59,7 @@ export class Gathering {
     const slot = this.#slots.get(index)
     if (!slot || slot.computing) return
     slot.parts.get(rank)?.resolve(undefined)
-    slot.parts.delete(rank)
+    if (slot.parts.delete(rank)) slot.version += 1
   }
 
   /**
@@ -100,23 +68,48 @@ export class Gathering {
   async add(part: Part): Promise<ScaledUpdate | undefined> {
     const { member, index, step } = part
     const slot = this.#slot(index)
-    if (part.repeated) return this.#repeat(part, slot)
+    if (part.repeated) return this.#repeat(part)
     this.#checkMixture(member, index, step)
     this.#outdate(slot, part)
     const update = new Promise<ScaledUpdate | undefined>((resolve, reject) => {
       slot.parts.set(member.rank, { ...part, resolve, reject })
     })
-    this.#tryCompute(index, slot)
+    slot.version += 1
+    this.#tell(index, slot)
     this.#checkReachable(index, slot)
     return update
   }
 
+  /** Whether a member's part of a gradient is there. */
+  has({ rank }: Member, index: number): boolean {
+    return this.#slots.get(index)?.parts.has(rank) ?? false
+  }
+
+  /** A number that changes with every part of a gradient that comes or goes. */
+  version(index: number): number {
+    return this.#slot(index).version
+  }
+
+  /** Whether all parts of a gradient of a step are there, and none of it is computed. */
+  isWhole(index: number, step: Step): boolean {
+    const slot = this.#slots.get(index)
+    if (!slot || slot.computing) return false
+    const [first] = slot.parts.values()
+    const parameter = this.#means.parameters[index]
+    return first?.step === step && elementsOf(slot, parameter) === parameter.elements
+  }
+
+  /** The gradients of a step that are whole. */
+  wholes(step: Step): number[] {
+    return [...this.#slots.keys()].filter((index) => this.isWhole(index, step))
+  }
+
   /** A member has begun the step in progress. */
   begun(): void {
-    if (!this.#means.buffers) return
+    if (!this.#means.memory) return
     for (const [index, slot] of this.#slots) {
       if (slot.parts.size === 0) continue
-      this.#tryCompute(index, slot)
+      this.#tell(index, slot)
       this.#checkReachable(index, slot)
     }
   }
@@ -145,6 +138,12 @@ export class Gathering {
       if (slot.parts.get(member.rank)?.member === member) this.withdraw(member, index)
   }
 
+  /** Forgets all parts that wait: no member is answered. */
+  drop(): void {
+    this.#skips.clear()
+    for (const slot of this.#slots.values()) this.#settle(slot, ({ resolve }) => resolve(undefined))
+  }
+
   /** The step in progress is finished. */
   finish(): void {
     this.#skips.clear()
@@ -158,28 +157,59 @@ export class Gathering {
 
   /** The run is elsewhere in its history: what was applied before is none of it. */
   forget(): void {
-    for (const slot of this.#slots.values()) release(slot)
+    for (const { spoiled } of this.#slots.values()) spoiled.clear()
   }
 
-  /** Whether updates are kept until every member has them. */
-  get keeps(): boolean {
-    return this.#means.buffers !== undefined
+  /** Goes on with other ranks. Nothing is computed and no part waits. */
+  relay(ranks: Ranks): void {
+    this.#means.ranks = ranks
+    for (const [index, slot] of this.#slots) {
+      /* c8 ignore next -- the layout changes while a repeated gradient is half there */
+      if (slot.spoiled.size > 0) this.#means.memory?.updates.drop(index)
+      slot.spoiled.clear()
+    }
   }
 
-  /** Goes on in another layout of named members. Nothing is computed and no part waits. */
-  relay(layout: Layout): void {
-    this.#means.layout = layout
-    /* c8 ignore next -- the layout changes while a repeated gradient is half there */
-    for (const slot of this.#slots.values()) if (slot.spoiled.size > 0) release(slot)
+  /** Whether what lies in the memory of a gradient is what was applied, and nothing of a later step. */
+  isKept(index: number): boolean {
+    return (this.#slots.get(index)?.spoiled.size ?? 0) === 0
   }
 
-  /**
-   * The gradient of a parameter as it was applied for a step; undefined where it is not kept. The caller releases it.
-   */
-  applied(index: number, step: number): Region | undefined {
-    const slot = this.#slots.get(index)
-    if (slot?.kept?.step !== step || slot.spoiled.size > 0) return undefined
-    return this.#means.buffers?.gradient(index)
+  /** Has a gradient that is whole computed, and answers its parts. */
+  compute(index: number, compute: Compute): void {
+    const slot = this.#slot(index)
+    const [first] = slot.parts.values()
+    const computing = this.#compute(slot, first, compute).finally(() => this.#computing.delete(computing))
+    this.#computing.add(computing)
+  }
+
+  /** A gradient that is whole is computed from here on: none of its parts may change. */
+  hold(index: number): void {
+    this.#slot(index).computing = true
+  }
+
+  /** A gradient was computed: its parts are answered with an update, whose memory is the caller's. */
+  answer(index: number, update: ScaledUpdate): void {
+    const slot = this.#slot(index)
+    slot.spoiled.clear()
+    this.#settle(slot, ({ resolve }) => resolve({ ...update, memory: update.memory.retain() }))
+  }
+
+  /** A gradient was not applied: its parts are refused, and have to be sent again. */
+  refuse(index: number, error: unknown): void {
+    this.#settle(this.#slot(index), ({ reject }) => reject(error))
+  }
+
+  /** Says of an error which members' parts of a gradient hold NaN or Inf, if that is what it is about. */
+  async blame(error: unknown, index: number): Promise<unknown> {
+    const isNotFinite = error instanceof ServiceError && error.code === 'GRADIENT_NOT_FINITE'
+    if (!isNotFinite || !this.#means.memory) return error
+    const parameter = this.#means.parameters[index]
+    const members = await inSlices(blaming([...this.#slot(index).parts.values()], parameter))
+    const names = members.map(({ name }) => name).join(', ')
+    /* c8 ignore next -- finite gradients whose update or state is not */
+    const who = names === '' ? 'no rank sent NaN or Inf' : `NaN or Inf was sent by ${names}`
+    return new ServiceError('GRADIENT_NOT_FINITE', `${error.message}; ${who}`, error.fields)
   }
 
   #slot(index: number): Slot {
@@ -190,12 +220,12 @@ export class Gathering {
     return slot
   }
 
-  #repeat({ member, index, step, repeated }: Part, { kept }: Slot): ScaledUpdate | undefined {
+  #repeat({ member, index, step, repeated }: Part): ScaledUpdate | undefined {
     const { name } = this.#means.parameters[index]
     const fields = { parameter: index, step: step.number, expected_step: step.expected }
-    if (kept?.step === step.number && !repeated?.differs)
-      return { ...kept.update, memory: kept.update.memory.retain(), replayed: true }
-    const message = `parameter '${name}' was applied for step ${step.number} with another gradient of rank ${member.rank}`
+    const kept = this.#means.memory?.updates.of(index, step.number)
+    if (kept && !repeated?.differs) return { ...kept, memory: kept.memory.retain(), replayed: true }
+    const message = `parameter '${name}' was applied for step ${step.number} with another gradient of ${member.name}`
     throw new ServiceError('STEP_CONFLICT', message, fields)
   }
 
@@ -208,79 +238,52 @@ export class Gathering {
     if (!one || one.step === part.step) return
     const expected = this.#means.current().number
     if (one.step.number > part.step.number) throw passed(part, expected)
-    this.#refuse(slot, passed(one, expected))
+    this.#settle(slot, ({ reject }) => reject(passed(one, expected)))
   }
 
   /** A replay is put together of the parts of all members: it is given up once one of them has begun the next step. */
   #checkReachable(index: number, slot: Slot): void {
-    const { layout, parameters, current } = this.#means
+    const { ranks, parameters, current } = this.#means
     const [one] = slot.parts.values()
     const now = current()
     if (!one || slot.computing || one.step.number >= now.number) return
-    const isPassed = layout.owners(parameters[index]).some((rank) => !slot.parts.has(rank) && now.isBegunBy(rank))
-    if (isPassed) this.#refuse(slot, passed(one, now.number))
+    const isPassed = ranks.owners(parameters[index]).some((rank) => {
+      return !slot.parts.has(rank) && now.isBegunBy(ranks.idOf(rank))
+    })
+    if (isPassed) this.#settle(slot, ({ reject }) => reject(passed(one, now.number)))
   }
 
-  #tryCompute(index: number, slot: Slot): void {
-    const { parameters, layout } = this.#means
+  #tell(index: number, slot: Slot): void {
     const [first] = slot.parts.values()
-    const parameter = parameters[index]
-    if (!first || slot.computing || elementsOf(slot, parameter) < parameter.elements) return
-    const { step } = first
-    const isReplay = step.hasApplied(index)
-    if (!isReplay && !step.isBegunByAll(layout.world_size)) return
-    const computing = this.#compute(index, slot, first).finally(() => this.#computing.delete(computing))
-    this.#computing.add(computing)
+    if (first && this.isWhole(index, first.step)) this.#means.whole(index, first.step)
   }
 
-  async #compute(index: number, slot: Slot, { step, gradient, source, target, member }: Waiting): Promise<void> {
-    const { buffers, compute } = this.#means
+  async #compute(slot: Slot, part: Waiting, compute: Compute): Promise<void> {
+    const { step, index, gradient, source, target, contributors, member } = part
+    const { memory } = this.#means
     slot.computing = true
-    const own = buffers && (() => this.#takeUpdate(index, slot, buffers))
+    const own = memory && (() => memory.updates.take(index))
     // The only member's job goes with it; one that several have sent their parts for is none of theirs.
-    const ticket = buffers ? { cancelled: false } : member.ticket
+    const ticket = memory ? { cancelled: false } : member.ticket
     try {
-      const explain = (error: unknown) => this.#blamed(error, index, slot)
-      const update = await compute({ step, index, gradient, source, target: own ?? target, ticket, explain })
-      slot.computing = false
-      this.#answer(slot, step, update)
+      const explain = (error: unknown) => this.blame(error, index)
+      const places = { gradient, source, target: own ?? target, contributors }
+      const update = await compute({ step, index, ...places, ticket, explain })
+      if (!memory || !update) return this.#settle(slot, ({ resolve }) => resolve(update))
+      memory.updates.keep(index, step.number, update)
+      this.answer(index, update)
     } catch (error) {
-      slot.computing = false
-      this.#refuse(slot, error)
+      this.refuse(index, error)
     }
   }
 
-  #takeUpdate(index: number, slot: Slot, buffers: Buffers): Region {
-    slot.kept?.update.memory.release()
-    slot.kept = undefined
-    return buffers.update(index)
-  }
-
-  #answer(slot: Slot, { number: step }: Step, update: ScaledUpdate | undefined): void {
-    const answered = [...slot.parts.values()]
+  /** Lets all parts of a gradient go. */
+  #settle(slot: Slot, settle: (waiting: Waiting) => void): void {
+    const settled = [...slot.parts.values()]
+    slot.computing = false
     slot.parts.clear()
-    if (update && this.#means.buffers) {
-      slot.spoiled.clear()
-      slot.kept = { step, update }
-      for (const { resolve } of answered) resolve({ ...update, memory: update.memory.retain() })
-    } else for (const { resolve } of answered) resolve(update)
-  }
-
-  #refuse(slot: Slot, error: unknown): void {
-    const refused = [...slot.parts.values()]
-    slot.parts.clear()
-    for (const { reject } of refused) reject(error)
-  }
-
-  /** Says which members' parts hold NaN or Inf. */
-  async #blamed(error: unknown, index: number, slot: Slot): Promise<unknown> {
-    const isNotFinite = error instanceof ServiceError && error.code === 'GRADIENT_NOT_FINITE'
-    if (!isNotFinite || !this.#means.buffers) return error
-    const parameter = this.#means.parameters[index]
-    const ranks = await inSlices(blaming([...slot.parts.values()], parameter))
-    /* c8 ignore next -- finite gradients whose update or state is not */
-    const who = ranks.length === 0 ? 'no rank sent NaN or Inf' : `NaN or Inf was sent by rank ${ranks.join(', ')}`
-    return new ServiceError('GRADIENT_NOT_FINITE', `${error.message}; ${who}`, error.fields)
+    slot.version += 1
+    for (const part of settled) settle(part)
   }
 
   /**
@@ -303,9 +306,9 @@ export class Gathering {
 
   /** Whether every other member with elements of a parameter has sent it or skips it. */
   #haveSpoken(rank: number, index: number): boolean {
-    const { layout, parameters } = this.#means
+    const { ranks, parameters } = this.#means
     const sent = this.#slots.get(index)?.parts
-    return layout
+    return ranks
       .owners(parameters[index])
       .every((other) => other === rank || sent?.has(other) || this.#skips.get(other)?.has(index))
   }
@@ -318,26 +321,15 @@ export class Gathering {
   }
 }
 
-function release(slot: Slot): void {
-  slot.kept?.update.memory.release()
-  slot.kept = undefined
-  slot.spoiled.clear()
-}
-
 function elementsOf({ parts }: Slot, parameter: Parameter): number {
   return [...parts.values()].reduce((sum, { member }) => sum + member.elements(parameter), 0)
 }
 
-function passed({ index, step }: Part, expected_step: number): ServiceError {
-  const message = `step ${step.number} of parameter ${index} cannot be computed again: a member has begun step ${expected_step}`
-  return new ServiceError('STEP_CONFLICT', message, { parameter: index, step: step.number, expected_step })
-}
-
-function* blaming(parts: readonly Waiting[], parameter: Parameter): Generator<undefined, number[]> {
-  const ranks: number[] = []
+function* blaming(parts: readonly Waiting[], parameter: Parameter): Generator<undefined, Member[]> {
+  const members: Member[] = []
   for (const { member, gradient } of parts) {
     const isBad = yield* findingNotFinite(gradient.view, member.gradient(parameter), parameter.gradient_dtype)
-    if (isBad) ranks.push(member.rank)
+    if (isBad) members.push(member)
   }
-  return ranks.sort((one, other) => one - other)
+  return members.sort((one, other) => one.rank - other.rank)
 }

@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import t from 'tap'
 import { parseGroup } from '../../../src/optimizer/hyperparameters.js'
-import { Member } from '../../../src/run/step/member.js'
+import { Member } from '../../../src/run/members/member.js'
 import { Step, type StepValues } from '../../../src/run/step/step.js'
 
 const groupsOf = (lr: number) =>

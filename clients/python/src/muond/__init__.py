@@ -15,7 +15,7 @@ from .run import Run, open_run
 from .steps.backoff import Backoff
 
 if TYPE_CHECKING:
-    from .torch import AdamW, MaxLogits, Muon, MuonClip, Optimizer, suggest
+    from .torch import AdamW, DiLoCo, MaxLogits, Muon, MuonClip, Optimizer, suggest
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "AdamW",
     "Backoff",
     "Checkpoint",
+    "DiLoCo",
     "ErrorFields",
     "MaxLogits",
     "Muon",
@@ -36,7 +37,7 @@ __all__ = [
     "suggest",
 ]
 
-_TORCH = ("AdamW", "MaxLogits", "Muon", "MuonClip", "Optimizer", "suggest")
+_TORCH = ("AdamW", "DiLoCo", "MaxLogits", "Muon", "MuonClip", "Optimizer", "suggest")
 
 
 def __getattr__(name: str) -> Any:

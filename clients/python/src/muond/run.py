@@ -28,6 +28,7 @@ from .steps.writer import RETRIES, Failed, Host, Writer
 from .transport.address import Endpoint, endpoint
 from .transport.arenas import Arenas, HostArenas
 from .transport.choice import MakeArenas, Transport
+from .wire.dtype import BLOCKS
 from .wire.frame import PROTOCOL, Frame
 
 Key = int | str
@@ -101,11 +102,10 @@ def open_run(
     is_default = mode == "create_or_resume"
     frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "create" if branch_of and is_default else mode}
     frame.update({key: value for key, value in given.items() if value is not None})
-    if member is not None:
+    reason = _shares_nothing(declared, member)
+    if reason is not None:
         if transport not in ("auto", "websocket"):
-            raise ValueError(
-                f"transport={transport!r} is not possible: members of a run share no memory with the service"
-            )
+            raise ValueError(f"transport={transport!r} is not possible: {reason}")
         transport = "websocket"
     shared = Transport.choose(transport, address, sizes_of(declared), gpu_arenas)
     try:
@@ -482,6 +482,14 @@ class Run:
         if missing:
             message = f"step {step.number} has neither a gradient nor a place in skipped for {', '.join(missing)}"
             raise MuondError("STEP_INCOMPLETE", message, ErrorFields(step=step.number))
+
+
+def _shares_nothing(declared: Sequence[Mapping[str, Any]], member: tuple[int, int] | None) -> str | None:
+    """Why the tensors of a run can go over the socket alone; None where they can be shared."""
+    if member is not None:
+        return "members of a run share no memory with the service"
+    in_blocks = [one["name"] for one in declared if one["gradient_dtype"] in BLOCKS or one["update_dtype"] in BLOCKS]
+    return f"the tensors of '{in_blocks[0]}' travel in blocks, which share no memory" if in_blocks else None
 
 
 def _apply_to(arrays: Sequence[Weights | None]) -> Apply:

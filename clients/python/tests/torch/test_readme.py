@@ -26,7 +26,7 @@ def test_its_code_runs_from_top_to_bottom(
     monkeypatch.setenv("MUOND_URL", durable().url)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "readme"}
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     for block in BLOCKS:
         exec(block, names)
     printed = capsys.readouterr().out

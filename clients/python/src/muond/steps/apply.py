@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..wire.bfloat16 import from_bfloat16, to_bfloat16
+from ..wire.blocks import decode
+from ..wire.dtype import BLOCKS
 from .parameter import Bound
 from .updates import Bytes, Update
 
@@ -34,17 +36,25 @@ def apply_update(weights: Weights, update: Update) -> None:
         weights[...] = copy
         return
     flat = weights.reshape(-1)
+    sent, dtype = _in_elements(update)
     wide = np.float64 if weights.dtype == np.float64 else np.float32
     for first in range(0, len(flat), _BLOCK):
         block = slice(first, min(first + _BLOCK, len(flat)))
         values = _read(flat[block], wide)
         values *= wide(1 - update.decay)
-        if update.data is not None:
-            data = widen(update.data, update.parameter.update_dtype, block)
-            values += np.multiply(data, update.scale, dtype=wide)
+        if sent is not None:
+            values += np.multiply(widen(sent, dtype, block), update.scale, dtype=wide)
         if update.row_scale is not None:
             values *= _factors(update.row_scale, update.parameter, block)
         _write(flat[block], values)
+
+
+def _in_elements(update: Update) -> tuple[Bytes | None, str]:
+    """The bytes of an update and the dtype of their elements: what travels in blocks is decoded."""
+    dtype, data = update.parameter.update_dtype, update.data
+    if data is None or dtype not in BLOCKS:
+        return data, dtype
+    return decode(data, dtype, update.parameter.size).view(np.uint8), "float32"
 
 
 def widen(data: Bytes, dtype: str, block: slice = slice(None)) -> npt.NDArray[np.float32]:

@@ -9,9 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from ..error import ErrorFields, MuondError
+from ..wire.dtype import is_dtype, tensor_bytes
 from .ranges import Ranges
-
-BYTES_PER_ELEMENT: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,28 @@ class Bound:
 
     def gradient_offset(self, position: int) -> int:
         """Where the byte at a position of the gradient lies in the whole tensor."""
-        unit = BYTES_PER_ELEMENT[self.gradient_dtype]
-        return position if self.ranges is None else self.ranges.offset(position, unit)
+        return position if self._gradient_ranges is None else self._gradient_ranges.offset(position)
 
     def update_offset(self, position: int) -> int:
         """Where the byte at a position of the update lies in the whole tensor."""
-        unit = BYTES_PER_ELEMENT[self.update_dtype]
-        return position if self.ranges is None else self.ranges.offset(position, unit)
+        return position if self._update_ranges is None else self._update_ranges.offset(position)
+
+    @cached_property
+    def _gradient_ranges(self) -> Ranges | None:
+        """The bytes of the gradient that are sent; None for all of them."""
+        return None if self.ranges is None else self.ranges.in_bytes(self.gradient_dtype)
+
+    @cached_property
+    def _update_ranges(self) -> Ranges | None:
+        return None if self.ranges is None else self.ranges.in_bytes(self.update_dtype)
 
     @cached_property
     def gradient_bytes(self) -> int:
-        return self.size * BYTES_PER_ELEMENT[self.gradient_dtype]
+        return tensor_bytes(self.gradient_dtype, self.size)
 
     @cached_property
     def update_bytes(self) -> int:
-        return self.size * BYTES_PER_ELEMENT[self.update_dtype]
+        return tensor_bytes(self.update_dtype, self.size)
 
 
 def bind(declarations: Sequence[Mapping[str, Any]]) -> list[Bound]:
@@ -79,14 +85,14 @@ def sizes_of(declarations: Sequence[Mapping[str, Any]]) -> tuple[list[int], list
     counts = [math.prod(declaration["shape"]) for declaration in declarations]
 
     def of(key: str) -> list[int]:
-        bytes_per_element = [BYTES_PER_ELEMENT.get(declaration[key], 4) for declaration in declarations]
-        return [count * size for count, size in zip(counts, bytes_per_element, strict=True)]
+        dtypes = [declaration[key] if is_dtype(declaration[key]) else "float32" for declaration in declarations]
+        return [tensor_bytes(dtype, count) for dtype, count in zip(dtypes, counts, strict=True)]
 
     return of("gradient_dtype"), of("update_dtype")
 
 
 def _dtype(name: str) -> str:
-    if name in BYTES_PER_ELEMENT:
+    if is_dtype(name):
         return name
     raise MuondError("DTYPE_UNSUPPORTED", f"a parameter has dtype '{name}', which this client does not know")
 

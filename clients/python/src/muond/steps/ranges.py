@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ..wire.dtype import tensor_bytes
+
 
 class Ranges:
     """Ranges ``[start, stop)`` of elements in C order, sorted and apart.
@@ -16,6 +18,7 @@ class Ranges:
     """
 
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._ranges = ranges
         self._starts = [start for start, _ in ranges]
         # How many elements there are before each range, and in all.
         self._before = [0]
@@ -27,14 +30,17 @@ class Ranges:
         """How many elements they have."""
         return self._before[-1]
 
-    def offset(self, position: int, unit: int) -> int:
-        """Where the byte at a position lies in the tensor, whose elements have ``unit`` bytes; 0 where there is none."""
+    def in_bytes(self, dtype: str) -> Ranges:
+        """The bytes of these elements in a tensor that travels as ``dtype``; blocks of one are not cut."""
+        return Ranges([(tensor_bytes(dtype, start), tensor_bytes(dtype, stop)) for start, stop in self._ranges])
+
+    def offset(self, position: int) -> int:
+        """Which element of the tensor lies at a position; 0 where there is none."""
         if not self._starts:
             return 0
-        element, within = divmod(position, unit)
-        # Behind the last byte that is the end of the last range.
-        index = min(bisect_right(self._before, element) - 1, len(self._starts) - 1)
-        return (self._starts[index] + element - self._before[index]) * unit + within
+        # Behind the last one that is the end of the last range.
+        index = min(bisect_right(self._before, position) - 1, len(self._starts) - 1)
+        return self._starts[index] + position - self._before[index]
 
     def elements(self, block: slice) -> npt.NDArray[np.int64]:
         """Which elements of the tensor lie at the positions of a block."""

@@ -11,6 +11,8 @@ import torch
 
 from ..steps.parameter import Bound
 from ..steps.updates import Update
+from ..wire.dtype import BLOCKS
+from .blocks import decode
 from .settings import WIRE_DTYPES
 from .slots import Slot
 
@@ -25,8 +27,14 @@ class Views:
 
     def of(self, updates: Sequence[Update], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The data of updates of like dtypes, on the device of their tensors."""
-        sources = [self._view(update, tensor.shape) for update, tensor in zip(updates, tensors, strict=True)]
         device = tensors[0].device
+        dtype = updates[0].parameter.update_dtype
+        if dtype in BLOCKS:
+            return [
+                decode(torch.from_numpy(update.data).to(device), dtype, tensor.numel()).view(tensor.shape)
+                for update, tensor in zip(updates, tensors, strict=True)
+            ]
+        sources = [self._view(update, tensor.shape) for update, tensor in zip(updates, tensors, strict=True)]
         if sources[0].device == device:
             return sources
         return self._copied(sources, device, shared=updates[0].shared)  # pragma: no cover - needs a GPU

@@ -22,7 +22,9 @@ from ..rest import Rest
 from ..run import Run
 from ..steps.interrupt import interrupt_later
 from ..transport.address import endpoint
+from ..wire.dtype import BLOCKS
 from .checks import check_values
+from .feedback import Feedback
 from .finite import nonfinite
 from .grouping import common_values, complete_group, resolve_groups, with_names
 from .home import Home
@@ -73,7 +75,9 @@ class Optimizer(torch.optim.Optimizer):
         # What belongs to the optimizer must not keep it alive.
         reference = weakref.ref(self)
         self._home = Home(given, self._address, lambda: _alive(reference).param_groups)
-        self._staging = Staging()
+        home = self._home
+        self._feedback = Feedback(lambda: home.state) if given.error_feedback else None
+        self._staging = Staging(self._feedback)
         self._streaming: Streaming | None = None
         self._opening = threading.RLock()
         self._stepping = threading.RLock()
@@ -87,9 +91,10 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.defaults = defaults or common_values(self.param_groups)
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
-        self._home.join(ranks_of(make_slots(self.param_groups, given)))
+        slots = make_slots(self.param_groups, given)
+        self._home.join(ranks_of(slots))
         if self._home.ranks is not None:
-            _check_shared(given)
+            _check_shared(given, slots)
         self._progress = Progress(self._home.name) if given.progress else None
         Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
         if given.overlap:
@@ -267,7 +272,7 @@ class Optimizer(torch.optim.Optimizer):
         """The run as param_groups and ``state`` are now."""
         begin_late_momentum(self._home)
         if self._home.carry_out():
-            self._staging = Staging()
+            self._staging = Staging(self._feedback)
             # What was kept is of another run, with other parameters.
             self._shelf = Shelf(self._settings.keep_last)
             if self._streaming is not None:
@@ -290,7 +295,7 @@ class Optimizer(torch.optim.Optimizer):
         self._staging.send(run, rows, borrow=borrow)
 
     def _took(self, receipt: Receipt) -> Receipt:
-        self.receipt = receipt
+        self._finished(receipt)
         self._measure_after(receipt.step)
         if self._progress is not None:
             self._progress.show(receipt)
@@ -303,7 +308,14 @@ class Optimizer(torch.optim.Optimizer):
             raise MuondError(first.code, message, ErrorFields(step=receipt.step, refused=names), status=first.status)
         return receipt
 
+    def _finished(self, receipt: Receipt) -> None:
+        self.receipt = receipt
+        if self._feedback is not None:
+            self._feedback.finish({error.fields.parameter for error in receipt.refused})
+
     def _begin_step(self, run: Run) -> None:
+        if self._feedback is not None:
+            self._feedback.begin()
         max_logits = self._settings.max_logits
         self._begun_with = self._changed_groups(run)
         # Hyperparameters of a run with members are rank 0's to give.
@@ -394,10 +406,11 @@ class Optimizer(torch.optim.Optimizer):
             return
         slots = self._home.slots
         skipped = [slot.index for slot in slots if not run.has_gradient(slot.index)]
-        self.receipt = run.end(skipped=skipped)
+        receipt = run.end(skipped=skipped)
+        self._finished(receipt)
         self._home.state.moved()
         warnings.warn(
-            f"step {self.receipt.step} was left with {len(slots) - len(skipped)} of {len(slots)} gradients sent, "
+            f"step {receipt.step} was left with {len(slots) - len(skipped)} of {len(slots)} gradients sent, "
             "and was ended with those",
             stacklevel=3,
         )
@@ -464,7 +477,7 @@ class Optimizer(torch.optim.Optimizer):
         run = self.open()
         checkpoint = run.checkpoint(tag) if tag is not None or self._settings.keep is None else None
         if self._settings.keep is not None:
-            checkpoint = self._shelf.keep(run, self._home.slots, self.param_groups)
+            checkpoint = self._shelf.keep(run, self._home.slots, self.param_groups, self._feedback)
         assert checkpoint is not None
         return checkpoint
 
@@ -480,6 +493,8 @@ class Optimizer(torch.optim.Optimizer):
             self._streaming.reset()
         kept.restore(self._home.slots, self.param_groups)
         self._home.state.moved()
+        if self._feedback is not None:
+            self._feedback.go_back((slot.tensor for slot in self._home.slots), kept.feedback)
         self._measure_after(run.step_count)
         return run.step_count
 
@@ -519,9 +534,14 @@ class Optimizer(torch.optim.Optimizer):
         self._home.state.replace(state["state"])
 
 
-def _check_shared(given: Settings) -> None:
+def _check_shared(given: Settings, slots: Sequence[Slot]) -> None:
     """Raises ValueError for options that ranks with shards cannot have."""
+    in_blocks = any(slot.declaration.gradient_dtype in BLOCKS for slot in slots)
     refused = {
+        "error_feedback=True": (
+            given.error_feedback and in_blocks,
+            "what a shard has lost is in no state_dict; with gradients in blocks use error_feedback=False",
+        ),
         "overlap=True": (given.overlap, "FSDP2 gives its gradients after the backward pass"),
         f"keep={given.keep!r}": (
             given.keep is not None,

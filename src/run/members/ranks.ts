@@ -1,41 +1,33 @@
 import { ServiceError } from '../../errors.js'
 import { PARAMETERS_PER_YIELD, type Parameter } from '../../optimizer/parameter.js'
 import type { Range, Ranges } from '../../wire/ranges.js'
-import type { Seat } from './member.js'
+import { memberId, type Seat } from './member.js'
 
 /** Elements of a parameter that no rank has. */
 export type Gap = { readonly parameter: Parameter; readonly range: Range }
 
+type RanksOptions = { replica: number; world_size: number; before: Ranks | undefined }
 type Rank = { readonly ranges: readonly Ranges[] | undefined; readonly opened: boolean }
 
 /**
- * Which ranks a run has, and which elements each of them sends and receives. Each rank declares its own with its first
- * `open`, and no two may have the same; a layout that begins anew remembers the ranges of the one before it, for ranks
- * that open without parameters.
+ * The ranks of one replica, and which elements each of them sends and receives. Each rank declares its own with its
+ * first `open`, and no two may have the same; ranks that begin anew remember the ranges of those before them, for
+ * members that open without parameters.
  */
-export class Layout {
+export class Ranks {
+  readonly replica: number
   readonly world_size: number
-  /** Whether members are named: a run of one that is not has no other members and no ranges. */
-  readonly named: boolean
   readonly #parameters: readonly Parameter[]
   readonly #ranks: Map<number, Rank>
   /** Undefined until it was looked for since a rank was declared; null where there is none. */
   #gap: Gap | null | undefined
 
-  constructor(
-    parameters: readonly Parameter[],
-    { world_size, named, before }: { world_size: number; named: boolean; before?: Layout },
-  ) {
+  constructor(parameters: readonly Parameter[], { replica, world_size, before }: RanksOptions) {
     this.#parameters = parameters
+    this.replica = replica
     this.world_size = world_size
-    this.named = named
-    const kept = before?.named === named && before.world_size === world_size ? before.#ranks : []
+    const kept = before ? before.#ranks : []
     this.#ranks = new Map([...kept].map(([rank, { ranges }]) => [rank, { ranges, opened: false }]))
-  }
-
-  /** Whether a seat is one of this layout. */
-  fits(seat: Seat | undefined): boolean {
-    return seat ? this.named && this.world_size === seat.world_size : !this.named
   }
 
   /** The ranges of a rank that has opened before. */
@@ -66,8 +58,8 @@ export class Layout {
     }
   }
 
-  /** Takes a rank's ranges over, which `checking` has found to fit, or those that it had. */
-  declare({ rank, ranges = this.ranges(rank) }: Seat): Seat {
+  /** Takes a rank's ranges over, which `checking` has found to fit, or those that it had; answers them. */
+  declare({ rank, ranges = this.ranges(rank) }: Seat): readonly Ranges[] | undefined {
     if (ranges) {
       for (const [other, { opened, ranges: theirs }] of this.#ranks) {
         const isForeign = other !== rank && !opened
@@ -76,12 +68,21 @@ export class Layout {
     }
     this.#ranks.set(rank, { ranges, opened: true })
     this.#gap = undefined
-    return { rank, world_size: this.world_size, ...(ranges && { ranges }) }
+    return ranges
   }
 
   /** The ranks that have not opened the run. */
   get missing(): number[] {
-    return Array.from({ length: this.world_size }, (_, rank) => rank).filter((rank) => !this.#ranks.get(rank)?.opened)
+    return this.all.filter((rank) => !this.#ranks.get(rank)?.opened)
+  }
+
+  get all(): number[] {
+    return Array.from({ length: this.world_size }, (_, rank) => rank)
+  }
+
+  /** The number of a rank among all members of the run. */
+  idOf(rank: number): number {
+    return memberId({ rank, world_size: this.world_size, replica: this.replica })
   }
 
   /** The ranks that have elements of a parameter. */
