@@ -152,7 +152,10 @@ t.test('ten thousand parameters are a few dozen rows of the page, which can be f
 })
 
 t.test('a service with keys shows nothing before it is given one, and the key stays in its tab', async (t) => {
-  const { service, trainer } = await startStage({ api_keys: 'right-key-0123456789' }, { steps: 2, token: 'right-key-0123456789' })
+  const { service, trainer } = await startStage(
+    { api_keys: 'right-key-0123456789' },
+    { steps: 2, token: 'right-key-0123456789' },
+  )
   const { page, close } = await openPage(browser, service.http)
   const dialog = page.getByRole('dialog', { name: 'Key of this service' })
   await dialog.waitFor()
