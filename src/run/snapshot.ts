@@ -11,7 +11,7 @@ type Head = Omit<RunRecord, 'parameters' | 'places'>
 /** A state tensor that is held for a reader, and whose it is. */
 export type HeldTensor = StateTensor & { tensor: Tensor; parameter: Parameter; count: number }
 
-/** All of a run between two steps: what a checkpoint says of it, and its state tensors in the order of the parameters. */
+/** All of a run between two steps: what a checkpoint says of it, and its state tensors in the parameters' order. */
 export type Described = { record: RunRecord; tensors: HeldTensor[] }
 
 /**

@@ -9,4 +9,5 @@ const run = await client.open({
 })
 const { step, applied } = await run.step({ w: Float32Array.from(data, (_, i) => Math.sin(i)) })
 await client.close()
-if (step !== 1 || applied !== 1 || data.every((value) => value === 1)) throw new Error(`step ${step}, ${applied} applied`)
+if (step !== 1 || applied !== 1 || data.every((value) => value === 1))
+  throw new Error(`step ${step}, ${applied} applied`)
