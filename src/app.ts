@@ -238,9 +238,11 @@ function observe({ server }: FastifyInstance, services: AppServices): void {
   })
 }
 
-function pulseOf({ name: run, step, connected, pace, last }: Run): RunPulse {
+function pulseOf(run: Run): RunPulse {
+  const { name, step, connected, pace } = run
+  const [last] = run.receipts(step - 1)
   return {
-    ...{ run, step, connected },
+    ...{ run: name, step, connected },
     last_step_timestamp_seconds: pace && Date.parse(pace.last_step_at) / 1000,
     step_seconds: pace?.step_seconds,
     gradient_norm: last?.receipt.gradient_norm,

@@ -66,15 +66,7 @@ export type RunPulse = {
 export function createMetrics(registry = new Registry()) {
   collectDefaultMetrics({ register: registry, prefix: 'muond_' })
   for (const name of MISNAMED) registry.removeSingleMetric(`muond_nodejs_${name}`)
-  const counter = <Label extends string = never>(name: string, help: string, labelNames: readonly Label[] = []) =>
-    new Counter<Label>({ name: `muond_${name}`, help, labelNames, registers: [registry] })
-  const byCode = (name: string, help: string) => {
-    const counted = counter<'code'>(name, help, ['code'])
-    for (const code of Object.keys(ERRORS)) counted.inc({ code }, 0)
-    return counted
-  }
-  const histogram = (name: string, help: string, buckets: number[]) =>
-    new Histogram({ name: `muond_${name}`, help, buckets, registers: [registry] })
+  const { counter, byCode, histogram } = instruments(registry)
   return {
     registry,
     observe: (observed: Observed) => addGauges(registry, observed),
@@ -140,6 +132,20 @@ export function createMetrics(registry = new Registry()) {
       'Streams whose gradients the kernel writes straight into the staging arena.',
     ),
   }
+}
+
+/** Makes instruments of a registry from their names and help texts. `byCode` has a series of each error code. */
+function instruments(registry: Registry) {
+  const counter = <Label extends string = never>(name: string, help: string, labelNames: readonly Label[] = []) =>
+    new Counter<Label>({ name: `muond_${name}`, help, labelNames, registers: [registry] })
+  const byCode = (name: string, help: string) => {
+    const counted = counter<'code'>(name, help, ['code'])
+    for (const code of Object.keys(ERRORS)) counted.inc({ code }, 0)
+    return counted
+  }
+  const histogram = (name: string, help: string, buckets: number[]) =>
+    new Histogram({ name: `muond_${name}`, help, buckets, registers: [registry] })
+  return { counter, byCode, histogram }
 }
 
 function transports(

@@ -60,7 +60,7 @@ function traceSteps(run: Run, tracer: Tracer, api: Api): void {
     })
     const children = committed ? [...phases, committed] : phases
     committed = undefined
-    const whole = { name: 'step', began: step.clock.began ?? ended, ended, attributes }
+    const whole = { name: 'step', began: step.clock.began, ended, attributes }
     record({ tracer, api }, whole, { children, parent: parentOf(step.traceparent, api) })
   })
 }
@@ -71,7 +71,8 @@ function record(
   { children, parent }: { children: readonly Span[]; parent: Context },
 ): void {
   const at = (milliseconds: number) => performance.timeOrigin + milliseconds
-  const kind = children.length > 0 ? api.SpanKind.SERVER : api.SpanKind.INTERNAL
+  // What a trainer asks for is a server's span; its phases are internal ones.
+  const kind = name === 'step' ? api.SpanKind.SERVER : api.SpanKind.INTERNAL
   const span = tracer.startSpan(`muond.${name}`, { startTime: at(began), attributes, kind }, parent)
   for (const child of children)
     record({ tracer, api }, child, { children: [], parent: api.trace.setSpan(parent, span) })

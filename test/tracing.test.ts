@@ -135,6 +135,29 @@ t.test('each step is a span below that of the trainer, with a child for each pha
   }
 })
 
+t.test('a run without a journal has no commit, and a step that skips everything has no phases', async (t) => {
+  const collector = await startCollector()
+  process.env.OTEL_EXPORTER_OTLP_TRACES_ENDPOINT = `${collector.url}/traces`
+  t.teardown(() => {
+    delete process.env.OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
+  })
+  const service = await startTraced(await startTracing(process.env, '1'))
+  const client = await RawClient.connect(service.url)
+  await client.open(OPEN)
+  client.send({ type: 'end', step: 1, skipped: [0, 1] })
+  await client.expect('receipt')
+  await client.step(2, GRADIENTS)
+  await client.close()
+  await service.app.close()
+  collector.close()
+  t.same([...new Set(collector.paths)], ['POST /traces'])
+  const names = collector.bodies.flatMap(spansOf).map(({ name }) => name)
+  t.same(
+    names.sort(),
+    ['compute', 'queue', 'receive', 'send', 'step', 'step'].map((name) => `muond.${name}`),
+  )
+})
+
 t.test('without the variables nothing is traced, and nothing of OpenTelemetry is loaded', async (t) => {
   t.equal(await startTracing({}, '1'), undefined)
   t.equal(await startTracing({ OTEL_EXPORTER_OTLP_ENDPOINT: 'http://x', OTEL_SDK_DISABLED: 'true' }, '1'), undefined)

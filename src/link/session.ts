@@ -7,7 +7,7 @@ import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
-import type { Refusal } from '../run/history.js'
+import { refusalOf } from '../run/history.js'
 import type { Connection } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
@@ -433,14 +433,6 @@ export class Session implements Connection, GradientSink {
     const wait = `${message}: a message of ${this.#room.wanted} bytes has waited for others`
     this.#report(new ServiceError('OVERLOADED', wait, { retry_after_seconds: 1 }))
   }
-}
-
-function refusalOf(
-  { code, message, fields: { parameter, step } }: ServiceError,
-  { rank, replica }: Joined['member'],
-): Refusal {
-  const where = { ...(parameter !== undefined && { parameter }), ...(step !== undefined && { step }) }
-  return { at: new Date().toISOString(), rank, ...(replica > 0 && { replica }), code, message, ...where }
 }
 
 function errorFrame(error: ServiceError) {

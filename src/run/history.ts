@@ -1,4 +1,4 @@
-import type { ErrorCode } from '../errors.js'
+import type { ErrorCode, ServiceError } from '../errors.js'
 import type { ImportRecord, RunRecord } from '../store/checkpoint/manifest.js'
 import type { MemberStatus, ReceiptFrame } from '../wire/frame.js'
 import { FIRST_DIGEST } from './digest.js'
@@ -65,6 +65,14 @@ function weigh({ groups, clipped_heads }: Receipt, before: Receipt | undefined):
   return own.reduce((sum, bytes) => sum + bytes, RECEIPT_BYTES + heads)
 }
 
+/** What a run keeps of an error that a member is told now. */
+export function refusalOf(error: ServiceError, { rank, replica }: { rank: number; replica: number }): Refusal {
+  const { code, message, fields } = error
+  const { parameter, step } = fields
+  const where = { ...(parameter !== undefined && { parameter }), ...(step !== undefined && { step }) }
+  return { at: new Date().toISOString(), rank, ...(replica > 0 && { replica }), code, message, ...where }
+}
+
 /** The newest refusals of a run. */
 export class Refusals {
   static readonly MOST = 100
@@ -101,14 +109,9 @@ export class History {
     this.#limits = limits
   }
 
-  /** The last finished step; undefined before the first one. */
-  get newest(): Finished | undefined {
-    return this.#receipts.at(-1)
-  }
-
   /** The receipt of the last finished step. */
   get last(): Receipt | undefined {
-    return this.newest?.receipt
+    return this.#receipts.at(-1)?.receipt
   }
 
   /** Of the last finished step itself. */

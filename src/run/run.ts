@@ -231,11 +231,6 @@ export class Run extends EventEmitter<RunEvents> {
     this.emit('refused', refusal)
   }
 
-  /** The last finished step; undefined before the first one. */
-  get last(): Finished | undefined {
-    return this.#history.newest
-  }
-
   receipts(after: number): Finished[] {
     return this.#history.receipts(after)
   }

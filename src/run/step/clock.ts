@@ -10,16 +10,18 @@ export type Span = { began: number; ended: number }
 export class StepClock {
   readonly seconds: Seconds = { receive: 0, queue: 0, compute: 0, send: 0 }
   readonly spans = new Map<keyof Seconds, Span>()
-  #began: number | undefined
+  #began = performance.now()
+  #hasBegun = false
 
-  /** When the first frame of the step came; undefined before. */
-  get began(): number | undefined {
+  /** When the first frame of the step came; before that, when the step was made. */
+  get began(): number {
     return this.#began
   }
 
   /** A frame of the step has come. */
   begin(): void {
-    this.#began ??= performance.now()
+    if (!this.#hasBegun) this.#began = performance.now()
+    this.#hasBegun = true
   }
 
   /** Adds work of a phase that ends now. */

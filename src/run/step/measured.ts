@@ -28,7 +28,7 @@ export function measured(step: Step, shard: Shard, previous: number | undefined)
   const now = performance.now()
   return {
     finished_at: new Date().toISOString(),
-    wall_seconds: (now - (previous ?? step.clock.began ?? now)) / 1000,
+    wall_seconds: (now - (previous ?? step.clock.began)) / 1000,
     update_rms: Math.sqrt(square / Math.max(elements, 1)),
     gradient_bytes,
     update_bytes,
