@@ -11,6 +11,7 @@ COPY tsconfig.json openapi.yaml ./
 COPY kernels kernels
 COPY presets presets
 COPY src src
+COPY ui ui
 RUN npx tsc && npm prune --omit=dev
 
 FROM python:3.12-slim AS provider
@@ -27,6 +28,7 @@ COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
 COPY --from=build /muond/kernels/cuda/*.cu kernels/cuda/
 COPY --from=build /muond/presets presets
+COPY --from=build /muond/ui ui
 COPY deploy/healthcheck.js deploy/
 USER node
 EXPOSE 8787
@@ -44,6 +46,7 @@ COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
 COPY --from=build /muond/kernels/cuda/*.cu kernels/cuda/
 COPY --from=build /muond/presets presets
+COPY --from=build /muond/ui ui
 COPY deploy/healthcheck.js deploy/
 USER 1000:1000
 EXPOSE 8787

@@ -22,14 +22,15 @@ import { Device } from './device/device.js'
 import { ServiceError } from './errors.js'
 import { authenticator, chooseSubprotocol, principalIn, runGuard } from './http/auth.js'
 import { type Endpoint, endpointsOf, readContract } from './http/contract.js'
-import { docs } from './http/docs.js'
 import { Events } from './http/events.js'
 import { type LocalSocket, listenLocally } from './http/listening/local-socket.js'
 import { limitSockets } from './http/listening/sockets.js'
 import { createSecureServer, readCredentials, renewal, speaksTls } from './http/listening/tls.js'
-import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
+import { type AnyHandler, createHandlers, type Page, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
+import { docs } from './http/pages/docs.js'
+import { ui } from './http/pages/ui.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { StateReaders } from './http/readers.js'
 import { refusalLimit } from './http/refusal-limit.js'
@@ -38,10 +39,11 @@ import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
 import { Intake } from './link/websocket/intake.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
-import { createMetrics, type Metrics } from './metrics.js'
+import { createMetrics, type Metrics, type RunPulse } from './metrics.js'
 import type { Run } from './run/run.js'
 import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
+import type { Tracing } from './tracing.js'
 import { MESSAGE_BYTES } from './wire/frame.js'
 
 /** The service without its process: it does not listen yet, and has read no environment variable. */
@@ -79,6 +81,8 @@ type AppServices = Services & {
   local: Set<LocalSocket>
   intake: Intake
   data: DataFolder | undefined
+  /** Undefined where nothing is traced. */
+  tracing: Tracing | undefined
 }
 
 const MAX_BODY_BYTES = 65_536
@@ -99,7 +103,15 @@ const KEEPALIVE_MS = 60_000
  * Starts the device and builds the app on it. Throws the device's reason where it cannot start, and ConfigError for
  * keys, a certificate, a preset or a data folder that cannot be used.
  */
-export async function buildApp({ config, logger }: { config: Config; logger?: FastifyBaseLogger }): Promise<App> {
+export async function buildApp({
+  config,
+  logger,
+  tracing,
+}: {
+  config: Config
+  logger?: FastifyBaseLogger
+  tracing?: Tracing | undefined
+}): Promise<App> {
   const contract = readContract()
   const keys = new Keys(config)
   if (speaksTls(config)) readCredentials(config)
@@ -111,7 +123,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
   })
   const metrics = createMetrics()
   const log = logger ?? SILENT
-  const runs = new Runs({ device, config, presets, metrics, data, log })
+  const runs = new Runs({ device, config, presets, metrics, data, log, ...(tracing && { watch: tracing.watch }) })
   const intake = new Intake(config.unfinished_bytes, ({ code, message }) => {
     log.warn({ event: 'refused', code, reason: message })
     metrics.errors_total.inc({ code })
@@ -131,6 +143,7 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     streams: new Set(),
     local: new Set(),
     intake,
+    tracing,
   }
   const app = await createServer(services, logger)
   const reload = () => {
@@ -159,7 +172,7 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   const app = fastify({
     ...(speaksTls(config) && { serverFactory: secureFactory(config) }),
     ...(logger ? { loggerInstance: logger } : {}),
-    // logRequest logs requests as events.
+    // recordRequest logs requests as events.
     logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: MAX_BODY_BYTES,
     // While the server closes, requests on open connections are answered like any other, as problem documents.
@@ -187,10 +200,11 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
     limitAnswer(config, ({ code }) => metrics.errors_total.inc({ code })),
   )
   app.addHook('preHandler', runGuard(runs))
-  app.addHook('onResponse', logRequest)
+  app.addHook('onResponse', (request, reply) => recordRequest(request, reply, metrics))
   app.addHook('onClose', () => close(services))
   answerProblems(app, metrics, refusalLimit(new Refusals(config.max_refusals_per_minute)))
   await app.register((scope) => docs(scope, contract))
+  await app.register(ui)
   await app.register((scope) => registerOperations(scope, services))
   await app.ready()
   return app
@@ -202,7 +216,8 @@ function secureFactory(config: Config): (handler: RequestListener) => Server {
   return (handler) => createSecureServer(config, { ...HTTP, handshakeTimeout }, handler)
 }
 
-function observe({ server }: FastifyInstance, { device, runs, metrics, streams, intake }: AppServices): void {
+function observe({ server }: FastifyInstance, services: AppServices): void {
+  const { config, device, runs, metrics, streams, intake } = services
   metrics.observe({
     sockets: promisify(server.getConnections).bind(server),
     unfinished_bytes: () => intake.bytes,
@@ -215,8 +230,29 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
     runs: () => runs.list().length,
     connections: () => streams.size,
     members: () => runs.list().reduce((sum, run) => sum + membersOf(run), 0),
+    limits: {
+      runs: config.max_runs,
+      connections: config.max_connections,
+      sockets: config.max_sockets,
+      state_bytes: device.stateBytesLimit,
+      unfinished_bytes: config.unfinished_bytes,
+    },
+    pulses: config.run_metrics ? () => runs.list().map(pulseOf) : undefined,
     build: { version: VERSION, onnxruntime: device.backend.version, device: device.backend.name },
   })
+}
+
+function pulseOf(run: Run): RunPulse {
+  const { name, step, connected, pace } = run
+  const [last] = run.receipts(step - 1)
+  return {
+    ...{ run: name, step, connected },
+    last_step_timestamp_seconds: pace && Date.parse(pace.last_step_at) / 1000,
+    step_seconds: pace?.step_seconds,
+    gradient_norm: last?.receipt.gradient_norm,
+    update_rms: last?.measured?.update_rms,
+    max_logit: last?.receipt.max_logit,
+  }
 }
 
 function membersOf({ intake: { members } }: Run): number {
@@ -269,8 +305,7 @@ async function registerOperations(scope: FastifyInstance, services: AppServices)
   const handlers: Readonly<Record<string, AnyHandler>> = createHandlers(services)
   takeStreams(scope)
   const endpoints = endpointsOf(services.contract)
-  // The plugin of `/docs` serves that operation.
-  for (const endpoint of endpoints.filter(({ id }) => id !== 'getDocs'))
+  for (const endpoint of endpoints.filter(({ id }) => !PAGES.has(id)))
     scope.route(routeOf(endpoint, handlers[endpoint.id], services))
   for (const url of new Set(endpoints.map(({ url }) => url))) refuseOtherMethods(scope, url)
 }
@@ -278,13 +313,16 @@ async function registerOperations(scope: FastifyInstance, services: AppServices)
 function routeOf(endpoint: Endpoint, handler: AnyHandler | undefined, services: AppServices): RouteOptions {
   const { id, method, url, access, schema } = endpoint
   assert(handler, `operation ${id} has no handler`)
-  const config = { access, streamed: id === 'putState' }
+  const config = { access, streamed: id === 'putState', endless: id === 'streamEvents' }
   const route: RouteOptions = { method, url, schema, handler, config, exposeHeadRoute: !STREAMED.has(id) }
   if (id !== 'openStream') return route
   const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
   const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, services)
   return { ...route, config: { ...config, upgradable: true }, onRequest, wsHandler, exposeHeadRoute: false }
 }
+
+/** Operations that the plugins of these pages serve. */
+const PAGES: ReadonlySet<string> = new Set<Page>(['getDocs', 'getUi'])
 
 /** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
 const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])
@@ -369,8 +407,9 @@ function isLocal({ remoteAddress }: Socket): boolean {
 }
 
 /** Closes all that streams use, which are closed already. Runs go first: they need the data folder and the device. */
-async function close({ runs, data, device }: AppServices): Promise<void> {
+async function close({ runs, data, device, tracing }: AppServices): Promise<void> {
   await runs.close()
+  await tracing?.close()
   await data?.close()
   await device.close()
 }
@@ -394,13 +433,11 @@ async function closed(sockets: readonly WebSocket[], milliseconds: number): Prom
   timer.abort()
 }
 
-async function logRequest(request: FastifyRequest, reply: FastifyReply): Promise<void> {
-  const { method, url } = request.routeOptions
-  request.log.debug({
-    event: 'request',
-    method,
-    route: url,
-    status: reply.statusCode,
-    seconds: reply.elapsedTime / 1000,
-  })
+async function recordRequest(request: FastifyRequest, reply: FastifyReply, metrics: Metrics): Promise<void> {
+  const { method } = request
+  const { url: route = 'none', config } = request.routeOptions
+  const { statusCode: status } = reply
+  const seconds = reply.elapsedTime / 1000
+  request.log.debug({ event: 'request', method, route, status, seconds })
+  if (!config.endless && !request.ws) metrics.http_request_seconds.observe({ method, route, status }, seconds)
 }

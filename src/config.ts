@@ -135,6 +135,7 @@ export const SETTINGS = {
     [1, 1_000_000],
     'Refused keys and refused upgrades of one address; beyond it the address is told to wait. The right key always passes.',
   ),
+  run_metrics: flag('Series of their own in /metrics for each run in memory, with its name as a label.'),
   log_level: text('info', 'Least severe events to log.', {
     enum: LOG_LEVELS,
     expected: `be one of ${LOG_LEVELS.join(', ')}`,

@@ -17,7 +17,7 @@ type Settings = Parameters<typeof configOf>[0]
 export async function startService(settings: Settings = {}): Promise<Service> {
   const config = configOf({ device: 'cpu', port: 0, staging_bytes: 2 ** 26, ...settings })
   const built = await buildApp({ config })
-  await built.app.listen({ port: 0, host: '127.0.0.1' })
+  await built.app.listen({ port: config.port, host: '127.0.0.1' })
   const { port } = built.app.server.address() as AddressInfo
   return { ...built, http: `http://127.0.0.1:${port}`, url: `ws://127.0.0.1:${port}/v1/stream` }
 }

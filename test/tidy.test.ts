@@ -14,6 +14,7 @@ const LAYERS = [
   'src/run',
   'src/keep',
   'src/link',
+  'src/tracing.ts',
   'src/http',
   'src/app.ts',
   'src/commands',
@@ -28,7 +29,7 @@ const OWNERS: Record<string, (file: string) => boolean> = {
     /^src\/(app|link\/(session|pauses|websocket\/(intake|sender|small-frames|socket))|client\/(steps\/)?\w+)\.ts$/.test(
       file,
     ),
-  fastify: (file) => /^src\/(app|http\/[\w-]+|link\/session)\.ts$/.test(file),
+  fastify: (file) => /^src\/(app|http\/(pages\/)?[\w-]+|link\/session)\.ts$/.test(file),
   'prom-client': (file) => file === 'src/metrics.ts',
   'env-schema': (file) => file === 'src/config.ts',
 }

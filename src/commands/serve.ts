@@ -1,8 +1,9 @@
 import closeWithGrace from 'close-with-grace'
 import { type Logger, pino } from 'pino'
 import { type App, buildApp } from '../app.js'
-import { type Config, type Environment, readCommand, unknownVariables } from '../config.js'
+import { type Config, type Environment, readCommand, unknownVariables, VERSION } from '../config.js'
 import { errorText } from '../errors.js'
+import { startTracing } from '../tracing.js'
 
 /** Each is a wish that the service ends. SIGHUP is one only where there are no files to be read again. */
 const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT', 'SIGUSR2'] as const
@@ -27,7 +28,8 @@ export async function serveCommand(argv: readonly string[], env: Environment): P
 
 async function serve(config: Config): Promise<void> {
   const logger = pino({ level: config.log_level })
-  const built = await buildApp({ config, logger })
+  const tracing = await startTracing(process.env, VERSION)
+  const built = await buildApp({ config, logger, tracing })
   const address = await listen(built, config, logger)
   closeOnSignals(built, config, logger)
   const { device } = built

@@ -14,6 +14,8 @@ declare module 'fastify' {
     upgradable?: boolean
     /** Whether the handler reads the body itself, as it comes. */
     streamed?: boolean
+    /** Whether the answer ends only with its client. */
+    endless?: boolean
   }
   interface FastifyRequest {
     /** Who asks; null on routes that are open to all. */

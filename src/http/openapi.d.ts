@@ -126,6 +126,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/ui": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Runs as a page to look at
+         * @description The page needs nothing from outside the service, and no key. What it shows comes from the operations below, with the key that its reader types.
+         */
+        get: operations["getUi"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/runs": {
         parameters: {
             query?: never;
@@ -311,12 +331,36 @@ export interface paths {
         };
         /**
          * Each receipt as it happens, as server-sent events
-         * @description Event `receipt`, its `id` the step and its `data` a Receipt in JSON. In a run with members event `member` has in
-         *     its `data` the `rank` (and `replica`, where there are several) of one that came or went, and whether it is `connected`. With `Last-Event-ID` the kept receipts after
+         * @description Event `receipt`, its `id` the step and its `data` a Receipt in JSON. Event `member` has in its `data` the `rank` of a member
+         *     that came or went (0 in a run with one connection; and `replica`, where there are several), and whether it is `connected`.
+         *     Event `refused` has a Refusal: an error that a member was told. With `Last-Event-ID` the kept receipts after
          *     that step come first; without it the stream starts with the next one. A reader that falls 1 MiB behind is cut off,
          *     and comes back with `Last-Event-ID`. The stream ends when the run is deleted or the service shuts down.
          */
         get: operations["streamEvents"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/runs/{run}/refusals": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        /**
+         * The newest errors that connections of a run were told
+         * @description The service keeps the newest 100 of each run in memory.
+         */
+        get: operations["listRefusals"];
         put?: never;
         post?: never;
         delete?: never;
@@ -542,6 +586,13 @@ export interface components {
             state_bytes: number;
             /** @description The last step that a crash leaves. 0 without a data folder. */
             durable_step: number;
+            /**
+             * Format: date-time
+             * @description When this process has finished the last step; absent where it has finished none.
+             */
+            last_step_at?: string;
+            /** @description Wall-clock seconds of a step, the mean over the newest 20; absent as `last_step_at`. */
+            step_seconds?: number;
             /** @description What is to be known of how the run came here; absent where there is nothing. */
             note?: string;
         };
@@ -660,6 +711,13 @@ export interface components {
             step: number;
             /** @description Bytes of state it has; 0 before its first step. */
             state_bytes: number;
+            /** @description What its last step came to; absent where this process has not computed that. */
+            last?: {
+                /** @description L2 norm after gradient_scale. */
+                gradient_norm: number;
+                /** @description Root of the mean square of the update's elements. */
+                update_rms: number;
+            };
             plan: components["schemas"]["Plan"];
         };
         /** @description What one step of the parameter is, with the hyperparameters of the step in progress. */
@@ -696,7 +754,7 @@ export interface components {
             /** @description Root of the mean square. */
             rms: number;
         };
-        /** @description What the stream's receipt frame says. */
+        /** @description What the stream's receipt frame says, and what was measured of the step. */
         Receipt: {
             step: number;
             replayed: boolean;
@@ -726,6 +784,34 @@ export interface components {
                 compute: number;
                 send: number;
             };
+            /** @description Absent where another process has finished the step. */
+            measured?: {
+                /** Format: date-time */
+                finished_at: string;
+                /** @description From the end of the step before; for the first one of a process from the first frame of the step. */
+                wall_seconds: number;
+                /** @description Root of the mean square of all elements of the applied updates. */
+                update_rms: number;
+                /** @description Bytes of the gradients that were applied. */
+                gradient_bytes: number;
+                /** @description Bytes of their updates. */
+                update_bytes: number;
+            };
+        };
+        /** @description An error that a connection of the run was told. */
+        Refusal: {
+            /** Format: date-time */
+            at: string;
+            /** @description Of the member; 0 in a run with one connection. */
+            rank: number;
+            /** @description Of the member; absent for replica 0. */
+            replica?: number;
+            /** @description One of the codes in docs/protocol.md. */
+            code: string;
+            message: string;
+            /** @description Index of the parameter. */
+            parameter?: number;
+            step?: number;
         };
     };
     responses: {
@@ -891,6 +977,27 @@ export interface operations {
         requestBody?: never;
         responses: {
             /** @description A page that needs nothing from outside the service. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "text/html": string;
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getUi: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description A page. */
             200: {
                 headers: {
                     [name: string]: unknown;
@@ -1174,6 +1281,32 @@ export interface operations {
                 };
                 content: {
                     "text/event-stream": string;
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    listRefusals: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Oldest first. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": {
+                        refusals: components["schemas"]["Refusal"][];
+                    };
                 };
             };
             default: components["responses"]["Problem"];

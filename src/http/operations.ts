@@ -66,8 +66,11 @@ type Handler<O> = (request: RequestOf<O>, reply: FastifyReply) => AnswerOf<O> | 
  */
 export type AnyHandler = { handle(request: FastifyRequest, reply: FastifyReply): unknown }['handle']
 
-/** One handler per operationId of openapi.yaml: a missing one does not compile. `/docs` is served by its plugin. */
-export type Handlers = { readonly [Id in Exclude<keyof operations, 'getDocs'>]: Handler<operations[Id]> }
+/** Operations whose pages are served from files, with what those need. */
+export type Page = 'getDocs' | 'getUi'
+
+/** One handler per operationId of openapi.yaml: a missing one does not compile. */
+export type Handlers = { readonly [Id in Exclude<keyof operations, Page>]: Handler<operations[Id]> }
 
 /**
  * The handlers of the control plane. They throw ServiceError; app.ts makes routes of them and problem documents of
@@ -166,6 +169,7 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
       const run = await runs.wake(params.run)
       return { receipts: run.receipts(query.after).map(receiptBody) }
     },
+    listRefusals: async ({ params }) => ({ refusals: [...(await runs.wake(params.run)).refusals] }),
     streamEvents: (request, reply) => {
       const { params, headers } = request
       const [run, principal] = [runs.get(params.run), principalIn(request)]
@@ -206,6 +210,7 @@ function checkpointHandlers({ runs, data }: Services): Pick<Handlers, Checkpoint
 
 /** Where to go from `/`. */
 const LINKS = {
+  dashboard: '/ui',
   documentation: '/docs',
   contract: '/openapi.yaml',
   capabilities: '/v1/capabilities',
@@ -304,6 +309,7 @@ function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
     parameters,
     state_bytes: run.stateBytes,
     durable_step: runs.durableStep(run),
+    ...run.pace,
     ...(note && { note }),
   }
 }
@@ -346,9 +352,17 @@ function memberRows({ intake }: Run): Schemas['Member'][] | undefined {
 }
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {
-  const { parameter, algorithm, step, state_bytes } = run.place(index)
+  const { parameter, algorithm, step, state_bytes, last } = run.place(index)
   const plan = explain(parameter, groupOf(parameter, run.groups))
   const { shape, split, ...rest } = describe(parameter)
   const layout = { shape: [...shape], ...(split && { split: [...split] }) }
-  return { ...rest, ...layout, algorithm, step, state_bytes, plan: { ...plan, blocks: [...plan.blocks] } }
+  return {
+    ...rest,
+    ...layout,
+    algorithm,
+    step,
+    state_bytes,
+    ...(last && { last }),
+    plan: { ...plan, blocks: [...plan.blocks] },
+  }
 }

@@ -9,8 +9,11 @@ const MOST_LABELS = 64
  * before.
  */
 export function measure(run: Run, metrics: Metrics): void {
-  run.on('receipt', ({ seconds, clipped_heads, max_logit }) => {
+  run.on('receipt', ({ seconds, clipped_heads, max_logit, gradient_norm }, { wall_seconds }) => {
     metrics.steps_total.inc()
+    metrics.step_seconds.observe(wall_seconds)
+    metrics.last_step_timestamp_seconds.setToCurrentTime()
+    metrics.gradient_norm.observe(gradient_norm)
     for (const count of Object.values(clipped_heads)) metrics.clipped_heads_total.inc(count)
     if (max_logit !== undefined) metrics.max_logit.observe(max_logit)
     for (const phase of PHASES) metrics.step_phase_seconds.observe({ phase }, seconds[phase])

@@ -11,6 +11,8 @@ import type { Turns } from './turns.js'
 export type ResidentsMeans = {
   config: Pick<Config, 'max_runs' | 'idle_seconds'>
   metrics: Metrics
+  /** Hears of every run that comes to memory. */
+  watch?: (run: Run) => void
   log: Log
   /** Where a run lies that leaves memory; undefined where it ends then. */
   archive: Archive | undefined
@@ -109,6 +111,7 @@ export class Residents {
   #enter(run: Run): void {
     this.#runs.set(run.name, run)
     measure(run, this.#means.metrics)
+    this.#means.watch?.(run)
   }
 
   #look(): void {

@@ -47,6 +47,8 @@ export type RunsMeans = {
   config: Config
   presets: Presets
   metrics: Metrics
+  /** Hears of every run that comes to memory. */
+  watch?: (run: Run) => void
   log: Log
   data: DataFolder | undefined
 }

@@ -101,6 +101,7 @@ export class Answers {
       if (ready) await ready
       const update = await run.intake.compute({ member, step, index, gradient, ...shared })
       if (!update) return
+      if (update.replayed) this.#means.metrics.replayed_updates_total.inc()
       const extent = member.update(run.parameter(index))
       const sent = shared.target ? this.#tell(step, index, update) : this.#send(step, { index, extent }, update)
       await sent.finally(() => update.memory.release())

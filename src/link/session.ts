@@ -8,6 +8,7 @@ import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
+import { refusalOf } from '../run/history.js'
 import type { Connection } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
@@ -117,6 +118,7 @@ export class Session implements Connection, GradientSink {
   }
 
   fence(): void {
+    this.#context.metrics.takeovers_total.inc()
     this.#leave(4409, 'another connection has taken the run over')
   }
 
@@ -350,6 +352,7 @@ export class Session implements Connection, GradientSink {
     if (known !== error) log.error({ event: 'internal_error', err: error })
     else log.info({ event: 'refused', code: known.code, reason: known.message, run: this.#joined?.run.name })
     metrics.errors_total.inc({ code: known.code })
+    this.#joined?.run.refused(refusalOf(known, this.#joined.member))
     if (known.close !== undefined) this.#sender.drop()
     this.#send(errorFrame(known))
     if (known.close !== undefined) this.#leave(known.close, known.code)

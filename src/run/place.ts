@@ -22,7 +22,14 @@ export type PlaceRow = {
   step: number
   record: DigestRecord | undefined
   state_bytes: number
+  last: LastStep | undefined
 }
+
+/**
+ * L2 norm of the gradient that a parameter was last applied with, after gradient_scale, and root of the mean square of
+ * its update's elements.
+ */
+export type LastStep = { gradient_norm: number; update_rms: number }
 
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {
@@ -65,6 +72,8 @@ export type PlaceState = {
   readonly record: DigestRecord | undefined
   /** The sum of squares of that step's gradient. */
   readonly gradientSquare: number
+  /** Root of the mean square of that step's update; left out where this process has not computed it. */
+  readonly updateRms?: number
   /** Undefined before its first step, when all of it is zero. */
   readonly tensors: readonly Tensor[] | undefined
 }
@@ -119,6 +128,16 @@ export class Place {
 
   get gradientSquare(): number {
     return this.#state.gradientSquare
+  }
+
+  get updateRms(): number | undefined {
+    return this.#state.updateRms
+  }
+
+  /** Undefined where this process has not computed the last step of the parameter. */
+  get last(): LastStep | undefined {
+    const { gradientSquare, updateRms } = this.#state
+    return updateRms === undefined ? undefined : { gradient_norm: Math.sqrt(gradientSquare), update_rms: updateRms }
   }
 
   get stateBytes(): number {
@@ -211,7 +230,7 @@ export class Place {
       scale: plan.scale,
       decay: plan.decay,
       gradient_norm: Math.sqrt(result.gradientSquare) * Math.abs(settings.gradient_scale),
-      update_rms: plan.rms_factor * Math.sqrt(result.updateSquare / this.parameter.elements),
+      update_rms: this.#rms(plan, result),
     }
   }
 
@@ -273,9 +292,14 @@ export class Place {
       appliedStep: step.number,
       record: contributors ? { ...applied, contributors } : applied,
       gradientSquare: result.gradientSquare * gradient_scale ** 2,
+      updateRms: this.#rms(plan, result),
       tensors: next,
     })
     this.#elsewhere = false
+  }
+
+  #rms({ rms_factor }: Plan, { updateSquare }: JobResult): number {
+    return rms_factor * Math.sqrt(updateSquare / this.parameter.elements)
   }
 
   #replace(state: PlaceState): void {

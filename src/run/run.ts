@@ -13,7 +13,7 @@ import type { Journal } from '../store/journal/journal.js'
 import type { EndHead } from '../store/journal/journal-format.js'
 import type { Contribution, OpenedFrame, ParameterDescription } from '../wire/frame.js'
 import { Boundary } from './boundary.js'
-import { History, type Receipt, type RunEvents } from './history.js'
+import { type Finished, History, type Pace, type Receipt, type Refusal, Refusals, type RunEvents } from './history.js'
 import { importNote, type PendingImport } from './imported-state.js'
 import type { Layout } from './members/layout.js'
 import type { Connection, Member, Seat } from './members/member.js'
@@ -24,6 +24,7 @@ import { type ScaledUpdate, Shard } from './shard.js'
 import { Snapshot } from './snapshot.js'
 import { conclude, effectiveGroups } from './step/conclusion.js'
 import { Intake } from './step/intake.js'
+import { measured } from './step/measured.js'
 import type { Whole } from './step/part.js'
 import { Step, type StepSettings } from './step/step.js'
 import { Steps } from './step/steps.js'
@@ -41,6 +42,7 @@ export class Run extends EventEmitter<RunEvents> {
   readonly #device: Device
   readonly #shard: Shard
   readonly #history: History
+  readonly #refusals = new Refusals()
   readonly #steps: Steps
   #epoch = 0
   #note = ''
@@ -218,7 +220,23 @@ export class Run extends EventEmitter<RunEvents> {
     for (const scale of this.#shard.skippedRowScales(step)) if (member.has(this.parameter(scale.parameter))) yield scale
   }
 
-  receipts(after: number): Receipt[] {
+  /** How fast it goes; undefined where this process has finished no step of it. */
+  get pace(): Pace | undefined {
+    return this.#history.pace
+  }
+
+  /** The newest errors that members were told, oldest first. */
+  get refusals(): readonly Refusal[] {
+    return this.#refusals.list()
+  }
+
+  /** A member was told an error. */
+  refused(refusal: Refusal): void {
+    this.#refusals.add(refusal)
+    this.emit('refused', refusal)
+  }
+
+  receipts(after: number): Finished[] {
     return this.#history.receipts(after)
   }
 
@@ -331,8 +349,8 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** What a parameter's row in REST says. */
   place(index: number): PlaceRow {
-    const { parameter, count, record, stateBytes } = this.#shard.place(index)
-    return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes }
+    const { parameter, count, record, stateBytes, last } = this.#shard.place(index)
+    return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes, last }
   }
 
   /** References to a parameter's state tensors, none before its first step; the caller releases them. */
@@ -376,10 +394,12 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   #finish(receipt: Receipt): Receipt {
+    const { current: step } = this.#steps
+    const facts = measured(step, this.#shard, this.#history.finishedAt)
     this.#steps.finish()
     this.intake.finish()
-    this.#history.add(receipt)
-    this.emit('receipt', receipt)
+    this.#history.add(receipt, facts)
+    this.emit('receipt', receipt, facts, step)
     return receipt
   }
 

@@ -27,6 +27,7 @@ import {
   type Source,
   type StepFrame,
   type StepSeconds,
+  TRACEPARENT,
   type TransportAnswer,
   type TransportOffer,
   type UpdateFrame,
@@ -117,7 +118,12 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
   ),
   step: map<StepFrame>(
     { type: string, step: uint },
-    { groups: dictionary(dictionary(hyperparameter)), gradient_scale: float, max_logits: dictionary(list(float)) },
+    {
+      groups: dictionary(dictionary(hyperparameter)),
+      gradient_scale: float,
+      max_logits: dictionary(list(float)),
+      traceparent: { is: 'name', pattern: TRACEPARENT },
+    },
   ),
   gradient: map<GradientFrame>({ type: string, parameter: uint, step: uint, offset: uint, data: bin }, {}),
   gradients: map<GradientsFrame>({ type: string, step: uint, parameters: list(uint) }, {}),

@@ -18,6 +18,9 @@ export const OPEN_BYTES = 16 * 1024 * 1024
 /** Most bytes of any message: `open` and the `data` of a chunk have at most 16 MiB each, other keys come on top. */
 export const MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
 
+/** The W3C's `traceparent`, version 00: the ids of a trace and of a span, neither of them all zeros, and flags. */
+export const TRACEPARENT = /^00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}$/
+
 export const RUN_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/
 
 export type Mode = 'create' | 'resume' | 'create_or_resume'
@@ -154,6 +157,8 @@ export type StepFrame = {
   readonly groups?: Readonly<Record<string, Hyperparameters>>
   readonly gradient_scale?: number
   readonly max_logits?: Readonly<Record<string, readonly number[]>>
+  /** The trainer's span that the step's is below. It is no value of the step: another one is no conflict. */
+  readonly traceparent?: string
 }
 
 /** One chunk of a gradient; `offset` in bytes from the tensor's start, `data` raw little-endian bytes in C order. */

@@ -131,11 +131,11 @@ t.test('the last receipts are kept, and a repeated end gives the last one again'
   client.send({ type: 'end', step: 3 })
   t.match(await client.expect('receipt'), { step: 3, replayed: true })
   t.same(
-    run.receipts(0).map(({ step }) => step),
+    run.receipts(0).map(({ receipt }) => receipt.step),
     [2, 3],
   )
   t.same(
-    run.receipts(2).map(({ step }) => step),
+    run.receipts(2).map(({ receipt }) => receipt.step),
     [3],
   )
   t.same(heard, [1, 2, 3])

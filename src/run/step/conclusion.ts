@@ -57,7 +57,7 @@ export function conclude(step: Step, shard: Shard, { digest, durable }: { digest
     ...clipSummary(shard.attentions, frame.max_logits),
     digest: nextDigest(digest, step.number, shard.records(step)),
     durable,
-    seconds: { ...step.seconds },
+    seconds: { ...step.clock.seconds },
     ...(contributors.length > 0 && { contributors }),
   }
 }

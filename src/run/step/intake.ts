@@ -105,7 +105,8 @@ export class Intake {
   /**
    * Takes a `step` frame: for the step in progress its values, for the last finished one only the values that it had.
    */
-  announce(member: Member, { step: number, groups, gradient_scale, max_logits = {} }: StepFrame): void {
+  announce(member: Member, frame: StepFrame): void {
+    const { step: number, groups, gradient_scale, max_logits = {}, traceparent } = frame
     if (this.drops(member, number)) return
     const step = this.#host.steps.of(number, `a step frame for step ${number}`)
     this.#checkIncluded(member, step)
@@ -116,6 +117,7 @@ export class Intake {
       max_logits: checkMaxLogits(this.#host.attentions, max_logits, number),
     }
     step.announce(member, values)
+    if (traceparent !== undefined && member.id === 0) step.traceparent = traceparent
     this.#begun()
   }
 

@@ -3,8 +3,9 @@ import { isDeepStrictEqual } from 'node:util'
 import { ServiceError } from '../../errors.js'
 import { type Groups, updateGroup } from '../../optimizer/hyperparameters.js'
 import { isWithin, largestLogits, type MaxLogits } from '../../optimizer/qk-clip.js'
-import type { Contribution, StepSeconds } from '../../wire/frame.js'
+import type { Contribution } from '../../wire/frame.js'
 import type { Member } from '../members/member.js'
+import { StepClock } from './clock.js'
 
 /** The values of a `step` frame with its defaults filled in: two frames that mean the same compare equal. */
 export type StepValues = {
@@ -24,9 +25,6 @@ export type StepSettings = { frame: StepValues; groups: Groups; gradient_scale: 
 
 /** Of a step that was finished before this process has known of it. */
 type Finished = { applied: Iterable<number>; contributors: Iterable<Contribution> }
-
-/** Seconds that a step has spent in each phase, summed over its parameters. */
-export type Seconds = { -readonly [Phase in keyof StepSeconds]: number }
 
 /**
  * How far a step has come:
@@ -51,6 +49,9 @@ const NO_VALUES: StepValues = { groups: {}, gradient_scale: 1, max_logits: NO_LO
  */
 export class Step {
   readonly number: number
+  readonly clock = new StepClock()
+  /** The span of the first member that the step's span is below, as its newest `step` frame has it. */
+  traceparent: string | undefined
   #state: StepState = 'untouched'
   #settings: StepSettings
   /** In force when the step began. */
@@ -66,7 +67,6 @@ export class Step {
   readonly #leftOut = new Set<number>()
   /** Members whose newest `step` frame was refused. A lost member is forgotten with its connection. */
   readonly #refused = new WeakSet<Member>()
-  readonly #seconds: Seconds = { receive: 0, queue: 0, compute: 0, send: 0 }
   #next: Step | undefined
 
   /** `groups` are in force unless the `step` frame changes them. */
@@ -105,10 +105,6 @@ export class Step {
 
   hasApplied(index: number): boolean {
     return this.#applied.has(index)
-  }
-
-  get seconds(): Readonly<Seconds> {
-    return this.#seconds
   }
 
   /** Whether the step is more than announced: it can only be ended now, not forgotten. */
@@ -259,9 +255,9 @@ export class Step {
   }
 
   /** Adds to the time spent in a phase. The time of a replay counts for the step that it has delayed. */
-  spend(phase: keyof Seconds, seconds: number): void {
-    const step = this.#next ?? this
-    step.#seconds[phase] += seconds
+  spend(...spent: Parameters<StepClock['spend']>): void {
+    const { clock } = this.#next ?? this
+    clock.spend(...spent)
   }
 
   /** Has `commit` write the step; where that fails the step is where it was, and may be ended again. */
@@ -329,6 +325,7 @@ export class Step {
 
   #say({ id, replica }: Member, said: Omit<Said, 'replica'>): void {
     this.#said.set(id, { replica, ...said })
+    this.clock.begin()
     if (this.#state === 'untouched') this.#state = 'announced'
     if (this.#state === 'announced') this.#combine()
   }
