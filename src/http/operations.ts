@@ -169,7 +169,7 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
       const run = await runs.wake(params.run)
       return { receipts: run.receipts(query.after).map(receiptBody) }
     },
-    listRefusals: async ({ params }) => ({ refusals: [...(await runs.wake(params.run)).refusals] }),
+    listRefusals: async ({ params }) => ({ refusals: [...(await runs.wake(params.run)).refusals.list()] }),
     streamEvents: (request, reply) => {
       const { params, headers } = request
       const [run, principal] = [runs.get(params.run), principalIn(request)]

@@ -17,6 +17,7 @@ import type { OpenFrame, Source } from '../wire/frame.js'
 import { notFound } from './absent.js'
 import { Archive } from './archive.js'
 import type { IdleRun } from './idle.js'
+import { type Imported, Imports } from './importing/imports.js'
 import type { Keeper, Log } from './keeper.js'
 import { type Kept, releaseKept } from './kept.js'
 import {
@@ -34,7 +35,6 @@ import {
   sizesOf,
   UNKNOWN_SIZE,
 } from './opening.js'
-import { pendingImport } from './receive-state.js'
 import { Residents } from './residents.js'
 import { Turns } from './turns.js'
 
@@ -53,9 +53,6 @@ export type RunsMeans = {
   data: DataFolder | undefined
 }
 
-/** After which step a run goes on from imported state, with which digest, and the checkpoint that has it. */
-export type Imported = { step: number; digest: string; checkpoint?: string }
-
 /** The table of runs: it creates, finds, restores, hands over and deletes them, within the limits of the settings. */
 export class Runs {
   draining = false
@@ -71,7 +68,7 @@ export class Runs {
   readonly #turns = new Turns()
   /** What runs take of the quotas of keys, also those on the disk. */
   readonly quotas = new RunQuotas(() => sizesOf(this))
-  readonly #imports = new Map<Run, Promise<unknown>>()
+  readonly #imports: Imports
   readonly #closing = new AbortController()
 
   constructor(means: RunsMeans) {
@@ -83,6 +80,7 @@ export class Runs {
     const build: Runs['build'] = (...of) => this.build(...of)
     this.#archive = data && new Archive({ ...means, data, build })
     device.onFailure = () => this.#expelAll()
+    this.#imports = new Imports(device, this.#archive)
     const [archive, turns] = [this.#archive, this.#turns]
     this.#residents = new Residents({ ...means, archive, turns, isNeeded: (run) => this.#imports.has(run) })
   }
@@ -210,21 +208,10 @@ export class Runs {
     return grant
   }
 
-  /**
-   * Does the `work` of an import into a run, one at a time. Throws DRAINING, and RUN_BUSY where another one is under
-   * way. A shutdown waits for it.
-   */
-  async import<T>(run: Run, work: () => Promise<T>): Promise<T> {
+  /** As `Imports.import`. Throws DRAINING, too. */
+  import<T>(run: Run, work: () => Promise<T>): Promise<T> {
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and imports nothing')
-    if (this.#imports.has(run))
-      throw new ServiceError('RUN_BUSY', `state is being imported into run '${run.name}' already`)
-    const importing = work()
-    this.#imports.set(run, importing)
-    try {
-      return await importing
-    } finally {
-      this.#imports.delete(run)
-    }
+    return this.#imports.import(run, work)
   }
 
   /**
@@ -234,19 +221,8 @@ export class Runs {
    */
   takeOver(run: Run, state: ImportedState): Promise<Imported> {
     return this.#turns.take(run.name, async () => {
-      if (this.#residents.get(run.name) !== run)
-        throw new ServiceError('RUN_NOT_FOUND', `run '${run.name}' was deleted while its state was received`)
-      return run.boundary.between('state is imported between two steps', async () => {
-        const pending = await pendingImport(this.#device, run, state)
-        const { step } = run
-        const { digest } = pending
-        if (!this.#archive) {
-          run.takeOver(pending)
-          return { step, digest }
-        }
-        const { checkpoint } = await this.#archive.keeper(run.name).import(pending)
-        return { step, digest, checkpoint }
-      })
+      if (this.#residents.get(run.name) === run) return this.#imports.takeOver(run, state)
+      throw new ServiceError('RUN_NOT_FOUND', `run '${run.name}' was deleted while its state was received`)
     })
   }
 
@@ -256,7 +232,9 @@ export class Runs {
   }
 
   /** Has what is not on the disk yet taken there, for a shutdown. */
-  checkpoint = async (): Promise<void> => this.#archive?.checkpointAll()
+  async checkpoint(): Promise<void> {
+    await this.#archive?.checkpointAll()
+  }
 
   /** When everything that was begun is on the disk. No run has a connection any more. */
   async close(): Promise<void> {
@@ -264,7 +242,7 @@ export class Runs {
     await this.#residents.close()
     this.#closing.abort()
     await this.#restoring
-    await Promise.allSettled(this.#imports.values())
+    await this.#imports.settled()
     for (const run of this.list()) await run.settled()
     await this.#archive?.close(this.list())
   }

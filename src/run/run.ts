@@ -42,7 +42,8 @@ export class Run extends EventEmitter<RunEvents> {
   readonly #device: Device
   readonly #shard: Shard
   readonly #history: History
-  readonly #refusals = new Refusals()
+  /** The newest errors that members were told. */
+  readonly refusals = new Refusals()
   readonly #steps: Steps
   #epoch = 0
   #note = ''
@@ -225,14 +226,9 @@ export class Run extends EventEmitter<RunEvents> {
     return this.#history.pace
   }
 
-  /** The newest errors that members were told, oldest first. */
-  get refusals(): readonly Refusal[] {
-    return this.#refusals.list()
-  }
-
   /** A member was told an error. */
   refused(refusal: Refusal): void {
-    this.#refusals.add(refusal)
+    this.refusals.add(refusal)
     this.emit('refused', refusal)
   }
 

@@ -83,9 +83,9 @@ t.test('an error that a connection of the run is told is an event, and kept', as
   t.match(refusals, [expected, { code: 'STEP_INCOMPLETE' }])
   t.equal(refusals.length, 2)
   for (let i = 0; i < 120; i += 1) trainer.send({ type: 'end', step: 7 })
-  await until(() => runs.get('a').refusals.length === 100)
+  await until(() => runs.get('a').refusals.list().length === 100)
   for (let i = 0; i < 120; i += 1) t.match((await next(stream)).data, { code: 'STEP_CONFLICT' })
-  t.equal(runs.get('a').refusals.length, 100, 'only the newest are kept')
+  t.equal(runs.get('a').refusals.list().length, 100, 'only the newest are kept')
   trainer.socket.close()
 })
 
