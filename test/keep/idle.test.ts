@@ -62,8 +62,12 @@ for (const durability of ['checkpoint', 'journal'] as const) {
       await service.runs.restIdle(later())
       t.same([service.runs.list(), service.device.admittedBytes, service.device.memory.bytes], [[], 0, 0])
       const idle = { in_memory: false, durable_step: 2 }
-      t.same(await summaries(service), [{ ...omit(before), ...idle }])
-      t.same(await get(service, '/v1/runs/r'), { ...before, ...idle })
+      // A process tells of the pace of steps that it has finished itself, and has had in memory since.
+      const { last_step_at, step_seconds, ...kept } = before
+      t.same(await summaries(service), [{ ...omit(kept), ...idle }])
+      t.same(await get(service, '/v1/runs/r'), { ...kept, ...idle })
+      t.type(last_step_at, 'string')
+      t.type(step_seconds, 'number')
       const after = await train(service, { last: 4, open: { mode: 'resume' } })
       t.match(after.opened, { step: 2, resumed: true, epoch: 2, digest: reference[1]!.digest })
       t.same(known(after.traces), known(reference.slice(2)))
@@ -149,10 +153,13 @@ t.test('reading brings an idle run back, listing does not', async (t) => {
   const service = await start(t, t.testdir({}))
   await trained(service, 'r', 2)
   const paths = ['/state', '/parameters', '/parameters/0', '/parameters/0/state', '/receipts', '/checkpoints']
+  // What was measured of the last step goes with the memory.
+  const bodyOf = async (answer: Response) =>
+    Buffer.from(await answer.arrayBuffer())
+      .toString('latin1')
+      .replace(/,"last":\{"gradient_norm":[^}]*\}/g, '')
   const answers = async () =>
-    Promise.all(
-      paths.map(async (path) => Buffer.from(await (await fetch(`${service.http}/v1/runs/r${path}`)).arrayBuffer())),
-    )
+    Promise.all(paths.map(async (path) => bodyOf(await fetch(`${service.http}/v1/runs/r${path}`))))
   const receipts = paths.indexOf('/receipts')
   await service.runs.keeper('r').take()
   const before = await answers()
@@ -160,9 +167,9 @@ t.test('reading brings an idle run back, listing does not', async (t) => {
     await service.runs.restIdle(later())
     t.equal(service.runs.list().length, 0)
     const answer = await fetch(`${service.http}/v1/runs/r${path}`)
-    const body = Buffer.from(await answer.arrayBuffer())
     t.equal(answer.status, 200)
-    if (i !== receipts) t.ok(body.equals(before[i]!), path)
+    const body = await bodyOf(answer)
+    if (i !== receipts) t.ok(body === before[i], path)
     t.equal(service.runs.list().length, 1)
   }
   await service.runs.restIdle(later())

@@ -296,6 +296,8 @@ def test_replicas_have_the_weights_of_the_paper(shared: Service, name: str, coun
 def test_a_replica_that_is_gone_is_not_waited_for_and_comes_back(shared: Service, name: str) -> None:
     quorum: dict[str, Any] = {"min_replicas": 1, "deadline_seconds": 60.0, "gradient_dtype": "int4_block64"}
     (first, one), (second, other) = replicas_of(2, shared.url, name, **quorum)
+    # The first step waits for whoever is there.
+    other.outer.open()
     together([partial(train_on, 0, first, one, 4), partial(train_on, 1, second, other, 4)])
     old = other.state_dict()
     other.close()
@@ -337,6 +339,23 @@ def test_a_replica_that_is_late_has_what_the_others_have(shared: Service, name: 
     assert distance(late, replicas[0][0]) == 0
     for _, optimizer in replicas:
         optimizer.close()
+
+
+def test_a_replica_that_begins_after_the_others_have_gone_on_is_refused(shared: Service, name: str) -> None:
+    (first, one), (second, other) = replicas_of(2, shared.url, name, min_replicas=1)
+    train_on(0, first, one, 4)
+    before = [p.detach().clone() for p in second.parameters()]
+    with pytest.raises(
+        MuondError, match="is at step 2, the weights of replica 1 are those of step 0: load_state_dict"
+    ) as caught:
+        train_on(1, second, other, 1)
+    assert (caught.value.code, caught.value.fields.expected_step) == ("STEP_CONFLICT", 3)
+    assert all(torch.equal(p, old) for p, old in zip(second.parameters(), before, strict=True))
+    other.rejoin(saved_and_loaded(one.state_dict()))
+    together([partial(train_on, 0, first, one, 2, 5), partial(train_on, 1, second, other, 2, 5)])
+    assert distance(first, second) == 0
+    one.close()
+    other.close()
 
 
 def test_replicas_that_cannot_be_are_refused(shared: Service) -> None:

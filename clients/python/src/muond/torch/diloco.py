@@ -91,6 +91,8 @@ class DiLoCo(torch.optim.Optimizer):
         """What the inner step has returned whose synchronization has failed."""
         self._is_undecided = False
         """Whether the service may have applied parts of a synchronization that has failed."""
+        self._base = 0
+        """The step of the run that ``θ_ref`` is of."""
         self._pairs = _pairs(model_or_params, inner_optimizer)
         # Hooks and schedulers are torch's own matter; the groups that it makes are not kept.
         super().__init__([parameter for _, parameter, _ in self._pairs], {})
@@ -173,8 +175,12 @@ class DiLoCo(torch.optim.Optimizer):
         """Takes one step of the inner optimizer, and after every ``sync_every`` of them one of the outer. Returns what the inner has.
 
         Raises what either raises. A synchronization that raised (MuondError) is taken again by the next call, without another step of
-        the inner optimizer; nothing is applied twice. Weights with NaN are not synchronized: see ``discard``.
+        the inner optimizer; nothing is applied twice. Weights with NaN are not synchronized: see ``discard``. Of several replicas one
+        whose weights are not those of the run's step is refused before its round: STEP_CONFLICT.
         """
+        if self._replica is not None and self.inner_steps == 0:
+            # Before a round: the others wait for whoever has the run open, and a round with other weights is lost.
+            self._check_base(self._replica)
         if self.inner_steps < self.sync_every:
             self._awaited = self.inner.step(closure)
             self.inner_steps += 1
@@ -202,7 +208,19 @@ class DiLoCo(torch.optim.Optimizer):
             raise
         self._begin_round()
 
+    def _check_base(self, own: Replica) -> None:
+        run = self.outer.open()
+        if run.step_count == self._base:
+            return
+        raise MuondError(
+            "STEP_CONFLICT",
+            f"run '{run.name}' is at step {run.step_count}, the weights of replica {own.replica} are "
+            f"those of step {self._base}: load_state_dict(its own newest one), or rejoin(the state_dict of another replica)",
+            ErrorFields(step=self._base, expected_step=run.step_count + 1),
+        )
+
     def _begin_round(self) -> None:
+        self._base = self.outer.step_count
         for _, parameter, reference in self._pairs:
             parameter.copy_(reference)
             reference.grad = None
@@ -311,6 +329,7 @@ class DiLoCo(torch.optim.Optimizer):
             reference.copy_(own["reference"][name])
             reference.grad = None
         self._is_undecided = False
+        self._base = self.outer.step_count
 
     def _check_reference(self, saved: Mapping[str, torch.Tensor]) -> None:
         shapes = {name: list(reference.shape) for name, _, reference in self._pairs}
