@@ -86,6 +86,7 @@ export class Admission {
       gradientBytes,
       largestState: demands.reduce((most, { state_bytes }) => Math.max(most, state_bytes), 0),
       hostBytes: isHost ? 0 : gradientBytes + sum(demands.map(({ update_bytes }) => update_bytes)),
+      /* c8 ignore next -- only a GPU has kernels */
       largest: units.map(({ kernels }) => largestOf(kernels ? demands : [], kernels)),
     }
   }

@@ -39,9 +39,11 @@ export function authenticator(keys: Keys): (request: FastifyRequest, reply: Fast
     if (access === 'open') return
     const principal = keys.everybody ?? principalOf(keys, request)
     request.principal = principal
-    checkAccess(principal, request)
+    const { method, routeOptions } = request
+    const check = () => checkAccess(principal, access, { method, url: String(routeOptions.url) })
+    check()
     // The stream looks after itself.
-    if (!request.ws) endWithAccess(principal, request, reply)
+    if (!request.ws) endWithAccess(principal, { check, run: runOf(request) }, reply)
   }
 }
 
@@ -59,9 +61,10 @@ export function runGuard(runs: Runs): (request: FastifyRequest) => Promise<void>
 /** Whoever sent a request to a route that takes a key. */
 export function principalIn({ principal, routeOptions }: FastifyRequest): Principal {
   if (principal !== null) return principal
-  /* c8 ignore next -- a bug: every route about runs takes a key */
+  /* c8 ignore start -- a bug: every route about runs takes a key */
   throw new Error(`${routeOptions.url} is open to all, and has no principal`)
 }
+/* c8 ignore stop */
 
 /**
  * Chooses the subprotocol of an upgrade from those offered. Clients drop a connection for which none of those offered
@@ -79,20 +82,27 @@ function principalOf(keys: Keys, request: FastifyRequest): Principal {
   throw new ServiceError('UNAUTHORIZED', 'this key is not known')
 }
 
-function checkAccess(principal: Principal, { method, routeOptions: { url = '', config } }: FastifyRequest): void {
-  const { access = {} } = config
-  if (access === 'open') return
+/** `url` is as the route has it. A route that is not there asks for nothing more than a key. */
+function checkAccess(
+  principal: Principal,
+  { scope, allRuns }: Exclude<Access, 'open'>,
+  { method, url }: { method: string; url: string },
+): void {
   const what = `${method} ${url.replace(/:(\w+)/g, '{$1}')}`
-  if (access.scope !== undefined) principal.demand(access.scope, what)
-  if (access.allRuns) principal.demandAllRuns(what)
+  if (scope !== undefined) principal.demand(scope, what)
+  if (allRuns) principal.demandAllRuns(what)
 }
 
 /** Cuts the connection of a request that is under way when its key is removed, or may not do this any more. */
-function endWithAccess(principal: Principal, request: FastifyRequest, { raw }: FastifyReply): void {
-  const run = runOf(request)
+function endWithAccess(
+  principal: Principal,
+  { check, run }: { check: () => void; run: string | undefined },
+  { raw }: FastifyReply,
+): void {
   const done = principal.use(() => {
     try {
-      checkAccess(principal, request)
+      check()
+      /* c8 ignore next -- what takes long enough for that is about a run */
       if (run === undefined || principal.sees(run)) return
     } catch {
       // Its answer may have begun: only the connection can say that it is over.

@@ -15,7 +15,7 @@ type Operation = {
   readonly parameters?: (Parameter | Reference)[]
   readonly requestBody?: { readonly content: Readonly<Record<string, { readonly schema?: object }>> }
   /** None where the operation is open to all, otherwise the scope that it takes, if it takes one. */
-  readonly security?: readonly { readonly bearer?: readonly string[] }[]
+  readonly security?: readonly { readonly bearer: readonly string[] }[]
   /** Whether it is about the runs of everybody. */
   readonly 'x-all-runs'?: boolean
 }
@@ -68,7 +68,7 @@ function accessOf({ operationId, security, 'x-all-runs': allRuns = false }: Oper
   assert(security, `the contract does not say which key ${operationId} takes`)
   const [requirement] = security
   if (requirement === undefined) return 'open'
-  const [role] = requirement.bearer ?? []
+  const [role] = requirement.bearer
   const scope = SCOPES.find((known) => known === role)
   assert(scope !== undefined || role === undefined, `${operationId} takes the scope ${role}, which there is not`)
   return { ...(scope !== undefined && { scope }), allRuns }

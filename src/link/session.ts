@@ -413,10 +413,9 @@ export class Session implements Connection, GradientSink {
     const now = performance.now()
     const { stream, config } = this.#context
     // Whoever is made to wait is not slow.
-    const isHeld = this.#pauses.has('rate')
-    const since = isHeld
-      ? Infinity
-      : Math.min(this.#reception.startedAt ?? Infinity, this.#sender.busySince ?? Infinity)
+    const begun = Math.min(this.#reception.startedAt ?? Infinity, this.#sender.busySince ?? Infinity)
+    /* c8 ignore next -- the check may come while a rate is kept to */
+    const since = this.#pauses.has('rate') ? Infinity : begun
     // A client may send a whole step before it reads: both directions count.
     const refusal = this.#window.check(now, {
       since,

@@ -12,7 +12,13 @@ t.test('an address is told to wait for the rest of the minute once it was refuse
 
 t.test('the addresses of one network of IPv6 are one, and an IPv4 address is itself in both spellings', async (t) => {
   const groups = [
-    ['2001:db8:1:2::5', '2001:db8:1:2:ffff::1', '2001:0db8:0001:0002:0:0:0:9', '2001:db8:1:2::1%eth0'],
+    [
+      '2001:db8:1:2::5',
+      '2001:db8:1:2:3:4:5:6',
+      '2001:db8:1:2:ffff::1',
+      '2001:0db8:0001:0002:0:0:0:9',
+      '2001:db8:1:2::1%eth0',
+    ],
     ['2001:db8:1:3::5'],
     ['::1', '::2'],
     ['fe80::1', 'fe80::2:3:4:5'],

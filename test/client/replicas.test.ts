@@ -97,6 +97,22 @@ t.test('a replica that is late has the same weights, and what it alone said is s
   t.same(weights(one), weights(zero))
 })
 
+t.test('hyperparameters that came too late with their replica are in force from the next step on', async (t) => {
+  const name = fresh()
+  const zero = await open(t, name, { replica: 0, quorum: LONG })
+  const one = await open(t, name, { replica: 1 })
+  await closeWithout(name, 1, () => zero.run.step(gradientsOf(0, 1)))
+  const late = await one.run.step(gradientsOf(1, 1), { groups: { m: { lr: 0.25 }, s: { lr: 0.1 } } })
+  t.equal(late.contributed, false)
+  t.not(late.groups.m?.lr, 0.25)
+  const [, receipt] = await Promise.all([
+    zero.run.step(gradientsOf(0, 2)),
+    one.run.step(gradientsOf(1, 2), { groups: { s: { lr: 0.2 } } }),
+  ])
+  t.match(receipt, { contributed: true, groups: { m: { lr: 0.25 }, s: { lr: 0.2 } } })
+  t.same(weights(one), weights(zero))
+})
+
 /** Has the service take a replica for one that is not connected while `work` is done. */
 async function closeWithout(name: string, replica: number, work: () => Promise<unknown>): Promise<void> {
   const { members } = service.runs.get(name).intake

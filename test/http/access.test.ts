@@ -279,11 +279,24 @@ t.test('a stream ends with the scope or the prefix that it lives on, and goes on
   }
   const trainer = await alice()
   const idle = await stream(url, 'alice')
+  const follow = async () => {
+    const events = request(`${url}/v1/runs/alice-1/events`, { headers: bearer('alice'), agent: false }).end()
+    return ((await once(events, 'response')) as [IncomingMessage])[0]
+  }
+  const followed = await follow()
+  change({ scopes: ['step', 'read'] })
+  t.equal(followed.destroyed, false, 'event streams, too')
+  const cut = once(followed, 'error')
+  change({ scopes: ['step', 'read'], runs: 'alice-2.' })
+  await cut
+  await once(trainer.socket, 'close')
+  change({})
+  const again = await alice()
   change({ scopes: ['step'] })
-  t.match(await trainer.step(2, GRADIENTS), { step: 2 })
-  t.match(await refused(trainer, { type: 'checkpoint' }), { code: 'FORBIDDEN' })
+  t.match(await again.step(2, GRADIENTS), { step: 2 })
+  t.match(await refused(again, { type: 'checkpoint' }), { code: 'FORBIDDEN' })
   t.equal(idle.socket.readyState, WebSocket.OPEN)
-  for (const { socket } of [trainer, idle]) socket.close()
+  for (const { socket } of [again, idle]) socket.close()
 })
 
 t.test('a file that cannot be used changes nothing, and one without a key lets nobody in', async (t) => {

@@ -53,6 +53,8 @@ t.test('--version and --help print and exit', async (t) => {
 t.test('serve is what muond does without a command; the other commands print and exit', async (t) => {
   t.same(await result(start(['serve', '--version'])), { code: 0, out: `${VERSION}\n`, err: '' })
   t.match(await result(start(['presets'])), { code: 0, out: /^preset +algorithm +description\n(.*\n){7}$/, err: '' })
+  const keys = `${t.testdir({ 'keys.yaml': 'keys: []' })}/keys.yaml`
+  t.match(await result(start(['keys', 'list', '--file', keys])), { code: 0, err: '' })
   const open = { groups: [{ name: 'g', algorithm: 'sgd' }], parameters: [{ name: 'w', shape: [2], group: 'g' }] }
   const file = `${t.testdir({ 'open.json': JSON.stringify(open) })}/open.json`
   const explained = {

@@ -65,6 +65,10 @@ t.test('all members give the same replicas and the same quorum', async (t) => {
     /has 1 connections of 4 members in 2 replicas, world_size 2, replicas 3 given/,
   )
   await refused(
+    { member: { rank: 1, world_size: 2 }, quorum: undefined },
+    /has 1 connections of 4 members in 2 replicas, world_size 2, replicas 1 given/,
+  )
+  await refused(
     { quorum: { min_replicas: 2, deadline_seconds: 5 } },
     /quorum is 1 replicas after 5 seconds in this run, 2 replicas after 5 seconds given/,
   )

@@ -174,6 +174,7 @@ export class Exchange {
     this.#unanswered.clear()
     this.#refused.length = 0
     const { end } = this.#parts.step
+    /* c8 ignore next -- the notice may come before end is given, sent or while it is */
     if (end && this.#isSent && !this.#isEnding) this.#sendEnd(end).catch(this.#settle.reject)
   }
 

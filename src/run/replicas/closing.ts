@@ -36,6 +36,7 @@ export class Closing {
   /** An `end` has come, or was lost, or a member was. */
   consider(): void {
     const { host, ending } = this.#means
+    /* c8 ignore next -- an end may come, or a member be lost, while a step is being closed */
     if (this.#work) return
     if (ending.size === 0) return this.stop()
     this.#startDeadline()
@@ -47,6 +48,7 @@ export class Closing {
 
   /** When no step is being closed. */
   async idle(): Promise<void> {
+    /* c8 ignore next -- a member may open the run while a step is being closed */
     while (this.#work) await this.#work
   }
 

@@ -106,6 +106,7 @@ export function releaseMissed({ updates }: Missed): void {
 }
 
 function lateOf(step: Step, there: Missed | undefined): Late {
+  /* c8 ignore next -- the promise replaces it at once */
   let resolve: Late['resolve'] = () => undefined
   const missed = new Promise<Missed | undefined>((settle) => {
     resolve = settle

@@ -69,6 +69,7 @@ export class Replicas {
     const { lates } = this
     if (lates.isTold(member, number)) return { missed: lates.missed(member) }
     const notice = lates.tell(member, this.#means.host.steps.of(number, `end for step ${number}`))
+    /* c8 ignore next -- what it has missed may be gone, and the notice says so */
     return { notice, missed: lates.isTold(member, number) ? lates.missed(member) : Promise.resolve(undefined) }
   }
 

@@ -172,6 +172,7 @@ export class Gathering {
 
   /** Whether what lies in the memory of a gradient is what was applied, and nothing of a later step. */
   isKept(index: number): boolean {
+    /* c8 ignore next -- nobody may have sent it yet */
     return (this.#slots.get(index)?.spoiled.size ?? 0) === 0
   }
 

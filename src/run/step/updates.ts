@@ -48,8 +48,8 @@ export class Updates {
     const { bytes } = own
     own.release()
     return this.#device.takeUpdate(bytes)
-    /* c8 ignore stop */
   }
+  /* c8 ignore stop */
 
   /** Keeps an update, whose memory is the keeper's from now on. */
   keep(index: number, step: number, update: ScaledUpdate): void {
