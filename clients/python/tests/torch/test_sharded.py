@@ -229,8 +229,18 @@ def test_a_rank_alone_is_a_member_too(shared: Service, name: str, one_rank: None
     late.close()
     broken = sharded.optimizer(other, shared.url, f"{name}-broken")
     wrong = {**state, "state": {**state["state"], 1: {"step": torch.tensor(1.0), "momentum_buffer": torch.ones(1)}}}
-    with pytest.raises((muond.MuondError, ValueError)):
-        broken.load_state_dict(wrong)
+    for of_open_run in (False, True):
+        with pytest.raises((muond.MuondError, ValueError)):
+            broken.load_state_dict(wrong)
+        if not of_open_run:
+            broken.open()
+    # The parameters may be others by now.
+    group = broken.param_groups[0]
+    group["params"] = [torch.nn.Parameter(p.detach().clone()) for p in group["params"]]
+    with pytest.raises(
+        ValueError, match=r"the parameters are not those of run '.*-broken' any more: make a new optimizer"
+    ):
+        broken.load_state_dict(state)
     broken.close()
     muon.close(delete=True)
     with pytest.raises(muond.MuondError, match="there is no run"):

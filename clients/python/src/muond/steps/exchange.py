@@ -96,7 +96,7 @@ class Exchange(Listener):
         return batch
 
     def _send_gradients(self, gradients: Sequence[Gradient]) -> None:
-        if self._is_late:
+        if self._is_late:  # pragma: no cover - it may be told while it still sends
             return
         # Gradients that were copied together have one `ready`.
         for ready in {gradient.ready: None for gradient in gradients if gradient.ready is not None}:

@@ -521,7 +521,13 @@ class Optimizer(torch.optim.Optimizer):
         home, copies = self._home, self._home.copies
         if copies is None:
             load(home, token, loaded, loaded.groups)
-            return
+        else:  # pragma: no cover - in processes of several copies, which are not measured
+            self._load_copies(copies, token, loaded)
+
+    def _load_copies(
+        self, copies: Copies, token: Mapping[str, Any], loaded: Loaded
+    ) -> None:  # pragma: no cover - in processes of several copies, which are not measured
+        home = self._home
         copies.take(lambda: load(home, token, loaded, loaded.groups), [])
         at = copies.from_first(None if home.run is None else place_of(home.run))
         if home.follows and at is not None:
