@@ -110,7 +110,7 @@ export class Admission {
     const { units, hostBytes } = this.#capacity
     const isHost = hostBytes === undefined
     const grant: Grant = {
-      /* c8 ignore next 2 -- members of a run on a GPU: its memory beside the host's */
+      /* c8 ignore next 3 -- members of a run on a GPU: its memory beside the host's, and its kernels */
       ...{ units: [], gradientBytes: 0, largestState: 0, hostBytes: isHost ? 0 : bytes },
       bytes: units.map((_, unit) => (isHost && unit === 0 ? bytes : 0)),
       largest: units.map(({ kernels }) => largestOf(kernels ? demands : [], kernels)),
