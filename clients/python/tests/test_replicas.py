@@ -110,13 +110,20 @@ def test_who_is_late_has_the_same_weights_and_says_its_hyperparameters_again(
     assert one.same_weights(zero)
 
 
+def refusals(service: Service, run: str) -> list[str]:
+    with urlopen(f"{service.url.replace('ws', 'http')}/v1/runs/{run}/refusals") as answer:
+        return [refusal["code"] for refusal in json.load(answer)["refusals"]]
+
+
 def test_a_quorum_that_does_not_come_is_waited_for_as_often_as_it_may_be_retried(shared: Service, name: str) -> None:
     quorum = (2, 0.01)
     zero = Replica(shared.url, name, Member(0, 1, 0, 2), quorum=quorum, retries=2)
     one = Replica(shared.url, name, Member(0, 1, 1, 2), quorum=quorum, retries=1000)
+    lost = len(refusals(shared, name))
     with pytest.raises(MuondError, match=r"1 replicas have ended step 1 within 0\.01 seconds") as raised:
         zero.run.step(gradients(0, 1))
     assert raised.value.code == "QUORUM_LOST"
+    assert len(refusals(shared, name)) == lost + 3, "once, and two retries"
     receipts = together([lambda: zero.run.step(gradients(0, 1)), lambda: one.run.step(gradients(1, 1))])
     assert all(receipt.contributed for receipt in receipts)
     assert one.same_weights(zero)

@@ -134,7 +134,7 @@ export class Writer {
         this.#connection.fail(error)
         updates?.forget()
         failures = updates !== undefined && updates.applied > before ? 1 : failures + 1
-        if (!(error instanceof MuondError && error.retryable) || failures > this.#host.retries) throw error
+        if (!isWorthAnother(error) || failures > this.#host.retries) throw error
         wait = backoffSeconds(failures - 1, this.#host.backoff, error.fields.retry_after_seconds)
       }
       await sleep(wait, signal)
@@ -215,6 +215,11 @@ export class Writer {
  */
 function isFinal(reason: unknown): boolean {
   return reason instanceof MuondError && (reason.code === 'TAKEN_OVER' || reason.code === 'CLIENT_CLOSED')
+}
+
+/** A quorum was waited for as often as allowed over one connection already: another one brings no replica. */
+function isWorthAnother(error: unknown): error is MuondError {
+  return error instanceof MuondError && error.retryable && error.code !== 'QUORUM_LOST'
 }
 
 async function handshake(connection: Connection, frame: OpenFrame): Promise<Handshake> {

@@ -297,7 +297,8 @@ def test_a_replica_that_is_gone_is_not_waited_for_and_comes_back(shared: Service
     quorum: dict[str, Any] = {"min_replicas": 1, "deadline_seconds": 60.0, "gradient_dtype": "int4_block64"}
     (first, one), (second, other) = replicas_of(2, shared.url, name, **quorum)
     # The first step waits for whoever is there.
-    other.outer.open()
+    for optimizer in (one, other):
+        optimizer.outer.open()
     together([partial(train_on, 0, first, one, 4), partial(train_on, 1, second, other, 4)])
     old = other.state_dict()
     other.close()
