@@ -438,7 +438,7 @@ class Run:
             try:
                 self._apply_updates(updates)
             except BaseException:
-                if not isinstance(event, Update):
+                if not isinstance(event, Update):  # pragma: no branch -- whether the receipt is there already is a race
                     self._events.put(event)
                 raise
             if not isinstance(event, Update):
