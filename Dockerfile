@@ -1,5 +1,6 @@
 # Two images of one build:   docker build --target cpu -t muond .   and   docker build --target cuda -t muond:cuda .
-# They listen on every address, so they start with keys only (MUOND_API_KEYS, or a file: MUOND_API_KEYS_FILE) or with MUOND_INSECURE=true.
+# They listen on every address, so they start with keys only (MUOND_KEYS_FILE, MUOND_API_KEYS) and with TLS (MUOND_TLS_CERT, MUOND_TLS_KEY);
+# MUOND_INSECURE_NO_TLS=true is for a proxy in front that has TLS (docs/security.md).
 # `npm run test:image` carries these steps out in plain folders (deploy/dockerfile.test.ts).
 
 FROM node:24-bookworm-slim AS build
@@ -10,6 +11,7 @@ COPY tsconfig.json openapi.yaml ./
 COPY kernels kernels
 COPY presets presets
 COPY src src
+COPY ui ui
 RUN npx tsc && npm prune --omit=dev
 
 FROM python:3.12-slim AS provider
@@ -26,6 +28,7 @@ COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
 COPY --from=build /muond/kernels/cuda/*.cu kernels/cuda/
 COPY --from=build /muond/presets presets
+COPY --from=build /muond/ui ui
 COPY deploy/healthcheck.js deploy/
 USER node
 EXPOSE 8787
@@ -43,6 +46,7 @@ COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
 COPY --from=build /muond/kernels/cuda/*.cu kernels/cuda/
 COPY --from=build /muond/presets presets
+COPY --from=build /muond/ui ui
 COPY deploy/healthcheck.js deploy/
 USER 1000:1000
 EXPOSE 8787

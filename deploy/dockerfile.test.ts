@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync } from 'node:fs'
 import { type AddressInfo, createServer } from 'node:net'
 import { tmpdir } from 'node:os'
-import { basename, dirname, join } from 'node:path'
+import { basename, dirname, join, resolve } from 'node:path'
 import t from 'tap'
 
 type Instruction = { name: string; value: string }
@@ -34,8 +34,10 @@ t.test('the build and the cpu image come out of their steps, and the service ans
   const cwd = join(image.root, image.workdir)
   const [program, ...parameters] = image.commands.get('ENTRYPOINT')!
   const open = spawnSync(program!, parameters, { cwd, env: keyless, encoding: 'utf8' })
-  t.match(open, { status: 1, stdout: '', stderr: /^muond: host is '0\.0\.0\.0' and there are no keys: .*\n$/ })
-  const env = { ...keyless, MUOND_API_KEYS: 'key' }
+  const refusal = /^muond: host is '0\.0\.0\.0' and there are no keys: .*\nmuond: host is .* and there is no TLS: .*\n$/
+  t.match(open, { status: 1, stdout: '', stderr: refusal })
+  const [MUOND_TLS_CERT, MUOND_TLS_KEY] = ['server.pem', 'server.key'].map((name) => resolve('test/golden/tls', name))
+  const env = { ...keyless, MUOND_API_KEYS: 'sixteen-letters-1', MUOND_TLS_CERT, MUOND_TLS_KEY }
   const service = run(image.commands.get('ENTRYPOINT')!, { cwd, env })
   await once(service.stdout!, 'data')
   const healthy = () =>

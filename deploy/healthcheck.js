@@ -1,4 +1,12 @@
-// Ends with 0 while the service accepts steps.
-const port = process.env.MUOND_PORT ?? '8787'
-const response = await fetch(`http://127.0.0.1:${port}/readyz`)
-if (!response.ok) throw new Error(`readyz answers ${response.status}: ${await response.text()}`)
+// Ends with 0 while the service accepts steps. It asks the Unix socket where there is one: with mutual TLS a probe has no
+// certificate. Whose certificate the loopback shows is not asked.
+import { once } from 'node:events'
+import { request as httpRequest } from 'node:http'
+import { request as httpsRequest } from 'node:https'
+
+const { MUOND_PORT: port = '8787', MUOND_SOCKET: socketPath, MUOND_TLS_CERT: certificate } = process.env
+const [request, scheme] = certificate && !socketPath ? [httpsRequest, 'https'] : [httpRequest, 'http']
+const options = { ...(socketPath && { socketPath }), rejectUnauthorized: false }
+const [response] = await once(request(`${scheme}://127.0.0.1:${port}/readyz`, options).end(), 'response')
+const text = Buffer.concat(await response.toArray()).toString()
+if (response.statusCode !== 200) throw new Error(`readyz answers ${response.statusCode}: ${text}`)

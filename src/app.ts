@@ -1,4 +1,5 @@
 import assert from 'node:assert'
+import type { RequestListener, Server } from 'node:http'
 import type { Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { promisify } from 'node:util'
@@ -13,28 +14,36 @@ import fastify, {
   type RouteOptions,
 } from 'fastify'
 import type { WebSocket } from 'ws'
+import { Keys } from './access/keys.js'
+import { Rate } from './access/rate.js'
+import { Refusals } from './access/refusals.js'
 import { type Config, VERSION } from './config.js'
 import { Device } from './device/device.js'
 import { ServiceError } from './errors.js'
-import { type Access, authenticator, chooseSubprotocol } from './http/auth.js'
+import { authenticator, chooseSubprotocol, principalIn, runGuard } from './http/auth.js'
 import { type Endpoint, endpointsOf, readContract } from './http/contract.js'
-import { docs } from './http/docs.js'
 import { Events } from './http/events.js'
-import { type LocalSocket, listenLocally } from './http/local-socket.js'
-import { type AnyHandler, createHandlers, type Services } from './http/operations.js'
+import { type LocalSocket, listenLocally } from './http/listening/local-socket.js'
+import { limitSockets } from './http/listening/sockets.js'
+import { createSecureServer, readCredentials, renewal, speaksTls } from './http/listening/tls.js'
+import { type AnyHandler, createHandlers, type Page, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
+import { docs } from './http/pages/docs.js'
+import { ui } from './http/pages/ui.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { StateReaders } from './http/readers.js'
-import { limitSockets } from './http/sockets.js'
+import { refusalLimit } from './http/refusal-limit.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
 import { Intake } from './link/websocket/intake.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
-import { createMetrics, type Metrics } from './metrics.js'
+import { createMetrics, type Metrics, type RunPulse } from './metrics.js'
+import type { Run } from './run/run.js'
 import { DataFolder } from './store/data-folder.js'
 import { readPresets } from './store/presets.js'
+import type { Tracing } from './tracing.js'
 import { MESSAGE_BYTES } from './wire/frame.js'
 
 /** The service without its process: it does not listen yet, and has read no environment variable. */
@@ -52,6 +61,11 @@ export type App = {
    * none.
    */
   listenLocally(path: string): Promise<void>
+  /**
+   * Reads the files of keys and certificates again. Throws ConfigError for one that cannot be used, and then goes on
+   * with those of before.
+   */
+  reload(): { keys: number }
   /** Waits at most `drain_seconds` for the steps in flight, takes checkpoints, and closes everything. */
   drain(): Promise<void>
 }
@@ -60,10 +74,15 @@ export type App = {
 const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
 type AppServices = Services & {
+  keys: Keys
+  /** Of the bytes that all streams send. */
+  rate: Rate
   streams: Set<Session>
   local: Set<LocalSocket>
   intake: Intake
   data: DataFolder | undefined
+  /** Undefined where nothing is traced. */
+  tracing: Tracing | undefined
 }
 
 const MAX_BODY_BYTES = 65_536
@@ -74,18 +93,28 @@ const MAX_PATH_PARAMETER = 1024
 const COERCING = new Ajv({ coerceTypes: true, useDefaults: true, strict: false, validateSchema: false })
 const EXACT = new Ajv({ useDefaults: true, strict: false, validateSchema: false })
 // How often node looks for sockets whose request does not come.
-const CHECK_MS = 1000
+const HTTP = { connectionsCheckingInterval: 1000 }
 // A peer that does not answer our close frame is cut off after this.
 const CLOSE_GRACE_MS = 1000
 // A peer that is silent for so long is asked by TCP whether it is still there: one that lost its power never says so.
 const KEEPALIVE_MS = 60_000
 
 /**
- * Starts the device and builds the app on it. Throws the device's reason where it cannot start, and ConfigError for a
- * preset or a data folder that cannot be used.
+ * Starts the device and builds the app on it. Throws the device's reason where it cannot start, and ConfigError for
+ * keys, a certificate, a preset or a data folder that cannot be used.
  */
-export async function buildApp({ config, logger }: { config: Config; logger?: FastifyBaseLogger }): Promise<App> {
+export async function buildApp({
+  config,
+  logger,
+  tracing,
+}: {
+  config: Config
+  logger?: FastifyBaseLogger
+  tracing?: Tracing | undefined
+}): Promise<App> {
   const contract = readContract()
+  const keys = new Keys(config)
+  if (speaksTls(config)) readCredentials(config)
   const presets = readPresets(config.presets)
   const data = config.data ? await DataFolder.open(config.data, config.data_wait_seconds) : undefined
   const device = await Device.start(config).catch(async (error) => {
@@ -94,13 +123,15 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
   })
   const metrics = createMetrics()
   const log = logger ?? SILENT
-  const runs = new Runs({ device, config, presets, metrics, data, log })
+  const runs = new Runs({ device, config, presets, metrics, data, log, ...(tracing && { watch: tracing.watch }) })
   const intake = new Intake(config.unfinished_bytes, ({ code, message }) => {
     log.warn({ event: 'refused', code, reason: message })
     metrics.errors_total.inc({ code })
   })
   const services: AppServices = {
     config,
+    keys,
+    rate: new Rate(() => config.max_bytes_per_second || undefined),
     device,
     runs,
     data,
@@ -112,23 +143,41 @@ export async function buildApp({ config, logger }: { config: Config; logger?: Fa
     streams: new Set(),
     local: new Set(),
     intake,
+    tracing,
   }
   const app = await createServer(services, logger)
+  const reload = () => {
+    const renew = renewal(app.server, config)
+    const reloaded = keys.reload()
+    renew()
+    return reloaded
+  }
   const listen = async (path: string) => void services.local.add(await listenLocally(app.server, path))
   const restored = runs.restore()
-  return { app, device, runs, data, metrics, restored, listenLocally: listen, drain: () => drain(app, services) }
+  return {
+    app,
+    device,
+    runs,
+    data,
+    metrics,
+    restored,
+    listenLocally: listen,
+    reload,
+    drain: () => drain(app, services),
+  }
 }
 
 async function createServer(services: AppServices, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
-  const { config, metrics, contract } = services
+  const { config, metrics, contract, keys, runs } = services
   const app = fastify({
+    ...(speaksTls(config) && { serverFactory: secureFactory(config) }),
     ...(logger ? { loggerInstance: logger } : {}),
-    // logRequest logs requests as events.
+    // recordRequest logs requests as events.
     logController: new LogController({ disableRequestLogging: true }),
     bodyLimit: MAX_BODY_BYTES,
     // While the server closes, requests on open connections are answered like any other, as problem documents.
     return503OnClosing: false,
-    http: { connectionsCheckingInterval: CHECK_MS },
+    http: HTTP,
     routerOptions: { maxParamLength: MAX_PATH_PARAMETER },
     clientErrorHandler: answerClientError,
     frameworkErrors: (error, request, reply) => sendProblem(error, { request, reply, metrics }),
@@ -140,8 +189,9 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   app.server.headersTimeout = config.open_timeout_seconds * 1000
   // First, because its hooks end the connection of an upgrade that any later hook refuses.
   await registerWebSocket(app, services)
+  app.decorateRequest('principal', null)
   app.addHook('onRequest', originGuard(config))
-  app.addHook('onRequest', authenticator(config))
+  app.addHook('onRequest', authenticator(keys))
   app.addHook('onRequest', refuseOtherUpgrades)
   app.addHook('preParsing', refuseEncodings)
   app.addHook('preParsing', limitBody(config))
@@ -149,16 +199,25 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
     'onSend',
     limitAnswer(config, ({ code }) => metrics.errors_total.inc({ code })),
   )
-  app.addHook('onResponse', logRequest)
+  app.addHook('preHandler', runGuard(runs))
+  app.addHook('onResponse', (request, reply) => recordRequest(request, reply, metrics))
   app.addHook('onClose', () => close(services))
-  answerProblems(app, metrics)
+  answerProblems(app, metrics, refusalLimit(new Refusals(config.max_refusals_per_minute)))
   await app.register((scope) => docs(scope, contract))
+  await app.register(ui)
   await app.register((scope) => registerOperations(scope, services))
   await app.ready()
   return app
 }
 
-function observe({ server }: FastifyInstance, { device, runs, metrics, streams, intake }: AppServices): void {
+/** The server of HTTP over TLS, on which fastify then sets the same timeouts as on its own. */
+function secureFactory(config: Config): (handler: RequestListener) => Server {
+  const handshakeTimeout = config.open_timeout_seconds * 1000
+  return (handler) => createSecureServer(config, { ...HTTP, handshakeTimeout }, handler)
+}
+
+function observe({ server }: FastifyInstance, services: AppServices): void {
+  const { config, device, runs, metrics, streams, intake } = services
   metrics.observe({
     sockets: promisify(server.getConnections).bind(server),
     unfinished_bytes: () => intake.bytes,
@@ -170,8 +229,34 @@ function observe({ server }: FastifyInstance, { device, runs, metrics, streams, 
     state_bytes: () => device.memory.bytes,
     runs: () => runs.list().length,
     connections: () => streams.size,
+    members: () => runs.list().reduce((sum, run) => sum + membersOf(run), 0),
+    limits: {
+      runs: config.max_runs,
+      connections: config.max_connections,
+      sockets: config.max_sockets,
+      state_bytes: device.stateBytesLimit,
+      unfinished_bytes: config.unfinished_bytes,
+    },
+    pulses: config.run_metrics ? () => runs.list().map(pulseOf) : undefined,
     build: { version: VERSION, onnxruntime: device.backend.version, device: device.backend.name },
   })
+}
+
+function pulseOf(run: Run): RunPulse {
+  const { name, step, connected, pace } = run
+  const [last] = run.receipts(step - 1)
+  return {
+    ...{ run: name, step, connected },
+    last_step_timestamp_seconds: pace && Date.parse(pace.last_step_at) / 1000,
+    step_seconds: pace?.step_seconds,
+    gradient_norm: last?.receipt.gradient_norm,
+    update_rms: last?.measured?.update_rms,
+    max_logit: last?.receipt.max_logit,
+  }
+}
+
+function membersOf({ intake: { members } }: Run): number {
+  return members.layout.named ? members.connected.length : 0
 }
 
 async function registerWebSocket(app: FastifyInstance, services: AppServices): Promise<void> {
@@ -220,22 +305,24 @@ async function registerOperations(scope: FastifyInstance, services: AppServices)
   const handlers: Readonly<Record<string, AnyHandler>> = createHandlers(services)
   takeStreams(scope)
   const endpoints = endpointsOf(services.contract)
-  // The plugin of `/docs` serves that operation.
-  for (const endpoint of endpoints.filter(({ id }) => id !== 'getDocs'))
+  for (const endpoint of endpoints.filter(({ id }) => !PAGES.has(id)))
     scope.route(routeOf(endpoint, handlers[endpoint.id], services))
   for (const url of new Set(endpoints.map(({ url }) => url))) refuseOtherMethods(scope, url)
 }
 
 function routeOf(endpoint: Endpoint, handler: AnyHandler | undefined, services: AppServices): RouteOptions {
-  const { id, method, url, schema } = endpoint
+  const { id, method, url, access, schema } = endpoint
   assert(handler, `operation ${id} has no handler`)
-  const config = { access: accessOf(endpoint), streamed: id === 'putState' }
+  const config = { access, streamed: id === 'putState', endless: id === 'streamEvents' }
   const route: RouteOptions = { method, url, schema, handler, config, exposeHeadRoute: !STREAMED.has(id) }
   if (id !== 'openStream') return route
   const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
   const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, services)
   return { ...route, config: { ...config, upgradable: true }, onRequest, wsHandler, exposeHeadRoute: false }
 }
+
+/** Operations that the plugins of these pages serve. */
+const PAGES: ReadonlySet<string> = new Set<Page>(['getDocs', 'getUi'])
 
 /** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
 const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])
@@ -270,12 +357,6 @@ function takeStreams(scope: FastifyInstance): void {
   })
 }
 
-/** The contract says which operations are open to all; whatever is not a plain GET needs a key that may write. */
-function accessOf({ id, method, open }: Endpoint): Access {
-  if (open) return 'open'
-  return method === 'GET' && id !== 'openStream' ? 'read' : 'write'
-}
-
 function refuseOtherMethods(scope: FastifyInstance, url: string): void {
   const allowed = scope.supportedMethods.filter((method) => scope.hasRoute({ method, url })).sort()
   const method = scope.supportedMethods.filter((other) => !allowed.includes(other))
@@ -295,8 +376,9 @@ async function refuseOtherUpgrades({ ws, routeOptions, method, url }: FastifyReq
   throw new ServiceError('REQUEST_INVALID', `only /v1/stream is a WebSocket: ask for ${request} without 'Upgrade'`)
 }
 
-function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppServices): void {
-  if (!ws) return
+function refuseUpgrade(request: FastifyRequest, { runs, streams, config }: AppServices): void {
+  if (!request.ws) return
+  principalIn(request).checkConnections()
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and takes no stream')
   if (streams.size < config.max_connections) return
   throw new ServiceError('OVERLOADED', `there are ${streams.size} streams, at most ${config.max_connections}`, {
@@ -306,11 +388,13 @@ function refuseUpgrade({ ws }: FastifyRequest, { runs, streams, config }: AppSer
 
 function openStream(
   socket: WebSocket,
-  { raw, log }: FastifyRequest,
-  { config, device, runs, metrics, streams, intake }: AppServices,
+  request: FastifyRequest,
+  { config, device, runs, metrics, rate, streams, intake }: AppServices,
 ): void {
-  const local = isLocal(raw.socket)
-  const stream = new Session(socket, { config, device, runs, metrics, intake, log, stream: raw.socket, local })
+  const { raw, log } = request
+  const [local, principal] = [isLocal(raw.socket), principalIn(request)]
+  const means = { config, device, runs, metrics, intake, log, stream: raw.socket, local, principal, rate }
+  const stream = new Session(socket, means)
   streams.add(stream)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)
   socket.once('close', () => streams.delete(stream))
@@ -323,8 +407,9 @@ function isLocal({ remoteAddress }: Socket): boolean {
 }
 
 /** Closes all that streams use, which are closed already. Runs go first: they need the data folder and the device. */
-async function close({ runs, data, device }: AppServices): Promise<void> {
+async function close({ runs, data, device, tracing }: AppServices): Promise<void> {
   await runs.close()
+  await tracing?.close()
   await data?.close()
   await device.close()
 }
@@ -348,13 +433,11 @@ async function closed(sockets: readonly WebSocket[], milliseconds: number): Prom
   timer.abort()
 }
 
-async function logRequest(request: FastifyRequest, reply: FastifyReply): Promise<void> {
-  const { method, url } = request.routeOptions
-  request.log.debug({
-    event: 'request',
-    method,
-    route: url,
-    status: reply.statusCode,
-    seconds: reply.elapsedTime / 1000,
-  })
+async function recordRequest(request: FastifyRequest, reply: FastifyReply, metrics: Metrics): Promise<void> {
+  const { method } = request
+  const { url: route = 'none', config } = request.routeOptions
+  const { statusCode: status } = reply
+  const seconds = reply.elapsedTime / 1000
+  request.log.debug({ event: 'request', method, route, status, seconds })
+  if (!config.endless && !request.ws) metrics.http_request_seconds.observe({ method, route, status }, seconds)
 }

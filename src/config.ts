@@ -9,10 +9,10 @@ const DEVICE = { pattern: '^(auto|cpu|cuda(:\\d+(,\\d+)*)?)$', expected: 'be aut
 const BYTES = Number.MAX_SAFE_INTEGER
 const DAY = 86_400
 const LIST_EXPECTED = 'be comma-separated, without spaces, none of them empty'
-/** RFC 6750's token characters. */
-const KEY = '[A-Za-z0-9._~+/=-]+'
+/** RFC 6750's token characters, and so many of them that nobody finds a key by trying. */
+const KEY = '[A-Za-z0-9._~+/=-]{16,}'
+const KEY_WORDS = 'at least 16 letters, digits and . _ ~ + / = -'
 const LOOPBACK = /^(localhost|127\.\d+\.\d+\.\d+|::1)$/i
-const KEY_WORDS = 'letters, digits and . _ ~ + / = -'
 
 /**
  * Every setting of the service: type, default, range and one sentence. A setting `chunk_bytes` is the flag
@@ -20,7 +20,10 @@ const KEY_WORDS = 'letters, digits and . _ ~ + / = -'
  */
 export const SETTINGS = {
   host: text('127.0.0.1', 'Address to listen on.', { minLength: 1 }),
-  insecure: flag('Listen on another address than loopback without keys: whoever reaches it may do everything.'),
+  insecure_no_keys: flag('Listen beyond the loopback without keys: whoever reaches the service may do everything.'),
+  insecure_no_tls: flag(
+    'Listen beyond the loopback without TLS: whoever is on the way reads keys and gradients; for a proxy that has TLS.',
+  ),
   allowed_hosts: list(
     'Comma-separated names and addresses, without port, that a request may have as its Host, beside loopback names and the address that it came to; * is any.',
   ),
@@ -86,6 +89,11 @@ export const SETTINGS = {
     [2 ** 25, BYTES],
     'Room for messages of more than 64 KiB, over all streams; those that find none are not read until they do.',
   ),
+  max_bytes_per_second: integer(
+    0,
+    [0, BYTES],
+    'Bytes that all streams together may send over their sockets; what is faster is read later. 0 is without a limit.',
+  ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),
   receipts_bytes: integer(
@@ -114,10 +122,20 @@ export const SETTINGS = {
     'A connection that has sent no request, or a stream that has opened no run, after so long is closed.',
   ),
   drain_seconds: seconds(30, [0, DAY], 'How long a shutdown waits for the steps in flight.'),
-  api_keys: keys('Comma-separated bearer keys that may do everything; without any key the service is open to all.'),
-  read_keys: keys('Comma-separated bearer keys that may only read.'),
-  api_keys_file: text('', 'File with more api_keys: one a line.'),
-  read_keys_file: text('', 'File with more read_keys: one a line.'),
+  keys_file: text('', 'File of keys with their scopes and runs, which muond keys writes; read again on SIGHUP.'),
+  api_keys: keys('Comma-separated keys that may do everything; without any key here or in the file all may.'),
+  tls_cert: text(
+    '',
+    'File with the certificate chain of the service, PEM; with it TLS is spoken. Read again on SIGHUP.',
+  ),
+  tls_key: text('', 'File with the private key of tls_cert, PEM.'),
+  tls_client_ca: text('', 'File with the authorities, PEM, of which each client must have a certificate (mutual TLS).'),
+  max_refusals_per_minute: integer(
+    60,
+    [1, 1_000_000],
+    'Refused keys and refused upgrades of one address; beyond it the address is told to wait. The right key always passes.',
+  ),
+  run_metrics: flag('Series of their own in /metrics for each run in memory, with its name as a label.'),
   log_level: text('info', 'Least severe events to log.', {
     enum: LOG_LEVELS,
     expected: `be one of ${LOG_LEVELS.join(', ')}`,
@@ -152,9 +170,14 @@ export type Config = { readonly [Name in SettingName]: ValueOf<(typeof SETTINGS)
 /** What a command line asks for: a service with `config`, or only a text (`--help`, `--version`). */
 export type Command = { kind: 'serve'; config: Config } | { kind: 'print'; text: string }
 
-/** A start-up error of one line, meant for the person who typed the command. */
+/** What is wrong with a command, a line for each problem, meant for the person who typed it. */
 export class ConfigError extends Error {
   override readonly name = 'ConfigError'
+
+  /** All problems in one error: whoever has mended the first one should not meet the second one then. */
+  static of(problems: readonly string[]): ConfigError {
+    return new ConfigError(problems.join('\n'))
+  }
 }
 
 type Source = { value: string | number | boolean; from: string }
@@ -166,12 +189,12 @@ const manifest: { version: string } = JSON.parse(readFileSync(new URL('../../pac
 /** The version of this package. */
 export const VERSION = manifest.version
 
-/** Reads flags and `MUOND_*` variables. Throws ConfigError with one line for an unknown flag or a bad value. */
+/** Reads flags and `MUOND_*` variables. Throws ConfigError with a line for each unknown flag and bad value. */
 export function readCommand(argv: readonly string[], env: Environment): Command {
-  const flags = readFlags(argv)
+  const { values: flags, problems } = readFlags(argv)
   if (flags.help) return { kind: 'print', text: helpText() }
   if (flags.version) return { kind: 'print', text: VERSION }
-  return { kind: 'serve', config: check({ ...fromVariables(env), ...fromFlags(flags) }) }
+  return { kind: 'serve', config: check({ ...fromVariables(env), ...fromFlags(flags) }, problems) }
 }
 
 /**
@@ -244,45 +267,68 @@ export type Environment = Readonly<Record<string, string | undefined>>
 /** The flags of a command by name. `parseArgs` has lists for flags that may be given twice, which none is here. */
 export type Flags = Readonly<Record<string, string | boolean | readonly (string | boolean)[] | undefined>>
 
-function readFlags(argv: readonly string[]): Flags {
-  refuseSecrets(argv)
-  const settings = NAMES.filter((name) => !isSecret(name)).map(
-    (name) => [flagOf(name), SETTINGS[name].type === 'boolean' ? 'boolean' : 'string'] as const,
-  )
-  const { values, positionals } = readArguments(argv, {
-    ...Object.fromEntries(settings),
-    help: 'boolean',
-    version: 'boolean',
-  })
-  const [unexpected] = positionals
-  if (unexpected === undefined) return values
-  throw new ConfigError(`Unexpected argument '${unexpected}' (--help lists the flags)`)
+function readFlags(argv: readonly string[]): { values: Flags; problems: string[] } {
+  const secrets = NAMES.filter(isSecret).map(flagOf)
+  const types = NAMES.map((name) => [flagOf(name), SETTINGS[name].type === 'boolean' ? 'boolean' : 'string'] as const)
+  const read = scanArguments(argv, { ...Object.fromEntries(types), help: 'boolean', version: 'boolean' })
+  const given = secrets.filter((flag) => argv.some((word) => word.split('=')[0] === `--${flag}`)).map(secretRefusal)
+  const problems = [...read.problems, ...given]
+  // What follows a flag that nobody knows may be its value, and a secret.
+  const words = problems.length > 0 ? [] : read.positionals
+  const unexpected = words.map((word) => `Unexpected argument '${word}' (--help lists the flags)`)
+  return { values: read.values, problems: [...problems, ...unexpected] }
 }
 
-function refuseSecrets(argv: readonly string[]): void {
-  const name = NAMES.find((name) => isSecret(name) && argv.some((word) => word.split('=')[0] === `--${flagOf(name)}`))
-  if (name === undefined) return
-  const ways = `${variableOf(name)} or --${flagOf(name)}-file`
-  throw new ConfigError(`there is no --${flagOf(name)}, as everybody can read command lines: use ${ways}`)
+function secretRefusal(flag: string): string {
+  const variable = `MUOND_${flag.replaceAll('-', '_').toUpperCase()}`
+  return `there is no --${flag}, as everybody can read command lines: use ${variable} or --keys-file`
 }
+
+type FlagTypes = Readonly<Record<string, 'string' | 'boolean'>>
 
 /**
- * Splits the arguments of a command into its flags and the rest; `-h` is `--help`. Throws ConfigError with one line.
+ * Splits the arguments of a command into its flags and the rest; `-h` is `--help`. Throws ConfigError with a line for
+ * each problem.
  */
 export function readArguments(
   argv: readonly string[],
-  flags: Readonly<Record<string, 'string' | 'boolean'>>,
-): { values: Flags; positionals: string[] } {
-  const options = Object.entries(flags).map(([name, type]) => [name, name === 'help' ? { type, short: 'h' } : { type }])
-  try {
-    return parseArgs({ args: [...argv], strict: true, allowPositionals: true, options: Object.fromEntries(options) })
-  } catch (error) {
-    // parseArgs explains itself over several sentences; the first one names the flag.
-    const [sentence] = String(error)
-      .replace(/^TypeError \[\w+\]: /, '')
-      .split(/\.\s|\n/)
-    throw new ConfigError(`${sentence} (--help lists the flags)`)
-  }
+  flags: FlagTypes,
+): { values: Flags; positionals: readonly string[] } {
+  const { problems, ...read } = scanArguments(argv, flags)
+  if (problems.length > 0) throw ConfigError.of(problems)
+  return read
+}
+
+function scanArguments(
+  argv: readonly string[],
+  flags: FlagTypes,
+): { values: Flags; positionals: readonly string[]; problems: string[] } {
+  const options = Object.fromEntries(
+    Object.entries(flags).map(([name, type]) => [name, name === 'help' ? { type, short: 'h' } : { type }]),
+  )
+  const { values, positionals, tokens } = parseArgs({
+    ...{ args: [...argv], options, strict: false, allowPositionals: true, tokens: true },
+  })
+  const wrong = tokens.flatMap((token) => {
+    const problem = token.kind === 'option' ? problemOf(token, flags) : undefined
+    return problem === undefined ? [] : [{ ...problem, text: `${problem.text} (--help lists the flags)` }]
+  })
+  // What is wrong already is not looked at again.
+  const fit = Object.entries(values).filter(([name]) => !wrong.some((problem) => problem.name === name))
+  return { values: Object.fromEntries(fit), positionals, problems: wrong.map(({ text }) => text) }
+}
+
+/** What is wrong with a flag as it was given; a value that looks like a flag is one whose own value was forgotten. */
+function problemOf(
+  { name, rawName, value, inlineValue }: { name: string; rawName: string; value?: string; inlineValue?: boolean },
+  flags: FlagTypes,
+): { name: string; text: string } | undefined {
+  const type = Object.hasOwn(flags, name) ? flags[name] : undefined
+  if (type === undefined) return { name, text: `Unknown option '${rawName}'` }
+  if (type === 'boolean') return value === undefined ? undefined : { name, text: `Option '${rawName}' takes no value` }
+  if (value === undefined) return { name, text: `Option '${rawName} <value>' argument missing` }
+  if (inlineValue || !value.startsWith('-')) return undefined
+  return { name, text: `Option '${rawName}' is followed by another: write ${rawName}=… if that is its value` }
 }
 
 function fromFlags(flags: Flags): Sources {
@@ -303,49 +349,49 @@ function fromVariables(env: Environment): Sources {
   return sources
 }
 
-function check(sources: Sources): Config {
-  const entries = NAMES.map((name) => [name, settingValue(name, sources[name])])
-  const given: Config = Object.fromEntries(entries)
-  const config = Object.freeze({
-    ...given,
-    api_keys: withFile(given.api_keys, given.api_keys_file),
-    read_keys: withFile(given.read_keys, given.read_keys_file),
-  })
-  const shared = config.api_keys.filter((key) => config.read_keys.includes(key))
-  if (shared.length > 0)
-    throw new ConfigError(`api_keys and read_keys share ${shared.length} key(s): a key has one role`)
-  refuseOpenToAll(config)
+function check(sources: Sources, before: readonly string[] = []): Config {
+  const problems = [...before]
+  const given = (name: SettingName) => {
+    try {
+      return settingValue(name, sources[name])
+    } catch (error) {
+      problems.push(errorText(error))
+      return settingValue(name, undefined)
+    }
+  }
+  const entries = NAMES.map((name) => [name, given(name)])
+  const config: Config = Object.freeze(Object.fromEntries(entries))
+  problems.push(...contradictionsIn(config))
+  if (problems.length > 0) throw ConfigError.of(problems)
   return config
 }
 
-/** Without keys only this machine may come. */
-function refuseOpenToAll({ host, insecure, api_keys, read_keys }: Config): void {
-  if (insecure || LOOPBACK.test(host) || api_keys.length + read_keys.length > 0) return
-  throw new ConfigError(
-    `host is '${host}' and there are no keys: whoever reaches it could do everything. Set MUOND_API_KEYS or --api-keys-file, or --insecure`,
-  )
+/** What settings that are right by themselves may not be together. */
+function contradictionsIn(config: Config): string[] {
+  const { tls_cert, tls_key, tls_client_ca } = config
+  return [
+    ...((tls_cert === '') === (tls_key === '') ? [] : ['tls_cert and tls_key go together: only one of them is given']),
+    ...(tls_client_ca === '' || tls_cert !== '' ? [] : ['tls_client_ca needs tls_cert and tls_key']),
+    ...opennessOf(config),
+  ]
 }
 
-function withFile(keys: readonly string[], path: string): readonly string[] {
-  return Object.freeze(path === '' ? [...keys] : [...keys, ...keysOfFile(path)])
-}
-
-/** A key a line; empty lines are none. A file without a key is refused: it must not open the service. */
-function keysOfFile(path: string): string[] {
-  const lines = readLines(path).map((line) => line.trim())
-  const wrong = lines.findIndex((line) => line !== '' && !new RegExp(`^${KEY}$`).test(line))
-  if (wrong >= 0) throw new ConfigError(`line ${wrong + 1} of key file '${path}' is no key of ${KEY_WORDS}`)
-  const keys = lines.filter((line) => line !== '')
-  if (keys.length === 0) throw new ConfigError(`key file '${path}' has no key`)
-  return keys
-}
-
-function readLines(path: string): string[] {
-  try {
-    return readFileSync(path, 'utf8').split('\n')
-  } catch (error) {
-    throw new ConfigError(`key file '${path}' cannot be read: ${errorText(error)}`)
-  }
+/**
+ * What reaches beyond the loopback has keys and TLS, unless it is said aloud that it has not (docs/security.md).
+ * A client certificate shows as well as a key who comes.
+ */
+function opennessOf(config: Config): string[] {
+  const { host, insecure_no_keys, insecure_no_tls, keys_file, api_keys, tls_cert, tls_client_ca } = config
+  if (LOOPBACK.test(host)) return []
+  const isGuarded = keys_file !== '' || api_keys.length > 0 || tls_client_ca !== ''
+  const noKeys =
+    'there are no keys: whoever reaches it could do everything. Give --keys-file (muond keys add), or --insecure-no-keys'
+  const noTls =
+    'there is no TLS: whoever is on the way could read keys and gradients. Give --tls-cert and --tls-key, or --insecure-no-tls, behind a proxy that has TLS'
+  return [
+    ...(isGuarded || insecure_no_keys ? [] : [`host is '${host}' and ${noKeys}`]),
+    ...(tls_cert !== '' || insecure_no_tls ? [] : [`host is '${host}' and ${noTls}`]),
+  ]
 }
 
 function settingValue(name: SettingName, source: Source | undefined): unknown {
@@ -370,6 +416,7 @@ function entriesOf(value: unknown): readonly string[] {
 
 const USAGE = [
   'muond [serve] [--flag value]…   serves; --help and --version print and exit',
+  'muond keys add NAME --file FILE makes a key with scopes and runs; remove, list',
   'muond presets [NAME]            recipes that a group may name as its preset',
   'muond explain PARAMETERS.json   what a step of each parameter would be, and why',
   'muond export RUN --to FORMAT    the state of a run as a file for torch or as safetensors',

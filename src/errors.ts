@@ -3,7 +3,7 @@
  * `close` is the WebSocket close code that follows the error frame; without it the connection stays open.
  */
 export const ERRORS = {
-  UNAUTHORIZED: { status: 401, retryable: false },
+  UNAUTHORIZED: { status: 401, close: 1008, retryable: false },
   FORBIDDEN: { status: 403, retryable: false },
   NOT_FOUND: { status: 404, retryable: false },
   REQUEST_INVALID: { status: 400, retryable: false },
@@ -25,6 +25,8 @@ export const ERRORS = {
   MAX_LOGITS_INVALID: { status: 422, retryable: false },
   STEP_CONFLICT: { status: 409, retryable: false },
   STEP_INCOMPLETE: { status: 409, retryable: false },
+  RANGE_MISSING: { status: 409, retryable: true },
+  QUORUM_LOST: { status: 503, retryable: true },
   OVER_CAPACITY: { status: 507, retryable: false },
   OVERLOADED: { status: 429, close: 1013, retryable: true },
   DRAINING: { status: 503, retryable: true },
@@ -37,12 +39,16 @@ export const ERRORS = {
 
 export type ErrorCode = keyof typeof ERRORS
 
-/** The keys that an error frame may have beside its code and message: indexes, steps from 1, seconds. */
+/**
+ * The keys that an error frame may have beside its code and message: indexes, steps from 1, seconds. `left_out`: a step
+ * was closed without this replica, which gets the updates and the receipt of the step with its `end`.
+ */
 export type ErrorFields = {
   parameter?: number
   step?: number
   expected_step?: number
   retry_after_seconds?: number
+  left_out?: boolean
 }
 
 /**

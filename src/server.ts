@@ -12,6 +12,11 @@ const COMMANDS = new Map<string, Command>([
   ['serve', async (argv) => (await import('./commands/serve.js')).serveCommand(argv, process.env)],
   ['presets', async (argv) => (await import('./commands/presets.js')).presetsCommand(argv, process.env)],
   [
+    'keys',
+    async (argv) =>
+      (await import('./commands/operate/keys.js')).keysCommand(argv, process.env, { terminal: process.stderr }),
+  ],
+  [
     'export',
     async (argv) =>
       (await import('./commands/export.js')).exportCommand(argv, process.env, { terminal: process.stderr }),
@@ -34,9 +39,10 @@ try {
   fail(error)
 }
 
-/** Prints an error as one line, such as a wrong setting, a missing library or a port in use, and ends the process. */
+/** Prints an error, such as a missing library or a port in use, a line for each problem, and ends the process. */
 function fail(error: unknown): void {
-  process.stderr.write(`muond: ${errorText(error)}\n`)
+  const lines = error instanceof ConfigError ? error.message.split('\n') : [errorText(error)]
+  for (const line of lines) process.stderr.write(`muond: ${line}\n`)
   // No step was computed yet, but lanes that wait for work would keep the process alive.
   process.exit(1)
 }

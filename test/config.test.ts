@@ -11,6 +11,8 @@ import {
   VERSION,
 } from '../src/config.js'
 
+const LONG = 'sixteen-letters-1'
+
 function configFrom(argv: string[], env: Record<string, string> = {}): Config {
   const command = readCommand(argv, env)
   if (command.kind === 'serve') return command.config
@@ -32,10 +34,7 @@ t.test('flags win over variables, variables over defaults, and an empty variable
 })
 
 t.test('key lists are split at commas', async (t) => {
-  t.match(configFrom([], { MUOND_API_KEYS: 'one,two', MUOND_READ_KEYS: 'r' }), {
-    api_keys: ['one', 'two'],
-    read_keys: ['r'],
-  })
+  t.match(configFrom([], { MUOND_API_KEYS: `${LONG},${LONG}-2` }), { api_keys: [LONG, `${LONG}-2`] })
 })
 
 t.test('a setting that is wrong is one line with its source, what it must be, and the value', async (t) => {
@@ -56,57 +55,91 @@ t.test('a setting that is wrong is one line with its source, what it must be, an
     [['--colour', 'red'], {}, "Unknown option '--colour' (--help lists the flags)"],
     [['--port'], {}, "Option '--port <value>' argument missing (--help lists the flags)"],
     [['serve'], {}, "Unexpected argument 'serve' (--help lists the flags)"],
-    [[], { MUOND_API_KEYS: 'k', MUOND_READ_KEYS: 'r,k' }, 'api_keys and read_keys share 1 key(s): a key has one role'],
+    [
+      ['--port', '--host'],
+      {},
+      "Option '--port' is followed by another: write --port=… if that is its value (--help lists the flags)",
+    ],
+    [['--insecure-no-tls=yes'], {}, "Option '--insecure-no-tls' takes no value (--help lists the flags)"],
+    [['-x'], {}, "Unknown option '-x' (--help lists the flags)"],
+    [['--tls-cert', 'c'], {}, 'tls_cert and tls_key go together: only one of them is given'],
+    [['--tls-key', 'k'], {}, 'tls_cert and tls_key go together: only one of them is given'],
+    [['--tls-client-ca', 'c'], {}, 'tls_client_ca needs tls_cert and tls_key'],
   ]
   for (const [argv, env, message] of cases) t.throws(() => readCommand(argv, env), new ConfigError(message), message)
 })
 
-t.test('a list with an empty key is refused, and no key is printed', async (t) => {
-  for (const list of [',', 'secret,', ',secret', 'secret,,other', 'secret key', ' ']) {
+t.test('all that is wrong is told at once', async (t) => {
+  const attempt = () =>
+    readCommand(['--prot', '1', '--port', 'x', '--threads', '-3', '--lanes=999', '--tls-key', 'k'], {
+      MUOND_HOST: '0.0.0.0',
+      MUOND_CHUNK_BYTES: '1',
+    })
+  const told = [
+    /^Unknown option '--prot'/,
+    /^Option '--threads' is followed by another/,
+    /^--port: must be integer, got 'x'$/,
+    /^--lanes: must be <= 256, got '999'$/,
+    /^MUOND_CHUNK_BYTES: must be >= 4, got '1'$/,
+    /^tls_cert and tls_key go together/,
+    /^host is '0\.0\.0\.0' and there are no keys/,
+    /^host is '0\.0\.0\.0' and there is no TLS/,
+  ]
+  try {
+    attempt()
+    t.fail('it is refused')
+  } catch (error) {
+    const lines = (error as Error).message.split('\n')
+    t.equal(lines.length, told.length, lines.join('\n'))
+    for (const line of told)
+      t.ok(
+        lines.some((text) => line.test(text)),
+        String(line),
+      )
+  }
+})
+
+t.test('a list with an empty key or a short one is refused, and no key is printed', async (t) => {
+  for (const list of [
+    ',',
+    `${LONG},`,
+    `,${LONG}`,
+    `${LONG},,${LONG}`,
+    `${LONG} key`,
+    ' ',
+    'secret',
+    'fifteen-letters',
+  ]) {
     const attempt = () => readCommand([], { MUOND_API_KEYS: list })
     t.throws(
       attempt,
-      { message: /^MUOND_API_KEYS: must be comma-separated keys .* got another value$/ },
+      { message: /^MUOND_API_KEYS: must be comma-separated keys of at least 16 .* got another value$/ },
       JSON.stringify(list),
     )
   }
 })
 
-t.test('keys come from variables and files, and not from a command line, which everybody can read', async (t) => {
-  const folder = t.testdir({ keys: 'one\n\n  two \n', more: 'three', none: '\n', wrong: 'one\nt wo\n' })
-  const file = (name: string) => `${folder}/${name}`
-  t.match(configFrom(['--api-keys-file', file('keys'), '--read-keys-file', file('more')], { MUOND_API_KEYS: 'zero' }), {
-    api_keys: ['zero', 'one', 'two'],
-    read_keys: ['three'],
-  })
-  const cases: [string[], string | RegExp][] = [
-    [
-      ['--api-keys', 'k'],
-      'there is no --api-keys, as everybody can read command lines: use MUOND_API_KEYS or --api-keys-file',
-    ],
-    [
-      ['--read-keys=k'],
-      'there is no --read-keys, as everybody can read command lines: use MUOND_READ_KEYS or --read-keys-file',
-    ],
-    [['--api-keys-file', file('none')], `key file '${file('none')}' has no key`],
-    [
-      ['--api-keys-file', file('wrong')],
-      `line 2 of key file '${file('wrong')}' is no key of letters, digits and . _ ~ + / = -`,
-    ],
-    [['--read-keys-file', file('nowhere')], /^key file '.*nowhere' cannot be read: ENOENT/],
-    [
-      ['--api-keys-file', file('keys'), '--read-keys-file', file('keys')],
-      'api_keys and read_keys share 2 key(s): a key has one role',
-    ],
-  ]
-  for (const [argv, message] of cases) t.throws(() => readCommand(argv, {}), { name: 'ConfigError', message })
+t.test('no key comes from a command line, which everybody can read, and none is printed', async (t) => {
+  const refusal = 'there is no --api-keys, as everybody can read command lines: use MUOND_API_KEYS or --keys-file'
+  for (const argv of [['--api-keys', LONG], [`--api-keys=${LONG}`]]) {
+    t.throws(() => readCommand(argv, {}), { name: 'ConfigError', message: refusal })
+  }
+  for (const argv of [['--api-kyes', LONG], ['--api-keys', `-${LONG}`], [`--api-keyz=${LONG}`]]) {
+    try {
+      readCommand(argv, {})
+      t.fail(argv.join(' '))
+    } catch (error) {
+      t.notMatch((error as Error).message, LONG)
+    }
+  }
 })
 
-t.test('without keys only the loopback is listened on, unless that is said to be meant', async (t) => {
-  const refusal = (host: string) => ({
-    name: 'ConfigError',
-    message: `host is '${host}' and there are no keys: whoever reaches it could do everything. Set MUOND_API_KEYS or --api-keys-file, or --insecure`,
-  })
+t.test('beyond the loopback there are keys and TLS, unless it is said to be meant', async (t) => {
+  const keys =
+    'there are no keys: whoever reaches it could do everything. Give --keys-file (muond keys add), or --insecure-no-keys'
+  const tls =
+    'there is no TLS: whoever is on the way could read keys and gradients. Give --tls-cert and --tls-key, or --insecure-no-tls, behind a proxy that has TLS'
+  const withTls = ['--tls-cert', 'c', '--tls-key', 'k']
   for (const host of [
     '0.0.0.0',
     '::',
@@ -115,15 +148,28 @@ t.test('without keys only the loopback is listened on, unless that is said to be
     '127.0.0.1.evil.example',
     'localhost.evil.example',
   ]) {
-    t.throws(() => configFrom([], { MUOND_HOST: host }), refusal(host))
-    t.equal(configFrom(['--host', host, '--insecure']).insecure, true)
-    t.equal(configFrom(['--host', host], { MUOND_INSECURE: 'true' }).insecure, true)
-    t.equal(configFrom(['--host', host], { MUOND_API_KEYS: 'k' }).insecure, false)
-    t.equal(configFrom(['--host', host], { MUOND_READ_KEYS: 'k' }).host, host)
+    const told = (argv: string[], env: Record<string, string> = {}) => {
+      try {
+        configFrom(['--host', host, ...argv], env)
+        return []
+      } catch (error) {
+        return (error as Error).message.split('\n')
+      }
+    }
+    const [noKeys, noTls] = [`host is '${host}' and ${keys}`, `host is '${host}' and ${tls}`]
+    t.same(told([]), [noKeys, noTls])
+    t.same(told(['--insecure-no-tls']), [noKeys])
+    t.same(told(['--insecure-no-keys']), [noTls])
+    t.same(told([], { MUOND_API_KEYS: LONG }), [noTls])
+    t.same(told(['--keys-file', 'f']), [noTls])
+    t.same(told(withTls), [noKeys])
+    t.same(told(['--keys-file', 'f', ...withTls]), [])
+    t.same(told([...withTls, '--tls-client-ca', 'a']), [], 'a client certificate shows as well who comes')
+    t.same(told([], { MUOND_INSECURE_NO_KEYS: 'true', MUOND_INSECURE_NO_TLS: 'true' }), [])
   }
   for (const host of ['localhost', '127.0.0.1', '127.1.2.3', '::1']) t.equal(configFrom(['--host', host]).host, host)
-  t.throws(() => configFrom([], { MUOND_INSECURE: 'yes' }), {
-    message: "MUOND_INSECURE: must be true or false, got 'yes'",
+  t.throws(() => configFrom([], { MUOND_INSECURE_NO_KEYS: 'yes' }), {
+    message: "MUOND_INSECURE_NO_KEYS: must be true or false, got 'yes'",
   })
 })
 

@@ -76,7 +76,17 @@ t.test('the code of docs/node.md runs from top to bottom', async (t) => {
 })
 
 /** Files whose links must lead somewhere. */
-const PAGES = ['README.md', 'docs', 'bench', 'clients', 'examples', 'test'].flatMap((place) =>
+const PAGES = [
+  'README.md',
+  'CONTRIBUTING.md',
+  'SECURITY.md',
+  'CHANGELOG.md',
+  'docs',
+  'bench',
+  'clients',
+  'examples',
+  'test',
+].flatMap((place) =>
   place.endsWith('.md')
     ? [place]
     : readdirSync(place, { recursive: true, encoding: 'utf8' })

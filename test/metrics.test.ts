@@ -1,5 +1,6 @@
 import { Registry } from 'prom-client'
 import t from 'tap'
+import { ERRORS } from '../src/errors.js'
 import { createMetrics, PHASES } from '../src/metrics.js'
 
 function observed() {
@@ -10,8 +11,11 @@ function observed() {
     state_bytes: () => now.state,
     runs: () => now.runs,
     connections: () => now.connections,
+    members: () => 2,
     sockets: async () => now.sockets,
     unfinished_bytes: () => now.unfinished,
+    limits: { runs: 64, connections: 256, sockets: 1024, state_bytes: 1e9, unfinished_bytes: 1e6 },
+    pulses: undefined,
     build: { version: '1.2.3', onnxruntime: '1.30.0', device: 'cpu' },
   }
   return { now, observed }
@@ -34,7 +38,7 @@ t.test('gauges show what is so at the scrape', async (t) => {
   const values = async () =>
     (await metrics.registry.metrics())
       .split('\n')
-      .filter((line) => /^muond_(in_flight|staging|state|runs|connections)/.test(line))
+      .filter((line) => /^muond_(in_flight_bytes|staging_bytes|state_bytes|runs|connections)\b/.test(line))
   const before = [
     'in_flight_bytes 1',
     'state_bytes 3',
@@ -99,4 +103,38 @@ t.test('two services in one process have registries of their own, or one that is
   const registry = new Registry()
   t.equal(createMetrics(registry).registry, registry)
   t.not(createMetrics().registry, createMetrics().registry)
+})
+
+t.test('what is counted by a label begins at 0, and every limit is a gauge', async (t) => {
+  const metrics = createMetrics()
+  metrics.observe(observed().observed)
+  const lines = (await metrics.registry.metrics()).split('\n')
+  for (const code of Object.keys(ERRORS))
+    for (const name of ['errors', 'refused_gradients'])
+      t.ok(lines.includes(`muond_${name}_total{code="${code}"} 0`), `${name} ${code}`)
+  for (const kind of ['websocket', 'shm', 'cuda-ipc'])
+    t.ok(lines.includes(`muond_transports_total{kind="${kind}"} 0`), kind)
+  for (const limit of ['runs_limit 64', 'connections_limit 256', 'sockets_limit 1024', 'state_bytes_limit 1000000000'])
+    t.ok(lines.includes(`muond_${limit}`), limit)
+  t.notMatch(lines.join('\n'), /^muond_run_/m, 'no run has series of its own unless the settings say so')
+})
+
+t.test('runs that are to have series of their own have them as long as they are there', async (t) => {
+  const metrics = createMetrics()
+  const pulse = { step: 7, connected: true, gradient_norm: 2.5, max_logit: undefined, update_rms: 0.2 }
+  const times = { last_step_timestamp_seconds: 1.7e9, step_seconds: 0.25 }
+  let pulses = [{ run: 'a', ...pulse, ...times }]
+  metrics.observe({ ...observed().observed, pulses: () => pulses })
+  const series = async () =>
+    (await metrics.registry.metrics()).split('\n').filter((line) => line.startsWith('muond_run_'))
+  t.same(await series(), [
+    'muond_run_step{run="a"} 7',
+    'muond_run_connected{run="a"} 1',
+    'muond_run_last_step_timestamp_seconds{run="a"} 1700000000',
+    'muond_run_step_seconds{run="a"} 0.25',
+    'muond_run_gradient_norm{run="a"} 2.5',
+    'muond_run_update_rms{run="a"} 0.2',
+  ])
+  pulses = []
+  t.same(await series(), [])
 })

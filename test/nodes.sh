@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The README's two commands in short on every line of Node that package.json names: types, the demo and the tests of the
 # stream, whose reading in place rests on what node:net does inside. The line that runs this script is tested by `npm test`.
+# With `--quick` of the stream's tests those alone that hold the reading of a socket.
 # Needs `npm ci`. Each Node comes from npm once and is used again, from a folder beside the user's other caches.
 # The last line is `N passed, N failed`.
 set -uo pipefail
@@ -10,8 +11,11 @@ platform=$(node -p 'process.platform + "-" + process.arch')
 current=$(node -p 'process.versions.node.split(".")[0]')
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r bench clients deploy docs examples kernels presets src test openapi.yaml package.json README.md tsconfig.json "$copy"
+cp -r bench clients deploy docs examples kernels presets src test ui openapi.yaml package.json README.md tsconfig.json "$copy"
 ln -s "$PWD/node_modules" "$copy/node_modules"
+
+files=(test/link/websocket/*.test.ts)
+if [ "${1:-}" != --quick ]; then files+=(test/link/*.test.ts); fi
 
 passed=0
 failed=0
@@ -40,7 +44,7 @@ for line in 20 22 24; do
   version=$("$node" --version)
   check "$version: types and build" "$node" node_modules/typescript/bin/tsc
   check "$version: demo" "$node" dist/examples/demo.js --quick --svg demo.svg
-  for file in test/link/*.test.ts test/link/websocket/*.test.ts; do
+  for file in "${files[@]}"; do
     check "$version: $file" env TAP_TIMEOUT=600 "$node" "dist/${file%.ts}.js"
   done
 done

@@ -5,9 +5,9 @@ import { type ClientOptions, WebSocket } from 'ws'
 import { type App, buildApp } from '../src/app.js'
 import { configOf } from '../src/config.js'
 import type { ErrorCode } from '../src/errors.js'
-import { chunksOf } from '../src/wire/chunks.js'
 import { decodeServerFrame, encodeFrame, encodeWithData } from '../src/wire/codec.js'
 import type { ClientFrame, GradientFrame, ReceiptFrame, ServerFrame } from '../src/wire/frame.js'
+import { Extent } from '../src/wire/ranges.js'
 import { gaussian } from './reference.js'
 
 export type Service = App & { url: string; http: string }
@@ -17,14 +17,14 @@ type Settings = Parameters<typeof configOf>[0]
 export async function startService(settings: Settings = {}): Promise<Service> {
   const config = configOf({ device: 'cpu', port: 0, staging_bytes: 2 ** 26, ...settings })
   const built = await buildApp({ config })
-  await built.app.listen({ port: 0, host: '127.0.0.1' })
+  await built.app.listen({ port: config.port, host: '127.0.0.1' })
   const { port } = built.app.server.address() as AddressInfo
   return { ...built, http: `http://127.0.0.1:${port}`, url: `ws://127.0.0.1:${port}/v1/stream` }
 }
 
 export const normal = (seed: number, count: number) => Float32Array.from(gaussian(seed, count))
-export const bytesOf = (values: Float32Array | Uint16Array) =>
-  new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
+type Elements = Float32Array | Uint16Array | Uint8Array
+export const bytesOf = (values: Elements) => new Uint8Array(values.buffer, values.byteOffset, values.byteLength)
 
 /** Gives the service, which runs in this process, a turn of the event loop. */
 export const turn = () => new Promise((resolve) => setImmediate(resolve))
@@ -61,7 +61,7 @@ export class RawClient {
 
   private constructor(socket: WebSocket) {
     this.socket = socket
-    socket.on('message', (data) => this.#take(decodeServerFrame(data as Buffer)))
+    socket.on('message', (data) => this.#take(known(decodeServerFrame(data as Buffer))))
     this.#closed = once(socket, 'close').then(
       ([code, reason]): Closed => ({ type: 'closed', code, reason: String(reason) }),
     )
@@ -79,17 +79,16 @@ export class RawClient {
     this.socket.send(encodeFrame(frame))
   }
 
-  /** Sends a gradient in chunks of `chunk` bytes. */
+  /** Sends a gradient, or the bytes of it that `extent` has, in chunks of at most `chunk` bytes. */
   gradient(
     parameter: number,
     step: number,
-    { values, chunk = 2 ** 20 }: { values: Float32Array | Uint16Array; chunk?: number },
+    { values, chunk = 2 ** 20, extent }: { values: Elements; chunk?: number; extent?: Extent },
   ): void {
     const bytes = bytesOf(values)
-    for (const { offset, length } of chunksOf(bytes.length, chunk)) {
-      this.socket.send(
-        encodeWithData({ type: 'gradient', parameter, step, offset }, bytes.subarray(offset, offset + length)),
-      )
+    for (const { offset, pieces } of (extent ?? Extent.whole(bytes.length)).cuts(chunk)) {
+      const data = Buffer.concat(pieces.map((piece) => bytes.subarray(piece.offset, piece.offset + piece.length)))
+      this.socket.send(encodeWithData({ type: 'gradient', parameter, step, offset }, data))
     }
   }
 
@@ -113,7 +112,7 @@ export class RawClient {
   /** Sends a whole step in the given order of parameters and waits for its receipt. */
   async step(
     step: number,
-    gradients: readonly Float32Array[],
+    gradients: readonly Elements[],
     order: readonly number[] = gradients.map((_, i) => i),
     chunk?: number,
   ): Promise<ReceiptFrame> {
@@ -140,21 +139,28 @@ export class RawClient {
 
   #assemble(frame: Extract<ServerFrame, { type: 'update' }>): void {
     const {
-      offset,
       parameter,
       data = Buffer.alloc(0),
-      scale = 0,
+      scale,
       decay = 0,
       replayed = false,
       gradient_norm = 0,
       update_rms = 0,
       row_scale,
     } = frame
-    if (offset === 0)
+    // The factors are in an update's first frame.
+    if (scale !== undefined)
       this.updates.set(parameter, {
         ...{ scale, decay, replayed, gradient_norm, update_rms, data: Buffer.from(data) },
         ...(row_scale && { row_scale: Buffer.from(row_scale) }),
       })
     else this.updates.get(parameter)!.data = Buffer.concat([this.updates.get(parameter)!.data, data])
   }
+}
+
+/** A frame of this service; one of a type that its own decoder does not know fails the test. */
+export function known(frame: ServerFrame | undefined): ServerFrame {
+  /* c8 ignore next -- fails the test */
+  if (frame === undefined) throw new Error('the service sent a frame of an unknown type')
+  return frame
 }

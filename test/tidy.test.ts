@@ -9,10 +9,12 @@ const LAYERS = [
   'src/optimizer',
   'src/device',
   'src/store',
+  'src/access',
   'src/exchange',
   'src/run',
   'src/keep',
   'src/link',
+  'src/tracing.ts',
   'src/http',
   'src/app.ts',
   'src/commands',
@@ -24,8 +26,10 @@ const SHARED = ['src/errors.ts', 'src/config.ts', 'src/metrics.ts', 'src/text-ta
 const OWNERS: Record<string, (file: string) => boolean> = {
   koffi: (file) => /^src\/(device\/(onnx\/onnxruntime|cuda\/cuda)|store\/lock|wire\/shared-memory)\.ts$/.test(file),
   ws: (file) =>
-    /^src\/(app|link\/(session|websocket\/(intake|sender|small-frames|socket))|client\/(steps\/)?\w+)\.ts$/.test(file),
-  fastify: (file) => /^src\/(app|http\/\w+|link\/session)\.ts$/.test(file),
+    /^src\/(app|link\/(session|pauses|websocket\/(intake|sender|small-frames|socket))|client\/(steps\/)?\w+)\.ts$/.test(
+      file,
+    ),
+  fastify: (file) => /^src\/(app|http\/(pages\/)?[\w-]+|link\/session)\.ts$/.test(file),
   'prom-client': (file) => file === 'src/metrics.ts',
   'env-schema': (file) => file === 'src/config.ts',
 }

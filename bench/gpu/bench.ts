@@ -3,6 +3,7 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { availableParallelism, tmpdir } from 'node:os'
 import { dirname, join } from 'node:path'
 import { monitorEventLoopDelay } from 'node:perf_hooks'
+import { CUDA_GROUP } from '../../src/device/backend.js'
 import { openCuda } from '../../src/device/cuda/cuda.js'
 import { Device } from '../../src/device/device.js'
 import { prepare } from './jobs.js'
@@ -12,14 +13,14 @@ import { WORKLOADS, type Workload } from './models.js'
  * Steps of Muon on one GPU against torch.optim.Muon on the same one: `npm run bench:gpu`. Gradients and updates are
  * bfloat16, state is float32. "resident" has gradients and updates on the GPU, as torch has; "copied" has them in
  * page-locked host memory, so that both cross PCIe. Flags: `--only NAME`, `--memory resident,copied`, `--lanes 4,6`,
- * `--groups 4,16` (the most jobs that a lane is given at once), `--device cuda:0,1` (torch has GPU 0 alone), `--out FILE`
- * for the results.
+ * `--groups 4,16` (the most jobs that a lane is given at once; else the service's own), `--device cuda:0,1` (torch has
+ * GPU 0 alone), `--out FILE` for the results.
  */
 const only = option('--only')
 const deviceName = option('--device') ?? 'cuda'
 const memories = (option('--memory') ?? 'resident,copied').split(',')
 const out = option('--out') ?? 'bench/results/gpu.json'
-const groups = (option('--groups') ?? '4').split(',').map(Number)
+const groups = (option('--groups') ?? String(CUDA_GROUP.jobs)).split(',').map(Number)
 const laneCounts = (option('--lanes') ?? '1,2,3,4,6,8').split(',').map(Number)
 const STEPS = 30
 const MEMORIES = ['resident', 'copied'] as const

@@ -17,7 +17,7 @@ export { type Suggested, type Suggestion, type SuggestOptions, suggest } from '.
 export type { TransportKind } from './transport/transport.js'
 
 export type ConnectOptions = {
-  /** Sent as `Authorization: Bearer`. */
+  /** The key, sent as `Authorization: Bearer`; default: the variable MUOND_TOKEN. */
   token?: string
   /** Ends the client: whatever is in flight rejects with the signal's reason. */
   signal?: AbortSignal
@@ -62,7 +62,7 @@ export class Client {
 
   /** Use `connect`. */
   constructor(url: URL, options: ConnectOptions) {
-    const { token, socket, signal, chunk_bytes = 1 } = options
+    const { token = process.env.MUOND_TOKEN, socket, signal, chunk_bytes = 1 } = options
     if (!Number.isInteger(chunk_bytes) || chunk_bytes < 1)
       throw new RangeError(`chunk_bytes is ${chunk_bytes}, at least 1`)
     const { transport = 'auto' } = options

@@ -2,7 +2,14 @@ import type { IncomingMessage } from 'node:http'
 import { WebSocket } from 'ws'
 import { ServiceError } from '../errors.js'
 import { decodeServerFrame, encodeFrame, encodeHeader } from '../wire/codec.js'
-import type { CheckpointedFrame, ClientFrame, GradientFrame, ServerFrame } from '../wire/frame.js'
+import type {
+  CheckpointedFrame,
+  ClientFrame,
+  GradientFrame,
+  MemberStatus,
+  MembersFrame,
+  ServerFrame,
+} from '../wire/frame.js'
 import { MuondError } from './error.js'
 import { closeError, frameError, refusedUpgrade } from './refusal.js'
 
@@ -34,6 +41,8 @@ export class Connection {
   onFrame: (frame: ServerFrame) => void = whileIdle
   /** Gets the reason when the socket is gone, whoever ended it. */
   onClosed: (reason: unknown) => void = () => {}
+  /** What `members` frames have told of each member, by its `memberKey`. */
+  readonly members = new Map<string, MemberStatus>()
   /** Resolves after onClosed was called. */
   readonly closed: Promise<void>
   readonly #socket: WebSocket
@@ -145,12 +154,19 @@ export class Connection {
       if (!isBinary || !Buffer.isBuffer(data))
         throw new MuondError('FRAME_MALFORMED', 'the service sent a text message')
       const frame = decodeServerFrame(data)
+      // The service may have types of frames that this version does not know.
+      if (frame === undefined) return
+      if (frame.type === 'members') return this.#tellMembers(frame)
       const waiting = frame.type === 'checkpointed' ? this.#checkpoints.shift() : undefined
       if (frame.type === 'checkpointed' && waiting) return waiting(frame)
       this.onFrame(frame)
     } catch (error) {
       this.fail(error instanceof ServiceError ? new MuondError(error.code, error.message, {}, { cause: error }) : error)
     }
+  }
+
+  #tellMembers({ members }: MembersFrame): void {
+    for (const status of members) this.members.set(memberKey(status), status)
   }
 
   async #refused(response: IncomingMessage): Promise<void> {
@@ -188,4 +204,9 @@ export const UNIX = 'ws+unix:'
 export function isLocal({ protocol, hostname }: URL): boolean {
   if (protocol === UNIX) return true
   return hostname === 'localhost' || hostname === '[::1]' || /^127\.\d+\.\d+\.\d+$/.test(hostname)
+}
+
+/** A member among those of its run. */
+export function memberKey({ rank, replica = 0 }: MemberStatus): string {
+  return `${replica} ${rank}`
 }

@@ -1,6 +1,7 @@
 import {
   type CheckpointedFrame,
   type GroupDeclaration,
+  type MemberStatus,
   type Mode,
   type OpenedFrame,
   type OpenFrame,
@@ -10,6 +11,7 @@ import {
 import { MuondError } from './error.js'
 import { Feed } from './receipts.js'
 import { frameError } from './refusal.js'
+import { type Groups, mergeGroups, owedOf } from './settings.js'
 import {
   type Bound,
   bind,
@@ -33,7 +35,14 @@ export type OpenOptions = {
   parameters: readonly Parameter[]
   /** What QK-clip watches; a parameter is given by its index. */
   attentions?: OpenFrame['attentions']
-  /** Take the run from a connection that still holds it. */
+  /**
+   * The run has `world_size` members, and this client is one of them: it sends and receives the `ranges` of each
+   * parameter. With `replicas` it has as many in each, and every step is made with the mean of what they send.
+   */
+  member?: OpenFrame['member']
+  /** When a step may be closed without all replicas; default never. Each replica gets its updates all the same. */
+  quorum?: OpenFrame['quorum']
+  /** Take the run, or the member's place in it, from a connection that still holds it. */
   takeover?: boolean
   /** With `resume`: go back to this checkpoint. */
   checkpoint?: string
@@ -49,6 +58,8 @@ export type OpenOptions = {
 export type EndOptions = {
   /** Names or indices of the parameters without a gradient in this step. */
   skipped?: readonly (string | number)[]
+  /** Of the replica in the mean of replicas, say the tokens of its batch; default 1. All ranks of one give the same. */
+  weight?: number
 }
 
 /** By index, or by name. */
@@ -93,6 +104,8 @@ export class Run {
   readonly #receipts = new Feed<Receipt>()
   #flight: Flight | undefined
   #isReopening = false
+  /** Hyperparameters of a step that was closed before they came: they are said again with the next one. */
+  #owed: Groups | undefined
 
   constructor(writer: Writer, { parameters, transport, signal }: RunParts) {
     this.parameters = parameters
@@ -106,6 +119,11 @@ export class Run {
   /** The service's answer to the newest `open`: name, epoch, groups, limits, device and more. */
   get opened(): OpenedFrame {
     return this.#writer.opened
+  }
+
+  /** Every member of the run by its rank, and whether it has a connection; empty for a run without members. */
+  get members(): readonly MemberStatus[] {
+    return this.#writer.members
   }
 
   /** The last finished step, 0 at first. */
@@ -158,10 +176,10 @@ export class Run {
    *   parameter that is not refused, since their updates may be applied on either side. Nothing is applied a second
    *   time.
    */
-  async step(gradients: Gradients, { skipped, ...options }: StepOptions & EndOptions = {}): Promise<Receipt> {
+  async step(gradients: Gradients, { skipped, weight, ...options }: StepOptions & EndOptions = {}): Promise<Receipt> {
     const step = this.#newStep(options)
     for (const [key, gradient] of entriesOf(gradients)) this.#add(step, key, gradient)
-    step.finish(this.#complete(step, skipped))
+    step.finish(this.#complete(step, skipped), weight)
     return this.#land(this.#start(step))
   }
 
@@ -180,9 +198,9 @@ export class Run {
   }
 
   /** Ends the step that `gradient` began; resolves and rejects as `step` does. */
-  async end({ skipped }: EndOptions = {}): Promise<Receipt> {
+  async end({ skipped, weight }: EndOptions = {}): Promise<Receipt> {
     const flight = this.#growing()
-    flight.step.finish(this.#complete(flight.step, skipped))
+    flight.step.finish(this.#complete(flight.step, skipped), weight)
     return this.#land(flight)
   }
 
@@ -215,6 +233,7 @@ export class Run {
       await this.#flight?.outcome
       this.#flight = undefined
       await this.#writer.reopen(checkpoint)
+      this.#owed = undefined
       this.#updates.next(this.step_count + 1)
     } finally {
       this.#isReopening = false
@@ -238,7 +257,8 @@ export class Run {
 
   #newStep(options: StepOptions): Step {
     this.#requireIdle()
-    return new Step(this.step_count + 1, options)
+    const groups = this.#owed && mergeGroups(this.#owed, options.groups)
+    return new Step(this.step_count + 1, groups ? { ...options, groups } : options)
   }
 
   #requireIdle(): void {
@@ -262,6 +282,7 @@ export class Run {
     this.#flight = undefined
     if ('error' in outcome) throw outcome.error
     this.#updates.next(this.step_count + 1)
+    this.#owed = outcome.receipt.contributed === false ? owedOf(flight.step.frame, outcome.receipt) : undefined
     const refused = [...flight.step.leftOut.values()].map((frame) => frameError(frame))
     const receipt = { ...outcome.receipt, refused }
     this.#receipts.push(receipt)
@@ -271,7 +292,8 @@ export class Run {
   #add(step: Step, key: string | number, gradient: Gradient): void {
     const parameter = this.#find(key)
     if (step.has(parameter.index)) throw conflict(step.number, `has a gradient of '${parameter.name}' already`)
-    step.add(parameter.index, bytesOf(gradient, parameter))
+    const bytes = bytesOf(gradient, parameter)
+    if (parameter.size > 0) step.add(parameter.index, bytes)
   }
 
   #find(key: string | number): Bound {
@@ -288,7 +310,7 @@ export class Run {
     const both = names((index) => step.has(index) && indices.has(index))
     if (both.length > 0)
       throw conflict(step.number, `has both a gradient and a place in skipped for ${both.join(', ')}`)
-    const missing = names((index) => !step.has(index) && !indices.has(index))
+    const missing = names((index) => !step.has(index) && !indices.has(index) && this.parameters[index].size > 0)
     if (missing.length === 0) return [...indices]
     const message = `step ${step.number} has neither a gradient nor a place in skipped for ${missing.join(', ')}`
     throw new MuondError('STEP_INCOMPLETE', message, { step: step.number })

@@ -1,3 +1,4 @@
+import { isDeepStrictEqual } from 'node:util'
 import type { ReceiptFrame, StepFrame } from '../wire/frame.js'
 
 /**
@@ -15,4 +16,22 @@ export function unheard({ groups = {}, max_logits = {} }: StepFrame, receipt: Re
   }
   const lacking = Object.keys(max_logits).find((attention) => receipt.clipped_heads[attention] === undefined)
   return lacking === undefined ? undefined : `has no max_logits of attention '${lacking}'`
+}
+
+/** {group: {hyperparameter: value}} */
+export type Groups = NonNullable<StepFrame['groups']>
+
+/** What a `step` frame said of hyperparameters and is not in force, because the step was closed before it came. */
+export function owedOf(frame: StepFrame | undefined, receipt: ReceiptFrame): Groups | undefined {
+  const owed = Object.entries(frame?.groups ?? {}).flatMap(([group, values]) => {
+    const rest = Object.entries(values).filter(([key, said]) => !isDeepStrictEqual(receipt.groups[group]?.[key], said))
+    return rest.length > 0 ? [[group, Object.fromEntries(rest)] as const] : []
+  })
+  return owed.length > 0 ? Object.fromEntries(owed) : undefined
+}
+
+/** The values of both; those of `newer` count where there are two. */
+export function mergeGroups(older: Groups, newer: Groups = {}): Groups {
+  const merged = Object.entries(older).map(([group, values]) => [group, { ...values, ...newer[group] }] as const)
+  return { ...newer, ...Object.fromEntries(merged) }
 }

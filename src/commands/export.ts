@@ -33,8 +33,9 @@ as a checkpoint has it. PATH must not exist.
 Muon's momentum is written to torch's formats as torch.optim.Muon keeps it
 (ema): a heavy_ball buffer times 1 - momentum.
 
-  --url URL          The service; default http://127.0.0.1:8787
-  --token-file FILE  Holds a key that may read; also the variable MUOND_TOKEN
+  --url URL          The service; default http://127.0.0.1:8787,
+                     or of a Unix socket, ws+unix:///run/muond.sock
+  --token-file FILE  Holds a key, scope read; also the variable MUOND_TOKEN
   --data DIR         A data folder instead of a service. Every file is held
                      against its hash; a service may be at work there
   --checkpoint NAME  Its id or a tag; default is the newest

@@ -45,8 +45,9 @@ it executes nothing and refuses everything else by its name.
   --step N              Count of parameters whose optimizer keeps none;
                         default 1, and only SGD asks whether it is 0
   --partial             A parameter that the file does not have keeps its state
-  --url URL             The service; default http://127.0.0.1:8787
-  --token-file FILE     Holds a key that may write; also the variable MUOND_TOKEN
+  --url URL             The service; default http://127.0.0.1:8787,
+                        or of a Unix socket, ws+unix:///run/muond.sock
+  --token-file FILE     Holds a key, scopes read and checkpoint; or MUOND_TOKEN
   --help                Prints this`
 
 const FLAGS: Readonly<Record<string, 'string' | 'boolean'>> = {

@@ -5,10 +5,12 @@ import { request as httpsRequest } from 'node:https'
 import { ConfigError, type Environment, type Flags } from '../config.js'
 import { errorText } from '../errors.js'
 
-/** How a command reaches a service: its URL, without a slash at the end, and a bearer key. */
+/** How a command reaches a service: its URL or that of a Unix socket, without a slash at the end, and a bearer key. */
 export type ServiceAddress = { url: string; token: string | undefined }
 
 const DEFAULT_URL = 'http://127.0.0.1:8787'
+/** A Unix socket: its absolute path, and behind a colon the path of a request, which clients may give. */
+const UNIX_URL = /^(?:ws|http)\+unix:\/\/(\/[^:]+)(?::\/.*)?$/
 
 /**
  * What `--url` says, with the key in the file of `--token-file` or in the variable MUOND_TOKEN: command lines can be
@@ -16,8 +18,9 @@ const DEFAULT_URL = 'http://127.0.0.1:8787'
  */
 export function serviceOf(flags: Flags, { MUOND_TOKEN }: Environment): ServiceAddress {
   const { url = DEFAULT_URL, 'token-file': file } = flags
-  if (!/^https?:\/\//.test(String(url)) || !URL.canParse(String(url)))
-    throw new ConfigError(`--url is '${url}', expected one such as ${DEFAULT_URL}`)
+  const isHttp = /^https?:\/\//.test(String(url)) && URL.canParse(String(url))
+  if (!isHttp && !UNIX_URL.test(String(url)))
+    throw new ConfigError(`--url is '${url}', expected one such as ${DEFAULT_URL} or ws+unix:///run/muond.sock`)
   return { url: String(url).replace(/\/+$/, ''), token: typeof file === 'string' ? tokenOf(file) : MUOND_TOKEN }
 }
 
@@ -76,10 +79,11 @@ export async function putStream<T>(
 }
 
 async function answered({ url, token }: ServiceAddress, path: string, options: RequestOptions) {
-  const target = new URL(`${url}${path}`)
+  const [, socketPath] = UNIX_URL.exec(url) ?? []
+  const target = new URL(`${socketPath === undefined ? url : 'http://localhost'}${path}`)
   const request = target.protocol === 'https:' ? httpsRequest : httpRequest
   const headers = { ...options.headers, ...(token && { authorization: `Bearer ${token}` }) }
-  const outgoing = request(target, { ...options, headers, agent: false })
+  const outgoing = request(target, { ...options, headers, agent: false, socketPath })
   const response = new Promise<IncomingMessage>((resolve, reject) => {
     outgoing.once('response', resolve)
     outgoing.on('error', (error) => reject(new ConfigError(`${url} cannot be reached: ${reason(error)}`)))

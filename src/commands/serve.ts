@@ -1,12 +1,19 @@
 import closeWithGrace from 'close-with-grace'
 import { type Logger, pino } from 'pino'
 import { type App, buildApp } from '../app.js'
-import { type Config, type Environment, readCommand, unknownVariables } from '../config.js'
+import { type Config, type Environment, readCommand, unknownVariables, VERSION } from '../config.js'
+import { errorText } from '../errors.js'
+import { startTracing } from '../tracing.js'
 
-/** Each is a wish that the service ends. */
+/** Each is a wish that the service ends. SIGHUP is one only where there are no files to be read again. */
 const SIGNALS = ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT', 'SIGUSR2'] as const
+// npm hands Ctrl-C on, so that the service gets it from the terminal and from npm: within so long it is one.
+const ECHO_MS = 500
 // What closing needs beyond the drain itself: close frames, lanes that end their work.
 const CLOSE_SECONDS = 10
+// Connections that wait to be accepted. Beyond it the kernel drops what asks for one, which asks again a second later:
+// with node's 511 a crowd of new sockets made a health probe wait for so long. Linux takes 4096 at most by itself.
+const BACKLOG = 4096
 // How long the last checkpoints may take beside that. A supervisor that kills the process before loses the steps
 // since the last checkpoint; with a journal it loses none.
 const CHECKPOINT_SECONDS = 600
@@ -21,7 +28,8 @@ export async function serveCommand(argv: readonly string[], env: Environment): P
 
 async function serve(config: Config): Promise<void> {
   const logger = pino({ level: config.log_level })
-  const built = await buildApp({ config, logger })
+  const tracing = await startTracing(process.env, VERSION)
+  const built = await buildApp({ config, logger, tracing })
   const address = await listen(built, config, logger)
   closeOnSignals(built, config, logger)
   const { device } = built
@@ -46,16 +54,34 @@ async function listen({ app, listenLocally }: App, { host, port, socket }: Confi
   // fastify would log the address in words of its own; `listening` has to be the first line.
   const { level } = logger
   logger.level = 'silent'
-  const address = await app.listen({ host, port })
+  const address = await app.listen({ host, port, backlog: BACKLOG })
   if (socket !== '') await listenLocally(socket)
   logger.level = level
   return address
 }
 
-function closeOnSignals(built: App, { drain_seconds, data }: Config, logger: Logger): void {
+/** Whether keys or certificates are in files, which SIGHUP has read again. */
+function hasFiles({ keys_file, tls_cert }: Config): boolean {
+  return keys_file !== '' || tls_cert !== ''
+}
+
+function reload(built: App, logger: Logger): void {
+  try {
+    logger.info({ event: 'reloaded', ...built.reload() })
+  } catch (error) {
+    logger.error({
+      event: 'reload_failed',
+      reason: errorText(error),
+      remedy: 'the keys and certificates are as before',
+    })
+  }
+}
+
+function closeOnSignals(built: App, config: Config, logger: Logger): void {
   const { app, drain } = built
+  const { drain_seconds, data } = config
   const delay = (drain_seconds + CLOSE_SECONDS + (data ? CHECKPOINT_SECONDS : 0)) * 1000
-  // Its own way with a second signal is to end at once, and with it what no checkpoint has yet.
+  // Its own way with a second signal is to end without a word of what is lost.
   const grace = closeWithGrace({ delay, logger, skip: [...SIGNALS] }, async ({ err }) => {
     if (err) {
       // A bug: nothing can be relied on, so no step is drained. The lanes still have to end before the process.
@@ -65,35 +91,27 @@ function closeOnSignals(built: App, { drain_seconds, data }: Config, logger: Log
     await drain()
     logger.info({ event: 'stopped' })
   })
-  let signals = 0
+  let first: { signal: NodeJS.Signals; at: number } | undefined
   const heard = (signal: NodeJS.Signals) => {
-    signals += 1
-    if (signals > 1) return insist(built, { signal, signals }, logger)
-    logger.info({ event: 'draining', signal, deadline_seconds: drain_seconds })
-    grace.close()
+    if (signal === 'SIGHUP' && hasFiles(config)) return reload(built, logger)
+    const now = performance.now()
+    if (first === undefined) {
+      first = { signal, at: now }
+      logger.info({ event: 'draining', signal, deadline_seconds: drain_seconds })
+      return void grace.close()
+    }
+    if (signal === first.signal && now - first.at < ECHO_MS) return
+    endAtOnce(built, signal, logger)
   }
   for (const signal of SIGNALS) process.on(signal, heard)
 }
 
-/**
- * Ends the process for whoever has no patience, unless clients would lose steps that were acknowledged: the second
- * signal says which ones, and the third is taken at its word. npm hands Ctrl-C on, so that the service gets it twice.
- */
-function insist(
-  { runs, data }: App,
-  { signal, signals }: { signal: NodeJS.Signals; signals: number },
-  logger: Logger,
-): void {
-  // Without a data folder waiting would keep none.
+/** Ends the process for whoever has no patience, and says which acknowledged steps no disk has. */
+function endAtOnce({ runs, data }: App, signal: NodeJS.Signals, logger: Logger): void {
   const lost = runs
     .list()
     .map((run) => ({ run: run.name, step: run.step, durable_step: runs.durableStep(run) }))
     .filter(({ step, durable_step }) => data !== undefined && step > durable_step)
-  if (signals > 2 || lost.length === 0) {
-    logger.error({ event: 'ended', signal, signals, lost })
-    return process.exit(1)
-  }
-  const reason =
-    'no checkpoint has these steps yet: they are being written, and a third signal ends the process without them'
-  logger.warn({ event: 'signal_again', signal, reason, lost })
+  logger.error({ event: 'ended', signal, lost })
+  process.exit(1)
 }

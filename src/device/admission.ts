@@ -59,25 +59,36 @@ export class Admission {
    * Grants memory for `demands`, or refuses with OVER_CAPACITY and the numbers; `what` names the run in the refusal.
    */
   admit(demands: readonly Demand[], what: string): Grant {
+    const grant = this.#grantFor(demands, this.#granted)
+    this.#check(grant, what, this.#granted)
+    this.#granted.add(grant)
+    return grant
+  }
+
+  /** Throws what `admit` would if the runs with the grants `leaving` had left. */
+  checkWithout(leaving: ReadonlySet<Grant>, demands: readonly Demand[], what: string): void {
+    const staying = new Set([...this.#granted].filter((grant) => !leaving.has(grant)))
+    this.#check(this.#grantFor(demands, staying), what, staying)
+  }
+
+  #grantFor(demands: readonly Demand[], granted: ReadonlySet<Grant>): Grant {
     const { units, hostBytes } = this.#capacity
     const parts = demands.map(({ state_bytes, held_bytes = 0, update_bytes }) => {
       return state_bytes + held_bytes + (hostBytes === undefined ? update_bytes : 0)
     })
-    const taken = units.map((_, unit) => this.#state(unit, this.#granted))
+    const taken = units.map((_, unit) => this.#state(unit, granted))
     const gradientBytes = aligned(demands.reduce((most, { gradient_bytes }) => Math.max(most, gradient_bytes), 0))
     const placed = placement(parts, taken)
     const isHost = hostBytes === undefined
-    const grant: Grant = {
+    return {
       units: placed.units,
       bytes: placed.bytes.map((bytes, unit) => bytes + (isHost && unit === 0 ? gradientBytes : 0)),
       gradientBytes,
       largestState: demands.reduce((most, { state_bytes }) => Math.max(most, state_bytes), 0),
       hostBytes: isHost ? 0 : gradientBytes + sum(demands.map(({ update_bytes }) => update_bytes)),
+      /* c8 ignore next -- only a GPU has kernels */
       largest: units.map(({ kernels }) => largestOf(kernels ? demands : [], kernels)),
     }
-    this.#check(grant, what)
-    this.#granted.add(grant)
-    return grant
   }
 
   /** Grants state memory beside the runs', `bytes[i]` of unit i, or refuses as `admit` does. */
@@ -86,7 +97,25 @@ export class Admission {
       ...{ units: [], bytes, hostBytes: 0, gradientBytes: 0, largestState: 0 },
       largest: this.#capacity.units.map(({ kernels }) => largestOf([], kernels)),
     }
-    this.#check(grant, what)
+    this.#check(grant, what, this.#granted)
+    this.#granted.add(grant)
+    return grant
+  }
+
+  /**
+   * Grants memory of the host for gradients and updates beside the runs', and what jobs of such `demands` need of a
+   * lane, or refuses as `admit` does.
+   */
+  reserveHost(bytes: number, what: string, demands: readonly Demand[] = []): Grant {
+    const { units, hostBytes } = this.#capacity
+    const isHost = hostBytes === undefined
+    const grant: Grant = {
+      /* c8 ignore next 3 -- members of a run on a GPU: its memory beside the host's, and its kernels */
+      ...{ units: [], gradientBytes: 0, largestState: 0, hostBytes: isHost ? 0 : bytes },
+      bytes: units.map((_, unit) => (isHost && unit === 0 ? bytes : 0)),
+      largest: units.map(({ kernels }) => largestOf(kernels ? demands : [], kernels)),
+    }
+    this.#check(grant, what, this.#granted)
     this.#granted.add(grant)
     return grant
   }
@@ -101,15 +130,15 @@ export class Admission {
     return all && scratchFor(all, this.#capacity.group)
   }
 
-  #check(grant: Grant, what: string): void {
-    const after = [...this.#granted, grant]
+  #check(grant: Grant, what: string, granted: ReadonlySet<Grant>): void {
+    const after = [...granted, grant]
     for (const [unit, { name, bytes }] of this.#capacity.units.entries()) {
-      const before = this.#needed(unit, this.#granted)
+      const before = this.#needed(unit, granted)
       const needs = this.#needed(unit, after) - before
       refuse(what, { where: `on ${name}`, needs, left: bytes - before, remedy: STATE_REMEDY })
     }
     const { hostBytes = 0 } = this.#capacity
-    const left = hostBytes - sum([...this.#granted].map((granted) => granted.hostBytes))
+    const left = hostBytes - sum([...granted].map((one) => one.hostBytes))
     refuse(what, { where: 'of the host for gradients and updates', needs: grant.hostBytes, left, remedy: HOST_REMEDY })
   }
 

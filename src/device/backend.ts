@@ -105,7 +105,7 @@ const CUDA_POOLED_BYTES = 4 * 2 ** 30
 const CPU_GROUP: GroupLimit = { jobs: 64, bytes: 512 << 10 }
 // Small matrices fill a GPU only together, and the launches of small tensors cost more than their work. Groups of more
 // bytes gain nothing, take scratch memory and are copied later.
-const CUDA_GROUP: GroupLimit = { jobs: 64, bytes: 256 << 20 }
+export const CUDA_GROUP: GroupLimit = { jobs: 64, bytes: 256 << 20 }
 const HOPPER = '9.0'
 const CUDA_13 = 13000
 

@@ -7,7 +7,7 @@ import type { Mapping } from '../wire/shared-memory.js'
 import { Admission, type Grant } from './admission.js'
 import { type Backend, type BackendOptions, openBackend } from './backend.js'
 import { largestOf, scratchFor } from './cuda/scratch.js'
-import { type Demand, type Job, type JobResult, needsOf } from './job.js'
+import { type Demand, type JobResult, needsOf, type Request } from './job.js'
 import { Lanes, refusalOf, type Ticket } from './lanes/lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import type { Pointer } from './onnx/onnxruntime.js'
@@ -32,6 +32,8 @@ export type SharedRegion = { region: Region; unit: number }
 const UPDATES_PER_STAGING = 2
 // Copying this many bytes takes a fraction of a millisecond.
 const READ_BYTES = 1 << 20
+// Each tensor costs more than a microsecond, however small it is.
+const READ_TENSORS = 2048
 
 const { coefficients, ns_steps } = NAMED_COEFFICIENTS.keller_jordan
 const DTYPES = { gradient_dtype: 'float32', update_dtype: 'float32' } as const
@@ -128,9 +130,19 @@ export class Device {
     return grant
   }
 
+  /** Throws what `admit` would if the runs with the grants `leaving` had left. */
+  checkAdmission(leaving: ReadonlySet<Grant>, demands: readonly Demand[], what: string): void {
+    this.#admission.checkWithout(leaving, demands, what)
+  }
+
   /** Grants state memory beside the runs', `bytes[i]` of unit i, as `admit` does. */
   reserve(bytes: readonly number[], what: string): Grant {
     return this.#admission.reserve(bytes, what)
+  }
+
+  /** Grants memory of the host beside the runs', and what jobs of such `demands` need of a lane, as `admit` does. */
+  reserveHost(bytes: number, what: string, demands: readonly Demand[] = []): Grant {
+    return this.#admission.reserveHost(bytes, what, demands)
   }
 
   dismiss(grant: Grant): void {
@@ -213,10 +225,16 @@ export class Device {
   }
 
   /**
-   * Copies of the bytes of state tensors, one behind the other, in pieces of READ_BYTES, the last one of less: a stream
-   * takes longer for a small piece than to copy it. The event loop can turn in between. The caller has references.
+   * Copies of the bytes of state tensors, one behind the other, in pieces of READ_BYTES: a stream takes longer for a
+   * small piece than to copy it. The last piece of each READ_TENSORS tensors has less. The event loop can turn in
+   * between. The caller has references.
    */
   *read(tensors: readonly Tensor[]): Generator<Uint8Array<ArrayBuffer>> {
+    for (let at = 0; at < tensors.length; at += READ_TENSORS) yield* this.#readFew(tensors.slice(at, at + READ_TENSORS))
+  }
+
+  /** At most READ_TENSORS tensors, in pieces of READ_BYTES. */
+  *#readFew(tensors: readonly Tensor[]): Generator<Uint8Array<ArrayBuffer>> {
     let rest = total(tensors.map(({ bytes }) => bytes))
     let piece = new Uint8Array(Math.min(rest, READ_BYTES))
     let filled = 0
@@ -250,7 +268,7 @@ export class Device {
    * Computes on a unit, in the order of the calls. `job` is called when a lane is free: a cancelled ticket, or a job
    * that is undefined by then, costs nothing, and the result is undefined.
    */
-  run(job: () => Job | undefined, ticket: Ticket, unit = 0): Promise<JobResult | undefined> {
+  run(job: () => Request | undefined, ticket: Ticket, unit = 0): Promise<JobResult | undefined> {
     return this.#lanes[unit].run(job, ticket)
   }
 

@@ -1,29 +1,55 @@
+import type { BlockDtype, WireDtype } from '../../kernels/dtype.js'
 import { type KernelSpec, kernelKey } from '../../kernels/kernel.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 import type { Span } from './region.js'
 
+/** A tensor as it travels in blocks. */
+export type Blocks = { readonly span: Span; readonly dtype: BlockDtype }
+
+/** Tensors of one type in the host's memory, all finite, and the share that each has in their mean (cpu/mean.ts). */
+export type Mean = {
+  readonly dtype: WireDtype
+  readonly parts: readonly { readonly span: Span; readonly share: number }[]
+}
+
 /** One parameter's step as a lane computes it. It reads `state` and writes `next`; the run decides which one stays. */
 export type Job = {
   plan: Plan
   gradient: Span
+  /** The gradient as it came, where that is in blocks: `gradient` is memory that it is decoded to. */
+  received?: Blocks
   /** Memory that the client shares: its bytes are copied to `gradient` once, and only the copy is looked at. */
   source?: Span
+  /** What the gradient, float32, is the mean of: it is written there first. */
+  mean?: Mean
   gradient_scale: number
   /** The state tensors in the kernel's order; undefined before the first step, when all of them are zero. */
   state: readonly Pointer[] | undefined
   next: readonly Pointer[]
   update: Span
+  /** Where the update is encoded in blocks, if it travels so: `update` is memory of its own then. */
+  sent?: Blocks
   /** Set for a replay, which is computed only if the gradient has this fingerprint. */
   expected?: bigint
 }
 
+/** A tensor that a lane only looks at: the result has its fingerprint, and says whether it is finite. */
+export type Look = { looksAt: WireDtype; gradient: Span }
+
+/** What a lane is asked for. */
+export type Request = Job | Look
+
 export type JobResult = {
-  /** 'computed': `next` and the update are ready. With any other outcome nothing may be committed. */
+  /**
+   * 'computed': `next` and the update are ready, or what was looked at is finite. With any other outcome nothing may be
+   * committed.
+   */
   outcome: 'computed' | 'other_gradient' | 'not_finite'
+  /** Of the tensors as they travel. */
   gradientFingerprint: bigint
   updateFingerprint: bigint
-  /** Sums of squares: of the gradient as received (before gradient_scale), and of the update's data. */
+  /** Sums of squares: of the gradient as received (before gradient_scale), and of the update's data as it is sent. */
   gradientSquare: number
   updateSquare: number
   computeSeconds: number

@@ -2,6 +2,8 @@ import assert from 'node:assert'
 import { readFileSync } from 'node:fs'
 import type { FastifySchema } from 'fastify'
 import { parse } from 'yaml'
+import { SCOPES } from '../access/principal.js'
+import type { Access } from './auth.js'
 
 /** openapi.yaml as text and parsed. */
 export type Contract = { readonly text: string; readonly document: Document }
@@ -12,7 +14,10 @@ type Operation = {
   readonly operationId: string
   readonly parameters?: (Parameter | Reference)[]
   readonly requestBody?: { readonly content: Readonly<Record<string, { readonly schema?: object }>> }
-  readonly security?: readonly unknown[]
+  /** None where the operation is open to all, otherwise the scope that it takes, if it takes one. */
+  readonly security?: readonly { readonly bearer: readonly string[] }[]
+  /** Whether it is about the runs of everybody. */
+  readonly 'x-all-runs'?: boolean
 }
 type Path = Readonly<Record<string, Operation>> & { readonly parameters?: (Parameter | Reference)[] }
 type Document = {
@@ -28,8 +33,8 @@ export type Endpoint = {
   readonly method: string
   /** The path, with `:run` for `{run}`. */
   readonly url: string
-  /** Whether the contract asks for no key. */
-  readonly open: boolean
+  /** The key that the contract asks for. */
+  readonly access: Access
   readonly schema: FastifySchema
 }
 
@@ -49,13 +54,24 @@ export function endpointsOf({ document }: Contract): Endpoint[] {
       id: operation.operationId,
       method: method.toUpperCase(),
       url: path.replace(/{(\w+)}/g, ':$1'),
-      open: operation.security?.length === 0,
+      access: accessOf(operation),
       schema: schemaOf(
         operation,
         [...parameters, ...(operation.parameters ?? [])].map((parameter) => resolved(document, parameter)),
       ),
     }))
   })
+}
+
+/** Every operation says it itself: what a new one leaves out must not fall to whatever is usual. */
+function accessOf({ operationId, security, 'x-all-runs': allRuns = false }: Operation): Access {
+  assert(security, `the contract does not say which key ${operationId} takes`)
+  const [requirement] = security
+  if (requirement === undefined) return 'open'
+  const [role] = requirement.bearer
+  const scope = SCOPES.find((known) => known === role)
+  assert(scope !== undefined || role === undefined, `${operationId} takes the scope ${role}, which there is not`)
+  return { ...(scope !== undefined && { scope }), allRuns }
 }
 
 function resolved({ components }: Document, parameter: Parameter | Reference): Parameter {

@@ -1,7 +1,9 @@
 import type { FastifyReply } from 'fastify'
 import { ServiceError } from '../errors.js'
-import type { Receipt } from '../run/history.js'
+import type { Finished, Receipt, Refusal } from '../run/history.js'
 import type { Run } from '../run/run.js'
+import type { Measured } from '../run/step/measured.js'
+import type { MemberStatus } from '../wire/frame.js'
 import type { components } from './openapi.js'
 
 /** Most event streams at a time. */
@@ -14,7 +16,10 @@ const HEARTBEAT_MS = 15_000
 
 type Reader = { end: () => void }
 
-/** Server-sent events: sends every receipt of a run to each reader of the run. */
+/**
+ * Server-sent events: sends every receipt of a run, which members come and go, and which errors they are told, to each
+ * reader of the run.
+ */
 export class Events {
   #readers = new Set<Reader>()
 
@@ -31,21 +36,23 @@ export class Events {
     const { raw } = reply
     raw.writeHead(200, { 'content-type': 'text/event-stream', 'cache-control': 'no-store', 'x-accel-buffering': 'no' })
     raw.flushHeaders()
-    const send = (receipt: Receipt) => {
-      raw.write(eventOf(receipt))
+    const write = (event: string) => {
+      raw.write(event)
       if (raw.writableLength > MAX_BEHIND_BYTES) raw.destroy()
     }
+    for (const { receipt, measured } of run.receipts(after)) write(receiptEvent(receipt, measured))
+    const finished = (receipt: Receipt, measured: Measured) => write(receiptEvent(receipt, measured))
+    const changed = (status: MemberStatus) => write(eventOf('member', status))
+    const refused = (refusal: Refusal) => write(eventOf('refused', refusal))
     const reader: Reader = { end: () => raw.end() }
     this.#readers.add(reader)
-    for (const receipt of run.receipts(after)) send(receipt)
-    run.on('receipt', send)
+    run.on('receipt', finished).on('member', changed).on('refused', refused)
     // A run that leaves memory comes back as another one, which has this one's readers no more.
     run.on('gone', reader.end)
     const heartbeat = setInterval(() => raw.write(': nothing new\n\n'), HEARTBEAT_MS).unref()
     raw.once('close', () => {
       clearInterval(heartbeat)
-      run.off('receipt', send)
-      run.off('gone', reader.end)
+      run.off('receipt', finished).off('member', changed).off('refused', refused).off('gone', reader.end)
       this.#readers.delete(reader)
     })
   }
@@ -56,11 +63,16 @@ export class Events {
   }
 }
 
-/** A receipt in REST: the frame without its type. */
-export function receiptBody({ type: _, ...receipt }: Receipt): components['schemas']['Receipt'] {
-  return { ...receipt }
+/** A receipt in REST: the frame without its type, and what this process has measured of the step. */
+export function receiptBody({ receipt, measured }: Finished): components['schemas']['Receipt'] {
+  const { type: _, contributors, ...rest } = receipt
+  return { ...rest, ...(contributors && { contributors: [...contributors] }), ...(measured && { measured }) }
 }
 
-function eventOf(receipt: Receipt): string {
-  return `id: ${receipt.step}\nevent: receipt\ndata: ${JSON.stringify(receiptBody(receipt))}\n\n`
+function receiptEvent(receipt: Receipt, measured: Measured | undefined): string {
+  return `id: ${receipt.step}\n${eventOf('receipt', receiptBody({ receipt, measured }))}`
+}
+
+function eventOf(name: string, data: object): string {
+  return `event: ${name}\ndata: ${JSON.stringify(data)}\n\n`
 }

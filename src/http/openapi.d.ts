@@ -126,6 +126,26 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/ui": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Runs as a page to look at
+         * @description The page needs nothing from outside the service, and no key. What it shows comes from the operations below, with the key that its reader types.
+         */
+        get: operations["getUi"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/runs": {
         parameters: {
             query?: never;
@@ -311,11 +331,36 @@ export interface paths {
         };
         /**
          * Each receipt as it happens, as server-sent events
-         * @description Event `receipt`, its `id` the step and its `data` a Receipt in JSON. With `Last-Event-ID` the kept receipts after
+         * @description Event `receipt`, its `id` the step and its `data` a Receipt in JSON. Event `member` has in its `data` the `rank` of a member
+         *     that came or went (0 in a run with one connection; and `replica`, where there are several), and whether it is `connected`.
+         *     Event `refused` has a Refusal: an error that a member was told. With `Last-Event-ID` the kept receipts after
          *     that step come first; without it the stream starts with the next one. A reader that falls 1 MiB behind is cut off,
          *     and comes back with `Last-Event-ID`. The stream ends when the run is deleted or the service shuts down.
          */
         get: operations["streamEvents"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/runs/{run}/refusals": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        /**
+         * The newest errors that connections of a run were told
+         * @description The service keeps the newest 100 of each run in memory.
+         */
+        get: operations["listRefusals"];
         put?: never;
         post?: never;
         delete?: never;
@@ -457,7 +502,10 @@ export interface components {
                 state_bytes: number;
                 /** @description Most runs in memory. */
                 max_runs: number;
+                /** @description Most streams. */
                 max_connections: number;
+                /** @description Bytes that all streams may send over their sockets; 0 is without a limit. */
+                max_bytes_per_second: number;
                 /** @description Most parameters of one run. */
                 max_parameters: number;
                 /** @description Receipts kept per run. */
@@ -465,6 +513,24 @@ export interface components {
                 /** @description A run without a connection for so long leaves memory, or ends where there is no data folder; 0 is never. */
                 idle_seconds: number;
             };
+            /** @description What the key that asks has, and may have. Its runs are all that it sees, whichever key made them. */
+            quotas: {
+                /** @description Runs, in memory or on the disk. */
+                runs: components["schemas"]["Quota"];
+                /** @description Of all its runs. */
+                parameters: components["schemas"]["Quota"];
+                /** @description Of all its runs. */
+                state_bytes: components["schemas"]["Quota"];
+                /** @description Streams and event streams. */
+                connections: components["schemas"]["Quota"];
+                /** @description Bytes that its streams send over their sockets, in the last second. */
+                bytes_per_second: components["schemas"]["Quota"];
+            };
+        };
+        Quota: {
+            used: number;
+            /** @description The most; absent where only the limits of the service hold. */
+            quota?: number;
         };
         Hyperparameter: {
             /** @description The value where none is given. */
@@ -507,19 +573,26 @@ export interface components {
             /** Format: date-time */
             created_at: string;
             /**
-             * @description Whether it is in memory. One that nobody uses is on the disk only (settings `idle_seconds` and `max_runs`): its
-             *     `state_bytes` are 0, and an `open` or a request for more than this brings it back. With a journal it may then have
-             *     later steps than are told here, where it has not been in memory since the service was started.
+             * @description Whether it is in memory. One that nobody uses is on the disk only (settings `idle_seconds` and `max_runs`): an `open`
+             *     or a request for more than this brings it back. With a journal it may then have later steps than are told here,
+             *     where it has not been in memory since the service was started.
              */
             in_memory: boolean;
             /** @description Whether a connection writes to the run. */
             connected: boolean;
             /** @description How many parameters the run has. */
             parameters: number;
-            /** @description Bytes of its state on the device. */
+            /** @description Bytes of its state on the device; of one that is not in memory, those that it takes there. */
             state_bytes: number;
             /** @description The last step that a crash leaves. 0 without a data folder. */
             durable_step: number;
+            /**
+             * Format: date-time
+             * @description When this process has finished the last step; absent where it has finished none.
+             */
+            last_step_at?: string;
+            /** @description Wall-clock seconds of a step, the mean over the newest 20; absent as `last_step_at`. */
+            step_seconds?: number;
             /** @description What is to be known of how the run came here; absent where there is nothing. */
             note?: string;
         };
@@ -557,10 +630,27 @@ export interface components {
             ahead: number[];
             /** @description What QK-clip watches. */
             attentions: components["schemas"]["Attention"][];
+            /** @description Every rank of a run with members, in order; absent for a run with one connection. */
+            members?: components["schemas"]["Member"][];
             /** @description Every effective hyperparameter of the step in progress, by group. */
             groups: {
                 [key: string]: components["schemas"]["Hyperparameters"];
             };
+        };
+        Member: {
+            /** @description Counts within the replica. */
+            rank: number;
+            /** @description Absent where the run has one. */
+            replica?: number;
+            /** @description Whether it has a connection. */
+            connected: boolean;
+            /** @description Whether its `end` of the step in progress has come: the others wait for a member whose has not. */
+            ended: boolean;
+        };
+        Contribution: {
+            replica: number;
+            /** @description Its share of the mean is this, divided by the sum of all. */
+            weight: number;
         };
         Imported: {
             /** @description The last finished step, which the state follows. */
@@ -621,6 +711,13 @@ export interface components {
             step: number;
             /** @description Bytes of state it has; 0 before its first step. */
             state_bytes: number;
+            /** @description What its last step came to; absent where this process has not computed that. */
+            last?: {
+                /** @description L2 norm after gradient_scale. */
+                gradient_norm: number;
+                /** @description Root of the mean square of the update's elements. */
+                update_rms: number;
+            };
             plan: components["schemas"]["Plan"];
         };
         /** @description What one step of the parameter is, with the hyperparameters of the step in progress. */
@@ -657,7 +754,7 @@ export interface components {
             /** @description Root of the mean square. */
             rms: number;
         };
-        /** @description What the stream's receipt frame says. */
+        /** @description What the stream's receipt frame says, and what was measured of the step. */
         Receipt: {
             step: number;
             replayed: boolean;
@@ -676,6 +773,8 @@ export interface components {
             };
             /** @description The largest of the step's max_logits. */
             max_logit?: number;
+            /** @description The replicas whose mean the step is made of, in order; absent in a run with one. */
+            contributors?: components["schemas"]["Contribution"][];
             digest: string;
             /** @description Whether the step survives the process. */
             durable: boolean;
@@ -685,6 +784,34 @@ export interface components {
                 compute: number;
                 send: number;
             };
+            /** @description Absent where another process has finished the step. */
+            measured?: {
+                /** Format: date-time */
+                finished_at: string;
+                /** @description From the end of the step before; for the first one of a process from the first frame of the step. */
+                wall_seconds: number;
+                /** @description Root of the mean square of all elements of the applied updates. */
+                update_rms: number;
+                /** @description Bytes of the gradients that were applied. */
+                gradient_bytes: number;
+                /** @description Bytes of their updates. */
+                update_bytes: number;
+            };
+        };
+        /** @description An error that a connection of the run was told. */
+        Refusal: {
+            /** Format: date-time */
+            at: string;
+            /** @description Of the member; 0 in a run with one connection. */
+            rank: number;
+            /** @description Of the member; absent for replica 0. */
+            replica?: number;
+            /** @description One of the codes in docs/protocol.md. */
+            code: string;
+            message: string;
+            /** @description Index of the parameter. */
+            parameter?: number;
+            step?: number;
         };
     };
     responses: {
@@ -850,6 +977,27 @@ export interface operations {
         requestBody?: never;
         responses: {
             /** @description A page that needs nothing from outside the service. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "text/html": string;
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getUi: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description A page. */
             200: {
                 headers: {
                     [name: string]: unknown;
@@ -1133,6 +1281,32 @@ export interface operations {
                 };
                 content: {
                     "text/event-stream": string;
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    listRefusals: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["run"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Oldest first. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": {
+                        refusals: components["schemas"]["Refusal"][];
+                    };
                 };
             };
             default: components["responses"]["Problem"];

@@ -1,6 +1,7 @@
 import { Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
-import { DTYPES } from '../../kernels/dtype.js'
+import { WIRE_DTYPES } from '../../kernels/dtype.js'
+import type { Principal } from '../access/principal.js'
 import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
@@ -13,11 +14,13 @@ import { groupOf } from '../optimizer/hyperparameters.js'
 import { describe } from '../optimizer/parameter.js'
 import type { Preset, Presets } from '../optimizer/preset.js'
 import { HYPERPARAMETERS } from '../optimizer/table.js'
+import { memberId } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { RunFolder } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
+import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './contract.js'
 import { type Events, receiptBody } from './events.js'
@@ -63,8 +66,11 @@ type Handler<O> = (request: RequestOf<O>, reply: FastifyReply) => AnswerOf<O> | 
  */
 export type AnyHandler = { handle(request: FastifyRequest, reply: FastifyReply): unknown }['handle']
 
-/** One handler per operationId of openapi.yaml: a missing one does not compile. `/docs` is served by its plugin. */
-export type Handlers = { readonly [Id in Exclude<keyof operations, 'getDocs'>]: Handler<operations[Id]> }
+/** Operations whose pages are served from files, with what those need. */
+export type Page = 'getDocs' | 'getUi'
+
+/** One handler per operationId of openapi.yaml: a missing one does not compile. */
+export type Handlers = { readonly [Id in Exclude<keyof operations, Page>]: Handler<operations[Id]> }
 
 /**
  * The handlers of the control plane. They throw ServiceError; app.ts makes routes of them and problem documents of
@@ -105,17 +111,28 @@ function serviceHandlers({
     },
     getMetrics: async (_request, reply) =>
       reply.type(metrics.registry.contentType).send(await metrics.registry.metrics()),
-    getCapabilities: () => capabilities({ config, device, presets }),
+    getCapabilities: (request) => ({
+      ...capabilities({ config, device, presets }),
+      quotas: quotasOf(principalIn(request), runs),
+    }),
     getOpenapi: (_request, reply) => reply.type('application/yaml').send(contract.text),
   }
 }
 
 function runHandlers({ config, device, runs, events, readers }: Services): Pick<Handlers, RunOperation> {
   return {
-    listRuns: () => ({
-      runs: [...runs.list().map((run) => runSummary(runs, run)), ...[...runs.idle.values()].map(idleSummary)],
-      stored: [...runs.stored].map(storedRun),
-    }),
+    listRuns: (request) => {
+      const principal = principalIn(request)
+      const own = ({ name }: { name: string }) => principal.sees(name)
+      const inMemory = runs.list().filter(own)
+      return {
+        runs: [
+          ...inMemory.map((run) => runSummary(runs, run)),
+          ...[...runs.idle.values()].filter(own).map(idleSummary),
+        ],
+        stored: [...runs.stored].map(storedRun).filter(own),
+      }
+    },
     getRun: ({ params }) => {
       const idle = runs.idle.get(params.run)
       return idle ? idleBody(idle) : runBody(runs, runs.get(params.run))
@@ -152,9 +169,13 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
       const run = await runs.wake(params.run)
       return { receipts: run.receipts(query.after).map(receiptBody) }
     },
-    streamEvents: ({ params, headers }, reply) => {
-      const run = runs.get(params.run)
+    listRefusals: async ({ params }) => ({ refusals: [...(await runs.wake(params.run)).refusals.list()] }),
+    streamEvents: (request, reply) => {
+      const { params, headers } = request
+      const [run, principal] = [runs.get(params.run), principalIn(request)]
+      principal.checkConnections()
       events.open(run, reply, Number(headers['last-event-id'] ?? run.step))
+      reply.raw.once('close', principal.connect())
       return reply
     },
   }
@@ -189,6 +210,7 @@ function checkpointHandlers({ runs, data }: Services): Pick<Handlers, Checkpoint
 
 /** Where to go from `/`. */
 const LINKS = {
+  dashboard: '/ui',
   documentation: '/docs',
   contract: '/openapi.yaml',
   capabilities: '/v1/capabilities',
@@ -217,17 +239,12 @@ function capabilities({
   config,
   device,
   presets,
-}: Pick<Services, 'config' | 'device' | 'presets'>): Schemas['Capabilities'] {
-  const { chunk_bytes, staging_bytes, max_runs, max_connections, max_parameters, receipts_kept, idle_seconds } = config
+}: Pick<Services, 'config' | 'device' | 'presets'>): Omit<Schemas['Capabilities'], 'quotas'> {
+  const { chunk_bytes, staging_bytes, max_runs, max_connections, max_bytes_per_second } = config
+  const { max_parameters, receipts_kept, idle_seconds } = config
   const limits = {
-    chunk_bytes,
-    staging_bytes,
-    state_bytes: device.stateBytesLimit,
-    max_runs,
-    max_connections,
-    max_parameters,
-    receipts_kept,
-    idle_seconds,
+    ...{ chunk_bytes, staging_bytes, state_bytes: device.stateBytesLimit, max_runs },
+    ...{ max_connections, max_bytes_per_second, max_parameters, receipts_kept, idle_seconds },
   }
   return {
     server: { name: 'muond', version: VERSION },
@@ -236,7 +253,7 @@ function capabilities({
       Object.entries(HYPERPARAMETERS).map(([name, table]) => [name, hyperparametersOf(table)]),
     ),
     presets: Object.fromEntries([...presets].map(([name, preset]) => [name, presetBody(preset)])),
-    dtypes: Object.keys(DTYPES),
+    dtypes: [...WIRE_DTYPES],
     devices: [
       {
         name: device.backend.name,
@@ -246,6 +263,20 @@ function capabilities({
       },
     ],
     limits,
+  }
+}
+
+/** What a principal has, and where its key has quotas, what it may have. */
+function quotasOf(principal: Principal, runs: Runs): Schemas['Capabilities']['quotas'] {
+  const { quotas, connections, rate } = principal
+  const usage = runs.quotas.usage(principal)
+  const row = (used: number, quota: number | undefined) => ({ used, ...(quota !== undefined && { quota }) })
+  return {
+    runs: row(usage.runs, quotas.runs),
+    parameters: row(usage.parameters, quotas.parameters),
+    state_bytes: row(usage.state_bytes, quotas.state_bytes),
+    connections: row(connections, quotas.connections),
+    bytes_per_second: row(rate.last(), quotas.bytes_per_second),
   }
 }
 
@@ -278,12 +309,13 @@ function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
     parameters,
     state_bytes: run.stateBytes,
     durable_step: runs.durableStep(run),
+    ...run.pace,
     ...(note && { note }),
   }
 }
 
 function idleSummary({ groups: _, attentions: __, ...rest }: IdleRun): Schemas['RunSummary'] {
-  return { ...rest, in_memory: false, connected: false, state_bytes: 0 }
+  return { ...rest, in_memory: false, connected: false }
 }
 
 function idleBody(idle: IdleRun): Schemas['Run'] {
@@ -301,13 +333,36 @@ function checkpointBody(folder: RunFolder, entry: CheckpointEntry): Schemas['Che
 
 function runBody(runs: Runs, run: Run): Schemas['Run'] {
   const { groups, ahead } = run.opened(true)
-  return { ...runSummary(runs, run), ahead: [...ahead], attentions: [...run.attentions], groups: { ...groups } }
+  const members = memberRows(run)
+  return {
+    ...runSummary(runs, run),
+    ...(members && { members }),
+    ...{ ahead: [...ahead], attentions: [...run.attentions], groups: { ...groups } },
+  }
+}
+
+/** The members of a run that has some: who is connected, and whose `end` of the step in progress has come. */
+function memberRows({ intake }: Run): Schemas['Member'][] | undefined {
+  const { layout, status } = intake.members
+  const ended = new Set(intake.ended)
+  const { world_size } = layout
+  return layout.named
+    ? status.map((member) => ({ ...member, ended: ended.has(memberId({ ...member, world_size })) }))
+    : undefined
 }
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {
-  const { parameter, algorithm, step, state_bytes } = run.place(index)
+  const { parameter, algorithm, step, state_bytes, last } = run.place(index)
   const plan = explain(parameter, groupOf(parameter, run.groups))
   const { shape, split, ...rest } = describe(parameter)
   const layout = { shape: [...shape], ...(split && { split: [...split] }) }
-  return { ...rest, ...layout, algorithm, step, state_bytes, plan: { ...plan, blocks: [...plan.blocks] } }
+  return {
+    ...rest,
+    ...layout,
+    algorithm,
+    step,
+    state_bytes,
+    ...(last && { last }),
+    plan: { ...plan, blocks: [...plan.blocks] },
+  }
 }

@@ -9,9 +9,16 @@ export type Problem = components['schemas']['Problem']
 
 const MEDIA_TYPE = 'application/problem+json'
 
-/** Answers every error of the app with a problem document (RFC 9457): our own, fastify's, and unknown routes. */
-export function answerProblems(app: FastifyInstance, metrics: Metrics): void {
-  app.setErrorHandler((error, request, reply) => sendProblem(error, { request, reply, metrics }))
+/**
+ * Answers every error of the app with a problem document (RFC 9457): our own, fastify's, and unknown routes. `limited`
+ * may make another error of it.
+ */
+export function answerProblems(
+  app: FastifyInstance,
+  metrics: Metrics,
+  limited: (error: unknown, request: FastifyRequest) => unknown,
+): void {
+  app.setErrorHandler((error, request, reply) => sendProblem(limited(error, request), { request, reply, metrics }))
   app.setNotFoundHandler((request) => {
     throw new ServiceError('NOT_FOUND', `there is no ${path(request)} here`)
   })

@@ -3,6 +3,7 @@ import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import { type StateFile, stateFile } from '../keep/state-file.js'
 import type { Run } from '../run/run.js'
+import { turn } from '../run/slices.js'
 
 /** How many may read state of one run at a time. */
 export const MOST_READERS = 8
@@ -19,6 +20,8 @@ export class StateReaders {
   readonly #device: Device
   readonly #counts = new Map<Run, { readers: number }>()
   readonly #shared = new Map<Run, Shared>()
+  /** The last turn of the event loop that a reader was given. */
+  #lastTurn = Promise.resolve()
 
   constructor(device: Device) {
     this.#device = device
@@ -41,9 +44,9 @@ export class StateReaders {
    * Keeps memory beside that of the runs, which tensors of a run may take when it has gone on; the answer gives it
    * back. Throws OVER_CAPACITY.
    */
-  keep(run: Run, tensors: readonly { tensor: { unit: number; bytes: number } }[]): Grant {
+  keep(run: Run, tensors: readonly { unit: number; bytes: number }[]): Grant {
     const needed = run.grant.bytes.map(() => 0)
-    for (const { tensor } of tensors) needed[tensor.unit] += tensor.bytes
+    for (const { unit, bytes } of tensors) needed[unit] += bytes
     return this.#device.reserve(needed, `a reader of the state of run '${run.name}'`)
   }
 
@@ -64,6 +67,28 @@ export class StateReaders {
       leave()
       throw error
     }
+  }
+
+  /**
+   * Pieces of state, `bytes` in all, which are made as they are read. All readers together make one in each turn of
+   * the event loop: a socket that takes all it is given asks for the next piece in the same turn, and many such sockets
+   * may open at once.
+   */
+  async *inTurns<T extends Uint8Array>(pieces: Iterable<T>, bytes: number): AsyncGenerator<T, void, void> {
+    let rest = bytes
+    await this.#nextTurn()
+    for (const piece of pieces) {
+      yield piece
+      rest -= piece.length
+      // The state is given back as soon as the last piece was taken, and not when others have had their turns.
+      if (rest > 0) await this.#nextTurn()
+    }
+  }
+
+  /** Resolves in a turn of the event loop that no other reader is given. */
+  #nextTurn(): Promise<void> {
+    this.#lastTurn = this.#lastTurn.then(turn)
+    return this.#lastTurn
   }
 
   #join(run: Run): Shared {

@@ -1,5 +1,4 @@
 import { Readable } from 'node:stream'
-import { setImmediate as turn } from 'node:timers/promises'
 import { bytesPerElement } from '../../kernels/dtype.js'
 import type { Device } from '../device/device.js'
 import type { Runs } from '../keep/runs.js'
@@ -26,7 +25,7 @@ export async function stateNorms(
   try {
     const described: StateTensor[] = []
     for (const { name, dtype, shape, tensor } of held) {
-      const norm = Math.sqrt(await squareSum(device.read([tensor]), READERS[dtype]))
+      const norm = Math.sqrt(await squareSum(readers.inTurns(device.read([tensor]), tensor.bytes), READERS[dtype]))
       const elements = tensor.bytes / bytesPerElement(dtype)
       described.push({ name, dtype, shape: [...shape], norm, rms: norm / Math.sqrt(elements) })
     }
@@ -58,7 +57,7 @@ export function stateBody(
   const entries = entriesOf(held)
   const header = encodeHeader(entries, metadata)
   const length = entries.reduce((sum, { bytes }) => sum + bytes, header.length)
-  const body = Readable.from(pieces(device, header, { held, step }), { objectMode: false })
+  const body = Readable.from(readers.inTurns(pieces(device, header, { held, step }), length), { objectMode: false })
   // Not in the generator: a reader that leaves before the first piece never starts it.
   body.once('close', release)
   return { length, body }
@@ -70,9 +69,17 @@ export async function runStateBody(
   { readers, run }: { readers: StateReaders; run: Run },
 ): Promise<{ length: number; body: Readable }> {
   const { file, release } = await betweenSteps(runs, run, async () => readers.file(run))
-  const body = Readable.from(file.pieces(), { objectMode: false })
-  body.once('close', release)
-  return { length: file.bytes, body }
+  try {
+    const { bytes, pieces } = await file.body()
+    const body = Readable.from(readers.inTurns(pieces(), bytes), { objectMode: false })
+    body.once('close', release)
+    return { length: bytes, body }
+    /* c8 ignore start -- the header of a run that was opened can be written */
+  } catch (error) {
+    release()
+    throw error
+  }
+  /* c8 ignore stop */
 }
 
 /** A parameter's state tensors and the memory that they may take when the run has gone on. */
@@ -84,7 +91,10 @@ function holdParameter(
   const leave = readers.enter(run)
   const held = run.stateTensors(index)
   try {
-    const grant = readers.keep(run, held)
+    const grant = readers.keep(
+      run,
+      held.map(({ tensor }) => tensor),
+    )
     const giveBack = () => {
       release(device, held)
       device.dismiss(grant)
@@ -135,14 +145,11 @@ function momentumForm(run: Run, group: string): Record<string, string> {
 }
 
 async function squareSum(
-  pieces: Iterable<Uint8Array<ArrayBuffer>>,
+  pieces: AsyncIterable<Uint8Array<ArrayBuffer>>,
   read: (piece: Uint8Array<ArrayBuffer>) => Float32Array,
 ): Promise<number> {
   let sum = 0
-  for (const piece of pieces) {
-    for (const value of read(piece)) sum += value * value
-    await turn()
-  }
+  for await (const piece of pieces) for (const value of read(piece)) sum += value * value
   return sum
 }
 

@@ -17,6 +17,17 @@ export class AbsentRuns {
     return this.stored.has(name) || this.idle.has(name)
   }
 
+  /** Why a run cannot be had as it is; undefined where there is none of this name. */
+  notInMemory(name: string): ServiceError | undefined {
+    if (this.idle.has(name)) {
+      const remedy = 'an open brings it back, and so does reading its state'
+      return new ServiceError('RESTORING', `run '${name}' is idle and on the disk: ${remedy}`)
+    }
+    const problem = this.stored.get(name)
+    if (problem === '') return new ServiceError('RESTORING', `run '${name}' waits to be restored`)
+    return problem === undefined ? undefined : new ServiceError('CHECKPOINT_UNREADABLE', problem)
+  }
+
   /** A run waits to be restored. */
   wait(name: string): void {
     this.leave(name)
@@ -48,6 +59,13 @@ export class AbsentRuns {
       throw known
     }
   }
+}
+
+/** What a client is told of a run that does not exist. One ends after `idle_seconds` of rest, or with 0 never. */
+export function notFound(name: string, idle_seconds: number): ServiceError {
+  const ended =
+    idle_seconds === 0 ? '' : `; without a data folder one ends after ${idle_seconds} seconds without a connection`
+  return new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'${ended}`)
 }
 
 /** What a client is told of an error that came of reading a run's folder. */

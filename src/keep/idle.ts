@@ -1,4 +1,5 @@
 import type { Attention } from '../optimizer/attention.js'
+import { allStateBytes } from '../optimizer/parameter.js'
 import type { Run } from '../run/run.js'
 import { effectiveGroups } from '../run/step/conclusion.js'
 import type { Manifest } from '../store/checkpoint/manifest.js'
@@ -14,25 +15,27 @@ export type IdleRun = Pick<OpenedFrame, 'epoch' | 'step' | 'digest' | 'groups' |
   /** How many parameters it has. */
   readonly parameters: number
   readonly durable_step: number
+  /** Bytes of state that it takes when it is back in memory. */
+  readonly state_bytes: number
 }
 
 /** A run as it leaves memory; `durable_step` is the one that it comes back at. */
 export function idleRun(run: Run, durable: { step: number; digest: string }): IdleRun {
-  const { name, created_at, parameters, attentions } = run
+  const { name, created_at, parameters, attentions, fullStateBytes } = run
   const { epoch, groups, note } = run.opened(true)
   const { step, digest } = durable
   return {
     ...{ name, created_at, epoch, step, digest, durable_step: step, parameters: parameters.length },
-    ...{ groups, attentions, ...(note !== undefined && { note }) },
+    ...{ groups, attentions, state_bytes: fullStateBytes, ...(note !== undefined && { note }) },
   }
 }
 
 /** A run that nobody has brought to memory yet: after its newest checkpoint a journal may have more steps. */
 export function idleOnDisk(manifest: Manifest, { epoch }: Identity): IdleRun {
-  const { run: name, created_at, step, digest, parameters } = manifest
-  const { groups, attentions } = keptDeclaration(manifest)
+  const { run: name, created_at, step, digest } = manifest
+  const { groups, attentions, parameters } = keptDeclaration(manifest)
   return {
     ...{ name, created_at, epoch, step, digest, durable_step: step, parameters: parameters.length },
-    ...{ groups: effectiveGroups(groups), attentions },
+    ...{ groups: effectiveGroups(groups), attentions, state_bytes: allStateBytes(parameters) },
   }
 }

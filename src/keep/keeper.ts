@@ -2,10 +2,13 @@ import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { errorText, ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
+import type { Parameter } from '../optimizer/parameter.js'
 import type { PendingImport } from '../run/imported-state.js'
 import type { Run } from '../run/run.js'
-import type { HeldTensor } from '../run/shard.js'
+import { inSlices } from '../run/slices.js'
+import type { Snapshot } from '../run/snapshot.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
+import type { RunRecord } from '../store/checkpoint/manifest.js'
 import { tagRule } from '../store/checkpoint/manifest-rules.js'
 import type { StateEntry } from '../store/checkpoint/state-files.js'
 import { stateName } from '../store/checkpoint/state-source.js'
@@ -133,43 +136,45 @@ export class Keeper {
   async #write(tags: readonly string[], pending?: PendingImport): Promise<CheckpointEntry> {
     const started = performance.now()
     this.#due = false
-    const { device, metrics, log, config } = this.#means
-    const { record, tensors } = this.#run.snapshot(pending)
+    const { metrics, log, config } = this.#means
+    const snapshot = this.#run.snapshot(pending)
+    const { run, step } = snapshot.head
     // Before anything is awaited: what the next step appends belongs to the next segment.
-    const rotated = this.#run.journal?.rotate(record.step + 1)
-    const held = new Map(tensors.map((tensor, i) => [i, tensor]))
-    const release = (position: number) => {
-      const one = held.get(position)
-      held.delete(position)
-      if (one) device.memory.release(one.tensor)
-    }
-    const releaseAll = () => {
-      for (const position of [...held.keys()]) release(position)
-    }
-    const entries = entriesOf(tensors)
-    const written = (position: number) => release(position - (entries.length - tensors.length))
-    const { record: signature, locations } = device
-    const file_bytes = config.checkpoint_file_bytes
-    const entry = await (rotated ?? Promise.resolve())
-      .then(() =>
-        this.folder.write(
-          { tags, server: VERSION, device: signature, record, entries, locations, file_bytes },
-          written,
-        ),
-      )
+    const rotated = this.#run.journal?.rotate(step + 1)
+    const entry = await this.#writeFiles(snapshot, tags, rotated)
       .catch((error) => {
         metrics.checkpoint_failures_total.inc()
-        throw this.#failed(record.step, error)
+        throw this.#failed(step, error)
       })
-      .finally(releaseAll)
+      .finally(() => snapshot.release())
     if (pending) this.#run.takeOver(pending)
     await this.#tidy(entry, config.checkpoints_kept)
     const seconds = (performance.now() - started) / 1000
     metrics.checkpoint_seconds.observe(seconds)
     metrics.checkpoint_bytes_total.inc(entry.bytes)
     const { checkpoint, bytes } = entry
-    log.info({ event: 'checkpoint_written', run: record.run, checkpoint, bytes, seconds })
+    log.info({ event: 'checkpoint_written', run, checkpoint, bytes, seconds })
     return entry
+  }
+
+  /** Each tensor is given back once it was written. */
+  async #writeFiles(
+    snapshot: Snapshot,
+    tags: readonly string[],
+    rotated: Promise<void> | undefined,
+  ): Promise<CheckpointEntry> {
+    await rotated
+    const { device, config } = this.#means
+    const { record, entries } = await inSlices(describing(snapshot))
+    const counts = entries.length - snapshot.tensors.length
+    const { record: signature, locations } = device
+    return this.folder.write(
+      {
+        ...{ tags, server: VERSION, device: signature, record, entries, locations },
+        file_bytes: config.checkpoint_file_bytes,
+      },
+      (written) => snapshot.releaseFirst(written - counts),
+    )
   }
 
   // What is left over takes room and nothing else: the checkpoint is whole, and the next one tries again.
@@ -202,26 +207,27 @@ export class Keeper {
 const COUNT_BYTES = BigInt64Array.BYTES_PER_ELEMENT
 
 /**
- * The step counts first: 8 bytes each keep every tensor behind them aligned. Names are those of torch's flattened
- * optimizer state.
+ * The record of a checkpoint and its tensors. The step counts come first: 8 bytes each keep every tensor behind them
+ * aligned. Names are those of torch's flattened optimizer state.
  */
-function entriesOf(tensors: readonly HeldTensor[]): StateEntry[] {
-  const counts = new Map(tensors.map(({ parameter, count }) => [parameter.name, count]))
-  return [
-    ...[...counts].map(([name, count]): StateEntry => {
-      const inline = new Uint8Array(BigInt64Array.of(BigInt(count)).buffer, 0, COUNT_BYTES)
-      return { name: stateName(name, 'step'), dtype: 'I64', shape: [], inline }
-    }),
-    ...tensors.map(({ parameter, name, dtype, shape, tensor }): StateEntry => {
-      const { unit, pointer, bytes } = tensor
-      return {
-        name: stateName(parameter.name, name),
-        dtype: SAFETENSORS_NAMES[dtype],
-        shape,
-        placed: { unit, pointer, bytes },
-      }
-    }),
-  ]
+function* describing(snapshot: Snapshot): Generator<undefined, { record: RunRecord; entries: StateEntry[] }> {
+  const { record, tensors } = yield* snapshot.describing()
+  const entries: StateEntry[] = []
+  let before: Parameter | undefined
+  for (const { parameter, count } of tensors) {
+    if (parameter === before) continue
+    before = parameter
+    const inline = new Uint8Array(BigInt64Array.of(BigInt(count)).buffer, 0, COUNT_BYTES)
+    entries.push({ name: stateName(parameter.name, 'step'), dtype: 'I64', shape: [], inline })
+    yield
+  }
+  for (const { parameter, name, dtype, shape, tensor } of tensors) {
+    const { unit, pointer, bytes } = tensor
+    const placed = { unit, pointer, bytes }
+    entries.push({ name: stateName(parameter.name, name), dtype: SAFETENSORS_NAMES[dtype], shape, placed })
+    yield
+  }
+  return { record, entries }
 }
 
 /** Refuses a tag that is empty, too long or would name another checkpoint's id. Throws PARAMETER_INVALID. */

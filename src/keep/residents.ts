@@ -1,4 +1,5 @@
 import type { Config } from '../config.js'
+import type { Grant } from '../device/admission.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import type { Run } from '../run/run.js'
@@ -10,6 +11,8 @@ import type { Turns } from './turns.js'
 export type ResidentsMeans = {
   config: Pick<Config, 'max_runs' | 'idle_seconds'>
   metrics: Metrics
+  /** Hears of every run that comes to memory. */
+  watch?: (run: Run) => void
   log: Log
   /** Where a run lies that leaves memory; undefined where it ends then. */
   archive: Archive | undefined
@@ -65,6 +68,22 @@ export class Residents {
     }
   }
 
+  /**
+   * Has `admit` grant a run memory. Where there is not enough, runs that nobody uses leave it, unless `check`, which is
+   * given their grants, throws: nobody leaves for a run that finds no room all the same. Throws OVER_CAPACITY.
+   */
+  async admit(admit: () => Grant, check: (leaving: ReadonlySet<Grant>) => void): Promise<Grant> {
+    for (;;) {
+      try {
+        return admit()
+      } catch (error) {
+        check(new Set(this.#dispensable.map(({ grant }) => grant)))
+        /* c8 ignore next -- the disk has to fail for the one that was to leave */
+        if (!(await this.#letOneGo())) throw error
+      }
+    }
+  }
+
   /** A run is in memory no more, or is on its way out. */
   leave(name: string): void {
     this.#runs.delete(name)
@@ -92,6 +111,7 @@ export class Residents {
   #enter(run: Run): void {
     this.#runs.set(run.name, run)
     measure(run, this.#means.metrics)
+    this.#means.watch?.(run)
   }
 
   #look(): void {
@@ -103,17 +123,29 @@ export class Residents {
     )
   }
 
-  /** Has the run leave memory that no connection has had for the longest time. Throws OVER_CAPACITY. */
-  async #makeRoom(): Promise<void> {
-    const { archive, turns, config } = this.#means
-    const losesNothing = (run: Run) => archive !== undefined && !isLossy(run)
-    const idle = this.list()
-      .filter((run) => this.#mayRest(run, losesNothing))
+  /** The runs that may make room: no connection has one, and nothing of it is lost. The longest unused is the first. */
+  get #dispensable(): Run[] {
+    return this.list()
+      .filter((run) => this.#mayRest(run, this.#losesNothing))
       .sort((one, other) => Number(one.idleSince) - Number(other.idleSince))
-    for (const run of idle) {
+  }
+
+  /** Has the run leave memory that no connection has had for the longest time; answers whether there was one. */
+  async #letOneGo(): Promise<boolean> {
+    const { turns } = this.#means
+    for (const run of this.#dispensable) {
       // Whoever comes has a turn: to wait for another one's could be to wait for oneself.
-      if (!turns.has(run.name) && (await turns.take(run.name, () => this.#rest(run, losesNothing)))) return
+      if (!turns.has(run.name) && (await turns.take(run.name, () => this.#rest(run, this.#losesNothing)))) return true
     }
+    return false
+  }
+
+  readonly #losesNothing = (run: Run) => this.#means.archive !== undefined && !isLossy(run)
+
+  /** Has one run leave memory. Throws OVER_CAPACITY. */
+  async #makeRoom(): Promise<void> {
+    if (await this.#letOneGo()) return
+    const { config } = this.#means
     const remedy = 'delete one (DELETE /v1/runs/{run}), or start the service with a larger --max-runs'
     const holds = this.#runs.size + this.#coming
     throw new ServiceError('OVER_CAPACITY', `the service holds ${holds} runs, at most ${config.max_runs}: ${remedy}`)

@@ -8,9 +8,10 @@ import { type Parameter, parseParameters } from '../optimizer/parameter.js'
 import { claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
 import type { Declaration } from '../run/declaration.js'
 import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
+import { Member } from '../run/members/member.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
-import { Member } from '../run/step/member.js'
+import { withMeanGradient } from '../run/step/mean-demands.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import {
   type DeviceRecord,
@@ -124,7 +125,7 @@ export async function replay(
   const member = new Member()
   try {
     for (const stored of steps) {
-      run.repeat(settingsOf(stored.end.settings))
+      run.repeat(settingsOf(stored.end.settings), stored.end.receipt.contributors ?? [])
       const done = await Promise.allSettled(
         stored.gradients.map((gradient) => applyAgain(run, { member, gradient, files, elsewhere })),
       )
@@ -143,19 +144,18 @@ async function applyAgain(run: Run, { member, gradient, files, elsewhere }: Agai
   const { parameter: index, step: number, path, at, bytes, applied, label } = gradient
   await named(label, async () => {
     const parameter = run.parameter(index)
-    if (parameter.gradient_bytes !== bytes) {
-      throw new UnreadableError(
-        `the gradient of parameter '${parameter.name}' has ${bytes} bytes, expected ${parameter.gradient_bytes}`,
-      )
-    }
+    const contributors = appliedOf(applied).contributors
+    const { name, gradient_bytes } = contributors ? withMeanGradient(parameter) : parameter
+    if (gradient_bytes !== bytes)
+      throw new UnreadableError(`the gradient of parameter '${name}' has ${bytes} bytes, expected ${gradient_bytes}`)
     const region = await run.staging.reserve(bytes, new AbortController().signal)
     assert(region, 'nothing aborts this')
     try {
       const file = files.get(path) ?? open(path, 'r')
       files.set(path, file)
       await readInto(region.view, await file, at)
-      const step = run.expect(member, index, number)
-      const update = await run.compute(member, { step, index, gradient: region.retain() })
+      const step = run.intake.expect(member, index, number)
+      const update = await run.intake.compute({ member, step, index, gradient: region.retain(), contributors })
       update?.memory.release()
       run.acknowledge(index, applied, elsewhere)
     } finally {

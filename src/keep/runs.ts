@@ -1,30 +1,42 @@
-import { constants } from 'node:buffer'
+import type { Principal } from '../access/principal.js'
+import { RunQuotas } from '../access/quotas.js'
 import type { Config } from '../config.js'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import { rowScaleBytes } from '../optimizer/attention.js'
-import type { Parameter } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
 import { type Declaration, declarationOf, refuseUnsupported } from '../run/declaration.js'
 import type { ImportedState } from '../run/imported-state.js'
+import type { Connection, Member } from '../run/members/member.js'
 import { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
-import type { Connection, Member } from '../run/step/member.js'
 import type { DataFolder } from '../store/data-folder.js'
 import type { OpenFrame, Source } from '../wire/frame.js'
+import { notFound } from './absent.js'
 import { Archive } from './archive.js'
 import type { IdleRun } from './idle.js'
+import { type Imported, Imports } from './importing/imports.js'
 import type { Keeper, Log } from './keeper.js'
 import { type Kept, releaseKept } from './kept.js'
-import { checkFree, checkSame, demandsOf } from './opening.js'
-import { pendingImport } from './receive-state.js'
+import {
+  checkFree,
+  checkSame,
+  checkSizes,
+  demandsOf,
+  findingPlace,
+  isFresh,
+  mayJoin,
+  type Opener,
+  type Place,
+  reserve,
+  sizeOf,
+  sizesOf,
+  UNKNOWN_SIZE,
+} from './opening.js'
 import { Residents } from './residents.js'
 import { Turns } from './turns.js'
-
-// Of one view of memory.
-const { MAX_LENGTH } = constants
 
 /** The run that an `open` gave, the connection's place in it, and whether the run existed before. */
 export type Opened = { run: Run; member: Member; resumed: boolean }
@@ -35,12 +47,11 @@ export type RunsMeans = {
   config: Config
   presets: Presets
   metrics: Metrics
+  /** Hears of every run that comes to memory. */
+  watch?: (run: Run) => void
   log: Log
   data: DataFolder | undefined
 }
-
-/** After which step a run goes on from imported state, with which digest, and the checkpoint that has it. */
-export type Imported = { step: number; digest: string; checkpoint?: string }
 
 /** The table of runs: it creates, finds, restores, hands over and deletes them, within the limits of the settings. */
 export class Runs {
@@ -52,8 +63,12 @@ export class Runs {
   readonly #log: Log
   readonly #archive: Archive | undefined
   readonly #residents: Residents
+  /** The runs that a start is about to bring back. */
+  readonly #starting = new Set<string>()
   readonly #turns = new Turns()
-  readonly #imports = new Map<Run, Promise<unknown>>()
+  /** What runs take of the quotas of keys, also those on the disk. */
+  readonly quotas = new RunQuotas(() => sizesOf(this))
+  readonly #imports: Imports
   readonly #closing = new AbortController()
 
   constructor(means: RunsMeans) {
@@ -65,6 +80,7 @@ export class Runs {
     const build: Runs['build'] = (...of) => this.build(...of)
     this.#archive = data && new Archive({ ...means, data, build })
     device.onFailure = () => this.#expelAll()
+    this.#imports = new Imports(device, this.#archive)
     const [archive, turns] = [this.#archive, this.#turns]
     this.#residents = new Residents({ ...means, archive, turns, isNeeded: (run) => this.#imports.has(run) })
   }
@@ -83,6 +99,11 @@ export class Runs {
     return this.#archive?.absent.idle ?? new Map()
   }
 
+  /** Whether there is a run of this name, in memory or on the disk. */
+  has(name: string): boolean {
+    return this.#residents.get(name) !== undefined || (this.#archive?.absent.has(name) ?? false)
+  }
+
   get(name: string): Run {
     const run = this.#residents.get(name)
     if (run) return run
@@ -99,19 +120,12 @@ export class Runs {
 
   /** Why a run cannot be had. */
   #notFound(name: string): ServiceError {
-    if (this.idle.has(name)) {
-      const remedy = 'an open brings it back, and so does reading its state'
-      return new ServiceError('RESTORING', `run '${name}' is idle and on the disk: ${remedy}`)
-    }
-    const problem = this.stored.get(name)
-    if (problem === '') return new ServiceError('RESTORING', `run '${name}' waits to be restored`)
-    if (problem) return new ServiceError('CHECKPOINT_UNREADABLE', problem)
-    const { idle_seconds } = this.#config
-    const ended =
-      this.#archive || idle_seconds === 0
-        ? ''
-        : `; without a data folder one ends after ${idle_seconds} seconds without a connection`
-    return new ServiceError('RUN_NOT_FOUND', `there is no run '${name}'${ended}`)
+    return this.#archive?.absent.notInMemory(name) ?? this.absent(name)
+  }
+
+  /** What is told of a run that does not exist, and of one that is not for whoever asks. */
+  absent(name: string): ServiceError {
+    return notFound(name, this.#archive ? 0 : this.#config.idle_seconds)
   }
 
   /** What takes a run's checkpoints. Throws RUN_NOT_FOUND, and PARAMETER_INVALID where nothing is kept. */
@@ -148,10 +162,10 @@ export class Runs {
     return this.#restoring
   }
 
-  /** Opens a run for a connection. Calls for one name are served one after the other, in their order. */
-  open(frame: OpenFrame, connection: Connection): Promise<Opened> {
+  /** Opens a run for a connection, within the quotas of a principal. Calls for one name are served in their order. */
+  open(frame: OpenFrame, connection: Connection, principal?: Principal): Promise<Opened> {
     const names = frame.from ? [frame.run, frame.from.run] : [frame.run]
-    return this.#turns.takeAll(names, () => this.#open(frame, connection))
+    return this.#turns.takeAll(names, () => this.#open(frame, { connection, principal }))
   }
 
   /** Deletes a run with its state and checkpoints; its connection is closed. */
@@ -160,7 +174,7 @@ export class Runs {
       const run = this.#residents.get(name)
       if (!run && !this.#archive?.absent.has(name)) this.get(name)
       this.#residents.leave(name)
-      run?.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
+      run?.intake.expel(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
       await run?.settled()
       try {
         await this.#archive?.remove(name, run)
@@ -172,7 +186,7 @@ export class Runs {
 
   /** Admits a run and makes the device ready for it. */
   async build(name: string, declaration: Declaration, created_at?: string): Promise<Run> {
-    this.#checkSizes(declaration.parameters)
+    checkSizes(declaration.parameters, this.#config)
     const grant = await this.#admit(name, declaration)
     return new Run(this.#device, { name, created_at, ...declaration, grant, receipts: this.#config })
   }
@@ -182,7 +196,11 @@ export class Runs {
     const scales = rowScaleBytes(attentions, parameters)
     const held = this.#archive !== undefined
     const demands = await inSlices(demandsOf(parameters, { groups, scales, held }))
-    const grant = this.#device.admit(demands, `run '${name}'`)
+    const what = `run '${name}'`
+    const admit = () => this.#device.admit(demands, what)
+    const grant = this.#starting.has(name)
+      ? admit()
+      : await this.#residents.admit(admit, (leaving) => this.#device.checkAdmission(leaving, demands, what))
     await this.#device.load(demands).catch((error) => {
       this.#device.dismiss(grant)
       throw error
@@ -190,21 +208,10 @@ export class Runs {
     return grant
   }
 
-  /**
-   * Does the `work` of an import into a run, one at a time. Throws DRAINING, and RUN_BUSY where another one is under
-   * way. A shutdown waits for it.
-   */
-  async import<T>(run: Run, work: () => Promise<T>): Promise<T> {
+  /** As `Imports.import`. Throws DRAINING, too. */
+  import<T>(run: Run, work: () => Promise<T>): Promise<T> {
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and imports nothing')
-    if (this.#imports.has(run))
-      throw new ServiceError('RUN_BUSY', `state is being imported into run '${run.name}' already`)
-    const importing = work()
-    this.#imports.set(run, importing)
-    try {
-      return await importing
-    } finally {
-      this.#imports.delete(run)
-    }
+    return this.#imports.import(run, work)
   }
 
   /**
@@ -214,19 +221,8 @@ export class Runs {
    */
   takeOver(run: Run, state: ImportedState): Promise<Imported> {
     return this.#turns.take(run.name, async () => {
-      if (this.#residents.get(run.name) !== run)
-        throw new ServiceError('RUN_NOT_FOUND', `run '${run.name}' was deleted while its state was received`)
-      return run.boundary.between('state is imported between two steps', async () => {
-        const pending = await pendingImport(this.#device, run, state)
-        const { step } = run
-        const { digest } = pending
-        if (!this.#archive) {
-          run.takeOver(pending)
-          return { step, digest }
-        }
-        const { checkpoint } = await this.#archive.keeper(run.name).import(pending)
-        return { step, digest, checkpoint }
-      })
+      if (this.#residents.get(run.name) === run) return this.#imports.takeOver(run, state)
+      throw new ServiceError('RUN_NOT_FOUND', `run '${run.name}' was deleted while its state was received`)
     })
   }
 
@@ -246,7 +242,7 @@ export class Runs {
     await this.#residents.close()
     this.#closing.abort()
     await this.#restoring
-    await Promise.allSettled(this.#imports.values())
+    await this.#imports.settled()
     for (const run of this.list()) await run.settled()
     await this.#archive?.close(this.list())
   }
@@ -264,30 +260,33 @@ export class Runs {
 
   /** A start makes no room: of the runs that it would bring back one would only push the other out. */
   async #restoreIfRoom(name: string): Promise<void> {
+    this.#starting.add(name)
     try {
       if (!this.#residents.isFull) await this.#find(name)
       if (!this.stored.has(name)) return
     } catch (error) {
       if (!(error instanceof ServiceError) || error.code !== 'OVER_CAPACITY') throw error
+    } finally {
+      this.#starting.delete(name)
     }
     await this.#archive?.describe(name)
     this.#log.info({ event: 'run_stays_on_disk', run: name })
   }
 
-  async #open(frame: OpenFrame, connection: Connection): Promise<Opened> {
+  async #open(frame: OpenFrame, opener: Opener): Promise<Opened> {
     const { run: name, mode, checkpoint, from } = frame
     refuseUnsupported(frame, this.#archive !== undefined)
     if (this.draining) throw new ServiceError('DRAINING', 'the service shuts down and opens no run')
     // The runs are not gone: a service that is started again has those that are on the disk.
     if (this.#device.failed) throw this.#deviceFailure()
-    if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, connection)
-    const exists = this.#residents.get(name) !== undefined || this.#archive?.absent.has(name)
-    if (exists && (mode === 'create' || from)) throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
-    if (from) return this.#branch(frame, from, connection)
+    if (checkpoint !== undefined) return this.#goBack(frame, checkpoint, opener.connection)
+    if (this.has(name) && (from || (mode === 'create' && !mayJoin(this.#residents.get(name), frame))))
+      throw new ServiceError('RUN_EXISTS', `run '${name}' exists`)
+    if (from) return this.#branch(frame, from, opener)
     const known = await this.#find(name)
     if (!known && mode === 'resume') this.get(name)
-    if (known) return this.#resume(known, frame, connection)
-    return this.#create(frame, connection)
+    if (known) return this.#resume(known, frame, opener.connection)
+    return this.#create(frame, opener)
   }
 
   async #find(name: string): Promise<Run | undefined> {
@@ -300,16 +299,22 @@ export class Runs {
   async #resume(run: Run, frame: OpenFrame, connection: Connection, kept?: Kept): Promise<Opened> {
     checkFree(run, frame)
     const groups = await checkSame(run, frame, this.#presets)
+    const { seat, layout } = await inSlices(findingPlace(run, frame))
+    // Of a run with members each one opens a run that exists, but for the first.
+    const resumed = seat === undefined || !isFresh(run)
+    await run.intake.prepare(layout)
     await this.#archive?.opened(run)
-    const member = await run.attach(connection)
-    const opened = { run, member, resumed: true }
+    const member = await run.attach(connection, seat, layout)
+    const opened = { run, member, resumed }
     if (kept) await this.#takeBack(run, member, kept)
     if (!groups) return opened
-    await this.#archive?.replaced(run, groups).catch((error) => {
-      run.detach(member)
+    try {
+      await this.#archive?.replaced(run, groups)
+      run.replaceGroups(groups)
+    } catch (error) {
+      run.intake.detach(member)
       throw error
-    })
-    run.replaceGroups(groups)
+    }
     return opened
   }
 
@@ -320,6 +325,10 @@ export class Runs {
     const known = this.#residents.get(name)
     if (!archive || !known) return this.#loadBack(frame, checkpoint, connection)
     checkFree(known, frame)
+    if (known.intake.members.hasOthers(frame.member)) {
+      const message = `checkpoint '${checkpoint}': other members have run '${name}', one of them goes back before the others open it`
+      throw new ServiceError('RUN_BUSY', message)
+    }
     await checkSame(known, frame, this.#presets)
     const kept = await archive.fetch(known, checkpoint)
     try {
@@ -354,7 +363,7 @@ export class Runs {
     try {
       await this.#archive?.goBack(run, kept.manifest.checkpoint, kept)
     } catch (error) {
-      run.detach(member)
+      run.intake.detach(member)
       await this.#drop(run)
       throw error
     }
@@ -367,44 +376,47 @@ export class Runs {
     run.dispose()
   }
 
-  async #create(frame: OpenFrame, connection: Connection): Promise<Opened> {
+  async #create(frame: OpenFrame, opener: Opener): Promise<Opened> {
     const declaration = await inSlices(declarationOf(frame, this.#presets))
-    const run = await this.#residents.place(async () => {
+    let place: Place | undefined
+    const release = reserve(this.quotas, opener, sizeOf({ name: frame.run, ...declaration }))
+    const make = async () => {
       const made = await this.build(frame.run, declaration)
-      await this.#archive?.create(made).catch((error) => {
+      try {
+        place = await inSlices(findingPlace(made, frame))
+        await made.intake.prepare(place.layout)
+        await this.#archive?.create(made)
+        return made
+      } catch (error) {
         made.dispose()
         throw error
-      })
-      return made
-    })
-    return { run, member: await run.attach(connection), resumed: false }
+      }
+    }
+    const run = await this.#residents.place(make).finally(release)
+    return { run, member: await run.attach(opener.connection, place?.seat, place?.layout), resumed: false }
   }
 
   /** Makes a run that begins with the state of a checkpoint of another one, and goes on with its steps and digest. */
-  async #branch(frame: OpenFrame, from: Source, connection: Connection): Promise<Opened> {
+  async #branch(frame: OpenFrame, from: Source, opener: Opener): Promise<Opened> {
     const archive = this.#archive
-    if (!archive || !(this.#residents.get(from.run) || archive.absent.has(from.run))) throw this.#notFound(from.run)
-    const run = await this.#residents.place(() =>
-      archive.branch(frame.run, from, (made) => checkSame(made, frame, this.#presets)),
-    )
-    return { run, member: await run.attach(connection), resumed: false }
-  }
-
-  #checkSizes(parameters: readonly Parameter[]): void {
-    const { max_parameters } = this.#config
-    const { length } = parameters
-    if (length > max_parameters)
-      throw new ServiceError('OVER_CAPACITY', `a run holds at most ${max_parameters} parameters, given are ${length}`)
-    const large = parameters.find((parameter) => largestTensor(parameter) > MAX_LENGTH)
-    if (large === undefined) return
-    const message = `parameter '${large.name}' has tensors of ${largestTensor(large)} bytes, node ${process.version} reaches ${MAX_LENGTH}: run the service on a newer one`
-    throw new ServiceError('OVER_CAPACITY', message, { parameter: large.index })
+    if (!archive || !this.has(from.run)) throw this.#notFound(from.run)
+    // Before others make room for it. Of a source that was not read yet the size is known once the run is made.
+    const source = [...sizesOf(this)].find(({ name }) => name === from.run)
+    let release = reserve(this.quotas, opener, { ...UNKNOWN_SIZE, ...source, name: frame.run })
+    const check = (made: Run) => {
+      release()
+      release = reserve(this.quotas, opener, sizeOf(made))
+      return checkSame(made, frame, this.#presets)
+    }
+    const run = await this.#residents.place(() => archive.branch(frame.run, from, check)).finally(() => release())
+    const { seat, layout } = await inSlices(findingPlace(run, frame))
+    return { run, member: await run.attach(opener.connection, seat, layout), resumed: false }
   }
 
   #expelAll(): void {
     const error = this.#deviceFailure({ close: 1011 })
     for (const run of this.list()) {
-      run.expel(error)
+      run.intake.expel(error)
       this.#residents.leave(run.name)
     }
   }
@@ -413,9 +425,4 @@ export class Runs {
     const { backend, failed } = this.#device
     return new ServiceError('DEVICE_FAILED', `the device ${backend.name} has failed: ${failed?.message}`, fields)
   }
-}
-
-/** The bytes of the largest tensor of a parameter that travels. */
-function largestTensor({ gradient_bytes, update_bytes }: Parameter): number {
-  return Math.max(gradient_bytes, update_bytes)
 }

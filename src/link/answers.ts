@@ -3,15 +3,16 @@ import type { Device } from '../device/device.js'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
+import type { Member } from '../run/members/member.js'
 import type { GradientPlaces } from '../run/place.js'
 import type { Run } from '../run/run.js'
 import type { ScaledUpdate } from '../run/shard.js'
-import type { Member } from '../run/step/member.js'
+import type { Repeated } from '../run/step/part.js'
 import type { Step } from '../run/step/step.js'
-import { chunksOf } from '../wire/chunks.js'
 import { encodeFrame, encodeHeader } from '../wire/codec.js'
 import type { UpdatesFrame } from '../wire/frame.js'
-import type { Sender } from './websocket/sender.js'
+import type { Chunk, Cut, Extent } from '../wire/ranges.js'
+import type { Message, Sender } from './websocket/sender.js'
 
 // An entry takes 50 bytes, and with QK-clip those of its row scales: a frame stays far below its limit.
 const UPDATES_PER_FRAME = 512
@@ -23,14 +24,20 @@ export type Means = { config: Config; device: Device; metrics: Metrics }
 export type Joined = { run: Run; member: Member }
 
 /**
- * A gradient that lies whole in its region, once `ready` has settled if it is there. The region is one of the staging
- * arena or of the run's own memory, or of memory that the client shares. The run that computes it takes the region
- * over.
+ * A member's part of a gradient, whole in the region of the gradient, once `ready` has settled if it is there. The
+ * region is one of the staging arena or of the run's own memory, or of memory that the client shares. The run that
+ * computes it takes the region over.
  */
-export type Gradient = Joined & { step: Step; parameter: number; region: Region; ready?: Promise<void> } & Omit<
-    GradientPlaces,
-    'gradient'
-  >
+export type Gradient = Joined & {
+  step: Step
+  parameter: number
+  region: Region
+  ready?: Promise<void>
+  repeated?: Repeated
+} & Omit<GradientPlaces, 'gradient'>
+
+/** An update of a step that was closed without a member's replica. */
+type MissedUpdate = { step: Step; index: number; update: ScaledUpdate }
 
 /** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
 export class Answers {
@@ -76,8 +83,9 @@ export class Answers {
 
   /** Takes the gradient over. */
   begin(gradient: Gradient): void {
-    const { run, parameter, region } = gradient
-    const bytes = region.bytes + run.parameter(parameter).update_bytes
+    const { run, member, parameter } = gradient
+    const declared = run.parameter(parameter)
+    const bytes = member.gradient(declared).bytes + member.update(declared).bytes
     this.bytes += bytes
     const work = this.#answer(gradient).finally(() => {
       this.bytes -= bytes
@@ -91,9 +99,11 @@ export class Answers {
     const { run, member, step, parameter: index, region: gradient, ready, ...shared } = given
     try {
       if (ready) await ready
-      const update = await run.compute(member, { step, index, gradient, ...shared })
+      const update = await run.intake.compute({ member, step, index, gradient, ...shared })
       if (!update) return
-      const sent = shared.target ? this.#tell(step, index, update) : this.#send(step, index, update)
+      if (update.replayed) this.#means.metrics.replayed_updates_total.inc()
+      const extent = member.update(run.parameter(index))
+      const sent = shared.target ? this.#tell(step, index, update) : this.#send(step, { index, extent }, update)
       await sent.finally(() => update.memory.release())
     } catch (error) {
       countRefused(this.#means.metrics, error)
@@ -128,20 +138,32 @@ export class Answers {
     }
   }
 
-  async #send(step: Step, parameter: number, update: ScaledUpdate): Promise<void> {
+  /** Sends a member its elements of an update that it has missed. */
+  sendMissed({ run, member }: Joined, { step, index, update }: MissedUpdate): Promise<void> {
+    return this.#send(step, { index, extent: member.update(run.parameter(index)) }, update)
+  }
+
+  /** Sends the elements of an update that the member has. The factors are in its first frame. */
+  async #send(step: Step, { index, extent }: { index: number; extent: Extent }, update: ScaledUpdate): Promise<void> {
     const startedAt = performance.now()
     const { config, metrics } = this.#means
     const { memory, scale, decay, row_scale, replayed, gradient_norm, update_rms } = update
     const keys = { scale, decay, row_scale, replayed, gradient_norm, update_rms }
-    const sent = [...chunksOf(memory.bytes, config.chunk_bytes)].map(async ({ offset, length }) => {
-      const first = offset === 0 ? keys : {}
-      const header = encodeHeader({ type: 'update', parameter, step: step.number, offset, ...first }, length)
-      const whole = await this.#sender.send({ header, payload: memory.chunk(offset, length) })
-      if (whole) metrics.sent_bytes_total.inc(length)
+    const head = { type: 'update', parameter: index, step: step.number } as const
+    const sent = [...extent.cuts(config.chunk_bytes)].map(async (cut, i) => {
+      const header = encodeHeader({ ...head, offset: cut.offset, ...(i === 0 && keys) }, cut.length)
+      const whole = await this.#sender.send({ header, payload: payloadOf(memory, cut) })
+      if (whole) metrics.sent_bytes_total.inc(cut.length)
     })
     await Promise.all(sent)
     step.spend('send', (performance.now() - startedAt) / 1000)
   }
+}
+
+/** The bytes of a frame: those of the memory itself, or a copy of several short pieces. */
+function payloadOf(memory: Region, { pieces: [first, ...rest] }: Cut): Message['payload'] {
+  const bytes = ({ offset, length }: Chunk) => memory.chunk(offset, length)
+  return rest.length === 0 ? bytes(first) : () => Buffer.concat([first, ...rest].map(bytes))
 }
 
 /** An update that lies in shared memory; `told` is called once the client knows. */

@@ -1,7 +1,9 @@
 import type { Region } from '../device/region.js'
 import type { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
+import type { Receiver } from '../run/step/part.js'
 import type { Assembly } from '../wire/chunks.js'
+import type { Chunk } from '../wire/ranges.js'
 import type { Gradient } from './answers.js'
 
 /** A gradient that comes more slowly than this leaves the arena to others when they lack room there. */
@@ -12,24 +14,29 @@ const MEASURED_MS = 1000
 const COPY_BYTES = 4 << 20
 
 /** Whose gradient it is, and of which step. */
-export type Asked = Omit<Gradient, 'region' | 'ready'>
+export type Asked = Omit<Gradient, 'region' | 'ready' | 'repeated'>
 
-/** A gradient of which some chunks have come, in memory that was reserved for all of it. */
+/**
+ * A member's part of a gradient of which some chunks have come, in memory for the whole tensor. A part that was applied
+ * before is not stored: its bytes are held against those that lie there.
+ */
 export class IncompleteGradient {
   readonly assembly: Assembly
   /** When it got its memory, by performance.now(). */
   readonly startedAt = performance.now()
   readonly #of: Asked
+  readonly #repeated: Receiver['repeated']
   #region: Region
   /** Settles when what came before the gradient has moved is in its new memory. */
   #ready: Promise<void> | undefined
   #measured = { bytes: 0, at: this.startedAt }
 
-  /** Takes over `region`, which is as long as the gradient. `assembly` counts its bytes. */
-  constructor(of: Asked, { assembly, region }: { assembly: Assembly; region: Region }) {
+  /** Takes over `region`, which is as long as the gradient. `assembly` counts the bytes of the part. */
+  constructor(of: Asked, { assembly, region, repeated }: Receiver & { assembly: Assembly }) {
     this.#of = of
     this.assembly = assembly
     this.#region = region
+    this.#repeated = repeated
   }
 
   get region(): Region {
@@ -44,9 +51,27 @@ export class IncompleteGradient {
     return this.#of.parameter === parameter && this.#of.step.number === step
   }
 
+  /** Memory for the next chunk; undefined where it has to come the ordinary way. */
+  destination(chunk: Chunk): Uint8Array | undefined {
+    if (this.#repeated || !this.assembly.isNext(chunk)) return undefined
+    return this.#region.chunk(chunk.offset, chunk.length)
+  }
+
+  /** Stores the bytes of a chunk in their pieces of the tensor. */
+  store(pieces: Iterable<Chunk>, data: Uint8Array): void {
+    let done = 0
+    for (const { offset, length } of pieces) {
+      const bytes = data.subarray(done, done + length)
+      const place = this.#region.chunk(offset, length)
+      if (this.#repeated) this.#repeated.differs ||= Buffer.compare(bytes, place) !== 0
+      else place.set(bytes)
+      done += length
+    }
+  }
+
   /** The gradient, whose region is the caller's from now on. */
   complete(): Gradient {
-    return { ...this.#of, region: this.#region, ready: this.#ready }
+    return { ...this.#of, region: this.#region, ready: this.#ready, repeated: this.#repeated }
   }
 
   /** Whether it came too slowly for the arena since this was last asked, and long enough ago to tell. */

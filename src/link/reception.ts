@@ -1,11 +1,13 @@
 import assert from 'node:assert'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
-import type { Run } from '../run/run.js'
 import { turn } from '../run/slices.js'
+import type { Receiver } from '../run/step/part.js'
+import type { Step } from '../run/step/step.js'
 import { Assembly } from '../wire/chunks.js'
 import type { GradientHead } from '../wire/codec.js'
 import type { GradientFrame, GradientsFrame } from '../wire/frame.js'
+import type { Chunk } from '../wire/ranges.js'
 import { type Answers, countRefused, type Joined, type Means } from './answers.js'
 import { IncompleteGradient } from './incomplete-gradient.js'
 import type { SharedArenas } from './transport.js'
@@ -19,6 +21,9 @@ const MOST_UNDER_WAY = 512
 
 /** A gradient that was refused: the rest of its chunks is dropped. */
 type Dropped = { parameter: number; step: number }
+
+/** The bytes of a chunk, and where they lie in the tensor. */
+type Stored = { pieces: Iterable<Chunk>; data: Uint8Array }
 
 /** What a reception works with beside the means of its connection. */
 export type ReceptionParts = {
@@ -69,15 +74,16 @@ export class Reception implements GradientSink {
    */
   prepare({ run, member }: Joined, { parameter, step: number, offset, dataLength }: GradientHead): void {
     const known = run.parameters[parameter]
-    if (this.#incomplete || offset > 0 || known === undefined || this.#parts.answers.outstanding(parameter)) return
-    const { name, gradient_bytes } = known
-    if (dataLength > Math.min(gradient_bytes, this.#means.config.chunk_bytes)) return
+    if (this.#incomplete || known === undefined || this.#parts.answers.outstanding(parameter)) return
+    const extent = member.gradient(known)
+    if (offset !== extent.offsetOf(0) || dataLength > Math.min(extent.bytes, this.#means.config.chunk_bytes)) return
     try {
       this.#parts.checkOpen({ parameter, step: number })
-      const step = run.expect(member, parameter, number)
-      const region = run.staging.tryReserve(gradient_bytes)
-      const assembly = new Assembly(gradient_bytes, gradientLabel(name, number))
-      if (region) this.#hold(new IncompleteGradient({ run, member, step, parameter }, { assembly, region }))
+      const step = run.intake.expect(member, parameter, number)
+      const receiver =
+        run.intake.receive(member, parameter, step) ?? reserved(run.staging.tryReserve(known.gradient_bytes))
+      const assembly = new Assembly(extent, gradientLabel(known.name, number))
+      if (receiver) this.#hold(new IncompleteGradient({ run, member, step, parameter }, { assembly, ...receiver }))
     } catch {
       // The ordinary way meets the same error, and tells it.
     }
@@ -85,11 +91,8 @@ export class Reception implements GradientSink {
 
   destination({ parameter, step, offset, dataLength }: GradientHead): Uint8Array | undefined {
     const incomplete = this.#incomplete
-    if (!incomplete?.is(parameter, step)) return undefined
-    const { assembly, region } = incomplete
-    const fits = offset === assembly.received && offset + dataLength <= assembly.bytes
-    if (!fits || dataLength > this.#means.config.chunk_bytes) return undefined
-    return region.chunk(offset, dataLength)
+    if (!incomplete?.is(parameter, step) || dataLength > this.#means.config.chunk_bytes) return undefined
+    return incomplete.destination({ offset, length: dataLength })
   }
 
   received({ offset, dataLength }: GradientHead): void {
@@ -103,7 +106,8 @@ export class Reception implements GradientSink {
    */
   take(joined: Joined, frame: GradientFrame): Promise<void> | undefined {
     const { parameter, step, offset } = frame
-    if (this.#dropped?.parameter === parameter && this.#dropped.step === step && offset > 0) return undefined
+    const isRefused = this.#dropped?.parameter === parameter && this.#dropped.step === step
+    if (isRefused && offset > firstOffset(joined, parameter)) return undefined
     this.#dropped = undefined
     if (!this.#incomplete) return this.#begin(joined, frame)
     this.#continue(this.#incomplete, frame)
@@ -141,7 +145,7 @@ export class Reception implements GradientSink {
     const { run, member } = joined
     const { gradient_bytes } = run.parameter(parameter)
     this.#parts.checkOpen({ parameter, step: number })
-    const step = run.expect(member, parameter, number)
+    const step = run.intake.expect(member, parameter, number)
     const begin = (places: { region: Region; source?: Region }) => {
       this.#means.metrics.received_bytes_total.inc(gradient_bytes)
       this.#parts.answers.begin({ run, member, step, parameter, ...places, target: () => arenas.update(parameter) })
@@ -154,8 +158,8 @@ export class Reception implements GradientSink {
     }
     /* c8 ignore stop */
     // The host computes on bytes that nobody changes, and the journal keeps the same.
-    const copied = (region: Region) => begin({ region, source: arenas.gradient(parameter) })
-    return this.#startIn(run, { parameter, step: number }, copied)
+    const copied = ({ region }: Receiver) => begin({ region, source: arenas.gradient(parameter) })
+    return this.#startIn(joined, { parameter, step }, copied)
   }
 
   /** Another frame has come: later chunks belong to no refused gradient any more. */
@@ -177,51 +181,66 @@ export class Reception implements GradientSink {
         `a chunk of parameter ${parameter}, step ${step} while ${incomplete.assembly.label} is incomplete`,
       )
     }
+    let pieces: Iterable<Chunk>
     try {
-      incomplete.assembly.accept({ offset, length: data.length })
+      pieces = incomplete.assembly.accept({ offset, length: data.length })
     } catch (error) {
       this.abandon()
       this.#dropped = { parameter, step }
       countRefused(this.#means.metrics, error)
       throw error
     }
-    this.#store(incomplete, frame)
+    this.#store(incomplete, { pieces, data })
   }
 
   /** Takes a gradient's first chunk: checks that it may be applied, and reserves memory for all of it. */
   #begin(joined: Joined, frame: GradientFrame): Promise<void> | undefined {
     const { run, member } = joined
     const { parameter, step: number, offset, data } = frame
-    if (offset === 0) this.#dropped = { parameter, step: number }
-    const { name, gradient_bytes } = run.parameter(parameter)
-    const assembly = new Assembly(gradient_bytes, gradientLabel(name, number))
-    if (offset > 0) assembly.accept({ offset, length: data.length })
+    const first = firstOffset(joined, parameter)
+    if (run.intake.drops(member, number)) return undefined
+    if (offset === first) this.#dropped = { parameter, step: number }
+    const declared = run.parameter(parameter)
+    const assembly = new Assembly(member.gradient(declared), gradientLabel(declared.name, number))
+    if (offset !== first) assembly.accept({ offset, length: data.length })
     this.#parts.checkOpen({ parameter, step: number })
-    const step = this.#counted(() => {
-      const step = run.expect(member, parameter, number)
-      assembly.accept({ offset, length: data.length })
-      return step
+    const { step, pieces } = this.#counted(() => {
+      const step = run.intake.expect(member, parameter, number)
+      return { step, pieces: assembly.accept({ offset, length: data.length }) }
     })
-    const start = (region: Region) => {
-      const incomplete = new IncompleteGradient({ run, member, step, parameter }, { assembly, region })
+    const start = (receiver: Receiver) => {
+      const incomplete = new IncompleteGradient({ run, member, step, parameter }, { assembly, ...receiver })
       this.#hold(incomplete)
-      this.#store(incomplete, frame)
+      this.#store(incomplete, { pieces, data })
     }
-    return this.#counted(() => this.#startIn(run, { parameter, step: number }, start))?.catch((error) =>
-      this.#refuse(error),
-    )
+    return this.#counted(() => this.#startIn(joined, { parameter, step }, start))?.catch((error) => this.#refuse(error))
   }
 
-  /** Starts a gradient in memory of its run; a promise where it has to wait for that, or for the one before it. */
-  #startIn(run: Run, of: Dropped, start: (region: Region) => void): Promise<void> | undefined {
-    const { name, gradient_bytes } = run.parameter(of.parameter)
+  /**
+   * Calls `start` with memory for a gradient: at once, or when there is some. A promise where nothing else may be
+   * looked at before.
+   */
+  #startIn(
+    { run, member }: Joined,
+    { parameter, step }: { parameter: number; step: Step },
+    start: (receiver: Receiver) => void,
+  ): Promise<void> | undefined {
+    const { name, gradient_bytes } = run.parameter(parameter)
+    const of = { parameter, step: step.number }
     const lack = (error: unknown): never => {
       throw lackOf(error, gradientLabel(name, of.step), of)
     }
-    const outstanding = this.#parts.answers.outstanding(of.parameter)
+    run.intake.withdraw(member, parameter)
+    const outstanding = this.#parts.answers.outstanding(parameter)
+    const receiver = outstanding ? undefined : run.intake.receive(member, parameter, step)
+    if (receiver) return void start(receiver)
     const region = outstanding ? undefined : tried(() => run.staging.tryReserve(gradient_bytes), lack)
-    if (region) return void start(region)
-    const reserve = () => run.staging.reserve(gradient_bytes, this.#parts.gone).catch(lack)
+    if (region) return void start({ region })
+    const reserve = async (): Promise<Receiver | undefined> => {
+      const receiver = run.intake.receive(member, parameter, step)
+      if (receiver) return receiver
+      return reserved(await run.staging.reserve(gradient_bytes, this.#parts.gone).catch(lack))
+    }
     return this.#startWhenFree(outstanding, reserve, start)
   }
 
@@ -243,15 +262,15 @@ export class Reception implements GradientSink {
   // One update per parameter is kept, so the same parameter again waits until that was sent.
   async #startWhenFree(
     outstanding: Promise<void> | undefined,
-    reserve: () => Promise<Region | undefined>,
-    start: (region: Region) => void,
+    reserve: () => Promise<Receiver | undefined>,
+    start: (receiver: Receiver) => void,
   ): Promise<void> {
     await outstanding
-    const region = await reserve()
-    if (region === undefined) return
+    const receiver = await reserve()
+    if (receiver === undefined) return
     /* c8 ignore next -- the connection may end in the very turn in which memory is granted */
-    if (this.#parts.gone.aborted) return region.release()
-    start(region)
+    if (this.#parts.gone.aborted) return receiver.region.release()
+    start(receiver)
   }
 
   /** Holds a gradient from its first chunk on. */
@@ -280,8 +299,8 @@ export class Reception implements GradientSink {
     incomplete.move(to)
   }
 
-  #store(incomplete: IncompleteGradient, { offset, data }: GradientFrame): void {
-    incomplete.region.chunk(offset, data.length).set(data)
+  #store(incomplete: IncompleteGradient, { pieces, data }: Stored): void {
+    incomplete.store(pieces, data)
     this.#stored(incomplete, data.length)
   }
 
@@ -293,6 +312,16 @@ export class Reception implements GradientSink {
     gradient.step.spend('receive', (performance.now() - startedAt) / 1000)
     this.#parts.answers.begin(gradient)
   }
+}
+
+/** Where a member's part of a gradient begins in the tensor; 0 for a parameter that the run does not have. */
+function firstOffset({ run, member }: Joined, index: number): number {
+  const parameter = run.parameters[index]
+  return parameter ? member.gradient(parameter).offsetOf(0) : 0
+}
+
+function reserved(region: Region | undefined): Receiver | undefined {
+  return region && { region }
 }
 
 function gradientLabel(name: string, step: number): string {

@@ -2,17 +2,23 @@ import assert from 'node:assert'
 import type { Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
 import type { RawData, WebSocket } from 'ws'
+import type { Principal } from '../access/principal.js'
+import type { Rate } from '../access/rate.js'
 import { VERSION } from '../config.js'
 import { type ErrorFields, ServiceError } from '../errors.js'
 import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
+import { refusalOf } from '../run/history.js'
+import type { Connection } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
-import type { Connection } from '../run/step/member.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
-import type { CheckpointFrame, ClientFrame, EndFrame, OpenFrame, ReceiptFrame, TransportAnswer } from '../wire/frame.js'
+import type { CheckpointFrame, ClientFrame, EndFrame, MemberStatus, OpenFrame, TransportAnswer } from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
+import { Ends } from './ends.js'
 import { Window } from './pace.js'
+import { Pauses } from './pauses.js'
+import { checkOpening } from './permission.js'
 import { Reception } from './reception.js'
 import { agree, type SharedArenas } from './transport.js'
 import type { Claim, Intake } from './websocket/intake.js'
@@ -28,6 +34,10 @@ export type SessionContext = Means & {
   stream: Socket
   /** Whether the client is on this host. */
   local: boolean
+  /** Whose key the connection was opened with. */
+  principal: Principal
+  /** Of the bytes that all streams send. */
+  rate: Rate
 }
 
 // A peer that was told to go gets this long to take the last frames before its socket is cut: with up to 32 MiB before
@@ -36,9 +46,6 @@ const GRACE_MS = 10_000
 // What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
 const UNREAD_BYTES = 32 << 20
 
-/** A frame has to wait for something; small frames come too fast; a large message finds no room. */
-type PauseReason = 'frames' | 'small' | 'room'
-
 /** One connection: it takes frames in their order, and ends when it should. */
 export class Session implements Connection, GradientSink {
   readonly #socket: WebSocket
@@ -46,26 +53,32 @@ export class Session implements Connection, GradientSink {
   readonly #sender: Sender
   readonly #answers: Answers
   readonly #reception: Reception
+  readonly #ends: Ends
   readonly #gone = new AbortController()
   /** The run that this connection has opened; undefined before, and once the run is gone. */
   #joined: Joined | undefined
   /** Memory that the client shares; undefined where all of its tensors come over the socket. */
   #arenas: SharedArenas | undefined
+  /** Members of the run that have come or gone, of which the client was not told yet. */
+  #changes = new Map<string, MemberStatus>()
+  #isOpened = false
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
+  /** Of the present turn of the event loop; undefined where it has brought no frame yet. */
+  #slice: number | undefined
   #leaving = false
   #draining = false
   readonly #connectedAt = performance.now()
   readonly #window: Window
   readonly #small: SmallFrames
   readonly #room: Claim
-  /** Why the socket is not read. */
-  readonly #paused = new Set<PauseReason>()
+  readonly #pauses: Pauses
   #timer: NodeJS.Timeout
 
   constructor(socket: WebSocket, context: SessionContext) {
     this.#socket = socket
     this.#context = context
+    this.#pauses = new Pauses(socket)
     this.#sender = new Sender(socket)
     this.#answers = new Answers(context, this.#sender, (error) => this.#report(error))
     this.#reception = new Reception(context, {
@@ -76,19 +89,24 @@ export class Session implements Connection, GradientSink {
       abandoned: () => this.#inPlace?.abandon(),
       redirected: (destination) => this.#inPlace?.redirect(destination),
     })
+    const [sender, answers, gone] = [this.#sender, this.#answers, this.#gone.signal]
+    this.#ends = new Ends({ sender, answers, gone, report: (error) => this.#report(error) })
     this.#window = new Window(context.config)
-    this.#small = new SmallFrames(socket, () => this.#slowDown())
+    this.#small = new SmallFrames(socket, () => this.#slowDown('small', () => this.#small.wait))
     this.#room = context.intake.enter({
       socket,
       stream: context.stream,
       isMember: () => this.#joined !== undefined,
-      wait: () => this.#pause('room'),
-      goOn: () => this.#resume('room'),
+      wait: () => this.#pauses.begin('room'),
+      goOn: () => this.#pauses.end('room'),
     })
     if (this.#inPlace) this.#inPlace.sink = this
     socket.on('message', (data, binary) => this.#receive(data, binary))
     socket.on('error', (error) => this.#refuseMessage(error))
     socket.once('close', () => this.#closed())
+    const { principal } = context
+    const uses = [principal.connect(), principal.use(() => this.#checkAccess())]
+    for (const release of uses) socket.once('close', release)
     const { send_timeout_seconds, open_timeout_seconds } = context.config
     this.#timer = setInterval(() => this.#checkProgress(), Math.min(send_timeout_seconds, open_timeout_seconds) * 250)
     this.#timer.unref()
@@ -100,6 +118,7 @@ export class Session implements Connection, GradientSink {
   }
 
   fence(): void {
+    this.#context.metrics.takeovers_total.inc()
     this.#leave(4409, 'another connection has taken the run over')
   }
 
@@ -123,6 +142,7 @@ export class Session implements Connection, GradientSink {
   }
 
   received(head: GradientHead): void {
+    this.#spend(head.dataLength)
     this.#reception.received(head)
   }
 
@@ -135,6 +155,7 @@ export class Session implements Connection, GradientSink {
     this.#room.arrived()
     if (this.#leaving) return this.#room.handled(false)
     assert(Buffer.isBuffer(data), 'ws gives a Buffer in its default mode; fragments were joined by it')
+    this.#spend(data.length)
     this.#inbox.push({ bytes: data, binary })
     if (!this.#pumping) void this.#pump()
   }
@@ -145,13 +166,12 @@ export class Session implements Connection, GradientSink {
    */
   async #pump(): Promise<void> {
     this.#pumping = true
-    let until = sliceEnd()
     for (let message = this.#inbox.shift(); message && !this.#leaving; message = this.#inbox.shift()) {
       let isRefused = false
       try {
         const waits = this.#handle(message.bytes, message.binary)
-        if (waits === undefined && performance.now() < until) continue
-        this.#pause('frames')
+        if (waits === undefined && performance.now() < this.#sliceEnd) continue
+        this.#pauses.begin('frames')
         await (waits ?? turn())
       } catch (error) {
         isRefused = this.#joined === undefined
@@ -159,32 +179,36 @@ export class Session implements Connection, GradientSink {
       } finally {
         this.#room.handled(isRefused)
       }
-      until = sliceEnd()
     }
     this.#pumping = false
-    this.#resume('frames')
+    this.#pauses.end('frames')
   }
 
-  #pause(reason: PauseReason): void {
-    this.#paused.add(reason)
-    this.#socket.pause()
+  /** Does not read a connection that sends more than it may until it has waited for long enough. */
+  #slowDown(reason: 'small' | 'rate', wait: () => number): void {
+    if (!this.#leaving) this.#pauses.until(reason, wait)
   }
 
-  #resume(reason: PauseReason): void {
-    this.#paused.delete(reason)
-    if (this.#paused.size === 0) this.#socket.resume()
-  }
-
-  /** Does not read a connection that sends more small frames than it may until it has waited for long enough. */
-  #slowDown(): void {
-    if (this.#paused.has('small') || this.#leaving) return
-    this.#pause('small')
-    const goOn = () => {
-      const { wait } = this.#small
-      if (wait > 0) setTimeout(goOn, wait).unref()
-      else this.#resume('small')
+  /**
+   * When this connection has had enough of the present turn of the event loop, by performance.now(). One turn may bring
+   * many reads, each of many frames.
+   */
+  get #sliceEnd(): number {
+    if (this.#slice === undefined) {
+      this.#slice = sliceEnd()
+      setImmediate(() => {
+        this.#slice = undefined
+      })
     }
-    setTimeout(goOn, this.#small.wait).unref()
+    return this.#slice
+  }
+
+  /** Counts what has come against the bytes a second of its key, and of all. */
+  #spend(bytes: number): void {
+    const rates = [this.#context.principal.rate, this.#context.rate]
+    for (const rate of rates) rate.spend(bytes)
+    const wait = () => Math.max(...rates.map((rate) => rate.wait()))
+    if (wait() > 0) this.#slowDown('rate', wait)
   }
 
   #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {
@@ -208,7 +232,7 @@ export class Session implements Connection, GradientSink {
   // After `open` only a `step` frame can be refused by its bytes without ending the connection.
   #decode(bytes: Uint8Array): ClientFrame | Promise<ClientFrame> {
     const refused = (error: unknown) => {
-      this.#joined?.run.refuseAnnouncement(this.#joined.member)
+      this.#joined?.run.intake.refuseAnnouncement(this.#joined.member)
       throw error
     }
     try {
@@ -222,7 +246,7 @@ export class Session implements Connection, GradientSink {
   #dispatch(joined: Joined, frame: Exclude<ClientFrame, OpenFrame>): Promise<void> | undefined {
     switch (frame.type) {
       case 'step':
-        return void joined.run.announce(joined.member, frame)
+        return void joined.run.intake.announce(joined.member, frame)
       case 'gradient':
         return this.#reception.take(joined, frame)
       case 'gradients':
@@ -238,18 +262,47 @@ export class Session implements Connection, GradientSink {
   async #open(frame: OpenFrame): Promise<void> {
     if (this.#joined)
       throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#joined.run.name}' already`)
-    const { config, device, log } = this.#context
-    const { run, member, resumed } = await this.#context.runs.open(frame, this)
-    if (this.#leaving) return run.detach(member)
+    const { config, device, log, principal } = this.#context
+    checkOpening(principal, this.#context.runs, frame)
+    const { run, member, resumed } = await this.#context.runs.open(frame, this, principal)
+    if (this.#leaving) return run.intake.detach(member)
     this.#joined = { run, member }
-    log.info({ event: 'run_opened', run: run.name, epoch: run.epoch, step: run.step, resumed, client: frame.client })
+    const { name, epoch, step } = run
+    log.info({ event: 'run_opened', run: name, epoch, step, resumed, client: frame.client, key: principal.name })
     const { chunk_bytes, staging_bytes, max_parameters, idle_seconds } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
     const limits = { chunk_bytes, staging_bytes, max_parameters, idle_seconds }
     const transport = this.#agree(frame, run)
-    const opened = { type: 'opened', ...run.opened(resumed), ...transport, limits, server } as const
-    if (frame.parameters) return this.#send(opened)
-    void this.#sender.send({ header: await inSlices(encodingOpened(opened, run.describeParameters())) })
+    const opened = { type: 'opened', ...run.opened(resumed, member), ...transport, limits, server } as const
+    this.#changes = new Map()
+    if (frame.parameters) this.#send(opened)
+    else void this.#sender.send({ header: await inSlices(encodingOpened(opened, run.describeParameters())) })
+    this.#isOpened = true
+    /* c8 ignore next -- another member comes while the answer is made */
+    if (this.#changes.size > 0) this.#tellChanges()
+  }
+
+  /** The key's grants have changed: a connection that may not go on is closed. */
+  #checkAccess(): void {
+    try {
+      this.#context.principal.demand('step', 'the stream')
+      if (this.#joined) this.#context.principal.demandName(this.#joined.run.name)
+    } catch (error) {
+      assert(error instanceof ServiceError)
+      this.#report(new ServiceError(error.code, error.message, { close: 1008 }))
+    }
+  }
+
+  /** The changes of one turn of the event loop are told in one frame, and none before `opened`. */
+  changed(status: MemberStatus): void {
+    this.#changes.set(`${status.replica} ${status.rank}`, status)
+    if (this.#changes.size === 1 && this.#isOpened) setImmediate(() => this.#tellChanges())
+  }
+
+  #tellChanges(): void {
+    const members = [...this.#changes.values()]
+    this.#changes.clear()
+    if (!this.#leaving) this.#send({ type: 'members', members })
   }
 
   /** The transport as `opened` has it; nothing where the client has offered none. */
@@ -264,6 +317,7 @@ export class Session implements Connection, GradientSink {
 
   /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
   async #checkpoint({ run }: Joined, { tag }: CheckpointFrame): Promise<void> {
+    this.#context.principal.demand('checkpoint', "a frame 'checkpoint'")
     if (this.#answers.busy || run.begun) {
       throw new ServiceError(
         'FRAME_UNEXPECTED',
@@ -282,23 +336,9 @@ export class Session implements Connection, GradientSink {
     throw new ServiceError('DRAINING', 'the service shuts down and begins no step', { ...gradient, close: 1012 })
   }
 
-  /** Ends a step once all its updates were sent. The receipt is out before anything of the next step is looked at. */
-  async #end({ run, member }: Joined, { step, skipped = [] }: EndFrame): Promise<void> {
-    await this.#answers.settled()
-    if (this.#leaving) return
-    const receipt = await run.end(member, step, skipped)
-    await this.#sendSkipped(run, receipt)
-    await this.#sender.send({ header: encodeFrame(receipt) })
-    if (this.#draining) this.#leave(1012, 'the service shuts down')
-  }
-
-  /** Each waits for the one before to leave: a step may clip every parameter of a model without one gradient. */
-  async #sendSkipped(run: Joined['run'], { step, replayed }: ReceiptFrame): Promise<void> {
-    for (const { parameter, row_scale } of run.skippedRowScales()) {
-      const keys = { parameter, step, offset: 0, scale: 0, decay: 0, row_scale, replayed }
-      const sent = await this.#sender.send({ header: encodeFrame({ type: 'update', ...keys }) })
-      if (!sent) return
-    }
+  async #end(joined: Joined, frame: EndFrame): Promise<void> {
+    const isEnded = await this.#ends.take(joined, frame)
+    if (isEnded && this.#draining) this.#leave(1012, 'the service shuts down')
   }
 
   /** Tells the client of an error. A bug of ours is logged and told as INTERNAL, without its text. */
@@ -312,6 +352,7 @@ export class Session implements Connection, GradientSink {
     if (known !== error) log.error({ event: 'internal_error', err: error })
     else log.info({ event: 'refused', code: known.code, reason: known.message, run: this.#joined?.run.name })
     metrics.errors_total.inc({ code: known.code })
+    this.#joined?.run.refused(refusalOf(known, this.#joined.member))
     if (known.close !== undefined) this.#sender.drop()
     this.#send(errorFrame(known))
     if (known.close !== undefined) this.#leave(known.close, known.code)
@@ -358,7 +399,7 @@ export class Session implements Connection, GradientSink {
     this.#leaving = true
     this.#reception.abandon()
     this.#gone.abort()
-    this.#joined?.run.detach(this.#joined.member)
+    this.#joined?.run.intake.detach(this.#joined.member)
     this.#arenas?.close()
   }
 
@@ -371,7 +412,10 @@ export class Session implements Connection, GradientSink {
   #checkProgress(): void {
     const now = performance.now()
     const { stream, config } = this.#context
-    const since = Math.min(this.#reception.startedAt ?? Infinity, this.#sender.busySince ?? Infinity)
+    // Whoever is made to wait is not slow.
+    const begun = Math.min(this.#reception.startedAt ?? Infinity, this.#sender.busySince ?? Infinity)
+    /* c8 ignore next -- the check may come while a rate is kept to */
+    const since = this.#pauses.has('rate') ? Infinity : begun
     // A client may send a whole step before it reads: both directions count.
     const refusal = this.#window.check(now, {
       since,
@@ -381,7 +425,7 @@ export class Session implements Connection, GradientSink {
     const { open_timeout_seconds } = config
     if (this.#joined || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
     const message = `nothing was opened within ${open_timeout_seconds} seconds`
-    if (!this.#paused.has('room')) return this.#report(new ServiceError('FRAME_UNEXPECTED', message))
+    if (!this.#pauses.has('room')) return this.#report(new ServiceError('FRAME_UNEXPECTED', message))
     const wait = `${message}: a message of ${this.#room.wanted} bytes has waited for others`
     this.#report(new ServiceError('OVERLOADED', wait, { retry_after_seconds: 1 }))
   }

@@ -1,5 +1,6 @@
 import assert from 'node:assert'
 import { createHash } from 'node:crypto'
+import { isBlockDtype } from '../../kernels/dtype.js'
 import type { Device, SharedRegion } from '../device/device.js'
 import type { Region } from '../device/region.js'
 import { errorText } from '../errors.js'
@@ -84,10 +85,14 @@ export function agree(
 }
 
 function take(offer: TransportOffer, { device, run, local }: Agreement): SharedArenas {
+  if (run.intake.members.layout.named)
+    throw new Refusal('the run has members: each of them sends and receives its ranges over the socket')
   if (!local) throw new Refusal('the client is on another host: no memory is shared')
   if (offer.nonce.length !== PROOF_BYTES)
     throw new Refusal(`the nonce has ${offer.nonce.length} bytes, expected ${PROOF_BYTES}`)
   const { parameters } = run
+  const inBlocks = parameters.find((one) => isBlockDtype(one.gradient_dtype) || isBlockDtype(one.update_dtype))
+  if (inBlocks) throw new Refusal(`the tensors of parameter '${inBlocks.name}' travel in blocks, over the socket alone`)
   const sizes = [
     parameters.map(({ gradient_bytes }) => gradient_bytes),
     parameters.map(({ update_bytes }) => update_bytes),

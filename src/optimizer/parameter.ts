@@ -1,4 +1,4 @@
-import { bytesPerElement, DTYPES, type Dtype, isDtype } from '../../kernels/dtype.js'
+import { isWireDtype, kernelDtype, tensorBytes, WIRE_DTYPES, type WireDtype } from '../../kernels/dtype.js'
 import { type ErrorCode, ServiceError } from '../errors.js'
 import { atOnce } from '../wire/at-once.js'
 import type { Layout, ParameterDeclaration } from '../wire/frame.js'
@@ -71,6 +71,11 @@ export function stateBytes(parameter: Parameter): number {
   return parameter.state.reduce((sum, { bytes }) => sum + bytes, 0)
 }
 
+/** Bytes of state that all of them have from their first step on. */
+export function allStateBytes(parameters: readonly Parameter[]): number {
+  return parameters.reduce((sum, parameter) => sum + stateBytes(parameter), 0)
+}
+
 /**
  * The first difference between a run's parameters and a resuming client's; undefined where they are the same. Yields
  * from time to time.
@@ -134,8 +139,9 @@ function formOf(given: ParameterDeclaration, context: Context): Form {
   const update_dtype = dtype('update_dtype', given.update_dtype, fail)
   const laid: LaidParameter = {
     ...{ shape, group, gradient_dtype, update_dtype, ...layoutOf(given), elements },
-    gradient_bytes: elements * bytesPerElement(gradient_dtype),
-    update_bytes: elements * bytesPerElement(update_dtype),
+    kernel_dtypes: { gradient_dtype: kernelDtype(gradient_dtype), update_dtype: kernelDtype(update_dtype) },
+    gradient_bytes: tensorBytes(gradient_dtype, elements),
+    update_bytes: tensorBytes(update_dtype, elements),
     blocks: ['muon', 'muonclip'].includes(context.group.algorithm)
       ? matrices(given, context)
       : noMatrices(given, context),
@@ -154,10 +160,10 @@ function count(shape: readonly number[], fail: Fail): number {
   throw fail(`has shape ${show(shape)}, which is ${elements} elements, expected at most ${MAX_ELEMENTS}`)
 }
 
-function dtype(key: string, value: string | undefined, fail: Fail): Dtype {
+function dtype(key: string, value: string | undefined, fail: Fail): WireDtype {
   if (value === undefined) return 'float32'
-  if (isDtype(value)) return value
-  throw fail(`has ${key} ${show(value)}, expected one of ${Object.keys(DTYPES).join(', ')}`, 'DTYPE_UNSUPPORTED')
+  if (isWireDtype(value)) return value
+  throw fail(`has ${key} ${show(value)}, expected one of ${WIRE_DTYPES.join(', ')}`, 'DTYPE_UNSUPPORTED')
 }
 
 /** The layout's keys without those that are undefined: a key that the client left out is left out everywhere. */

@@ -93,6 +93,24 @@ export function checkMaxLogits(
   return logits
 }
 
+/** The larger one of each head's logits, of what two members of a run have seen. */
+export function largestLogits(one: MaxLogits, other: MaxLogits): MaxLogits {
+  const all = new Map(one)
+  for (const [name, logits] of other) {
+    const before = one.get(name)
+    all.set(name, before ? logits.map((logit, head) => Math.max(logit, before[head])) : logits)
+  }
+  return all
+}
+
+/** Whether no logit is larger than that of its head in `bounds`. */
+export function isWithin(logits: MaxLogits, bounds: MaxLogits): boolean {
+  return [...logits].every(([name, values]) => {
+    const most = bounds.get(name)
+    return most !== undefined && values.every((logit, head) => logit <= most[head])
+  })
+}
+
 function whyNot(attention: Attention | undefined, values: readonly number[]): string | undefined {
   if (attention === undefined) return 'the run has no attention of this name'
   const { query_heads } = attention

@@ -1,6 +1,7 @@
 import assert from 'node:assert'
+import { DTYPES, isBlockDtype } from '../../kernels/dtype.js'
 import type { Device, Ticket } from '../device/device.js'
-import type { Job, JobResult } from '../device/job.js'
+import type { Job, JobResult, Mean } from '../device/job.js'
 import type { Tensor } from '../device/memory.js'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
@@ -9,7 +10,7 @@ import type { Parameter } from '../optimizer/parameter.js'
 import type { Plan } from '../optimizer/plan.js'
 import type { StateTensor } from '../optimizer/state.js'
 import { type PlaceRecord, UnreadableError } from '../store/checkpoint/manifest.js'
-import type { DigestRecord } from './digest.js'
+import type { Contributor, DigestRecord } from './digest.js'
 import type { Plans } from './plans.js'
 import { appliedOf, appliedRecord, fingerprintText } from './record.js'
 import type { Step } from './step/step.js'
@@ -21,7 +22,14 @@ export type PlaceRow = {
   step: number
   record: DigestRecord | undefined
   state_bytes: number
+  last: LastStep | undefined
 }
+
+/**
+ * L2 norm of the gradient that a parameter was last applied with, after gradient_scale, and root of the mean square of
+ * its update's elements.
+ */
+export type LastStep = { gradient_norm: number; update_rms: number }
 
 /** An update ready to be sent from its memory, which is the caller's until it releases it. */
 export type Update = {
@@ -34,30 +42,65 @@ export type Update = {
 }
 
 /**
- * Where a gradient lies, and for one in memory that the client shares: `source` where it is to be copied from first,
- * and `target` where its update goes.
+ * Where a gradient lies, and for one in memory that the client shares: `source` where it is to be copied from first.
+ * `target` is where its update goes; left out, the device has memory for it.
  */
-export type GradientPlaces = { gradient: Region; source?: Region; target?: () => Region }
+export type GradientPlaces = {
+  gradient: Region
+  source?: Region
+  target?: () => Region
+  /** What the gradient is the mean of, which is written there first; a gradient of a journal is there already. */
+  mean?: Mean
+  /** The replicas that the gradient, float32 then, is the mean of. */
+  contributors?: readonly Contributor[]
+}
 
 /** A gradient to compute with, unless the ticket is cancelled before a lane begins. */
 type Asked = GradientPlaces & { ticket: Ticket }
+
+type Asking = GradientPlaces & { plan: Plan; outputs: Outputs }
+
+type Computed = { plan: Plan; result: JobResult; next: Tensor[] } & Pick<GradientPlaces, 'contributors'>
+
+/** What a step, or an import, has left of a parameter. It does not change: the next step leaves another one. */
+export type PlaceState = {
+  /** How many updates were applied: torch's `step`. */
+  readonly count: number
+  /** The run's step that was applied last; 0 is never. */
+  readonly appliedStep: number
+  /** What that step came to. */
+  readonly record: DigestRecord | undefined
+  /** The sum of squares of that step's gradient. */
+  readonly gradientSquare: number
+  /** Root of the mean square of that step's update; left out where this process has not computed it. */
+  readonly updateRms?: number
+  /** Undefined before its first step, when all of it is zero. */
+  readonly tensors: readonly Tensor[] | undefined
+}
+
+const UNTOUCHED: PlaceState = {
+  count: 0,
+  appliedStep: 0,
+  record: undefined,
+  gradientSquare: 0,
+  tensors: undefined,
+}
+
+/** What a checkpoint says of a state beside its tensors. */
+export function placeRecord({ count, appliedStep, gradientSquare, record }: PlaceState): PlaceRecord {
+  const kept = { count, applied_step: appliedStep, gradient_square: gradientSquare }
+  return record ? { ...kept, last: appliedRecord(record) } : kept
+}
 
 /** One parameter's place in a run: its state, and what it was last applied with. */
 export class Place {
   readonly parameter: Parameter
   readonly unit: number
-  /** How many updates were applied to it: torch's `step`. */
-  count = 0
-  /** The run's step it was last applied for; 0 is never. */
-  appliedStep = 0
-  record: DigestRecord | undefined
-  gradientSquare = 0
+  #state = UNTOUCHED
   /** Whether another kind of device computed the last step: its update has other bits here. */
   #elsewhere = false
   readonly #device: Device
   readonly #plans: Plans
-  /** Undefined before its first step, when its state is all zeros. */
-  #tensors: Tensor[] | undefined
 
   /** `unit` of the device has its state and computes its steps; `plans` are those of the whole run. */
   constructor(device: Device, plans: Plans, { parameter, unit = 0 }: { parameter: Parameter; unit?: number }) {
@@ -67,40 +110,54 @@ export class Place {
     this.parameter = parameter
   }
 
-  /** Its state; undefined before its first step, when all of it is zero. */
-  get tensors(): readonly Tensor[] | undefined {
-    return this.#tensors
+  get state(): PlaceState {
+    return this.#state
+  }
+
+  get count(): number {
+    return this.#state.count
+  }
+
+  get appliedStep(): number {
+    return this.#state.appliedStep
+  }
+
+  get record(): DigestRecord | undefined {
+    return this.#state.record
+  }
+
+  get gradientSquare(): number {
+    return this.#state.gradientSquare
+  }
+
+  get updateRms(): number | undefined {
+    return this.#state.updateRms
+  }
+
+  /** Undefined where this process has not computed the last step of the parameter. */
+  get last(): LastStep | undefined {
+    const { gradientSquare, updateRms } = this.#state
+    return updateRms === undefined ? undefined : { gradient_norm: Math.sqrt(gradientSquare), update_rms: updateRms }
   }
 
   get stateBytes(): number {
-    return (this.#tensors ?? []).reduce((sum, tensor) => sum + tensor.bytes, 0)
+    return (this.#state.tensors ?? []).reduce((sum, tensor) => sum + tensor.bytes, 0)
   }
 
   /** References to the state tensors, none before the first step. The caller releases them with `Device.memory`. */
   stateTensors(): (StateTensor & { tensor: Tensor })[] {
-    return (this.#tensors ?? []).map((tensor, i) => ({
+    return (this.#state.tensors ?? []).map((tensor, i) => ({
       ...this.parameter.state[i],
       tensor: this.#device.memory.retain(tensor),
     }))
-  }
-
-  /** What a checkpoint says of it beside its tensors. */
-  toRecord(): PlaceRecord {
-    const { count, appliedStep, gradientSquare, record } = this
-    const last = record && { last: appliedRecord(record) }
-    return { count, applied_step: appliedStep, gradient_square: gradientSquare, ...last }
   }
 
   /**
    * Takes over what a checkpoint has of it; the tensors, undefined where all are zero, are this place's from now on.
    */
   restore(kept: PlaceRecord, tensors: Tensor[] | undefined, elsewhere: boolean): void {
-    this.dispose()
-    this.#tensors = tensors
-    this.count = kept.count
-    this.appliedStep = kept.applied_step
-    this.gradientSquare = kept.gradient_square
-    this.record = kept.last && appliedOf(kept.last)
+    const { count, applied_step: appliedStep, gradient_square: gradientSquare, last } = kept
+    this.#replace({ count, appliedStep, gradientSquare, record: last && appliedOf(last), tensors })
     this.#elsewhere = elsewhere
   }
 
@@ -109,9 +166,7 @@ export class Place {
    * are zero. What the last step came to stays known, but cannot be computed again.
    */
   takeOver(tensors: Tensor[] | undefined, count: number): void {
-    this.dispose()
-    this.#tensors = tensors
-    this.count = count
+    this.#replace({ ...this.#state, tensors, count })
   }
 
   /**
@@ -132,38 +187,42 @@ export class Place {
         `the ${what} of parameter '${this.parameter.name}' has fingerprint ${has}, expected ${expected}`,
       )
     }
-    this.record = first
+    this.#state = { ...this.#state, record: first }
     this.#elsewhere = elsewhere
   }
 
   /** Gives the state back. */
   dispose(): void {
-    for (const tensor of this.#tensors ?? []) this.#device.memory.release(tensor)
-    this.#tensors = undefined
+    this.#replace({ ...this.#state, tensors: undefined })
   }
 
   /**
    * Computes and commits this parameter's part of a step, or computes it again where the step has applied it.
    * Undefined: the ticket was cancelled before a lane began.
    */
-  async compute(step: Step, { gradient, source, target, ticket }: Asked): Promise<Update | undefined> {
+  async compute(step: Step, { target, ticket, ...places }: Asked): Promise<Update | undefined> {
     const { settings } = step
+    const { contributors } = places
     const replayed = step.hasApplied(this.parameter.index)
     const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
-    const plan = this.#plans.of(this.parameter, groupOf(this.parameter, settings.groups), at)
+    const plan = this.#plans.of(this.parameter, groupOf(this.parameter, settings.groups), {
+      ...at,
+      isMean: contributors !== undefined,
+    })
     const outputs = new Outputs(this.#device, this.unit, target)
     const queuedAt = performance.now()
     const job = () => {
       step.spend('queue', (performance.now() - queuedAt) / 1000)
-      return this.#job(step, { plan, gradient, source, outputs })
+      return this.#job(step, { plan, outputs, ...places })
     }
     const result = await this.#run(job, step, ticket).catch((error) => {
       outputs.release()
       throw this.#located(error, step)
     })
+    outputs.releaseFloats()
     if (result === undefined) return undefined
     if (replayed) outputs.releaseNext()
-    else this.#commit(step, { plan, result, next: outputs.next })
+    else this.#commit(step, { plan, result, next: outputs.next, contributors })
     step.spend('compute', result.computeSeconds)
     return {
       memory: outputs.update,
@@ -171,7 +230,7 @@ export class Place {
       scale: plan.scale,
       decay: plan.decay,
       gradient_norm: Math.sqrt(result.gradientSquare) * Math.abs(settings.gradient_scale),
-      update_rms: plan.rms_factor * Math.sqrt(result.updateSquare / this.parameter.elements),
+      update_rms: this.#rms(plan, result),
     }
   }
 
@@ -181,15 +240,15 @@ export class Place {
     return result
   }
 
-  #job(step: Step, { plan, gradient, source, outputs }: GradientPlaces & { plan: Plan; outputs: Outputs }): Job {
+  #job(step: Step, { plan, outputs, gradient, source, mean, contributors }: Asking): Job {
     const replayed = step.hasApplied(this.parameter.index)
     return {
       plan,
-      gradient,
       source,
+      mean,
       gradient_scale: step.settings.gradient_scale,
-      state: this.#tensors?.map((tensor) => tensor.pointer),
-      ...outputs.allocate(this.parameter),
+      state: this.#state.tensors?.map((tensor) => tensor.pointer),
+      ...outputs.allocate(this.parameter, { gradient, isMean: contributors !== undefined }),
       expected: replayed ? this.record?.gradientFingerprint : undefined,
     }
   }
@@ -222,17 +281,30 @@ export class Place {
     )
   }
 
-  #commit(step: Step, { plan, result, next }: { plan: Plan; result: JobResult; next: Tensor[] }): void {
+  #commit(step: Step, { plan, result, next, contributors }: Computed): void {
     const { gradient_scale } = step.settings
     step.apply(this.parameter.index)
-    this.dispose()
-    this.#tensors = next
-    this.count += 1
-    this.appliedStep = step.number
-    this.gradientSquare = result.gradientSquare * gradient_scale ** 2
     const { gradientFingerprint, updateFingerprint } = result
-    this.record = { gradient_scale, gradientFingerprint, updateFingerprint, scale: plan.scale, decay: plan.decay }
+    const { scale, decay } = plan
+    const applied = { gradient_scale, gradientFingerprint, updateFingerprint, scale, decay }
+    this.#replace({
+      count: this.count + 1,
+      appliedStep: step.number,
+      record: contributors ? { ...applied, contributors } : applied,
+      gradientSquare: result.gradientSquare * gradient_scale ** 2,
+      updateRms: this.#rms(plan, result),
+      tensors: next,
+    })
     this.#elsewhere = false
+  }
+
+  #rms({ rms_factor }: Plan, { updateSquare }: JobResult): number {
+    return rms_factor * Math.sqrt(updateSquare / this.parameter.elements)
+  }
+
+  #replace(state: PlaceState): void {
+    for (const tensor of this.#state.tensors ?? []) this.#device.memory.release(tensor)
+    this.#state = state
   }
 }
 
@@ -245,6 +317,8 @@ class Outputs {
   readonly #device: Device
   readonly #unit: number
   readonly #target: (() => Region) | undefined
+  /** Float32 of what travels in blocks, while a lane computes. */
+  readonly #floats: Region[] = []
   #update: Region | undefined
 
   /** `target` is where the update goes; left out, the device has memory for it. */
@@ -259,10 +333,31 @@ class Outputs {
     return this.#update
   }
 
-  allocate({ state, update_bytes }: Parameter): Pick<Job, 'next' | 'update'> {
+  /** A mean of replicas is float32, whatever they send. */
+  allocate(
+    parameter: Parameter,
+    { gradient, isMean }: { gradient: Region; isMean: boolean },
+  ): Pick<Job, 'gradient' | 'received' | 'next' | 'update' | 'sent'> {
+    const { state, update_bytes, gradient_dtype, update_dtype } = parameter
     for (const { bytes } of state) this.next.push(this.#device.memory.allocate(bytes, this.#unit))
     this.#update = this.#target?.() ?? this.#device.takeUpdate(update_bytes)
-    return { next: this.next.map((tensor) => tensor.pointer), update: this.update }
+    const received = isBlockDtype(gradient_dtype) && !isMean ? { span: gradient, dtype: gradient_dtype } : undefined
+    const sent = isBlockDtype(update_dtype) ? { span: this.update, dtype: update_dtype } : undefined
+    return {
+      next: this.next.map((tensor) => tensor.pointer),
+      ...(received ? { received, gradient: this.#float32(parameter) } : { gradient }),
+      ...(sent ? { sent, update: this.#float32(parameter) } : { update: this.update }),
+    }
+  }
+
+  #float32({ elements }: Parameter): Region {
+    const region = this.#device.takeUpdate(elements * DTYPES.float32.bytes)
+    this.#floats.push(region)
+    return region
+  }
+
+  releaseFloats(): void {
+    for (const region of this.#floats.splice(0)) region.release()
   }
 
   releaseNext(): void {
@@ -271,6 +366,7 @@ class Outputs {
 
   release(): void {
     this.releaseNext()
+    this.releaseFloats()
     this.#update?.release()
   }
 }

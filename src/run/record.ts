@@ -30,25 +30,39 @@ export function settingsOf({ groups, frame }: SettingsRecord): StepSettings {
 }
 
 export function appliedRecord(record: DigestRecord): AppliedRecord {
-  const { gradient_scale, gradientFingerprint, updateFingerprint, scale, decay } = record
+  const { gradient_scale, gradientFingerprint, updateFingerprint, scale, decay, contributors } = record
+  const replicas = contributors?.map(({ fingerprint, ...rest }) => ({
+    ...rest,
+    fingerprint: fingerprintText(fingerprint),
+  }))
   return {
     gradient_scale,
     gradient_fingerprint: fingerprintText(gradientFingerprint),
     update_fingerprint: fingerprintText(updateFingerprint),
     scale,
     decay,
+    ...(replicas && { contributors: replicas }),
   }
 }
 
 export function appliedOf(record: AppliedRecord): DigestRecord {
   const { gradient_scale, gradient_fingerprint, update_fingerprint, scale, decay } = record
+  const contributors = record.contributors?.map(({ fingerprint, ...rest }) => ({
+    ...rest,
+    fingerprint: numberOf(fingerprint),
+  }))
   return {
     gradient_scale,
-    gradientFingerprint: BigInt(`0x${gradient_fingerprint}`),
-    updateFingerprint: BigInt(`0x${update_fingerprint}`),
+    gradientFingerprint: numberOf(gradient_fingerprint),
+    updateFingerprint: numberOf(update_fingerprint),
     scale,
     decay,
+    ...(contributors && { contributors }),
   }
+}
+
+function numberOf(fingerprint: string): bigint {
+  return BigInt(`0x${fingerprint}`)
 }
 
 /** As docs/protocol.md writes one: 16 hexadecimal digits. */

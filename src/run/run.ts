@@ -8,20 +8,24 @@ import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
 import { type Groups, groupOf } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter } from '../optimizer/parameter.js'
-import { checkMaxLogits } from '../optimizer/qk-clip.js'
 import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/checkpoint/manifest.js'
 import type { Journal } from '../store/journal/journal.js'
 import type { EndHead } from '../store/journal/journal-format.js'
-import type { OpenedFrame, ParameterDescription, StepFrame } from '../wire/frame.js'
+import type { Contribution, OpenedFrame, ParameterDescription } from '../wire/frame.js'
 import { Boundary } from './boundary.js'
-import { History, type Receipt, type RunEvents } from './history.js'
+import { type Finished, History, type Pace, type Receipt, type Refusal, Refusals, type RunEvents } from './history.js'
 import { importNote, type PendingImport } from './imported-state.js'
-import type { GradientPlaces, Place, PlaceRow } from './place.js'
+import type { Layout } from './members/layout.js'
+import type { Connection, Member, Seat } from './members/member.js'
+import type { Place, PlaceRow } from './place.js'
 import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import type { RestoredState, RunOptions } from './run-options.js'
-import { type HeldTensor, type ScaledUpdate, Shard } from './shard.js'
-import { checkComplete, conclude, effectiveGroups } from './step/conclusion.js'
-import { type Connection, Member } from './step/member.js'
+import { type ScaledUpdate, Shard } from './shard.js'
+import { Snapshot } from './snapshot.js'
+import { conclude, effectiveGroups } from './step/conclusion.js'
+import { Intake } from './step/intake.js'
+import { measured } from './step/measured.js'
+import type { Whole } from './step/part.js'
 import { Step, type StepSettings } from './step/step.js'
 import { Steps } from './step/steps.js'
 
@@ -33,14 +37,17 @@ export class Run extends EventEmitter<RunEvents> {
   readonly name: string
   readonly created_at: string
   readonly boundary: Boundary
+  /** What the run's members send. */
+  readonly intake: Intake
+  readonly #device: Device
   readonly #shard: Shard
   readonly #history: History
+  /** The newest errors that members were told. */
+  readonly refusals = new Refusals()
   readonly #steps: Steps
-  #member: Member | undefined
   #epoch = 0
   #note = ''
   #journal: Journal | undefined
-  #idleSince: number | undefined = performance.now()
   #isGone = false
   #inFlight = new Set<Promise<unknown>>()
 
@@ -48,12 +55,26 @@ export class Run extends EventEmitter<RunEvents> {
     super()
     // Event streams and requests for checkpoints listen, and both are bounded where they begin.
     this.setMaxListeners(0)
+    this.#device = device
     this.name = name
     this.created_at = created_at ?? new Date().toISOString()
     this.boundary = new Boundary(this)
     this.#history = new History(receipts)
     this.#shard = new Shard(device, { run: name, ...rest })
     this.#steps = new Steps(name, new Step(1, groups))
+    this.intake = new Intake(device, {
+      ...{ name, parameters: rest.parameters, attentions: rest.attentions, shard: this.#shard, steps: this.#steps },
+      held: () => this.boundary.held,
+      settled: () => this.settled(),
+      stepOfGradient: (index, number) => this.#stepOfGradient(index, number),
+      compute: (whole) => this.#compute(whole),
+      groups: () => this.groups,
+      changed: (status) => void this.emit('member', status),
+      last: () => this.#history.last,
+      conclude: (step, waited) => this.#conclude(step, waited),
+      leftOut: (replicas) => void this.emit('left_out', replicas),
+      quorumLost: () => void this.emit('quorum_lost'),
+    })
   }
 
   /** How often the run was opened: a connection of an older epoch has lost it. */
@@ -118,12 +139,17 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** Whether a connection has the run. */
   get connected(): boolean {
-    return this.#member !== undefined
+    return this.intake.members.connected.length > 0
   }
 
   /** Since when no connection has the run, as `performance.now` counts; undefined while one has it. */
   get idleSince(): number | undefined {
-    return this.#idleSince
+    return this.intake.members.idleSince
+  }
+
+  /** Bytes of state that it has once every parameter has taken a step. */
+  get fullStateBytes(): number {
+    return this.#shard.fullStateBytes
   }
 
   /** Bytes of state that are live. */
@@ -146,33 +172,11 @@ export class Run extends EventEmitter<RunEvents> {
     return this.#steps.current.begun
   }
 
-  /**
-   * Makes a connection the run's only member. The jobs of the one before settle first: the parameters that they
-   * applied show in `ahead`, and their values hold for the step; with nothing applied the values are forgotten.
-   */
-  async attach(connection: Connection): Promise<Member> {
-    const older = this.#member
-    const member = new Member(connection)
-    this.#member = member
-    this.#idleSince = undefined
-    older?.fence()
-    await this.settled()
-    this.#steps.current.forget()
+  /** Gives a connection its seat in a layout, as `Intake.attach` does: the run has another epoch. */
+  async attach(connection: Connection, seat?: Seat, layout?: Layout): Promise<Member> {
+    const member = await this.intake.attach(connection, seat, layout)
     this.#epoch += 1
     return member
-  }
-
-  /** The member's connection is gone. Jobs that no lane has begun are dropped. */
-  detach(member: Member): void {
-    member.lose()
-    if (this.#member !== member) return
-    this.#member = undefined
-    this.#idleSince = performance.now()
-  }
-
-  /** Tells the connection that has the run why it has to go; the run has no member any more. */
-  expel(error: ServiceError): void {
-    this.#member?.expel(error)
   }
 
   /** When every job of this run has been committed or dropped. */
@@ -180,14 +184,23 @@ export class Run extends EventEmitter<RunEvents> {
     while (this.#inFlight.size > 0) await Promise.allSettled(this.#inFlight)
   }
 
-  /** The answer to an `open` that has found or made the run, but for the parameters. */
-  opened(resumed: boolean): Omit<OpenedFrame, 'type' | 'limits' | 'server' | 'parameters'> {
+  /** The answer to an `open` that has found or made the run, but for the parameters; a member is told of the others. */
+  opened(resumed: boolean, member?: Member): Omit<OpenedFrame, 'type' | 'limits' | 'server' | 'parameters'> {
     return {
       ...{ run: this.name, epoch: this.epoch, step: this.step, resumed, digest: this.digest },
       ...{ ahead: this.ahead, attentions: this.attentions },
       groups: effectiveGroups(this.groups),
       ...(this.note && { note: this.note }),
+      ...(member && this.#membersFor(member)),
     }
+  }
+
+  #membersFor({ rank, world_size, replica, replicas }: Member): Partial<OpenedFrame> {
+    const { layout, status } = this.intake.members
+    if (!layout.named) return {}
+    const place = layout.averages ? { replica, replicas } : {}
+    const { quorum } = layout
+    return { member: { rank, world_size, ...place }, members: status, ...(quorum && { quorum }) }
   }
 
   /** The parameters as `opened` lists them, one at a time: a large model has many. */
@@ -197,88 +210,29 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * Takes a `step` frame: for the step in progress its values, for the last finished one only the values that it had.
+   * The row scales of a member's parameters that a finished step, by default the last one, has skipped: QK-clip does
+   * not wait for a gradient. One at a time.
    */
-  announce(member: Member, { step: number, groups = {}, gradient_scale = 1, max_logits = {} }: StepFrame): void {
-    const step = this.#steps.of(number, `a step frame for step ${number}`)
-    step.refuse(member)
-    step.announce(member, {
-      ...{ groups, gradient_scale },
-      max_logits: checkMaxLogits(this.attentions, max_logits, number),
-    })
-  }
-
-  /**
-   * A frame of this member that announces a step could not be read: nothing is taken for that step before another one
-   * comes.
-   */
-  refuseAnnouncement(member: Member): void {
-    this.#steps.current.refuse(member)
-  }
-
-  /**
-   * Answers the step that a member's gradient is to be applied in, or computed again. Throws STEP_CONFLICT where
-   * neither can be.
-   */
-  expect(member: Member, index: number, number: number): Step {
-    const step = this.#stepOfGradient(index, number)
-    step.checkAccepted(member)
-    step.begin()
-    return step
-  }
-
-  /**
-   * Computes and commits, or replays, one parameter's part of a step. Takes the gradient's regions over, and releases
-   * them when the lane and the journal have read them, whatever comes of it. Undefined: the member that sent it has
-   * lost the run.
-   */
-  async compute(
+  *skippedRowScales(
     member: Member,
-    { step, index, gradient, source, target }: { step: Step; index: number } & GradientPlaces,
-  ): Promise<ScaledUpdate | undefined> {
-    try {
-      if (this.boundary.held) await this.boundary.held
-      if (member.lost) return undefined
-      // An import may have come between the gradient's first chunk and its last.
-      this.#stepOfGradient(index, step.number)
-      const { ticket } = member
-      const update = await this.#track(this.#shard.compute(step, index, { gradient, source, target, ticket }))
-      if (update) this.#store(step, index, gradient)
-      return update
-    } finally {
-      gradient.release()
-      source?.release()
-    }
+    step: Step | undefined = this.#steps.finished,
+  ): Generator<{ parameter: number; row_scale: Uint8Array }> {
+    assert(step, 'a step was finished')
+    for (const scale of this.#shard.skippedRowScales(step)) if (member.has(this.parameter(scale.parameter))) yield scale
   }
 
-  /**
-   * The row scales of parameters that the last finished step skipped: QK-clip does not wait for a gradient. One at a
-   * time.
-   */
-  skippedRowScales(): Generator<{ parameter: number; row_scale: Uint8Array }> {
-    assert(this.#steps.finished, 'a step was finished')
-    return this.#shard.skippedRowScales(this.#steps.finished)
+  /** How fast it goes; undefined where this process has finished no step of it. */
+  get pace(): Pace | undefined {
+    return this.#history.pace
   }
 
-  /**
-   * Finishes a step whose every parameter was applied or is skipped, or answers a finished one's receipt again. With
-   * a journal the step is on the disk first; where it cannot be, STORAGE_FAILED is thrown and the step is not
-   * finished.
-   */
-  async end(member: Member, number: number, skipped: readonly number[]): Promise<Receipt> {
-    if (this.boundary.held) await this.boundary.held
-    const step = this.#steps.of(number, `end for step ${number}`)
-    step.checkAccepted(member)
-    const { last } = this.#history
-    if (step === this.#steps.finished && last) return { ...last, replayed: true }
-    checkComplete(step, this.#shard, new Set(skipped))
-    const durable = this.#journal !== undefined
-    const receipt = conclude(step, this.#shard, { digest: this.digest, durable })
-    if (!this.#journal) return this.#finish(receipt)
-    return this.#track(this.#commit(this.#journal, receipt, skipped).then(() => this.#finish(receipt)))
+  /** A member was told an error. */
+  refused(refusal: Refusal): void {
+    this.refusals.add(refusal)
+    this.emit('refused', refusal)
   }
 
-  receipts(after: number): Receipt[] {
+  receipts(after: number): Finished[] {
     return this.#history.receipts(after)
   }
 
@@ -316,26 +270,27 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /**
-   * All that a checkpoint is made of, as of the last finished step, or with an import after it; the caller releases
-   * the tensors. No parameter may be applied for the next step yet.
+   * All that a checkpoint is made of, as of the last finished step, or with an import after it; the caller releases it.
+   * No parameter may be applied for the next step yet.
    */
-  snapshot(pending?: PendingImport): { record: RunRecord; tensors: HeldTensor[] } {
+  snapshot(pending?: PendingImport): Snapshot {
     assert(!this.begun, 'a checkpoint is taken between two steps')
     const { step, previous, last: receipt } = this.#history
     const { digest, imported } = pending ?? this.#history
-    const { places, tensors } = this.#shard.hold(pending?.state.places)
     const last = this.#steps.finished?.settings
-    const record: RunRecord = {
+    const head = {
       ...{ run: this.name, created_at: this.created_at, epoch: this.epoch, step, digest, previous_digest: previous },
-      parameters: this.parameters.map((parameter) => describe(parameter)),
       attentions: this.attentions,
       groups: groupRecords(this.groupsBefore),
       ...(last && { last: settingsRecord(last) }),
       ...(receipt && { receipt }),
-      places,
       ...(imported && { imported }),
     }
-    return { record, tensors }
+    return new Snapshot(this.#device, {
+      head,
+      parameters: this.parameters,
+      states: this.#shard.states(pending?.state.places),
+    })
   }
 
   /** Goes on from state that was imported. Between two steps. */
@@ -351,8 +306,10 @@ export class Run extends EventEmitter<RunEvents> {
     this.#shard.restore(record.places, { tensors, elsewhere })
     this.#history.restore(record)
     const applied = record.places.flatMap(({ applied_step }, index) => (applied_step === record.step ? [index] : []))
-    const finished = record.last && Step.finished(record.step, settingsOf(record.last), applied)
+    const contributors = record.receipt?.contributors ?? []
+    const finished = record.last && Step.finished(record.step, settingsOf(record.last), { applied, contributors })
     this.#steps.restore(finished, new Step(record.step + 1, groupsOf(record.groups)))
+    this.intake.forget()
     this.#note = note
   }
 
@@ -361,9 +318,9 @@ export class Run extends EventEmitter<RunEvents> {
     this.#epoch = epoch
   }
 
-  /** The step in progress is one of a journal: it is computed with the values that it had. */
-  repeat(settings: StepSettings): void {
-    this.#steps.current.repeat(settings)
+  /** The step in progress is one of a journal: it is computed with the values and the replicas that it had. */
+  repeat(settings: StepSettings, contributors: readonly Contribution[]): void {
+    this.#steps.current.repeat(settings, contributors)
   }
 
   /**
@@ -379,7 +336,8 @@ export class Run extends EventEmitter<RunEvents> {
    * another one.
    */
   async endAgain(member: Member, { step, skipped, digest, receipt }: EndHead): Promise<void> {
-    const computed = await this.end(member, step, skipped)
+    const computed = await this.intake.end(member, { step, skipped, weight: 1 })
+    assert(typeof computed === 'object', 'a journal is never lost as a member')
     if (computed.digest !== digest)
       throw new UnreadableError(`step ${step} has digest ${computed.digest}, expected ${digest}`)
     this.#history.acknowledge(receipt)
@@ -387,8 +345,8 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** What a parameter's row in REST says. */
   place(index: number): PlaceRow {
-    const { parameter, count, record, stateBytes } = this.#shard.place(index)
-    return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes }
+    const { parameter, count, record, stateBytes, last } = this.#shard.place(index)
+    return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes, last }
   }
 
   /** References to a parameter's state tensors, none before its first step; the caller releases them. */
@@ -399,6 +357,7 @@ export class Run extends EventEmitter<RunEvents> {
   /** Gives all memory back. The run has no member and no job any more. */
   dispose(): void {
     this.#isGone = true
+    this.intake.close()
     this.#shard.dispose()
     this.emit('gone')
   }
@@ -407,10 +366,36 @@ export class Run extends EventEmitter<RunEvents> {
     return this.#steps.ofGradient(this.parameter(index), number, this.#history.imported !== undefined)
   }
 
+  /** Computes and commits, or replays, one parameter's part of a step. */
+  async #compute({ step, index, explain, ...asked }: Whole): Promise<ScaledUpdate | undefined> {
+    if (this.boundary.held) await this.boundary.held
+    if (asked.ticket.cancelled) return undefined
+    // An import may have come since the gradient did.
+    this.#stepOfGradient(index, step.number)
+    const computing = this.#shard.compute(step, index, asked).catch(async (error) => {
+      throw await explain(error)
+    })
+    const update = await this.#track(computing)
+    if (update) this.#store(step, index, asked.gradient)
+    return update
+  }
+
+  /** Finishes a step whose every parameter was applied or is skipped. With a journal the step is on the disk first. */
+  #conclude(step: Step, waited: RunEvents['waited'][0]): Receipt | Promise<Receipt> {
+    const durable = this.#journal !== undefined
+    const receipt = conclude(step, this.#shard, { digest: this.digest, durable })
+    this.emit('waited', waited)
+    if (!this.#journal) return this.#finish(receipt)
+    return this.#track(this.#commit(this.#journal, receipt).then(() => this.#finish(receipt)))
+  }
+
   #finish(receipt: Receipt): Receipt {
+    const { current: step } = this.#steps
+    const facts = measured(step, this.#shard, this.#history.finishedAt)
     this.#steps.finish()
-    this.#history.add(receipt)
-    this.emit('receipt', receipt)
+    this.intake.finish()
+    this.#history.add(receipt, facts)
+    this.emit('receipt', receipt, facts, step)
     return receipt
   }
 
@@ -426,11 +411,24 @@ export class Run extends EventEmitter<RunEvents> {
       .then(() => kept.release())
   }
 
-  async #commit(journal: Journal, receipt: Receipt, skipped: readonly number[]): Promise<void> {
+  /**
+   * Has the journal take what it lacks of the gradients that members have put together: they need not send it again.
+   */
+  #storeApplied(step: Step): void {
+    for (const index of step.applied) {
+      const gradient = this.intake.applied(index, step.number)
+      if (gradient) this.#store(step, index, gradient)
+      gradient?.release()
+    }
+  }
+
+  async #commit(journal: Journal, receipt: Receipt): Promise<void> {
     const started = performance.now()
     const step = this.#steps.current
     const { digest } = receipt
     const settings = settingsRecord(step.settings)
+    const skipped = this.parameters.flatMap(({ index }) => (step.hasApplied(index) ? [] : [index]))
+    this.#storeApplied(step)
     await step.end(() =>
       journal.commit({ type: 'end', step: step.number, digest, skipped, settings, receipt }, step.applied),
     )

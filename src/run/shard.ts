@@ -4,22 +4,18 @@ import type { Tensor } from '../device/memory.js'
 import type { RunStaging } from '../device/run-staging.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
-import type { Parameter } from '../optimizer/parameter.js'
+import { allStateBytes, type Parameter } from '../optimizer/parameter.js'
 import { type Claims, claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
-import type { StateTensor } from '../optimizer/state.js'
 import type { AppliedRecord, PlaceRecord } from '../store/checkpoint/manifest.js'
 import type { StepRecord } from './digest.js'
 import type { ImportedPlace } from './imported-state.js'
-import { type GradientPlaces, Place, type Update } from './place.js'
+import { type GradientPlaces, Place, type PlaceState, type Update } from './place.js'
 import { Plans } from './plans.js'
 import { appliedOf } from './record.js'
 import type { Step } from './step/step.js'
 
 /** An update with the factor of each row that QK-clip scales (float32 bytes); undefined where none is scaled. */
 export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined }
-
-/** A state tensor that is held for a reader, and whose it is. */
-export type HeldTensor = StateTensor & { tensor: Tensor; parameter: Parameter; count: number }
 
 /** `grant` is the memory that the device has admitted for the parameters. */
 export type ShardOptions = {
@@ -36,6 +32,8 @@ export class Shard {
   readonly staging: RunStaging
   readonly attentions: readonly Attention[]
   readonly parameters: readonly Parameter[]
+  /** Bytes of state that they have once every parameter has taken a step. */
+  readonly fullStateBytes: number
   readonly #run: string
   readonly #device: Device
   readonly #places: readonly Place[]
@@ -47,6 +45,7 @@ export class Shard {
     this.grant = grant
     this.staging = device.stagingOf(grant)
     this.parameters = parameters
+    this.fullStateBytes = allStateBytes(parameters)
     this.attentions = attentions
     this.#claims = claimsByParameter(attentions)
     const plans = new Plans()
@@ -109,19 +108,12 @@ export class Shard {
     }
   }
 
-  /**
-   * References to all state, or to what `imported` puts in its place. The caller releases them with `Device.memory`.
-   */
-  hold(imported?: readonly (ImportedPlace | undefined)[]): { places: PlaceRecord[]; tensors: HeldTensor[] } {
-    const held = this.#places.map((place, i) => ({ place, ...stateOf(imported?.[i] ?? place) }))
-    return {
-      places: held.map(({ place, count }) => ({ ...place.toRecord(), count })),
-      tensors: held.flatMap(({ place: { parameter }, count, tensors }) =>
-        tensors.map((tensor, i) => {
-          return { ...parameter.state[i], tensor: this.#device.memory.retain(tensor), parameter, count }
-        }),
-      ),
-    }
+  /** The state of every parameter, or what `imported` puts in its place. */
+  states(imported?: readonly (ImportedPlace | undefined)[]): PlaceState[] {
+    return this.#places.map(({ state }, i) => {
+      const given = imported?.[i]
+      return given ? { ...state, count: given.count, tensors: given.tensors } : state
+    })
   }
 
   /** Goes on from state that no step of the run has made. A parameter without a place keeps its state. */
@@ -154,8 +146,4 @@ export class Shard {
     this.staging.close()
     this.#device.dismiss(this.grant)
   }
-}
-
-function stateOf({ count, tensors = [] }: { count: number; tensors?: readonly Tensor[] }) {
-  return { count, tensors }
 }

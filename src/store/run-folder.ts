@@ -118,8 +118,11 @@ export class RunFolder {
     this.#changed(this.#list.entries)
   }
 
-  /** Writes a checkpoint; `released` is called with the position of each entry once its memory is not read any more. */
-  async write(snapshot: Snapshot, released: (position: number) => void): Promise<CheckpointEntry> {
+  /**
+   * Writes a checkpoint; `released` is told from time to time how many of the entries have memory that is not read any
+   * more.
+   */
+  async write(snapshot: Snapshot, released: (entries: number) => void): Promise<CheckpointEntry> {
     const { record, entries, locations, tags, server, device, file_bytes } = snapshot
     const { branch } = this.#identity
     const checkpoint = this.#list.freshId(record.step, record.imported !== undefined)

@@ -33,6 +33,8 @@ export class SafetensorsError extends Error {
 
 /** The bytes of the number that a file begins with: its header's length. */
 export const LENGTH_BYTES = 8
+/** So many tensors' entries are written in about two milliseconds. */
+const ENTRIES_PER_YIELD = 512
 // The limit of the reference implementation: a corrupt length is refused before so much memory is asked for.
 const MAX_HEADER_BYTES = 100_000_000
 const METADATA = '__metadata__'
@@ -46,7 +48,20 @@ export function encodeHeader(
   tensors: readonly TensorEntry[],
   metadata: Readonly<Record<string, string>> = {},
 ): Uint8Array {
-  const entries = Object.keys(metadata).length > 0 ? [`"${METADATA}":${JSON.stringify(metadata)}`] : []
+  const encoding = encodingHeader(tensors, metadata)
+  for (;;) {
+    const { done, value } = encoding.next()
+    if (done) return value
+  }
+}
+
+/** The same header as `encodeHeader`. Yields from time to time. */
+export function* encodingHeader(
+  tensors: Iterable<TensorEntry>,
+  metadata: Readonly<Record<string, string>> = {},
+): Generator<undefined, Uint8Array> {
+  const parts: Buffer[] = []
+  let entries = Object.keys(metadata).length > 0 ? [`"${METADATA}":${JSON.stringify(metadata)}`] : []
   const names = new Set([METADATA])
   let offset = 0
   for (const { name, dtype, shape, bytes } of tensors) {
@@ -57,12 +72,23 @@ export function encodeHeader(
     const end = offset + bytes
     entries.push(`${JSON.stringify(name)}:{"dtype":"${dtype}","shape":[${shape}],"data_offsets":[${offset},${end}]}`)
     offset = end
+    if (entries.length < ENTRIES_PER_YIELD) continue
+    parts.push(Buffer.from(entries.join(',')))
+    entries = []
+    yield
   }
-  const json = Buffer.from(`{${entries.join(',')}}`)
-  const header = Buffer.alloc(LENGTH_BYTES + Math.ceil(json.length / 8) * 8, ' ')
-  header.writeBigUInt64LE(BigInt(header.length - LENGTH_BYTES))
-  header.set(json, LENGTH_BYTES)
-  return header
+  if (entries.length > 0) parts.push(Buffer.from(entries.join(',')))
+  return framed(parts)
+}
+
+/** A header of the parts of its JSON: its length, the parts with commas between, and spaces up to a multiple of 8. */
+function framed(parts: readonly Buffer[]): Uint8Array {
+  const [comma, length] = [Buffer.from(','), Buffer.alloc(LENGTH_BYTES)]
+  const separated = parts.flatMap((part, i) => (i === 0 ? [part] : [comma, part]))
+  const used = separated.reduce((sum, part) => sum + part.length, '{}'.length)
+  const padding = Buffer.alloc(Math.ceil(used / 8) * 8 - used, ' ')
+  length.writeBigUInt64LE(BigInt(used + padding.length))
+  return Buffer.concat([length, Buffer.from('{'), ...separated, Buffer.from('}'), padding])
 }
 
 /** Reads a whole file. Throws SafetensorsError unless every byte is accounted for by exactly one tensor. */

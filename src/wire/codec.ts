@@ -1,20 +1,18 @@
 import { ServiceError } from '../errors.js'
 import { atOnce } from './at-once.js'
 import {
-  CLIENT_FRAMES,
   type ClientFrame,
   type GradientFrame,
   OPEN_BYTES,
   type OpenedFrame,
   OTHER_KEYS_BYTES,
-  PARAMETER_DESCRIPTION,
   type ParameterDescription,
   PROTOCOL,
-  SERVER_FRAMES,
   type ServerFrame,
   STEP_BYTES,
   type UpdateFrame,
 } from './frame.js'
+import { CLIENT_FRAMES, PARAMETER_DESCRIPTION, SERVER_FRAMES } from './frame-schemas.js'
 import { type Cursor, cursorOf, ITEMS_PER_YIELD, malformed, nextToken, scan, takeBytes } from './msgpack.js'
 import { binHead, listHead, pack } from './pack.js'
 import { type MapSchema, quote, readMessage } from './schema.js'
@@ -65,12 +63,14 @@ export function* decodingClientFrame(bytes: Uint8Array, limits: DecodeLimits): G
 }
 
 /**
- * Decodes one message of the service, for clients. Keys that this version does not know are passed on.
+ * Decodes one message of the service, for clients. Keys that this version does not know are passed on; a frame of a
+ * type that it does not know is undefined.
  * @throws ServiceError FRAME_MALFORMED
  */
-export function decodeServerFrame(bytes: Uint8Array): ServerFrame {
-  const { type, schema } = atOnce(recognize(bytes, SERVER_FRAMES))
-  return atOnce(readMessage(bytes, schema, type)) as ServerFrame
+export function decodeServerFrame(bytes: Uint8Array): ServerFrame | undefined {
+  const { name } = atOnce(reading(bytes))
+  if (!isKey(name, SERVER_FRAMES)) return undefined
+  return atOnce(readMessage(bytes, SERVER_FRAMES[name], name)) as ServerFrame
 }
 
 /** A gradient frame but for its data, which begins at byte `dataStart` of the message and has `dataLength` bytes. */
@@ -102,9 +102,7 @@ export function* encodingOpened(
   frame: Omit<OpenedFrame, 'parameters'>,
   parameters: Iterable<ParameterDescription>,
 ): Generator<undefined, Buffer> {
-  const header = pack(frame, SERVER_FRAMES.opened)
-  // One more pair in the map; `opened` does not reach the 15 at which the count would leave the first byte.
-  header[0] += 1
+  const header = withOneMorePair(pack(frame, SERVER_FRAMES.opened))
   const list: Buffer[] = []
   for (const parameter of parameters) {
     list.push(pack(parameter, PARAMETER_DESCRIPTION))
@@ -121,10 +119,15 @@ export type DataHeader = Omit<GradientFrame, 'data'> | Omit<UpdateFrame, 'data'>
  * after it as a fragment of its own, so no tensor is copied.
  */
 export function encodeHeader(frame: DataHeader, dataLength: number): Buffer {
-  const header = Buffer.concat([pack(frame, schemaOf(frame)), DATA_KEY, binHead(dataLength)])
-  // One more pair in the map; no frame reaches the 15 at which the count would leave the first byte.
-  header[0] += 1
-  return header
+  return withOneMorePair(Buffer.concat([pack(frame, schemaOf(frame)), DATA_KEY, binHead(dataLength)]))
+}
+
+/** Counts one more pair in the map that the message is: msgpack has the count of up to 15 in the first byte. */
+function withOneMorePair(message: Buffer): Buffer {
+  /* c8 ignore next -- an `opened` with every key that there may be */
+  if (message[0] === MOST_IN_FIRST_BYTE) return Buffer.concat([SIXTEEN_PAIRS, message.subarray(1)])
+  message[0] += 1
+  return message
 }
 
 /** Encodes header and payload into one message: a copy, for small tensors and tests. */
@@ -139,8 +142,18 @@ type Look = (key: string, at: number, scanned: { cursor: Cursor; entries: Readon
 function* recognize<T extends string>(
   bytes: Uint8Array,
   table: Readonly<Record<T, MapSchema>>,
-  look?: Look,
+  look: Look,
 ): Generator<undefined, Recognized<T>> {
+  const { cursor, entries, name } = yield* reading(bytes, look)
+  if (!isKey(name, table)) throw malformed(`unknown frame type ${quote(name)}`)
+  return { cursor, entries, type: name, schema: table[name] }
+}
+
+/** Finds where a message has its keys, and the name of its type. */
+function* reading(
+  bytes: Uint8Array,
+  look?: Look,
+): Generator<undefined, { cursor: Cursor; entries: Map<string, number>; name: string }> {
   const cursor = cursorOf(bytes)
   const entries = yield* scan(cursor, (key, at, entries) => look?.(key, at, { cursor, entries }))
   const at = entries.get('type')
@@ -148,8 +161,7 @@ function* recognize<T extends string>(
   cursor.position = at
   const name = readString(cursor)
   if (name === undefined) throw malformed('the type of the frame is not a string')
-  if (!isKey(name, table)) throw malformed(`unknown frame type ${quote(name)}`)
-  return { cursor, entries, type: name, schema: table[name] }
+  return { cursor, entries, name }
 }
 
 function isKey<T extends string>(name: string, table: Readonly<Record<T, unknown>>): name is T {
@@ -231,6 +243,8 @@ function readString(cursor: Cursor): string | undefined {
   return kind === 'string' ? takeBytes(cursor, value)?.toString() : undefined
 }
 
+const MOST_IN_FIRST_BYTE = 0x8f
+const SIXTEEN_PAIRS = Buffer.of(0xde, 0, 16)
 const PARAMETERS_KEY = Buffer.concat([Buffer.of(0xa0 | 'parameters'.length), Buffer.from('parameters')])
 const DATA_KEY = Buffer.from([0xa4, 0x64, 0x61, 0x74, 0x61])
 

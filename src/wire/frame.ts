@@ -1,5 +1,4 @@
 import type { ErrorCode } from '../errors.js'
-import type { MapSchema, Schema } from './schema.js'
 
 /** The only protocol version there is; `open` names it. */
 export const PROTOCOL = 1
@@ -18,6 +17,9 @@ export const OPEN_BYTES = 16 * 1024 * 1024
 
 /** Most bytes of any message: `open` and the `data` of a chunk have at most 16 MiB each, other keys come on top. */
 export const MESSAGE_BYTES = OPEN_BYTES + OTHER_KEYS_BYTES
+
+/** The W3C's `traceparent`, version 00: the ids of a trace and of a span, neither of them all zeros, and flags. */
+export const TRACEPARENT = /^00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}$/
 
 export const RUN_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/
 
@@ -44,7 +46,32 @@ export type ParameterDeclaration = Layout & {
   readonly group: string
   readonly gradient_dtype?: string
   readonly update_dtype?: string
+  /** The elements [start, stop) in C order that this member sends and receives; left out: all of them. */
+  readonly ranges?: readonly (readonly number[])[]
 }
+
+/**
+ * Which member of a run a connection is: `rank` counts from 0 to `world_size` - 1 within the replica, and `replica`
+ * (default 0) from 0 to `replicas` - 1 (default 1).
+ */
+export type MemberDeclaration = {
+  readonly rank: number
+  readonly world_size: number
+  readonly replica?: number
+  readonly replicas?: number
+}
+
+/** Whether the member of a rank has a connection; `replica` only in a run with several. */
+export type MemberStatus = { readonly rank: number; readonly replica?: number; readonly connected: boolean }
+
+/**
+ * When a step may be closed without all replicas: `deadline_seconds` after the first `end` of it, or with all that are
+ * connected, and never with fewer than `min_replicas`.
+ */
+export type Quorum = { readonly min_replicas: number; readonly deadline_seconds: number }
+
+/** A replica of which the gradients of a step are the mean, and its weight there. */
+export type Contribution = { readonly replica: number; readonly weight: number }
 
 /** Rows of a parameter from `first_row` on, head after head (default 0). `parameter` is an index. */
 export type RowsDeclaration = { readonly parameter: number; readonly first_row?: number }
@@ -118,6 +145,10 @@ export type OpenFrame = {
   readonly from?: Source
   readonly client?: string
   readonly transport?: readonly TransportOffer[]
+  /** Left out: the run's only member, which sends and receives all elements. */
+  readonly member?: MemberDeclaration
+  /** Left out: a step needs all replicas. */
+  readonly quorum?: Quorum
 }
 
 export type StepFrame = {
@@ -126,6 +157,8 @@ export type StepFrame = {
   readonly groups?: Readonly<Record<string, Hyperparameters>>
   readonly gradient_scale?: number
   readonly max_logits?: Readonly<Record<string, readonly number[]>>
+  /** The trainer's span that the step's is below. It is no value of the step: another one is no conflict. */
+  readonly traceparent?: string
 }
 
 /** One chunk of a gradient; `offset` in bytes from the tensor's start, `data` raw little-endian bytes in C order. */
@@ -144,7 +177,13 @@ export type GradientsFrame = {
   readonly parameters: readonly number[]
 }
 
-export type EndFrame = { readonly type: 'end'; readonly step: number; readonly skipped?: readonly number[] }
+export type EndFrame = {
+  readonly type: 'end'
+  readonly step: number
+  readonly skipped?: readonly number[]
+  /** Of the replica in the mean of replicas, above 0; default 1. */
+  readonly weight?: number
+}
 
 export type CheckpointFrame = { readonly type: 'checkpoint'; readonly tag?: string }
 
@@ -166,6 +205,12 @@ export type OpenedFrame = {
   readonly note?: string
   /** Answers the client's offers; left out where it made none. */
   readonly transport?: TransportAnswer
+  /** As `open` gave it. */
+  readonly member?: MemberDeclaration
+  /** All members of the run, where `open` gave one. */
+  readonly members?: readonly MemberStatus[]
+  /** In force in a run with several replicas. */
+  readonly quorum?: Quorum
   readonly limits: { readonly chunk_bytes: number; readonly [limit: string]: unknown }
   readonly server: {
     readonly name: string
@@ -231,6 +276,10 @@ export type ReceiptFrame = {
   readonly digest: string
   readonly durable: boolean
   readonly seconds: StepSeconds
+  /** The replicas whose mean the step is made of, in a run with several. */
+  readonly contributors?: readonly Contribution[]
+  /** Whether the replica of this member is one of them. */
+  readonly contributed?: boolean
 }
 
 export type CheckpointedFrame = {
@@ -251,7 +300,12 @@ export type ErrorFrame = {
   readonly step?: number
   readonly expected_step?: number
   readonly retry_after_seconds?: number
+  /** The step was closed without this replica: its updates and its receipt come with the `end` of it. */
+  readonly left_out?: boolean
 }
+
+/** Members that have opened the run or were lost since the last such frame, or since `opened`. */
+export type MembersFrame = { readonly type: 'members'; readonly members: readonly MemberStatus[] }
 
 export type DrainingFrame = { readonly type: 'draining'; readonly deadline_seconds: number }
 
@@ -262,187 +316,5 @@ export type ServerFrame =
   | ReceiptFrame
   | CheckpointedFrame
   | ErrorFrame
+  | MembersFrame
   | DrainingFrame
-
-const string: Schema = { is: 'string' }
-const bool: Schema = { is: 'bool' }
-const int: Schema = { is: 'int' }
-const uint: Schema = { is: 'uint' }
-const float: Schema = { is: 'float' }
-const bin: Schema = { is: 'bin' }
-const anything: Schema = { is: 'any' }
-const hyperparameter: Schema = { is: 'hyperparameter' }
-
-const list = (of: Schema): Schema => ({ is: 'list', of })
-const dictionary = (of: Schema): Schema => ({ is: 'dictionary', of })
-type NamedKeys<T> = keyof { [K in keyof T as string extends K ? never : K]: T[K] } & string
-type RequiredKeys<T> = { [K in NamedKeys<T>]: undefined extends T[K] ? never : K }[NamedKeys<T>]
-type RequiredSchemas<T> = Readonly<Record<RequiredKeys<T>, Schema>>
-type OptionalSchemas<T> = Readonly<Record<Exclude<NamedKeys<T>, RequiredKeys<T>>, Schema>>
-
-/** A map with exactly the keys of the type T: a key too many, too few or on the wrong side does not compile. */
-const map = <T>(required: RequiredSchemas<T>, optional: OptionalSchemas<T>): MapSchema => ({
-  is: 'map',
-  required,
-  optional,
-})
-/** What the service sends may gain keys within one protocol version, so a client lets them pass. */
-const openMap = <T>(required: RequiredSchemas<T>, optional: OptionalSchemas<T>): MapSchema => ({
-  ...map<T>(required, optional),
-  rest: anything,
-})
-
-const layout: OptionalSchemas<Layout> = { split: list(int), heads: int, matrices: string }
-
-const group: MapSchema = {
-  ...map<GroupDeclaration>({ name: string }, { algorithm: string, preset: string }),
-  rest: hyperparameter,
-}
-
-const parameter = map<ParameterDeclaration>(
-  { name: string, shape: list(int), group: string },
-  { gradient_dtype: string, update_dtype: string, ...layout },
-)
-
-const rows = map<RowsDeclaration>({ parameter: uint }, { first_row: int })
-const tensors = { query: rows, key: rows } as const
-const biases = { query_bias: rows, key_bias: rows } as const
-const dims = { head_dim: int, nope_dim: int, rope_dim: int, value_dim: int } as const
-const defaulted = { threshold: float, rule: string, key_value_heads: int } as const
-
-const attention = map<AttentionDeclaration>(
-  { name: string, query_heads: int, ...tensors },
-  { ...defaulted, ...dims, ...biases },
-)
-
-const offer: MapSchema = {
-  ...map<TransportOffer>(
-    { kind: string, nonce: bin },
-    { process: uint, descriptors: list(uint), gpu: string, handles: list(bin) },
-  ),
-  // A kind that this service does not know is refused in `opened`, whatever it needs.
-  rest: anything,
-}
-
-/**
- * Every frame that a client may send, with all its keys. An integer of a shape, a layout or an attention may be
- * negative here: the optimizer layer checks its value, and its error names the parameter.
- */
-export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
-  open: map<OpenFrame>(
-    { type: string, protocol: uint, run: { is: 'name', pattern: RUN_NAME } },
-    {
-      mode: { is: 'name', pattern: /^(create|resume|create_or_resume)$/ },
-      groups: list(group),
-      parameters: list(parameter),
-      attentions: list(attention),
-      takeover: bool,
-      checkpoint: string,
-      from: map<Source>({ run: { is: 'name', pattern: RUN_NAME }, checkpoint: string }, {}),
-      client: { is: 'name', pattern: /^.{0,256}$/su },
-      transport: list(offer),
-    },
-  ),
-  step: map<StepFrame>(
-    { type: string, step: uint },
-    { groups: dictionary(dictionary(hyperparameter)), gradient_scale: float, max_logits: dictionary(list(float)) },
-  ),
-  gradient: map<GradientFrame>({ type: string, parameter: uint, step: uint, offset: uint, data: bin }, {}),
-  gradients: map<GradientsFrame>({ type: string, step: uint, parameters: list(uint) }, {}),
-  end: map<EndFrame>({ type: string, step: uint }, { skipped: list(uint) }),
-  checkpoint: map<CheckpointFrame>({ type: string }, { tag: string }),
-}
-
-/** The schema of a parameter in `opened`. */
-export const PARAMETER_DESCRIPTION = openMap<ParameterDescription>(
-  {
-    index: uint,
-    name: string,
-    shape: list(uint),
-    group: string,
-    gradient_dtype: string,
-    update_dtype: string,
-    step: uint,
-    algorithm: string,
-  },
-  layout,
-)
-
-const attentionDescription = openMap<AttentionDescription>(
-  { name: string, query_heads: int, ...tensors, ...defaulted },
-  { ...dims, ...biases },
-)
-
-/** Every frame the service may send. */
-export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
-  opened: openMap<OpenedFrame>(
-    {
-      type: string,
-      run: string,
-      epoch: uint,
-      step: uint,
-      resumed: bool,
-      digest: string,
-      ahead: list(uint),
-      attentions: list(attentionDescription),
-      groups: dictionary(dictionary(hyperparameter)),
-      limits: openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {}),
-      server: openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {}),
-    },
-    {
-      parameters: list(PARAMETER_DESCRIPTION),
-      note: string,
-      transport: openMap<TransportAnswer>(
-        {
-          kind: string,
-          refused: list(openMap<TransportAnswer['refused'][number]>({ kind: string, reason: string }, {})),
-        },
-        {},
-      ),
-    },
-  ),
-  update: openMap<UpdateFrame>(
-    { type: string, parameter: uint, step: uint, offset: uint },
-    {
-      scale: float,
-      decay: float,
-      row_scale: bin,
-      replayed: bool,
-      gradient_norm: float,
-      update_rms: float,
-      data: bin,
-    },
-  ),
-  updates: openMap<UpdatesFrame>(
-    {
-      ...{ type: string, step: uint, replayed: bool, parameters: list(uint) },
-      ...{ scale: list(float), decay: list(float), gradient_norm: list(float), update_rms: list(float) },
-    },
-    { row_scale: dictionary(bin) },
-  ),
-  receipt: openMap<ReceiptFrame>(
-    {
-      type: string,
-      step: uint,
-      replayed: bool,
-      applied: uint,
-      skipped: uint,
-      gradient_norm: float,
-      groups: dictionary(dictionary(hyperparameter)),
-      clipped_heads: dictionary(uint),
-      digest: string,
-      durable: bool,
-      seconds: openMap<StepSeconds>({ receive: float, queue: float, compute: float, send: float }, {}),
-    },
-    { max_logit: float },
-  ),
-  checkpointed: openMap<CheckpointedFrame>(
-    { type: string, checkpoint: string, step: uint, digest: string, bytes: uint },
-    {},
-  ),
-  error: openMap<ErrorFrame>(
-    { type: string, code: string, message: string, status: uint, retryable: bool },
-    { parameter: uint, step: uint, expected_step: uint, retry_after_seconds: float },
-  ),
-  draining: openMap<DrainingFrame>({ type: string, deadline_seconds: float }, {}),
-}

@@ -1,10 +1,13 @@
 import { fork } from 'node:child_process'
 import { once, setMaxListeners } from 'node:events'
-import { availableParallelism, cpus, loadavg } from 'node:os'
+import { mkdtempSync, writeFileSync } from 'node:fs'
+import { availableParallelism, cpus, loadavg, tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { parseArgs } from 'node:util'
 import { startService } from '../../examples/service.js'
+import { hashOf, newKey } from '../../src/access/key-file.js'
 import { tableLines } from '../../src/text-table.js'
 import { ATTACKS, type Attack, SETTINGS, type Tried } from './attacks.js'
 import type { Seen, Watched } from './bystander.js'
@@ -30,7 +33,7 @@ const LIVEZ_MS = 250
 const SLOWER = 1.2
 const CALM_MS = 1000
 const ROUNDS = 3
-const [TOKEN, READER] = ['attack', 'reader']
+const [TOKEN, READER] = [newKey(), newKey()]
 const PROGRAM = fileURLToPath(new URL('../../src/server.js', import.meta.url))
 
 /** One attack: what the bystander saw alone, in each round against the decoy and against its service, and after. */
@@ -77,7 +80,10 @@ async function main(): Promise<void> {
 
 function serve() {
   const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith('MUOND_')))
-  const keys = { MUOND_API_KEYS: TOKEN, MUOND_READ_KEYS: READER }
+  const reader = { name: 'reader', sha256: hashOf(READER), scopes: ['read'] }
+  const file = join(mkdtempSync(join(tmpdir(), 'muond-attack-')), 'keys.yaml')
+  writeFileSync(file, JSON.stringify({ keys: [reader] }))
+  const keys = { MUOND_API_KEYS: TOKEN, MUOND_KEYS_FILE: file }
   return startService(flags.server, {
     args: ['--device', 'cpu', '--lanes', '1', '--threads', '1', '--log-level', 'info'],
     env: { ...env, ...SETTINGS, ...keys },

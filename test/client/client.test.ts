@@ -247,4 +247,7 @@ t.test('a connection that cannot be made says why at once', async (t) => {
   await t.rejects(connect(guarded.url), { code: 'UNAUTHORIZED', status: 401, retryable: false })
   const client = await clientOf(t, { token: 'right-key-of-some-length' }, guarded.url.replace('ws:', 'http:'))
   t.match(await client.open(modelOf(fresh())), { step_count: 0 })
+  process.env.MUOND_TOKEN = 'right-key-of-some-length'
+  t.teardown(() => delete process.env.MUOND_TOKEN)
+  await (await clientOf(t, {}, guarded.url)).close()
 })

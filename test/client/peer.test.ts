@@ -116,6 +116,20 @@ t.test('what no service says ends the step with the reason, and is not retried',
   }
 })
 
+t.test('a frame of a type that the client does not know is ignored', async (t) => {
+  const greeting = Buffer.concat([Buffer.of(0x81, 0xa4), Buffer.from('type'), Buffer.of(0xa8), Buffer.from('greeting')])
+  const peer = await startPeer(
+    answering((socket) => {
+      socket.send(greeting)
+      say(socket, UPDATE, receipt(1))
+    }),
+  )
+  const { run } = await openAt(peer, QUICK)
+  t.match(await run.step(GRADIENTS), { step: 1 })
+  t.equal(peer.connections(), 1)
+  peer.close()
+})
+
 t.test('what a new connection may mend is retried', async (t) => {
   const overloaded = errorFrame({ code: 'OVERLOADED', status: 429, retryable: true, retry_after_seconds: 0.001 })
   const table: [title: string, answer: (socket: WebSocket) => unknown, code: string][] = [

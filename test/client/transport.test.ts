@@ -151,6 +151,31 @@ t.test('a service that knows no transport, or sees other memory, is served over 
   t.equal(memory().mapped, 0)
 })
 
+t.test('memory that a service has taken and does not see any more is offered no more, and stays', async (t) => {
+  const offers: boolean[] = []
+  const peer = await startPeer((frame, socket) => {
+    if (frame.type !== 'open') return
+    offers.push(frame.transport !== undefined)
+    if (offers.length === 1) prove(frame)
+    say(socket, { ...opened(), ...(frame.transport && { transport: taken }) })
+  })
+  t.teardown(() => peer.close())
+  const client = await connect(peer.url, { retries: 0 })
+  const run = await client.open({ run: 'r', parameters: PARAMETERS })
+  t.equal(run.transport, 'shm')
+  run.gradientView(0).fill(1)
+  for (const expected of [
+    [true, true, false],
+    [true, true, false, false],
+  ]) {
+    await run.reopen()
+    t.same(offers, expected)
+    t.equal(run.transport, 'websocket')
+    t.equal(run.gradientView(0)[0], 1, 'what was written for a step is there')
+  }
+  await client.close()
+})
+
 const UPDATES = { type: 'updates', replayed: false, gradient_norm: [1], update_rms: [1] } as const
 
 t.test('updates in shared memory that no service sends end the step, and nothing is applied', async (t) => {

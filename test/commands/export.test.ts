@@ -1,12 +1,15 @@
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
-import { join } from 'node:path'
+import { tmpdir } from 'node:os'
+import { dirname, join } from 'node:path'
 import t from 'tap'
 import { exportCommand } from '../../src/commands/export.js'
+import { importCommand } from '../../src/commands/import.js'
 import { byteProgress } from '../../src/commands/progress.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
-import { train, trainStep } from '../run/trainer.js'
+import { keyOf, keysFile } from '../http/keys.js'
+import { MODEL, train, trainStep } from '../run/trainer.js'
 import { exporting, opened, SILENT, start, stateOf } from './interchange.js'
 
 const id = (step: number) => `step-${String(step).padStart(12, '0')}`
@@ -237,9 +240,39 @@ t.test('NorMuon’s statistic is nothing that torch has', async (t) => {
   await service.app.close()
 })
 
+t.test('a run is exported and imported over a Unix socket', async (t) => {
+  const service = await start()
+  const { client } = await train(service, { run: 'a', last: 3 })
+  const folder = mkdtempSync(join(tmpdir(), 'muond-'))
+  t.teardown(() => rmSync(folder, { recursive: true }))
+  const path = join(folder, 'm.sock')
+  await service.listenLocally(path)
+  const body = await stateOf(service, 'a')
+  for (const [i, url] of [`ws+unix://${path}`, `http+unix://${path}`, `ws+unix://${path}:/v1/stream`].entries()) {
+    const out = join(folder, `${i}.safetensors`)
+    await exportCommand(['a', '--to', 'safetensors', '--out', out, '--url', url], {}, SILENT)
+    t.same(readFileSync(out), body, url)
+    const other = await opened(service, `to-${i}`, MODEL)
+    await importCommand([`to-${i}`, out, '--from', 'muond', '--url', url], {}, SILENT)
+    t.same(parseSafetensors(await stateOf(service, `to-${i}`)).tensors, parseSafetensors(body).tensors, url)
+    await other.close()
+  }
+  const missing = ['a', '--to', 'safetensors', '--out', join(folder, 'x'), '--url', `ws+unix://${path}.gone`]
+  await t.rejects(exportCommand(missing, {}, SILENT), {
+    message: /^ws\+unix:.*m\.sock\.gone cannot be reached: .*ENOENT/,
+  })
+  await client.close()
+  await service.app.close()
+})
+
 t.test('every mistake has one line', async (t) => {
-  const service = await start({ read_keys: 'reader', api_keys: 'writer' })
-  const folder = t.testdir({ key: 'reader\n' })
+  const file = keysFile(t, [
+    { name: 'reader', scopes: ['read'] },
+    { name: 'writer', scopes: ['step'] },
+  ])
+  const service = await start({ keys_file: file.path })
+  const folder = dirname(file.path)
+  writeFileSync(join(folder, 'key'), `${keyOf('reader')}\n`)
   const out = join(folder, 'x')
   const CASES: [string[], RegExp][] = [
     [[], /^export takes the name of one run/],
@@ -253,6 +286,7 @@ t.test('every mistake has one line', async (t) => {
       /^--data and --url exclude each other$/,
     ],
     [['a', '--to', 'safetensors', '--out', out, '--url', 'ftp://x'], /^--url is 'ftp:\/\/x', expected one such as/],
+    [['a', '--to', 'safetensors', '--out', out, '--url', 'ws+unix://run/m.sock'], /expected .* or ws\+unix:\/\/\/run/],
     [
       ['a', '--to', 'safetensors', '--out', out, '--url', 'http://127.0.0.1:1'],
       /^http:\/\/127\.0\.0\.1:1 cannot be reached: .*ECONNREFUSED/,
@@ -283,10 +317,16 @@ t.test('every mistake has one line', async (t) => {
     await t.rejects(exportCommand(argv, {}, SILENT), { name: 'ConfigError', message }, argv.join(' '))
   const fromVariable = exportCommand(
     ['a', '--to', 'safetensors', '--out', out, '--url', service.http],
-    { MUOND_TOKEN: 'reader' },
+    { MUOND_TOKEN: keyOf('reader') },
     SILENT,
   )
   await t.rejects(fromVariable, { message: /RUN_NOT_FOUND/ })
+  const unfit = exportCommand(
+    ['a', '--to', 'safetensors', '--out', out, '--url', service.http],
+    { MUOND_TOKEN: keyOf('writer') },
+    SILENT,
+  )
+  await t.rejects(unfit, { message: /takes a key with the scope read; this one has step \(FORBIDDEN\)$/ })
   t.match(await exportCommand(['--help'], {}, SILENT), /^muond export RUN --to FORMAT --out PATH/)
   await service.app.close()
 })

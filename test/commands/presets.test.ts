@@ -7,10 +7,10 @@ const MINE = 'description: my own\nalgorithm: sgd\nhyperparameters: { sgd: { lr:
 
 t.test('the list has a line for each preset, within 80 columns', async (t) => {
   const lines = presetsCommand([], {}).split('\n')
-  t.equal(lines.length, 6)
+  t.equal(lines.length, 8)
   t.ok(lines.every((line) => line.length <= 80))
   t.match(lines[0], /^preset +algorithm +description$/)
-  t.match(lines[3], /^moonlight +muon +Moonlight 16B-A3B, Muon at AdamW's update RMS$/)
+  t.match(lines[4], /^moonlight +muon +Moonlight 16B-A3B, Muon at AdamW's update RMS$/)
 })
 
 t.test('a name prints its file, sources and all', async (t) => {
@@ -28,7 +28,10 @@ t.test("a person's own folder comes by flag or variable, the flag wins", async (
 
 t.test('what it cannot do is one line', async (t) => {
   const cases: [string[], string][] = [
-    [['kimi'], "there is no preset 'kimi', expected one of deepseek-v4, kimi-k2, moonlight, nanogpt, torch"],
+    [
+      ['kimi'],
+      "there is no preset 'kimi', expected one of deepseek-v4, diloco, kimi-k2, moonlight, muloco, nanogpt, torch",
+    ],
     [['torch', 'kimi-k2'], 'presets takes one name, got torch kimi-k2'],
     [['--colour'], "Unknown option '--colour' (--help lists the flags)"],
   ]

@@ -87,6 +87,12 @@ t.test('state is read in pieces of one size, whatever the sizes of the tensors, 
   )
   t.ok(Buffer.concat(pieces).equals(Buffer.concat(contents)))
   t.ok(Buffer.concat([...device.read([tensors[5]])]).equals(contents[5]))
+  const many = new Array(2049).fill(tensors[6])
+  t.same(
+    [...device.read(many)].map(({ length }) => length),
+    [2048 * 5, 5],
+    'small tensors are a piece before they have its bytes',
+  )
   t.same([...device.read([])], [])
   t.same([...device.read([device.memory.allocate(0)])], [])
   for (const tensor of tensors) device.memory.release(tensor)

@@ -2,10 +2,13 @@ import { once } from 'node:events'
 import { connect as connectSocket } from 'node:net'
 import t from 'tap'
 import { MAX_EVENT_STREAMS } from '../../src/http/events.js'
+import { until } from '../service.js'
 import { connect, GRADIENTS, openRun, startService } from './service.js'
 
+type Data = { step: number; measured?: object }
+
 /** The events of a response as they come: their id, event and data. */
-async function* events(response: Response): AsyncGenerator<{ id: number; event: string; data: { step: number } }> {
+async function* events(response: Response): AsyncGenerator<{ id: number; event: string; data: Data }> {
   const decoder = new TextDecoderStream()
   let text = ''
   for await (const piece of response.body?.pipeThrough(decoder) ?? []) {
@@ -23,6 +26,12 @@ async function* events(response: Response): AsyncGenerator<{ id: number; event: 
   }
 }
 
+async function next(stream: ReturnType<typeof events>) {
+  const { value, done } = await stream.next()
+  if (done) throw new Error('the stream has ended')
+  return value
+}
+
 const listen = (url: string, headers: Record<string, string> = {}) => fetch(`${url}/v1/runs/a/events`, { headers })
 
 t.test('each receipt is an event whose id is its step, as it happens', async (t) => {
@@ -34,8 +43,13 @@ t.test('each receipt is an event whose id is its step, as it happens', async (t)
   const stream = events(response)
   for (const step of [2, 3]) {
     const { type, ...receipt } = await trainer.step(step, GRADIENTS)
-    t.same((await stream.next()).value, { id: step, event: 'receipt', data: receipt })
+    const { measured, ...data } = (await next(stream)).data
+    t.same(data, receipt)
+    t.match(measured, { finished_at: /^\d{4}-.*Z$/, update_rms: Number, gradient_bytes: 52, update_bytes: 52 })
   }
+  t.match(await (await fetch(`${url}/v1/runs/a/receipts`)).json(), {
+    receipts: [1, 2, 3].map((step) => ({ step, measured: { wall_seconds: Number } })),
+  })
   await stream.return(undefined)
   trainer.socket.close()
 })
@@ -56,6 +70,24 @@ t.test(
     trainer.socket.close()
   },
 )
+
+t.test('an error that a connection of the run is told is an event, and kept', async (t) => {
+  const { url, runs } = await startService(t)
+  const trainer = await openRun(url, 'a')
+  const stream = events(await listen(url))
+  trainer.sendStep(1, [Float32Array.of(NaN, 2, 3, 4, 5, 6)])
+  const expected = { rank: 0, code: 'GRADIENT_NOT_FINITE', message: /'w'/, parameter: 0, step: 1, at: /Z$/ }
+  t.match(await next(stream), { event: 'refused', data: expected })
+  t.match(await next(stream), { event: 'refused', data: { code: 'STEP_INCOMPLETE', step: 1 } })
+  const { refusals } = (await (await fetch(`${url}/v1/runs/a/refusals`)).json()) as { refusals: object[] }
+  t.match(refusals, [expected, { code: 'STEP_INCOMPLETE' }])
+  t.equal(refusals.length, 2)
+  for (let i = 0; i < 120; i += 1) trainer.send({ type: 'end', step: 7 })
+  await until(() => runs.get('a').refusals.list().length === 100)
+  for (let i = 0; i < 120; i += 1) t.match((await next(stream)).data, { code: 'STEP_CONFLICT' })
+  t.equal(runs.get('a').refusals.list().length, 100, 'only the newest are kept')
+  trainer.socket.close()
+})
 
 t.test('a Last-Event-ID that is no step is refused', async (t) => {
   const { url } = await startService(t)

@@ -8,6 +8,7 @@ import t, { type Test } from 'tap'
 import { connect } from '../../src/client/client.js'
 import { gradientsOf, modelOf } from '../client/model.js'
 import { type Service, startService } from '../service.js'
+import { keyOf } from './keys.js'
 
 /** A folder of its own with a short path: that of a socket has at most 108 bytes. */
 function folderOf(t: Test): string {
@@ -67,12 +68,12 @@ t.test('REST and streams are served on a Unix socket, which only its user may co
 })
 
 t.test('keys hold on a Unix socket as well', async (t) => {
-  const service = await startService({ lanes: 1, api_keys: 'secret' })
+  const service = await startService({ lanes: 1, api_keys: keyOf('s') })
   const path = join(folderOf(t), 'm.sock')
   await service.listenLocally(path)
   t.match(await get(path, '/v1/runs'), { status: 401 })
   await t.rejects(connect(`ws+unix://${path}`), { code: 'UNAUTHORIZED' })
-  await (await connect(`ws+unix://${path}`, { token: 'secret' })).close()
+  await (await connect(`ws+unix://${path}`, { token: keyOf('s') })).close()
   await service.app.close()
 })
 

@@ -96,14 +96,30 @@ t.test('capabilities are the settings, the tables and the device', async (t) => 
   t.match(capabilities, {
     server: { name: 'muond', version: VERSION },
     protocols: [1],
-    dtypes: ['float32', 'bfloat16', 'float16'],
+    dtypes: ['float32', 'bfloat16', 'float16', 'int8_block256', 'int4_block64'],
     devices: [{ name: 'cpu', kind: 'cpu', onnxruntime: device.backend.version, lanes: 1 }],
-    limits: { max_runs: 7, chunk_bytes: 1000, state_bytes: 123_456, staging_bytes: 2 ** 20, max_connections: 256 },
+    limits: {
+      max_runs: 7,
+      chunk_bytes: 1000,
+      state_bytes: 123_456,
+      staging_bytes: 2 ** 20,
+      max_connections: 256,
+      max_bytes_per_second: 0,
+    },
+    quotas: { runs: { used: 0 }, parameters: { used: 0 }, state_bytes: { used: 0 }, connections: { used: 0 } },
   })
   t.same(Object.keys(capabilities.algorithms), ['muon', 'adamw', 'adam', 'rmsprop', 'sgd', 'muonclip'])
   t.match(capabilities.algorithms.muon.momentum, { default: 0.95, sticky: true })
   t.match(capabilities.algorithms.adamw.betas, { default: [0.9, 0.999] })
-  t.same(Object.keys(capabilities.presets), ['deepseek-v4', 'kimi-k2', 'moonlight', 'nanogpt', 'torch'])
+  t.same(Object.keys(capabilities.presets), [
+    'deepseek-v4',
+    'diloco',
+    'kimi-k2',
+    'moonlight',
+    'muloco',
+    'nanogpt',
+    'torch',
+  ])
   t.match(capabilities.presets['deepseek-v4'], {
     description: /^DeepSeek-V4/,
     source: /arXiv/,
@@ -135,7 +151,9 @@ t.test('parameters are listed page by page', async (t) => {
   await trainer.step(1, GRADIENTS)
   const all = await get<{ parameters: Schemas['ParameterSummary'][]; total: number }>(`${url}/v1/runs/a/parameters`)
   t.equal(all.total, 3)
-  t.same(all.parameters[0], {
+  const [{ last, ...first }] = all.parameters as [Schemas['ParameterSummary']]
+  t.match(last, { gradient_norm: Math.sqrt(91), update_rms: Number })
+  t.same(first, {
     index: 0,
     name: 'w',
     shape: [2, 3],
@@ -159,6 +177,35 @@ t.test('parameters are listed page by page', async (t) => {
   t.same(await get(`${url}/v1/runs/a/parameters?offset=9`), { parameters: [], total: 3 })
   trainer.socket.close()
 })
+
+t.test(
+  'what the last step of each parameter came to is what its update said, and the run says how fast it goes',
+  async (t) => {
+    const { url } = await startService(t)
+    const trainer = await openRun(url, 'a')
+    const summary = () => get<Schemas['Run']>(`${url}/v1/runs/a`)
+    t.notMatch(await summary(), { step_seconds: Number })
+    trainer.sendStep(1, GRADIENTS)
+    const updates = [await trainer.next('update'), await trainer.next('update'), await trainer.next('update')]
+    await trainer.next('receipt')
+    const { parameters } = await get<{ parameters: Schemas['ParameterSummary'][] }>(`${url}/v1/runs/a/parameters`)
+    for (const { parameter, gradient_norm, update_rms } of updates)
+      t.same(parameters[parameter]?.last, { gradient_norm, update_rms })
+    const { receipts } = await get<{ receipts: Schemas['Receipt'][] }>(`${url}/v1/runs/a/receipts`)
+    const square = updates.reduce(
+      (sum, { parameter, update_rms = 0 }) => sum + update_rms ** 2 * GRADIENTS[parameter]!.length,
+      0,
+    )
+    t.ok(Math.abs(receipts[0]!.measured!.update_rms - Math.sqrt(square / 13)) < 1e-12)
+    await trainer.step(2, GRADIENTS)
+    const { last_step_at, step_seconds } = await summary()
+    const [one, two] = (await get<{ receipts: Schemas['Receipt'][] }>(`${url}/v1/runs/a/receipts`)).receipts
+    t.equal(last_step_at, two!.measured!.finished_at)
+    t.equal(step_seconds, (one!.measured!.wall_seconds + two!.measured!.wall_seconds) / 2)
+    t.ok(Date.parse(one!.measured!.finished_at) <= Date.parse(two!.measured!.finished_at))
+    trainer.socket.close()
+  },
+)
 
 t.test('a parameter shows the norms of its state', async (t) => {
   const { url } = await startService(t)
@@ -209,10 +256,47 @@ t.test('receipts after a step, the newest of them kept', async (t) => {
   const told = []
   for (const step of [1, 2, 3]) told.push(await trainer.step(step, GRADIENTS))
   const bodies = told.map(({ type, ...body }) => body)
-  t.same(await get(`${url}/v1/runs/a/receipts`), { receipts: bodies.slice(1) })
-  t.same(await get(`${url}/v1/runs/a/receipts?after=2`), { receipts: bodies.slice(2) })
-  t.same(await get(`${url}/v1/runs/a/receipts?after=3`), { receipts: [] })
+  const receipts = async (query = '') => {
+    const { receipts } = await get<{ receipts: Schemas['Receipt'][] }>(`${url}/v1/runs/a/receipts${query}`)
+    return receipts.map(({ measured, ...body }) => body)
+  }
+  t.same(await receipts(), bodies.slice(1))
+  t.same(await receipts('?after=2'), bodies.slice(2))
+  t.same(await receipts('?after=3'), [])
   trainer.socket.close()
+})
+
+t.test('requests are measured by route, unknown ones as one, and replays and takeovers are counted', async (t) => {
+  const { url } = await startService(t, { run_metrics: 'true' })
+  const trainer = await openRun(url, 'a')
+  await trainer.step(1, GRADIENTS)
+  trainer.sendStep(1, GRADIENTS)
+  await trainer.next('receipt')
+  const heir = await connect(url)
+  heir.send({ type: 'open', protocol: 1, run: 'a', takeover: true, ...MODEL })
+  await heir.next('opened')
+  await fetch(`${url}/v1/runs/a`)
+  await fetch(`${url}/v1/runs/b`)
+  for (const path of ['/one', '/two']) await fetch(`${url}${path}`)
+  const events = new AbortController()
+  await fetch(`${url}/v1/runs/a/events`, { signal: events.signal })
+  events.abort()
+  const text = await (await fetch(`${url}/metrics`)).text()
+  const counted = (labels: string) => `muond_http_request_seconds_count{${labels}}`
+  for (const line of [
+    'muond_replayed_updates_total 3',
+    'muond_takeovers_total 1',
+    'muond_step_seconds_count 1',
+    'muond_gradient_norm_count 1',
+    'muond_run_step{run="a"} 1',
+    `${counted('method="GET",route="/v1/runs/:run",status="200"')} 1`,
+    `${counted('method="GET",route="/v1/runs/:run",status="404"')} 1`,
+    `${counted('method="GET",route="none",status="404"')} 2`,
+  ])
+    t.ok(text.split('\n').includes(line), line)
+  t.notMatch(text, /route="[^"]*(events|stream)"/)
+  t.ok(Date.now() / 1000 - Number(/^muond_last_step_timestamp_seconds (.*)$/m.exec(text)?.[1]) < 60)
+  heir.socket.close()
 })
 
 t.test('a deleted run is gone with its state, and its connection is told', async (t) => {
@@ -296,7 +380,11 @@ t.test('a message over the limit closes its stream with 1009 and is counted', as
   const closed = once(trainer.socket, 'close')
   trainer.socket.send(Buffer.alloc(17 * 2 ** 20))
   t.equal((await closed)[0], 1009)
-  t.match((await metrics.errors_total.get()).values, [{ labels: { code: 'FRAME_TOO_LARGE' }, value: 1 }])
+  const { values } = await metrics.errors_total.get()
+  t.match(
+    values.filter(({ value }) => value > 0),
+    [{ labels: { code: 'FRAME_TOO_LARGE' }, value: 1 }],
+  )
 })
 
 t.test('metrics count the step, its bytes and its phases', async (t) => {

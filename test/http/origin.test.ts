@@ -2,6 +2,7 @@ import { once } from 'node:events'
 import { type IncomingMessage, request } from 'node:http'
 import t from 'tap'
 import { WebSocket } from 'ws'
+import { bearer, keyOf } from './keys.js'
 import { startService } from './service.js'
 
 const PATHS = ['/livez', '/readyz', '/docs/', '/openapi.yaml', '/metrics', '/v1/runs', '/v1/stream', '/nowhere']
@@ -27,7 +28,7 @@ async function upgrade(url: string, headers: Record<string, string>): Promise<nu
 }
 
 t.test('a web page of another origin reaches no route and opens no stream', async (t) => {
-  const { url } = await startService(t, { api_keys: 'k' })
+  const { url } = await startService(t, { api_keys: keyOf('k'), max_refusals_per_minute: 1000 })
   for (const origin of [
     'http://evil.example',
     'https://127.0.0.1.evil.example',
@@ -36,7 +37,7 @@ t.test('a web page of another origin reaches no route and opens no stream', asyn
     'file://',
   ]) {
     for (const path of PATHS) {
-      const headers = { origin, authorization: 'Bearer k' }
+      const headers = { origin, ...bearer('k') }
       const { status, problem } = await answer(url, path, headers)
       t.equal(status, 403, `${path} from ${origin}`)
       t.match(problem, {
@@ -45,7 +46,7 @@ t.test('a web page of another origin reaches no route and opens no stream', asyn
       })
     }
     t.equal((await answer(url, '/v1/runs/r/checkpoints', { origin }, 'POST')).status, 403, 'a POST')
-    t.equal(await upgrade(url, { origin, authorization: 'Bearer k' }), 403, `an upgrade from ${origin}`)
+    t.equal(await upgrade(url, { origin, ...bearer('k') }), 403, `an upgrade from ${origin}`)
   }
 })
 
@@ -72,7 +73,7 @@ t.test('a name that was made to lead here is no name of this service', async (t)
 })
 
 t.test('loopback names, the address that is listened on and pages of the service itself are known', async (t) => {
-  const { url } = await startService(t, { host: 'trainer.local', api_keys: 'k' })
+  const { url } = await startService(t, { host: 'trainer.local', api_keys: keyOf('k'), insecure_no_tls: true })
   const { port } = new URL(url)
   for (const host of [
     `127.0.0.1:${port}`,
@@ -84,11 +85,7 @@ t.test('loopback names, the address that is listened on and pages of the service
   ]) {
     t.equal((await answer(url, '/livez', { host })).status, 200, host)
     t.equal((await answer(url, '/livez', { host, origin: `http://${host}` })).status, 200, `a page of ${host}`)
-    t.equal(
-      await upgrade(url, { host, origin: `http://${host}`, authorization: 'Bearer k' }),
-      101,
-      `an upgrade for ${host}`,
-    )
+    t.equal(await upgrade(url, { host, origin: `http://${host}`, ...bearer('k') }), 101, `an upgrade for ${host}`)
   }
 })
 

@@ -10,6 +10,7 @@ import type { Readable } from 'node:stream'
 import { fileURLToPath } from 'node:url'
 import t from 'tap'
 import { VERSION } from '../../src/config.js'
+import { bearer, keysFile } from './keys.js'
 import { GRADIENTS, openRun } from './service.js'
 
 const SERVER = fileURLToPath(new URL('../../src/server.js', import.meta.url))
@@ -51,7 +52,9 @@ t.test('--version and --help print and exit', async (t) => {
 
 t.test('serve is what muond does without a command; the other commands print and exit', async (t) => {
   t.same(await result(start(['serve', '--version'])), { code: 0, out: `${VERSION}\n`, err: '' })
-  t.match(await result(start(['presets'])), { code: 0, out: /^preset +algorithm +description\n(.*\n){5}$/, err: '' })
+  t.match(await result(start(['presets'])), { code: 0, out: /^preset +algorithm +description\n(.*\n){7}$/, err: '' })
+  const keys = `${t.testdir({ 'keys.yaml': 'keys: []' })}/keys.yaml`
+  t.match(await result(start(['keys', 'list', '--file', keys])), { code: 0, err: '' })
   const open = { groups: [{ name: 'g', algorithm: 'sgd' }], parameters: [{ name: 'w', shape: [2], group: 'g' }] }
   const file = `${t.testdir({ 'open.json': JSON.stringify(open) })}/open.json`
   const explained = {
@@ -62,7 +65,10 @@ t.test('serve is what muond does without a command; the other commands print and
   t.match(await result(start(['explain', file])), explained)
   const folder = t.testdir({ 'torch.yaml': 'description: 5' })
   const cases: [string[], RegExp][] = [
-    [['train'], /^muond: there is no command 'train', expected one of serve, presets, export, import, explain\n$/],
+    [
+      ['train'],
+      /^muond: there is no command 'train', expected one of serve, presets, keys, export, import, explain\n$/,
+    ],
     [['presets', 'nobody'], /^muond: there is no preset 'nobody', expected one of .*\n$/],
     [['explain', 'nowhere.json'], /^muond: nowhere\.json cannot be read: ENOENT.*\n$/],
     [['export', 'r', '--to', 'msgpack'], /^muond: --to is 'msgpack', expected one of .*\n$/],
@@ -114,7 +120,13 @@ t.test('a start that cannot succeed is one line and exit code 1', async (t) => {
   const port = typeof address === 'object' ? String(address?.port) : ''
   const cases: [string[], Record<string, string>, RegExp][] = [
     [['--prot', '1'], {}, /^muond: Unknown option '--prot' \(--help lists the flags\)\n$/],
-    [[], { MUOND_LANES: 'many' }, /^muond: MUOND_LANES: must be integer, got 'many'\n$/],
+    [
+      ['--prot', '1'],
+      { MUOND_LANES: 'many' },
+      /^muond: Unknown option '--prot' .*\nmuond: MUOND_LANES: must be integer, got 'many'\n$/,
+    ],
+    [[...SMALL, '--keys-file', '/nowhere'], {}, /^muond: key file '\/nowhere' cannot be read: ENOENT.*\n$/],
+    [[...SMALL, '--tls-cert', '/nowhere', '--tls-key', '/nowhere'], {}, /^muond: tls_cert '\/nowhere' cannot be read/],
     [
       [...SMALL, '--port', port],
       {},
@@ -164,38 +176,59 @@ async function draining(t: { teardown(fn: () => void): void }, argv: string[]) {
   return { child, trainer, event }
 }
 
-t.test('a second signal says which acknowledged steps it would lose, and loses none', async (t) => {
-  const folder = `${t.testdir()}/state`
-  const { child, trainer, event } = await draining(t, ['--data', folder])
-  child.kill('SIGTERM')
-  t.match(await event('signal_again'), {
-    level: 40,
-    signal: 'SIGTERM',
-    lost: [{ run: 'a', step: 1, durable_step: 0 }],
-    reason: /a third signal ends the process without them/,
-  })
-  t.match(await trainer.step(2, GRADIENTS), { step: 2 })
-  t.same(await once(child, 'exit'), [0, null])
-  const again = await serve(t, ['--data', folder])
-  t.match(await again.next(), { event: 'run_restored', step: 2 })
-  again.child.kill('SIGTERM')
-  await once(again.child, 'exit')
-})
-
-t.test('a third signal ends the process, and so does a second one that loses nothing', async (t) => {
+t.test('a second signal ends the process at once, and says which acknowledged steps are lost', async (t) => {
   const folder = t.testdir()
-  const impatient = await draining(t, ['--data', `${folder}/checkpoints`])
-  impatient.child.kill('SIGINT')
-  await impatient.event('signal_again')
-  impatient.child.kill('SIGINT')
-  t.match(await impatient.event('ended'), { signals: 3, lost: [{ run: 'a' }] })
-  t.same(await once(impatient.child, 'exit'), [1, null])
-  for (const argv of [['--data', `${folder}/journal`, '--durability', 'journal'], []]) {
+  const cases: [string[], object[]][] = [
+    [['--data', `${folder}/checkpoints`], [{ run: 'a', step: 1, durable_step: 0 }]],
+    [['--data', `${folder}/journal`, '--durability', 'journal'], []],
+    [[], []],
+  ]
+  for (const [argv, lost] of cases) {
     const { child, event } = await draining(t, argv)
     child.kill('SIGINT')
-    t.match(await event('ended'), { signals: 2, lost: [] })
+    t.same((await event('ended')).lost, lost)
     t.same(await once(child, 'exit'), [1, null])
   }
+})
+
+t.test('the same signal twice in a moment, as npm hands Ctrl-C on, is one', async (t) => {
+  const folder = `${t.testdir()}/state`
+  const { child, first } = await serve(t, ['--data', folder])
+  const trainer = await openRun(first.address, 'a')
+  await trainer.step(1, GRADIENTS)
+  trainer.sendStep(2, GRADIENTS.slice(0, 1))
+  await trainer.next('error')
+  child.kill('SIGINT')
+  await trainer.next('draining')
+  child.kill('SIGINT')
+  t.match(await trainer.step(2, GRADIENTS), { step: 2 })
+  t.same(await once(child, 'exit'), [0, null])
+})
+
+t.test('SIGHUP has keys read again where they are in a file, and ends a service without files', async (t) => {
+  const entries = [
+    { name: 'a', scopes: ['step'] },
+    { name: 'b', scopes: ['step'] },
+  ]
+  const file = keysFile(t, entries)
+  const { child, first, next } = await serve(t, ['--keys-file', file.path])
+  t.match(await next(), { event: 'state_not_durable' })
+  const trainer = await openRun(first.address, 'r', { headers: bearer('a') })
+  t.match(await next(), { event: 'run_opened', key: 'a' })
+  file.write(entries.slice(1))
+  const closed = once(trainer.socket, 'close')
+  child.kill('SIGHUP')
+  t.match(await next(), { event: 'refused', code: 'UNAUTHORIZED', reason: "the key 'a' was removed" })
+  t.match(await next(), { event: 'reloaded', keys: 1 })
+  t.equal((await closed)[0], 1008)
+  file.write([{ name: 'b', scopes: ['write'] }])
+  child.kill('SIGHUP')
+  t.match(await next(), { event: 'reload_failed', reason: /scopes\[0\] is "write"/ })
+  child.kill('SIGTERM')
+  t.same(await once(child, 'exit'), [0, null])
+  const plain = await serve(t)
+  plain.child.kill('SIGHUP')
+  t.same(await once(plain.child, 'exit'), [0, null])
 })
 
 t.test('device auto says why it took the cpu', async (t) => {

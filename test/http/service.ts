@@ -5,8 +5,9 @@ import { type App, buildApp } from '../../src/app.js'
 import { configOf, type SettingName } from '../../src/config.js'
 import { decodeServerFrame, encodeFrame, encodeWithData } from '../../src/wire/codec.js'
 import type { ClientFrame, GradientFrame, OpenFrame, ReceiptFrame, ServerFrame } from '../../src/wire/frame.js'
+import { known } from '../service.js'
 
-type Settings = Partial<Record<SettingName, string | number>>
+type Settings = Partial<Record<SettingName, string | number | boolean>>
 type Teardown = Pick<typeof t, 'teardown'>
 
 /** The real service on a free port; it is drained when the test ends. */
@@ -40,7 +41,7 @@ export async function connect(
   })
   const frames: ServerFrame[] = []
   socket.on('message', (data) => {
-    frames.push(decodeServerFrame(data as Buffer))
+    frames.push(known(decodeServerFrame(data as Buffer)))
     socket.emit('frame')
   })
   await once(socket, 'open')

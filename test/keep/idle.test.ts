@@ -6,6 +6,7 @@ import t, { type Test } from 'tap'
 import { buildApp } from '../../src/app.js'
 import { configOf } from '../../src/config.js'
 import type { components } from '../../src/http/openapi.js'
+import type { OpenFrame } from '../../src/wire/frame.js'
 import { gradientsOf, known, MODEL, type Trace, train, trainStep, undisturbed } from '../run/trainer.js'
 import { RawClient, type Service, startService, until } from '../service.js'
 import { flip, id, manifestOf, runFolder, start as startIn } from './data-folder.js'
@@ -60,9 +61,13 @@ for (const durability of ['checkpoint', 'journal'] as const) {
       t.equal(service.runs.list().length, 1, 'it is not time yet')
       await service.runs.restIdle(later())
       t.same([service.runs.list(), service.device.admittedBytes, service.device.memory.bytes], [[], 0, 0])
-      const idle = { in_memory: false, state_bytes: 0, durable_step: 2 }
-      t.same(await summaries(service), [{ ...omit(before), ...idle }])
-      t.same(await get(service, '/v1/runs/r'), { ...before, ...idle })
+      const idle = { in_memory: false, durable_step: 2 }
+      // A process tells of the pace of steps that it has finished itself, and has had in memory since.
+      const { last_step_at, step_seconds, ...kept } = before
+      t.same(await summaries(service), [{ ...omit(kept), ...idle }])
+      t.same(await get(service, '/v1/runs/r'), { ...kept, ...idle })
+      t.type(last_step_at, 'string')
+      t.type(step_seconds, 'number')
       const after = await train(service, { last: 4, open: { mode: 'resume' } })
       t.match(after.opened, { step: 2, resumed: true, epoch: 2, digest: reference[1]!.digest })
       t.same(known(after.traces), known(reference.slice(2)))
@@ -76,6 +81,39 @@ const omit = ({ ...run }: Summary & { ahead?: unknown; attentions?: unknown; gro
   for (const key of ['ahead', 'attentions', 'groups'] as const) delete run[key]
   return run
 }
+
+t.test('for a run that finds no memory others leave that nobody uses, and none where that would not do', async (t) => {
+  const data = t.testdir({})
+  const before = await startIn(data, { checkpoint_steps: 0 })
+  await trained(before, 'r', 2)
+  const bytes = before.device.admittedBytes
+  await before.runs.restIdle(later())
+  await before.app.close()
+  const service = await start(t, data, { state_bytes_limit: Math.floor(1.5 * bytes) })
+  const names = () => service.runs.list().map(({ name }) => name)
+  t.same(names(), ['r'])
+  await trained(service, 'other', 1)
+  t.same(names(), ['other'])
+  const after = await train(service, { last: 4, open: { mode: 'resume' } })
+  t.match(after.opened, { step: 2, resumed: true, digest: reference[1]!.digest })
+  t.same(known(after.traces), known(reference.slice(2)))
+  t.same(names(), ['r'])
+  const refusal = async (frame: Pick<OpenFrame, 'run' | 'groups' | 'parameters' | 'mode'>) => {
+    const client = await RawClient.connect(service.url)
+    client.send({ type: 'open', protocol: 1, ...frame })
+    const error = await client.expect('error')
+    await client.close()
+    return error
+  }
+  const refused = (run: string) => ({ code: 'OVER_CAPACITY', message: new RegExp(`run '${run}' needs \\d+ bytes`) })
+  t.match(await refusal({ ...MODEL, run: 'other', mode: 'resume' }), refused('other'), 'a connection has the other one')
+  await after.client.close()
+  await until(() => !service.runs.get('r').connected)
+  const parameters = [{ name: 'w', shape: [bytes], group: 'g' }]
+  const groups = [{ name: 'g', algorithm: 'sgd' }]
+  t.match(await refusal({ run: 'large', groups, parameters }), refused('large'))
+  t.same(names(), ['r'], 'nobody leaves in vain')
+})
 
 t.test('what has a connection, or state on its way in, stays', async (t) => {
   const service = await start(t, t.testdir({}), { max_runs: 2 })
@@ -115,10 +153,13 @@ t.test('reading brings an idle run back, listing does not', async (t) => {
   const service = await start(t, t.testdir({}))
   await trained(service, 'r', 2)
   const paths = ['/state', '/parameters', '/parameters/0', '/parameters/0/state', '/receipts', '/checkpoints']
+  // What was measured of the last step goes with the memory.
+  const bodyOf = async (answer: Response) =>
+    Buffer.from(await answer.arrayBuffer())
+      .toString('latin1')
+      .replace(/,"last":\{"gradient_norm":[^}]*\}/g, '')
   const answers = async () =>
-    Promise.all(
-      paths.map(async (path) => Buffer.from(await (await fetch(`${service.http}/v1/runs/r${path}`)).arrayBuffer())),
-    )
+    Promise.all(paths.map(async (path) => bodyOf(await fetch(`${service.http}/v1/runs/r${path}`))))
   const receipts = paths.indexOf('/receipts')
   await service.runs.keeper('r').take()
   const before = await answers()
@@ -126,9 +167,9 @@ t.test('reading brings an idle run back, listing does not', async (t) => {
     await service.runs.restIdle(later())
     t.equal(service.runs.list().length, 0)
     const answer = await fetch(`${service.http}/v1/runs/r${path}`)
-    const body = Buffer.from(await answer.arrayBuffer())
     t.equal(answer.status, 200)
-    if (i !== receipts) t.ok(body.equals(before[i]!), path)
+    const body = await bodyOf(answer)
+    if (i !== receipts) t.ok(body === before[i], path)
     t.equal(service.runs.list().length, 1)
   }
   await service.runs.restIdle(later())

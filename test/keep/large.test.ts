@@ -59,7 +59,7 @@ t.test('a long frame of a client that is fenced while it is read is taken by nob
   client.send({ type: 'end', step: 1, skipped: [0, 1, ...new Array(200_000).fill(1)] })
   await until(() => [...sockets].some(({ isPaused }) => isPaused))
   const frame = { type: 'open', protocol: 1, run: 'r', takeover: true } as const
-  await service.runs.open(frame, { fence: () => {}, expel: () => {} })
+  await service.runs.open(frame, { fence: () => {}, expel: () => {}, changed: () => {} })
   const [code] = await once(client.socket, 'close')
   t.match([code, service.runs.get('r').step, service.runs.get('r').epoch], [4409, 0, 2])
   await service.app.close()

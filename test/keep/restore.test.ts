@@ -172,7 +172,7 @@ t.test('a run goes back to a checkpoint; what came after it is dropped', async (
       service.runs
         .get('r')
         .receipts(0)
-        .map(({ step }) => step),
+        .map(({ receipt }) => receipt.step),
       [1, 2, 3, 4, 5, 6, 7],
     )
     await back.client.close()

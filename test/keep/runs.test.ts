@@ -1,7 +1,7 @@
 import t from 'tap'
 import type { ServiceError } from '../../src/errors.js'
 import type { Plan } from '../../src/optimizer/plan.js'
-import type { Connection } from '../../src/run/step/member.js'
+import type { Connection } from '../../src/run/members/member.js'
 import type { OpenFrame } from '../../src/wire/frame.js'
 import { normal, RawClient, startService } from '../service.js'
 
@@ -19,7 +19,11 @@ const frame = (run: string, keys: Partial<OpenFrame> = {}): OpenFrame => ({
   parameters: PARAMETERS,
   ...keys,
 })
-const connection = (told: ServiceError[] = []): Connection => ({ fence: () => {}, expel: (error) => told.push(error) })
+const connection = (told: ServiceError[] = []): Connection => ({
+  fence: () => {},
+  expel: (error) => told.push(error),
+  changed: () => {},
+})
 
 t.test('no more runs than allowed, opened side by side too', async (t) => {
   const { runs, app } = await startService({ max_runs: 2 })
@@ -92,7 +96,8 @@ t.test('a step that lacks many parameters names ten of them and counts the rest'
   const { runs, app } = await startService({ lanes: 1 })
   const parameters = Array.from({ length: 13 }, (_, i) => ({ name: `p${i}`, shape: [1], group: 'g' }))
   const { run, member } = await runs.open(frame('r', { parameters }), connection())
-  await t.rejects(run.end(member, 1, [0]), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
+  const end = { step: 1, skipped: [0], weight: 1 }
+  await t.rejects(run.intake.end(member, end), { code: 'STEP_INCOMPLETE', message: /'p1', .*'p10' and 2 more$/ })
   await app.close()
 })
 
@@ -126,11 +131,11 @@ t.test('the last receipts are kept, and a repeated end gives the last one again'
   client.send({ type: 'end', step: 3 })
   t.match(await client.expect('receipt'), { step: 3, replayed: true })
   t.same(
-    run.receipts(0).map(({ step }) => step),
+    run.receipts(0).map(({ receipt }) => receipt.step),
     [2, 3],
   )
   t.same(
-    run.receipts(2).map(({ step }) => step),
+    run.receipts(2).map(({ receipt }) => receipt.step),
     [3],
   )
   t.same(heard, [1, 2, 3])

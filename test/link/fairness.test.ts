@@ -296,3 +296,27 @@ t.test('updates that nobody reads end their connection, whatever signs of life i
   await heir.close()
   await service.app.close()
 })
+
+t.test('small gradients that are all here take one turn of the event loop after the other', async (t) => {
+  const service = await startService({ lanes: 1 })
+  const count = 20_000
+  const parameters = sizes(new Array(count).fill(4))
+  const client = await opened(service, 'many', parameters)
+  const socket: Socket = Reflect.get(client.socket, '_socket')
+  const data = bytesOf(normal(1, 1))
+  socket.write(Buffer.concat(parameters.map((_, i) => rawGradient(i, data, { mask: ZERO }))))
+  const received = async () => (await service.metrics.received_bytes_total.get()).values[0]?.value ?? 0
+  const bytes = [0]
+  for (let last = 0; last < 4 * count; ) {
+    await turn()
+    last = await received()
+    bytes.push(last)
+  }
+  // Within the slice of a turn no machine takes so many.
+  const most = Math.max(...bytes.slice(1).map((value, i) => value - bytes[i]!)) / 4
+  t.ok(most < 10_000, `${most} in one turn`)
+  client.send({ type: 'end', step: 1 })
+  t.match(await client.expect('receipt'), { step: 1, applied: count })
+  await client.close()
+  await service.app.close()
+})

@@ -232,7 +232,10 @@ t.test('a drain lets the step in flight end, closes everybody else, and takes no
   for (const client of [...clients, unopened]) t.match(await client.expect('draining'), { deadline_seconds: 20 })
   for (const client of [idle, unopened]) t.equal((await client.closed()).code, 1012)
   await t.rejects(
-    service.runs.open({ type: 'open', protocol: 1, run: 'busy' }, { fence: async () => {}, expel: () => {} }),
+    service.runs.open(
+      { type: 'open', protocol: 1, run: 'busy' },
+      { fence: async () => {}, expel: () => {}, changed: () => {} },
+    ),
     { code: 'DRAINING' },
   )
 

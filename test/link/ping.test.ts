@@ -82,3 +82,17 @@ for (const path of ['in place', 'through plain ws'] as const) {
     await service.app.close()
   })
 }
+
+t.test('a message in very many fragments is read at the rate of small frames, and is whole', async (t) => {
+  const service = await startService()
+  const { client, socket } = await opened(service, 'cut')
+  const bytes = encodeFrame({ type: 'end', step: 1, skipped: new Array(300).fill(0) })
+  const fragments = [...bytes].map((byte, i) => {
+    const first = i === 0 ? 0x02 : i === bytes.length - 1 ? 0x80 : 0x00
+    return rawFrame(first, Buffer.of(byte), MASK)
+  })
+  socket.write(Buffer.concat(fragments))
+  t.match(await client.expect('receipt'), { step: 1, skipped: 1 })
+  await client.close()
+  await service.app.close()
+})

@@ -165,7 +165,10 @@ t.test('a replay that is not the first answer is told as an internal error and c
   t.match(await client.expect('error'), { code: 'INTERNAL', message: 'an internal error; the service has logged it' })
   await client.closed()
   const { values } = await service.metrics.refused_gradients_total.get()
-  t.match(values, [{ labels: { code: 'INTERNAL' }, value: 1 }])
+  t.match(
+    values.filter(({ value }) => value > 0),
+    [{ labels: { code: 'INTERNAL' }, value: 1 }],
+  )
   record!.updateFingerprint = updateFingerprint
   const heir = await RawClient.connect(service.url)
   await heir.open({ run: 'r' })

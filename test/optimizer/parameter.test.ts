@@ -46,11 +46,17 @@ t.test('a parameter knows its sizes and its state', async (t) => {
     group: 'muon',
     gradient_dtype: 'bfloat16',
     update_dtype: 'float32',
+    kernel_dtypes: { gradient_dtype: 'bfloat16', update_dtype: 'float32' },
     elements: 24,
     gradient_bytes: 48,
     update_bytes: 96,
     blocks: [{ rows: 6, cols: 4, offset: 0 }],
     state: [{ name: 'momentum_buffer', dtype: 'float32', shape: [6, 4], bytes: 96 }],
+  })
+  t.match(one({ gradient_dtype: 'int4_block64', update_dtype: 'int8_block256' }), {
+    kernel_dtypes: { gradient_dtype: 'float32', update_dtype: 'float32' },
+    gradient_bytes: 2 + 12,
+    update_bytes: 2 + 24,
   })
   const scalar = one({ shape: [], group: 'adamw', update_dtype: 'float16' })
   t.match(scalar, { elements: 1, gradient_bytes: 4, update_bytes: 2, blocks: [] })

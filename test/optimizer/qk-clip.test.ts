@@ -2,7 +2,7 @@ import t from 'tap'
 import { parseAttentions } from '../../src/optimizer/attention.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
 import { parseParameters } from '../../src/optimizer/parameter.js'
-import { checkMaxLogits, claimsByParameter, clipSummary, rowScale } from '../../src/optimizer/qk-clip.js'
+import { checkMaxLogits, claimsByParameter, clipSummary, isWithin, rowScale } from '../../src/optimizer/qk-clip.js'
 import type { AttentionDeclaration } from '../../src/wire/frame.js'
 
 const GROUPS = new Map([['g', parseGroup({ name: 'g', algorithm: 'sgd' })]])
@@ -131,4 +131,12 @@ t.test('max_logits that do not fit are refused with the attention, the head and 
   }
   t.throws(() => checkMaxLogits([], { a: [1] }, 1), { code: 'MAX_LOGITS_INVALID' })
   t.equal(checkMaxLogits([], {}, 1).size, 0)
+})
+
+t.test('logits are within others where no head has a larger one', async (t) => {
+  const bounds = new Map([['a', [1, 2]]])
+  t.ok(isWithin(new Map([['a', [1, 1.5]]]), bounds))
+  t.ok(isWithin(new Map(), bounds))
+  t.notOk(isWithin(new Map([['a', [1, 2.5]]]), bounds))
+  t.notOk(isWithin(new Map([['b', [0, 0]]]), bounds))
 })

@@ -1,6 +1,7 @@
 import fc from 'fast-check'
 import t from 'tap'
 import { History, type Receipt } from '../../src/run/history.js'
+import type { Measured } from '../../src/run/step/measured.js'
 
 const GROUPS = { g: { algorithm: 'sgd', lr: 1 } }
 const receipt = (step: number, groups: Receipt['groups'] = GROUPS): Receipt => ({
@@ -18,7 +19,7 @@ const receipt = (step: number, groups: Receipt['groups'] = GROUPS): Receipt => (
 })
 const manyGroups = (lr: number) =>
   Object.fromEntries(Array.from({ length: 1000 }, (_, i) => [`group-${i}`, { algorithm: 'sgd', lr }]))
-const steps = (history: History) => history.receipts(0).map(({ step }) => step)
+const steps = (history: History) => history.receipts(0).map(({ receipt }) => receipt.step)
 
 t.test('receipts are kept by their number and by their bytes; unchanged groups weigh nothing', async (t) => {
   const history = new History({ receipts_kept: 100, receipts_bytes: 400_000 })
@@ -62,4 +63,20 @@ t.test('whatever is added, acknowledged and gone back to: the newest receipts, w
     return true
   })
   t.doesNotThrow(() => fc.assert(property, { seed: 11, numRuns: 300 }))
+})
+
+t.test('the pace is that of the newest steps of this process', async (t) => {
+  const history = new History({ receipts_kept: 100, receipts_bytes: 1_000_000 })
+  const measured = (wall_seconds: number): Measured => ({
+    ...{ finished_at: `at ${wall_seconds}`, wall_seconds },
+    ...{ update_rms: 0, gradient_bytes: 0, update_bytes: 0 },
+  })
+  t.equal(history.pace, undefined)
+  t.equal(history.finishedAt, undefined)
+  for (let step = 1; step <= 30; step += 1) history.add(receipt(step), measured(step))
+  t.same(history.pace, { last_step_at: 'at 30', step_seconds: 20.5 }, 'the mean of 11 to 30')
+  t.type(history.finishedAt, 'number')
+  history.acknowledge(receipt(30))
+  t.same(history.pace, { last_step_at: 'at 29', step_seconds: 20 }, 'another process has finished step 30')
+  t.equal(history.finishedAt, undefined)
 })

@@ -85,7 +85,8 @@ t.test('an unknown preset is refused with the known names, those of the folder t
   client.send({ type: 'open', protocol: 1, run: 'r', groups: [{ name: 'g', preset: 'kimi' }], parameters: PARAMETERS })
   t.match(await client.expect('error'), {
     code: 'HYPERPARAMETER_INVALID',
-    message: "group 'g': preset is 'kimi', expected one of deepseek-v4, kimi-k2, moonlight, nanogpt, torch, mine",
+    message:
+      "group 'g': preset is 'kimi', expected one of deepseek-v4, diloco, kimi-k2, moonlight, muloco, nanogpt, torch, mine",
   })
   t.same(service.runs.list(), [])
   t.match(await open('mine'), { groups: { g: { algorithm: 'sgd', preset: 'mine', lr: 0.7 } } })

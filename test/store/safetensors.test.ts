@@ -2,6 +2,7 @@ import fc from 'fast-check'
 import t from 'tap'
 import {
   encodeHeader,
+  encodingHeader,
   parseSafetensors,
   SAFETENSORS_DTYPES,
   type SafetensorsDtype,
@@ -25,6 +26,32 @@ t.test('a written file holds the header bytes of the format', async (t) => {
   const json = '{"__metadata__":{"step":"3"},"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}'
   t.equal(header.readBigUInt64LE(), 88n)
   t.equal(header.toString('latin1', 8), json.padEnd(88, ' '))
+})
+
+t.test('a long header is written in slices, and is the same', (t) => {
+  const entries = Array.from({ length: 1100 }, (_, i) => {
+    return { name: `ü${i}`, dtype: 'F32', shape: [2], bytes: 8 } as const
+  })
+  const metadatas: Record<string, string>[] = [{}, { step: '3' }]
+  for (const metadata of metadatas) {
+    const encoding = encodingHeader(entries, metadata)
+    let slices = 1
+    let last = encoding.next()
+    for (; !last.done; last = encoding.next()) slices += 1
+    t.equal(slices, 3)
+    const described = entries.map(({ name, dtype, shape }, i) => {
+      return [name, { dtype, shape, data_offsets: [8 * i, 8 * i + 8] }]
+    })
+    const all = { ...('step' in metadata && { __metadata__: metadata }), ...Object.fromEntries(described) }
+    const json = Buffer.from(JSON.stringify(all))
+    const header = Buffer.from(last.value ?? [])
+    t.ok(header.subarray(8, 8 + json.length).equals(json))
+    t.equal(header.length % 8, 0)
+    t.equal(header.toString('latin1', 8 + json.length).trim(), '')
+    t.equal(header.readBigUInt64LE(), BigInt(header.length - 8))
+    t.ok(header.equals(encodeHeader(entries, metadata)))
+  }
+  t.end()
 })
 
 t.test('what was written is parsed, at any offset of its buffer', async (t) => {

@@ -1,13 +1,14 @@
 import fc from 'fast-check'
 import t from 'tap'
 import { Assembly, chunksOf } from '../../src/wire/chunks.js'
+import { Extent } from '../../src/wire/ranges.js'
 
 const label = "parameter 'w', gradient"
 
 t.test('the chunks of a tensor are what its receiver accepts', async (t) => {
   fc.assert(
     fc.property(fc.integer({ min: 1, max: 5000 }), fc.integer({ min: 1, max: 700 }), (bytes, chunk_bytes) => {
-      const assembly = new Assembly(bytes, label)
+      const assembly = new Assembly(Extent.whole(bytes), label)
       for (const chunk of chunksOf(bytes, chunk_bytes)) {
         t.notOk(assembly.complete)
         t.ok(chunk.length > 0 && chunk.length <= chunk_bytes)
@@ -43,7 +44,7 @@ const refused = [
 
 for (const [what, chunk, code, message] of refused) {
   t.test(`${what} is refused and changes nothing`, async (t) => {
-    const assembly = new Assembly(10, label)
+    const assembly = new Assembly(Extent.whole(10), label)
     assembly.accept({ offset: 0, length: 4 })
     t.throws(() => assembly.accept(chunk), { code, message })
     t.equal(assembly.received, 4)

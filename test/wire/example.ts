@@ -1,7 +1,10 @@
 import { createHash } from 'node:crypto'
 import type { ClientFrame, ServerFrame } from '../../src/wire/frame.js'
 
-/** The step of the example in docs/protocol.md: one 2 x 2 parameter, sgd at lr 0.5, so the update is the gradient. */
+/**
+ * The step of the example in docs/protocol.md: one 2 x 2 parameter, sgd at lr 0.5, so the update is the gradient. Then
+ * the frames of rank 1 in the same step by two members, of which each has one row.
+ */
 
 const MASK = 2n ** 64n - 1n
 const GRADIENT = Buffer.from(Float32Array.of(1, 2, 3, 4).buffer)
@@ -66,6 +69,58 @@ export const EXAMPLE: { heading: string; frame: ClientFrame | ServerFrame }[] = 
       digest: digestOfStep(),
       durable: false,
       seconds: { receive: 0.0005, queue: 0, compute: 0.00025, send: 0.0005 },
+    },
+  },
+  {
+    heading: 'open',
+    frame: {
+      type: 'open',
+      protocol: 1,
+      run: 'pair',
+      groups: [{ name: 'all', algorithm: 'sgd', lr: 0.5 }],
+      parameters: [{ name: 'w', shape: [2, 2], group: 'all', ranges: [[2, 4]] }],
+      member: { rank: 1, world_size: 2 },
+    },
+  },
+  {
+    heading: 'opened',
+    frame: {
+      type: 'opened',
+      run: 'pair',
+      epoch: 2,
+      step: 0,
+      resumed: false,
+      digest: FIRST_DIGEST.toString('hex'),
+      ahead: [],
+      attentions: [],
+      groups: GROUPS,
+      member: { rank: 1, world_size: 2 },
+      members: [
+        { rank: 0, connected: true },
+        { rank: 1, connected: true },
+      ],
+      limits: { chunk_bytes: 4_194_304 },
+      server: { name: 'muond', version: '0.1.0', device: 'cpu' },
+    },
+  },
+  { heading: 'members', frame: { type: 'members', members: [{ rank: 1, connected: true }] } },
+  {
+    heading: 'gradient',
+    frame: { type: 'gradient', parameter: 0, step: 1, offset: 8, data: GRADIENT.subarray(8) },
+  },
+  {
+    heading: 'update',
+    frame: {
+      type: 'update',
+      parameter: 0,
+      step: 1,
+      offset: 8,
+      scale: -0.5,
+      decay: 0,
+      replayed: false,
+      gradient_norm: Math.sqrt(30),
+      update_rms: Math.sqrt(7.5),
+      data: GRADIENT.subarray(8),
     },
   },
 ]

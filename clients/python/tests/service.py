@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 import socket
@@ -14,6 +15,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 SERVER = ROOT / "dist" / "src" / "server.js"
+
+
+def keys_file(folder: Path, scopes: dict[str, list[str]]) -> str:
+    """Writes a file of keys with their scopes, for ``--keys-file``, and returns its path."""
+    keys = [
+        {"name": f"key-{i}", "sha256": hashlib.sha256(key.encode()).hexdigest(), "scopes": scopes[key]}
+        for i, key in enumerate(scopes)
+    ]
+    path = folder / "keys.yaml"
+    path.write_text(json.dumps({"keys": keys}))
+    return str(path)
 
 
 @cache

@@ -1,5 +1,7 @@
-import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
+import { decodeBlocks } from '../../../kernels/blocks.js'
+import { type Dtype, isBlockDtype, tensorBytes, type WireDtype } from '../../../kernels/dtype.js'
 import { float16Values, numberToBfloat16 } from '../../../kernels/narrow.js'
+import { Ranges } from '../../wire/ranges.js'
 import { MuondError } from '../error.js'
 
 /** A parameter's values: float32, or bfloat16 as its raw bits. */
@@ -12,10 +14,10 @@ export type Weights = Float32Array | Uint16Array
 export type Update = {
   scale: number
   decay: number
-  dtype: Dtype
+  dtype: WireDtype
   /** Little-endian, C order, at an address that is a multiple of 4. */
   data?: Uint8Array
-  /** One factor for each of equally many consecutive elements; absent when all are 1. */
+  /** One factor for each of equally many consecutive elements of the whole tensor; absent when all are 1. */
   row_scale?: Float32Array
 }
 
@@ -25,20 +27,51 @@ const BLOCK = 4096
 /**
  * W <- row_scale ⊙ ((1 - decay) · W + scale · data), in place, with the roundings of docs/protocol.md ("Arithmetic"):
  * every factor, product and sum is rounded to float32, and the result to the weights' own type. The sizes are checked
- * before anything is written.
+ * before anything is written. `part`: the weights are those of `ranges`, of a tensor with so many elements.
  * @throws MuondError SHAPE_MISMATCH
  */
-export function applyUpdate(weights: Weights, update: Update): void {
-  const { data, row_scale } = update
-  if (data !== undefined) requireSize('data', data.byteLength, weights.length * bytesPerElement(update.dtype))
+export function applyUpdate(
+  weights: Weights,
+  sent: Update,
+  part: { ranges: Ranges; elements: number } = { ranges: Ranges.whole(weights.length), elements: weights.length },
+): void {
+  const { data, row_scale } = sent
+  if (data !== undefined) requireSize('data', data.byteLength, tensorBytes(sent.dtype, weights.length))
+  const update = decoded(sent, weights.length)
   if (row_scale === undefined) return applyRows(weights, update, { first: 0, end: weights.length, factor: 1 })
-  const width = weights.length / row_scale.length
+  const width = part.elements / row_scale.length
   if (!Number.isInteger(width)) {
-    throw new MuondError('SHAPE_MISMATCH', `row_scale has ${row_scale.length} factors, for ${weights.length} weights`)
+    throw new MuondError('SHAPE_MISMATCH', `row_scale has ${row_scale.length} factors, for ${part.elements} weights`)
   }
-  row_scale.forEach((factor, row) => {
-    applyRows(weights, update, { first: row * width, end: (row + 1) * width, factor })
-  })
+  for (const { first, end, row } of rowsOf(part.ranges, width))
+    applyRows(weights, update, { first, end, factor: row_scale[row] })
+}
+
+/** The pieces of ranges that lie in one row of `width` elements each; `first` and `end` count the ranges' elements. */
+function* rowsOf(ranges: Ranges, width: number): Generator<{ first: number; end: number; row: number }> {
+  let first = 0
+  for (const [start, stop] of ranges.list()) {
+    for (let at = start; at < stop; ) {
+      const row = Math.floor(at / width)
+      const end = first + Math.min(stop, (row + 1) * width) - at
+      yield { first, end, row }
+      at += end - first
+      first = end
+    }
+  }
+}
+
+/** An update with elements of their own. */
+type ElementUpdate = Update & { dtype: Dtype }
+
+/** One that travels in blocks is decoded. */
+function decoded(update: Update, elements: number): ElementUpdate {
+  const { dtype, data } = update
+  if (!isBlockDtype(dtype)) return { ...update, dtype }
+  if (data === undefined) return { ...update, dtype: 'float32' }
+  const values = new Float32Array(elements)
+  decodeBlocks(data, dtype, values)
+  return { ...update, dtype: 'float32', data: new Uint8Array(values.buffer) }
 }
 
 function requireSize(name: string, size: number, expected: number): void {
@@ -51,7 +84,7 @@ type Rows = { first: number; end: number; factor: number }
 /** Each of them a float32. */
 type Factors = { keep: number; scale: number; factor: number }
 
-function applyRows(weights: Weights, update: Update, rows: Rows): void {
+function applyRows(weights: Weights, update: ElementUpdate, rows: Rows): void {
   const factors = { keep: Math.fround(1 - update.decay), scale: Math.fround(update.scale), factor: rows.factor }
   for (let first = rows.first; first < rows.end; first += BLOCK) {
     const range = { first, end: Math.min(first + BLOCK, rows.end) }

@@ -1,4 +1,3 @@
-import { chunksOf } from '../../wire/chunks.js'
 import type { EndFrame, ErrorFrame, ReceiptFrame, ServerFrame, UpdateFrame, UpdatesFrame } from '../../wire/frame.js'
 import type { Connection } from '../connection.js'
 import { MuondError } from '../error.js'
@@ -15,6 +14,10 @@ type Parts = {
   chunk_bytes: number
   /** Memory that the connection shares with the service; undefined where all goes over the socket. */
   arenas: Arenas | undefined
+  /** Whether gradients are means of replicas: then no update comes before `end`, and nothing is applied without it. */
+  averages: boolean
+  /** How often a quorum that did not come is waited for again. */
+  retries: number
 }
 
 type Settle = { resolve: (receipt: ReceiptFrame) => void; reject: (reason: unknown) => void }
@@ -29,6 +32,11 @@ export class Exchange {
   /** How many refusals the last `end` left out. */
   #leftOut = 0
   #isSent = false
+  /** Whether an `end` is under way that the service has not taken back. */
+  #isEnding = false
+  /** Whether the step was closed without this replica: its updates come with `end`, whatever was sent. */
+  #isLate = false
+  #lostQuorums = 0
 
   /**
    * Resolves with the receipt, once every update is applied. Rejects with the reason the connection ended, or with the
@@ -58,7 +66,7 @@ export class Exchange {
       const waiting = step.gradients.slice(sent)
       sent = step.gradients.length
       if (waiting.length === 0) await step.more()
-      else await this.#sendGradients(waiting)
+      else if (!this.#isLate) await this.#sendGradients(waiting)
       end = step.end
     }
     this.#isSent = true
@@ -69,6 +77,7 @@ export class Exchange {
   async #sendEnd({ skipped = [], ...end }: EndFrame): Promise<void> {
     const { connection, step } = this.#parts
     this.#leftOut = step.leftOut.size
+    this.#isEnding = true
     const without = [...skipped, ...step.leftOut.keys()]
     await connection.send({ ...end, ...(without.length > 0 && { skipped: without }) })
   }
@@ -93,10 +102,12 @@ export class Exchange {
   }
 
   async #sendGradient(parameter: number, bytes: Uint8Array): Promise<void> {
-    const { connection, step, chunk_bytes } = this.#parts
-    for (const { offset, length } of chunksOf(bytes.byteLength, chunk_bytes)) {
+    const { connection, step, updates, chunk_bytes } = this.#parts
+    let sent = 0
+    for (const { offset, length } of updates.gradient(parameter).cuts(chunk_bytes)) {
       const header = { type: 'gradient', parameter, step: step.number, offset } as const
-      await connection.sendData(header, bytes.subarray(offset, offset + length))
+      await connection.sendData(header, bytes.subarray(sent, sent + length))
+      sent += length
     }
   }
 
@@ -133,12 +144,14 @@ export class Exchange {
 
   #receipt(receipt: ReceiptFrame): void {
     const { step, updates } = this.#parts
-    const missing = step.gradients.find(([parameter]) => !updates.has(parameter) && !step.leftOut.has(parameter))
+    const isMissing = ([parameter]: [number, unknown]) => !updates.has(parameter) && !step.leftOut.has(parameter)
+    // What others have skipped has no update for a replica that has sent it too late.
+    const missing = this.#isLate ? undefined : step.gradients.find(isMissing)
     if (receipt.step !== step.number || missing !== undefined) {
       const what = missing === undefined ? `it is ${step.number}` : `'${updates.nameOf(missing[0])}' has no update yet`
       throw new MuondError('FRAME_UNEXPECTED', `the service sent the receipt of step ${receipt.step}: ${what}`)
     }
-    const lacks = step.frame && unheard(step.frame, receipt)
+    const lacks = step.frame && !this.#isLate ? unheard(step.frame, receipt) : undefined
     if (lacks !== undefined) {
       const message = `the receipt of step ${step.number} ${lacks}: the step frame was lost on the way, go back to a checkpoint`
       throw new MuondError('STEP_CONFLICT', message, { step: step.number })
@@ -148,9 +161,30 @@ export class Exchange {
   }
 
   #error(frame: ErrorFrame): void {
+    if (frame.left_out) return this.#late()
     if (isRefusal(frame)) return this.#refusal(frame)
     if (frame.code === 'STEP_INCOMPLETE' && this.#crossed()) return
+    if (frame.code === 'QUORUM_LOST' && this.#waitAgain()) return
     this.#settle.reject(frameError(frame))
+  }
+
+  /** The step was closed without this replica: no gradient of it is answered, and none was refused. */
+  #late(): void {
+    this.#isLate = true
+    this.#unanswered.clear()
+    this.#refused.length = 0
+    const { end } = this.#parts.step
+    /* c8 ignore next -- the notice may come before end is given, sent or while it is */
+    if (end && this.#isSent && !this.#isEnding) this.#sendEnd(end).catch(this.#settle.reject)
+  }
+
+  /** Sends `end` again after a quorum that did not come: the gradients are there still. */
+  #waitAgain(): boolean {
+    const { step, retries } = this.#parts
+    if (step.end === undefined || this.#lostQuorums >= retries) return false
+    this.#lostQuorums += 1
+    this.#sendEnd(step.end).catch(this.#settle.reject)
+    return true
   }
 
   /** A gradient that is not finite can be left out of its step; one that differs from the applied one cannot. */
@@ -168,15 +202,22 @@ export class Exchange {
    */
   #crossed(): boolean {
     const { step } = this.#parts
-    if (this.#refused.length > 0) return true
+    this.#isEnding = false
+    if (this.#refused.length > 0) {
+      this.#rejectIfRefused()
+      return true
+    }
     if (step.end === undefined || step.leftOut.size === this.#leftOut) return false
     this.#sendEnd(step.end).catch(this.#settle.reject)
     return true
   }
 
   #rejectIfRefused(): void {
-    if (this.#refused.length === 0 || !this.#isSent || this.#unanswered.size > 0) return
-    const { step, updates } = this.#parts
+    const { step, updates, averages } = this.#parts
+    const isAnswered = this.#isSent && this.#unanswered.size === 0
+    // An `end` may be refused for what another replica does with a parameter.
+    const isOver = averages && (!this.#isEnding || this.#refused.some(({ code }) => code === 'STEP_CONFLICT'))
+    if (this.#refused.length === 0 || !(isAnswered || isOver)) return
     const all = [...step.leftOut.keys(), ...this.#refused.map(({ parameter }) => parameter)]
     const refused = all.sort((a, b) => a - b).map((parameter) => updates.nameOf(parameter))
     this.#settle.reject(frameError(this.#refused[0], { refused }))

@@ -8,6 +8,10 @@ export type StepOptions = {
   /** {attention: the largest softmax input of each query head over the whole batch}; left out, nothing is clipped. */
   max_logits?: StepFrame['max_logits']
   /**
+   * The span of the trainer that the service's span of this step is below: the W3C's `00-<trace>-<span>-<flags>`.
+   */
+  traceparent?: string
+  /**
    * End the step without the gradients that the service refuses because they are not finite; `refused` of its receipt
    * has their errors. Default false: a refused gradient rejects the step.
    */
@@ -55,8 +59,9 @@ export class Step {
     this.#grew()
   }
 
-  finish(skipped: readonly number[]): void {
-    this.#end = { type: 'end', step: this.number, ...(skipped.length > 0 && { skipped }) }
+  finish(skipped: readonly number[], weight?: number): void {
+    const given = { ...(skipped.length > 0 && { skipped }), ...(weight !== undefined && { weight }) }
+    this.#end = { type: 'end', step: this.number, ...given }
     this.#grew()
   }
 

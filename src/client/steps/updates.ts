@@ -1,6 +1,6 @@
-import { bytesPerElement } from '../../../kernels/dtype.js'
 import { Assembly } from '../../wire/chunks.js'
 import type { UpdateFrame, UpdatesFrame } from '../../wire/frame.js'
+import { Extent } from '../../wire/ranges.js'
 import { MuondError } from '../error.js'
 import { applyUpdate, type Update } from './apply.js'
 import type { Bound } from './parameter.js'
@@ -40,6 +40,12 @@ export class Updates {
     return this.#parameters[parameter].name
   }
 
+  /** Where the bytes of a parameter's gradient lie in the whole tensor. */
+  gradient(parameter: number): Extent {
+    const { ranges, gradient_dtype } = this.#parameters[parameter]
+    return Extent.of(gradient_dtype, ranges)
+  }
+
   has(parameter: number): boolean {
     return this.#applied.has(parameter)
   }
@@ -65,12 +71,14 @@ export class Updates {
     const { parameter, step, offset, data = NOTHING } = frame
     const bound = this.#bound(parameter)
     if (step !== this.#step) throw unexpected(frame, `step ${step}, expected ${this.#step}`)
-    if (offset === 0) this.#incoming.set(parameter, this.#begin(frame, bound))
+    const first = frame.data === undefined ? 0 : extentOf(bound).offsetOf(0)
+    if (offset === first) this.#incoming.set(parameter, this.#begin(frame, bound))
     const incoming = this.#incoming.get(parameter)
-    if (incoming === undefined) throw unexpected(frame, `offset ${offset}, expected 0`)
-    if (offset === 0 && frame.data === undefined) return this.#finish(incoming, bound)
+    if (incoming === undefined) throw unexpected(frame, `offset ${offset}, expected ${first}`)
+    if (offset === first && frame.data === undefined) return this.#finish(incoming, bound)
+    const { received } = incoming.chunks
     incoming.chunks.accept({ offset, length: data.length })
-    incoming.buffer.set(data, offset)
+    incoming.buffer.set(data, received)
     return incoming.chunks.complete && this.#finish(incoming, bound)
   }
 
@@ -96,18 +104,19 @@ export class Updates {
     throw new MuondError('PARAMETER_UNKNOWN', `update for parameter ${parameter}`, { parameter })
   }
 
-  #begin(frame: UpdateFrame, { name, size, update_dtype }: Bound): IncomingUpdate {
+  #begin(frame: UpdateFrame, bound: Bound): IncomingUpdate {
     const { scale, decay, row_scale } = frame
     if (scale === undefined || decay === undefined) throw unexpected(frame, 'no scale or decay')
-    const chunks = new Assembly(size * bytesPerElement(update_dtype), `update of '${name}'`)
-    const buffer = this.#room(frame.data === undefined ? 0 : chunks.bytes)
+    const { name, update_dtype } = bound
+    const chunks = new Assembly(extentOf(bound), `update of '${name}'`)
+    const buffer = this.#room(frame.data === undefined ? 0 : chunks.extent.bytes)
     const rows = row_scale === undefined ? undefined : float32(row_scale)
     const data = frame.data === undefined ? undefined : buffer
     return { update: { scale, decay, dtype: update_dtype, row_scale: rows, data }, chunks, buffer }
   }
 
-  #apply(update: Update, { index, data }: Bound): void {
-    if (!this.#applied.has(index)) applyUpdate(data, update)
+  #apply(update: Update, { index, data, ...part }: Bound): void {
+    if (!this.#applied.has(index)) applyUpdate(data, update, part)
     this.#applied.add(index)
   }
 
@@ -123,6 +132,11 @@ export class Updates {
     if (bytes > 0) this.#spare = new ArrayBuffer(0)
     return new Uint8Array(buffer, 0, bytes)
   }
+}
+
+/** Where the bytes of a parameter's update lie in the whole tensor. */
+function extentOf({ ranges, update_dtype }: Bound): Extent {
+  return Extent.of(update_dtype, ranges)
 }
 
 function unexpected({ parameter }: Pick<UpdateFrame, 'parameter'>, what: string): MuondError {

@@ -1,5 +1,5 @@
-import type { CheckpointedFrame, OpenedFrame, OpenFrame, ReceiptFrame } from '../../wire/frame.js'
-import { type Connection, whileIdle } from '../connection.js'
+import type { CheckpointedFrame, MemberStatus, OpenedFrame, OpenFrame, ReceiptFrame } from '../../wire/frame.js'
+import { type Connection, memberKey, whileIdle } from '../connection.js'
 import { MuondError } from '../error.js'
 import type { Handshake, Transport, TransportKind } from '../transport/transport.js'
 import { type Backoff, backoffSeconds, sleep } from './backoff.js'
@@ -60,6 +60,12 @@ export class Writer {
   /** The service's answer to the newest `open`. */
   get opened(): OpenedFrame {
     return this.#opened
+  }
+
+  /** The run's members as the newest frames tell of them. */
+  get members(): readonly MemberStatus[] {
+    const now = this.#connection.members
+    return (this.#opened.members ?? []).map((status) => now.get(memberKey(status)) ?? status)
   }
 
   /** The last finished step. */
@@ -128,7 +134,7 @@ export class Writer {
         this.#connection.fail(error)
         updates?.forget()
         failures = updates !== undefined && updates.applied > before ? 1 : failures + 1
-        if (!(error instanceof MuondError && error.retryable) || failures > this.#host.retries) throw error
+        if (!isWorthAnother(error) || failures > this.#host.retries) throw error
         wait = backoffSeconds(failures - 1, this.#host.backoff, error.fields.retry_after_seconds)
       }
       await sleep(wait, signal)
@@ -140,7 +146,9 @@ export class Writer {
     const connection = this.#connection
     const chunk_bytes = Math.min(this.#opened.limits.chunk_bytes, this.#host.chunk_bytes)
     const { taken: arenas } = this.#transport
-    const receipt = await Exchange.run({ connection, step, updates, chunk_bytes, arenas })
+    const averages = (this.#opened.member?.replicas ?? 1) > 1
+    const { retries } = this.#host
+    const receipt = await Exchange.run({ connection, step, updates, chunk_bytes, arenas, averages, retries })
     this.#step = receipt.step
     this.#digest = receipt.digest
     return receipt
@@ -207,6 +215,11 @@ export class Writer {
  */
 function isFinal(reason: unknown): boolean {
   return reason instanceof MuondError && (reason.code === 'TAKEN_OVER' || reason.code === 'CLIENT_CLOSED')
+}
+
+/** A quorum was waited for as often as allowed over one connection already: another one brings no replica. */
+function isWorthAnother(error: unknown): error is MuondError {
+  return error instanceof MuondError && error.retryable && error.code !== 'QUORUM_LOST'
 }
 
 async function handshake(connection: Connection, frame: OpenFrame): Promise<Handshake> {

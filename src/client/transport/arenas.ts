@@ -1,5 +1,5 @@
 import { createHash, randomBytes } from 'node:crypto'
-import { bytesPerElement } from '../../../kernels/dtype.js'
+import { tensorBytes } from '../../../kernels/dtype.js'
 import type { TransportOffer } from '../../wire/frame.js'
 import { makeMemory, type OwnMemory } from '../../wire/shared-memory.js'
 import { layOut, PROOF_BYTES } from '../../wire/slots.js'
@@ -16,9 +16,9 @@ export class Arenas {
 
   /** Throws an Error with the reason on systems without memfd. */
   constructor(parameters: readonly Bound[]) {
-    this.#gradients = new Arena(parameters.map(({ size, gradient_dtype }) => size * bytesPerElement(gradient_dtype)))
+    this.#gradients = new Arena(parameters.map(({ size, gradient_dtype }) => tensorBytes(gradient_dtype, size)))
     try {
-      this.#updates = new Arena(parameters.map(({ size, update_dtype }) => size * bytesPerElement(update_dtype)))
+      this.#updates = new Arena(parameters.map(({ size, update_dtype }) => tensorBytes(update_dtype, size)))
       /* c8 ignore next 4 -- a system that has given one memfd lacks the second */
     } catch (error) {
       this.#gradients.memory.unmap()

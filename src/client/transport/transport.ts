@@ -1,3 +1,4 @@
+import { isBlockDtype } from '../../../kernels/dtype.js'
 import type { OpenedFrame, OpenFrame } from '../../wire/frame.js'
 import type { Connection } from '../connection.js'
 import { MuondError } from '../error.js'
@@ -29,9 +30,10 @@ export class Transport {
    */
   constructor(asked: TransportKind, isLocal: boolean, parameters: readonly Bound[]) {
     this.#asked = asked
-    if (asked === 'websocket' || (asked === 'auto' && !isLocal)) return
+    if (asked === 'websocket' || (asked === 'auto' && (!isLocal || parameters.some(isInBlocks)))) return
     try {
       this.#arenas = new Arenas(parameters)
+      /* c8 ignore next 4 -- a system without memfd, or without a descriptor left */
     } catch (error) {
       if (asked === 'auto') return
       throw new MuondError('REQUEST_INVALID', `transport 'shm' is not possible here: ${error}`, {}, { cause: error })
@@ -84,4 +86,9 @@ export class Transport {
     const message = `gradients and updates go over the socket, which is slower than shared memory: ${why}`
     process.emitWarning(`${message}. transport: 'websocket' asks for that`, { code: 'MUOND_TRANSPORT' })
   }
+}
+
+/** Whether the tensors of a parameter travel in blocks, which no memory is shared for. */
+function isInBlocks({ gradient_dtype, update_dtype }: Bound): boolean {
+  return isBlockDtype(gradient_dtype) || isBlockDtype(update_dtype)
 }

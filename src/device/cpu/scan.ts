@@ -6,6 +6,8 @@ import { assemble, instantiate, PAGE } from './wasm.js'
 export type Scanner = {
   /** Reads `bytes` (little-endian, any alignment) once. Throws RangeError if the last element is incomplete. */
   scan: (bytes: Uint8Array, dtype: Dtype) => Scan
+  /** The fingerprint of bytes of any kind. */
+  fingerprint: (bytes: Uint8Array) => bigint
 }
 
 // The window has the first page of the memory, the record of a scan lies in the second one.
@@ -20,10 +22,7 @@ export function createScanner(): Scanner {
   const { memory, entry } = instantiate(MODULE)
   const scanOf = (dtype: Dtype) => new WindowScan({ memory, call: entry(dtype) }, { dtype, record: WINDOW, window: 0 })
   const scans = { float32: scanOf('float32'), bfloat16: scanOf('bfloat16'), float16: scanOf('float16') }
-  const scan = (bytes: Uint8Array, dtype: Dtype): Scan => {
-    if (bytes.length % bytesPerElement(dtype) !== 0) {
-      throw new RangeError(`a ${dtype} tensor cannot have ${bytes.length} bytes`)
-    }
+  const pass = (bytes: Uint8Array, dtype: Dtype): Scan => {
     scans[dtype].reset()
     for (let at = 0; at < bytes.length; at += WINDOW) {
       const window = bytes.subarray(at, at + WINDOW)
@@ -32,5 +31,11 @@ export function createScanner(): Scanner {
     }
     return scans[dtype].result(bytes.length)
   }
-  return { scan }
+  const scan = (bytes: Uint8Array, dtype: Dtype): Scan => {
+    if (bytes.length % bytesPerElement(dtype) !== 0) {
+      throw new RangeError(`a ${dtype} tensor cannot have ${bytes.length} bytes`)
+    }
+    return pass(bytes, dtype)
+  }
+  return { scan, fingerprint: (bytes) => pass(bytes, 'float32').fingerprint }
 }

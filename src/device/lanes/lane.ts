@@ -7,8 +7,10 @@ import type { JobResult } from '../job.js'
 import { OnnxExecutor } from '../onnx/onnx-executor.js'
 import { openOnnxRuntime } from '../onnx/onnxruntime.js'
 import { packResults, unpackJobs } from './packed-jobs.js'
+import { Requests } from './requests.js'
+import { Transcoder } from './transcoder.js'
 
-const executor = start(workerData)
+const requests = new Requests(new Transcoder(start(workerData)))
 
 parentPort?.on('message', (request: LaneRequest) => {
   const reply = handle(request)
@@ -28,13 +30,13 @@ function handle(request: LaneRequest): LaneReply | undefined {
   switch (request.type) {
     case 'load':
       return answer(request.id, () => {
-        executor.load(request.needs, request.scratch)
+        requests.executor.load(request.needs, request.scratch)
         return []
       })
     case 'run':
-      return answer(request.id, () => executor.run(unpackJobs(request.jobs)))
+      return answer(request.id, () => requests.run(unpackJobs(request.jobs)))
     case 'forget':
-      executor.forget(request.pointer)
+      requests.forget(request.pointer)
       return undefined
     case 'stop':
       return stop()
@@ -52,6 +54,6 @@ function answer(id: number, work: () => JobResult[]): LaneReply {
 // The worker ends by itself once nothing listens.
 // Ending it from outside while a run is in flight would crash the process.
 function stop(): undefined {
-  executor.close()
+  requests.executor.close()
   parentPort?.close()
 }

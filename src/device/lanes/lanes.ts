@@ -1,7 +1,7 @@
 import { Worker } from 'node:worker_threads'
 import { ServiceError } from '../../errors.js'
 import type { LaneOptions, LaneReply, LaneRequest, Scratch } from '../executor.js'
-import type { GroupLimit, Job, JobResult, Need } from '../job.js'
+import type { GroupLimit, JobResult, Need, Request } from '../job.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
 import { packJobs, unpackResults } from './packed-jobs.js'
 import { Queue } from './queue.js'
@@ -14,13 +14,13 @@ type OpenRequest = { resolve: (results: readonly JobResult[]) => void; reject: (
 
 /** A job in the queue; `job` makes it when a lane is free. */
 type QueuedJob = {
-  job: () => Job | undefined
+  job: () => Request | undefined
   ticket: Ticket
   resolve: (result: JobResult | undefined) => void
   reject: (error: unknown) => void
 }
 
-type MadeJob = QueuedJob & { made: Job }
+type MadeJob = QueuedJob & { made: Request }
 
 type Lane = { worker: Worker; busy: Map<number, OpenRequest>; groups: number; exited: Promise<void> }
 
@@ -60,13 +60,15 @@ export class Lanes {
   async load(needs: readonly Need[], scratch?: Scratch): Promise<void> {
     if (this.#failure) throw this.#failure
     // While the lanes' memory changes, groups are those that fit into the least of it.
+    /* c8 ignore next -- needs a GPU: npm run test:gpu */
     if (scratch) this.#full = Math.min(this.#full, scratch.full)
     await Promise.all(this.#lanes.map((lane) => this.#ask(lane, (id) => ({ type: 'load', id, needs, scratch }))))
+    /* c8 ignore next -- needs a GPU: npm run test:gpu */
     if (scratch) this.#full = scratch.full
   }
 
   /** Computes in the order of the calls; undefined where the ticket was cancelled or `job` answered undefined. */
-  run(job: () => Job | undefined, ticket: Ticket): Promise<JobResult | undefined> {
+  run(job: () => Request | undefined, ticket: Ticket): Promise<JobResult | undefined> {
     if (this.#failure) return Promise.reject(this.#failure)
     return new Promise((resolve, reject) => {
       this.#queue.push({ job, ticket, resolve, reject })
@@ -119,7 +121,7 @@ export class Lanes {
   #take(most: number): MadeJob[] {
     const group: MadeJob[] = []
     let bytes = 0
-    while (group.length < most && bytes < this.#full) {
+    while (group.length < most && (bytes < this.#full || group.length === 0)) {
       const next = this.#queue.shift()
       if (next === undefined) break
       const made = make(next)
@@ -187,7 +189,7 @@ export class Lanes {
 }
 
 /** Makes a job; undefined where its ticket was cancelled, it is not wanted any more, or making it failed. */
-function make({ job, ticket, resolve, reject }: QueuedJob): Job | undefined {
+function make({ job, ticket, resolve, reject }: QueuedJob): Request | undefined {
   try {
     const made = ticket.cancelled ? undefined : job()
     if (made === undefined) resolve(undefined)

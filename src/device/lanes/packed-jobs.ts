@@ -1,5 +1,7 @@
+import assert from 'node:assert'
+import { isBlockDtype, isWireDtype, WIRE_DTYPES, type WireDtype } from '../../../kernels/dtype.js'
 import type { Plan } from '../../optimizer/plan.js'
-import type { Job, JobResult } from '../job.js'
+import type { Blocks, Job, JobResult, Look, Mean, Request } from '../job.js'
 import type { Allocation, Span } from '../region.js'
 
 /**
@@ -18,19 +20,21 @@ export type PackedJobs = {
 /** Results on their way back. */
 export type PackedResults = { readonly words: BigUint64Array; readonly numbers: Float64Array }
 
+// In the place of the number of a job's plan.
+const NO_PLAN = -1
 const OUTCOMES = ['computed', 'other_gradient', 'not_finite'] as const satisfies JobResult['outcome'][]
 const RESULT_WORDS = 2
 const RESULT_NUMBERS = 4
 
-export function packJobs(jobs: readonly Job[]): PackedJobs {
+export function packJobs(jobs: readonly Request[]): PackedJobs {
   const writer = new Writer()
-  for (const job of jobs) writer.job(job)
+  for (const job of jobs) writer.request(job)
   return { count: jobs.length, ...writer.end() }
 }
 
-export function unpackJobs(packed: PackedJobs): Job[] {
+export function unpackJobs(packed: PackedJobs): Request[] {
   const reader = new Reader(packed)
-  return Array.from({ length: packed.count }, () => reader.job())
+  return Array.from({ length: packed.count }, () => reader.request())
 }
 
 export function packResults(results: readonly JobResult[]): PackedResults {
@@ -78,11 +82,20 @@ class Writer {
   readonly #words: bigint[] = []
   readonly #numbers: number[] = []
 
-  job({ plan, gradient, source, gradient_scale, state, next, update, expected }: Job): void {
+  request(request: Request): void {
+    if ('plan' in request) return this.#job(request)
+    this.#numbers.push(NO_PLAN, WIRE_DTYPES.indexOf(request.looksAt))
+    this.#span(request.gradient)
+  }
+
+  #job({ plan, gradient, received, source, mean, gradient_scale, state, next, update, sent, expected }: Job): void {
     this.#numbers.push(this.#plans.numberOf(plan), gradient_scale)
     this.#span(gradient)
+    this.#optional(received, () => received && this.#blocks(received))
     this.#optional(source, () => source && this.#span(source))
+    this.#optional(mean, () => mean && this.#mean(mean))
     this.#span(update)
+    this.#optional(sent, () => sent && this.#blocks(sent))
     this.#optional(state, () => state && this.#pointers(state))
     this.#pointers(next)
     this.#optional(expected, () => expected !== undefined && this.#words.push(expected))
@@ -103,6 +116,19 @@ class Writer {
     this.#numbers.push(bytes, this.#owners.numberOf(owner), space === 'gpu' ? 1 : 0, shared ? 1 : 0)
   }
 
+  #blocks({ span, dtype }: Blocks): void {
+    this.#numbers.push(WIRE_DTYPES.indexOf(dtype))
+    this.#span(span)
+  }
+
+  #mean({ dtype, parts }: Mean): void {
+    this.#numbers.push(WIRE_DTYPES.indexOf(dtype), parts.length)
+    for (const { span, share } of parts) {
+      this.#numbers.push(share)
+      this.#span(span)
+    }
+  }
+
   #pointers(pointers: readonly bigint[]): void {
     this.#numbers.push(pointers.length)
     this.#words.push(...pointers)
@@ -118,16 +144,27 @@ class Reader {
     this.#packed = packed
   }
 
-  job(): Job {
-    const plan = this.#packed.plans[this.#next()]
+  request(): Request {
+    const plan = this.#next()
+    return plan === NO_PLAN ? this.#look() : this.#job(this.#packed.plans[plan])
+  }
+
+  #look(): Look {
+    return { looksAt: this.#dtype(), gradient: this.#span() }
+  }
+
+  #job(plan: Plan): Job {
     const gradient_scale = this.#next()
     const gradient = this.#span()
+    const received = this.#optional(() => this.#blocks())
     const source = this.#optional(() => this.#span())
+    const mean = this.#optional(() => this.#mean())
     const update = this.#span()
+    const sent = this.#optional(() => this.#blocks())
     const state = this.#optional(() => this.#pointers())
     const next = this.#pointers()
     const expected = this.#optional(() => this.#nextWord())
-    return { plan, gradient, source, gradient_scale, state, next, update, expected }
+    return { plan, gradient, received, source, mean, gradient_scale, state, next, update, sent, expected }
   }
 
   #next(): number {
@@ -148,6 +185,24 @@ class Reader {
     const owner = this.#packed.owners[this.#next()]
     const space = this.#next() === 1 ? 'gpu' : 'host'
     return { pointer, bytes, owner, space, shared: this.#next() === 1 }
+  }
+
+  #blocks(): Blocks {
+    const dtype = this.#dtype()
+    assert(isBlockDtype(dtype), 'the writer has written it')
+    return { span: this.#span(), dtype }
+  }
+
+  #mean(): Mean {
+    const dtype = this.#dtype()
+    const parts = Array.from({ length: this.#next() }, () => ({ share: this.#next(), span: this.#span() }))
+    return { dtype, parts }
+  }
+
+  #dtype(): WireDtype {
+    const dtype = WIRE_DTYPES[this.#next()]
+    assert(isWireDtype(dtype), 'the writer has written one')
+    return dtype
   }
 
   #pointers(): bigint[] {

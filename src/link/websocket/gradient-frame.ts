@@ -3,7 +3,7 @@ import { type GradientHead, PEEK_BYTES, peekGradient } from '../../wire/codec.js
 /** Payloads below this are not worth a path of their own. */
 export const IN_PLACE_BYTES = 65_536
 
-/** A message that is cut into fragments has larger ones. */
+/** A message that is cut into many fragments has larger ones. */
 const SMALL_BYTES = 1024
 
 /** No more bytes than this are ever needed to decide about a frame: two frame headers and what may be peeked at. */
@@ -21,7 +21,8 @@ export type Recognized =
   | { kind: 'control'; isPing: boolean; length: number }
   /**
    * A frame of `length` bytes, header included; `fragmented` says whether a message goes on after it, `isSmall` whether
-   * it is a fragment of less than SMALL_BYTES.
+   * it is a fragment of less than SMALL_BYTES. The first and the last fragment are none, however small: a gradient's
+   * header and its data are two.
    */
   | { kind: 'ordinary'; length: number; fragmented: boolean; isSmall: boolean }
   | GradientPayload
@@ -39,7 +40,7 @@ export function recognize(bytes: Buffer, fragmented: boolean, maxPayload: number
   const found = fragmented ? undefined : readGradient(bytes, frame, maxPayload)
   if (found) return found
   const length = frame.start + frame.length
-  const isSmall = (fragmented || goesOn(frame.first, fragmented)) && frame.length < SMALL_BYTES
+  const isSmall = fragmented && goesOn(frame.first, fragmented) && frame.length < SMALL_BYTES
   return { kind: 'ordinary', length, fragmented: goesOn(frame.first, fragmented), isSmall }
 }
 

@@ -185,6 +185,7 @@ export class Intake {
 
   #end(claim: Claim, why: string): void {
     const { socket, stream } = claim.peer
+    /* c8 ignore next -- only those that hold room are ended */
     const bytes = claim.held?.bytes ?? 0
     const message = `large messages take ${this.bytes} bytes, at most ${this.#limit}, and a connection with ${bytes} of them ${why}`
     const error = new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 })

@@ -2,8 +2,11 @@ import type { Duplex } from 'node:stream'
 import type { WebSocket } from 'ws'
 import { Queue } from '../../device/lanes/queue.js'
 
-/** One message: a header alone, or a header followed by a payload that is sent from where it lies. */
-export type Message = { header: Buffer; payload?: Uint8Array }
+/**
+ * One message: a header alone, or a header followed by a payload that is sent from where it lies. A payload that has to
+ * be put together is made when its turn has come.
+ */
+export type Message = { header: Buffer; payload?: Uint8Array | (() => Uint8Array) }
 
 type Item = Message & { resolve: (sent: boolean) => void }
 
@@ -67,7 +70,8 @@ export class Sender {
   }
 
   #write(item: Item): void {
-    const bytes = item.header.length + (item.payload?.length ?? 0)
+    const payload = typeof item.payload === 'function' ? item.payload() : item.payload
+    const bytes = item.header.length + (payload?.length ?? 0)
     this.#inSocket += bytes
     this.#flying += 1
     const done = (error?: Error | null) => {
@@ -76,10 +80,10 @@ export class Sender {
       item.resolve(!error)
       this.#flush()
     }
-    if (item.payload === undefined) return this.#socket.send(item.header, { binary: true }, done)
+    if (payload === undefined) return this.#socket.send(item.header, { binary: true }, done)
     this.#gather()
     this.#socket.send(item.header, { binary: true, fin: false })
-    this.#socket.send(item.payload, { binary: true, fin: true }, done)
+    this.#socket.send(payload, { binary: true, fin: true }, done)
   }
 
   /** Has all that is written in this turn of the event loop leave in one system call. */

@@ -40,6 +40,7 @@ export class InPlaceWebSocket extends WebSocket {
   /** Told of a ping or pong of `bytes` bytes that needs no answer, and has no event. */
   skipped: (bytes: number) => void = () => {}
   /** Told of a fragment of a message that is small. */
+  /* c8 ignore next -- a session has its own before anything is read */
   small: () => void = () => {}
   /** Whether an ordinary message of so many bytes may be read now; otherwise its socket is paused until it may. */
   admit: (bytes: number) => boolean = () => true

@@ -18,9 +18,9 @@ export function planAdamw(
   const [a_m, a_g] = replay ? [1, 0] : [beta1, 1 - beta1]
   const [b_v, b_g] = replay ? [1, 0] : [beta2, 1 - beta2]
   const bias = { bias1: 1 - beta1 ** step, bias2_sqrt: Math.sqrt(1 - beta2 ** step) }
-  const { gradient_dtype, update_dtype, elements } = parameter
+  const { kernel_dtypes, elements } = parameter
   return {
-    kernel: { kind: 'adamw', ...(amsgrad ? { amsgrad } : {}), gradient_dtype, update_dtype },
+    kernel: { kind: 'adamw', ...(amsgrad ? { amsgrad } : {}), ...kernel_dtypes },
     tasks: [{ dims: [elements], offset: 0 }],
     scalars: { a_m, a_g, b_v, b_g, ...bias, eps },
     ...factors(lr, weight_decay),

@@ -67,7 +67,7 @@ function secondScalars({ beta2 }: Hyperparameters<'muon'>, replay: boolean) {
 
 /** Finds a block's kernel: blocks of the same orientation have the same object, so a lane looks it up once. */
 function kernels(parameter: LaidParameter, hyperparameters: Hyperparameters<'muon'>): (block: Block) => MuonKernel {
-  const { gradient_dtype, update_dtype } = parameter
+  const { kernel_dtypes } = parameter
   const { momentum_dtype, second_momentum } = hyperparameters
   const coefficients = iterations(hyperparameters)
   const narrow = momentum_dtype === 'float32' ? {} : { momentum_dtype }
@@ -82,8 +82,7 @@ function kernels(parameter: LaidParameter, hyperparameters: Hyperparameters<'muo
       tall,
       ...narrow,
       ...second,
-      gradient_dtype,
-      update_dtype,
+      ...kernel_dtypes,
     }
     known.set(key, kernel)
     return kernel

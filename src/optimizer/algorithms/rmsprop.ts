@@ -14,9 +14,9 @@ export function planRmsprop(
   const { lr, weight_decay, alpha, eps, momentum } = hyperparameters
   const [b_v, b_g] = replay ? [1, 0] : [alpha, 1 - alpha]
   const [c_m, c_g] = replay ? [1, 0] : [momentum, 1]
-  const { gradient_dtype, update_dtype, elements } = parameter
+  const { kernel_dtypes, elements } = parameter
   return {
-    kernel: { kind: 'rmsprop', gradient_dtype, update_dtype },
+    kernel: { kind: 'rmsprop', ...kernel_dtypes },
     tasks: [{ dims: [elements], offset: 0 }],
     scalars: { b_v, b_g, c_m, c_g, eps },
     ...factors(lr, weight_decay),

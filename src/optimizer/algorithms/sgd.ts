@@ -8,9 +8,9 @@ import type { Hyperparameters } from '../table.js'
  */
 export function planSgd(parameter: LaidParameter, hyperparameters: Hyperparameters<'sgd'>, at: At): Plan {
   const { lr, weight_decay } = hyperparameters
-  const { gradient_dtype, update_dtype, elements } = parameter
+  const { kernel_dtypes, elements } = parameter
   return {
-    kernel: { kind: 'sgd', gradient_dtype, update_dtype },
+    kernel: { kind: 'sgd', ...kernel_dtypes },
     tasks: [{ dims: [elements], offset: 0 }],
     scalars: momentumScalars(hyperparameters, at),
     ...factors(lr, weight_decay),

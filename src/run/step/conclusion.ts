@@ -3,6 +3,7 @@ import { effective, type Group, type Groups } from '../../optimizer/hyperparamet
 import { clipSummary } from '../../optimizer/qk-clip.js'
 import { nextDigest } from '../digest.js'
 import type { Receipt } from '../history.js'
+import type { Member } from '../members/member.js'
 import type { Shard } from '../shard.js'
 import type { Step } from './step.js'
 
@@ -10,16 +11,26 @@ import type { Step } from './step.js'
 
 const NAMES_IN_MESSAGE = 10
 
-/** Throws STEP_INCOMPLETE where a parameter was neither applied nor skipped, and STEP_CONFLICT where one was both. */
-export function checkComplete(step: Step, shard: Shard, skipped: ReadonlySet<number>): void {
+/**
+ * Throws STEP_INCOMPLETE where a parameter that a member has elements of was neither skipped nor `isThere`, which is to
+ * say applied, and STEP_CONFLICT where one was skipped and applied.
+ */
+export function checkComplete(
+  step: Step,
+  shard: Shard,
+  { member, skipped, isThere }: { member: Member; skipped: ReadonlySet<number>; isThere: (index: number) => boolean },
+): void {
   const { number, expected: expected_step } = step
   for (const index of skipped) {
     const { parameter } = shard.place(index)
-    if (!step.hasApplied(index)) continue
+    if (!step.hasApplied(index) || !member.has(parameter)) continue
     const message = `parameter '${parameter.name}' was applied in step ${number} and cannot be skipped in it any more`
     throw new ServiceError('STEP_CONFLICT', message, { step: number, expected_step, parameter: index })
   }
-  const missing = shard.parameters.filter(({ index }) => !step.hasApplied(index) && !skipped.has(index))
+  const missing = shard.parameters.filter((parameter) => {
+    const { index } = parameter
+    return !isThere(index) && !skipped.has(index) && member.has(parameter)
+  })
   if (missing.length === 0) return
   const names = missing.slice(0, NAMES_IN_MESSAGE).map(({ name }) => `'${name}'`)
   const more = missing.length > names.length ? ` and ${missing.length - names.length} more` : ''
@@ -32,7 +43,8 @@ export function checkComplete(step: Step, shard: Shard, skipped: ReadonlySet<num
 
 /** The receipt of a step that is complete; `digest` is the one before it, `durable` whether a journal has the step. */
 export function conclude(step: Step, shard: Shard, { digest, durable }: { digest: string; durable: boolean }): Receipt {
-  const { groups, frame } = step.settings
+  const { settings, contributors } = step
+  const { groups, frame } = settings
   const applied = shard.applied(step)
   return {
     type: 'receipt',
@@ -45,7 +57,8 @@ export function conclude(step: Step, shard: Shard, { digest, durable }: { digest
     ...clipSummary(shard.attentions, frame.max_logits),
     digest: nextDigest(digest, step.number, shard.records(step)),
     durable,
-    seconds: { ...step.seconds },
+    seconds: { ...step.clock.seconds },
+    ...(contributors.length > 0 && { contributors }),
   }
 }
 

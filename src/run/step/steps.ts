@@ -23,9 +23,14 @@ export class Steps {
     return this.#finished
   }
 
+  /** The one that has the number, if there is one. */
+  find(number: number): Step | undefined {
+    return [this.#current, this.#finished].find((known) => known?.number === number)
+  }
+
   /** The one that has the number. Throws STEP_CONFLICT with the number that is expected; `what` begins its message. */
   of(number: number, what: string): Step {
-    const step = [this.#current, this.#finished].find((known) => known?.number === number)
+    const step = this.find(number)
     if (step) return step
     throw this.#conflict(what, { step: number })
   }

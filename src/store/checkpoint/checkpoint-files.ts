@@ -8,7 +8,7 @@ import type { StateEntry } from './state-files.js'
 type Waiting = {
   resolve: (manifest: WrittenManifest | undefined) => void
   reject: (error: Error) => void
-  written: (position: number) => void
+  written: (entries: number) => void
 }
 
 /** What is copied to the thread at a time: so many parameters and tensors take a few milliseconds. */
@@ -34,14 +34,11 @@ export class CheckpointFiles {
   }
 
   /**
-   * Writes a checkpoint's folder, which is whole after a crash too once this resolves. `written` is called with the
-   * position of each tensor, counted over all files, once its memory is not read any more.
+   * Writes a checkpoint's folder, which is whole after a crash too once this resolves. `written` is told from time to
+   * time how many of the entries have memory that is not read any more.
    * Rejects with the file system's error; then there is no such checkpoint.
    */
-  async write(
-    { manifest, entries, ...request }: Writing,
-    written: (position: number) => void,
-  ): Promise<WrittenManifest> {
+  async write({ manifest, entries, ...request }: Writing, written: Waiting['written']): Promise<WrittenManifest> {
     const { parameters, places, ...rest } = manifest
     const id = this.#nextId++
     const most = Math.max(parameters.length, places.length, entries.length)

@@ -18,7 +18,7 @@ import {
   sealManifest,
   UnreadableError,
 } from './manifest.js'
-import { indexText, planShards, type StateEntry, type TensorLocation } from './state-files.js'
+import { entryBytes, indexText, planShards, type StateEntry, type TensorLocation } from './state-files.js'
 
 // This file is a worker thread: hashing and waiting for the disk take nothing from the event loop.
 
@@ -56,13 +56,15 @@ export type WrittenManifest = Omit<Manifest, keyof Lists | 'dtypes' | 'files'>
 
 export type ThreadRequest = ListsRequest | WriteRequest | ReadRequest | { type: 'stop' }
 
-/** `written` is the position of a tensor, counted over all files, whose memory is not read any more. */
+/** `written` is how many entries, counted over all files, have memory that is not read any more. */
 export type ThreadReply =
   | { id: number; written: number }
   | { id: number; done: WrittenManifest | undefined }
   | { id: number; error: string; unreadable: boolean }
 
 const PIECE_BYTES = 4 << 20
+// A write takes as long as to hash tens of kilobytes, however few bytes it has: those of small tensors go together.
+const GATHERED_BYTES = 1 << 20
 // A sync after so many bytes: one for a whole checkpoint would stall every other sync of the disk, the journal's too.
 const SYNC_BYTES = 64 << 20
 
@@ -136,6 +138,7 @@ async function discard(folder: string): Promise<void> {
 }
 
 async function fill({ id, folder, locations, file_bytes, manifest }: WriteRequest): Promise<WrittenManifest> {
+  /* c8 ignore next -- the lists of a checkpoint come before it, if it has any */
   const { parameters, places, entries: all } = lists.get(id) ?? { parameters: [], places: [], entries: [] }
   const files = planShards(all, file_bytes)
   const texts = [
@@ -143,17 +146,14 @@ async function fill({ id, folder, locations, file_bytes, manifest }: WriteReques
     { name: 'param_groups.json', text: groupsText({ parameters, groups: manifest.groups }) },
   ]
   const records: FileRecord[] = []
-  let position = 0
+  let before = 0
   for (const { name, header, entries } of files) {
     const file = await Output.create(join(folder, name))
     await file.whole(async () => {
       await file.write(header)
-      for (const entry of entries) {
-        if ('inline' in entry) await file.write(entry.inline)
-        else await writeTensor(file, entry.placed, accessTo(locations[entry.placed.unit]))
-        reply({ id, written: position++ })
-      }
+      await writeEntries(file, { entries, locations }, (written) => reply({ id, written: before + written }))
     })
+    before += entries.length
     records.push({ name, ...file.record })
   }
   for (const { name, text } of texts) {
@@ -170,9 +170,44 @@ async function fill({ id, folder, locations, file_bytes, manifest }: WriteReques
   return written
 }
 
-async function writeTensor(file: Output, { pointer, bytes }: TensorLocation, access: StateAccess): Promise<void> {
-  for (let offset = 0; offset < bytes; offset += PIECE_BYTES) {
-    await file.write(access.read(pointer + BigInt(offset), Math.min(PIECE_BYTES, bytes - offset)))
+/** Writes the bytes of entries, small ones together. `done` is told how many were written so far. */
+async function writeEntries(
+  file: Output,
+  { entries, locations }: { entries: readonly StateEntry[]; locations: readonly StateLocation[] },
+  done: (written: number) => void,
+): Promise<void> {
+  const gathered = Buffer.allocUnsafeSlow(GATHERED_BYTES)
+  let filled = 0
+  for (const [position, entry] of entries.entries()) {
+    const bytes = entryBytes(entry)
+    if (filled > 0 && filled + bytes > GATHERED_BYTES) {
+      await file.write(gathered.subarray(0, filled))
+      filled = 0
+      done(position)
+    }
+    if (bytes > GATHERED_BYTES) {
+      await writeLarge(file, entry, locations)
+      done(position + 1)
+    } else {
+      const source = 'inline' in entry ? entry.inline : readFrom(entry.placed, locations)
+      gathered.set(source, filled)
+      filled += bytes
+    }
+  }
+  await file.write(gathered.subarray(0, filled))
+  done(entries.length)
+}
+
+function readFrom({ unit, pointer, bytes }: TensorLocation, locations: readonly StateLocation[]): Uint8Array {
+  return accessTo(locations[unit]).read(pointer, bytes)
+}
+
+async function writeLarge(file: Output, entry: StateEntry, locations: readonly StateLocation[]): Promise<void> {
+  if ('inline' in entry) return file.write(entry.inline)
+  const { unit, pointer, bytes: all } = entry.placed
+  for (let offset = 0; offset < all; offset += PIECE_BYTES) {
+    const bytes = Math.min(PIECE_BYTES, all - offset)
+    await file.write(readFrom({ unit, pointer: pointer + BigInt(offset), bytes }, locations))
   }
 }
 

@@ -1,4 +1,4 @@
-import type { AttentionDescription, ReceiptFrame, RowsDeclaration } from '../../wire/frame.js'
+import type { AttentionDescription, Contribution, ReceiptFrame, RowsDeclaration } from '../../wire/frame.js'
 import {
   atLeastZero,
   bool,
@@ -21,6 +21,7 @@ import { SAFETENSORS_DTYPES } from '../safetensors.js'
 import { isCheckpointId } from './checkpoint-id.js'
 import type {
   AppliedRecord,
+  ContributorRecord,
   DeviceRecord,
   FileRecord,
   GroupRecord,
@@ -96,6 +97,8 @@ export const settingsRule: Rule<SettingsRecord> = record<SettingsRecord>({
   }),
 })
 
+const contribution = { replica: count, weight: finite }
+
 export const receiptRule: Rule<ReceiptFrame> = record<ReceiptFrame>({
   type: oneOf('receipt'),
   step: natural,
@@ -109,6 +112,8 @@ export const receiptRule: Rule<ReceiptFrame> = record<ReceiptFrame>({
   digest: sha256,
   durable: bool,
   seconds: record<ReceiptFrame['seconds']>({ receive: finite, queue: finite, compute: finite, send: finite }),
+  contributors: optional(list(record<Contribution>(contribution))),
+  contributed: optional(bool),
 })
 
 /** How a gradient was applied, here and in a journal. */
@@ -118,6 +123,7 @@ export const appliedRule: Rule<AppliedRecord> = record<AppliedRecord>({
   update_fingerprint: fingerprint,
   scale: finite,
   decay: finite,
+  contributors: optional(list(record<ContributorRecord>({ ...contribution, fingerprint }))),
 })
 
 const place = record<PlaceRecord>({

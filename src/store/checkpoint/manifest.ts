@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto'
-import type { AttentionDescription, ParameterDeclaration, ReceiptFrame } from '../../wire/frame.js'
+import type { AttentionDescription, Contribution, ParameterDeclaration, ReceiptFrame } from '../../wire/frame.js'
 import type { Rule } from '../rules.js'
 import { manifestRule } from './manifest-rules.js'
 
@@ -22,7 +22,12 @@ export type AppliedRecord = {
   update_fingerprint: string
   scale: number
   decay: number
+  /** The replicas whose mean the gradient is, in order; left out where it is none. */
+  contributors?: readonly ContributorRecord[]
 }
+
+/** A replica that a gradient is the mean of, and what it has sent. */
+export type ContributorRecord = Contribution & { readonly fingerprint: string }
 
 /**
  * A parameter: `count` updates were applied to it, the last one (`last`) in step `applied_step`. `gradient_square` is
@@ -50,7 +55,7 @@ export type SettingsRecord = {
 export type ImportRecord = { step_digest: string; hashes: readonly (readonly string[])[] }
 
 /** A parameter as it was declared, with its position among all. */
-export type ParameterRecord = ParameterDeclaration & { readonly index?: number }
+export type ParameterRecord = Omit<ParameterDeclaration, 'ranges'> & { readonly index?: number }
 
 /** A run between two steps, without its tensors. */
 export type RunRecord = {

@@ -1,14 +1,15 @@
 import { readFileSync } from 'node:fs'
 import fc from 'fast-check'
 import t from 'tap'
-import type { Dtype } from '../../../kernels/dtype.js'
+import type { BlockDtype, Dtype } from '../../../kernels/dtype.js'
 import { bfloat16ToNumber, float16Values, numberToBfloat16 } from '../../../kernels/narrow.js'
 import { applyUpdate, type Update, type Weights } from '../../../src/client/steps/apply.js'
 
 const { fround } = Math
+const bytesOf = (hex: string) => Uint8Array.from(Buffer.from(hex, 'hex'))
 
 /** The formula, one element at a time, from the bytes. */
-function expected(weights: Weights, update: Update): number[] {
+function expected(weights: Weights, update: Update & { dtype: Dtype }): number[] {
   const { scale, decay, dtype, data, row_scale } = update
   return Array.from(weights, (stored, i) => {
     const weight = weights instanceof Float32Array ? stored : bfloat16ToNumber(stored)
@@ -86,10 +87,29 @@ t.test('an update without data scales the rows and nothing else', (t) => {
   t.end()
 })
 
+t.test('an update in blocks is applied as the float32 that it decodes to', (t) => {
+  const blocks: { dtype: BlockDtype; bytes: string; decoded: string }[] = JSON.parse(
+    readFileSync('test/golden/blocks.json', 'utf8'),
+  )
+  for (const { dtype, bytes, decoded } of blocks) {
+    const data = bytesOf(decoded)
+    const [found, wanted] = [new Float32Array(data.length / 4).fill(0.5), new Float32Array(data.length / 4).fill(0.5)]
+    applyUpdate(found, { scale: -0.1, decay: 0.01, dtype, data: bytesOf(bytes) })
+    applyUpdate(wanted, { scale: -0.1, decay: 0.01, dtype: 'float32', data })
+    t.same(found, wanted)
+    const rows = Float32Array.of(0.5)
+    applyUpdate(found, { scale: 0, decay: 0, dtype, row_scale: rows })
+    applyUpdate(wanted, { scale: 0, decay: 0, dtype: 'float32', row_scale: rows })
+    t.same(found, wanted)
+  }
+  t.end()
+})
+
 t.test('sizes that do not fit change nothing', (t) => {
   const table: [title: string, update: Partial<Update>, message: RegExp][] = [
     ['too few bytes', { data: new Uint8Array(8) }, /data has 8 bytes, expected 12/],
     ['bytes of another dtype', { dtype: 'float16', data: new Uint8Array(12) }, /data has 12 bytes, expected 6/],
+    ['bytes of no whole block', { dtype: 'int8_block256', data: new Uint8Array(4) }, /data has 4 bytes, expected 5/],
     ['rows that do not divide', { row_scale: new Float32Array(2) }, /row_scale has 2 factors, for 3 weights/],
   ]
   for (const [title, update, message] of table) {
@@ -106,7 +126,6 @@ type Golden = Record<'title' | 'weights_dtype' | 'weights' | 'expected', string>
 
 /** test/golden/README.md says how the cases are made. The Python client's tests read them too. */
 const GOLDEN: Golden[] = JSON.parse(readFileSync('test/golden/apply.json', 'utf8'))
-const bytesOf = (hex: string) => Uint8Array.from(Buffer.from(hex, 'hex'))
 
 t.test('the bits are those that every client has', (t) => {
   const ours = GOLDEN.filter(({ weights_dtype }) => weights_dtype === 'float32' || weights_dtype === 'bfloat16')

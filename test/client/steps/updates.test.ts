@@ -4,12 +4,15 @@ import type { Bound } from '../../../src/client/steps/parameter.js'
 import { Updates } from '../../../src/client/steps/updates.js'
 import { chunksOf } from '../../../src/wire/chunks.js'
 import type { UpdateFrame } from '../../../src/wire/frame.js'
+import { Ranges } from '../../../src/wire/ranges.js'
 
 const parameters = (sizes: number[]): Bound[] =>
   sizes.map((size, index) => ({
     index,
     name: `p${index}`,
     size,
+    elements: size,
+    ranges: Ranges.whole(size),
     data: new Float32Array(size),
     gradient_dtype: 'float32',
     update_dtype: 'float32',

@@ -1,7 +1,7 @@
 import { deserialize, serialize } from 'node:v8'
 import fc from 'fast-check'
 import t from 'tap'
-import type { Job, JobResult } from '../../../src/device/job.js'
+import type { Blocks, Job, JobResult, Look, Request } from '../../../src/device/job.js'
 import { packJobs, packResults, unpackJobs, unpackResults } from '../../../src/device/lanes/packed-jobs.js'
 import { type Span, wholeOf } from '../../../src/device/region.js'
 import type { Plan } from '../../../src/optimizer/plan.js'
@@ -21,14 +21,21 @@ const WHOLES = [
 const span: fc.Arbitrary<Span> = fc
   .record({ whole: fc.constantFrom(...WHOLES), pointer: word, bytes: fc.nat() })
   .map(({ whole, pointer, bytes }) => ({ ...whole, pointer, bytes }))
+const blocks: fc.Arbitrary<Blocks> = fc.record({ span, dtype: fc.constantFrom('int8_block256', 'int4_block64') })
+const dtype = fc.constantFrom('float32' as const, 'bfloat16' as const, 'float16' as const)
+const part = fc.record({ span, share: fc.double() })
+const look: fc.Arbitrary<Look> = fc.record({ looksAt: dtype, gradient: span })
 const job: fc.Arbitrary<Job> = fc.record({
   plan: fc.constantFrom(...PLANS),
   gradient: span,
+  received: fc.option(blocks, { nil: undefined }),
   source: fc.option(span, { nil: undefined }),
+  mean: fc.option(fc.record({ dtype, parts: fc.array(part, { maxLength: 3 }) }), { nil: undefined }),
   gradient_scale: fc.double(),
   state: fc.option(words, { nil: undefined }),
   next: words,
   update: span,
+  sent: fc.option(blocks, { nil: undefined }),
   expected: fc.option(word, { nil: undefined }),
 })
 const result: fc.Arbitrary<JobResult> = fc.record({
@@ -40,12 +47,17 @@ const result: fc.Arbitrary<JobResult> = fc.record({
   computeSeconds: fc.double(),
 })
 
+function plansOf(requests: readonly Request[]) {
+  return requests.flatMap((request) => ('plan' in request ? [request.plan] : []))
+}
+
 t.test('any jobs arrive in another thread as they were, and share what they shared', async (t) => {
   fc.assert(
-    fc.property(fc.array(job, { maxLength: 20 }), (jobs) => {
-      const found = unpackJobs(deserialize(serialize(packJobs(jobs))))
-      const alike = jobs.every(({ plan }, i) => (plan === jobs[0]!.plan) === (found[i]!.plan === found[0]!.plan))
-      return alike && t.same(found, jobs)
+    fc.property(fc.array(fc.oneof(job, look), { maxLength: 20 }), (requests) => {
+      const found = unpackJobs(deserialize(serialize(packJobs(requests))))
+      const [sent, come] = [requests, found].map(plansOf)
+      const alike = sent!.every((plan, i) => (plan === sent![0]) === (come![i] === come![0]))
+      return alike && t.same(found, requests)
     }),
     { seed: 5, numRuns: 200 },
   )

@@ -91,6 +91,18 @@ t.test('everything else is an ordinary frame', async (t) => {
   }
 })
 
+t.test('a small fragment counts as one between the first and the last of its message', async (t) => {
+  const isSmall = (first: number, bytes: number, fragmented: boolean) => {
+    const found = recognize(rawFrame(first, data.subarray(0, bytes), mask), fragmented, 0)
+    return found.kind === 'ordinary' ? found.isSmall : undefined
+  }
+  t.equal(isSmall(0x00, 1023, true), true, 'in the middle')
+  t.equal(isSmall(0x00, 1024, true), false, 'large')
+  t.equal(isSmall(0x02, 10, false), false, 'the first')
+  t.equal(isSmall(0x80, 10, true), false, 'the last')
+  t.equal(isSmall(0x82, 10, false), false, 'a whole message')
+})
+
 t.test('a ping or a pong is recognized once it is whole, between fragments, too', async (t) => {
   for (const [first, isPing] of [
     [0x89, true],

@@ -1,7 +1,7 @@
 import fc from 'fast-check'
 import t from 'tap'
 import { parseGroup } from '../../../src/optimizer/hyperparameters.js'
-import { Member } from '../../../src/run/step/member.js'
+import { Member } from '../../../src/run/members/member.js'
 import { Step, type StepValues } from '../../../src/run/step/step.js'
 
 const groupsOf = (lr: number) =>
@@ -17,7 +17,7 @@ const say = (lr: number, gradient_scale = 1): StepValues => ({
   max_logits: NONE,
 })
 const NOTHING: StepValues = { groups: {}, gradient_scale: 1, max_logits: NONE }
-const member = () => new Member({ fence: () => {}, expel: () => {} })
+const member = () => new Member({ fence: () => {}, expel: () => {}, changed: () => {} })
 const MEMBER = member()
 
 t.test('the values of a step frame hold from that step on, its gradient_scale for that step only', async (t) => {
@@ -39,11 +39,11 @@ t.test('a step frame said again must be identical; one after the first gradient 
   t.throws(() => first.announce(MEMBER, say(3)), conflict)
   t.throws(() => first.announce(MEMBER, say(2, 2)), conflict)
   t.equal(lrOf(first), 2)
-  first.begin()
+  first.begin(MEMBER)
   first.announce(MEMBER, say(2))
   const second = first.finish()
   t.throws(() => first.announce(MEMBER, say(3)), { code: 'STEP_CONFLICT', fields: { step: 1, expected_step: 2 } })
-  second.begin()
+  second.begin(MEMBER)
   second.announce(MEMBER, NOTHING)
   t.throws(() => second.announce(MEMBER, say(5)), { code: 'STEP_CONFLICT' })
   t.equal(lrOf(second), 2)
@@ -83,12 +83,12 @@ t.test('max_logits hold for one step only, and belong to what must be said again
 t.test('forgotten values were never said; with a gradient applied nothing is forgotten', async (t) => {
   const step = new Step(1, groupsOf(1))
   step.announce(MEMBER, say(2, 0.5))
-  step.begin()
-  step.forget()
+  step.begin(MEMBER)
+  step.forget(MEMBER)
   t.match([lrOf(step), step.settings.gradient_scale], [1, 1])
   step.announce(MEMBER, say(3))
   step.apply(0)
-  step.forget()
+  step.forget(MEMBER)
   t.match([lrOf(step), step.begun, step.applied], [3, true, [0]])
 })
 
@@ -114,7 +114,7 @@ t.test('replaced groups hold at once for a step that has applied nothing, otherw
 
 t.test('a step that could not be committed is where it was, and may be ended again', async (t) => {
   const step = new Step(3, groupsOf(1))
-  step.begin()
+  step.begin(MEMBER)
   step.apply(0)
   await t.rejects(
     step.end(async () => {
@@ -135,7 +135,7 @@ t.test('the time of a replay counts for the step that it delays', async (t) => {
   first.spend('compute', 2)
   const second = first.finish()
   first.spend('compute', 3)
-  t.match([first.seconds.compute, second.seconds.compute], [2, 3])
+  t.match([first.clock.seconds.compute, second.clock.seconds.compute], [2, 3])
 })
 
 t.test(
@@ -162,16 +162,16 @@ t.test(
           if (before !== undefined && fixed !== before) return false
         } else if (one.kind === 'apply') {
           if (fixed === undefined) {
-            step.begin()
+            step.begin(MEMBER)
             fixed = lrOf(step)
           }
           step.apply(one.index)
           applied.add(one.index)
         } else if (one.kind === 'begin') {
-          step.begin()
+          step.begin(MEMBER)
           fixed ??= lrOf(step)
         } else if (one.kind === 'forget') {
-          step.forget()
+          step.forget(MEMBER)
           if (applied.size === 0) fixed = undefined
         }
         if (lrOf(step) !== (fixed ?? 9)) return false

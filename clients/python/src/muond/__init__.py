@@ -8,14 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .declaration import Parameter
+from .declaration import Member, Parameter, Quorum
 from .error import ErrorFields, MuondError
 from .receipt import Checkpoint, Receipt
 from .run import Run, open_run
 from .steps.backoff import Backoff
 
 if TYPE_CHECKING:
-    from .torch import AdamW, MaxLogits, Muon, MuonClip, Optimizer, suggest
+    from .torch import AdamW, DiLoCo, MaxLogits, Muon, MuonClip, Optimizer, suggest
 
 __version__ = "0.1.0"
 
@@ -23,20 +23,23 @@ __all__ = [
     "AdamW",
     "Backoff",
     "Checkpoint",
+    "DiLoCo",
     "ErrorFields",
     "MaxLogits",
+    "Member",
     "Muon",
     "MuonClip",
     "MuondError",
     "Optimizer",
     "Parameter",
+    "Quorum",
     "Receipt",
     "Run",
     "open_run",
     "suggest",
 ]
 
-_TORCH = ("AdamW", "MaxLogits", "Muon", "MuonClip", "Optimizer", "suggest")
+_TORCH = ("AdamW", "DiLoCo", "MaxLogits", "Muon", "MuonClip", "Optimizer", "suggest")
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ from .transport.address import Endpoint
 from .transport.receiver import Closed, Receiver
 from .transport.sender import Message, Sender
 from .transport.upgrade import dial
-from .wire.frame import Frame, frame_error
+from .wire.frame import Frame, MemberKey, frame_error, is_known, members_of
 from .wire.msgpack import encode, encode_head
 
 # Close codes that say more than that the connection is gone; the others are met with a new connection.
@@ -65,6 +65,8 @@ class Connection:
         self._receiver = Receiver(self._socket, upgraded.rest, destination=self._destination, ping=self._pong)
         self._lock = threading.Lock()
         self._listener = Listener()
+        self.members: dict[MemberKey, bool] = {}
+        """What the service has told of the run's members: whether each has a connection."""
         self._reason: BaseException | None = None
         self._ended = False
         self._process = os.getpid()
@@ -148,10 +150,12 @@ class Connection:
                 self._because(_close_error(received))
                 self._sender.close(1000, 0)
                 return
-            if self._reason is not None:
+            if self._reason is not None or not is_known(received.frame):
                 continue
             listener = self._listener
-            if received.placed:
+            if received.frame["type"] == "members":
+                self.members.update(members_of(received.frame))
+            elif received.placed:
                 listener.placed(received.frame)
             else:
                 listener.frame(received.frame)

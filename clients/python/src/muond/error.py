@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 # Whether the same request may succeed later, for what the client itself finds. An error frame says it for itself.
 _RETRYABLE = {
-    *("CONNECTION_LOST", "RUN_BUSY", "OVERLOADED", "DRAINING", "RESTORING", "DEVICE_FAILED", "STORAGE_FAILED"),
+    *(
+        "CONNECTION_LOST",
+        "RUN_BUSY",
+        "OVERLOADED",
+        "DRAINING",
+        "RESTORING",
+        "DEVICE_FAILED",
+        "STORAGE_FAILED",
+        "QUORUM_LOST",
+    ),
 }
 
 
@@ -21,6 +30,8 @@ class ErrorFields:
     expected_step: int | None = None
     """The step that the service would take next."""
     retry_after_seconds: float | None = None
+    left_out: bool = False
+    """Whether the step was closed without this replica, and what it has missed follows."""
     refused: Sequence[str] = ()
     """Names of every parameter whose gradient was refused in this step."""
 

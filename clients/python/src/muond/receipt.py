@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .error import MuondError
@@ -24,6 +24,10 @@ class Receipt:
     durable: bool
     seconds: Mapping[str, float]
     max_logit: float | None = None
+    contributors: Sequence[Mapping[str, float]] = ()
+    """With several replicas those that the step is the mean of: ``replica`` and ``weight`` of each, in order."""
+    contributed: bool = True
+    """Whether this client's replica is one of them. One that was late has the updates of the others all the same."""
     refused: tuple[MuondError, ...] = ()
     """The errors of gradients that the service refused, if the step was to end without them; they count as skipped."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from .declaration import Parameter
+from .declaration import Member, Parameter, Quorum
 from .error import ErrorFields, MuondError
 from .receipt import Checkpoint, Receipt
 from .rest import Tensor
@@ -21,6 +21,7 @@ from .steps.backoff import Backoff
 from .steps.exchange import Taken
 from .steps.gradient import bytes_of
 from .steps.interrupt import interrupt_later
+from .steps.owed import Groups, merge_groups, owed_groups
 from .steps.parameter import Bound, bind, check_bytes, sizes_of
 from .steps.step import Gradient, MaxLogits, Step
 from .steps.updates import Bytes, Memory, Update, Updates
@@ -28,7 +29,8 @@ from .steps.writer import RETRIES, Failed, Host, Writer
 from .transport.address import Endpoint, endpoint
 from .transport.arenas import Arenas, HostArenas
 from .transport.choice import MakeArenas, Transport
-from .wire.frame import PROTOCOL, Frame
+from .wire.dtype import BLOCKS
+from .wire.frame import PROTOCOL, Frame, MemberKey
 
 Key = int | str
 """A parameter by index, or by name."""
@@ -51,6 +53,8 @@ def open_run(
     groups: Sequence[Mapping[str, Any]] | None = None,
     mode: str = "create_or_resume",
     attentions: Sequence[Mapping[str, Any]] | None = None,
+    member: Member | tuple[int, int] | None = None,
+    quorum: Quorum | tuple[int, float] | None = None,
     takeover: bool = False,
     checkpoint: str | None = None,
     branch_of: tuple[str, str] | None = None,
@@ -69,6 +73,9 @@ def open_run(
     """Opens a run, on a connection of its own; its updates are applied to each parameter's ``data``, in place.
 
     ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
+    ``member``: (rank, world size) of a run with many members, of which each sends and receives the ``ranges`` of each parameter;
+    their tensors go over the socket. A ``Member`` may be of one of several replicas, whose steps are made with the mean of what
+    they send; ``quorum``, a ``Quorum``, says when a step may be closed without all of them.
     ``groups``: maps of ``name``, ``algorithm`` or ``preset``, and hyperparameters. ``checkpoint``: with ``resume``, go back to it.
     ``branch_of``: (another run of the service, a checkpoint of that by id or tag); a new run begins with its state, step and digest,
     and the weights must be those of that step.
@@ -88,6 +95,8 @@ def open_run(
         "groups": None if groups is None else [dict(group) for group in groups],
         "parameters": declared,
         "attentions": None if attentions is None else [dict(attention) for attention in attentions],
+        "member": None if member is None else Member(*member).declaration(),
+        "quorum": None if quorum is None else Quorum(*quorum)._asdict(),
         "takeover": takeover or None,
         "checkpoint": checkpoint,
         "from": None if branch_of is None else {"run": branch_of[0], "checkpoint": branch_of[1]},
@@ -97,6 +106,11 @@ def open_run(
     is_default = mode == "create_or_resume"
     frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "create" if branch_of and is_default else mode}
     frame.update({key: value for key, value in given.items() if value is not None})
+    reason = _shares_nothing(declared, member)
+    if reason is not None:
+        if transport not in ("auto", "websocket"):
+            raise ValueError(f"transport={transport!r} is not possible: {reason}")
+        transport = "websocket"
     shared = Transport.choose(transport, address, sizes_of(declared), gpu_arenas)
     try:
         writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes, shared), frame)
@@ -133,7 +147,9 @@ class Run:
         self._events: SimpleQueue[Update | Taken | Failed] = SimpleQueue()
         self._updates = Updates(self.parameters, writer.step + 1, memory, self._events.put)
         self._flight: Step | None = None
-        self._groups: Mapping[str, Mapping[str, Any]] = writer.opened["groups"]
+        self._groups: Groups = writer.opened["groups"]
+        self._owed: Groups = {}
+        """Hyperparameters of a step that was closed before they came: they are said again with the next one."""
         self._process = os.getpid()
         # A run that nobody holds any more, or that is open when the process ends, is closed in order.
         self._finalizer = weakref.finalize(self, _close_in, os.getpid(), writer)
@@ -154,6 +170,14 @@ class Run:
     def opened(self) -> Frame:
         """The service's answer to the newest ``open``: epoch, groups, limits, device and more."""
         return self._writer.opened
+
+    @property
+    def members(self) -> Mapping[MemberKey, bool]:
+        """{rank: whether it has a connection}, as the service has told last; empty for a run without members.
+
+        In a run with several replicas the keys are (replica, rank).
+        """
+        return self._writer.members
 
     @property
     def arenas(self) -> Arenas | None:
@@ -204,12 +228,14 @@ class Run:
         gradient_scale: float | None = None,
         max_logits: MaxLogits | None = None,
         skip_refused: bool = False,
+        weight: float | None = None,
     ) -> Receipt:
         """Takes one step: sends every gradient and applies every update.
 
         ``gradients`` by name, or in the order of the parameters (None: no gradient). ``skipped``: those without one.
         ``groups``: {group: {hyperparameter: value}}, from this step on. ``gradient_scale`` is multiplied into every gradient of
         this step. ``max_logits``: {attention: the largest softmax input of each query head}. ``skip_refused``: see ``begin``.
+        ``weight``: see ``end``.
 
         Raises MuondError; ``fields.refused`` names the parameters whose gradients were refused, the other updates are applied.
         A step that raised can be taken again: with the same options, and the same gradients for every parameter that is not
@@ -221,7 +247,7 @@ class Run:
         step = self._new_step(groups, gradient_scale, max_logits, skip_refused=skip_refused)
         self._add(step, given)
         self._check_complete(step, skip)
-        step.finish(skip)
+        step.finish(skip, weight)
         self._start(step)
         return self._land()
 
@@ -271,12 +297,16 @@ class Run:
         """Whether the step in flight has a gradient of this parameter already."""
         return self._flight is not None and self._flight.has(index)
 
-    def end(self, *, skipped: Iterable[Key] = ()) -> Receipt:
-        """Ends the step that ``gradient`` began; returns and raises as ``step`` does."""
+    def end(self, *, skipped: Iterable[Key] = (), weight: float | None = None) -> Receipt:
+        """Ends the step that ``gradient`` began; returns and raises as ``step`` does.
+
+        ``weight`` is that of the replica in the mean of several, say the tokens of its batch; 1 if left out. All ranks of a
+        replica give the same.
+        """
         step = self._growing()
         skip = self._indices(skipped)
         self._check_complete(step, skip)
-        step.finish(skip)
+        step.finish(skip, weight)
         return self._land()
 
     def settle(self) -> list[str]:
@@ -309,7 +339,12 @@ class Run:
         self._require_idle()
         with self._writer.rest() as rest:
             answer = rest.import_state(self.name, tensors, metadata, partial=partial)
-        self._writer.moved(answer["step"], answer["digest"])
+        self.moved(answer["step"], answer["digest"])
+
+    def moved(self, step: int, digest: str) -> None:
+        """Another member has imported state into the run: it goes on from there. Not while a step is in flight."""
+        self._require_idle()
+        self._writer.moved(step, digest)
         self._updates.next(self.step_count + 1)
 
     def reopen(self, checkpoint: str | None = None) -> None:
@@ -320,6 +355,7 @@ class Run:
         self._abandon()
         self._writer.reopen(checkpoint)
         self._groups = self.opened["groups"]
+        self._owed = {}
         self._updates.next(self.step_count + 1)
 
     def hurry(self) -> None:
@@ -347,7 +383,7 @@ class Run:
         skip_refused: bool,
     ) -> Step:
         self._require_idle()
-        options = {"groups": groups, "gradient_scale": gradient_scale}
+        options = {"groups": merge_groups(self._owed, groups), "gradient_scale": gradient_scale}
         return Step(self.step_count + 1, options, max_logits, skip_refused=skip_refused)
 
     def _require_idle(self) -> None:
@@ -378,11 +414,13 @@ class Run:
             return self._finish(self._apply_until_settled())
 
     def _finish(self, outcome: Taken | Failed) -> Receipt:
-        self._flight = None
+        flight, self._flight = self._flight, None
         if isinstance(outcome, Failed):
             raise outcome.error
         self._updates.next(self.step_count + 1)
         self._groups = outcome.receipt["groups"]
+        late = flight is not None and not outcome.receipt.get("contributed", True)
+        self._owed = owed_groups(flight.groups, self._groups) if flight is not None and late else {}
         return Receipt.of(outcome.receipt, outcome.refused)
 
     def _apply_until_settled(self) -> Taken | Failed:
@@ -400,7 +438,7 @@ class Run:
             try:
                 self._apply_updates(updates)
             except BaseException:
-                if not isinstance(event, Update):
+                if not isinstance(event, Update):  # pragma: no branch -- whether the receipt is there already is a race
                     self._events.put(event)
                 raise
             if not isinstance(event, Update):
@@ -448,6 +486,8 @@ class Run:
     def _add(self, step: Step, gradients: Sequence[Gradient]) -> None:
         """All of them or none."""
         seen: set[int] = set()
+        # Of a tensor without elements here there is nothing to be sent.
+        gradients = [gradient for gradient in gradients if self.parameters[gradient.parameter].size > 0]
         for gradient in gradients:
             if gradient.parameter in seen or step.has(gradient.parameter):
                 raise _conflict(step, f"has a gradient of '{self.parameters[gradient.parameter].name}' already")
@@ -460,10 +500,19 @@ class Run:
         both = [f"'{p.name}'" for p in self.parameters if step.has(p.index) and p.index in skip]
         if both:
             raise _conflict(step, f"has both a gradient and a place in skipped for {', '.join(both)}")
-        missing = [f"'{p.name}'" for p in self.parameters if not step.has(p.index) and p.index not in skip]
+        given = [p.size == 0 or step.has(p.index) or p.index in skip for p in self.parameters]
+        missing = [f"'{p.name}'" for p, is_given in zip(self.parameters, given, strict=True) if not is_given]
         if missing:
             message = f"step {step.number} has neither a gradient nor a place in skipped for {', '.join(missing)}"
             raise MuondError("STEP_INCOMPLETE", message, ErrorFields(step=step.number))
+
+
+def _shares_nothing(declared: Sequence[Mapping[str, Any]], member: Member | tuple[int, int] | None) -> str | None:
+    """Why the tensors of a run can go over the socket alone; None where they can be shared."""
+    if member is not None:
+        return "members of a run share no memory with the service"
+    in_blocks = [one["name"] for one in declared if one["gradient_dtype"] in BLOCKS or one["update_dtype"] in BLOCKS]
+    return f"the tensors of '{in_blocks[0]}' travel in blocks, which share no memory" if in_blocks else None
 
 
 def _apply_to(arrays: Sequence[Weights | None]) -> Apply:

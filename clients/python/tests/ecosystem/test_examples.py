@@ -50,6 +50,44 @@ def test_ranks_end_with_the_weights_of_one_process(tmp_path: Path) -> None:
     assert picture_size(tmp_path / "train_ddp.png")[0] > 800
 
 
+def test_shards_have_one_run(shared: Service, tmp_path: Path) -> None:
+    flags = (*SMALL, "--ranks", 2, "--batch", 4, "--steps", 4, "--url", shared.url)
+    status, output, errors = run("train_fsdp.py", *flags, cwd=tmp_path)
+    assert status == 0, output + errors
+    ranks = [line.split() for name, line in rows(output).items() if name.startswith("rank ")]
+    assert [rank[3] for rank in ranks] == ["50.0%", "50.0%"]
+    assert len({rank[-1] for rank in ranks}) == 1
+    assert picture_size(tmp_path / "train_fsdp.png")[0] > 800
+
+
+def test_replicas_that_meet_send_a_part_of_the_bytes_and_one_may_be_killed(shared: Service, tmp_path: Path) -> None:
+    flags = (
+        *SMALL,
+        "--replicas",
+        2,
+        "--batch",
+        4,
+        "--steps",
+        50,
+        "--pretrain",
+        10,
+        "--sync-every",
+        10,
+        "--seeds",
+        1,
+        "--url",
+        shared.url,
+    )
+    status, output, errors = run("train_diloco.py", *flags, cwd=tmp_path)
+    assert status == 0, output + errors
+    table = rows(output)
+    assert "1/10" in table["DiLoCo, float32"]
+    assert "in 4 of 4 rounds" in table["DiLoCo, int4_block64"]
+    assert "of 4 rounds" in table["DiLoCo, float32, one replica killed and back"]
+    assert all(float(re.split(" {2,}", line)[1]) < 5.6 for name, line in table.items() if name.startswith("DiLoCo"))
+    assert picture_size(tmp_path / "train_diloco.png")[0] > 800
+
+
 def test_parity_holds_where_a_trainer_resumes(tmp_path: Path) -> None:
     status, output, errors = run("parity.py", "--steps", 24, "--variation", "resume", cwd=tmp_path)
     assert status == 0, output + errors
@@ -57,7 +95,7 @@ def test_parity_holds_where_a_trainer_resumes(tmp_path: Path) -> None:
     assert "BROKEN" not in output
 
 
-@pytest.mark.parametrize("program", ["train_gpt.py", "train_ddp.py", "train_hf.py", "parity.py"])
+@pytest.mark.parametrize("program", ["train_gpt.py", "train_ddp.py", "train_fsdp.py", "train_hf.py", "parity.py"])
 def test_without_node_one_line_says_so(tmp_path: Path, program: str) -> None:
     status, _, errors = run(program, cwd=tmp_path, PATH=str(tmp_path))
     assert status == 1

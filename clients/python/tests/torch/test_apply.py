@@ -31,7 +31,7 @@ def units(largest: torch.Tensor, dtype: str) -> torch.Tensor:
 @pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: golden.title)
 def test_torch_stays_within_its_bound_of_the_bits_that_every_client_has(golden: Golden) -> None:
     weights = tensor_of(golden.weights, golden.dtype)
-    apply_updates(cast(Any, [SimpleNamespace(tensor=weights)]), [golden.update], Views())
+    apply_updates(cast(Any, [SimpleNamespace(local=weights)]), [golden.update], Views())
     expected = tensor_of(golden.expected, golden.dtype)
     if golden.update.data is None:
         assert weights.equal(expected), "rows alone have one product, and nothing to fuse"
@@ -59,14 +59,14 @@ def test_the_roundings_are_those_of_torchs_own_optimizers(golden: Golden) -> Non
     weights, expected = tensor_of(golden.weights, golden.dtype), tensor_of(golden.weights, golden.dtype)
     data = torch.from_numpy(np.asarray(update.data)).view(DTYPES[update.parameter.update_dtype]).view(weights.shape)
     expected.mul_(1 - update.decay).add_(data, alpha=update.scale)
-    apply_updates(cast(Any, [SimpleNamespace(tensor=weights)]), [replace(update, row_scale=None)], Views())
+    apply_updates(cast(Any, [SimpleNamespace(local=weights)]), [replace(update, row_scale=None)], Views())
     assert weights.equal(expected)
 
 
 def test_another_default_device_changes_nothing() -> None:
     golden = next(golden for golden in GOLDEN if golden.update.row_scale is not None and golden.dtype == "float32")
     weights, beside = tensor_of(golden.weights, golden.dtype), tensor_of(golden.weights, golden.dtype)
-    apply_updates(cast(Any, [SimpleNamespace(tensor=weights)]), [golden.update], Views())
+    apply_updates(cast(Any, [SimpleNamespace(local=weights)]), [golden.update], Views())
     with torch.device("meta"):
-        apply_updates(cast(Any, [SimpleNamespace(tensor=beside)]), [golden.update], Views())
+        apply_updates(cast(Any, [SimpleNamespace(local=beside)]), [golden.update], Views())
     assert beside.equal(weights)

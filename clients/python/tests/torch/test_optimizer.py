@@ -18,7 +18,7 @@ import muond
 from muond import MuondError
 from muond.torch import AdamW, Muon, MuonClip, Optimizer
 from oracle import Muon as Oracle
-from service import Service
+from service import Service, keys_file
 
 EXACT: Any = {"gradient_dtype": "float32", "update_dtype": "float32"}
 
@@ -433,8 +433,7 @@ def test_a_service_that_is_not_there_is_said_at_once() -> None:
 def test_address_and_key_may_come_from_the_environment(
     start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "keys").write_text("k\n")
-    service = start("--api-keys-file", str(tmp_path / "keys"))
+    service = start("--keys-file", keys_file(tmp_path, {"k": ["step", "read"]}))
     monkeypatch.setenv("MUOND_URL", service.url)
     with pytest.raises(MuondError, match="UNAUTHORIZED"):
         Muon(matrices(net()))

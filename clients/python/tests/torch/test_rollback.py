@@ -41,7 +41,7 @@ def test_rollback_goes_to_the_last_step_that_both_sides_have(
 ) -> None:
     service = durable()
     model = net()
-    with adamw(model, service, name, overlap=overlap, keep="cpu") as optimizer:
+    with adamw(model, service, name, overlap=overlap, keep="cpu", error_feedback=overlap) as optimizer:
         step, conflicts = 0, 0
         while step < STEPS:
             try:

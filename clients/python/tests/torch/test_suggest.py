@@ -207,7 +207,10 @@ def test_what_a_preset_leaves_open_and_what_is_given_beside_it(shared: Service, 
         # As many steps as the given coefficients have, not those of the preset's own.
         assert optimizer.run.groups["own"]["ns_steps"] == 2
     for preset, words in (
-        ({"preset": "kimi"}, "has the preset 'kimi', the service has deepseek-v4, kimi-k2, moonlight, nanogpt, torch"),
+        (
+            {"preset": "kimi"},
+            "has the preset 'kimi', the service has deepseek-v4, diloco, kimi-k2, moonlight, muloco, nanogpt, torch",
+        ),
         ({"preset": "kimi-k2", "algorithm": "sgd"}, "'kimi-k2' has no values for 'sgd', only for muonclip, adamw"),
     ):
         with pytest.raises(ValueError, match=words):

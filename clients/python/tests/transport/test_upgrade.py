@@ -16,7 +16,7 @@ from muond.connection import Connection
 from muond.transport.address import endpoint
 from muond.transport.upgrade import dial
 from peer import Peer, Web
-from service import Service
+from service import Service, keys_file
 
 
 def refused(url: str, **options: str) -> MuondError:
@@ -68,12 +68,13 @@ def test_a_host_that_does_not_exist_is_not_worth_a_retry() -> None:
 
 
 def test_a_wrong_key_is_unauthorized_and_the_right_one_is_in(start: Callable[..., Service], tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("right\n")
-    (tmp_path / "readers").write_text("reads\n")
-    service = start("--api-keys-file", str(tmp_path / "keys"), "--read-keys-file", str(tmp_path / "readers"))
+    scopes = {"right": ["step"], "reads": ["read"]}
+    service = start("--keys-file", keys_file(tmp_path, scopes))
     assert refused(service.url).code == "UNAUTHORIZED"
     assert refused(service.url, token="wrong").code == "UNAUTHORIZED"
-    assert refused(service.url, token="reads").code == "FORBIDDEN"
+    unfit = refused(service.url, token="reads")
+    assert unfit.code == "FORBIDDEN"
+    assert "takes a key with the scope step; this one has read" in str(unfit)
     connection = Connection(endpoint(service.url, token="right"))
     connection.close(MuondError("CLIENT_CLOSED", "done"))
 

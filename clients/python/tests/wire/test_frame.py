@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from muond import MuondError
-from muond.wire.frame import check_frame, decode_frame, frame_error
+from muond.wire.frame import check_frame, decode_frame, frame_error, is_known
 from muond.wire.msgpack import encode
 
 UPDATE = {"type": "update", "parameter": 0, "step": 1, "offset": 0}
@@ -17,9 +17,8 @@ ERROR = {"type": "error", "code": "STEP_CONFLICT", "message": "no", "status": 40
 @pytest.mark.parametrize(
     ("frame", "words"),
     [
-        ({}, "unknown type None"),
-        ({"type": 1}, "unknown type 1"),
-        ({"type": "greeting"}, "unknown type 'greeting'"),
+        ({}, "a frame of type None"),
+        ({"type": 1}, "a frame of type 1"),
         ({"type": "update"}, "update without 'parameter'"),
         ({**UPDATE, "parameter": -1}, "update.parameter = -1"),
         ({**UPDATE, "parameter": True}, "update.parameter as bool, expected int"),
@@ -32,6 +31,11 @@ def test_what_is_no_frame_is_malformed(frame: dict[str, Any], words: str) -> Non
     with pytest.raises(MuondError, match=words) as caught:
         check_frame(frame)
     assert caught.value.code == "FRAME_MALFORMED"
+
+
+def test_a_type_of_a_later_service_is_told() -> None:
+    assert not is_known(check_frame({"type": "greeting", "words": -1}))
+    assert is_known(check_frame(UPDATE))
 
 
 def test_an_integer_is_taken_for_a_float_and_unknown_keys_pass() -> None:

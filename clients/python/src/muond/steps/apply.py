@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..wire.bfloat16 import from_bfloat16, to_bfloat16
+from ..wire.blocks import decode
+from ..wire.dtype import BLOCKS
+from .parameter import Bound
 from .updates import Bytes, Update
 
 # Elements at a time: what lies between the operations stays in the second-level cache.
@@ -33,17 +36,25 @@ def apply_update(weights: Weights, update: Update) -> None:
         weights[...] = copy
         return
     flat = weights.reshape(-1)
+    sent, dtype = _in_elements(update)
     wide = np.float64 if weights.dtype == np.float64 else np.float32
     for first in range(0, len(flat), _BLOCK):
         block = slice(first, min(first + _BLOCK, len(flat)))
         values = _read(flat[block], wide)
         values *= wide(1 - update.decay)
-        if update.data is not None:
-            data = widen(update.data, update.parameter.update_dtype, block)
-            values += np.multiply(data, update.scale, dtype=wide)
+        if sent is not None:
+            values += np.multiply(widen(sent, dtype, block), update.scale, dtype=wide)
         if update.row_scale is not None:
-            values *= _factors(update.row_scale, len(flat), block)
+            values *= _factors(update.row_scale, update.parameter, block)
         _write(flat[block], values)
+
+
+def _in_elements(update: Update) -> tuple[Bytes | None, str]:
+    """The bytes of an update and the dtype of their elements: what travels in blocks is decoded."""
+    dtype, data = update.parameter.update_dtype, update.data
+    if data is None or dtype not in BLOCKS:
+        return data, dtype
+    return decode(data, dtype, update.parameter.size).view(np.uint8), "float32"
 
 
 def widen(data: Bytes, dtype: str, block: slice = slice(None)) -> npt.NDArray[np.float32]:
@@ -68,6 +79,7 @@ def _write(block: Weights, values: npt.NDArray[Any]) -> None:
         block[...] = values
 
 
-def _factors(row_scale: npt.NDArray[np.float32], size: int, block: slice) -> npt.NDArray[np.float32]:
-    rows = np.arange(block.start, block.stop) // (size // len(row_scale))
-    return np.take(row_scale, rows)
+def _factors(row_scale: npt.NDArray[np.float32], parameter: Bound, block: slice) -> npt.NDArray[np.float32]:
+    ranges = parameter.ranges
+    elements = np.arange(block.start, block.stop) if ranges is None else ranges.elements(block)
+    return np.take(row_scale, elements // (parameter.whole // len(row_scale)))

@@ -23,6 +23,7 @@ class Attempts:
         ``progress``: the attempt got further than those before it, so they do not count any more.
         """
         self._failures = 1 if progress else self._failures + 1
-        if not error.retryable or self._failures > self.retries:
+        # A quorum was waited for that often over one connection already: another one brings no replica.
+        if not error.retryable or error.code == "QUORUM_LOST" or self._failures > self.retries:
             return None
         return self.backoff.seconds(self._failures - 1, error.fields.retry_after_seconds or 0.0)

@@ -26,24 +26,39 @@ class Taken:
     refused: tuple[MuondError, ...]
 
 
+@dataclass(frozen=True)
+class How:
+    """How a step goes over a connection."""
+
+    chunk_bytes: int
+    arenas: Arenas | None
+    """The memory that the connection shares with the service."""
+    averages: bool
+    """Whether gradients are means of replicas: then no update comes before ``end``, and nothing is applied without it."""
+    retries: int
+    """How often a quorum that did not come is waited for again."""
+
+
 class Exchange(Listener):
     """Sends in the caller's thread and hears in the connection's."""
 
-    def __init__(
-        self, connection: Connection, step: Step, updates: Updates, chunk_bytes: int, arenas: Arenas | None = None
-    ) -> None:
-        """``arenas``: the memory that this connection shares with the service."""
+    def __init__(self, connection: Connection, step: Step, updates: Updates, how: How) -> None:
         self._connection = connection
-        self._arenas = arenas
+        self._arenas = how.arenas
+        self._averages = how.averages
+        self._retries = how.retries
         self._step = step
         self._updates = updates
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = how.chunk_bytes
         # What the receiving thread finds is told under `step.changed`, which the sending thread waits on.
         self._changed = step.changed
         self._unanswered: set[int] = set()
         self._refused: list[Frame] = []
         """Refusals that the step cannot be ended without."""
         self._incomplete: Frame | None = None
+        self._lost_quorum: Frame | None = None
+        self._is_late = False
+        """Whether the step was closed without this replica: its updates come with ``end``, whatever was sent."""
         self._receipt: Frame | None = None
         self._failure: BaseException | None = None
         self._length = 0
@@ -81,6 +96,8 @@ class Exchange(Listener):
         return batch
 
     def _send_gradients(self, gradients: Sequence[Gradient]) -> None:
+        if self._is_late:  # pragma: no cover - it may be told while it still sends
+            return
         # Gradients that were copied together have one `ready`.
         for ready in {gradient.ready: None for gradient in gradients if gradient.ready is not None}:
             ready()
@@ -98,38 +115,58 @@ class Exchange(Listener):
     def _chunks(self, gradient: Gradient) -> Iterator[tuple[Frame, memoryview]]:
         header = {"type": "gradient", "parameter": gradient.parameter, "step": self._step.number}
         data = gradient.bytes
-        for offset in range(0, len(data), self._chunk_bytes):
-            yield {**header, "offset": offset}, data[offset : offset + self._chunk_bytes]
+        offset = self._updates.gradient_offset(gradient.parameter)
+        for position in range(0, len(data), self._chunk_bytes):
+            yield {**header, "offset": offset(position)}, data[position : position + self._chunk_bytes]
 
     def _is_shared(self, gradient: Gradient) -> bool:
         """Whether the service finds the gradient in memory that this connection shares."""
         return gradient.arenas is not None and gradient.arenas is self._arenas
 
     def _end(self) -> Frame:
+        lost_quorums = 0
+        weight = {} if self._step.weight is None else {"weight": self._step.weight}
         while True:
             self._raise_if_refused()
             with self._changed:
                 left_out = list(self._step.left_out)
             skipped = [*(self._step.skipped or ()), *left_out]
             self._connection.send(
-                {"type": "end", "step": self._step.number, **({"skipped": skipped} if skipped else {})}
+                {"type": "end", "step": self._step.number, **({"skipped": skipped} if skipped else {}), **weight}
             )
-            self._wait(lambda: self._receipt is not None or self._incomplete is not None)
+            self._wait(self._is_ended)
             # The service may have ended the step although it refused other bytes for what it had applied before.
             self._raise_if_refused()
             if self._receipt is not None:
                 return self._receipt
+            if self._lost_quorum is not None:
+                # The gradients are there still: others may come for the next `end`.
+                lost, self._lost_quorum = self._lost_quorum, None
+                lost_quorums += 1
+                if lost_quorums > self._retries:
+                    raise frame_error(lost)
+                continue
             # An `end` that crossed a refusal on its way is answered with STEP_INCOMPLETE; the refusal is known by now.
             incomplete, self._incomplete = self._incomplete, None
             if len(self._step.left_out) == len(left_out) and incomplete is not None:
                 raise frame_error(incomplete)
 
+    def _is_ended(self) -> bool:
+        # What another replica does with a parameter may be told as a refusal of the parameter.
+        is_refused = self._averages and any(frame["code"] == "STEP_CONFLICT" for frame in self._refused)
+        answers = (self._receipt, self._incomplete, self._lost_quorum)
+        return is_refused or any(answer is not None for answer in answers)
+
     def _raise_if_refused(self) -> None:
-        """Raises the first refusal that the step cannot be ended without, once every gradient was answered."""
+        """Raises the first refusal that the step cannot be ended without, once every gradient was answered.
+
+        Of the mean of replicas none is before ``end``, and none after one that was taken back.
+        """
         with self._changed:
             if not self._refused:
                 return
-        self._wait(lambda: not self._unanswered)
+        if not self._averages:
+            self._wait(lambda: not self._unanswered)
         refused = [*self._step.left_out, *(frame["parameter"] for frame in self._refused)]
         raise frame_error(self._refused[0], refused=tuple(self._updates.name(parameter) for parameter in refused))
 
@@ -185,7 +222,8 @@ class Exchange(Listener):
         missing = [
             g.parameter
             for g in self._step.gradients
-            if not self._updates.has(g.parameter) and g.parameter not in refused
+            # What others have skipped has no update for a replica that has sent it too late.
+            if not self._is_late and not self._updates.has(g.parameter) and g.parameter not in refused
         ]
         if receipt["step"] != self._step.number or missing:
             what = f"'{self._updates.name(missing[0])}' has no update yet" if missing else f"it is {self._step.number}"
@@ -196,7 +234,11 @@ class Exchange(Listener):
 
     def _take_error(self, frame: Frame) -> None:
         with self._changed:
-            if _is_refusal(frame):
+            if frame.get("left_out"):
+                self._is_late = True
+                self._unanswered.clear()
+                self._refused.clear()
+            elif _is_refusal(frame):
                 self._unanswered.discard(frame["parameter"])
                 # A gradient that is not finite can be left out of its step; one that differs from the applied one cannot.
                 if self._step.skip_refused and frame["code"] == "GRADIENT_NOT_FINITE":
@@ -205,6 +247,8 @@ class Exchange(Listener):
                     self._refused.append(frame)
             elif frame["code"] == "STEP_INCOMPLETE":
                 self._incomplete = frame
+            elif frame["code"] == "QUORUM_LOST":
+                self._lost_quorum = frame
             else:
                 self._failure = frame_error(frame)
             self._changed.notify_all()

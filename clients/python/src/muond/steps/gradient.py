@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 from ..error import ErrorFields, MuondError
 from ..wire.bfloat16 import to_bfloat16
+from ..wire.blocks import encode
+from ..wire.dtype import BLOCKS
 from .apply import is_bfloat16
 from .parameter import Bound
 
@@ -16,13 +18,13 @@ _FORMS = {"float32": "<f4", "float16": "<f2"}
 
 
 def bytes_of(gradient: npt.ArrayLike, parameter: Bound) -> memoryview:
-    """The bytes of a gradient in the parameter's dtype and in C order; its own memory if it is so already.
+    """The bytes of a gradient as its parameter's travel, in C order; its own memory if it is so already.
 
     Any float array is taken, and bfloat16 as uint16 bits. Raises MuondError SHAPE_MISMATCH, DTYPE_UNSUPPORTED.
     """
     array = np.asarray(gradient)
-    if array.shape != parameter.shape:
-        raise _wrong("SHAPE_MISMATCH", parameter, f"shape {list(array.shape)}, expected {list(parameter.shape)}")
+    if array.shape != parameter.held:
+        raise _wrong("SHAPE_MISMATCH", parameter, f"shape {list(array.shape)}, expected {list(parameter.held)}")
     return _in_dtype(array, parameter).reshape(-1).view(np.uint8).data
 
 
@@ -34,6 +36,8 @@ def _in_dtype(array: npt.NDArray[Any], parameter: Bound) -> npt.NDArray[Any]:
         return np.ascontiguousarray(array)
     if array.dtype.kind != "f":
         raise _wrong("DTYPE_UNSUPPORTED", parameter, f"dtype {array.dtype}, expected a float (or bfloat16 as uint16)")
+    if wanted in BLOCKS:
+        return encode(array.astype(np.float32, copy=False), wanted)
     if wanted == "bfloat16":
         return to_bfloat16(array.astype(np.float32, copy=False))
     return np.ascontiguousarray(array, _FORMS[wanted])

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..transport.arenas import Arenas
 from ..wire.frame import Frame
+from .owed import Groups
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Step:
         self.gradients: list[Gradient] = []
         self.skipped: Sequence[int] | None = None
         """Parameters without a gradient; set once all gradients are there."""
+        self.weight: float | None = None
+        """Of the replica in the mean of several."""
         self.left_out: dict[int, Frame] = {}
         """The refusals of gradients that the step is ended without, by parameter, also those of earlier connections. Such a
         gradient is not sent again: once the step has ended without it, the service would refuse it with STEP_CONFLICT."""
@@ -65,6 +68,12 @@ class Step:
         said = {**self._options, **({} if max_logits is None else {"max_logits": max_logits})}
         return {"type": "step", "step": self.number, **said} if said else None
 
+    @property
+    def groups(self) -> Groups:
+        """The hyperparameters that are said with it."""
+        groups: Groups = self._options.get("groups", {})
+        return groups
+
     def has(self, parameter: int) -> bool:
         return parameter in self._parameters
 
@@ -74,7 +83,7 @@ class Step:
             self.gradients.extend(gradients)
             self.changed.notify_all()
 
-    def finish(self, skipped: Sequence[int]) -> None:
+    def finish(self, skipped: Sequence[int], weight: float | None = None) -> None:
         with self.changed:
-            self.skipped = skipped
+            self.skipped, self.weight = skipped, weight
             self.changed.notify_all()

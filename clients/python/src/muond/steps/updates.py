@@ -52,7 +52,7 @@ class Update:
     """The bytes as the service sent them, ``update_dtype`` in C order: a numpy array of uint8, or a tensor of uint8 where they lie
     in shared memory of a GPU. None: only the rows change."""
     row_scale: npt.NDArray[np.float32] | None
-    """One factor for each of equally many consecutive elements; None when all are 1."""
+    """One factor for each of equally many consecutive elements of the whole tensor; None when all are 1."""
     shared: bool = False
     """Whether ``data`` is a slot of shared memory, which is this client's until it sends the parameter's next gradient."""
 
@@ -85,6 +85,10 @@ class Updates:
     def name(self, parameter: int) -> str:
         return self._parameters[parameter].name
 
+    def gradient_offset(self, parameter: int) -> Callable[[int], int]:
+        """Where the byte at a position of a gradient lies in the whole tensor."""
+        return self._parameters[parameter].gradient_offset
+
     def next(self, step: int) -> None:
         """``step`` is in progress now: updates of those before never count again."""
         self._step = step
@@ -101,15 +105,16 @@ class Updates:
         """Where ``length`` bytes of this update go. Raises MuondError for what no service sends; nothing was delivered."""
         bound = self._bound(frame)
         offset = frame["offset"]
-        if offset == 0:
+        if offset == bound.update_offset(0):
             self._begin(frame, bound)
         update, received = self._incoming.get(bound.index, (None, 0))
-        if update is None or update.data is None or offset != received:
-            raise _unexpected(frame, f"offset {offset}, expected {received}")
-        if length == 0 or offset + length > len(update.data):
+        expected = bound.update_offset(received)
+        if update is None or update.data is None or offset != expected:
+            raise _unexpected(frame, f"offset {offset}, expected {expected}")
+        if length == 0 or received + length > len(update.data):
             raise _unexpected(frame, f"{length} bytes at offset {offset}, it has {len(update.data)} in all")
         whole: memoryview = update.data.data
-        return whole[offset : offset + length]
+        return whole[received : received + length]
 
     def placed(self, frame: Frame, length: int) -> int | None:
         """The bytes of the last ``destination`` are there. The parameter's index if they were the last of its update."""
@@ -179,8 +184,8 @@ class Updates:
 def _rows(frame: Frame, bound: Bound) -> npt.NDArray[np.float32]:
     data: bytes = frame["row_scale"]
     count = len(data) / 4
-    if count == 0 or bound.size % count != 0:
-        raise _unexpected(frame, f"{len(data)} bytes of row scales for {bound.size} elements")
+    if count == 0 or bound.whole % count != 0:
+        raise _unexpected(frame, f"{len(data)} bytes of row scales for {bound.whole} elements")
     return np.frombuffer(data, "<f4")
 
 

@@ -14,10 +14,10 @@ from ..rest import Rest
 from ..transport.address import Endpoint
 from ..transport.arenas import Arenas
 from ..transport.choice import Transport
-from ..wire.frame import Frame, frame_error
+from ..wire.frame import Frame, MemberKey, frame_error, members_of
 from .attempts import Attempts
 from .backoff import Backoff
-from .exchange import Exchange, Taken
+from .exchange import Exchange, How, Taken
 from .step import Step
 from .updates import Updates
 
@@ -74,7 +74,9 @@ class Writer:
             if self._connection.reason is not None:
                 self._reopen(step.number)
             chunk_bytes = min(self.opened["limits"]["chunk_bytes"], self._host.chunk_bytes)
-            taken = Exchange(self._connection, step, updates, chunk_bytes, self.arenas).run()
+            averages = self.opened.get("member", {}).get("replicas", 1) > 1
+            how = How(chunk_bytes, self.arenas, averages, self._host.retries)
+            taken = Exchange(self._connection, step, updates, how).run()
             self.step, self.digest = taken.receipt["step"], taken.receipt["digest"]
             return taken
 
@@ -137,6 +139,11 @@ class Writer:
         self._jobs.put(None)
         self._connection.close(MuondError("CLIENT_CLOSED", "the run was closed"))
         self._host.transport.close()
+
+    @property
+    def members(self) -> dict[MemberKey, bool]:
+        """{member: whether it has a connection}, as the newest frames tell."""
+        return {**members_of(self.opened), **self._connection.members}
 
     @property
     def arenas(self) -> Arenas | None:

@@ -1,10 +1,11 @@
-"""The optimizers of torch.optim, computed by a service: ``Muon``, ``MuonClip``, ``AdamW``, and ``Optimizer`` for several at once."""
+"""Optimizers computed by a service: ``Muon``, ``MuonClip``, ``AdamW``, ``Optimizer`` for several at once, and ``DiLoCo``."""
 
 from __future__ import annotations
 
 from .algorithms import AdamW, Muon, MuonClip
+from .diloco import DiLoCo
 from .max_logits import MaxLogits
 from .optimizer import Optimizer
 from .suggest import Suggestion, suggest
 
-__all__ = ["AdamW", "MaxLogits", "Muon", "MuonClip", "Optimizer", "Suggestion", "suggest"]
+__all__ = ["AdamW", "DiLoCo", "MaxLogits", "Muon", "MuonClip", "Optimizer", "Suggestion", "suggest"]

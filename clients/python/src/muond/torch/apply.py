@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from ..steps.parameter import Bound
 from ..steps.updates import Update
+from ..wire.dtype import BLOCKS
+from .blocks import decode
 from .settings import WIRE_DTYPES
 from .slots import Slot
 
@@ -24,8 +27,14 @@ class Views:
 
     def of(self, updates: Sequence[Update], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The data of updates of like dtypes, on the device of their tensors."""
-        sources = [self._view(update, tensor.shape) for update, tensor in zip(updates, tensors, strict=True)]
         device = tensors[0].device
+        dtype = updates[0].parameter.update_dtype
+        if dtype in BLOCKS:
+            return [
+                decode(torch.from_numpy(update.data).to(device), dtype, tensor.numel()).view(tensor.shape)
+                for update, tensor in zip(updates, tensors, strict=True)
+            ]
+        sources = [self._view(update, tensor.shape) for update, tensor in zip(updates, tensors, strict=True)]
         if sources[0].device == device:
             return sources
         return self._copied(sources, device, shared=updates[0].shared)  # pragma: no cover - needs a GPU
@@ -65,7 +74,7 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update], views: Views
     alike: defaultdict[tuple[float, float, torch.device, torch.dtype, str, bool], list[Update]] = defaultdict(list)
     for update in updates:
         if update.data is not None:
-            tensor = slots[update.parameter.index].tensor
+            tensor = slots[update.parameter.index].local
             kind = (
                 update.scale,
                 update.decay,
@@ -76,7 +85,7 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update], views: Views
             )
             alike[kind].append(update)
     for (scale, decay, device, _, _, shared), those in alike.items():
-        tensors = [slots[update.parameter.index].tensor for update in those]
+        tensors = [slots[update.parameter.index].local for update in those]
         data = views.of(those, tensors)
         if decay != 0:
             _multiply(tensors, 1 - decay)
@@ -86,7 +95,8 @@ def apply_updates(slots: Sequence[Slot], updates: Sequence[Update], views: Views
             torch.cuda.current_stream(device).synchronize()
     for update in updates:
         if update.row_scale is not None:
-            _scale_rows(slots[update.parameter.index].tensor, torch.tensor(update.row_scale, device="cpu"))
+            factors = torch.tensor(update.row_scale, device="cpu")
+            _scale_rows(slots[update.parameter.index].local, factors, update.parameter)
 
 
 # Adding more than these takes a GPU longer than launching a kernel for it.
@@ -103,7 +113,7 @@ def _add(tensors: list[torch.Tensor], data: list[torch.Tensor], scale: float) ->
             torch._foreach_copy_(widened, [data[i] for i in small])
             torch._foreach_add_([tensors[i] for i in small], widened, alpha=scale)
         tensors, data = [tensors[i] for i in large], [data[i] for i in large]
-    if tensors:
+    if tensors:  # pragma: no branch - on a CPU there are some
         torch._foreach_add_(tensors, data, alpha=scale)
 
 
@@ -117,8 +127,13 @@ def _multiply(tensors: list[torch.Tensor], factor: float) -> None:
         torch._foreach_mul_(tensors, factor)
 
 
-def _scale_rows(tensor: torch.Tensor, factors: torch.Tensor) -> None:
-    """Rows are the first dimension, or with matrices side by side all but the last."""
+def _scale_rows(tensor: torch.Tensor, factors: torch.Tensor, parameter: Bound) -> None:
+    """Rows are the first dimension, or with matrices side by side all but the last; of a shard each element has its own."""
+    if parameter.ranges is not None:
+        elements = torch.from_numpy(parameter.ranges.elements(slice(0, parameter.size)))
+        factors = factors[elements // (parameter.whole // len(factors))]
+        tensor.mul_(factors.to(tensor.device).view(tensor.shape))
+        return
     dimensions = next(n for n in range(tensor.ndim + 1) if math.prod(tensor.shape[:n]) == len(factors))
     shape = [*tensor.shape[:dimensions], *[1] * (tensor.ndim - dimensions)]
     # The factors stay float32 beside bfloat16 weights: only the product is rounded.

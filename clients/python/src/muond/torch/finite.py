@@ -15,8 +15,8 @@ def nonfinite(slots: Sequence[Slot]) -> list[Slot]:
     """The slots whose gradient has a NaN or an infinity, as it is or as it travels; one answer for each device."""
     alike: defaultdict[tuple[torch.device, torch.dtype, str], list[tuple[Slot, torch.Tensor]]] = defaultdict(list)
     for slot in slots:
-        gradient = slot.tensor.grad
-        if gradient is not None:
+        gradient = slot.gradient
+        if gradient is not None and gradient.numel() > 0:
             alike[gradient.device, gradient.dtype, slot.declaration.gradient_dtype].append((slot, gradient))
     found: list[Slot] = []
     for (_, _, dtype), pairs in alike.items():

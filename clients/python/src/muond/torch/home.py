@@ -15,15 +15,24 @@ from ..error import MuondError
 from ..rest import Rest
 from ..run import Run
 from ..transport.address import Endpoint
+from .copies import Copies
 from .living import begins, ends, go_with
-from .opening import new_run_name, open_slots
+from .opening import Replica, new_run_name, open_slots
+from .ranks import Ranks
 from .settings import Settings
-from .slots import Slot, group_names, make_slots
+from .shards import whole_entries
+from .slots import Slot, group_names, make_slots, sharded_as
 from .state.kinds import state_names
+from .state.place import Followed
 from .state.tensors import read_begun, read_state, write_state
 from .state.view import State
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+def _close(run: Run | None) -> None:  # pragma: no cover - another rank fails, in a process of its own
+    if run is not None:
+        run.close()
 
 
 class Home:
@@ -45,8 +54,40 @@ class Home:
         self._listed: list[list[int]] = []
         self._slot_of: dict[torch.Tensor, Slot] = {}
         self._undeclared: list[torch.Tensor] = []
+        self.ranks: Ranks | None = None
+        """The members of the run, where the parameters are sharded."""
+        self.copies: Copies | None = None
+        """Processes that have the same weights, of which the first one has the run."""
+        self._followed: Followed | None = None
+        self.replica: Replica | None = None
+        """Which of several replicas of the run this is; None for the only one."""
 
     # Life
+
+    def join(self, ranks: Ranks | None, copies: Copies | None) -> None:
+        """All ranks and all copies have one run: that of the first."""
+        self.ranks, self.copies = ranks, copies
+        for each in (ranks, copies):
+            if each is not None:
+                self.name, self._own_name = each.from_first((self.name, self._own_name))
+
+    @property
+    def follows(self) -> bool:
+        """Whether another process takes the steps, and this one has its weights."""
+        return self.copies is not None and not self.copies.is_first
+
+    def follow(self, at: Followed) -> None:
+        """The process that takes the steps is there."""
+        self._followed = at
+        self.name = at.name
+        self.slots = make_slots(self.groups(), self.settings, self._wanted, self.slots)
+        self._slot_of = {slot.tensor: slot for slot in self.slots}
+
+    @property
+    def step_count(self) -> int:
+        """The last finished step, 0 before the run is open."""
+        at = self._followed if self.run is None else self.run
+        return 0 if at is None else at.step_count
 
     def close(self, *, delete: bool = False) -> None:
         """Closes the connection; with ``delete`` the run goes as well."""
@@ -57,7 +98,7 @@ class Home:
         ends(self.address, self.name)
         if self.run is not None:
             self.run.close()
-        if delete and was_open:
+        if delete and was_open and self._is_first:
             with self.rest() as rest:
                 rest.delete(self.name)
 
@@ -65,8 +106,13 @@ class Home:
         """Opens the run, and imports what was written into the state before there was one."""
         if self.closed:
             raise MuondError("CLIENT_CLOSED", f"the optimizer of run '{self.name}' was closed")
+        if self.follows:
+            raise RuntimeError(
+                f"run '{self.name}' is that of the first process with these weights: this one has them from there, and no connection"
+            )
         run, slots = self.open_run(self.name, mode, checkpoint)
-        self._settle(run)
+        if self.replica is None:
+            self._settle(run)
         self.adopt(run, slots, self.name)
         try:
             self.carry_out()
@@ -103,11 +149,28 @@ class Home:
             return parameter in with_state or self._wanted(parameter)
 
         slots = make_slots(groups, self.settings, wanted, self.slots)
-        given = self.settings
-        run = open_slots(
-            name, slots, groups, self.address, given, mode=mode, checkpoint=checkpoint, branch_of=branch_of
-        )
+        ranks = self.ranks
+
+        def open_it(mode: str, checkpoint: str | None, branch_of: tuple[str, str] | None) -> Run:
+            how = {
+                "mode": mode,
+                "checkpoint": checkpoint,
+                "branch_of": branch_of,
+                "ranks": ranks,
+                "replica": self.replica,
+            }
+            return open_slots(name, slots, groups, self.address, self.settings, **how)  # type: ignore[arg-type]
+
+        if ranks is None:
+            return open_it(mode, checkpoint, branch_of), slots
+        # Rank 0 alone makes the run, takes it over or goes back to a checkpoint; then the others join it.
+        first = ranks.together(lambda: open_it(mode, checkpoint, branch_of) if ranks.rank == 0 else None, _close)
+        run = ranks.together(lambda: first or open_it("resume", None, None), _close)
         return run, slots
+
+    @property
+    def _is_first(self) -> bool:
+        return self.ranks is None or self.ranks.rank == 0
 
     def _wanted(self, parameter: torch.Tensor) -> bool:
         """Frozen parameters are not declared, but where hooks or attentions are set up for them."""
@@ -122,7 +185,7 @@ class Home:
         self._slot_of = {slot.tensor: slot for slot in slots}
         if self._goes is not None:
             self._goes.detach()
-        self._goes = go_with(self, run, self.address) if self._is_own(name) else None
+        self._goes = go_with(self, run, self.address) if self._is_own(name) and self._is_first else None
         self._listed = [[id(parameter) for parameter in group["params"]] for group in groups]
         self._undeclared = [p for group in groups for p in group["params"] if p not in self._slot_of and p.numel() > 0]
         begins(self, self.address, name)
@@ -130,7 +193,7 @@ class Home:
     def leave(self, run: Run) -> None:
         """Closes a run that this optimizer does not keep; one that was made for it goes."""
         run.close()
-        if not run.opened["resumed"]:
+        if not run.opened["resumed"] and self._is_first:
             with suppress(MuondError), self.rest() as rest:
                 rest.delete(run.name)
 
@@ -192,9 +255,30 @@ class Home:
         *,
         partial: bool = False,
     ) -> None:
+        self.require_whole()
         groups = self.groups()
         rows = [(slot, groups[slot.group], state.get(slot.tensor, {})) for slot in slots]
         write_state(run, rows, partial=partial)
+
+    def write_shards(
+        self, ranks: Ranks, run: Run, slots: Sequence[Slot], state: Mapping[torch.Tensor, Mapping[str, Any]]
+    ) -> None:
+        """Gives a run the state of sharded parameters. A collective: rank 0 puts the whole tensors together in host memory."""
+        groups = self.groups()
+        rows = [
+            (slot, groups[slot.group], whole_entries(state.get(slot.tensor, {}), ranks.rank == 0)) for slot in slots
+        ]
+        ranks.together(lambda: write_state(run, rows, partial=False) if ranks.rank == 0 else None, lambda _: None)
+        step, digest = ranks.from_first((run.step_count, run.digest))
+        run.moved(step, digest)
+
+    def require_whole(self) -> None:
+        """Raises ValueError where the parameters are sharded: what one rank writes into ``optimizer.state`` no other one knows of."""
+        if self.ranks is not None:
+            raise ValueError(
+                f"run '{self.name}' has sharded parameters, whose state cannot be written by one rank: load_state_dict takes it "
+                "from all"
+            )
 
     def _declare_again(self, old: Run) -> None:
         """Goes on in another run, with the parameters that there are now and the state that they have. A run's own are fixed."""
@@ -284,10 +368,13 @@ class Home:
             return {}
         with self.rest() as rest:
             tensors = read_state(rest, run, self.slots)
-        return {slot.tensor: entries for slot, entries in zip(self.slots, tensors, strict=True) if entries}
+        rows = zip(self.slots, tensors, strict=True)
+        return {slot.tensor: sharded_as(slot, entries) for slot, entries in rows if entries}
 
-    def readable(self) -> Run | None:
+    def readable(self) -> Run | Followed | None:
         """The run between two steps; None before there is one, unless this optimizer is to go on with one that exists."""
+        if self.follows:
+            return self._followed
         if self.run is None and self.settings.mode != "create":
             self.open(self.settings.mode, self.settings.checkpoint)
         if self.run is not None and self.run.in_flight:

@@ -7,17 +7,20 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..declaration import Member, Quorum
 from ..error import MuondError
 from ..run import Run, open_run
 from ..steps.updates import Update
 from ..transport.address import Endpoint
 from .apply import Views, apply_updates
 from .gpu_arenas import arenas_of
+from .ranks import Ranks
 from .settings import Settings
 from .slots import Slot, attention_declarations, group_declarations
 from .staging import allocator
@@ -32,6 +35,21 @@ _ADVICE = {
 }
 
 
+@dataclass(frozen=True)
+class Replica:
+    """One of several replicas of a run, each of which has the whole model; ``quorum`` is the same for all."""
+
+    replica: int
+    replicas: int
+    quorum: Quorum | None
+
+
+def _member(ranks: Ranks | None, replica: Replica | None) -> Member | None:
+    if replica is not None:
+        return Member(0, 1, replica.replica, replica.replicas)
+    return None if ranks is None else Member(ranks.rank, ranks.world_size)
+
+
 def open_slots(
     run: str,
     slots: list[Slot],
@@ -42,8 +60,13 @@ def open_slots(
     mode: str,
     checkpoint: str | None = None,
     branch_of: tuple[str, str] | None = None,
+    ranks: Ranks | None = None,
+    replica: Replica | None = None,
 ) -> Run:
-    """Opens a run whose updates are applied to the slots' tensors. Raises MuondError, with what a trainer can do about it."""
+    """Opens a run whose updates are applied to the slots' tensors, as a member of it where there are ``ranks`` or it is a ``replica``.
+
+    Raises MuondError, with what a trainer can do about it.
+    """
 
     views = Views()
 
@@ -58,6 +81,8 @@ def open_slots(
             groups=group_declarations(groups),
             parameters=[slot.declaration for slot in slots],
             attentions=attention_declarations(given.attentions, slots) or None,
+            member=_member(ranks, replica),
+            quorum=None if replica is None else replica.quorum,
             takeover=given.takeover,
             checkpoint=checkpoint,
             branch_of=branch_of,
@@ -69,7 +94,7 @@ def open_slots(
             backoff=given.backoff,
             chunk_bytes=given.chunk_bytes,
             transport=given.transport,
-            gpu_arenas=arenas_of(slots),
+            gpu_arenas=None if ranks is not None or replica is not None else arenas_of(slots),
             apply=apply,
             allocate=allocator(slots),
         )

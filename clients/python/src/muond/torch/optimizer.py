@@ -22,23 +22,29 @@ from ..rest import Rest
 from ..run import Run
 from ..steps.interrupt import interrupt_later
 from ..transport.address import endpoint
+from ..wire.dtype import BLOCKS
 from .checks import check_values
+from .copies import Copies
+from .feedback import Feedback
 from .finite import nonfinite
 from .grouping import common_values, complete_group, resolve_groups, with_names
 from .home import Home
 from .hyperparameters import changes
 from .preset import with_preset
 from .progress import Progress
+from .ranks import copies_of, ranks_of
 from .settings import Options, Settings, settings
+from .shards import is_sharded, local
 from .slots import Slot, make_slots
 from .staging import Staging
 from .state.kept import Shelf
 from .state.late_momentum import begin_late_momentum
 from .state.loading import load
-from .state.matching import TOKEN, match
+from .state.matching import TOKEN, Loaded, match
 from .state.packing import in_order, packed
+from .state.place import place_of
 from .state.restoring import go_back
-from .state.saving import saved
+from .state.saving import collector_paused, saved
 from .state.view import State
 from .streaming import Streaming
 
@@ -72,25 +78,47 @@ class Optimizer(torch.optim.Optimizer):
         # What belongs to the optimizer must not keep it alive.
         reference = weakref.ref(self)
         self._home = Home(given, self._address, lambda: _alive(reference).param_groups)
-        self._staging = Staging()
+        home = self._home
+        self._feedback = Feedback(lambda: home.state) if given.error_feedback else None
+        self._staging = Staging(self._feedback)
         self._streaming: Streaming | None = None
         self._opening = threading.RLock()
         self._stepping = threading.RLock()
         self._shelf = Shelf(given.keep_last)
         self._known_presets: Mapping[str, Any] | None = None
         self._begun_with: dict[str, dict[str, Any]] = {}
-        self._progress = Progress(self._home.name) if given.progress else None
+        self._progress: Progress | None = None
         self.receipt: Receipt | None = None
         """Of the last finished step."""
         self._inherited = defaults
         super().__init__(params, defaults)
         self.defaults = defaults or common_values(self.param_groups)
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
-        make_slots(self.param_groups, given)
+        self._join()
+        self._progress = Progress(self._home.name) if given.progress else None
         Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
         if given.overlap:
             self._attach()
         self._ready = True
+
+    def _join(self) -> None:
+        """Finds the processes that have the run together: the parameters say who has what of them."""
+        slots = make_slots(self.param_groups, self._settings)
+        self._home.join(ranks_of(slots), copies_of(slots, self._settings.process_group))
+        if self._home.ranks is not None:
+            _check_shared(self._settings, slots)
+        if self._home.copies is not None:
+            _check_copied(self._settings)
+
+    def _join_late(self) -> None:
+        """Accelerate shards the model after the optimizer was made of it, and puts the shards into its param_groups."""
+        home = self._home
+        if (
+            home.run is None
+            and home.ranks is None
+            and any(is_sharded(p) for g in self.param_groups for p in g["params"])
+        ):
+            self._join()
 
     # Life
 
@@ -115,11 +143,12 @@ class Optimizer(torch.optim.Optimizer):
     @property
     def step_count(self) -> int:
         """The last finished step of the run, 0 before it is open."""
-        return 0 if self._home.run is None else self._home.run.step_count
+        return self._home.step_count
 
     def open(self) -> Run:
         """Opens the run, which the first step does by itself. Raises MuondError RUN_EXISTS, RUN_MISMATCH, OVER_CAPACITY…"""
         with self._opening:
+            self._join_late()
             return self._home.run or self._home.open(self._settings.mode, self._settings.checkpoint)
 
     def close(self, *, delete: bool = False) -> None:
@@ -186,7 +215,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        receipt = self._take_step()
+        self._join_late()
+        receipt = self._take_step() if self._home.copies is None else self._take_together(self._home.copies)
         return receipt if closure is None else loss
 
     def _take_step(self) -> Receipt | None:
@@ -206,6 +236,18 @@ class Optimizer(torch.optim.Optimizer):
                 if self._streaming is not None:
                     self._streaming.reset()
                     self._streaming.attach()
+
+    def _take_together(self, copies: Copies) -> Receipt | None:
+        """Takes a step, or has the process take it that has the run; then this one has its weights."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad or p.grad is not None]
+        receipt = copies.take(self._take_step, [local(p) for p in trained])
+        at = copies.from_first(None if self._home.run is None else place_of(self._home.run))
+        if copies.is_first or at is None:
+            return receipt
+        self._home.follow(at)
+        self._home.state.moved()
+        self.receipt = receipt or self.receipt
+        return receipt
 
     def _has_gradients(self) -> bool:
         return any(p.requires_grad or p.grad is not None for group in self.param_groups for p in group["params"])
@@ -233,11 +275,15 @@ class Optimizer(torch.optim.Optimizer):
             return False
         arenas = run.arenas
         if arenas is not None and run.transport == "cuda-ipc":  # pragma: no cover - needs a GPU
-            rows = [(s, s.tensor.grad, self.param_groups[s.group]) for s in self._home.slots]
+            rows = [(s, s.gradient, self.param_groups[s.group]) for s in self._home.slots]
             given = [(slot, gradient, group) for slot, gradient, group in rows if gradient is not None]
             if not given or self._staging.place_finite(arenas, given):
                 return False
         names = tuple(slot.name for slot in nonfinite(self._home.slots))
+        ranks = self._home.ranks
+        # Of a step that is skipped by one rank none may be computed by another.
+        if ranks is not None and ranks.any(bool(names)):
+            names = tuple(dict.fromkeys(name for those in ranks.of_all(names) for name in those))
         if not names:
             return False
         step = run.step_count + 1
@@ -259,7 +305,7 @@ class Optimizer(torch.optim.Optimizer):
         """The run as param_groups and ``state`` are now."""
         begin_late_momentum(self._home)
         if self._home.carry_out():
-            self._staging = Staging()
+            self._staging = Staging(self._feedback)
             # What was kept is of another run, with other parameters.
             self._shelf = Shelf(self._settings.keep_last)
             if self._streaming is not None:
@@ -270,7 +316,7 @@ class Optimizer(torch.optim.Optimizer):
     def _send_and_end(self, run: Run) -> Receipt:
         left = [slot for slot in self._home.slots if not run.has_gradient(slot.index)]
         skipped = [slot.index for slot in left if slot.tensor.grad is None]
-        given = [(slot, slot.tensor.grad) for slot in left if slot.tensor.grad is not None]
+        given = [(slot, gradient) for slot in left if (gradient := slot.gradient) is not None]
         on_gpu = any(gradient.is_cuda for _, gradient in given)
         # The first ones leave while the others are rounded; a GPU does many in one launch.
         for together in _together(given, _TOGETHER_ON[run.transport if on_gpu else "websocket"]):
@@ -282,7 +328,7 @@ class Optimizer(torch.optim.Optimizer):
         self._staging.send(run, rows, borrow=borrow)
 
     def _took(self, receipt: Receipt) -> Receipt:
-        self.receipt = receipt
+        self._finished(receipt)
         self._measure_after(receipt.step)
         if self._progress is not None:
             self._progress.show(receipt)
@@ -295,11 +341,23 @@ class Optimizer(torch.optim.Optimizer):
             raise MuondError(first.code, message, ErrorFields(step=receipt.step, refused=names), status=first.status)
         return receipt
 
+    def _finished(self, receipt: Receipt) -> None:
+        self.receipt = receipt
+        if self._feedback is not None:
+            self._feedback.finish(
+                {error.fields.parameter for error in receipt.refused}, contributed=receipt.contributed
+            )
+
     def _begin_step(self, run: Run) -> None:
+        if self._feedback is not None:
+            self._feedback.begin()
         max_logits = self._settings.max_logits
         self._begun_with = self._changed_groups(run)
+        # Hyperparameters of a run with members are rank 0's to give.
+        ranks = self._home.ranks
+        groups = self._begun_with if ranks is None or ranks.rank == 0 else None
         run.begin(
-            groups=self._begun_with or None,
+            groups=groups or None,
             max_logits=None if max_logits is None else max_logits.reading(),
             skip_refused=True,
         )
@@ -383,10 +441,11 @@ class Optimizer(torch.optim.Optimizer):
             return
         slots = self._home.slots
         skipped = [slot.index for slot in slots if not run.has_gradient(slot.index)]
-        self.receipt = run.end(skipped=skipped)
+        receipt = run.end(skipped=skipped)
+        self._finished(receipt)
         self._home.state.moved()
         warnings.warn(
-            f"step {self.receipt.step} was left with {len(slots) - len(skipped)} of {len(slots)} gradients sent, "
+            f"step {receipt.step} was left with {len(slots) - len(skipped)} of {len(slots)} gradients sent, "
             "and was ended with those",
             stacklevel=3,
         )
@@ -401,13 +460,18 @@ class Optimizer(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        entries, token = saved(self._home)
-        groups, number_of = packed(self.param_groups)
-        state = {
-            number_of.get(id(key), key) if isinstance(key, torch.Tensor) else key: value
-            for key, value in in_order(entries, number_of)
-        }
-        answer: dict[str, Any] = {"state": state, "param_groups": groups, **({} if token is None else {TOKEN: token})}
+        with collector_paused():
+            entries, token = saved(self._home)
+            groups, number_of = packed(self.param_groups)
+            state = {
+                number_of.get(id(key), key) if isinstance(key, torch.Tensor) else key: value
+                for key, value in in_order(entries, number_of)
+            }
+            answer: dict[str, Any] = {
+                "state": state,
+                "param_groups": groups,
+                **({} if token is None else {TOKEN: token}),
+            }
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, answer)
             answer = answer if changed is None else changed
@@ -419,6 +483,7 @@ class Optimizer(torch.optim.Optimizer):
 
         If the service has the very tensors of the dictionary already, nothing is sent; else it goes back to the dictionary's
         checkpoint, or takes its tensors. A state of another optimizer that lives is copied, into a run of this one's own.
+        Of sharded parameters it may have been written by any number of ranks, and rank 0 puts it together.
         Raises MuondError; ValueError if the groups differ. Nothing has changed then.
         """
         given = dict(state_dict)
@@ -429,7 +494,8 @@ class Optimizer(torch.optim.Optimizer):
         for group in loaded.groups:
             check_values(group)
         with self._opening:
-            load(self._home, given.get(TOKEN) or {}, loaded, loaded.groups)
+            self._join_late()
+            self._load(given.get(TOKEN) or {}, loaded)
             self.param_groups = loaded.groups
         if self._streaming is not None:
             self._streaming.reset()
@@ -447,9 +513,26 @@ class Optimizer(torch.optim.Optimizer):
         run = self.open()
         checkpoint = run.checkpoint(tag) if tag is not None or self._settings.keep is None else None
         if self._settings.keep is not None:
-            checkpoint = self._shelf.keep(run, self._home.slots, self.param_groups)
+            checkpoint = self._shelf.keep(run, self._home.slots, self.param_groups, self._feedback)
         assert checkpoint is not None
         return checkpoint
+
+    def _load(self, token: Mapping[str, Any], loaded: Loaded) -> None:
+        home, copies = self._home, self._home.copies
+        if copies is None:
+            load(home, token, loaded, loaded.groups)
+        else:  # pragma: no cover - in processes of several copies, which are not measured
+            self._load_copies(copies, token, loaded)
+
+    def _load_copies(
+        self, copies: Copies, token: Mapping[str, Any], loaded: Loaded
+    ) -> None:  # pragma: no cover - in processes of several copies, which are not measured
+        home = self._home
+        copies.take(lambda: load(home, token, loaded, loaded.groups), [])
+        at = copies.from_first(None if home.run is None else place_of(home.run))
+        if home.follows and at is not None:
+            home.follow(at)
+            home.state.moved()
 
     def rollback(self) -> int:
         """Goes back to the last step for which the service has the state and this process the weights (``keep="cpu"``).
@@ -463,6 +546,8 @@ class Optimizer(torch.optim.Optimizer):
             self._streaming.reset()
         kept.restore(self._home.slots, self.param_groups)
         self._home.state.moved()
+        if self._feedback is not None:
+            self._feedback.go_back((slot.tensor for slot in self._home.slots), kept.feedback)
         self._measure_after(run.step_count)
         return run.step_count
 
@@ -479,7 +564,12 @@ class Optimizer(torch.optim.Optimizer):
                 f"{type(self).__name__} of run '{self.run_name}' cannot be pickled: its max_logits measures the modules of this "
                 "process. Save its state_dict()"
             )
-        kept = replace(self._settings, run=None, mode="create", token=None, headers=None, ssl_context=None)
+        kept = replace(
+            replace(self._settings, run=None, mode="create", process_group=None),
+            token=None,
+            headers=None,
+            ssl_context=None,
+        )
         return self._copied(kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
@@ -500,6 +590,40 @@ class Optimizer(torch.optim.Optimizer):
         ]
         self._begin(groups, state["defaults"], state["settings"])
         self._home.state.replace(state["state"])
+
+
+def _check_shared(given: Settings, slots: Sequence[Slot]) -> None:
+    """Raises ValueError for options that ranks with shards cannot have."""
+    in_blocks = any(slot.declaration.gradient_dtype in BLOCKS for slot in slots)
+    refused = {
+        "error_feedback=True": (
+            given.error_feedback and in_blocks,
+            "what a shard has lost is in no state_dict; with gradients in blocks use error_feedback=False",
+        ),
+        "overlap=True": (given.overlap, "FSDP2 gives its gradients after the backward pass"),
+        f"keep={given.keep!r}": (
+            given.keep is not None,
+            "use checkpoint() of the service and torch.distributed.checkpoint",
+        ),
+    }
+    for option, (is_given, why) in refused.items():
+        if is_given:
+            raise ValueError(f"{option} is not possible with sharded parameters: {why}")
+
+
+def _check_copied(given: Settings) -> None:
+    """Raises ValueError for options that processes with the same weights cannot have."""
+    refused = {
+        "overlap=True": given.overlap,
+        f"keep={given.keep!r}": given.keep is not None,
+        "state='checkpoint'": given.state == "checkpoint",
+        "max_logits": given.max_logits is not None,
+    }
+    for option, is_given in refused.items():
+        if is_given:
+            raise ValueError(
+                f"{option} is not possible where several processes have the same weights: one of them has the run"
+            )
 
 
 def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from ..receipt import Receipt
 from ..steps.backoff import Backoff
 from ..steps.writer import RETRIES
+from ..wire.dtype import BLOCKS
 
 if TYPE_CHECKING:
     from .max_logits import MaxLogits
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 Transport = Literal["auto", "cuda-ipc", "shm", "websocket"]
 Mode = Literal["create", "resume", "create_or_resume"]
 OnNonfinite = Literal["skip_step", "skip_parameter", "raise"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "int8_block256", "int4_block64"]
 WIRE_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    # What travels in blocks is float32 before it is encoded, and once it is decoded.
+    **dict.fromkeys(BLOCKS, torch.float32),
 }
 
 
@@ -45,6 +48,7 @@ class Options(TypedDict, total=False):
     transport: Transport
     gradient_dtype: Dtype | torch.dtype | None
     update_dtype: Dtype | torch.dtype | None
+    error_feedback: bool
     layouts: Mapping[str, Mapping[str, Any]]
     attentions: Sequence[Mapping[str, Any]]
     max_logits: MaxLogits | None
@@ -56,6 +60,7 @@ class Options(TypedDict, total=False):
     keep_last: int
     callback: Callable[[Receipt], object] | None
     progress: bool
+    process_group: Any
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,9 @@ class Settings:
     gradient_dtype: Dtype | torch.dtype | None = None
     """How gradients travel, unless their group says otherwise; default: see ``wire_dtype``."""
     update_dtype: Dtype | torch.dtype | None = None
+    error_feedback: bool = True
+    """Whether what ``int8_block256`` and ``int4_block64`` lose of a gradient is added to the next one (Karimireddy et al., 2019,
+    arXiv 1901.09847). ``state`` has it as ``error_feedback``, float32, and so has ``state_dict()``."""
     layouts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """{name or pattern: {``split``, ``heads`` or ``matrices``}}: what matrices a parameter consists of."""
     attentions: Sequence[Mapping[str, Any]] = ()
@@ -103,6 +111,10 @@ class Settings:
     keep_last: int = 1
     callback: Callable[[Receipt], object] | None = None
     progress: bool = False
+    process_group: Any = None
+    """The processes that have the same whole model and, once they are reduced, the same gradients (DistributedDataParallel):
+    a ``torch.distributed.ProcessGroup``. The first one of them takes every step, and the others are given its weights. Left out,
+    each process has a run of its own. Sharded parameters say by themselves who has what."""
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, ("create", "resume", "create_or_resume"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from ..declaration import Parameter
 from .hyperparameters import hyperparameters
 from .settings import Settings, wire_dtype
+from .shards import Shard, like_shard, local, shard_of
 
 LAYOUT_KEYS = ("split", "heads", "matrices")
 _MATRICES = ("muon", "muonclip")
@@ -21,7 +22,8 @@ _MATRICES = ("muon", "muonclip")
 class Slot:
     """A parameter of the model and what the run knows it as.
 
-    ``index`` is its place in the run, ``group`` that of its param_group; ``shape`` is that of the time when the run was opened.
+    ``index`` is its place in the run, ``group`` that of its param_group; ``shape`` is that of the time when the run was opened, of
+    the whole parameter where it is sharded.
     """
 
     index: int
@@ -30,6 +32,25 @@ class Slot:
     tensor: torch.Tensor
     shape: tuple[int, ...]
     declaration: Parameter
+    shard: Shard | None = None
+
+    @property
+    def local(self) -> torch.Tensor:
+        """The weights that lie on this rank."""
+        return self.tensor if self.shard is None else local(self.tensor)
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """The gradient of the weights that lie on this rank."""
+        gradient = self.tensor.grad
+        return gradient if gradient is None or self.shard is None else local(gradient)
+
+
+def sharded_as(slot: Slot, entries: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What has the shape of a sharded parameter, sharded as that is; counts, and what has one number for each row, whole."""
+    if slot.shard is None:
+        return entries
+    return {name: like_shard(t, slot.tensor) if t.shape == slot.shape else t for name, t in entries.items()}
 
 
 def make_slots(
@@ -52,10 +73,13 @@ def make_slots(
         for tensor in group["params"]:
             name = next(names)
             layout = _layout(name, group, settings, used)
+            shard = shard_of(name, tensor)
             declaration = _declare(name, tensor, group, group_name, layout, settings)
+            if shard is not None:
+                declaration = replace(declaration, ranges=shard.ranges)
             if wanted(tensor) and tensor.numel() > 0 and id(tensor) not in listed:
                 listed.add(id(tensor))
-                slots.append(Slot(len(slots), number, name, tensor, tuple(tensor.shape), declaration))
+                slots.append(Slot(len(slots), number, name, tensor, tuple(tensor.shape), declaration, shard))
     _check_layouts(settings, used)
     return slots
 
@@ -170,11 +194,6 @@ def _declare(
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     refusals: Sequence[tuple[Callable[[], bool], str]] = (
-        # Looked for by name: torch.distributed.tensor takes a second to import, and nobody has a DTensor without it.
-        (
-            lambda: type(tensor).__name__ == "DTensor",
-            "is a DTensor: muond takes whole tensors, on one rank (broadcast the weights)",
-        ),
         (lambda: tensor.is_complex(), f"is {tensor.dtype}: muond has no complex parameters"),
         (lambda: not tensor.is_floating_point(), f"is {tensor.dtype}, expected a floating point dtype"),
         (lambda: tensor.layout != torch.strided, f"is {tensor.layout}, expected a dense tensor"),

@@ -13,6 +13,9 @@ import torch
 from ..run import Run
 from ..steps.step import Gradient
 from ..transport.arenas import Arenas, HostArenas
+from ..wire.dtype import BLOCKS
+from .blocks import encode
+from .feedback import Feedback
 from .gpu_arenas import GpuArenas
 from .hyperparameters import COUPLED, plain
 from .settings import WIRE_DTYPES
@@ -31,7 +34,8 @@ class Staging:
     Where the run shares memory, the buffers are the slots of that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, feedback: Feedback | None = None) -> None:
+        self._feedback = feedback
         self._buffers: dict[int, tuple[torch.Tensor, memoryview]] = {}
         self._slots: dict[int, torch.Tensor] = {}
         self._rounded: dict[int, torch.Tensor] = {}
@@ -134,7 +138,9 @@ class Staging:
         """
         dtype = WIRE_DTYPES[slot.declaration.gradient_dtype]
         given = gradient.detach()
-        gradient = _as_taken(given, slot.tensor.detach(), group)
+        gradient = _as_taken(given, slot.local.detach(), group)
+        if slot.declaration.gradient_dtype in BLOCKS:
+            return memory_of(self._encoded(slot, gradient)), None
         # What was computed here is nobody else's to change.
         borrow = borrow or gradient is not given
         if borrow and gradient.device.type == "cpu" and gradient.dtype == dtype and gradient.is_contiguous():
@@ -145,9 +151,14 @@ class Staging:
         buffer.copy_(gradient)
         return memory, None
 
+    def _encoded(self, slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
+        if self._feedback is None:
+            return encode(gradient.float(), slot.declaration.gradient_dtype).cpu()
+        return self._feedback.encode(slot, gradient).cpu()
+
     def _buffer(self, slot: Slot, dtype: torch.dtype, *, pinned: bool) -> tuple[torch.Tensor, memoryview]:
         if slot.index not in self._buffers:
-            buffer = torch.empty(slot.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+            buffer = torch.empty(slot.local.shape, dtype=dtype, device="cpu", pin_memory=pinned)
             self._buffers[slot.index] = buffer, memory_of(buffer)
         return self._buffers[slot.index]
 

@@ -49,10 +49,11 @@ _REQUIRED: Mapping[str, Mapping[str, type]] = {
     },
     "checkpointed": {"checkpoint": str, "step": int, "digest": str, "bytes": int},
     "error": {"code": str, "message": str, "status": int, "retryable": bool},
+    "members": {"members": list},
     "draining": {"deadline_seconds": float},
 }
 _OPTIONAL: Mapping[str, Mapping[str, type]] = {
-    "opened": {"transport": dict},
+    "opened": {"transport": dict, "member": dict, "members": list, "quorum": dict},
     "updates": {"row_scale": dict},
     "update": {
         "scale": float,
@@ -63,8 +64,8 @@ _OPTIONAL: Mapping[str, Mapping[str, type]] = {
         "update_rms": float,
         "data": bytes,
     },
-    "receipt": {"max_logit": float},
-    "error": {"parameter": int, "step": int, "expected_step": int, "retry_after_seconds": float},
+    "receipt": {"max_logit": float, "contributors": list, "contributed": bool},
+    "error": {"parameter": int, "step": int, "expected_step": int, "retry_after_seconds": float, "left_out": bool},
 }
 
 
@@ -77,10 +78,15 @@ def decode_frame(message: bytes | bytearray | memoryview) -> Frame:
 
 
 def check_frame(frame: Frame) -> Frame:
-    """Returns the frame if its type is known and every key has the right type. Raises MuondError FRAME_MALFORMED."""
+    """Returns the frame if every key of its type has the right type. Raises MuondError FRAME_MALFORMED.
+
+    The service may have types that this version does not know: ``is_known`` tells.
+    """
     name = frame.get("type")
-    if not isinstance(name, str) or name not in _REQUIRED:
-        raise malformed(f"the service sent a frame of unknown type {name!r}")
+    if not isinstance(name, str):
+        raise malformed(f"the service sent a frame of type {name!r}")
+    if not is_known(frame):
+        return frame
     for key, kind in _REQUIRED[name].items():
         if key not in frame:
             raise malformed(f"the service sent {name} without '{key}'")
@@ -89,6 +95,11 @@ def check_frame(frame: Frame) -> Frame:
         if key in frame:
             _check(name, key, frame[key], kind)
     return frame
+
+
+def is_known(frame: Frame) -> bool:
+    """Whether this version knows frames of this type; others are to be ignored."""
+    return frame["type"] in _REQUIRED
 
 
 def _check(name: str, key: str, value: Any, kind: type) -> None:
@@ -101,6 +112,18 @@ def _check(name: str, key: str, value: Any, kind: type) -> None:
 
 def frame_error(frame: Frame, refused: tuple[str, ...] = ()) -> MuondError:
     """The error that an error frame carries; the service's word on ``retryable`` counts."""
-    keys = ("parameter", "step", "expected_step", "retry_after_seconds")
+    keys = ("parameter", "step", "expected_step", "retry_after_seconds", "left_out")
     fields = ErrorFields(**{key: frame[key] for key in keys if key in frame}, refused=refused)
     return MuondError(frame["code"], frame["message"], fields, status=frame["status"], retryable=frame["retryable"])
+
+
+MemberKey = int | tuple[int, int]
+"""A member of a run by its rank, in a run with several replicas by (replica, rank)."""
+
+
+def members_of(frame: Frame) -> dict[MemberKey, bool]:
+    """Whether each member that a frame tells of has a connection."""
+    return {
+        (member["replica"], member["rank"]) if "replica" in member else member["rank"]: member["connected"]
+        for member in frame.get("members", [])
+    }

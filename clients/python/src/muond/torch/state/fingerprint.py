@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
+from ..shards import local
+
 Fingerprint = tuple[str, tuple[int, ...], bytes]
 
 
 def on_host(value: Any) -> torch.Tensor:
-    """A tensor or a number in host memory, in C order, whatever the default device is."""
+    """A tensor or a number in host memory, in C order, whatever the default device is; of a sharded one what is on this rank."""
     if type(value) is torch.Tensor and value.is_cpu and value.is_contiguous() and not value.requires_grad:
         return value
-    tensor = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+    tensor = local(value.detach()) if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
     return tensor.cpu().contiguous()
 
 
@@ -32,7 +34,8 @@ def same_bits(one: Any, other: Any) -> bool:
     one, other = on_host(one), on_host(other)
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return bool(memoryview(_elements(one)).cast("B") == memoryview(_elements(other)).cast("B"))
+    # A view of no elements cannot be cast: a rank may have an empty shard.
+    return one.numel() == 0 or bool(memoryview(_elements(one)).cast("B") == memoryview(_elements(other)).cast("B"))
 
 
 def _elements(tensor: torch.Tensor) -> Any:

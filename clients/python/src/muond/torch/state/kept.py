@@ -9,6 +9,7 @@ import torch
 
 from ...receipt import Checkpoint
 from ...run import Run
+from ..feedback import Feedback
 from ..slots import Slot
 
 
@@ -16,11 +17,17 @@ class Kept:
     """A copy of the weights and of the hyperparameters, in host memory."""
 
     def __init__(
-        self, checkpoint: Checkpoint, tag: str, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]]
+        self,
+        checkpoint: Checkpoint,
+        tag: str,
+        slots: Sequence[Slot],
+        groups: Sequence[Mapping[str, Any]],
+        feedback: Feedback | None,
     ) -> None:
         self.checkpoint = checkpoint
         self.tag = tag
         self._weights = [slot.tensor.detach().to("cpu", copy=True) for slot in slots]
+        self.feedback = {} if feedback is None else feedback.copied(slot.tensor for slot in slots)
         self._groups = [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
     @torch.no_grad()
@@ -41,12 +48,14 @@ class Shelf:
         self.kept: list[Kept] = []
         """Oldest first."""
 
-    def keep(self, run: Run, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]]) -> Checkpoint:
+    def keep(
+        self, run: Run, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]], feedback: Feedback | None
+    ) -> Checkpoint:
         """Takes a checkpoint and a copy. Raises MuondError; what was kept before is kept still."""
         staying = self.kept[-(self._most - 1) :] if self._most > 1 else []
         taken = {kept.tag for kept in staying}
         # A tag leads to the newest checkpoint that has it, so taking it away from the oldest one lets that go.
         tag = next(tag for tag in (f"kept.{number}" for number in range(self._most)) if tag not in taken)
         checkpoint = run.checkpoint(tag)
-        self.kept = [*staying, Kept(checkpoint, tag, slots, groups)]
+        self.kept = [*staying, Kept(checkpoint, tag, slots, groups, feedback)]
         return checkpoint

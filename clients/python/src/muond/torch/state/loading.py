@@ -11,7 +11,7 @@ import torch
 from ...error import MuondError
 from ...run import Run
 from ..living import lives
-from ..slots import Slot
+from ..slots import Slot, sharded_as
 from .fingerprint import same_bits
 from .matching import Loaded
 from .place import is_at, require_digest
@@ -21,6 +21,7 @@ from .view import State
 
 if TYPE_CHECKING:
     from ..home import Groups, Home
+    from ..ranks import Ranks
 
 
 def load(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: Groups) -> None:
@@ -30,7 +31,9 @@ def load(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: Groups) -
     """
     if home.closed:
         raise MuondError("CLIENT_CLOSED", f"the optimizer of run '{home.name}' was closed")
-    if "checkpoint" in token:
+    if home.ranks is not None:
+        _load_shards(home, home.ranks, token, loaded, groups)
+    elif "checkpoint" in token:
         _load_checkpoint(home, token, groups)
     elif home.run is not None or token or loaded.state or home.settings.mode != "create":
         _load_content(home, token, loaded, groups)
@@ -129,6 +132,33 @@ def _load_content(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: 
         home.followed(old, run)
 
 
+def _load_shards(home: Home, ranks: Ranks, token: Mapping[str, Any], loaded: Loaded, groups: Groups) -> None:
+    """The same for sharded parameters, of any number of ranks. A collective."""
+    if "checkpoint" in token:
+        raise ValueError(
+            f"the state dict is checkpoint '{token['checkpoint']}' of run '{token['run']}': go back to it with mode='resume', "
+            "run= and checkpoint=, on any number of ranks"
+        )
+    old = home.run
+    if old is not None and not (home.is_declared() and loaded.state.keys() <= home.declared()):
+        raise ValueError(
+            f"the parameters are not those of run '{old.name}' any more: make a new optimizer to load it into"
+        )
+    if old is None:
+        run, slots = home.open_run(home.name, "create_or_resume", None, groups, loaded.state)
+    else:
+        run, slots = old, home.slots
+    try:
+        if ranks.any(not _has_content(home, run, slots, token, loaded)):
+            _settle_for_import(run)
+            home.write_shards(ranks, run, slots, loaded.state)
+    except BaseException:
+        if run is not old:
+            home.leave(run)
+        raise
+    home.adopt(run, slots, run.name)
+
+
 def _has_content(home: Home, run: Run, slots: Sequence[Slot], token: Mapping[str, Any], loaded: Loaded) -> bool:
     """Whether the run has the very tensors of the dictionary: it is where they were read, and they are unchanged since.
 
@@ -139,7 +169,8 @@ def _has_content(home: Home, run: Run, slots: Sequence[Slot], token: Mapping[str
     if home.state.replaced or home.state.changes():
         return False
     with home.rest() as rest:
-        found = read_state(rest, run, slots)
+        read = read_state(rest, run, slots)
+    found = [sharded_as(slot, entries) for slot, entries in zip(slots, read, strict=True)]
     return all(_same(entries, loaded.state.get(slot.tensor, {})) for slot, entries in zip(slots, found, strict=True))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..feedback import KEY as ERROR_FEEDBACK
 from ..hyperparameters import FIXED
 from ..names import plain_name
 from ..slots import LAYOUT_KEYS
@@ -130,7 +131,7 @@ def _share_out(
             continue
         names = state_names(group_of[parameter])
         service = {name: value for name, value in entries.items() if name in names}
-        mine = {name: _beside(parameter, value) for name, value in entries.items() if name not in names}
+        mine = {name: _beside(parameter, name, value) for name, value in entries.items() if name not in names}
         if service:
             found[parameter] = service
         if mine:
@@ -138,10 +139,10 @@ def _share_out(
     return found, own
 
 
-def _beside(parameter: torch.Tensor, value: Any) -> Any:
-    """As torch casts what it loads: to the parameter's device, and floating point numbers to its dtype."""
+def _beside(parameter: torch.Tensor, name: str, value: Any) -> Any:
+    """As torch casts what it loads: to the parameter's device, and floating point numbers to its dtype, but for what is float32."""
     if isinstance(value, torch.Tensor):
-        dtype = parameter.dtype if value.is_floating_point() else value.dtype
+        dtype = parameter.dtype if value.is_floating_point() and name != ERROR_FEEDBACK else value.dtype
         return value.detach().to(device=parameter.device, dtype=dtype, copy=True)
     return deepcopy(value)
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ...error import ErrorFields, MuondError
 from ...run import Run
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Where the run is that another process has, whose weights this one has as well."""
+
+    name: str
+    step_count: int
+    digest: str
 
 
 def is_at(run: Run, step: object, digest: object) -> bool:
@@ -14,7 +24,7 @@ def is_at(run: Run, step: object, digest: object) -> bool:
     return run.step_count == step and run.digest == digest and not run.ahead
 
 
-def require_place(run: Run, found: Mapping[str, Any]) -> None:
+def require_place(run: Run | Followed, found: Mapping[str, Any]) -> None:
     """Raises MuondError STEP_CONFLICT unless what the service says of the run is where this client has left it."""
     step, digest, ahead = found["step"], found["digest"], found["ahead"]
     if (step, digest, ahead) == (run.step_count, run.digest, []):
@@ -35,3 +45,8 @@ def require_digest(run: str, checkpoint: str, found: str, expected: str) -> None
         f"checkpoint '{checkpoint}' of run '{run}' has digest {found}, expected {expected}: it is of another history"
     )
     raise MuondError("STEP_CONFLICT", message)
+
+
+def place_of(run: Run) -> Followed:
+    """Where a run is, for the processes that follow."""
+    return Followed(run.name, run.step_count, run.digest)

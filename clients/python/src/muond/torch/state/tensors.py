@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from ...run import Run
 from ..slots import Slot
 from .fingerprint import on_host
 from .kinds import complete_entries
-from .place import require_place
+from .place import Followed, require_place
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -25,29 +23,16 @@ Entries = Mapping[str, Any]
 """What a state_dict has of one parameter: {name: tensor or number}."""
 
 
-def read_state(rest: Rest, run: Run, slots: Sequence[Slot]) -> list[dict[str, torch.Tensor]]:
+def read_state(rest: Rest, run: Run | Followed, slots: Sequence[Slot]) -> list[dict[str, torch.Tensor]]:
     """The state of every slot in host memory, in one request; empty for a parameter without a step.
 
     Raises MuondError, STEP_CONFLICT where the service is at another step than this client.
     """
     # Before the tensors: a step that another trainer has begun would be waited for.
     require_place(run, rest.run(run.name))
-    with _collector_paused():
-        tensors, metadata = rest.state(run.name)
-        require_place(run, {"step": int(metadata["step"]), "digest": metadata["digest"], "ahead": []})
-        return _by_slot(slots, tensors)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without garbage collection: it would look through the whole program again and again while thousands of tensors are made."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+    tensors, metadata = rest.state(run.name)
+    require_place(run, {"step": int(metadata["step"]), "digest": metadata["digest"], "ahead": []})
+    return _by_slot(slots, tensors)
 
 
 def _by_slot(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -59,12 +44,11 @@ def _by_slot(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[dict[str,
             by_slot[parameter]["step"] = torch.tensor(float(count), dtype=torch.float32, device="cpu")
     for tensor in tensors[len(counts) :]:
         parameter, _, name = tensor.name.removeprefix("state.").rpartition(".")
-        if counts[parameter]:
-            by_slot[parameter][name] = _to_torch(tensor)
+        by_slot[parameter][name] = _to_torch(tensor)
     return [by_slot[slot.name] for slot in slots]
 
 
-def read_begun(rest: Rest, run: Run, slots: Sequence[Slot]) -> list[bool]:
+def read_begun(rest: Rest, run: Run | Followed, slots: Sequence[Slot]) -> list[bool]:
     """Whether the service has a state of each slot; no tensor is transferred. Raises MuondError as ``read_state`` does."""
     require_place(run, rest.run(run.name))
     counts = dict(_counts(rest.counts(run.name)))

@@ -1,7 +1,7 @@
 import swagger from '@fastify/swagger'
 import swaggerUi from '@fastify/swagger-ui'
 import type { FastifyInstance } from 'fastify'
-import type { Contract } from './contract.js'
+import type { Contract } from '../contract.js'
 
 // Swagger UI styles its elements inline and has its icons in data URLs; all else is the service's own.
 const CONTENT_SECURITY_POLICY =

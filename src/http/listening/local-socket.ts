@@ -1,9 +1,11 @@
 import { once } from 'node:events'
 import { lstatSync, renameSync, type Stats, unlinkSync } from 'node:fs'
-import { connect, createServer, type Server } from 'node:net'
-import { ConfigError } from '../config.js'
-import { errorText } from '../errors.js'
-import { type Lock, lockFile } from '../store/lock.js'
+import type { Server } from 'node:http'
+import { connect, createServer, type Server as SocketServer } from 'node:net'
+import { ConfigError } from '../../config.js'
+import { errorText } from '../../errors.js'
+import { type Lock, lockFile } from '../../store/lock.js'
+import { takePlain } from './tls.js'
 
 /** A Unix socket that leads to a server. `close` takes no more connections and removes the file. */
 export type LocalSocket = { close(): void }
@@ -34,7 +36,7 @@ async function listen(server: Server, path: string): Promise<LocalSocket> {
   if (lock === undefined) throw new ConfigError(`socket '${path}' is in use: another service listens there`)
   try {
     await checkStale(path)
-    const door = createServer((socket) => server.emit('connection', socket))
+    const door = createServer((socket) => takePlain(server, socket))
     await bind(door, `${path}.new`)
     renameSync(`${path}.new`, path)
     return opened(door, path, lock)
@@ -63,7 +65,7 @@ async function checkStale(path: string): Promise<void> {
 /**
  * Listens at `path`. The file is made before `listen` returns, with the mode that the process has for new files then.
  */
-async function bind(door: Server, path: string): Promise<void> {
+async function bind(door: SocketServer, path: string): Promise<void> {
   if (statOf(path)) unlinkSync(path)
   const before = process.umask(OTHERS_MAY_NOTHING)
   try {
@@ -74,7 +76,7 @@ async function bind(door: Server, path: string): Promise<void> {
   await once(door, 'listening')
 }
 
-function opened(door: Server, path: string, lock: Lock): LocalSocket {
+function opened(door: SocketServer, path: string, lock: Lock): LocalSocket {
   const own = statOf(path)
   const close = () => {
     door.close()

@@ -1,0 +1,114 @@
+import type { Ticket } from '../../device/device.js'
+import type { ServiceError } from '../../errors.js'
+import type { Parameter } from '../../optimizer/parameter.js'
+import type { MemberDeclaration, MemberStatus, Quorum } from '../../wire/frame.js'
+import { Extent, Ranges } from '../../wire/ranges.js'
+
+/** The connection that a member speaks through. */
+export type Connection = {
+  /** Ends the connection with 4409: another one has taken its place in the run. */
+  fence(): void
+  /** Ends the connection because its run is gone or the device has failed. */
+  expel(error: ServiceError): void
+  /** Another member of the run has opened it, or was lost. */
+  changed(status: MemberStatus): void
+}
+
+/** Which member of a run, by rank and replica; left out, `replica` is 0 of 1. */
+export type Position = MemberDeclaration
+
+/**
+ * The place of a member in a run: `ranges` are its elements of each parameter, left out where it has all of them, and
+ * `quorum` is what it asks for.
+ */
+export type Seat = Position & { readonly ranges?: readonly Ranges[]; readonly quorum?: Quorum }
+
+/** The number of a member among all of its run, replica after replica. */
+export function memberId({ rank, world_size, replica = 0 }: Position): number {
+  return replica * world_size + rank
+}
+
+/** A run's only member, which sends and receives everything. */
+export const ONLY: Seat = { rank: 0, world_size: 1 }
+
+/**
+ * One connection's place in a run, from the `open` that gave it until it is lost. It sends and receives its elements of
+ * each parameter; a run's only member has all of them.
+ */
+export class Member {
+  readonly id: number
+  readonly rank: number
+  readonly world_size: number
+  readonly replica: number
+  readonly replicas: number
+  /** Cancelled when the member is lost: jobs of its own that no lane has begun are dropped. */
+  readonly ticket: Ticket = { cancelled: false }
+  readonly #connection: Connection | undefined
+  readonly #ranges: readonly Ranges[] | undefined
+
+  /** A journal whose steps are computed again is a member without a connection: nobody can take its place. */
+  constructor(connection?: Connection, { ranges, ...position }: Seat = ONLY) {
+    const { rank, world_size, replica = 0, replicas = 1 } = position
+    this.id = memberId(position)
+    this.rank = rank
+    this.world_size = world_size
+    this.replica = replica
+    this.replicas = replicas
+    this.#connection = connection
+    this.#ranges = ranges
+  }
+
+  get lost(): boolean {
+    return this.ticket.cancelled
+  }
+
+  /** Who it is, in words. */
+  get name(): string {
+    return this.replicas > 1 ? `rank ${this.rank} of replica ${this.replica}` : `rank ${this.rank}`
+  }
+
+  /** Whether it has elements of a parameter. */
+  has(parameter: Parameter): boolean {
+    return this.elements(parameter) > 0
+  }
+
+  /** How many elements of a parameter it has. */
+  elements(parameter: Parameter): number {
+    return this.#of(parameter).elements
+  }
+
+  /** The bytes of a parameter's gradient that it sends. */
+  gradient(parameter: Parameter): Extent {
+    return Extent.of(parameter.gradient_dtype, this.#of(parameter))
+  }
+
+  /** The bytes of a parameter's update that it receives. */
+  update(parameter: Parameter): Extent {
+    return Extent.of(parameter.update_dtype, this.#of(parameter))
+  }
+
+  /** Its connection is gone. */
+  lose(): void {
+    this.ticket.cancelled = true
+  }
+
+  /** Another connection has taken its place. */
+  fence(): void {
+    this.lose()
+    this.#connection?.fence()
+  }
+
+  /** Tells the connection why it has to go. */
+  expel(error: ServiceError): void {
+    this.#connection?.expel(error)
+  }
+
+  /** Tells the connection that another member has opened the run or was lost. */
+  changed(status: MemberStatus): void {
+    this.#connection?.changed(status)
+  }
+
+  #of({ index, elements }: Parameter): Ranges {
+    return this.#ranges ? this.#ranges[index] : Ranges.whole(elements)
+  }
+}
