@@ -3,7 +3,10 @@ import { GEMM_MODES, GEMM_TILE } from './gemm.js'
 /** A float16 matrix, row-major; `map` is the device address of its tensor map. */
 export type GemmMatrix = { readonly rows: number; readonly cols: number; readonly map: bigint }
 
-/** D = alpha·AB + Σ factor·addend. Of a symmetric D the part on and below the diagonal is computed, then mirrored. */
+/**
+ * D = alpha·AB + Σ factor·addend, and of a symmetric D + diagonal·I; of that the part on and below the diagonal is
+ * computed, then mirrored.
+ */
 export type GemmProblem = {
   readonly mode: keyof typeof GEMM_MODES
   readonly a: GemmMatrix
@@ -15,9 +18,12 @@ export type GemmProblem = {
   readonly alpha: number
   /** At most two. */
   readonly addends: readonly GemmAddend[]
+  readonly diagonal: number
 }
 
 export type GemmAddend = { readonly matrix: GemmMatrix; readonly factor: number }
+
+type Factors = Pick<GemmProblem, 'alpha' | 'addends'>
 
 /** A launch as the kernel reads it: the bytes of its problems and tiles, with `rounds` tiles for each cluster. */
 export type GemmPlan = { readonly problems: Uint8Array; readonly tiles: Uint8Array; readonly rounds: number }
@@ -41,26 +47,26 @@ const isTall = (x: GemmMatrix) => x.rows > x.cols
 /** D = alpha·XXᵀ, or alpha·XᵀX of a tall X. */
 export function gramProblem(x: GemmMatrix, d: GemmMatrix, alpha: number): GemmProblem {
   const mode = isTall(x) ? 'across' : 'along'
-  return { mode, a: x, b: x, d, depth: Math.max(x.rows, x.cols), symmetric: true, alpha, addends: [] }
+  return { mode, a: x, b: x, d, depth: Math.max(x.rows, x.cols), symmetric: true, alpha, addends: [], diagonal: 0 }
 }
 
-/** D = alpha·ST + addends, all symmetric; S and T commute. */
+/** D = alpha·ST + addends + diagonal·I, all symmetric; S and T commute. */
 export function productProblem(
   [s, t]: readonly [GemmMatrix, GemmMatrix],
   d: GemmMatrix,
-  { alpha, addends }: Pick<GemmProblem, 'alpha' | 'addends'>,
+  { alpha, addends, diagonal = 0 }: Factors & { diagonal?: number },
 ): GemmProblem {
-  return { mode: 'along', a: s, b: t, d, depth: s.cols, symmetric: true, alpha, addends }
+  return { mode: 'along', a: s, b: t, d, depth: s.cols, symmetric: true, alpha, addends, diagonal }
 }
 
 /** D = alpha·WX + addends for a symmetric W, or alpha·XW + addends with a tall X. */
 export function applyProblem(
   [w, x]: readonly [GemmMatrix, GemmMatrix],
   d: GemmMatrix,
-  { alpha, addends }: Pick<GemmProblem, 'alpha' | 'addends'>,
+  { alpha, addends }: Factors,
 ): GemmProblem {
   const operands = isTall(x) ? ({ mode: 'along', a: x, b: w } as const) : ({ mode: 'b_across', a: w, b: x } as const)
-  return { ...operands, d, depth: w.cols, symmetric: false, alpha, addends }
+  return { ...operands, d, depth: w.cols, symmetric: false, alpha, addends, diagonal: 0 }
 }
 
 const PROBLEM_BYTES = 56
@@ -107,14 +113,14 @@ function tilesOf({ d, symmetric }: GemmProblem): { row: number; col: number }[] 
 // As `struct Problem` in gemm.cu.
 function problemBytes(problems: readonly GemmProblem[]): Uint8Array {
   const view = new DataView(new ArrayBuffer(problems.length * PROBLEM_BYTES))
-  for (const [index, { a, b, d, alpha, addends }] of problems.entries()) {
+  for (const [index, { a, b, d, alpha, addends, diagonal }] of problems.entries()) {
     const at = index * PROBLEM_BYTES
     // The kernel writes D over the addend that it reads last, its C; a first one of two is its E.
     const [c, e] = addends.toReversed()
     for (const [i, matrix] of [a, b, d, c?.matrix, e?.matrix].entries()) {
       view.setBigUint64(at + i * 8, matrix?.map ?? 0n, true)
     }
-    for (const [i, factor] of [alpha, c?.factor, e?.factor].entries())
+    for (const [i, factor] of [alpha, c?.factor, e?.factor, diagonal].entries())
       view.setFloat32(at + 40 + i * 4, factor ?? 0, true)
   }
   return new Uint8Array(view.buffer)

@@ -1,7 +1,7 @@
 /*
  * The host's side of gemm.cu: the matrix products of Newton-Schulz for Hopper. The kernel computes
  *
- *     D = alpha·AB + beta·C + gamma·E
+ *     D = alpha·AB + beta·C + gamma·E + diagonal·I
  *
  * in half precision with float32 sums, for many problems of different sizes in one launch. It is written after the PTX
  * ISA (wgmma, cp.async.bulk.tensor, mbarrier). test/kernels/cuda.test.ts compares the constants of both files.

@@ -39,7 +39,7 @@ function carryOut(launches: readonly (readonly GemmProblem[])[], values: Map<big
   }
 }
 
-function made({ mode, a, b, alpha, addends }: GemmProblem, read: (matrix: GemmMatrix) => Matrix): Matrix {
+function made({ mode, a, b, alpha, addends, diagonal }: GemmProblem, read: (matrix: GemmMatrix) => Matrix): Matrix {
   const [left, right] = [read(a), read(b)]
   const product = {
     // X * X transposed, or S * T with a symmetric T.
@@ -47,9 +47,10 @@ function made({ mode, a, b, alpha, addends }: GemmProblem, read: (matrix: GemmMa
     across: () => multiply(transpose(left), right),
     b_across: () => multiply(left, right),
   }[mode]()
-  const data = product.data.map((value, i) =>
-    addends.reduce((sum, { matrix, factor }) => sum + factor * read(matrix).data[i]!, alpha * value),
-  )
+  const data = product.data.map((value, i) => {
+    const own = alpha * value + (i % (product.cols + 1) === 0 ? diagonal : 0)
+    return addends.reduce((sum, { matrix, factor }) => sum + factor * read(matrix).data[i]!, own)
+  })
   return { ...product, data }
 }
 
@@ -57,11 +58,12 @@ function check(
   t: { ok: (value: boolean, message: string) => void },
   [rows, cols]: readonly [number, number],
   coefficients: readonly Triple[],
+  form?: 'direct' | 'gram',
 ) {
   const workspace = workspaceOf(rows, cols)
   const data = gaussian(rows + cols, rows * cols)
   const norm = frobenius(data)
-  const { launches, output } = newtonSchulzSteps(workspace, coefficients)
+  const { launches, output } = newtonSchulzSteps(workspace, coefficients, form)
   const values = new Map([[workspace.x.map, { rows, cols, data: data.map((value) => value / norm) }]])
   carryOut(launches, values)
   const oracle = orthogonalizeByIteration({ rows, cols, data }, coefficients)
@@ -80,17 +82,42 @@ t.test('the products, carried out in float64, are Newton-Schulz', async (t) => {
   }
 })
 
-t.test('a long matrix has three iterations merged, with the same result', async (t) => {
-  const [rows, cols] = [512, 1024] as const
-  const { launches } = newtonSchulzSteps(workspaceOf(rows, cols), KELLER_JORDAN)
-  const products = launches.flat().filter(({ d }) => d.rows === rows && d.cols === cols)
-  t.equal(products.length, 3, 'x is multiplied three times instead of five')
-  check(t, [rows, cols], KELLER_JORDAN.slice(0, 3))
-  t.equal(
-    newtonSchulzSteps(workspaceOf(rows, cols), KELLER_JORDAN.slice(0, 2)).launches.length,
-    6,
-    'two are not merged',
-  )
+t.test('a long matrix has its iterations merged by three and by two, with the same result', async (t) => {
+  for (const [rows, cols] of [
+    [512, 1024],
+    [1024, 512],
+  ] as const) {
+    const { launches } = newtonSchulzSteps(workspaceOf(rows, cols), KELLER_JORDAN)
+    const products = launches.flat().filter(({ d }) => d.rows === rows && d.cols === cols)
+    t.equal(products.length, 2, 'x is multiplied twice instead of five times')
+  }
+  for (const [name, { coefficients }] of Object.entries(NAMED_COEFFICIENTS))
+    for (const count of [2, 3, 4, 5, 6, 10]) {
+      if (name === 'polar_express' && count < 5) continue
+      check(t, [16, 40], expandCoefficients(coefficients, count), 'gram')
+    }
+})
+
+t.test('iterations that lift small singular values far are merged by fewer', async (t) => {
+  const long = (triples: readonly Triple[]) => {
+    const { launches } = newtonSchulzSteps(workspaceOf(512, 1024), triples)
+    return launches.flat().filter(({ d }) => d.cols === 1024).length
+  }
+  t.equal(long(expandCoefficients(NAMED_COEFFICIENTS.polar_express.coefficients, 5)), 3, '2, 2 and 1')
+  t.equal(long(expandCoefficients(NAMED_COEFFICIENTS.deepseek_v4.coefficients, 10)), 5, '3, 2, 2, 2 and 1')
+  t.equal(long([[100, 1, 1], ...KELLER_JORDAN]), 4, '1, 2, 2 and 1')
+  t.equal(long(KELLER_JORDAN.slice(0, 2)), 2, 'two are direct')
+})
+
+t.test('of the later segments a multiple of I is taken off before rounding, of the first one nothing', async (t) => {
+  const { launches } = newtonSchulzSteps(workspaceOf(512, 1024), KELLER_JORDAN)
+  const [a, b, c] = KELLER_JORDAN[0]!
+  const centred = launches.flat().filter(({ diagonal }) => diagonal !== 0)
+  t.equal(centred.length, 2, 'Z of the last two iterations')
+  for (const { diagonal, symmetric } of centred) {
+    t.ok(symmetric)
+    t.ok(Math.abs(diagonal + (b * 0.5 + c * 0.25) / a) < 1e-12)
+  }
 })
 
 t.test('no launch writes what another of its products reads', async (t) => {
@@ -99,7 +126,7 @@ t.test('no launch writes what another of its products reads', async (t) => {
     [512, 1024],
     [1024, 512],
   ] as const) {
-    for (const problems of newtonSchulzSteps(workspaceOf(rows, cols), KELLER_JORDAN).launches) {
+    for (const problems of newtonSchulzSteps(workspaceOf(rows, cols), expandCoefficients(KELLER_JORDAN, 8)).launches) {
       const read = problems.flatMap(({ a, b, addends }) =>
         [a, b, ...addends.map(({ matrix }) => matrix)].map(({ map }) => map),
       )

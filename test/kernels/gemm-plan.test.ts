@@ -128,17 +128,18 @@ t.test('a problem holds its maps in the order A, B, D, C, E and its factors as f
       { matrix: e, factor: 0.25 },
       { matrix: c, factor: -4.775 },
     ],
+    diagonal: 0.75,
   })
   const { problems, rounds } = planGemm([two, gramProblem(s, d, 3)], 66)
   const view = new DataView(problems.buffer)
   const maps = (at: number) => [0, 8, 16, 24, 32].map((i) => view.getBigUint64(at + i, true))
-  const factors = (at: number) => [40, 44, 48].map((i) => view.getFloat32(at + i, true))
+  const factors = (at: number) => [40, 44, 48, 52].map((i) => view.getFloat32(at + i, true))
   t.equal(rounds, 1)
   t.equal(problems.length, 112)
   t.same(maps(0), [2n, 3n, 5n, 7n, 11n])
-  t.same(factors(0), [0.5, Math.fround(-4.775), 0.25])
+  t.same(factors(0), [0.5, Math.fround(-4.775), 0.25, 0.75])
   t.same(maps(56), [2n, 2n, 5n, 0n, 0n])
-  t.same(factors(56), [3, 0, 0])
+  t.same(factors(56), [3, 0, 0, 0])
 })
 
 t.test('zeros are added until all rows of a matrix and of its Gram matrix start on 16 bytes', async (t) => {
