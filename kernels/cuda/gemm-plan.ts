@@ -25,8 +25,13 @@ export type GemmAddend = { readonly matrix: GemmMatrix; readonly factor: number 
 
 type Factors = Pick<GemmProblem, 'alpha' | 'addends'>
 
-/** A launch as the kernel reads it: the bytes of its problems and tiles, with `rounds` tiles for each cluster. */
-export type GemmPlan = { readonly problems: Uint8Array; readonly tiles: Uint8Array; readonly rounds: number }
+/** A launch as the kernel reads it: the bytes of its problems and tiles, with `rounds` tiles for each of `clusters`. */
+export type GemmPlan = {
+  readonly problems: Uint8Array
+  readonly tiles: Uint8Array
+  readonly clusters: number
+  readonly rounds: number
+}
 
 // Tensor maps describe a matrix, and its Gram matrix, whose every row starts on a multiple of 16 bytes.
 const GEMM_MULTIPLE = 8
@@ -78,23 +83,49 @@ const TILE_COST = 4
 const BAND = 8
 
 type Tile = { problem: number; row: number; col: number }
+type Deal = { readonly lists: readonly (readonly Tile[])[]; readonly span: number }
 
-/** Deals the tiles of all problems to the clusters: the longest sums first, each to the cluster that is free first. */
+/**
+ * Deals the tiles of all problems to at most so many clusters: to the fewest that end as early as all of them would. A
+ * cluster without a tile would only keep others waiting: those of other lanes, and the end of the launch.
+ */
 export function planGemm(problems: readonly GemmProblem[], clusters: number): GemmPlan {
-  const longestFirst = [...problems.keys()].sort((i, j) => slices(problems[j]) - slices(problems[i]))
-  const loads = new Array<number>(clusters).fill(0)
-  const lists = loads.map((): Tile[] => [])
-  for (const problem of longestFirst) {
-    for (const place of tilesOf(problems[problem])) {
-      const cluster = loads.indexOf(Math.min(...loads))
-      loads[cluster] += slices(problems[problem]) + TILE_COST
-      lists[cluster].push({ problem, ...place })
-    }
+  const tiles = tilesLongestFirst(problems)
+  const work = tiles.reduce((sum, { problem }) => sum + costOf(problems[problem]), 0)
+  const costs = problems.map(costOf)
+  let best = deal(tiles, costs, clusters)
+  const { span } = best
+  for (let low = Math.ceil(work / span); low < best.lists.length; ) {
+    const middle = Math.floor((low + best.lists.length) / 2)
+    const fewer = deal(tiles, costs, middle)
+    if (fewer.span <= span) best = fewer
+    else low = middle + 1
   }
-  const rounds = Math.max(...lists.map((tiles) => tiles.length))
-  return { problems: problemBytes(problems), tiles: tileBytes(problems, lists, rounds), rounds }
+  const rounds = Math.max(...best.lists.map((list) => list.length))
+  const bytes = tileBytes(problems, best.lists, rounds)
+  return { problems: problemBytes(problems), tiles: bytes, clusters: best.lists.length, rounds }
 }
 
+/** Each tile goes to the cluster that is free first. */
+function deal(tiles: readonly Tile[], costs: readonly number[], clusters: number): Deal {
+  const loads = new Array<number>(clusters).fill(0)
+  const lists = loads.map((): Tile[] => [])
+  for (const tile of tiles) {
+    let free = 0
+    for (let i = 1; i < clusters; i++) if (loads[i] < loads[free]) free = i
+    loads[free] += costs[tile.problem]
+    lists[free].push(tile)
+  }
+  return { lists, span: Math.max(...loads) }
+}
+
+function tilesLongestFirst(problems: readonly GemmProblem[]): Tile[] {
+  const longestFirst = [...problems.keys()].sort((i, j) => slices(problems[j]) - slices(problems[i]))
+  return longestFirst.flatMap((problem) => tilesOf(problems[problem]).map((place) => ({ problem, ...place })))
+}
+
+/** The time of one of a problem's tiles, counted in slices of k. */
+const costOf = (problem: GemmProblem) => slices(problem) + TILE_COST
 const slices = ({ depth }: GemmProblem) => Math.ceil(depth / GEMM_TILE.depth)
 
 // Tiles are square: of a symmetric D only those on and below the diagonal of tiles touch the lower half.

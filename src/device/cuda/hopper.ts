@@ -21,7 +21,7 @@ import { halfBytes, workspaceBytes } from './scratch.js'
 
 /** The shape of a matrix of a list, and the coefficients of its Newton-Schulz. */
 type ListedMatrix = Shape & { coefficients: readonly Triple[] }
-type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
+type Launch = { problems: Pointer; tiles: Pointer; clusters: number; rounds: number }
 /**
  * The Newton-Schulz of one list of matrices; good until another list has been prepared or the workspaces move. The
  * caller writes every x of `ends` before `run`, and the o have the results after it.
@@ -83,9 +83,10 @@ export class Hopper {
   run({ launches, padded }: Program): void {
     for (const { plain, x, ...shape } of padded) this.#resize([plain, shape], [x, paddedShape(shape)])
     this.#lists.launch()
-    const grid = { x: this.#clusters * GEMM_CLUSTER, threads: GEMM_THREADS, shared: GEMM_SHARED_BYTES }
-    for (const { problems, tiles, rounds } of launches)
+    for (const { problems, tiles, clusters, rounds } of launches) {
+      const grid = { x: clusters * GEMM_CLUSTER, threads: GEMM_THREADS, shared: GEMM_SHARED_BYTES }
       this.#stream.launch(this.#kernel, grid, [problems, tiles, BigInt(rounds)])
+    }
     for (const { plain, o, ...shape } of padded) this.#resize([o, paddedShape(shape)], [plain, shape])
     this.#lists.launch()
   }
@@ -138,7 +139,9 @@ export class Hopper {
         return { x, o, ...IN_HALF }
       }),
       padded: places.filter(isPadded),
-      launches: plans.map(({ rounds }, i) => ({ problems: data[2 * i], tiles: data[2 * i + 1], rounds })),
+      launches: plans.map(({ clusters, rounds }, i) => {
+        return { problems: data[2 * i], tiles: data[2 * i + 1], clusters, rounds }
+      }),
       memory: [maps[0], data[0]],
     }
   }
