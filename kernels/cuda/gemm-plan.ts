@@ -106,6 +106,12 @@ export function planGemm(problems: readonly GemmProblem[], clusters: number): Ge
   return { problems: problemBytes(problems), tiles: bytes, clusters: best.lists.length, rounds }
 }
 
+/** The number of tiles of problems, and the time of the longest of them. */
+export function tileWork(problems: readonly GemmProblem[]): { tiles: number; cost: number } {
+  const tiles = problems.reduce((sum, problem) => sum + tilesOf(problem).length, 0)
+  return { tiles, cost: Math.max(...problems.map(costOf)) }
+}
+
 /** Each tile goes to the cluster that is free first. */
 function deal(tiles: readonly Tile[], costs: readonly number[], clusters: number): Deal {
   const loads = new Array<number>(clusters).fill(0)

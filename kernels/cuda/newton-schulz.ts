@@ -1,6 +1,14 @@
 import type { Triple } from '../orthogonalize/coefficients.js'
 import { formFor } from '../orthogonalize/orthogonalize.js'
-import { applyProblem, type GemmMatrix, type GemmProblem, gramProblem, productProblem } from './gemm-plan.js'
+import {
+  applyProblem,
+  type GemmMatrix,
+  type GemmProblem,
+  gramProblem,
+  paddedShape,
+  productProblem,
+  tileWork,
+} from './gemm-plan.js'
 
 /**
  * The matrices that one Newton-Schulz works in, all of float16: `x` is the input, `y` has its shape, the others are
@@ -12,6 +20,24 @@ export type Workspace = {
 
 export const WORKSPACE_WIDE = ['x', 'y'] as const
 export const WORKSPACE_SQUARE = ['r', 't', 'z', 'z2', 'w'] as const
+export const WORKSPACE_NAMES = [...WORKSPACE_WIDE, ...WORKSPACE_SQUARE]
+
+type Shape = { readonly rows: number; readonly cols: number }
+
+/** The shape of a matrix of the workspace for an x of this shape. */
+export function sizeOf(name: keyof Workspace, { rows, cols }: Shape): Shape {
+  const side = Math.min(rows, cols)
+  return WORKSPACE_WIDE.some((wide) => wide === name) ? { rows, cols } : { rows: side, cols: side }
+}
+
+/** The workspace for an x of this shape; `maps` are in the order of WORKSPACE_NAMES. */
+export function workspaceOf(shape: Shape, maps: readonly bigint[]): Workspace {
+  const entries = WORKSPACE_NAMES.map((name, i): [string, GemmMatrix] => [
+    name,
+    { ...sizeOf(name, shape), map: maps[i] },
+  ])
+  return Object.fromEntries(entries) as Workspace
+}
 
 /**
  * Products, launch by launch: those of one launch do not depend on each other. The last one writes the matrix `output`.
@@ -57,6 +83,16 @@ export function newtonSchulzSteps(
     ;[source, target] = [target, source]
   }
   return { launches, output: source }
+}
+
+/** The time of a list's products by the number of its matrices, all of one shape, in the unit of planGemm's tiles. */
+export function listCost(shape: Shape, coefficients: readonly Triple[], clusters: number): (count: number) => number {
+  const workspace = workspaceOf(
+    paddedShape(shape),
+    WORKSPACE_NAMES.map(() => 0n),
+  )
+  const launches = newtonSchulzSteps(workspace, coefficients).launches.map(tileWork)
+  return (count) => launches.reduce((sum, { tiles, cost }) => sum + Math.ceil((count * tiles) / clusters) * cost, 0)
 }
 
 function formOf({ x }: Workspace): 'direct' | 'gram' {

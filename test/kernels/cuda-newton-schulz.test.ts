@@ -1,11 +1,6 @@
 import t from 'tap'
 import type { GemmMatrix, GemmProblem } from '../../kernels/cuda/gemm-plan.js'
-import {
-  newtonSchulzSteps,
-  WORKSPACE_SQUARE,
-  WORKSPACE_WIDE,
-  type Workspace,
-} from '../../kernels/cuda/newton-schulz.js'
+import { listCost, newtonSchulzSteps, WORKSPACE_NAMES, workspaceOf } from '../../kernels/cuda/newton-schulz.js'
 import { expandCoefficients, NAMED_COEFFICIENTS, type Triple } from '../../kernels/orthogonalize/coefficients.js'
 import {
   frobenius,
@@ -19,12 +14,11 @@ import {
 
 const KELLER_JORDAN = expandCoefficients(NAMED_COEFFICIENTS.keller_jordan.coefficients, 5)
 
-function workspaceOf(rows: number, cols: number): Workspace {
-  const side = Math.min(rows, cols)
-  const wide = WORKSPACE_WIDE.map((name, i) => [name, { rows, cols, map: BigInt(i + 1) }] as const)
-  const square = WORKSPACE_SQUARE.map((name, i) => [name, { rows: side, cols: side, map: BigInt(i + 10) }] as const)
-  return Object.fromEntries([...wide, ...square]) as unknown as Workspace
-}
+const workspaceFor = (rows: number, cols: number) =>
+  workspaceOf(
+    { rows, cols },
+    WORKSPACE_NAMES.map((_, i) => BigInt(i + 1)),
+  )
 
 /** What the kernel would make of the problems, in float64; throws where one reads what was not written before. */
 function carryOut(launches: readonly (readonly GemmProblem[])[], values: Map<bigint, Matrix>): void {
@@ -60,7 +54,7 @@ function check(
   coefficients: readonly Triple[],
   form?: 'direct' | 'gram',
 ) {
-  const workspace = workspaceOf(rows, cols)
+  const workspace = workspaceFor(rows, cols)
   const data = gaussian(rows + cols, rows * cols)
   const norm = frobenius(data)
   const { launches, output } = newtonSchulzSteps(workspace, coefficients, form)
@@ -87,7 +81,7 @@ t.test('a long matrix has its iterations merged by three and by two, with the sa
     [512, 1024],
     [1024, 512],
   ] as const) {
-    const { launches } = newtonSchulzSteps(workspaceOf(rows, cols), KELLER_JORDAN)
+    const { launches } = newtonSchulzSteps(workspaceFor(rows, cols), KELLER_JORDAN)
     const products = launches.flat().filter(({ d }) => d.rows === rows && d.cols === cols)
     t.equal(products.length, 2, 'x is multiplied twice instead of five times')
   }
@@ -100,7 +94,7 @@ t.test('a long matrix has its iterations merged by three and by two, with the sa
 
 t.test('iterations that lift small singular values far are merged by fewer', async (t) => {
   const long = (triples: readonly Triple[]) => {
-    const { launches } = newtonSchulzSteps(workspaceOf(512, 1024), triples)
+    const { launches } = newtonSchulzSteps(workspaceFor(512, 1024), triples)
     return launches.flat().filter(({ d }) => d.cols === 1024).length
   }
   t.equal(long(expandCoefficients(NAMED_COEFFICIENTS.polar_express.coefficients, 5)), 3, '2, 2 and 1')
@@ -110,7 +104,7 @@ t.test('iterations that lift small singular values far are merged by fewer', asy
 })
 
 t.test('of the later segments a multiple of I is taken off before rounding, of the first one nothing', async (t) => {
-  const { launches } = newtonSchulzSteps(workspaceOf(512, 1024), KELLER_JORDAN)
+  const { launches } = newtonSchulzSteps(workspaceFor(512, 1024), KELLER_JORDAN)
   const [a, b, c] = KELLER_JORDAN[0]!
   const centred = launches.flat().filter(({ diagonal }) => diagonal !== 0)
   t.equal(centred.length, 2, 'Z of the last two iterations')
@@ -126,11 +120,21 @@ t.test('no launch writes what another of its products reads', async (t) => {
     [512, 1024],
     [1024, 512],
   ] as const) {
-    for (const problems of newtonSchulzSteps(workspaceOf(rows, cols), expandCoefficients(KELLER_JORDAN, 8)).launches) {
+    for (const problems of newtonSchulzSteps(workspaceFor(rows, cols), expandCoefficients(KELLER_JORDAN, 8)).launches) {
       const read = problems.flatMap(({ a, b, addends }) =>
         [a, b, ...addends.map(({ matrix }) => matrix)].map(({ map }) => map),
       )
       t.notOk(problems.some(({ d }) => read.includes(d.map)))
     }
   }
+})
+
+t.test('lists that fill all clusters in whole rounds cost least for each matrix', async (t) => {
+  const cost = listCost({ rows: 2048, cols: 7168 }, KELLER_JORDAN, 66)
+  // 36 tiles of a square product and 224 of a wide one, and sums of 32 and 112 slices; four more for each tile.
+  // One launch has two square products.
+  t.equal(cost(4), 12 * 3 * 36 + 5 * 36 + 2 * 3 * 116 + 2 * 14 * 36)
+  t.equal(cost(11), 14 * 6 * 36 + 2 * 6 * 116 + 2 * 38 * 36)
+  t.ok(cost(5) / 5 < 0.87 * (cost(4) / 4), 'four take as many rounds of square products as five')
+  t.ok(cost(11) / 11 < 0.96 * (cost(5) / 5))
 })

@@ -143,16 +143,16 @@ export class CudaExecutor implements Executor {
   // The programs of Hopper hold addresses in the memory that has moved.
   #setAside(scratch: Scratch): void {
     if (!this.#scratch.growTo(scratch, () => this.#stream.synchronize())) return
-    this.#hopper?.moveTo(this.#scratch.start('products'))
+    this.#hopper?.moveTo(this.#scratch.products)
   }
 
   /** Gives every job its addresses in scratch memory. */
   #lay(jobs: readonly Job[]): GpuJob[] {
     if (jobs.length > MOST_RESULTS) throw new Error(`${jobs.length} jobs at once, at most ${MOST_RESULTS}`)
-    const take = this.#scratch.dealer()
+    const take = this.#scratch.tensors()
     return jobs.map((job, result) => {
       const { pieces, checkBlocks } = this.#cut(job.plan)
-      const scans = take('partials', partialBytes(checkBlocks))
+      const scans = take('partials', aligned(partialBytes(checkBlocks), ALIGNMENT))
       const place = (name: 'gradient' | 'update', inPlace: boolean) =>
         inPlace ? job[name].pointer : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
       const checks = scans + BigInt(2 * MAX_BLOCKS * PARTIAL_BYTES)
@@ -296,17 +296,25 @@ export class CudaExecutor implements Executor {
   #orthogonalize(matrices: readonly JobMatrix[]): void {
     const small = matrices.filter(({ stack }) => isSmall(stack.rows, stack.cols))
     const large = matrices.filter(({ stack }) => !isSmall(stack.rows, stack.cols))
-    const room = this.#scratch.bytes('products')
+    const { room } = this.#scratch
     const limits = { room, workspaceOf: smallBytes, most: SMALL_TOGETHER }
     for (const list of listsOf(small, limits)) this.#orthogonalizeSmall(list)
     if (this.#hopper === undefined) for (const matrix of large) this.#orthogonalizeAlone(matrix)
-    else for (const list of listsOf(large, { room, workspaceOf: workspaceBytes })) this.#onHopper(list, this.#hopper)
+    else this.#inLists(large, this.#hopper)
+  }
+
+  #inLists(matrices: readonly JobMatrix[], hopper: Hopper): void {
+    const costOf = ({ stack: { rows, cols, spec } }: JobMatrix) => {
+      return hopper.costOf({ rows, cols, coefficients: spec.coefficients })
+    }
+    for (const list of listsOf(matrices, { room: this.#scratch.room, workspaceOf: workspaceBytes, costOf }))
+      this.#onHopper(list, hopper)
   }
 
   #orthogonalizeSmall(matrices: readonly JobMatrix[]): void {
-    const take = this.#scratch.dealer()
+    const take = this.#scratch.workspaces()
     const list = matrices.map(({ stack: { rows, cols, spec } }) => {
-      return { rows, cols, coefficients: spec.coefficients, memory: take('products', smallBytes(rows, cols)) }
+      return { rows, cols, coefficients: spec.coefficients, memory: take(smallBytes(rows, cols)) }
     })
     this.#between(matrices, this.#small.endsOf(list), () => this.#small.run(list))
   }
@@ -387,8 +395,8 @@ export class CudaExecutor implements Executor {
   /** The scratch memory of one matrix before and after its orthogonalization by ONNX Runtime. */
   #matrices(rows: number, cols: number): { x: Pointer; o: Pointer; rows: number; cols: number } {
     const bytes = aligned(rows * cols * bytesPerElement('float16'), ALIGNMENT)
-    const take = this.#scratch.dealer()
-    return { x: take('products', bytes), o: take('products', bytes), rows, cols }
+    const take = this.#scratch.workspaces()
+    return { x: take(bytes), o: take(bytes), rows, cols }
   }
 }
 

@@ -2,12 +2,14 @@
 
 import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
 import { GEMM_CLUSTER, GEMM_KERNEL, GEMM_SHARED_BYTES, GEMM_THREADS } from '../../../kernels/cuda/gemm.js'
-import { type GemmMatrix, isPadded, paddedShape, planGemm } from '../../../kernels/cuda/gemm-plan.js'
+import { isPadded, paddedShape, planGemm } from '../../../kernels/cuda/gemm-plan.js'
 import {
+  listCost,
   newtonSchulzSteps,
-  WORKSPACE_SQUARE,
-  WORKSPACE_WIDE,
+  sizeOf,
+  WORKSPACE_NAMES,
   type Workspace,
+  workspaceOf,
 } from '../../../kernels/cuda/newton-schulz.js'
 import type { Triple } from '../../../kernels/orthogonalize/coefficients.js'
 import { Cache } from '../cache.js'
@@ -37,7 +39,6 @@ const IN_HALF = { product: 'float16', input_scale: 1, output_scale: 1 } as const
 const MAX_PROGRAMS = 128
 // A tensor map starts on 64 bytes.
 const PART_ALIGNMENT = 64
-const WORKSPACE_NAMES = [...WORKSPACE_WIDE, ...WORKSPACE_SQUARE]
 
 /**
  * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.cu), for GPUs of compute capability
@@ -77,6 +78,11 @@ export class Hopper {
   prepare(list: readonly ListedMatrix[]): Program {
     const key = list.map(({ rows, cols, coefficients }) => `${rows}x${cols} ${this.#text(coefficients)}`).join('|')
     return this.#programs.get(key, () => this.#build(list))
+  }
+
+  /** The time that lists of so many matrices like this one take, as listCost counts it. */
+  costOf({ coefficients, ...shape }: ListedMatrix): (count: number) => number {
+    return listCost(shape, coefficients, this.#clusters)
   }
 
   /** Queues the products of a list, whose every `x` has been written. */
@@ -146,9 +152,9 @@ export class Hopper {
     }
   }
 
-  #encodeMaps({ rows, cols }: Shape, addresses: Addresses): Uint8Array[] {
+  #encodeMaps(shape: Shape, addresses: Addresses): Uint8Array[] {
     return WORKSPACE_NAMES.map((name) =>
-      this.#cuda.encodeTensorMap({ pointer: addresses[name], ...sizeOf(name, rows, cols) }),
+      this.#cuda.encodeTensorMap({ pointer: addresses[name], ...sizeOf(name, shape) }),
     )
   }
 
@@ -167,26 +173,13 @@ export class Hopper {
   }
 }
 
-function sizeOf(name: keyof Workspace, rows: number, cols: number): { rows: number; cols: number } {
-  const side = Math.min(rows, cols)
-  return WORKSPACE_WIDE.some((wide) => wide === name) ? { rows, cols } : { rows: side, cols: side }
-}
-
-function addressesOf(start: Pointer, { rows, cols }: Shape): Addresses {
+function addressesOf(start: Pointer, shape: Shape): Addresses {
   let at = start
   const entries = WORKSPACE_NAMES.map((name): [string, Pointer] => {
     const pointer = at
-    at += BigInt(halfBytes(sizeOf(name, rows, cols)))
+    at += BigInt(halfBytes(sizeOf(name, shape)))
     return [name, pointer]
   })
   return Object.fromEntries(entries) as Addresses
-}
-
-function workspaceOf({ rows, cols }: Shape, maps: readonly Pointer[]): Workspace {
-  const entries = WORKSPACE_NAMES.map((name, i): [string, GemmMatrix] => [
-    name,
-    { ...sizeOf(name, rows, cols), map: maps[i] },
-  ])
-  return Object.fromEntries(entries) as Workspace
 }
 /* c8 ignore stop */
