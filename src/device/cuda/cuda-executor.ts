@@ -14,6 +14,7 @@ import {
   type CutPlan,
   crossesBus,
   type Ends,
+  firstWord,
   type GpuJob,
   isMatrices,
   isOnGpu,
@@ -38,6 +39,7 @@ import {
   partialBytes,
   piecesOf,
   scanBlocks,
+  scannedInPassing,
 } from './pieces.js'
 import { ALIGNMENT, workspaceBytes } from './scratch.js'
 import { ScratchMemory } from './scratch-memory.js'
@@ -151,14 +153,15 @@ export class CudaExecutor implements Executor {
     if (jobs.length > MOST_RESULTS) throw new Error(`${jobs.length} jobs at once, at most ${MOST_RESULTS}`)
     const take = this.#scratch.tensors()
     return jobs.map((job, result) => {
-      const { pieces, checkBlocks } = this.#cut(job.plan)
+      const { pieces, checkBlocks, inPassing } = this.#cut(job.plan)
       const scans = take('partials', aligned(partialBytes(checkBlocks), ALIGNMENT))
       const place = (name: 'gradient' | 'update', inPlace: boolean) =>
         inPlace ? job[name].pointer : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
       const checks = scans + BigInt(2 * MAX_BLOCKS * PARTIAL_BYTES)
       const gradient = place('gradient', !isReceived(job))
       const update = place('update', job.update.space === 'gpu')
-      return { job, pieces, gradient, update, scans, checks, checkBlocks, result }
+      const written = checks + BigInt(checkBlocks * PARTIAL_BYTES)
+      return { job, pieces, inPassing, gradient, update, scans, checks, written, checkBlocks, result }
     })
   }
 
@@ -167,7 +170,7 @@ export class CudaExecutor implements Executor {
     const known = this.#plans.get(plan)
     if (known) return known
     const pieces = piecesOf(plan)
-    const cut = { pieces, checkBlocks: checkBlocksOf(pieces) }
+    const cut = { pieces, checkBlocks: checkBlocksOf(pieces), inPassing: scannedInPassing(pieces) }
     this.#plans.set(plan, cut)
     return cut
   }
@@ -219,11 +222,13 @@ export class CudaExecutor implements Executor {
     }
   }
 
-  /** Queues the scans of gradients on the GPU, and with them the copies of those that their clients may change. */
+  /**
+   * Queues the scans of gradients on the GPU that no other kernel scans, and with them the copies of those that their
+   * clients may change.
+   */
   #scanGradients(jobs: readonly GpuJob[]): void {
-    for (const gpuJob of jobs) {
-      const { job, gradient, scans } = gpuJob
-      if (!isOnGpu(job)) continue
+    for (const { job, gradient, scans, inPassing } of jobs) {
+      if (!isOnGpu(job) || inPassing.gradient) continue
       const from = sourceOf(job).pointer
       const copy = isReceived(job) ? gradient : 0n
       this.#scan(from, { copy, bytes: job.gradient.bytes, dtype: job.plan.kernel.gradient_dtype, partials: scans })
@@ -231,21 +236,28 @@ export class CudaExecutor implements Executor {
     this.#lists.launch()
   }
 
-  /** Queues the scans of updates and of gradients that have come, and the sums of all partial sums of each job. */
+  /**
+   * Queues the scans of updates, and of gradients that have come, where no other kernel scans them, and the sums of all
+   * partial sums of each job.
+   */
   #report(jobs: readonly GpuJob[]): void {
-    for (const { job, gradient, update, scans } of jobs) {
+    for (const gpuJob of jobs) {
+      const { job, gradient, update, scans, inPassing } = gpuJob
       const { gradient_dtype, update_dtype } = job.plan.kernel
-      const updateScans = scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
       const copy = 0n
-      if (!isOnGpu(job))
+      if (!isOnGpu(job) && !inPassing.gradient)
         this.#scan(gradient, { copy, bytes: job.gradient.bytes, dtype: gradient_dtype, partials: scans })
-      this.#scan(update, { copy, bytes: job.update.bytes, dtype: update_dtype, partials: updateScans })
+      const partials = updateScans(gpuJob)
+      if (!inPassing.update) this.#scan(update, { copy, bytes: job.update.bytes, dtype: update_dtype, partials })
     }
     this.#lists.launch()
-    for (const { job, scans, checks, checkBlocks, result } of jobs) {
+    for (const gpuJob of jobs) {
+      const { job, scans, inPassing, checks, written, checkBlocks, result } = gpuJob
+      const { gradient, update } = job
       this.#lists.add(CUDA_KERNELS.collect(), 1, [
-        ...[scans, BigInt(scanBlocks(job.gradient.bytes)), BigInt(job.gradient.bytes)],
-        ...[scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES), BigInt(scanBlocks(job.update.bytes)), BigInt(job.update.bytes)],
+        ...[inPassing.gradient ? 0n : scans, BigInt(scanBlocks(gradient.bytes)), BigInt(gradient.bytes)],
+        inPassing.update ? written : updateScans(gpuJob),
+        ...[BigInt(inPassing.update ? checkBlocks : scanBlocks(update.bytes)), BigInt(update.bytes)],
         ...[checks, BigInt(checkBlocks), this.#results.pointer + BigInt(result * RESULT_BYTES)],
       ])
     }
@@ -281,14 +293,18 @@ export class CudaExecutor implements Executor {
   }
 
   #momentum({ gpuJob, stack, partials }: JobStack<MuonSpec>): void {
-    const { job, gradient } = gpuJob
+    const { job, gradient, inPassing } = gpuJob
     const { gradient_dtype, momentum_dtype = 'float32' } = stack.spec
     const first = { stack, index: 0 }
     const buffer = job.state?.[0] ?? 0n
     const blocks = blocksFor(stack)
+    // A gradient that the client may change is read once, and from then on its copy.
+    const copies = inPassing.gradient && isOnGpu(job) && isReceived(job)
     this.#lists.add(CUDA_KERNELS.momentum(stack.spec, packOf(stack) > 1), blocks * stack.count, [
-      ...[at(first, gradient, gradient_dtype), buffer && at(first, buffer, momentum_dtype)],
-      ...[at(first, job.next[0], momentum_dtype), packsOf(stack), BigInt(blocks)],
+      at(first, copies ? sourceOf(job).pointer : gradient, gradient_dtype),
+      ...[buffer && at(first, buffer, momentum_dtype), at(first, job.next[0], momentum_dtype)],
+      ...[packsOf(stack), BigInt(blocks), inPassing.gradient ? 1n : 0n, firstWord(first, gradient_dtype)],
+      copies ? at(first, gradient, gradient_dtype) : 0n,
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), partials],
     ])
   }
@@ -359,11 +375,16 @@ export class CudaExecutor implements Executor {
   }
 
   #finish(matrix: JobMatrix, ends: Ends): void {
-    const { gpuJob, stack } = matrix
+    const { gpuJob, stack, index, partials } = matrix
     const { update_dtype, second_momentum } = stack.spec
     if (second_momentum) return this.#even(matrix, ends, second_momentum)
-    this.#lists.add(CUDA_KERNELS.finish(update_dtype, ends.product, packOf(stack) > 1), blocksFor(stack), [
+    const { inPassing, checks, written } = gpuJob
+    const blocks = blocksFor(stack)
+    this.#lists.add(CUDA_KERNELS.finish(update_dtype, ends.product, packOf(stack) > 1), blocks, [
       ...[ends.o, at(matrix, gpuJob.update, update_dtype), packsOf(stack), stack.factor * ends.output_scale],
+      ...[inPassing.update ? 1n : 0n, firstWord(matrix, update_dtype)],
+      // As the checks of the matrix among the checks of its job.
+      written + (partials - checks) + BigInt(index * blocks * PARTIAL_BYTES),
     ])
   }
 
@@ -400,4 +421,8 @@ export class CudaExecutor implements Executor {
   }
 }
 
+/** Where the partial sums of a kernel that only scans the update lie. */
+function updateScans({ scans }: GpuJob): Pointer {
+  return scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
+}
 /* c8 ignore stop */

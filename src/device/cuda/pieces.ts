@@ -172,9 +172,22 @@ export function checkBlocksOf(pieces: readonly Piece[]): number {
   return pieces.flatMap(({ stacks }) => stacks).reduce((sum, stack) => sum + stack.count * blocksFor(stack), 0)
 }
 
-/** Bytes for the partial sums of a job: the scans of its gradient and update, and its checks. */
+/**
+ * Bytes for the partial sums of a job: the scans of its gradient and its update in kernels of their own, its checks, and
+ * the scan of its update in the kernel that writes it.
+ */
 export function partialBytes(checkBlocks: number): number {
-  return (2 * MAX_BLOCKS + checkBlocks) * PARTIAL_BYTES
+  return (2 * MAX_BLOCKS + 2 * checkBlocks) * PARTIAL_BYTES
+}
+
+/** The tensors of a job that are scanned by the kernels that read or write them anyway. */
+export type ScannedInPassing = { readonly gradient: boolean; readonly update: boolean }
+
+/** Packs of four elements are whole words of a fingerprint. NorMuon's update is scanned by itself. */
+export function scannedInPassing(pieces: readonly Piece[]): ScannedInPassing {
+  const stacks = pieces.flatMap((piece) => piece.stacks)
+  const gradient = stacks.every((stack) => packOf(stack) === VECTOR)
+  return { gradient, update: gradient && stacks.every(({ spec }) => spec.kind === 'muon' && !spec.second_momentum) }
 }
 
 /** The tasks of a plan as stacks: tasks of one shape and factor that follow each other are one. */

@@ -11,6 +11,7 @@ import {
   partialBytes,
   piecesOf,
   scanBlocks,
+  scannedInPassing,
 } from '../../../src/device/cuda/pieces.js'
 import { ADAMW, MUON, matrices, planOf } from './plans.js'
 
@@ -181,5 +182,19 @@ t.test('threads take four elements at once where every matrix starts and ends on
   t.equal(scanBlocks(1), 1)
   t.equal(scanBlocks(2 ** 40), MAX_BLOCKS)
   t.equal(checkBlocksOf(piecesOf(matrices(3, 256, 256))), 3 * 16)
-  t.equal(partialBytes(48), (2 * MAX_BLOCKS + 48) * PARTIAL_BYTES)
+  t.equal(partialBytes(48), (2 * MAX_BLOCKS + 2 * 48) * PARTIAL_BYTES)
+})
+
+t.test('tensors whose every matrix starts and ends on four elements are scanned in passing', async (t) => {
+  const of = (plan: ReturnType<typeof planOf>) => scannedInPassing(piecesOf(plan))
+  t.same(of(matrices(3, 24, 40)), { gradient: true, update: true })
+  t.same(of(matrices(3, 24, 41)), { gradient: true, update: true })
+  t.same(of(matrices(3, 23, 41)), { gradient: false, update: false })
+  const odd = [
+    { dims: [8, 8], offset: 0 },
+    { dims: [3, 3], offset: 64 },
+  ]
+  t.same(of(planOf(MUON, odd)), { gradient: false, update: false })
+  t.same(of(planOf({ ...MUON, second_momentum: 'row' }, odd.slice(0, 1))), { gradient: true, update: false })
+  t.same(of(planOf(ADAMW, [{ dims: [64], offset: 0 }])), { gradient: false, update: false })
 })
