@@ -1,5 +1,5 @@
 import type { Triple } from '../orthogonalize/coefficients.js'
-import { formFor } from '../orthogonalize/orthogonalize.js'
+import { formFor, type OrthogonalizeSpec } from '../orthogonalize/orthogonalize.js'
 import {
   applyProblem,
   type GemmMatrix,
@@ -23,6 +23,7 @@ export const WORKSPACE_SQUARE = ['r', 't', 'z', 'z2', 'w'] as const
 export const WORKSPACE_NAMES = [...WORKSPACE_WIDE, ...WORKSPACE_SQUARE]
 
 type Shape = { readonly rows: number; readonly cols: number }
+type Form = OrthogonalizeSpec['form']
 
 /** The shape of a matrix of the workspace for an x of this shape. */
 export function sizeOf(name: keyof Workspace, { rows, cols }: Shape): Shape {
@@ -95,11 +96,11 @@ export function listCost(shape: Shape, coefficients: readonly Triple[], clusters
   return (count) => launches.reduce((sum, { tiles, cost }) => sum + Math.ceil((count * tiles) / clusters) * cost, 0)
 }
 
-function formOf({ x }: Workspace): 'direct' | 'gram' {
+function formOf({ x }: Workspace): Form {
   return formFor(x.rows, x.cols)
 }
 
-function segmentsOf(coefficients: readonly Triple[], form: 'direct' | 'gram'): Segment[] {
+function segmentsOf(coefficients: readonly Triple[], form: Form): Segment[] {
   if (form === 'direct' || coefficients.length < FIRST_SEGMENT.iterations)
     return coefficients.map((triple) => ({ triples: [triple], centre: 0 }))
   const segments: Segment[] = []

@@ -12,6 +12,7 @@ import {
   workspaceOf,
 } from '../../../kernels/cuda/newton-schulz.js'
 import type { Triple } from '../../../kernels/orthogonalize/coefficients.js'
+import { formFor } from '../../../kernels/orthogonalize/orthogonalize.js'
 import { Cache } from '../cache.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
 import { aligned } from '../staging.js'
@@ -32,6 +33,7 @@ type Program = { ends: Ends[]; padded: Padded[]; launches: Launch[]; memory: rea
 /** A matrix without the zeros that its products have: X and then O at `plain`. */
 type Padded = { rows: number; cols: number; plain: Pointer; x: Pointer; o: Pointer }
 type Shape = { rows: number; cols: number }
+type Parts = { cuda: Cuda; stream: CudaStream; lists: LaunchLists; form?: 'direct' | 'gram' }
 type Addresses = { [Name in keyof Workspace]: Pointer }
 
 const IN_HALF = { product: 'float16', input_scale: 1, output_scale: 1 } as const
@@ -53,14 +55,17 @@ export class Hopper {
   readonly #clusters: number
   readonly #programs: Cache<Program>
   readonly #texts = new WeakMap<readonly Triple[], string>()
+  readonly #formFor: typeof formFor
   #memory = 0n
 
-  constructor({ cuda, stream, lists }: { cuda: Cuda; stream: CudaStream; lists: LaunchLists }, cubin: Uint8Array) {
+  /** `form` is the form of every shape, for benchmarks; left out: the one that formFor says. */
+  constructor({ cuda, stream, lists, form }: Parts, cubin: Uint8Array) {
     this.#cuda = cuda
     this.#stream = stream
     this.#lists = lists
     this.#kernel = cuda.load(cubin)(GEMM_KERNEL)
     cuda.allowSharedMemory(this.#kernel, GEMM_SHARED_BYTES)
+    this.#formFor = form ? () => form : formFor
     this.#clusters = Math.floor(cuda.multiprocessors / GEMM_CLUSTER)
     this.#programs = new Cache(MAX_PROGRAMS, ({ memory }) => {
       stream.synchronize()
@@ -128,7 +133,10 @@ export class Hopper {
     const plains = shapes.map(({ rows, cols }, i) => starts[i] + BigInt(workspaceBytes(rows, cols)))
     const maps = this.#upload(shapes.flatMap((shape, i) => this.#encodeMaps(shape, addresses[i])))
     const workspaces = shapes.map((shape, i) => workspaceOf(shape, maps.slice(i * WORKSPACE_NAMES.length)))
-    const steps = workspaces.map((workspace, i) => newtonSchulzSteps(workspace, list[i].coefficients))
+    const steps = workspaces.map((workspace, i) => {
+      const { rows, cols } = shapes[i]
+      return newtonSchulzSteps(workspace, list[i].coefficients, this.#formFor(rows, cols))
+    })
     const count = Math.max(...steps.map(({ launches }) => launches.length))
     const plans = Array.from({ length: count }, (_, i) => {
       return planGemm(
