@@ -240,7 +240,8 @@ template <int HALF> __device__ inline void add(const Consumer &own, float (&d)[1
     }
 }
 
-// Adds 'diagonal' to the elements on the diagonal of block q, which lies on it: the 16 rows of a warp cross it in 16 columns.
+// Adds 'diagonal' to the elements on the diagonal of block q, which lies on it: the 16 rows of a warp cross it in 16
+// columns.
 template <int HALF> __device__ inline void add_diagonal(const Consumer &own, float (&d)[128], u32 q, float diagonal) {
 #pragma unroll
   for (int i = 0; i < 64; i++)

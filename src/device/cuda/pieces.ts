@@ -173,8 +173,8 @@ export function checkBlocksOf(pieces: readonly Piece[]): number {
 }
 
 /**
- * Bytes for the partial sums of a job: the scans of its gradient and its update in kernels of their own, its checks, and
- * the scan of its update in the kernel that writes it.
+ * Bytes for the partial sums of a job: the scans of its gradient and its update in kernels of their own, its checks,
+ * and the scan of its update in the kernel that writes it.
  */
 export function partialBytes(checkBlocks: number): number {
   return (2 * MAX_BLOCKS + 2 * checkBlocks) * PARTIAL_BYTES
