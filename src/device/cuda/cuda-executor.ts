@@ -1,7 +1,7 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
 import { MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../../kernels/cuda/source.js'
-import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
+import { bytesPerElement } from '../../../kernels/dtype.js'
 import { kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
 import type { Plan } from '../../optimizer/plan.js'
 import type { CudaLane, Executor, Scratch } from '../executor.js'
@@ -38,9 +38,9 @@ import {
   packOf,
   partialBytes,
   piecesOf,
-  scanBlocks,
   scannedInPassing,
 } from './pieces.js'
+import { Scans } from './scans.js'
 import { ALIGNMENT, workspaceBytes } from './scratch.js'
 import { ScratchMemory } from './scratch-memory.js'
 import { isSmall, SMALL_TOGETHER, SmallOrthogonalizer, smallBytes } from './small.js'
@@ -66,6 +66,7 @@ export class CudaExecutor implements Executor {
   readonly #copyIn: CudaStream
   readonly #copyOut: CudaStream
   readonly #lists: LaunchLists
+  readonly #scans: Scans
   readonly #orthogonalizer: Orthogonalizer
   readonly #hopper: Hopper | undefined
   readonly #small: SmallOrthogonalizer
@@ -87,6 +88,7 @@ export class CudaExecutor implements Executor {
     this.#orthogonalizer = new Orthogonalizer(folder, gpu, this.#stream)
     this.#hopper = hopper && new Hopper({ cuda: this.#cuda, stream: this.#stream, lists: this.#lists }, hopper)
     const pointer = this.#cuda.allocateHost(RESULT_BYTES * MOST_RESULTS)
+    this.#scans = new Scans(this.#lists, pointer)
     this.#results = { pointer, view: new DataView(viewMemory(pointer, RESULT_BYTES * MOST_RESULTS).buffer) }
   }
 
@@ -111,14 +113,14 @@ export class CudaExecutor implements Executor {
       const pieces = laid.flatMap((gpuJob) => this.#piecesOf(gpuJob))
       // What crosses no bus is not cut: there is nothing to overlap with.
       const batches = laid.some(crossesBus) ? batchesOf(pieces) : [pieces]
-      this.#scanGradients(laid)
+      this.#scans.ofGradients(laid)
       this.#receive(batches[0])
       for (const [index, batch] of batches.entries()) {
         this.#stream.follow(this.#copyIn)
         this.#receive(batches[index + 1] ?? [])
         this.#compute(batch)
         this.#send(batch)
-        this.#report(batch.filter(({ last }) => last).map(({ gpuJob }) => gpuJob))
+        this.#scans.report(batch.filter(({ last }) => last).map(({ gpuJob }) => gpuJob))
       }
     } finally {
       this.#lists.clear()
@@ -220,48 +222,6 @@ export class CudaExecutor implements Executor {
       const to = job.update.pointer + BigInt(offset * size)
       this.#copyOut.copy(to, update + BigInt(offset * size), elements * size)
     }
-  }
-
-  /**
-   * Queues the scans of gradients on the GPU that no other kernel scans, and with them the copies of those that their
-   * clients may change.
-   */
-  #scanGradients(jobs: readonly GpuJob[]): void {
-    for (const { job, gradient, scans, inPassing } of jobs) {
-      if (!isOnGpu(job) || inPassing.gradient) continue
-      const from = sourceOf(job).pointer
-      const copy = isReceived(job) ? gradient : 0n
-      this.#scan(from, { copy, bytes: job.gradient.bytes, dtype: job.plan.kernel.gradient_dtype, partials: scans })
-    }
-    this.#lists.launch()
-  }
-
-  /**
-   * Queues the scans of updates, and of gradients that have come, where no other kernel scans them, and the sums of all
-   * partial sums of each job.
-   */
-  #report(jobs: readonly GpuJob[]): void {
-    for (const gpuJob of jobs) {
-      const { job, gradient, update, scans, inPassing } = gpuJob
-      const { gradient_dtype, update_dtype } = job.plan.kernel
-      const copy = 0n
-      if (!isOnGpu(job) && !inPassing.gradient)
-        this.#scan(gradient, { copy, bytes: job.gradient.bytes, dtype: gradient_dtype, partials: scans })
-      const partials = updateScans(gpuJob)
-      if (!inPassing.update) this.#scan(update, { copy, bytes: job.update.bytes, dtype: update_dtype, partials })
-    }
-    this.#lists.launch()
-    for (const gpuJob of jobs) {
-      const { job, scans, inPassing, checks, written, checkBlocks, result } = gpuJob
-      const { gradient, update } = job
-      this.#lists.add(CUDA_KERNELS.collect(), 1, [
-        ...[inPassing.gradient ? 0n : scans, BigInt(scanBlocks(gradient.bytes)), BigInt(gradient.bytes)],
-        inPassing.update ? written : updateScans(gpuJob),
-        ...[BigInt(inPassing.update ? checkBlocks : scanBlocks(update.bytes)), BigInt(update.bytes)],
-        ...[checks, BigInt(checkBlocks), this.#results.pointer + BigInt(result * RESULT_BYTES)],
-      ])
-    }
-    this.#lists.launch()
   }
 
   #judge({ expected }: Job, index: number): Omit<JobResult, 'computeSeconds'> {
@@ -408,21 +368,11 @@ export class CudaExecutor implements Executor {
     this.#lists.launch()
   }
 
-  #scan(from: Pointer, to: { copy: Pointer; bytes: number; dtype: Dtype; partials: Pointer }): void {
-    const { copy, bytes, dtype, partials } = to
-    this.#lists.add(CUDA_KERNELS.scan(dtype), scanBlocks(bytes), [from, copy, BigInt(bytes), partials])
-  }
-
   /** The scratch memory of one matrix before and after its orthogonalization by ONNX Runtime. */
   #matrices(rows: number, cols: number): { x: Pointer; o: Pointer; rows: number; cols: number } {
     const bytes = aligned(rows * cols * bytesPerElement('float16'), ALIGNMENT)
     const take = this.#scratch.workspaces()
     return { x: take(bytes), o: take(bytes), rows, cols }
   }
-}
-
-/** Where the partial sums of a kernel that only scans the update lie. */
-function updateScans({ scans }: GpuJob): Pointer {
-  return scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
 }
 /* c8 ignore stop */
