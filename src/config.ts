@@ -1,7 +1,9 @@
 import { readFileSync } from 'node:fs'
-import { parseArgs } from 'node:util'
 import { envSchema } from 'env-schema'
+import { type Flags, type FlagTypes, scanArguments } from './arguments.js'
 import { errorText } from './errors.js'
+
+export type { Flags } from './arguments.js'
 
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'] as const
 const DURABILITIES = ['checkpoint', 'journal'] as const
@@ -198,6 +200,27 @@ export function readCommand(argv: readonly string[], env: Environment): Command 
 }
 
 /**
+ * What a command line and the variables come to, right or wrong. `config` has the default of each setting in `wrong`;
+ * `given` are flags and variables that settings were taken from; `problems` has a line for all that is wrong.
+ */
+export type Examined = {
+  readonly config: Config
+  readonly given: readonly string[]
+  readonly wrong: ReadonlySet<SettingName>
+  readonly problems: readonly string[]
+}
+
+/** Reads flags and `MUOND_*` variables as `readCommand` does, and flags of a command's own. Throws nothing. */
+export function examine(
+  argv: readonly string[],
+  env: Environment,
+  own: FlagTypes,
+): Examined & { readonly flags: Flags } {
+  const { values: flags, problems } = readFlags(argv, own)
+  return { ...examined({ ...fromVariables(env), ...fromFlags(flags) }, problems), flags }
+}
+
+/**
  * A config of the defaults and the given settings (lists comma separated), checked like flags. For tests and
  * embedding.
  */
@@ -210,9 +233,12 @@ export function configOf(settings: Partial<Record<SettingName, string | number |
   return check(sources)
 }
 
-/** The `MUOND_*` variables that are no setting, so that a misspelt one is not ignored in silence. */
+/** The variable that commands which ask a service, and clients, take their key from. */
+const TOKEN_VARIABLE = 'MUOND_TOKEN'
+
+/** The `MUOND_*` variables that nothing reads, so that a misspelt one is not ignored in silence. */
 export function unknownVariables(env: Environment): string[] {
-  const known = new Set(NAMES.map(variableOf))
+  const known = new Set([...NAMES.map(variableOf), TOKEN_VARIABLE])
   return Object.keys(env).filter((name) => name.startsWith('MUOND_') && !known.has(name))
 }
 
@@ -264,13 +290,10 @@ function variableOf(name: SettingName): string {
 /** The variables of a process. */
 export type Environment = Readonly<Record<string, string | undefined>>
 
-/** The flags of a command by name. `parseArgs` has lists for flags that may be given twice, which none is here. */
-export type Flags = Readonly<Record<string, string | boolean | readonly (string | boolean)[] | undefined>>
-
-function readFlags(argv: readonly string[]): { values: Flags; problems: string[] } {
+function readFlags(argv: readonly string[], own: FlagTypes = {}): { values: Flags; problems: string[] } {
   const secrets = NAMES.filter(isSecret).map(flagOf)
   const types = NAMES.map((name) => [flagOf(name), SETTINGS[name].type === 'boolean' ? 'boolean' : 'string'] as const)
-  const read = scanArguments(argv, { ...Object.fromEntries(types), help: 'boolean', version: 'boolean' })
+  const read = scanArguments(argv, { ...Object.fromEntries(types), help: 'boolean', version: 'boolean', ...own })
   const given = secrets.filter((flag) => argv.some((word) => word.split('=')[0] === `--${flag}`)).map(secretRefusal)
   const problems = [...read.problems, ...given]
   // What follows a flag that nobody knows may be its value, and a secret.
@@ -284,8 +307,6 @@ function secretRefusal(flag: string): string {
   return `there is no --${flag}, as everybody can read command lines: use ${variable} or --keys-file`
 }
 
-type FlagTypes = Readonly<Record<string, 'string' | 'boolean'>>
-
 /**
  * Splits the arguments of a command into its flags and the rest; `-h` is `--help`. Throws ConfigError with a line for
  * each problem.
@@ -297,38 +318,6 @@ export function readArguments(
   const { problems, ...read } = scanArguments(argv, flags)
   if (problems.length > 0) throw ConfigError.of(problems)
   return read
-}
-
-function scanArguments(
-  argv: readonly string[],
-  flags: FlagTypes,
-): { values: Flags; positionals: readonly string[]; problems: string[] } {
-  const options = Object.fromEntries(
-    Object.entries(flags).map(([name, type]) => [name, name === 'help' ? { type, short: 'h' } : { type }]),
-  )
-  const { values, positionals, tokens } = parseArgs({
-    ...{ args: [...argv], options, strict: false, allowPositionals: true, tokens: true },
-  })
-  const wrong = tokens.flatMap((token) => {
-    const problem = token.kind === 'option' ? problemOf(token, flags) : undefined
-    return problem === undefined ? [] : [{ ...problem, text: `${problem.text} (--help lists the flags)` }]
-  })
-  // What is wrong already is not looked at again.
-  const fit = Object.entries(values).filter(([name]) => !wrong.some((problem) => problem.name === name))
-  return { values: Object.fromEntries(fit), positionals, problems: wrong.map(({ text }) => text) }
-}
-
-/** What is wrong with a flag as it was given; a value that looks like a flag is one whose own value was forgotten. */
-function problemOf(
-  { name, rawName, value, inlineValue }: { name: string; rawName: string; value?: string; inlineValue?: boolean },
-  flags: FlagTypes,
-): { name: string; text: string } | undefined {
-  const type = Object.hasOwn(flags, name) ? flags[name] : undefined
-  if (type === undefined) return { name, text: `Unknown option '${rawName}'` }
-  if (type === 'boolean') return value === undefined ? undefined : { name, text: `Option '${rawName}' takes no value` }
-  if (value === undefined) return { name, text: `Option '${rawName} <value>' argument missing` }
-  if (inlineValue || !value.startsWith('-')) return undefined
-  return { name, text: `Option '${rawName}' is followed by another: write ${rawName}=… if that is its value` }
 }
 
 function fromFlags(flags: Flags): Sources {
@@ -350,20 +339,27 @@ function fromVariables(env: Environment): Sources {
 }
 
 function check(sources: Sources, before: readonly string[] = []): Config {
+  const { config, problems } = examined(sources, before)
+  if (problems.length > 0) throw ConfigError.of(problems)
+  return config
+}
+
+function examined(sources: Sources, before: readonly string[]): Examined {
   const problems = [...before]
+  const wrong = new Set<SettingName>()
   const given = (name: SettingName) => {
     try {
       return settingValue(name, sources[name])
     } catch (error) {
       problems.push(errorText(error))
+      wrong.add(name)
       return settingValue(name, undefined)
     }
   }
   const entries = NAMES.map((name) => [name, given(name)])
   const config: Config = Object.freeze(Object.fromEntries(entries))
   problems.push(...contradictionsIn(config))
-  if (problems.length > 0) throw ConfigError.of(problems)
-  return config
+  return { config, given: Object.values(sources).map(({ from }) => from), wrong, problems }
 }
 
 /** What settings that are right by themselves may not be together. */
@@ -376,13 +372,18 @@ function contradictionsIn(config: Config): string[] {
   ]
 }
 
+/** Whether only processes of this machine reach a service that listens on a host. */
+export function isLoopback(host: string): boolean {
+  return LOOPBACK.test(host)
+}
+
 /**
  * What reaches beyond the loopback has keys and TLS, unless it is said aloud that it has not (docs/security.md).
  * A client certificate shows as well as a key who comes.
  */
 function opennessOf(config: Config): string[] {
   const { host, insecure_no_keys, insecure_no_tls, keys_file, api_keys, tls_cert, tls_client_ca } = config
-  if (LOOPBACK.test(host)) return []
+  if (isLoopback(host)) return []
   const isGuarded = keys_file !== '' || api_keys.length > 0 || tls_client_ca !== ''
   const noKeys =
     'there are no keys: whoever reaches it could do everything. Give --keys-file (muond keys add), or --insecure-no-keys'
@@ -416,6 +417,9 @@ function entriesOf(value: unknown): readonly string[] {
 
 const USAGE = [
   'muond [serve] [--flag value]…   serves; --help and --version print and exit',
+  'muond check [--flag value]…     what a start with these settings would meet; changes nothing',
+  'muond status [URL]              what a service does, and how full it is',
+  'muond top [URL]                 the runs of a service as they train',
   'muond keys add NAME --file FILE makes a key with scopes and runs; remove, list',
   'muond presets [NAME]            recipes that a group may name as its preset',
   'muond explain PARAMETERS.json   what a step of each parameter would be, and why',
