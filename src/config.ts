@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs'
 import { envSchema } from 'env-schema'
 import { type Flags, type FlagTypes, scanArguments } from './arguments.js'
 import { errorText } from './errors.js'
+import { flag, integer, keys, list, type Setting, seconds, text } from './setting.js'
 
 export type { Flags } from './arguments.js'
 
@@ -10,10 +11,6 @@ const DURABILITIES = ['checkpoint', 'journal'] as const
 const DEVICE = { pattern: '^(auto|cpu|cuda(:\\d+(,\\d+)*)?)$', expected: 'be auto, cpu, cuda, cuda:N or cuda:N,N' }
 const BYTES = Number.MAX_SAFE_INTEGER
 const DAY = 86_400
-const LIST_EXPECTED = 'be comma-separated, without spaces, none of them empty'
-/** RFC 6750's token characters, and so many of them that nobody finds a key by trying. */
-const KEY = '[A-Za-z0-9._~+/=-]{16,}'
-const KEY_WORDS = 'at least 16 letters, digits and . _ ~ + / = -'
 const LOOPBACK = /^(localhost|127\.\d+\.\d+\.\d+|::1)$/i
 
 /**
@@ -144,19 +141,6 @@ export const SETTINGS = {
   }),
 } as const satisfies Record<string, Setting>
 
-/**
- * A JSON schema and three words of our own: `expected` says what a value must be where the schema cannot, `list`
- * splits it, and a `secret` has no flag, as command lines are read by all, and stays out of messages.
- */
-type Setting = {
-  type: 'string' | 'integer' | 'number' | 'boolean'
-  default: string | number | boolean
-  description: string
-  expected?: string
-  list?: true
-  secret?: true
-  [keyword: string]: unknown
-}
 export type SettingName = keyof typeof SETTINGS
 type ValueOf<S> = S extends { list: true }
   ? readonly string[]
@@ -240,35 +224,6 @@ const TOKEN_VARIABLE = 'MUOND_TOKEN'
 export function unknownVariables(env: Environment): string[] {
   const known = new Set([...NAMES.map(variableOf), TOKEN_VARIABLE])
   return Object.keys(env).filter((name) => name.startsWith('MUOND_') && !known.has(name))
-}
-
-function text(value: string, description: string, rest: { expected?: string; [keyword: string]: unknown } = {}) {
-  return { type: 'string', default: value, description, ...rest } as const
-}
-
-function integer(value: number, [minimum, maximum]: [number, number], description: string) {
-  return { type: 'integer', default: value, minimum, maximum, description } as const
-}
-
-function seconds(value: number, [minimum, maximum]: [number, number], description: string) {
-  return { type: 'number', default: value, minimum, maximum, description } as const
-}
-
-function flag(description: string) {
-  return { type: 'boolean', default: false, expected: 'be true or false', description } as const
-}
-
-/** No entry may be empty or have space around it: it would never be equal to anything. */
-function list(description: string) {
-  const pattern = '^([^,\\s]+(,[^,\\s]+)*)?$'
-  return { type: 'string', default: '', list: true, pattern, expected: LIST_EXPECTED, description } as const
-}
-
-/** No entry may be empty: a stray comma must not open the service. */
-function keys(description: string) {
-  const pattern = `^(${KEY}(,${KEY})*)?$`
-  const expected = `be comma-separated keys of ${KEY_WORDS}, none of them empty`
-  return { type: 'string', default: '', list: true, secret: true, pattern, expected, description } as const
 }
 
 function isSettingName(name: string): name is SettingName {

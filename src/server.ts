@@ -35,6 +35,21 @@ const COMMANDS = new Map<string, Command>([
       }),
   ],
   [
+    'status',
+    async (argv) =>
+      (await import('./commands/operate/watch/status.js')).statusCommand(argv, process.env, {
+        width: process.stdout.columns,
+        failed,
+      }),
+  ],
+  [
+    'top',
+    async (argv) =>
+      (await import('./commands/operate/watch/top.js')).topCommand(argv, process.env, {
+        ...{ output: process.stdout, keyboard: process.stdin, signals: process },
+      }),
+  ],
+  [
     'explain',
     async (argv) => (await import('./commands/explain.js')).explainCommand(argv, process.env, process.stdout.columns),
   ],

@@ -580,6 +580,10 @@ export interface components {
             in_memory: boolean;
             /** @description Whether a connection writes to the run. */
             connected: boolean;
+            /** @description Members that have a connection; absent for a run with one connection. */
+            connected_members?: number;
+            /** @description Ranks of all replicas; absent as `connected_members`. */
+            all_members?: number;
             /** @description How many parameters the run has. */
             parameters: number;
             /** @description Bytes of its state on the device; of one that is not in memory, those that it takes there. */

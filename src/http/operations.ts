@@ -306,12 +306,18 @@ function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
     created_at,
     in_memory: true,
     connected: run.connected,
+    ...memberCounts(run),
     parameters,
     state_bytes: run.stateBytes,
     durable_step: runs.durableStep(run),
     ...run.pace,
     ...(note && { note }),
   }
+}
+
+function memberCounts({ intake: { members } }: Run): { connected_members?: number; all_members?: number } {
+  const { named, world_size, replicas } = members.layout
+  return named ? { connected_members: members.connected.length, all_members: world_size * replicas } : {}
 }
 
 function idleSummary({ groups: _, attentions: __, ...rest }: IdleRun): Schemas['RunSummary'] {
