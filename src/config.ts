@@ -91,7 +91,7 @@ export const SETTINGS = {
   max_bytes_per_second: integer(
     0,
     [0, BYTES],
-    'Bytes that all streams together may send over their sockets; what is faster is read later. 0 is without a limit.',
+    'Bytes of gradients, on whatever transport, and of state read or imported over REST, that all together may move; what is faster waits. 0 is without a limit.',
   ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),
