@@ -1,4 +1,5 @@
 import { mkdirSync } from 'node:fs'
+import { loadavg } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import type { Browser, Page } from 'playwright-core'
@@ -12,17 +13,21 @@ const PARAMETERS = 10_000
 const RUN = 'moonlight-small'
 /** Has Chromium write down every task of every thread, with the processor time that it took. */
 const CATEGORIES = ['disabled-by-default-devtools.timeline', 'devtools.timeline', '__metadata']
-/** Scrolls through all rows in steps of a row's height times 23, one in each frame. */
+/** Scrolls through all rows in steps of a row's height times 23, one in each frame; resolves to the times of frames. */
 const SCROLL = `new Promise((resolve) => {
   const rows = document.querySelector('.rows')
-  const on = () => {
+  const times = []
+  const on = (now) => {
+    times.push(now)
     const before = rows.scrollTop
     rows.scrollTop += 736
-    if (rows.scrollTop === before) resolve()
+    if (rows.scrollTop === before) resolve(times)
     else requestAnimationFrame(on)
   }
-  on()
+  requestAnimationFrame(on)
 })`
+/** A frame that takes longer is seen as a hitch. */
+const SMOOTH_MS = 50
 
 const { values } = parseArgs({ options: { pictures: { type: 'string' } } })
 const browser = await launch()
@@ -53,7 +58,13 @@ async function measureScrolling(browser: Browser, { http }: Service): Promise<vo
   await page.getByRole('link', { name: 'experts' }).click()
   await page.getByText(`${PARAMETERS.toLocaleString('en-US')} parameters`, { exact: true }).waitFor()
   await report(page, `scrolling through ${PARAMETERS} parameters`, async () => {
-    await page.evaluate(SCROLL)
+    const times = await page.evaluate<number[]>(SCROLL)
+    const frames = times.slice(1).map((time, i) => time - times[i]!)
+    const late = frames.filter((frame) => frame > SMOOTH_MS).length
+    const longest = Math.max(...frames).toFixed(1)
+    console.log(
+      `${frames.length} frames, the longest ${longest} ms, ${late} over ${SMOOTH_MS} ms (load ${loadavg()[0]})`,
+    )
   })
   await close()
 }
