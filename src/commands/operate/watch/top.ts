@@ -160,14 +160,15 @@ async function print(service: ServiceAddress, first: Look, { terminal, ...timing
 /** The lines of a screen: as many runs as there is room for between the head and the last line. */
 function screenLines(url: string, picture: Picture, { columns, rows }: { columns: number; rows: number }): string[] {
   const { last, problem } = picture
-  const head = [...headLines(url, picture), problem ?? '']
+  const head = [...headLines(url, picture, columns), problem ?? '']
   const room = Math.max(0, rows - head.length - 2)
   const hidden = Math.max(0, last.rows.length - room)
   const foot = hidden > 0 ? `${counted(hidden, 'slower run')} below; q ends` : 'q ends'
   return [...head, ...tableOf(last.rows.slice(0, room), columns), foot]
 }
 
-function headLines(url: string, { last: { found, at }, before }: Picture): string[] {
+/** The title, and below it as much of what the service does as `width` has room for. */
+function headLines(url: string, { last: { found, at }, before }: Picture, width = Number.POSITIVE_INFINITY): string[] {
   const device = found.capabilities.devices.map(({ name }) => name).join(', ')
   const read = ({ samples }: Survey, name: string) => samples?.get(`muond_${name}`) ?? 0
   const rates = () => {
@@ -179,7 +180,9 @@ function headLines(url: string, { last: { found, at }, before }: Picture): strin
   const [state, limit] = ['state_bytes', 'state_bytes_limit'].map((name) => amount(read(found, name), 'B'))
   // A key that is not for all runs is not told what all of them do.
   const all = found.samples === undefined ? [] : [...rates(), `state ${state} of ${limit}`]
-  return [titleOf(url, found), [device, found.unready, ...all].filter(Boolean).join('; ')]
+  const parts = [device, ...(found.unready === undefined ? [] : [found.unready]), ...all]
+  while (parts.length > 1 && parts.join('; ').length > width) parts.pop()
+  return [titleOf(url, found), parts.join('; ')]
 }
 
 const PHASES = ['receive', 'queue', 'compute', 'send'] as const
