@@ -14,7 +14,7 @@ import { HYPERPARAMETERS, type Table } from '../src/optimizer/table.js'
 import { readPresets } from '../src/store/presets.js'
 import { markdown } from './chaos/table.js'
 import { train, trainStep } from './run/trainer.js'
-import { startService } from './service.js'
+import { type RawClient, startService } from './service.js'
 
 const README = readFileSync('README.md', 'utf8')
 const NODE = readFileSync('docs/node.md', 'utf8')
@@ -153,7 +153,7 @@ t.test('check, status and top print what docs/operations.md shows', async (t) =>
   const data = join(t.testdir({}), 'data')
   const service = await startService({ data, durability: 'journal', checkpoint_steps: 5, lanes: 2 })
   const names = ['moonlight-small', 'ablation-no-clip', 'sweep-lr-0.02']
-  const clients = []
+  const clients: RawClient[] = []
   for (const run of names) clients.push((await train(service, { run, last: 7 })).client)
   for (const run of names) await service.runs.keeper(run).settled()
   await clients[2]!.close()
