@@ -1,4 +1,4 @@
-import { access } from 'node:fs/promises'
+import { existsSync } from 'node:fs'
 import { basename, join } from 'node:path'
 import type { Declaration } from '../run/declaration.js'
 import { branchFolder } from '../store/branches.js'
@@ -7,7 +7,6 @@ import { CheckpointList, readCheckpoints, readManifest } from '../store/checkpoi
 import { openCheckpoint } from '../store/checkpoint/checkpoint-source.js'
 import { type Manifest, UnreadableError } from '../store/checkpoint/manifest.js'
 import { stateName } from '../store/checkpoint/state-source.js'
-import { hasCode } from '../store/durable.js'
 import { listSegments } from '../store/journal/journal.js'
 import { readJournal } from '../store/journal/journal-reader.js'
 import { readIdentity, refuseLink } from '../store/run-folder.js'
@@ -47,7 +46,7 @@ export async function verifyRun(folder: string, files: CheckpointFiles): Promise
   checkDigest(manifest, declaration)
   await files.read({ folder: place, files: manifest.files, targets: new Map(), locations: [] })
   await checkTensors(place, manifest, declaration)
-  const { steps } = (await exists(journal)) ? await readJournal(journal, manifest.step) : { steps: [] }
+  const { steps } = existsSync(journal) ? await readJournal(journal, manifest.step) : { steps: [] }
   return {
     step: manifest.step + steps.length,
     checkpoint: newest.checkpoint,
@@ -75,18 +74,8 @@ async function checkTensors(folder: string, { places }: Manifest, { parameters }
 
 /** A run without a checkpoint: its making was interrupted, unless there are steps. */
 async function unfinished(folder: string, journal: string): Promise<StoredRun> {
-  const segments = (await exists(journal)) ? await listSegments(journal) : []
+  const segments = existsSync(journal) ? await listSegments(journal) : []
   if (segments.some(({ bytes }) => bytes > 0))
     throw new UnreadableError(`${folder} has a journal and no checkpoint that it goes on from`)
   return { step: 0, checkpoint: '', checkpoints: 0, bytes: 0, journalSteps: 0 }
-}
-
-async function exists(path: string): Promise<boolean> {
-  try {
-    await access(path)
-    return true
-  } catch (error) {
-    if (hasCode(error, 'ENOENT')) return false
-    throw error
-  }
 }

@@ -6,10 +6,13 @@ import {
   mkdtempSync,
   readdirSync,
   readFileSync,
+  renameSync,
   rmSync,
   symlinkSync,
+  unlinkSync,
   writeFileSync,
 } from 'node:fs'
+import { createServer as createHttpServer } from 'node:http'
 import { createServer } from 'node:net'
 import { hostname, tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
@@ -66,13 +69,15 @@ const filesIn = (folder: string) => readdirSync(folder, { recursive: true, encod
 
 t.test('without anything wrong every row is ok, and a table says so', async (t) => {
   const data = join(t.testdir({}), 'a', 'b')
-  const { checks, failed } = await check([...QUICK, '--data', data])
+  const socket = join(shortFolder(t), 's')
+  const { checks, failed, one } = await check([...QUICK, '--data', data, '--socket', socket])
   t.same(
     checks.map(({ check, state }) => [check, state]),
-    ['settings', 'device', 'memory', 'data', 'port', 'keys', 'TLS', 'presets'].map((name) => [name, 'ok']),
+    ['settings', 'device', 'memory', 'data', 'port', 'socket', 'keys', 'TLS', 'presets'].map((name) => [name, 'ok']),
   )
   t.notOk(failed)
-  t.match(checks[0], { found: '--port, --device, --data' })
+  t.match(checks[0], { found: '--port, --socket, --device, --data' })
+  t.match(one('socket'), { found: `${socket} is free` })
   t.match(checks[1], { found: /^cpu has computed with ONNX Runtime \d/ })
   t.match(checks[3], { found: `${data} is not there yet, and will be made` })
   const lines = (await print(['--data', data])).split('\n')
@@ -101,6 +106,7 @@ t.test('all that is wrong with the settings is told at once, and the rest is loo
   for (const name of ['port', 'keys', 'TLS']) t.same(of(name), [], `nothing is said of a ${name} that is not known`)
   t.match(one('data'), { state: 'warning', remedy: '--data DIR keeps it' })
   t.match(await checkDevice(configOf({ device: 'cuda' })), [{ check: 'device', state: 'error' }])
+  t.match(await checkDevice(configOf()), [{ check: 'device', found: /has computed with/ }], 'whichever there is')
   const [, memory] = await checkDevice(configOf({ device: 'cpu', state_bytes_limit: 2 ** 50 }))
   t.match(memory, { state: 'warning', found: /^1\.13 PB for the state of runs are granted, .* are there$/ })
 })
@@ -136,7 +142,7 @@ t.test('beside a running service nothing is disturbed, and each run is held agai
   const full = { durability: 'journal', journal_bytes: Number.MAX_SAFE_INTEGER }
   t.match((await dataOf(data, full)).one('disk'), {
     state: 'warning',
-    found: /are free; the next checkpoint of each run takes [\d.]+ kB, journals take up to 9\.01 PB$/,
+    found: /are free; the next checkpoint of each run takes [\d.]+ kB, journals up to 9\.01 PB$/,
   })
 })
 
@@ -145,12 +151,16 @@ t.test('what a start could not bring back is an error that names the file', asyn
   const service = await start(data, { durability: 'journal' })
   const { client } = await train(service, { last: 7 })
   await client.close()
+  await (await train(service, { run: 'fresh', last: 0 })).client.close()
   await service.app.close()
   const folder = runFolder(data)
   const state = stateFile(data)
   const journal = join(folder, 'journal', readdirSync(join(folder, 'journal')).at(-1)!)
-  const pristine = new Map([state, journal, join(folder, 'run.json')].map((path) => [path, readFileSync(path)]))
+  const pristine = new Map(
+    [state, journal, manifestOf(data, 5), join(folder, 'run.json')].map((path) => [path, readFileSync(path)]),
+  )
   const damages: [() => void, RegExp][] = [
+    [() => flip(manifestOf(data, 5), 9), /manifest\.json has SHA-256/],
     [() => flip(state, -1), /state-00001-of-.* has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}$/],
     [() => rmSync(state), /state-00001-of-.* cannot be opened: ENOENT/],
     [() => flip(journal, 20), /journal.*record 1 at byte 0 is damaged, and step \d was finished after it$/],
@@ -162,6 +172,11 @@ t.test('what a start could not bring back is an error that names the file', asyn
     for (const [path, bytes] of pristine) writeFileSync(path, bytes)
   }
   t.match((await dataOf(data)).one('run r'), { state: 'ok' })
+  rmSync(join(runFolder(data, 'fresh'), 'journal'), { recursive: true })
+  t.match((await dataOf(data)).one('run fresh'), {
+    state: 'ok',
+    found: new RegExp(`^step 0; ${id(0)}, the newest of 1 `),
+  })
 
   const runs = join(data, 'runs')
   mkdirSync(join(runs, '.deleted-1'))
@@ -175,6 +190,7 @@ t.test('what a start could not bring back is an error that names the file', asyn
   t.match(
     checks.filter(({ check }) => check.startsWith('run ')),
     [
+      { check: 'run fresh', state: 'ok' },
       { check: 'run headless', state: 'error', found: /has a journal and no checkpoint that it goes on from$/ },
       { check: 'run link', state: 'error', found: /is a symbolic link/ },
       { check: 'run made', state: 'ok', found: /^its making was interrupted/ },
@@ -198,6 +214,7 @@ t.test('a tensor that the checkpoint lacks, or has in another shape, is an error
       /'state\.m\.momentum_buffer' is F32 \[24,16\], expected F32 \[16,24\]$/,
     ],
   ]
+  t.match((await dataOf(data)).one('run r'), { state: 'ok', found: /\): as written$/ })
   const path = manifestOf(data, 5)
   const pristine = readFileSync(path)
   for (const [change, found] of changes) {
@@ -228,12 +245,20 @@ t.test('whether a process of another host or container holds the lock cannot be 
 
 t.test('a port or a socket that another program has is an error', async (t) => {
   const folder = shortFolder(t)
-  const foreign = createServer((socket) => socket.end('220 mail\r\n')).listen(0, '127.0.0.1')
+  const foreign = createServer((socket) => socket.resume().end('220 mail\r\n')).listen(0, '127.0.0.1')
   await once(foreign, 'listening')
   const { port } = foreign.address() as { port: number }
   const taken = [{ state: 'error', found: `127.0.0.1:${port} is in use: another program listens there` }]
   t.match(await checkPort(configOf({ port })), taken)
   foreign.close()
+  await once(foreign, 'close')
+  t.match(await checkPort(configOf({ port })), [{ state: 'ok', found: `127.0.0.1:${port} is free` }])
+  t.match(await checkPort(configOf({ host: '::1', port })), [{ found: /^(\[::1\]:\d+ is free|.*EADDRNOTAVAIL.*)$/ }])
+  const web = createHttpServer((_request, response) => response.end('{"name":"other"}')).listen(port, '127.0.0.1')
+  await once(web, 'listening')
+  t.match(await checkPort(configOf({ port })), taken, 'also where it speaks JSON')
+  web.closeAllConnections()
+  web.close()
   const elsewhere = configOf({ host: '192.0.2.1', insecure_no_keys: true, insecure_no_tls: true })
   t.match(await checkPort(elsewhere), [{ state: 'error', found: /EADDRNOTAVAIL/ }])
 
@@ -249,11 +274,23 @@ t.test('a port or a socket that another program has is an error', async (t) => {
   t.match(await socket(path), { state: 'error', found: /another program listens there$/ })
   server.close()
   await once(server, 'close')
+  await leaveStale(path)
+  t.match(await socket(path), { state: 'ok', found: `${path} is one that an ended service has left` })
+  unlinkSync(path)
   writeFileSync(path, '')
   t.match(await socket(path), { state: 'error', found: /is a file of another kind, which stays$/ })
   t.match(await socket(join(folder, 'no', 's')), { state: 'error', found: /^none can be made in .*no: ENOENT/ })
   t.match(await socket('x'.repeat(104)), { state: 'error', found: /has 104 bytes, at most 103$/ })
 })
+
+/** A server that has ended without removing its socket. */
+async function leaveStale(path: string): Promise<void> {
+  const server = createServer().listen(`${path}.moved`)
+  await once(server, 'listening')
+  renameSync(`${path}.moved`, path)
+  server.close()
+  await once(server, 'close')
+}
 
 t.test('keys are counted, and their file is one that nobody else may write', async (t) => {
   const { path } = keysFile(t, [{ name: 'a', scopes: ['read'] }])
@@ -303,6 +340,11 @@ t.test('certificates are read, and their ends and the mode of the key are told',
     { state: 'error', found: /has no certificate/ },
   ])
   t.match(await at(now, { tls_key: TLS('client.key') }), [{ state: 'error', found: /cannot be used/ }])
+  t.equal((await at(now, { tls_client_ca: '' })).length, 2)
+  const service = await startService({ lanes: 1, ...settings, tls_client_ca: '' })
+  const port = Number(new URL(service.http).port)
+  t.match(await checkPort(configOf({ ...settings, port })), [{ state: 'warning', found: / is in use: muond / }])
+  await service.app.close()
   const mutual = await checkKeys(configOf({ ...settings, host: '0.0.0.0' }))
   t.match(mutual, [{ state: 'ok', found: 'none: each client certificate may do everything' }])
 })
@@ -325,4 +367,10 @@ t.test('in a terminal the table is folded to its width, and long names of runs a
     for (const line of lines.filter((line) => !line.includes(data))) t.ok(line.length <= width, line)
     t.match(lines.join('\n'), /^run x+…x+ +ok +its making was interrupted/m)
   }
+})
+
+t.test('without flags a terminal is told of the defaults', async (t) => {
+  const text = await checkCommand([], {}, { width: 80, failed: () => {} })
+  t.match(text, /^settings +ok +the defaults$/m)
+  t.match(text, /^data +warning +no folder: state ends with the process\n +→ --data DIR keeps it$/m)
 })

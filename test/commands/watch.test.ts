@@ -6,7 +6,9 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { PassThrough } from 'node:stream'
 import t from 'tap'
+import { figure, LAST_STEP } from '../../src/commands/operate/watch/runs.js'
 import { statusCommand } from '../../src/commands/operate/watch/status.js'
+import type { RunRow } from '../../src/commands/operate/watch/survey.js'
 import { topCommand } from '../../src/commands/operate/watch/top.js'
 import { VERSION } from '../../src/config.js'
 import { keyOf, keysFile } from '../http/keys.js'
@@ -52,9 +54,13 @@ t.test('one look says what the service is, how full it is, and what its runs do'
   t.match(text, /^first +training +3 +[\d.e+]+ +8 B +1\/1 +now +0$/m)
   t.match(text, /^x{128} +no trainer +0 +– +0 B +0\/1 +– +0$/m)
   t.match(text, /^ranks +waiting +0 +– +0 B +1\/2 +– +0$/m)
-  for (const width of [80, 60]) {
+  for (const width of [80, 60, 24]) {
     const narrow = (await status([service.http], {}, width)).text.split('\n')
-    t.ok(narrow.slice(1).every(({ length }) => length <= width))
+    const rows = narrow.slice(narrow.findIndex((line) => line.startsWith('run ')))
+    t.ok(
+      rows.every(({ length }) => length <= Math.max(width, 28)),
+      'a name, the step and the rate stay',
+    )
     t.match(narrow.join('\n'), /^x+…x+ +(no trainer +)?0/m)
   }
   const json = JSON.parse((await status([service.http, '--json'])).text)
@@ -81,6 +87,13 @@ t.test('runs on the disk are listed, and those that cannot be read with the reas
   t.notOk(failed)
   t.match(text, /\nno runs\n\nrun copy: unreadable: .*\nrun r: unreadable: .* has SHA-256 /)
   await service.app.close()
+
+  const small = await startKeeping(join(t.testdir({}), 'data'), { max_runs: 1 })
+  await (await opened(small, 'first', 1)).close()
+  const second = await opened(small, 'second')
+  t.match((await status([small.http])).text, /^first +on disk +1 +– /m)
+  await second.close()
+  await small.app.close()
 })
 
 t.test('a key that is not for all runs is told of its quotas', async (t) => {
@@ -89,6 +102,7 @@ t.test('a key that is not for all runs is told of its quotas', async (t) => {
   const keys = keysFile(t, [
     { name: 'a', scopes, runs: 'a-', quotas },
     { name: 'b', scopes: ['step'] },
+    { name: 'c', scopes: ['read'], runs: 'c-' },
   ])
   const service = await startService({ ...SMALL, keys_file: keys.path })
   const { text } = await status([service.http], { MUOND_TOKEN: keyOf('a') })
@@ -96,6 +110,7 @@ t.test('a key that is not for all runs is told of its quotas', async (t) => {
     text,
     /: ready\ncpu, .*\n\nlimit +used +of +full\nquota of runs +0 +4 +0 %\nquota of bytes per second +0 B +1\.05 MB +0 %\n/,
   )
+  t.match((await status([service.http], { MUOND_TOKEN: keyOf('c') })).text, /: ready\ncpu, .*\n\nno runs$/)
   const terminal = terminalOf({})
   await topCommand([service.http, '--count', '1'], { MUOND_TOKEN: keyOf('a') }, terminal)
   t.match(terminal.written(), /: ready\ncpu\nno runs\n\n$/)
@@ -121,6 +136,9 @@ t.test('a service that accepts no steps says why, and the command ends with 1', 
   t.ok(failed)
   t.match(text, /: NOT READY, up .*\nthe service shuts down and begins no step \(DRAINING\)\n/)
   t.match(JSON.parse((await status([`ws+unix://${path}`, '--json'])).text), { ready: false, reason: /shuts down/ })
+  const terminal = terminalOf({})
+  await topCommand([`ws+unix://${path}`, '--count', '1'], {}, terminal)
+  t.match(terminal.written(), /\ncpu; the service shuts down and begins no step \(DRAINING\); state/)
   client.send({ type: 'end', step: 1 })
   await drained
   await t.rejects(status([service.http]), { name: 'ConfigError', message: /cannot be reached: .*ECONNREFUSED/ })
@@ -208,12 +226,13 @@ t.test('a terminal is drawn in place, to its size, and left as it was', async (t
     ({ signals }) => signals.emit('SIGTERM'),
   ]
   for (const end of ends) {
-    const terminal = terminalOf({ isTTY: true, columns: 80, rows: 10 })
+    const terminal = terminalOf({ isTTY: true, columns: 60, rows: 10 })
     const running = topCommand([service.http, '--interval', '0.1'], {}, terminal)
     const [, picture] = await drawn(terminal, 2)
     const lines = picture!.replaceAll(`${ESCAPE}[K`, '').replaceAll(`${ESCAPE}[J`, '').split('\r\n')
     t.equal(lines.length, 10)
-    t.ok(lines.every(({ length }) => length <= 80))
+    t.ok(lines.every(({ length }) => length <= 60))
+    t.match(lines[1], /^cpu; .*\/s$/, 'what has no room is left out, and not cut')
     t.match(lines.at(-1), '7 slower runs below; q ends')
     t.match(lines[3], /^run +step +steps\/s +grad norm/)
     terminal.output.rows = 30
@@ -248,3 +267,22 @@ t.test(
     t.match(last, /no runs/)
   },
 )
+
+t.test('https is spoken where the URL says so', async (t) => {
+  const [tls_cert, tls_key] = ['server.pem', 'server.key'].map((name) => join('test/golden/tls', name))
+  const service = await startService({ ...SMALL, tls_cert: tls_cert!, tls_key: tls_key! })
+  const untrusted = { name: 'ConfigError', message: /cannot be reached: .*certificate/ }
+  for (const scheme of ['https', 'wss']) {
+    const url = service.http.replace('http', scheme)
+    await t.rejects(topCommand([url], {}, terminalOf({})), untrusted)
+    await t.rejects(status([url]), untrusted)
+  }
+  await service.app.close()
+})
+
+t.test('numbers are short, and ages have one unit', async (t) => {
+  t.same([undefined, 0, 3e-5, 0.5, 12345, 2e6].map(figure), ['–', '0', '3.00e-5', '0.5', '12300', '2.00e+6'])
+  const ages = [undefined, 0.5, 3, 119, 120, 7200, 200_000]
+  const shown = ages.map((last_step_seconds) => LAST_STEP.cell({ last_step_seconds } as RunRow))
+  t.same(shown, ['–', 'now', '3 s ago', '119 s ago', '2 min ago', '2 h ago', '2 d ago'])
+})

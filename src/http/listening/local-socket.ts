@@ -58,14 +58,12 @@ export async function whatIsAt(
   if (found === undefined) return 'nothing'
   if (!found.isSocket()) throw new ConfigError(`socket '${path}' is a file of another kind, which stays`)
   const probe = connect(path)
-  try {
-    await once(probe, 'connect')
-    return 'a server'
-  } catch {
-    return 'the socket of a server that has ended'
-  } finally {
-    probe.destroy()
-  }
+  const answers = await once(probe, 'connect').then(
+    () => true,
+    () => false,
+  )
+  probe.destroy()
+  return answers ? 'a server' : 'the socket of a server that has ended'
 }
 
 function checkLength(path: string): void {

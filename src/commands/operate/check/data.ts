@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { accessSync, constants, existsSync, statSync } from 'node:fs'
-import { open, readdir, rm, statfs } from 'node:fs/promises'
+import { readdir, rm, statfs, writeFile } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
 import type { Config } from '../../../config.js'
 import { errorText } from '../../../errors.js'
@@ -9,7 +9,7 @@ import { CheckpointFiles } from '../../../store/checkpoint/checkpoint-files.js'
 import { FILE_MODE } from '../../../store/durable.js'
 import { holderOf } from '../../../store/lock.js'
 import { amount, counted } from '../../amount.js'
-import { type Finding, failure, ok, taken, warning } from './finding.js'
+import { type Finding, failure, finding, ok, taken, warning } from './finding.js'
 
 const BLOCK_BYTES = 4096
 const WRITABLE = 'the user that the service runs as must be able to write there'
@@ -17,7 +17,11 @@ const WRITABLE = 'the user that the service runs as must be able to write there'
 const ATTEMPTS = 5
 
 /** The data folder: whether it can be written, who is at work there, its runs, and whether there is room for more. */
-export async function checkData(config: Config): Promise<Finding[]> {
+export function checkData(config: Config): Promise<Finding[]> {
+  return finding('data', 'see that the folder can be read', () => findingsIn(config))
+}
+
+async function findingsIn(config: Config): Promise<Finding[]> {
   const { data } = config
   if (data === '') return [warning('data', 'no folder: state ends with the process', '--data DIR keeps it')]
   const folder = resolve(data)
@@ -26,7 +30,7 @@ export async function checkData(config: Config): Promise<Finding[]> {
   if (problem !== undefined) return [failure('data', `${folder} cannot be written: ${problem}`, WRITABLE)]
   const holder = holderOf(folder)
   const runs = await checkRuns(join(folder, 'runs'))
-  return [held(folder, holder), await room(folder, config, runs), ...runs.map(({ finding }) => finding)]
+  return [held(folder, holder), await room(folder, config, runs), ...runs.map(({ found }) => found)]
 }
 
 /** A folder that a start makes, with those above it that are lacking. */
@@ -47,22 +51,14 @@ function willBeMade(folder: string): Finding {
 /** Why a start could not write to the folder. Writes one block under a name of its own, and takes it away. */
 async function problemOf(folder: string): Promise<string | undefined> {
   const file = join(folder, `check-${randomUUID()}`)
-  const runs = join(folder, 'runs')
-  try {
-    const handle = await open(file, 'wx', FILE_MODE)
-    try {
-      await handle.writeFile(new Uint8Array(BLOCK_BYTES))
-      await handle.sync()
-    } finally {
-      await handle.close()
-    }
-    if (existsSync(runs)) accessSync(runs, constants.W_OK | constants.X_OK)
-    return undefined
-  } catch (error) {
-    return errorText(error)
-  } finally {
-    await rm(file, { force: true }).catch(() => undefined)
-  }
+  const problem = await writeBlock(file, join(folder, 'runs')).then(() => undefined, errorText)
+  await rm(file, { force: true }).catch(() => undefined)
+  return problem
+}
+
+async function writeBlock(file: string, runs: string): Promise<void> {
+  await writeFile(file, new Uint8Array(BLOCK_BYTES), { flag: 'wx', mode: FILE_MODE, flush: true })
+  if (existsSync(runs)) accessSync(runs, constants.W_OK | constants.X_OK)
 }
 
 function held(folder: string, holder: ReturnType<typeof holderOf>): Finding {
@@ -82,12 +78,11 @@ async function room(folder: string, { durability, journal_bytes }: Config, runs:
   const needed = checkpoints + journals
   const found = `${amount(free, 'B')} are free`
   if (free >= needed) return ok('disk', found)
-  const needs = `the next checkpoint of each run takes ${amount(checkpoints, 'B')}`
-  const journal = journals > 0 ? `, journals take up to ${amount(journals, 'B')}` : ''
-  return warning('disk', `${found}; ${needs}${journal}`, 'make room, or lower --checkpoints-kept and --journal-bytes')
+  const needs = `the next checkpoint of each run takes ${amount(checkpoints, 'B')}, journals up to ${amount(journals, 'B')}`
+  return warning('disk', `${found}; ${needs}`, 'make room, or lower --checkpoints-kept and --journal-bytes')
 }
 
-type Checked = { finding: Finding; stored?: StoredRun }
+type Checked = { found: Finding; stored?: StoredRun }
 
 async function checkRuns(folder: string): Promise<Checked[]> {
   if (!existsSync(folder)) return []
@@ -107,11 +102,11 @@ async function checkRun(folder: string, name: string, files: CheckpointFiles): P
   const check = `run ${name}`
   try {
     const stored = await again(ATTEMPTS, () => verifyRun(folder, files))
-    return { finding: ok(check, wordsOf(stored)), stored }
+    return { found: ok(check, wordsOf(stored)), stored }
   } catch (error) {
     const remedy =
       'a start goes on without this run, and refuses to open it: bring its files back from a backup, or delete the run'
-    return { finding: failure(check, errorText(error), remedy) }
+    return { found: failure(check, errorText(error), remedy) }
   }
 }
 
@@ -129,6 +124,5 @@ async function again<T>(attempts: number, work: () => Promise<T>): Promise<T> {
 function wordsOf({ step, checkpoint, checkpoints, bytes, journalSteps }: StoredRun): string {
   if (checkpoint === '') return 'its making was interrupted, and nothing was acknowledged: a start removes it'
   const behind = journalSteps === 0 ? '' : `, ${counted(journalSteps, 'step')} in the journal`
-  const more = checkpoints === 1 ? '' : `, the newest of ${checkpoints}`
-  return `step ${step}; ${checkpoint}${more} (${amount(bytes, 'B')})${behind}: as written`
+  return `step ${step}; ${checkpoint}, the newest of ${checkpoints} (${amount(bytes, 'B')})${behind}: as written`
 }

@@ -91,8 +91,10 @@ function certificates(check: string, path: string, now: number): Finding {
 
 const RENEW = 'renew it, and send the service SIGHUP'
 
-function nameOf({ subject }: X509Certificate): string {
-  return `certificate ${subject?.split('\n').join(', ') ?? 'without a subject'}`
+/** Its subject in one line; some have names of hosts only. */
+function nameOf({ subject, subjectAltName }: X509Certificate): string {
+  /* c8 ignore next -- those of the tests have a subject */
+  return `certificate ${(subject || subjectAltName || 'without a name').split('\n').join(', ')}`
 }
 
 /** The day of a date as certificates have it, in UTC: `2030-01-31`. */

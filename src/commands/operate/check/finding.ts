@@ -1,4 +1,3 @@
-import { ConfigError } from '../../../config.js'
 import { errorText } from '../../../errors.js'
 
 /** `ok`; `warning`: a start succeeds, or fails only because a service runs already; `error`: a start or a run fails. */
@@ -29,7 +28,7 @@ export function taken(check: string, found: string, flag: string): Finding {
   return warning(check, found, `to be expected beside a running service; a second one takes another ${flag}`)
 }
 
-/** What `work` finds. A ConfigError, which a start would end with, is an error with this remedy. */
+/** What `work` finds. Where it throws, such as the ConfigError that a start would end with, there is this remedy. */
 export async function finding(
   check: string,
   remedy: string,
@@ -38,7 +37,6 @@ export async function finding(
   try {
     return [await work()].flat()
   } catch (error) {
-    if (error instanceof ConfigError) return [failure(check, errorText(error), remedy)]
-    throw error
+    return [failure(check, errorText(error), remedy)]
   }
 }

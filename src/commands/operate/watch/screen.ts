@@ -33,6 +33,7 @@ export class Screen {
   readonly #keyboard: Keyboard
   readonly #signals: Pick<EventEmitter, 'on' | 'off'>
   readonly #quit: () => void
+  /* c8 ignore next -- the first picture is there before anything asks for one */
   #frame: (size: { columns: number; rows: number }) => readonly string[] = () => []
 
   constructor(

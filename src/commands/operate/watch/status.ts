@@ -100,15 +100,12 @@ function textOf(url: string, found: Survey, width?: number): string {
   const devices = capabilities.devices.map(
     ({ name, onnxruntime, lanes }) => `${name}, ONNX Runtime ${onnxruntime}, ${counted(lanes, 'lane')}`,
   )
-  const unreadable = stored.map(
-    ({ name, status, detail = 'waits to be restored' }) =>
-      `run ${name}: ${status === 'waiting' ? '' : 'unreadable: '}${detail}`,
-  )
+  const absent = stored.map(({ name, status, detail }) => [`run ${name}`, status, detail].filter(Boolean).join(': '))
   const sections = [
     [titleOf(url, found), ...(unready === undefined ? [] : [unready]), ...devices],
     limitLines(limitsOf(found)),
     runs.length === 0 ? ['no runs'] : fittedLines(runs, COLUMNS, width),
-    unreadable,
+    absent,
   ]
   return sections
     .filter((lines) => lines.length > 0)

@@ -56,22 +56,28 @@ export async function newestReceipt(
     const { text } = await getText(service, `/v1/runs/${encodeURIComponent(name)}/receipts?after=${step - 1}`)
     const { receipts }: { receipts: Schemas['Receipt'][] } = JSON.parse(text)
     return receipts.at(-1)
+    /* c8 ignore start -- the run may be deleted in between, and the service may end */
   } catch (error) {
     if (error instanceof AnswerError) return undefined
     throw error
   }
+  /* c8 ignore stop */
 }
 
 function rowOf(run: Schemas['RunSummary'], now: number): RunRow {
-  const { in_memory, connected, last_step_at, step_seconds = 0 } = run
+  const { connected, last_step_at, step_seconds = 0 } = run
   // The clock of the answer is cut to the second: a step may seem to come after it.
   const age = last_step_at === undefined ? undefined : Math.max(0, (now - Date.parse(last_step_at)) / 1000)
-  const isStill = age === undefined || age > Math.max(STILL_SECONDS, STILL_STEPS * step_seconds)
-  const withTrainer = isStill ? 'waiting' : 'training'
-  const status = !in_memory ? 'on disk' : connected ? withTrainer : 'no trainer'
+  const isTraining = connected && age !== undefined && age <= Math.max(STILL_SECONDS, STILL_STEPS * step_seconds)
   // The mean over the newest steps says nothing of the one in progress, which takes as long as the last one is past.
-  const step_rate = status === 'training' ? 1 / Math.max(step_seconds, age ?? 0) : 0
-  return { ...run, status, step_rate, last_step_seconds: age }
+  const step_rate = isTraining ? 1 / Math.max(step_seconds, age) : 0
+  return { ...run, status: statusOf(run, isTraining), step_rate, last_step_seconds: age }
+}
+
+function statusOf({ in_memory, connected }: Schemas['RunSummary'], isTraining: boolean): RunRow['status'] {
+  if (!in_memory) return 'on disk'
+  if (!connected) return 'no trainer'
+  return isTraining ? 'training' : 'waiting'
 }
 
 async function reasonOf(service: ServiceAddress): Promise<string | undefined> {

@@ -118,6 +118,7 @@ async function follow(
       ;[before, last] = [last, next]
       if (!signal.aborted) shown({ last, before })
     } catch (error) {
+      /* c8 ignore next -- a bug */
       if (!(error instanceof ConfigError)) throw error
       shown({ last, before, problem: errorText(error) })
     }
