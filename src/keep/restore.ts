@@ -9,6 +9,7 @@ import { claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
 import type { Declaration } from '../run/declaration.js'
 import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
 import { Member } from '../run/members/member.js'
+import { answered } from '../run/place.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
 import { withMeanGradient } from '../run/step/mean-demands.js'
@@ -155,7 +156,8 @@ async function applyAgain(run: Run, { member, gradient, files, elsewhere }: Agai
       files.set(path, file)
       await readInto(region.view, await file, at)
       const step = run.intake.expect(member, index, number)
-      const update = await run.intake.compute({ member, step, index, gradient: region.retain(), contributors })
+      const part = { member, step, index, gradient: region, contributors }
+      const update = await answered((answer) => run.intake.compute(part, answer))
       update?.memory.release()
       run.acknowledge(index, applied, elsewhere)
     } finally {
