@@ -1,4 +1,5 @@
 import { mkdirSync } from 'node:fs'
+import { loadavg } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
 import type { Browser, Page } from 'playwright-core'
@@ -12,17 +13,21 @@ const PARAMETERS = 10_000
 const RUN = 'moonlight-small'
 /** Has Chromium write down every task of every thread, with the processor time that it took. */
 const CATEGORIES = ['disabled-by-default-devtools.timeline', 'devtools.timeline', '__metadata']
-/** Scrolls through all rows in steps of a row's height times 23, one in each frame. */
+/** Scrolls through all rows in steps of a row's height times 23, one in each frame; resolves to the times of frames. */
 const SCROLL = `new Promise((resolve) => {
   const rows = document.querySelector('.rows')
-  const on = () => {
+  const times = []
+  const on = (now) => {
+    times.push(now)
     const before = rows.scrollTop
     rows.scrollTop += 736
-    if (rows.scrollTop === before) resolve()
+    if (rows.scrollTop === before) resolve(times)
     else requestAnimationFrame(on)
   }
-  on()
+  requestAnimationFrame(on)
 })`
+/** A frame that takes longer is seen as a hitch. */
+const SMOOTH_MS = 50
 
 const { values } = parseArgs({ options: { pictures: { type: 'string' } } })
 const browser = await launch()
@@ -52,9 +57,16 @@ async function measureScrolling(browser: Browser, { http }: Service): Promise<vo
   const { page, close } = await openPage(browser, http)
   await page.getByRole('link', { name: 'experts' }).click()
   await page.getByText(`${PARAMETERS.toLocaleString('en-US')} parameters`, { exact: true }).waitFor()
-  await report(page, `scrolling through ${PARAMETERS} parameters`, async () => {
-    await page.evaluate(SCROLL)
+  let times: number[] = []
+  const { frame } = await report(page, `scrolling through ${PARAMETERS} parameters`, async () => {
+    times = await page.evaluate<number[]>(SCROLL)
   })
+  const frames = times.slice(1).map((time, i) => time - times[i]!)
+  const late = frames.filter((frame) => frame > SMOOTH_MS).length
+  const longest = Math.max(...frames).toFixed(1)
+  console.log(
+    `${frames.length} frames: at most ${frame} ms of processor; the longest ${longest} ms in all, ${late} over ${SMOOTH_MS} ms, at a load of ${loadavg()[0]}`,
+  )
   await close()
 }
 
@@ -69,10 +81,10 @@ async function measureSteps(browser: Browser, { http }: Service, { step }: Train
 }
 
 /**
- * The longest task of the page's thread while `work` is done. Processor time is what the page needs on any machine;
+ * Tells the longest task of the page's thread while `work` is done, and answers the longest frame of its animation. Processor time is what the page needs on any machine;
  * wall-clock time has in it what others on this machine do.
  */
-async function report(page: Page, what: string, work: () => Promise<void>): Promise<void> {
+async function report(page: Page, what: string, work: () => Promise<void>): Promise<{ frame: string }> {
   await browser.startTracing(page, { categories: CATEGORIES })
   await work()
   const { traceEvents }: { traceEvents: TraceEvent[] } = JSON.parse(String(await browser.stopTracing()))
@@ -84,9 +96,37 @@ async function report(page: Page, what: string, work: () => Promise<void>): Prom
   console.log(
     `${what}: ${tasks.length} tasks, the longest ${longest('tdur')} ms of processor, ${longest('dur')} ms in all`,
   )
+  return { frame: longestFrame(traceEvents, threads, tasks) }
 }
 
-type TraceEvent = { name: string; pid: number; tid: number; dur?: number; tdur?: number; args?: { name?: string } }
+/** Milliseconds of processor time of all tasks of the longest frame: from one call of its animation to the next. */
+function longestFrame(
+  events: readonly TraceEvent[],
+  threads: ReadonlySet<string>,
+  tasks: readonly TraceEvent[],
+): string {
+  const begins = events
+    .filter(({ name, pid, tid }) => name === 'FireAnimationFrame' && threads.has(`${pid} ${tid}`))
+    .map(({ ts }) => ts)
+    .sort((one, other) => one - other)
+  const sums = begins.map(() => 0)
+  for (const { ts, dur = 0, tdur = 0 } of tasks) {
+    // The task that calls the animation has begun before.
+    const frame = begins.findLastIndex((begin) => begin < ts + dur)
+    if (frame >= 0) sums[frame]! += tdur
+  }
+  return (Math.max(0, ...sums) / 1000).toFixed(1)
+}
+
+type TraceEvent = {
+  name: string
+  pid: number
+  tid: number
+  ts: number
+  dur?: number
+  tdur?: number
+  args?: { name?: string }
+}
 
 /** Pictures of both pages in both colour schemes and two widths, with something in every table. */
 async function takePictures(browser: Browser, folder: string): Promise<void> {

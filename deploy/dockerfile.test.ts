@@ -37,12 +37,13 @@ t.test('the build and the cpu image come out of their steps, and the service ans
   const refusal = /^muond: host is '0\.0\.0\.0' and there are no keys: .*\nmuond: host is .* and there is no TLS: .*\n$/
   t.match(open, { status: 1, stdout: '', stderr: refusal })
   const [MUOND_TLS_CERT, MUOND_TLS_KEY] = ['server.pem', 'server.key'].map((name) => resolve('test/golden/tls', name))
-  const env = { ...keyless, MUOND_API_KEYS: 'sixteen-letters-1', MUOND_TLS_CERT, MUOND_TLS_KEY }
+  const mutual = { MUOND_TLS_CERT, MUOND_TLS_KEY, MUOND_TLS_CLIENT_CA: resolve('test/golden/tls/ca.pem') }
+  const env = { ...keyless, MUOND_API_KEYS: 'sixteen-letters-1', ...mutual }
   const service = run(image.commands.get('ENTRYPOINT')!, { cwd, env })
   await once(service.stdout!, 'data')
   const healthy = () =>
     spawnSync(image.commands.get('HEALTHCHECK')![0]!, image.commands.get('HEALTHCHECK')!.slice(1), { cwd, env })
-  t.equal(healthy().status, 0)
+  t.equal(healthy().status, 0, 'the check needs no certificate of a client')
   service.kill('SIGTERM')
   t.same(await once(service, 'exit'), [0, null])
   t.equal(healthy().status, 1, 'nobody is there any more')

@@ -26,6 +26,7 @@ import { Events } from './http/events.js'
 import { type LocalSocket, listenLocally } from './http/listening/local-socket.js'
 import { limitSockets } from './http/listening/sockets.js'
 import { createSecureServer, readCredentials, renewal, speaksTls } from './http/listening/tls.js'
+import { meterBodies } from './http/metered.js'
 import { type AnyHandler, createHandlers, type Page, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
@@ -75,7 +76,7 @@ const SILENT: Log = { info: () => {}, warn: () => {}, error: () => {} }
 
 type AppServices = Services & {
   keys: Keys
-  /** Of the bytes that all streams send. */
+  /** Of the bytes that all principals move. */
   rate: Rate
   streams: Set<Session>
   local: Set<LocalSocket>
@@ -190,8 +191,10 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
   // First, because its hooks end the connection of an upgrade that any later hook refuses.
   await registerWebSocket(app, services)
   app.decorateRequest('principal', null)
+  app.decorateRequest('bodyMeter', null)
   app.addHook('onRequest', originGuard(config))
   app.addHook('onRequest', authenticator(keys))
+  app.addHook('onRequest', meterBodies(services.rate))
   app.addHook('onRequest', refuseOtherUpgrades)
   app.addHook('preParsing', refuseEncodings)
   app.addHook('preParsing', limitBody(config))

@@ -1,17 +1,16 @@
 import { readFileSync } from 'node:fs'
-import { parseArgs } from 'node:util'
 import { envSchema } from 'env-schema'
+import { type Flags, type FlagTypes, scanArguments } from './arguments.js'
 import { errorText } from './errors.js'
+import { flag, integer, keys, list, type Setting, seconds, text } from './setting.js'
+
+export type { Flags } from './arguments.js'
 
 const LOG_LEVELS = ['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'] as const
 const DURABILITIES = ['checkpoint', 'journal'] as const
 const DEVICE = { pattern: '^(auto|cpu|cuda(:\\d+(,\\d+)*)?)$', expected: 'be auto, cpu, cuda, cuda:N or cuda:N,N' }
 const BYTES = Number.MAX_SAFE_INTEGER
 const DAY = 86_400
-const LIST_EXPECTED = 'be comma-separated, without spaces, none of them empty'
-/** RFC 6750's token characters, and so many of them that nobody finds a key by trying. */
-const KEY = '[A-Za-z0-9._~+/=-]{16,}'
-const KEY_WORDS = 'at least 16 letters, digits and . _ ~ + / = -'
 const LOOPBACK = /^(localhost|127\.\d+\.\d+\.\d+|::1)$/i
 
 /**
@@ -92,7 +91,7 @@ export const SETTINGS = {
   max_bytes_per_second: integer(
     0,
     [0, BYTES],
-    'Bytes that all streams together may send over their sockets; what is faster is read later. 0 is without a limit.',
+    'Bytes of gradients, on whatever transport, and of state read or imported over REST, that all together may move; what is faster waits. 0 is without a limit.',
   ),
   max_parameters: integer(100_000, [1, 10_000_000], 'Most parameters of one run.'),
   receipts_kept: integer(1000, [1, 1_000_000], 'Receipts kept per run, for REST and for event streams that reconnect.'),
@@ -142,19 +141,6 @@ export const SETTINGS = {
   }),
 } as const satisfies Record<string, Setting>
 
-/**
- * A JSON schema and three words of our own: `expected` says what a value must be where the schema cannot, `list`
- * splits it, and a `secret` has no flag, as command lines are read by all, and stays out of messages.
- */
-type Setting = {
-  type: 'string' | 'integer' | 'number' | 'boolean'
-  default: string | number | boolean
-  description: string
-  expected?: string
-  list?: true
-  secret?: true
-  [keyword: string]: unknown
-}
 export type SettingName = keyof typeof SETTINGS
 type ValueOf<S> = S extends { list: true }
   ? readonly string[]
@@ -198,6 +184,27 @@ export function readCommand(argv: readonly string[], env: Environment): Command 
 }
 
 /**
+ * What a command line and the variables come to, right or wrong. `config` has the default of each setting in `wrong`;
+ * `given` are flags and variables that settings were taken from; `problems` has a line for all that is wrong.
+ */
+export type Examined = {
+  readonly config: Config
+  readonly given: readonly string[]
+  readonly wrong: ReadonlySet<SettingName>
+  readonly problems: readonly string[]
+}
+
+/** Reads flags and `MUOND_*` variables as `readCommand` does, and flags of a command's own. Throws nothing. */
+export function examine(
+  argv: readonly string[],
+  env: Environment,
+  own: FlagTypes,
+): Examined & { readonly flags: Flags } {
+  const { values: flags, problems } = readFlags(argv, own)
+  return { ...examined({ ...fromVariables(env), ...fromFlags(flags) }, problems), flags }
+}
+
+/**
  * A config of the defaults and the given settings (lists comma separated), checked like flags. For tests and
  * embedding.
  */
@@ -210,39 +217,13 @@ export function configOf(settings: Partial<Record<SettingName, string | number |
   return check(sources)
 }
 
-/** The `MUOND_*` variables that are no setting, so that a misspelt one is not ignored in silence. */
+/** The variable that commands which ask a service, and clients, take their key from. */
+const TOKEN_VARIABLE = 'MUOND_TOKEN'
+
+/** The `MUOND_*` variables that nothing reads, so that a misspelt one is not ignored in silence. */
 export function unknownVariables(env: Environment): string[] {
-  const known = new Set(NAMES.map(variableOf))
+  const known = new Set([...NAMES.map(variableOf), TOKEN_VARIABLE])
   return Object.keys(env).filter((name) => name.startsWith('MUOND_') && !known.has(name))
-}
-
-function text(value: string, description: string, rest: { expected?: string; [keyword: string]: unknown } = {}) {
-  return { type: 'string', default: value, description, ...rest } as const
-}
-
-function integer(value: number, [minimum, maximum]: [number, number], description: string) {
-  return { type: 'integer', default: value, minimum, maximum, description } as const
-}
-
-function seconds(value: number, [minimum, maximum]: [number, number], description: string) {
-  return { type: 'number', default: value, minimum, maximum, description } as const
-}
-
-function flag(description: string) {
-  return { type: 'boolean', default: false, expected: 'be true or false', description } as const
-}
-
-/** No entry may be empty or have space around it: it would never be equal to anything. */
-function list(description: string) {
-  const pattern = '^([^,\\s]+(,[^,\\s]+)*)?$'
-  return { type: 'string', default: '', list: true, pattern, expected: LIST_EXPECTED, description } as const
-}
-
-/** No entry may be empty: a stray comma must not open the service. */
-function keys(description: string) {
-  const pattern = `^(${KEY}(,${KEY})*)?$`
-  const expected = `be comma-separated keys of ${KEY_WORDS}, none of them empty`
-  return { type: 'string', default: '', list: true, secret: true, pattern, expected, description } as const
 }
 
 function isSettingName(name: string): name is SettingName {
@@ -264,13 +245,10 @@ function variableOf(name: SettingName): string {
 /** The variables of a process. */
 export type Environment = Readonly<Record<string, string | undefined>>
 
-/** The flags of a command by name. `parseArgs` has lists for flags that may be given twice, which none is here. */
-export type Flags = Readonly<Record<string, string | boolean | readonly (string | boolean)[] | undefined>>
-
-function readFlags(argv: readonly string[]): { values: Flags; problems: string[] } {
+function readFlags(argv: readonly string[], own: FlagTypes = {}): { values: Flags; problems: string[] } {
   const secrets = NAMES.filter(isSecret).map(flagOf)
   const types = NAMES.map((name) => [flagOf(name), SETTINGS[name].type === 'boolean' ? 'boolean' : 'string'] as const)
-  const read = scanArguments(argv, { ...Object.fromEntries(types), help: 'boolean', version: 'boolean' })
+  const read = scanArguments(argv, { ...Object.fromEntries(types), help: 'boolean', version: 'boolean', ...own })
   const given = secrets.filter((flag) => argv.some((word) => word.split('=')[0] === `--${flag}`)).map(secretRefusal)
   const problems = [...read.problems, ...given]
   // What follows a flag that nobody knows may be its value, and a secret.
@@ -284,8 +262,6 @@ function secretRefusal(flag: string): string {
   return `there is no --${flag}, as everybody can read command lines: use ${variable} or --keys-file`
 }
 
-type FlagTypes = Readonly<Record<string, 'string' | 'boolean'>>
-
 /**
  * Splits the arguments of a command into its flags and the rest; `-h` is `--help`. Throws ConfigError with a line for
  * each problem.
@@ -297,38 +273,6 @@ export function readArguments(
   const { problems, ...read } = scanArguments(argv, flags)
   if (problems.length > 0) throw ConfigError.of(problems)
   return read
-}
-
-function scanArguments(
-  argv: readonly string[],
-  flags: FlagTypes,
-): { values: Flags; positionals: readonly string[]; problems: string[] } {
-  const options = Object.fromEntries(
-    Object.entries(flags).map(([name, type]) => [name, name === 'help' ? { type, short: 'h' } : { type }]),
-  )
-  const { values, positionals, tokens } = parseArgs({
-    ...{ args: [...argv], options, strict: false, allowPositionals: true, tokens: true },
-  })
-  const wrong = tokens.flatMap((token) => {
-    const problem = token.kind === 'option' ? problemOf(token, flags) : undefined
-    return problem === undefined ? [] : [{ ...problem, text: `${problem.text} (--help lists the flags)` }]
-  })
-  // What is wrong already is not looked at again.
-  const fit = Object.entries(values).filter(([name]) => !wrong.some((problem) => problem.name === name))
-  return { values: Object.fromEntries(fit), positionals, problems: wrong.map(({ text }) => text) }
-}
-
-/** What is wrong with a flag as it was given; a value that looks like a flag is one whose own value was forgotten. */
-function problemOf(
-  { name, rawName, value, inlineValue }: { name: string; rawName: string; value?: string; inlineValue?: boolean },
-  flags: FlagTypes,
-): { name: string; text: string } | undefined {
-  const type = Object.hasOwn(flags, name) ? flags[name] : undefined
-  if (type === undefined) return { name, text: `Unknown option '${rawName}'` }
-  if (type === 'boolean') return value === undefined ? undefined : { name, text: `Option '${rawName}' takes no value` }
-  if (value === undefined) return { name, text: `Option '${rawName} <value>' argument missing` }
-  if (inlineValue || !value.startsWith('-')) return undefined
-  return { name, text: `Option '${rawName}' is followed by another: write ${rawName}=… if that is its value` }
 }
 
 function fromFlags(flags: Flags): Sources {
@@ -350,20 +294,27 @@ function fromVariables(env: Environment): Sources {
 }
 
 function check(sources: Sources, before: readonly string[] = []): Config {
+  const { config, problems } = examined(sources, before)
+  if (problems.length > 0) throw ConfigError.of(problems)
+  return config
+}
+
+function examined(sources: Sources, before: readonly string[]): Examined {
   const problems = [...before]
+  const wrong = new Set<SettingName>()
   const given = (name: SettingName) => {
     try {
       return settingValue(name, sources[name])
     } catch (error) {
       problems.push(errorText(error))
+      wrong.add(name)
       return settingValue(name, undefined)
     }
   }
   const entries = NAMES.map((name) => [name, given(name)])
   const config: Config = Object.freeze(Object.fromEntries(entries))
   problems.push(...contradictionsIn(config))
-  if (problems.length > 0) throw ConfigError.of(problems)
-  return config
+  return { config, given: Object.values(sources).map(({ from }) => from), wrong, problems }
 }
 
 /** What settings that are right by themselves may not be together. */
@@ -376,13 +327,18 @@ function contradictionsIn(config: Config): string[] {
   ]
 }
 
+/** Whether only processes of this machine reach a service that listens on a host. */
+export function isLoopback(host: string): boolean {
+  return LOOPBACK.test(host)
+}
+
 /**
  * What reaches beyond the loopback has keys and TLS, unless it is said aloud that it has not (docs/security.md).
  * A client certificate shows as well as a key who comes.
  */
 function opennessOf(config: Config): string[] {
   const { host, insecure_no_keys, insecure_no_tls, keys_file, api_keys, tls_cert, tls_client_ca } = config
-  if (LOOPBACK.test(host)) return []
+  if (isLoopback(host)) return []
   const isGuarded = keys_file !== '' || api_keys.length > 0 || tls_client_ca !== ''
   const noKeys =
     'there are no keys: whoever reaches it could do everything. Give --keys-file (muond keys add), or --insecure-no-keys'
@@ -416,6 +372,9 @@ function entriesOf(value: unknown): readonly string[] {
 
 const USAGE = [
   'muond [serve] [--flag value]…   serves; --help and --version print and exit',
+  'muond check [--flag value]…     what a start with these settings would meet; changes nothing',
+  'muond status [URL]              what a service does, and how full it is',
+  'muond top [URL]                 the runs of a service as they train',
   'muond keys add NAME --file FILE makes a key with scopes and runs; remove, list',
   'muond presets [NAME]            recipes that a group may name as its preset',
   'muond explain PARAMETERS.json   what a step of each parameter would be, and why',

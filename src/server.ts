@@ -27,6 +27,29 @@ const COMMANDS = new Map<string, Command>([
       (await import('./commands/import.js')).importCommand(argv, process.env, { terminal: process.stderr }),
   ],
   [
+    'check',
+    async (argv) =>
+      (await import('./commands/operate/check/check.js')).checkCommand(argv, process.env, {
+        width: process.stdout.columns,
+        failed,
+      }),
+  ],
+  [
+    'status',
+    async (argv) =>
+      (await import('./commands/operate/watch/status.js')).statusCommand(argv, process.env, {
+        width: process.stdout.columns,
+        failed,
+      }),
+  ],
+  [
+    'top',
+    async (argv) =>
+      (await import('./commands/operate/watch/top.js')).topCommand(argv, process.env, {
+        ...{ output: process.stdout, keyboard: process.stdin, signals: process },
+      }),
+  ],
+  [
     'explain',
     async (argv) => (await import('./commands/explain.js')).explainCommand(argv, process.env, process.stdout.columns),
   ],
@@ -45,6 +68,11 @@ function fail(error: unknown): void {
   for (const line of lines) process.stderr.write(`muond: ${line}\n`)
   // No step was computed yet, but lanes that wait for work would keep the process alive.
   process.exit(1)
+}
+
+/** Has the process end with 1, after what a command has to print. */
+function failed(): void {
+  process.exitCode = 1
 }
 
 /** Prints a text. Its reader may stop early, as `head` does, and that is no error. */

@@ -33,3 +33,15 @@ export function shorten(text: string, width: number): string {
   const start = Math.floor((width - 1) / 3)
   return `${text.slice(0, start)}…${text.slice(text.length - (width - 1 - start))}`
 }
+
+/** Folds a text between words into lines of at most `width` characters; a longer word has a line for itself. */
+export function foldText(text: string, width: number): string[] {
+  const [first, ...words] = text.split(' ')
+  const lines = [first]
+  for (const word of words) {
+    const last = lines[lines.length - 1]
+    if (last.length + 1 + word.length > width) lines.push(word)
+    else lines[lines.length - 1] = `${last} ${word}`
+  }
+  return lines
+}

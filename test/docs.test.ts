@@ -1,14 +1,20 @@
+import { EventEmitter } from 'node:events'
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
+import { PassThrough } from 'node:stream'
 import { pathToFileURL } from 'node:url'
 import t, { type Test } from 'tap'
 import { NAMED_COEFFICIENTS } from '../kernels/orthogonalize/coefficients.js'
 import { explainCommand } from '../src/commands/explain.js'
+import { checkCommand } from '../src/commands/operate/check/check.js'
+import { statusCommand } from '../src/commands/operate/watch/status.js'
+import { topCommand } from '../src/commands/operate/watch/top.js'
 import { SETTINGS } from '../src/config.js'
 import { HYPERPARAMETERS, type Table } from '../src/optimizer/table.js'
 import { readPresets } from '../src/store/presets.js'
 import { markdown } from './chaos/table.js'
-import { startService } from './service.js'
+import { train, trainStep } from './run/trainer.js'
+import { type RawClient, startService } from './service.js'
 
 const README = readFileSync('README.md', 'utf8')
 const NODE = readFileSync('docs/node.md', 'utf8')
@@ -129,6 +135,51 @@ t.test('the example of muond explain prints what docs/operations.md shows', asyn
     section('docs/operations.md', 'explain').match(/```json\n([\s\S]*?)```[\s\S]*```text\n([\s\S]*?)\n```/) ?? []
   const file = join(t.testdir({ 'open.json': open! }), 'open.json')
   t.equal(explainCommand([file], {}), printed)
+})
+
+/** What a command printed, without what is another thing on each machine and in each moment. */
+function skeletonOf(text: string): string {
+  return text
+    .replaceAll(/process \d+ on \S+ since \S+/g, 'PROCESS')
+    .replaceAll(/\/\S*|(?<=\d\.\d\.\d\.\d:)\d+/g, 'PLACE')
+    .replaceAll(/\d[\d.]*/g, '0')
+    .replaceAll(/0 [kMGT]?B|\b0 (s|min|h) ago|\bnow\b/g, '0')
+    .replaceAll(/0 (s|min|h)$/gm, '0')
+    .replaceAll(/-+/g, '-')
+    .replaceAll(/ +/g, ' ')
+}
+
+t.test('check, status and top print what docs/operations.md shows', async (t) => {
+  const data = join(t.testdir({}), 'data')
+  const service = await startService({ data, durability: 'journal', checkpoint_steps: 5, lanes: 2 })
+  const names = ['moonlight-small', 'ablation-no-clip', 'sweep-lr-0.02']
+  const clients: RawClient[] = []
+  for (const run of names) clients.push((await train(service, { run, last: 7 })).client)
+  for (const run of names) await service.runs.keeper(run).settled()
+  await clients[2]!.close()
+  const shown = (name: string) => section('docs/operations.md', name).match(/```text\n\$ .*\n([\s\S]*?)\n```/)![1]!
+  const same = (name: string, printed: string) => {
+    const lines = (text: string) => skeletonOf(text).split('\n').sort()
+    t.same(lines(printed), lines(shown(name)), name)
+  }
+  const failed = () => t.fail('nothing is wrong')
+  const steps = async (step: number) => {
+    for (const client of clients.slice(0, 2)) await trainStep(client, step)
+  }
+  await steps(8)
+  same('status', await statusCommand([service.http], {}, { failed }))
+  await steps(9)
+  const output = new PassThrough()
+  let printed = ''
+  output.on('data', (text) => (printed += text))
+  const terminal = { output, keyboard: new PassThrough(), signals: new EventEmitter() }
+  await topCommand([service.http, '--count', '2', '--interval', '0.1'], {}, terminal)
+  same('top', printed.trim().split('\n\n')[1]!)
+  const argv = ['--device', 'cpu', '--data', data, '--durability', 'journal']
+  const checked = await checkCommand(argv, { MUOND_PORT: new URL(service.http).port }, { failed })
+  same('check', checked.replace('MUOND_PORT, ', ''))
+  for (const client of clients.slice(0, 2)) await client.close()
+  await service.app.close()
 })
 
 t.test('docs/faults.md shows the faults that were tried last', async (t) => {

@@ -21,7 +21,14 @@ const LAYERS = [
   'src/server.ts',
 ]
 /** Tables and settings that every layer may read. */
-const SHARED = ['src/errors.ts', 'src/config.ts', 'src/metrics.ts', 'src/text-table.ts']
+const SHARED = [
+  'src/arguments.ts',
+  'src/errors.ts',
+  'src/config.ts',
+  'src/metrics.ts',
+  'src/setting.ts',
+  'src/text-table.ts',
+]
 /** Packages that only these files may know. */
 const OWNERS: Record<string, (file: string) => boolean> = {
   koffi: (file) => /^src\/(device\/(onnx\/onnxruntime|cuda\/cuda)|store\/lock|wire\/shared-memory)\.ts$/.test(file),

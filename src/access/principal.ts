@@ -26,7 +26,7 @@ export class Principal {
   readonly #name: string
   readonly #uses = new Set<() => void>()
   #connections = 0
-  /** Of the bytes that its streams send. */
+  /** Of the bytes of gradients that it sends, and of state that it reads or imports. */
   readonly rate = new Rate(() => this.quotas.bytes_per_second)
 
   constructor(grants: Grants) {

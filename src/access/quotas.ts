@@ -10,7 +10,9 @@ export type Quotas = {
   readonly state_bytes?: number | undefined
   /** Streams and event streams at a time. */
   readonly connections?: number | undefined
-  /** Bytes that its streams send over their sockets; what is faster is read later. */
+  /**
+   * Bytes of gradients, on whatever transport, and of state that is read or imported over REST; what is faster waits.
+   */
   readonly bytes_per_second?: number | undefined
 }
 

@@ -1,27 +1,48 @@
 import { once } from 'node:events'
 import { readFileSync } from 'node:fs'
-import { request as httpRequest, type IncomingMessage, type RequestOptions } from 'node:http'
-import { request as httpsRequest } from 'node:https'
+import { Agent as HttpAgent, request as httpRequest, type IncomingMessage, type RequestOptions } from 'node:http'
+import { Agent as HttpsAgent, request as httpsRequest } from 'node:https'
 import { ConfigError, type Environment, type Flags } from '../config.js'
 import { errorText } from '../errors.js'
 
-/** How a command reaches a service: its URL or that of a Unix socket, without a slash at the end, and a bearer key. */
-export type ServiceAddress = { url: string; token: string | undefined }
+/**
+ * How a command reaches a service: its URL or that of a Unix socket, without a slash at the end, a bearer key, and the
+ * agent that keeps its connections; without one each request has a connection of its own.
+ */
+export type ServiceAddress = { url: string; token: string | undefined; agent?: HttpAgent }
+
+/** A service has refused a request, in the words of its answer. */
+export class AnswerError extends ConfigError {
+  readonly status: number
+  /** The words of the answer alone. */
+  readonly detail: string
+
+  constructor(url: string, status: number, detail: string) {
+    super(`${url} answers ${status}: ${detail}`)
+    this.status = status
+    this.detail = detail
+  }
+}
 
 const DEFAULT_URL = 'http://127.0.0.1:8787'
+const MOST_CONNECTIONS = 4
+const SILENCE_MS = 10_000
 /** A Unix socket: its absolute path, and behind a colon the path of a request, which clients may give. */
 const UNIX_URL = /^(?:ws|http)\+unix:\/\/(\/[^:]+)(?::\/.*)?$/
 
 /**
  * What `--url` says, with the key in the file of `--token-file` or in the variable MUOND_TOKEN: command lines can be
- * read by all. Throws ConfigError for what is no URL, and for a file that cannot be read.
+ * read by all. `what` names the URL in messages. Throws ConfigError for what is no URL, and for a file that cannot be
+ * read.
  */
-export function serviceOf(flags: Flags, { MUOND_TOKEN }: Environment): ServiceAddress {
-  const { url = DEFAULT_URL, 'token-file': file } = flags
-  const isHttp = /^https?:\/\//.test(String(url)) && URL.canParse(String(url))
-  if (!isHttp && !UNIX_URL.test(String(url)))
-    throw new ConfigError(`--url is '${url}', expected one such as ${DEFAULT_URL} or ws+unix:///run/muond.sock`)
-  return { url: String(url).replace(/\/+$/, ''), token: typeof file === 'string' ? tokenOf(file) : MUOND_TOKEN }
+export function serviceOf(flags: Flags, { MUOND_TOKEN }: Environment, what = '--url'): ServiceAddress {
+  const { url: given = DEFAULT_URL, 'token-file': file } = flags
+  // Trainers name the service by the URL of its stream.
+  const url = String(given).replace(/^ws(s?):\/\/(.*?)(?:\/v1\/stream)?$/, 'http$1://$2')
+  const isHttp = /^https?:\/\//.test(url) && URL.canParse(url)
+  if (!isHttp && !UNIX_URL.test(url))
+    throw new ConfigError(`${what} is '${given}', expected one such as ${DEFAULT_URL} or ws+unix:///run/muond.sock`)
+  return { url: url.replace(/\/+$/, ''), token: typeof file === 'string' ? tokenOf(file) : MUOND_TOKEN }
 }
 
 function tokenOf(file: string): string {
@@ -30,6 +51,26 @@ function tokenOf(file: string): string {
   } catch (error) {
     throw new ConfigError(`--token-file: ${errorText(error)}`)
   }
+}
+
+/** The same service, over few connections that are kept until `close`. */
+export function keepConnections(service: ServiceAddress): ServiceAddress & { close(): void } {
+  const options = { keepAlive: true, maxSockets: MOST_CONNECTIONS }
+  const agent = service.url.startsWith('https:') ? new HttpsAgent(options) : new HttpAgent(options)
+  return { ...service, agent, close: () => agent.destroy() }
+}
+
+/**
+ * The text of an answer to GET, and the time of the service in milliseconds since 1970, to the second. Throws
+ * AnswerError where the service refuses, and ConfigError where it cannot be reached or is silent for 10 seconds.
+ */
+export async function getText(service: ServiceAddress, path: string): Promise<{ text: string; date: number }> {
+  const { outgoing, response, end } = await answered(service, path, { method: 'GET', timeout: SILENCE_MS })
+  /* c8 ignore next -- takes the 10 seconds */
+  outgoing.once('timeout', () => outgoing.destroy(new Error(`no answer within ${SILENCE_MS / 1000} seconds`)))
+  end()
+  const { headers } = await response
+  return { text: await textOf(await response), date: Date.parse(String(headers.date)) }
 }
 
 /** The JSON of an answer to GET. Throws ConfigError with the service's own words where it refuses. */
@@ -78,12 +119,12 @@ export async function putStream<T>(
   }
 }
 
-async function answered({ url, token }: ServiceAddress, path: string, options: RequestOptions) {
+async function answered({ url, token, agent }: ServiceAddress, path: string, options: RequestOptions) {
   const [, socketPath] = UNIX_URL.exec(url) ?? []
   const target = new URL(`${socketPath === undefined ? url : 'http://localhost'}${path}`)
   const request = target.protocol === 'https:' ? httpsRequest : httpRequest
   const headers = { ...options.headers, ...(token && { authorization: `Bearer ${token}` }) }
-  const outgoing = request(target, { ...options, headers, agent: false, socketPath })
+  const outgoing = request(target, { ...options, headers, agent: agent ?? false, socketPath })
   const response = new Promise<IncomingMessage>((resolve, reject) => {
     outgoing.once('response', resolve)
     outgoing.on('error', (error) => reject(new ConfigError(`${url} cannot be reached: ${reason(error)}`)))
@@ -92,13 +133,13 @@ async function answered({ url, token }: ServiceAddress, path: string, options: R
   return { outgoing, response, end: () => void outgoing.end() }
 }
 
-/** Passes an answer of success on. Throws ConfigError with the detail of any other, which is a problem document. */
+/** Passes an answer of success on. Throws AnswerError with the detail of any other, which is a problem document. */
 function refused(url: string): (response: IncomingMessage) => Promise<IncomingMessage> {
   return async (response) => {
     const { statusCode = 0 } = response
     if (statusCode >= 200 && statusCode < 300) return response
     const text = await textOf(response)
-    throw new ConfigError(`${url} answers ${statusCode}: ${detailOf(text)}`)
+    throw new AnswerError(url, statusCode, detailOf(text))
   }
 }
 

@@ -504,7 +504,7 @@ export interface components {
                 max_runs: number;
                 /** @description Most streams. */
                 max_connections: number;
-                /** @description Bytes that all streams may send over their sockets; 0 is without a limit. */
+                /** @description Bytes of gradients, and of state read or imported, that all may move; 0 is without a limit. */
                 max_bytes_per_second: number;
                 /** @description Most parameters of one run. */
                 max_parameters: number;
@@ -523,7 +523,7 @@ export interface components {
                 state_bytes: components["schemas"]["Quota"];
                 /** @description Streams and event streams. */
                 connections: components["schemas"]["Quota"];
-                /** @description Bytes that its streams send over their sockets, in the last second. */
+                /** @description Bytes of gradients that it sent, and of state that it read or imported, in the last second. */
                 bytes_per_second: components["schemas"]["Quota"];
             };
         };
@@ -580,6 +580,10 @@ export interface components {
             in_memory: boolean;
             /** @description Whether a connection writes to the run. */
             connected: boolean;
+            /** @description Members that have a connection; absent for a run with one connection. */
+            connected_members?: number;
+            /** @description Ranks of all replicas; absent as `connected_members`. */
+            all_members?: number;
             /** @description How many parameters the run has. */
             parameters: number;
             /** @description Bytes of its state on the device; of one that is not in memory, those that it takes there. */

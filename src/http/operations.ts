@@ -24,6 +24,7 @@ import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './contract.js'
 import { type Events, receiptBody } from './events.js'
+import { bodyMeterIn } from './metered.js'
 import type { components, operations } from './openapi.js'
 import type { StateReaders } from './readers.js'
 import { runStateBody, stateBody, stateNorms } from './state.js'
@@ -152,17 +153,23 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
       const summary = parameterSummary(run, params.index)
       return { ...summary, state: await stateNorms(device, { readers, run }, params.index) }
     },
-    getState: async ({ params }, reply) => {
-      const { length, body } = await runStateBody(runs, { readers, run: await runs.wake(params.run) })
+    getState: async (request, reply) => {
+      const run = await runs.wake(request.params.run)
+      const { length, body } = await runStateBody(runs, { readers, run, meter: bodyMeterIn(request) })
       return reply.type('application/octet-stream').header('content-length', length).send(body)
     },
-    putState: async ({ params, query, headers, body, log }) => {
+    putState: async (request) => {
+      const { params, query, headers, body, log } = request
       if (!(body instanceof Readable))
         throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a safetensors one')
-      return importState({ runs, device, config }, await runs.wake(params.run), { query, headers, body, log })
+      return importState({ runs, device, config }, await runs.wake(params.run), {
+        ...{ query, headers, body, log, meter: bodyMeterIn(request) },
+      })
     },
-    getParameterState: async ({ params }, reply) => {
-      const { length, body } = stateBody(device, { readers, run: await runs.wake(params.run) }, params.index)
+    getParameterState: async (request, reply) => {
+      const run = await runs.wake(request.params.run)
+      const reading = { readers, run, meter: bodyMeterIn(request) }
+      const { length, body } = stateBody(device, reading, request.params.index)
       return reply.type('application/octet-stream').header('content-length', length).send(body)
     },
     listReceipts: async ({ params, query }) => {
@@ -306,12 +313,18 @@ function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
     created_at,
     in_memory: true,
     connected: run.connected,
+    ...memberCounts(run),
     parameters,
     state_bytes: run.stateBytes,
     durable_step: runs.durableStep(run),
     ...run.pace,
     ...(note && { note }),
   }
+}
+
+function memberCounts({ intake: { members } }: Run): { connected_members?: number; all_members?: number } {
+  const { named, world_size, replicas } = members.layout
+  return named ? { connected_members: members.connected.length, all_members: world_size * replicas } : {}
 }
 
 function idleSummary({ groups: _, attentions: __, ...rest }: IdleRun): Schemas['RunSummary'] {

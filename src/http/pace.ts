@@ -30,7 +30,7 @@ export function limitAnswer(
   pace: Pace,
   cut: (error: ServiceError) => void,
 ): (request: FastifyRequest, reply: FastifyReply) => Promise<void> {
-  return async ({ log, raw }, reply) => {
+  return async ({ log, raw, bodyMeter }, reply) => {
     const { socket } = raw
     const stop = watch(
       pace,
@@ -42,6 +42,7 @@ export function limitAnswer(
         cut(error)
         socket.destroy()
       },
+      () => bodyMeter?.heldBack() ?? false,
     )
     reply.raw.once('close', () => {
       stop()
@@ -96,13 +97,16 @@ async function within<T>(promise: Promise<T>, milliseconds: number): Promise<T |
   }
 }
 
-/** Calls `slow` once, at the end of the first window in which too little moved; answers what stops that. */
-function watch(pace: Pace, count: () => number, slow: (moved: number) => void): () => void {
+/**
+ * Calls `slow` once, at the end of the first window in which too little moved, and `isHeld` did not answer that it was
+ * the service that held bytes back; answers what stops that.
+ */
+function watch(pace: Pace, count: () => number, slow: (moved: number) => void, isHeld = () => false): () => void {
   let before = count()
   const timer = setInterval(() => {
     const moved = count() - before
     before += moved
-    if (moved >= leastOf(pace)) return
+    if (isHeld() || moved >= leastOf(pace)) return
     clearInterval(timer)
     slow(moved)
   }, pace.send_timeout_seconds * 1000).unref()

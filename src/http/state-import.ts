@@ -10,11 +10,12 @@ import type { ImportedState } from '../run/imported-state.js'
 import type { Run } from '../run/run.js'
 import { SafetensorsError } from '../store/safetensors.js'
 import { betweenSteps } from './checkpoints.js'
+import type { BodyMeter } from './metered.js'
 import type { components, operations } from './openapi.js'
 import { paced } from './pace.js'
 
 type Query = Required<NonNullable<operations['putState']['parameters']['query']>>
-type Request = { query: Query; headers: IncomingHttpHeaders; body: Readable; log: Log }
+type Request = { query: Query; headers: IncomingHttpHeaders; body: Readable; log: Log; meter: BodyMeter }
 
 /**
  * Imports a safetensors body into a run between two steps, all of it or nothing. Throws REQUEST_INVALID for a body
@@ -23,7 +24,7 @@ type Request = { query: Query; headers: IncomingHttpHeaders; body: Readable; log
 export async function importState(
   { runs, device, config }: { runs: Runs; device: Device; config: Config },
   run: Run,
-  { query: { partial, momentum_form }, headers, body, log }: Request,
+  { query: { partial, momentum_form }, headers, body, log, meter }: Request,
 ): Promise<components['schemas']['Imported']> {
   const started = performance.now()
   const length = headers['content-length']
@@ -31,7 +32,7 @@ export async function importState(
     partial,
     ...(momentum_form === 'stated' ? {} : { momentum_form }),
     ...(length === undefined ? {} : { bytes: Number(length) }),
-    body: paced(body, config),
+    body: meter.pass(paced(body, config)),
   }
   return runs.import(run, async () => {
     const incoming = await receiveState(device, run, options).catch((error) => {

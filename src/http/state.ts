@@ -5,10 +5,13 @@ import type { Runs } from '../keep/runs.js'
 import type { Run } from '../run/run.js'
 import { encodeHeader, SAFETENSORS_NAMES, type TensorEntry } from '../store/safetensors.js'
 import { betweenSteps } from './checkpoints.js'
+import type { BodyMeter } from './metered.js'
 import type { components } from './openapi.js'
 import type { StateReaders } from './readers.js'
 
 type StateTensor = components['schemas']['StateTensor']
+/** A run whose state is read, and the meter of whoever reads it. */
+type Reading = { readers: StateReaders; run: Run; meter: BodyMeter }
 type Held = ReturnType<Run['stateTensors']>
 
 /**
@@ -42,7 +45,7 @@ export async function stateNorms(
  */
 export function stateBody(
   device: Device,
-  { readers, run }: { readers: StateReaders; run: Run },
+  { readers, run, meter }: Reading,
   index: number,
 ): { length: number; body: Readable } {
   const { held, release } = holdParameter(device, { readers, run }, index)
@@ -57,7 +60,8 @@ export function stateBody(
   const entries = entriesOf(held)
   const header = encodeHeader(entries, metadata)
   const length = entries.reduce((sum, { bytes }) => sum + bytes, header.length)
-  const body = Readable.from(readers.inTurns(pieces(device, header, { held, step }), length), { objectMode: false })
+  const read = readers.inTurns(pieces(device, header, { held, step }), length)
+  const body = Readable.from(meter.pass(read), { objectMode: false })
   // Not in the generator: a reader that leaves before the first piece never starts it.
   body.once('close', release)
   return { length, body }
@@ -66,12 +70,12 @@ export function stateBody(
 /** A safetensors body with the whole state of a run after its last finished step, and its length in bytes. */
 export async function runStateBody(
   runs: Runs,
-  { readers, run }: { readers: StateReaders; run: Run },
+  { readers, run, meter }: Reading,
 ): Promise<{ length: number; body: Readable }> {
   const { file, release } = await betweenSteps(runs, run, async () => readers.file(run))
   try {
     const { bytes, pieces } = await file.body()
-    const body = Readable.from(readers.inTurns(pieces(), bytes), { objectMode: false })
+    const body = Readable.from(meter.pass(readers.inTurns(pieces(), bytes)), { objectMode: false })
     body.once('close', release)
     return { length: bytes, body }
     /* c8 ignore start -- the header of a run that was opened can be written */

@@ -37,6 +37,8 @@ export type ReceptionParts = {
   checkOpen(gradient: Dropped): void
   /** Told when the memory that `destination` has named may not be written any more. */
   abandoned(): void
+  /** Told of the bytes of gradients that lie in shared memory: they count as if the socket had carried them. */
+  shared(bytes: number): void
   /** Told when `destination` names other memory from now on, also for the chunk that is coming. */
   redirected(destination: (head: GradientHead) => Uint8Array): void
 }
@@ -120,6 +122,8 @@ export class Reception implements GradientSink {
    */
   async takeShared(joined: Joined, { step, parameters }: GradientsFrame, arenas: SharedArenas): Promise<void> {
     const { jobs } = this.#means.device.backend.group
+    const declared = joined.run.parameters
+    this.#parts.shared(parameters.reduce((sum, index) => sum + (declared[index]?.gradient_bytes ?? 0), 0))
     for (const [i, parameter] of parameters.entries()) {
       if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await this.#turn()
       // A lane gets what has begun so far once a group of it is full, and computes while the others begin.

@@ -2,6 +2,7 @@ import assert from 'node:assert'
 import type { Socket } from 'node:net'
 import type { FastifyBaseLogger } from 'fastify'
 import type { RawData, WebSocket } from 'ws'
+import { Meter } from '../access/meter.js'
 import type { Principal } from '../access/principal.js'
 import type { Rate } from '../access/rate.js'
 import { VERSION } from '../config.js'
@@ -36,7 +37,7 @@ export type SessionContext = Means & {
   local: boolean
   /** Whose key the connection was opened with. */
   principal: Principal
-  /** Of the bytes that all streams send. */
+  /** Of the bytes that all principals move. */
   rate: Rate
 }
 
@@ -72,12 +73,14 @@ export class Session implements Connection, GradientSink {
   readonly #window: Window
   readonly #small: SmallFrames
   readonly #room: Claim
+  readonly #meter: Meter
   readonly #pauses: Pauses
   #timer: NodeJS.Timeout
 
   constructor(socket: WebSocket, context: SessionContext) {
     this.#socket = socket
     this.#context = context
+    this.#meter = new Meter(context.principal.rate, context.rate)
     this.#pauses = new Pauses(socket)
     this.#sender = new Sender(socket)
     this.#answers = new Answers(context, this.#sender, (error) => this.#report(error))
@@ -87,6 +90,7 @@ export class Session implements Connection, GradientSink {
       refused: (error) => this.#report(error),
       checkOpen: (gradient) => this.#checkOpen(gradient),
       abandoned: () => this.#inPlace?.abandon(),
+      shared: (bytes) => this.#spend(bytes),
       redirected: (destination) => this.#inPlace?.redirect(destination),
     })
     const [sender, answers, gone] = [this.#sender, this.#answers, this.#gone.signal]
@@ -205,10 +209,8 @@ export class Session implements Connection, GradientSink {
 
   /** Counts what has come against the bytes a second of its key, and of all. */
   #spend(bytes: number): void {
-    const rates = [this.#context.principal.rate, this.#context.rate]
-    for (const rate of rates) rate.spend(bytes)
-    const wait = () => Math.max(...rates.map((rate) => rate.wait()))
-    if (wait() > 0) this.#slowDown('rate', wait)
+    this.#meter.spend(bytes)
+    if (this.#meter.wait() > 0) this.#slowDown('rate', () => this.#meter.wait())
   }
 
   #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {

@@ -66,6 +66,37 @@ export function lockFile(path: string): Lock | undefined {
   return undefined
 }
 
+/**
+ * The process that has locked a folder last, as it names itself, and whether it holds the lock; `unknown` where this
+ * process cannot see whether it does.
+ */
+export type Holder = { readonly text: string; readonly holds: 'yes' | 'no' | 'unknown' }
+
+/** Linux lists the locks of all processes that this one sees, such as `1: FLOCK  ADVISORY  WRITE 12 08:01:34 0 EOF`. */
+const KERNEL_LOCKS = '/proc/locks'
+const HELD = /^\d+: FLOCK +ADVISORY +WRITE +(\d+) /gm
+
+/** Who has locked a folder, found out without touching the lock; undefined where nobody ever has. */
+export function holderOf(folder: string): Holder | undefined {
+  const text = textOf(join(folder, 'lock'))?.trim() ?? ''
+  const [, pid, host] = /^process (\d+) on (\S+) since /.exec(text) ?? []
+  if (pid === undefined) return undefined
+  const locks = textOf(KERNEL_LOCKS)
+  /* c8 ignore next -- needs another system than Linux */
+  if (locks === undefined) return { text, holds: 'unknown' }
+  if ([...locks.matchAll(HELD)].some(([, holder]) => holder === pid)) return { text, holds: 'yes' }
+  // The list lacks processes of other hosts and containers.
+  return { text, holds: host === hostname() ? 'no' : 'unknown' }
+}
+
+function textOf(path: string): string | undefined {
+  try {
+    return readFileSync(path, 'utf8')
+  } catch {
+    return undefined
+  }
+}
+
 let flock: ((descriptor: number, operation: number) => number) | undefined
 
 function tryLock(descriptor: number): boolean {

@@ -74,11 +74,7 @@ export class RunFolder {
    * `run.json` that is not what was written.
    */
   static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
-    if ((await lstat(path)).isSymbolicLink()) {
-      throw new UnreadableError(
-        `${path} is a symbolic link: the same folder may be another run's, or another service's`,
-      )
-    }
+    await refuseLink(path)
     const entries = await readCheckpoints(path, { tidy: true })
     return new RunFolder(path, files, { identity: await readIdentity(path, entries.length === 0), entries })
   }
@@ -225,6 +221,12 @@ export class RunFolder {
 }
 
 export type Targets = ReadonlyMap<string, TensorLocation & { dtype: string; shape: readonly number[] }>
+
+/** Throws UnreadableError where the folder of a run is a symbolic link. */
+export async function refuseLink(path: string): Promise<void> {
+  if (!(await lstat(path)).isSymbolicLink()) return
+  throw new UnreadableError(`${path} is a symbolic link: the same folder may be another run's, or another service's`)
+}
 
 /** Removes a run from the disk. After a crash the run is there as a whole or not at all: renaming is atomic. */
 export async function destroyRun(path: string): Promise<void> {

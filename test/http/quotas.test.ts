@@ -4,6 +4,7 @@ import { join } from 'node:path'
 import t, { type Test } from 'tap'
 import { WebSocket } from 'ws'
 import { SCOPES } from '../../src/access/principal.js'
+import { connect as connectClient } from '../../src/client/client.js'
 import type { components } from '../../src/http/openapi.js'
 import { RawClient } from '../service.js'
 import { bearer, keyOf, keysFile } from './keys.js'
@@ -180,4 +181,68 @@ t.test('quotas are counts, and a rate is one that a healthy stream has', async (
   ]
   for (const [quotas, message] of cases) t.throws(() => service.reload(quotas), { name: 'ConfigError', message })
   t.equal((await service.call('/v1/runs')).status, 200, keyOf('alice'))
+})
+
+const LIMIT = 2 ** 20
+/** A run whose momentum has as many bytes as may move in a second. */
+const MOMENTUM = {
+  groups: [{ name: 'g', algorithm: 'sgd', momentum: 0.9 }],
+  parameters: [{ name: 'w', shape: [LIMIT / 4], group: 'g' }],
+}
+
+/** A service on which nothing that waits for its rate may be taken for a slow client. */
+async function withState(test: Test) {
+  const service = await started(test, { bytes_per_second: LIMIT }, { send_timeout_seconds: 0.2 })
+  const trainer = await connect(service.url, { headers: bearer('root') })
+  trainer.send({ type: 'open', protocol: 1, run: 'alice-1', ...MOMENTUM })
+  await trainer.next('opened')
+  await trainer.step(1, [new Float32Array(LIMIT / 4).fill(0.5)])
+  trainer.socket.close()
+  return service
+}
+
+t.test('state that is read or imported counts, and whoever waits for that is not taken for slow', async (t) => {
+  const service = await withState(t)
+  const before = performance.now()
+  const [whole, parameter] = [
+    `${service.url}/v1/runs/alice-1/state`,
+    `${service.url}/v1/runs/alice-1/parameters/0/state`,
+  ]
+  const body = Buffer.from(await (await fetch(whole, { headers: bearer('alice') })).arrayBuffer())
+  t.ok(body.length > LIMIT)
+  t.equal((await (await fetch(parameter, { headers: bearer('alice') })).arrayBuffer()).byteLength > LIMIT, true)
+  const headers = { ...bearer('alice'), 'content-type': 'application/octet-stream' }
+  const imported = await fetch(whole, { method: 'PUT', body, headers })
+  t.match([imported.status, await imported.json()], [200, { parameters: 1 }])
+  // Three MiB: half a second's bytes are early, and the last piece, of one MiB at most, goes before its time.
+  t.ok(performance.now() - before > 1400)
+  t.ok((await service.shown()).bytes_per_second.used > 0)
+})
+
+t.test('a reader that leaves while it waits leaves no memory behind', async (t) => {
+  const service = await withState(t)
+  const bytes = service.device.admittedBytes
+  const path = `${service.url}/v1/runs/alice-1/state`
+  for (let i = 0; i < 2; i += 1) await (await fetch(path, { headers: bearer('alice') })).arrayBuffer()
+  const waiting = request(path, { headers: bearer('alice'), agent: false }).end()
+  await once(waiting, 'response')
+  t.ok(service.device.admittedBytes > bytes)
+  waiting.destroy()
+  while (service.device.admittedBytes > bytes) await new Promise(setImmediate)
+})
+
+t.test('gradients in shared memory count as those of a socket', async (t) => {
+  const service = await started(t, { bytes_per_second: LIMIT })
+  const client = await connectClient(service.url.replace('http', 'ws'), { token: keyOf('alice'), transport: 'shm' })
+  const weights = new Float32Array(LIMIT / 4)
+  const run = await client.open({
+    ...{ run: 'alice-1', groups: MOMENTUM.groups },
+    parameters: [{ ...MOMENTUM.parameters[0]!, data: weights }],
+  })
+  t.equal(run.transport, 'shm')
+  const before = performance.now()
+  for (let i = 0; i < 3; i += 1) await run.step({ w: new Float32Array(weights.length).fill(0.5) })
+  t.ok(performance.now() - before > 400)
+  t.ok((await service.shown()).bytes_per_second.used > 0)
+  await client.close()
 })

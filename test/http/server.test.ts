@@ -18,6 +18,9 @@ const SMALL = ['--port', '0', '--device', 'cpu', '--lanes', '1', '--staging-byte
 
 type Process = ChildProcessByStdio<null, Readable, Readable>
 
+/** Nobody listens there. */
+const NOBODY = 'http://127.0.0.1:1'
+
 function start(argv: string[], env: Record<string, string> = {}): Process {
   return spawn(process.execPath, [SERVER, ...argv], {
     stdio: ['ignore', 'pipe', 'pipe'],
@@ -63,12 +66,13 @@ t.test('serve is what muond does without a command; the other commands print and
     err: '',
   }
   t.match(await result(start(['explain', file])), explained)
+  const wrong = await result(start(['check', '--device', 'cpu', '--port', 'x']))
+  t.match(wrong, { code: 1, out: /^check .*\nsettings +error +--port: must be integer, got 'x'\n/, err: '' })
   const folder = t.testdir({ 'torch.yaml': 'description: 5' })
   const cases: [string[], RegExp][] = [
-    [
-      ['train'],
-      /^muond: there is no command 'train', expected one of serve, presets, keys, export, import, explain\n$/,
-    ],
+    [['train'], /^muond: there is no command 'train', expected one of serve, presets, .*\n$/],
+    [['status', NOBODY], /^muond: http:.* cannot be reached: .*\n$/],
+    [['top', NOBODY], /^muond: http:.* cannot be reached: .*\n$/],
     [['presets', 'nobody'], /^muond: there is no preset 'nobody', expected one of .*\n$/],
     [['explain', 'nowhere.json'], /^muond: nowhere\.json cannot be read: ENOENT.*\n$/],
     [['export', 'r', '--to', 'msgpack'], /^muond: --to is 'msgpack', expected one of .*\n$/],

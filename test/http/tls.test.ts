@@ -1,13 +1,17 @@
+import { execFile } from 'node:child_process'
 import { once } from 'node:events'
-import { copyFileSync, readFileSync, writeFileSync } from 'node:fs'
+import { copyFileSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { request } from 'node:https'
 import { connect as connectSocket, type Socket } from 'node:net'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { connect as connectTls, type TLSSocket } from 'node:tls'
+import { promisify } from 'node:util'
 import t, { type Test } from 'tap'
 import { type Client, connect } from '../../src/client/client.js'
 import { gradientsOf, modelOf } from '../client/model.js'
 import { startService, told } from '../service.js'
+import { keyOf } from './keys.js'
 
 const file = (name: string) => join('test/golden/tls', name)
 const read = (name: string) => readFileSync(file(name))
@@ -126,3 +130,33 @@ t.test('a Unix socket beside TLS is plain', async (t) => {
   await client.close()
   t.equal(await told(service, 'INTERNAL'), 0)
 })
+
+t.test('the health check of the image asks the socket, where the port takes certificates of clients', async (t) => {
+  const tls_client_ca = file('ca.pem')
+  const service = await started(t, { tls_client_ca, api_keys: keyOf('h') })
+  const path = join(mkdtempSync(join(tmpdir(), 'muond-')), 's')
+  t.teardown(() => rmSync(join(path, '..'), { recursive: true }))
+  await service.listenLocally(path)
+  const mutual = { MUOND_PORT: String(service.port), MUOND_TLS_CERT: 'c', MUOND_TLS_CLIENT_CA: tls_client_ca }
+  await healthcheck({ ...mutual, MUOND_SOCKET: path })
+  await t.rejects(healthcheck(mutual), {
+    code: 1,
+    stderr: /MUOND_TLS_CLIENT_CA the port asks for a certificate: set MUOND/,
+  })
+  await t.rejects(
+    healthcheck({ MUOND_PORT: String(service.port) }),
+    { code: 1 },
+    'a port that speaks TLS, and is not told so',
+  )
+  const one = await started(t)
+  await healthcheck({ MUOND_PORT: String(one.port), MUOND_TLS_CERT: 'c' })
+  await one.app.close()
+  await t.rejects(healthcheck({ MUOND_PORT: String(one.port), MUOND_TLS_CERT: 'c' }), { code: 1 }, 'nobody is there')
+})
+
+/** Runs the check with these variables. Rejects where it does not end with 0. */
+function healthcheck(variables: Record<string, string>) {
+  return promisify(execFile)(process.execPath, ['deploy/healthcheck.js'], {
+    env: { PATH: process.env.PATH, ...variables },
+  })
+}

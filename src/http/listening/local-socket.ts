@@ -30,12 +30,12 @@ export async function listenLocally(server: Server, path: string): Promise<Local
 }
 
 async function listen(server: Server, path: string): Promise<LocalSocket> {
-  const bytes = Buffer.byteLength(path)
-  if (bytes > MOST_PATH_BYTES) throw new ConfigError(`socket '${path}' has ${bytes} bytes, at most ${MOST_PATH_BYTES}`)
+  checkLength(path)
   const lock = lockFile(`${path}.lock`)
   if (lock === undefined) throw new ConfigError(`socket '${path}' is in use: another service listens there`)
   try {
-    await checkStale(path)
+    if ((await whatIsAt(path)) === 'a server')
+      throw new ConfigError(`socket '${path}' is in use: another server listens there`)
     const door = createServer((socket) => takePlain(server, socket))
     await bind(door, `${path}.new`)
     renameSync(`${path}.new`, path)
@@ -46,20 +46,29 @@ async function listen(server: Server, path: string): Promise<LocalSocket> {
   }
 }
 
-/** Throws ConfigError where something is at `path` that is not the socket of a server that has ended. */
-async function checkStale(path: string): Promise<void> {
+/**
+ * What is at the path of a socket. Throws ConfigError where that is a file of another kind, and for a path that is too
+ * long.
+ */
+export async function whatIsAt(
+  path: string,
+): Promise<'nothing' | 'a server' | 'the socket of a server that has ended'> {
+  checkLength(path)
   const found = statOf(path)
-  if (found === undefined) return
+  if (found === undefined) return 'nothing'
   if (!found.isSocket()) throw new ConfigError(`socket '${path}' is a file of another kind, which stays`)
   const probe = connect(path)
-  try {
-    await once(probe, 'connect')
-  } catch {
-    return
-  } finally {
-    probe.destroy()
-  }
-  throw new ConfigError(`socket '${path}' is in use: another server listens there`)
+  const answers = await once(probe, 'connect').then(
+    () => true,
+    () => false,
+  )
+  probe.destroy()
+  return answers ? 'a server' : 'the socket of a server that has ended'
+}
+
+function checkLength(path: string): void {
+  const bytes = Buffer.byteLength(path)
+  if (bytes > MOST_PATH_BYTES) throw new ConfigError(`socket '${path}' has ${bytes} bytes, at most ${MOST_PATH_BYTES}`)
 }
 
 /**
