@@ -2,7 +2,6 @@ import assert from 'node:assert'
 import { EventEmitter } from 'node:events'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
-import type { Region } from '../device/region.js'
 import type { RunStaging } from '../device/run-staging.js'
 import { ServiceError } from '../errors.js'
 import type { Attention } from '../optimizer/attention.js'
@@ -11,14 +10,16 @@ import { describe, type Parameter } from '../optimizer/parameter.js'
 import { type AppliedRecord, type RunRecord, UnreadableError } from '../store/checkpoint/manifest.js'
 import type { Journal } from '../store/journal/journal.js'
 import type { EndHead } from '../store/journal/journal-format.js'
+import { Underway } from '../underway.js'
 import type { Contribution, OpenedFrame, ParameterDescription } from '../wire/frame.js'
 import { Boundary } from './boundary.js'
 import { type Finished, History, type Pace, type Receipt, type Refusal, Refusals, type RunEvents } from './history.js'
 import { importNote, type PendingImport } from './imported-state.js'
+import { Journaling } from './journaling.js'
 import type { Layout } from './members/layout.js'
 import type { Connection, Member, Seat } from './members/member.js'
 import type { Answer, Place, PlaceRow } from './place.js'
-import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
+import { groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import type { RestoredState, RunOptions } from './run-options.js'
 import { Shard } from './shard.js'
 import { Snapshot } from './snapshot.js'
@@ -28,7 +29,6 @@ import { measured } from './step/measured.js'
 import type { Whole } from './step/part.js'
 import { Step, type StepSettings } from './step/step.js'
 import { Steps } from './step/steps.js'
-import { Underway } from './underway.js'
 
 /**
  * One training run: the order of its steps, their history, and who sends them. The only writer of all of that.
@@ -48,7 +48,7 @@ export class Run extends EventEmitter<RunEvents> {
   readonly #steps: Steps
   #epoch = 0
   #note = ''
-  #journal: Journal | undefined
+  readonly #journaling: Journaling
   #isGone = false
   /** Jobs that were not committed or dropped yet, and steps that the journal is writing. */
   readonly #work = new Underway()
@@ -64,6 +64,10 @@ export class Run extends EventEmitter<RunEvents> {
     this.#history = new History(receipts)
     this.#shard = new Shard(device, { run: name, ...rest })
     this.#steps = new Steps(name, new Step(1, groups))
+    this.#journaling = new Journaling({
+      ...{ shard: this.#shard, steps: this.#steps },
+      applied: (index, step) => this.intake.applied(index, step),
+    })
     this.intake = new Intake(device, {
       ...{ name, parameters: rest.parameters, attentions: rest.attentions, shard: this.#shard, steps: this.#steps },
       held: () => this.boundary.held,
@@ -136,7 +140,7 @@ export class Run extends EventEmitter<RunEvents> {
    * The journal that has every step before it is acknowledged; undefined where a step is only in the next checkpoint.
    */
   get journal(): Journal | undefined {
-    return this.#journal
+    return this.#journaling.journal
   }
 
   /** Whether a connection has the run. */
@@ -254,13 +258,13 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** Has every step written to a journal before it is acknowledged; undefined: no longer. */
   useJournal(journal: Journal | undefined): void {
-    this.#journal = journal
+    this.#journaling.journal = journal
   }
 
   /** Ends the journal's files. Later steps are written to none. */
   async closeJournal(): Promise<void> {
-    await this.#journal?.close()
-    this.#journal = undefined
+    await this.#journaling.journal?.close()
+    this.#journaling.journal = undefined
   }
 
   /**
@@ -391,7 +395,7 @@ export class Run extends EventEmitter<RunEvents> {
     }
     this.#shard.compute(step, index, whole, {
       resolve: (update) => {
-        if (update) this.#store(step, index, gradient)
+        if (update) this.#journaling.store(step, index, gradient)
         this.#work.end()
         answer.resolve(update)
       },
@@ -401,11 +405,12 @@ export class Run extends EventEmitter<RunEvents> {
 
   /** Finishes a step whose every parameter was applied or is skipped. With a journal the step is on the disk first. */
   #conclude(step: Step, waited: RunEvents['waited'][0]): Receipt | Promise<Receipt> {
-    const durable = this.#journal !== undefined
+    const { journal } = this.#journaling
+    const durable = journal !== undefined
     const receipt = conclude(step, this.#shard, { digest: this.digest, durable })
     this.emit('waited', waited)
-    if (!this.#journal) return this.#finish(receipt)
-    return this.#work.track(this.#commit(this.#journal, receipt).then(() => this.#finish(receipt)))
+    if (!journal) return this.#finish(receipt)
+    return this.#work.track(this.#commit(journal, receipt).then(() => this.#finish(receipt)))
   }
 
   #finish(receipt: Receipt): Receipt {
@@ -418,39 +423,9 @@ export class Run extends EventEmitter<RunEvents> {
     return receipt
   }
 
-  /** Has the journal take a gradient that it lacks: it was just applied, or is sent again because the disk was full. */
-  #store({ number: step }: Step, index: number, gradient: Region): void {
-    const journal = this.#journal
-    const { record } = this.#shard.place(index)
-    if (journal === undefined || step !== this.#steps.current.number || journal.holds(index)) return
-    assert(record, 'what was computed has a record')
-    const kept = gradient.retain()
-    void journal
-      .append({ type: 'gradient', step, parameter: index, applied: appliedRecord(record) }, kept.view)
-      .then(() => kept.release())
-  }
-
-  /**
-   * Has the journal take what it lacks of the gradients that members have put together: they need not send it again.
-   */
-  #storeApplied(step: Step): void {
-    for (const index of step.applied) {
-      const gradient = this.intake.applied(index, step.number)
-      if (gradient) this.#store(step, index, gradient)
-      gradient?.release()
-    }
-  }
-
   async #commit(journal: Journal, receipt: Receipt): Promise<void> {
     const started = performance.now()
-    const step = this.#steps.current
-    const { digest } = receipt
-    const settings = settingsRecord(step.settings)
-    const skipped = this.parameters.flatMap(({ index }) => (step.hasApplied(index) ? [] : [index]))
-    this.#storeApplied(step)
-    await step.end(() =>
-      journal.commit({ type: 'end', step: step.number, digest, skipped, settings, receipt }, step.applied),
-    )
+    await this.#journaling.commit(journal, receipt)
     this.emit('committed', (performance.now() - started) / 1000)
   }
 
