@@ -27,6 +27,17 @@ const COMMANDS = new Map<string, Command>([
       (await import('./commands/import.js')).importCommand(argv, process.env, { terminal: process.stderr }),
   ],
   [
+    'replay',
+    async (argv) =>
+      (await import('./commands/replay.js')).replayCommand(argv, process.env, {
+        terminal: process.stderr,
+        width: process.stdout.columns,
+        failed: () => {
+          process.exitCode = 1
+        },
+      }),
+  ],
+  [
     'explain',
     async (argv) => (await import('./commands/explain.js')).explainCommand(argv, process.env, process.stdout.columns),
   ],
