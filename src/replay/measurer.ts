@@ -43,26 +43,30 @@ export class Measurer {
    * In the order of the parameters. Throws UnreadableError where a gradient is none of its step, and ConfigError where
    * the alternative cannot take it.
    */
-  async measure({ step, gradients, label, end }: StoredStep): Promise<Measure[]> {
-    const applied = new Set(gradients.map(({ parameter }) => parameter))
-    const said = new Set([...applied, ...end.skipped])
-    const missing = this.#own.parameters.find(({ index }) => !said.has(index))
-    if (missing) throw new UnreadableError(`${label}: step ${step} neither has nor skips parameter '${missing.name}'`)
-    const done = await Promise.allSettled(gradients.map((stored) => this.#measure(stored, step)))
+  async measure(stored: StoredStep): Promise<Measure[]> {
+    this.#check(stored)
+    const done = await Promise.allSettled(stored.gradients.map((gradient) => this.#measure(gradient)))
     const failed = done.find((result) => result.status === 'rejected')
     if (failed) throw failed.reason
     const measures = done.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
     return measures.sort((one, other) => one.index - other.index)
   }
 
-  async #measure(stored: StoredGradient, step: number): Promise<Measure> {
-    const { parameter: index, label } = stored
-    const parameter = this.#own.parameters[index]
-    if (!parameter || stored.step !== step)
-      throw new UnreadableError(
-        `${label}: a gradient of parameter ${index} for step ${stored.step} is none of step ${step}`,
-      )
-    const gradient = await named(label, this.#gradients.read(stored, parameter))
+  #check({ step, gradients, label, end }: StoredStep): void {
+    const parameters = this.#own.parameters
+    const wrong = gradients.find((stored) => stored.step !== step || stored.parameter >= parameters.length)
+    if (wrong) {
+      const what = `a gradient of parameter ${wrong.parameter} for step ${wrong.step}`
+      throw new UnreadableError(`${wrong.label}: ${what} is none of step ${step}`)
+    }
+    const said = new Set([...gradients.map(({ parameter }) => parameter), ...end.skipped])
+    const missing = parameters.find(({ index }) => !said.has(index))
+    if (missing) throw new UnreadableError(`${label}: step ${step} neither has nor skips parameter '${missing.name}'`)
+  }
+
+  async #measure(stored: StoredGradient): Promise<Measure> {
+    const parameter = this.#own.parameters[stored.parameter]
+    const gradient = await named(stored.label, this.#gradients.read(stored, parameter))
     try {
       return await this.#compute(stored, parameter, gradient)
     } finally {
