@@ -1,16 +1,12 @@
-import { mkdir, readFile, stat, writeFile } from 'node:fs/promises'
+import { mkdir, stat, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { parse as parseYaml } from 'yaml'
 import { ConfigError, configOf, type Environment, type Flags, readArguments } from '../config.js'
 import { Device } from '../device/device.js'
-import { errorText } from '../errors.js'
 import { OutputExistsError, writeWhole } from '../exchange/output.js'
-import { type Alternative, parseAlternative } from '../replay/alternative.js'
+import { readAlternative } from '../replay/alternative.js'
 import { chartOf } from '../replay/chart.js'
 import { type Recording, type Wanted, withRecording } from '../replay/recording.js'
-import { replay } from '../replay/replay.js'
-import { jsonOf, type Report, textOf } from '../replay/report.js'
-import { spikesOf } from '../replay/spikes.js'
+import { jsonOf, type Report, reportOf, textOf } from '../replay/report.js'
 import { CheckpointFiles } from '../store/checkpoint/checkpoint-files.js'
 import { UnreadableError } from '../store/checkpoint/manifest.js'
 import { readPresets } from '../store/presets.js'
@@ -119,34 +115,20 @@ async function compute(
   const files = new CheckpointFiles()
   try {
     return await withRecording(asked, files, async (recording) => {
-      const alternative = await alternativeOf(asked, recording, presets)
+      const { groups } = asked
+      const alternative =
+        groups === undefined ? undefined : await readAlternative(groups, recording.declaration, readPresets(presets))
       const device = await Device.start(settings)
+      const progress = byteProgress(`replaying run '${asked.run}':`, bytesOf(recording), terminal)
       try {
-        const progress = byteProgress(`replaying run '${asked.run}':`, bytesOf(recording), terminal)
-        const replayed = await replay(device, recording, { alternative, progress: (bytes) => progress.done(bytes) })
-        progress.end()
-        const spikes = spikesOf(replayed.rows, replayed.steps)
-        return { recording, replay: replayed, spikes, alternative, device: device.record }
+        return await reportOf(recording, { device, alternative, progress: progress.done })
       } finally {
+        progress.end()
         await device.close()
       }
     })
   } finally {
     await files.close()
-  }
-}
-
-async function alternativeOf(
-  { groups }: Asked,
-  { declaration }: Recording,
-  presets: string,
-): Promise<Alternative | undefined> {
-  if (groups === undefined) return undefined
-  const known = readPresets(presets)
-  try {
-    return parseAlternative(parseYaml(await readFile(groups, 'utf8')), declaration, known)
-  } catch (error) {
-    throw new ConfigError(`${groups}: ${errorText(error).split('\n')[0]}`)
   }
 }
 

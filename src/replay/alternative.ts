@@ -1,4 +1,7 @@
+import { readFile } from 'node:fs/promises'
+import { parse as parseYaml } from 'yaml'
 import { ConfigError } from '../config.js'
+import { errorText } from '../errors.js'
 import { type Groups, groupOf, show, stateBearing, updateGroup } from '../optimizer/hyperparameters.js'
 import { describe, type Parameter, parseParameters } from '../optimizer/parameter.js'
 import type { Presets } from '../optimizer/preset.js'
@@ -21,6 +24,15 @@ export type Alternative = {
 type Given = { readonly declared: GroupDeclaration; readonly patterns: readonly string[]; readonly follows: boolean }
 
 const MATRIX_ALGORITHMS = ['muon', 'muonclip']
+
+/** As `parseAlternative`, from a file of YAML or JSON; every refusal is a ConfigError that names the file. */
+export async function readAlternative(file: string, run: Declaration, presets: Presets): Promise<Alternative> {
+  try {
+    return parseAlternative(parseYaml(await readFile(file, 'utf8')), run, presets)
+  } catch (error) {
+    throw new ConfigError(`${file}: ${errorText(error).split('\n')[0]}`)
+  }
+}
 
 /**
  * Reads other groups for a run: a list of groups as `open` has them, or a map with the key `groups`. A group takes the

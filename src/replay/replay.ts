@@ -28,7 +28,7 @@ export type Replay = {
   readonly difference: Difference | undefined
 }
 
-type Options = {
+export type ReplayOptions = {
   alternative: Alternative | undefined
   /** Told of the bytes of gradients that were computed with. */
   progress: (bytes: number) => void
@@ -42,7 +42,7 @@ type Options = {
 export async function replay(
   device: Device,
   recording: Recording,
-  { alternative, progress }: Options,
+  { alternative, progress }: ReplayOptions,
 ): Promise<Replay> {
   checkDigest(recording.manifest, recording.declaration)
   const own = await ownCourse(device, recording)

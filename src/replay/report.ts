@@ -1,12 +1,13 @@
+import type { Device } from '../device/device.js'
 import { differenceOf } from '../keep/restore.js'
 import type { DeviceRecord } from '../store/checkpoint/manifest.js'
 import { tableLines } from '../text-table.js'
 import type { Alternative } from './alternative.js'
 import type { Difference } from './difference.js'
 import type { Recording } from './recording.js'
-import type { Replay, ReplayedStep } from './replay.js'
+import { type Replay, type ReplayedStep, type ReplayOptions, replay } from './replay.js'
 import type { Row, RowStep } from './rows.js'
-import { type Spike, WINDOW_STEPS } from './spikes.js'
+import { type Spike, spikesOf, WINDOW_STEPS } from './spikes.js'
 
 /** Everything that is said of a replay. */
 export type Report = {
@@ -16,6 +17,16 @@ export type Report = {
   readonly alternative: Alternative | undefined
   /** What has computed it. */
   readonly device: DeviceRecord
+}
+
+/** Computes a recording again, with an alternative beside it; `progress` is told of the bytes that are done. */
+export async function reportOf(
+  recording: Recording,
+  { device, alternative, progress }: ReplayOptions & { device: Device },
+): Promise<Report> {
+  const replayed = await replay(device, recording, { alternative, progress })
+  const spikes = spikesOf(replayed.rows, replayed.steps)
+  return { recording, replay: replayed, spikes, alternative, device: device.record }
 }
 
 /** Most steps of a table, unless it is asked for others. */

@@ -6,7 +6,7 @@ import { promisify } from 'node:util'
 import t from 'tap'
 import { replayCommand } from '../../src/commands/replay.js'
 import { flip, id, runFolder } from '../keep/data-folder.js'
-import { forge, groupsFile, printed, recorder, replaying } from '../replay/recorded.js'
+import { forge, groupsFile, recorder, replaying } from '../replay/recorded.js'
 import { train } from '../run/trainer.js'
 
 const run = promisify(execFile)
@@ -50,7 +50,10 @@ t.test('a replay is printed, or written as files', async (t) => {
   ]
   const file = groupsFile(data, groups)
   const out = join(data, 'out')
-  const text = await printed(data, 'r', '--groups', file, '--out', `${out}/`)
+  const means = { terminal: new PassThrough(), failed: () => {} }
+  const env = { MUOND_DEVICE: 'cpu', MUOND_LANES: '1' }
+  const command = (...rest: string[]) => replayCommand(['r', '--data', data, '--groups', file, ...rest], env, means)
+  const text = await command('--out', `${out}/`)
   const blocks = text.split('\n\n')
   t.match(blocks[0], new RegExp(`^run 'r': steps 1 to 3 of 3, from ${id(0)}, on cpu with ONNX Runtime \\d`))
   t.match(
@@ -61,10 +64,10 @@ t.test('a replay is printed, or written as files', async (t) => {
   t.match(blocks.at(-1), /^note: an update is scale · data: .*\nnote: the gradients are those of the run as it was: /)
   t.same(readdirSync(out).sort(), ['replay.json', 'replay.svg'])
   const json = JSON.parse(readFileSync(join(out, 'replay.json'), 'utf8'))
-  const { failed: _, ...again } = await replaying(data, 'r', '--groups', file)
-  t.same(json, again)
+  t.same(json, JSON.parse(JSON.stringify(await replaying(data, 'r', { groups: file }))))
+  t.same(json, JSON.parse(await command('--json')))
   t.match(readFileSync(join(out, 'replay.svg'), 'utf8'), /^<svg /)
-  await t.rejects(printed(data, 'r', '--out', out), { name: 'ConfigError', message: `${out} exists already` })
+  await t.rejects(command('--out', out), { name: 'ConfigError', message: `${out} exists already` })
 })
 
 t.test('the process ends with 1 where a step is another one, and says which', async (t) => {

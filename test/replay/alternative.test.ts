@@ -2,7 +2,7 @@ import t, { type Test } from 'tap'
 import { numbersOf } from '../../src/replay/similarity.js'
 import { id } from '../keep/data-folder.js'
 import { type AdamwState, adamwStep, frobenius } from '../reference.js'
-import { MODEL, train } from '../run/trainer.js'
+import { train } from '../run/trainer.js'
 import { normal, RawClient } from '../service.js'
 import { groupsFile, recorder, replaying } from './recorded.js'
 
@@ -23,13 +23,14 @@ const SCALE = -0.5
 
 type Sent = { gradients: Float32Array[]; updates: Float64Array[] }
 
-/** Records a run; answers the gradients of each step after gradient_scale, and scale · data of each update. */
-async function record(t: Test): Promise<{ data: string; sent: Sent[] }> {
-  const data = t.testdir({})
+let data: string
+/** The gradients of each step of the recorded run after gradient_scale, and scale · data of each update. */
+const sent: Sent[] = []
+t.before(async () => {
+  data = t.testdir({})
   const service = await recorder(data, { checkpoint_steps: 3 })
   const client = await RawClient.connect(service.url)
   await client.open({ run: 'r', ...PLAIN })
-  const sent: Sent[] = []
   for (let step = 1; step <= LAST; step++) {
     // Powers of two between the rates: their ratio to others is exact.
     client.send({ type: 'step', step, groups: { rest: { lr: 0.5 / 2 ** step } }, gradient_scale: SCALE })
@@ -50,8 +51,7 @@ async function record(t: Test): Promise<{ data: string; sent: Sent[] }> {
   }
   await client.close()
   await service.app.close()
-  return { data, sent }
-}
+})
 
 const close = (t: Test, has: number | undefined, expected: number, limit: number, what: string) =>
   t.ok(Math.abs(has! / expected - 1) < limit, `${what} is ${has}, expected ${expected}`)
@@ -59,7 +59,6 @@ const product = (one: Float64Array, other: Float64Array) => one.reduce((sum, val
 const joined = (all: readonly Float64Array[]) => Float64Array.from(all.flatMap((each) => [...each]))
 
 t.test('norms and RMS are those of the gradients and updates that were sent', async (t) => {
-  const { data, sent } = await record(t)
   const { steps, equal } = await replaying(data, 'r')
   t.equal(equal, true)
   for (const [i, { gradients, updates }] of sent.entries()) {
@@ -75,10 +74,9 @@ t.test('norms and RMS are those of the gradients and updates that were sent', as
 })
 
 t.test('with another lr an update is so many times as large, and has the direction', async (t) => {
-  const { data } = await record(t)
   const folder = t.testdir({})
   const groups = [{ ...PLAIN.groups[1], lr: 2 }]
-  const constant = await replaying(data, 'r', '--groups', groupsFile(folder, groups))
+  const constant = await replaying(data, 'r', { groups: groupsFile(folder, groups) })
   for (const { step, rows } of constant.steps) {
     t.equal(rows.rest!.alternative!.ratio, 2 / (0.5 / 2 ** step))
     close(t, rows.rest!.alternative!.cosine, 1, 1e-15, 'cosine')
@@ -90,14 +88,14 @@ t.test('with another lr an update is so many times as large, and has the directi
     { name: 'rest', alternative: { begins: 'state' } },
   ])
   const following = [{ ...PLAIN.groups[1], lr: 2, lr_schedule: 'run' }]
-  const followed = await replaying(data, 'r', '--groups', groupsFile(folder, { groups: following }))
+  const followed = await replaying(data, 'r', { groups: groupsFile(folder, { groups: following }) })
   for (const { step, rows } of followed.steps) {
     t.equal(rows.rest!.alternative!.lr, 2 / 2 ** (step - 1))
     t.equal(rows.rest!.alternative!.ratio, 8, 'as the largest rates, 2 and 0.25')
   }
   t.notMatch(followed.notes.join('\n'), 'lr_schedule')
   // From a checkpoint on the momentum is that of the run, whatever lr it had.
-  const later = await replaying(data, 'r', '--from', id(3), '--groups', groupsFile(folder, groups))
+  const later = await replaying(data, 'r', { from: id(3), groups: groupsFile(folder, groups) })
   t.same(
     later.steps.map(({ rows }) => rows.rest),
     constant.steps.slice(3).map(({ rows }) => rows.rest),
@@ -106,11 +104,10 @@ t.test('with another lr an update is so many times as large, and has the directi
 
 for (const from of [0, 3]) {
   t.test(`AdamW in the place of Muon is that of the float64 oracle, from step ${from}`, async (t) => {
-    const { data, sent } = await record(t)
     const yaml =
       'groups:\n  - name: adam\n    algorithm: adamw\n    lr: 0.01\n    betas: [0.8, 0.9]\n    parameters: ["block.*"]\n'
     const file = groupsFile(t.testdir({}), yaml, 'groups.yaml')
-    const { steps, notes, rows, equal } = await replaying(data, 'r', '--from', id(from), '--groups', file)
+    const { steps, notes, rows, equal } = await replaying(data, 'r', { from: id(from), groups: file })
     t.equal(equal, true)
     t.match(rows[0], { name: 'matrices', alternative: { group: 'adam', algorithm: 'adamw', begins: 'no state' } })
     t.ok(notes.some((note) => note === `behind step ${from}: matrices begins with no state`))
@@ -135,9 +132,9 @@ for (const from of [0, 3]) {
   })
 }
 
-t.test('a group is cut where another one takes a part of it; Muon may take what AdamW had', async (t) => {
-  const data = t.testdir({})
-  const service = await recorder(data)
+t.test('Muon may take what AdamW had, and the run itself comes to the same beside it', async (t) => {
+  const own = t.testdir({})
+  const service = await recorder(own)
   const { client, traces } = await train(service, { last: 4 })
   await client.close()
   await service.app.close()
@@ -146,12 +143,11 @@ t.test('a group is cut where another one takes a part of it; Muon may take what 
     { name: 'muonclip', algorithm: 'muonclip', lr: 3e-4 },
     { name: 'rest', algorithm: 'adamw', lr: 0.001, parameters: ['experts', 'norm'] },
   ]
-  const { steps, rows, equal } = await replaying(data, 'r', '--groups', groupsFile(t.testdir({}), groups))
+  const { steps, rows, equal } = await replaying(own, 'r', { groups: groupsFile(own, groups) })
   t.equal(equal, true)
   t.match(
     steps,
     traces.map(({ digest }) => ({ digest })),
-    'what the run itself came to is the same beside it',
   )
   t.match(
     rows.map(({ name, alternative }) => [name, alternative?.begins]),
@@ -170,32 +166,24 @@ t.test('a group is cut where another one takes a part of it; Muon may take what 
     t.equal(rows.muonclip!.alternative!.ratio, 1)
     t.equal(rows.rmsprop === undefined, step === 3, 'a step that skips it')
   }
-  const one = [
-    { name: 'x', algorithm: 'sgd', lr: 1, parameters: ['experts'] },
-    { name: 'muon', algorithm: 'sgd', lr: 1 },
+})
+
+t.test('a group of the run is cut in two where another one takes a part of it', async (t) => {
+  const part = [
+    { name: 'x', algorithm: 'sgd', lr: 1, parameters: ['*.b'] },
+    { name: 'rest', algorithm: 'sgd', lr: 1, momentum: 0.9 },
   ]
-  const cut = {
-    ...MODEL,
-    groups: MODEL.groups.slice(0, 1),
-    attentions: [],
-    parameters: [MODEL.parameters[0]!, { ...MODEL.parameters[0]!, name: 'n' }],
-  }
-  const second = await recorder(t.testdir({ two: {} }))
-  const other = await RawClient.connect(second.url)
-  await other.open({ run: 'cut', ...cut })
-  await other.step(1, [normal(1, 384), normal(2, 384)])
-  await other.close()
-  await second.app.close()
-  const part = [{ name: 'x', algorithm: 'sgd', lr: 0.02, parameters: ['n'] }]
-  const folder = `${t.testdirName}`
-  const result = await replaying(folder, 'cut', '--groups', groupsFile(folder, part))
-  t.match(result.rows, [{ name: 'muon, as it was', alternative: undefined }, { name: 'muon, x' }])
-  t.ok(one)
+  const { rows, steps } = await replaying(data, 'r', { groups: groupsFile(t.testdir({}), part) })
+  t.match(rows, [
+    { name: 'matrices, as it was', alternative: undefined, parameters: ['block.a'] },
+    { name: 'matrices, x', alternative: { begins: 'no state' }, parameters: ['block.b'] },
+    { name: 'rest', alternative: { begins: 'state' } },
+  ])
+  close(t, steps[0]!.rows['matrices, x']!.gradient_norm, frobenius(sent[0]!.gradients[1]!), 1e-7, 'gradient norm')
 })
 
 t.test('groups that do not fit the run are refused', async (t) => {
-  const { data } = await record(t)
-  const folder = t.testdirName
+  const folder = t.testdir({})
   const cases: [groups: unknown, message: string | RegExp][] = [
     [[], 'groups is empty, expected at least one'],
     [{ group: [] }, 'groups is undefined, expected a list'],
@@ -252,17 +240,17 @@ t.test('groups that do not fit the run are refused', async (t) => {
   for (const [groups, message] of cases) {
     const file = groupsFile(folder, groups)
     const expected = message instanceof RegExp ? message : `${file}: ${message}`
-    const error = (await replaying(data, 'r', '--groups', file).catch((caught) => caught)) as Error
+    const error = (await replaying(data, 'r', { groups: file }).catch((caught) => caught)) as Error
     t.equal(error.name, 'ConfigError')
     if (expected instanceof RegExp) t.match(error.message.slice(file.length + 2), expected)
     else t.equal(error.message, expected)
   }
-  await t.rejects(replaying(data, 'r', '--groups', `${folder}/none.json`), { message: /none\.json: ENOENT/ })
+  await t.rejects(replaying(data, 'r', { groups: `${folder}/none.json` }), { message: /none\.json: ENOENT/ })
 })
 
 t.test('gradients that the other groups cannot take end the replay with the step', async (t) => {
-  const data = t.testdir({})
-  const service = await recorder(data)
+  const own = t.testdir({})
+  const service = await recorder(own)
   const client = await RawClient.connect(service.url)
   await client.open({
     run: 'r',
@@ -274,9 +262,9 @@ t.test('gradients that the other groups cannot take end the replay with the step
   await client.step(2, [normal(2, 4).map((value) => value * 1e30)])
   await client.close()
   await service.app.close()
-  const file = groupsFile(t.testdirName, [{ name: 'g', algorithm: 'adamw' }])
-  t.match(await replaying(data, 'r'), { equal: true, steps_equal: 2 })
-  await t.rejects(replaying(data, 'r', '--groups', file), {
+  const file = groupsFile(own, [{ name: 'g', algorithm: 'adamw' }])
+  t.match(await replaying(own, 'r'), { equal: true, steps_equal: 2 })
+  await t.rejects(replaying(own, 'r', { groups: file }), {
     name: 'ConfigError',
     message:
       /^the other groups end at step 2: the gradient of parameter 'p' for step 2 holds NaN or Inf, or its update would$/,

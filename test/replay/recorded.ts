@@ -1,17 +1,22 @@
 import { createHash } from 'node:crypto'
 import { readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { PassThrough } from 'node:stream'
-import { replayCommand } from '../../src/commands/replay.js'
+import t from 'tap'
+import { configOf } from '../../src/config.js'
+import { Device } from '../../src/device/device.js'
+import { readAlternative } from '../../src/replay/alternative.js'
+import { type Wanted, withRecording } from '../../src/replay/recording.js'
+import { jsonOf, type Report, reportOf, textOf } from '../../src/replay/report.js'
 import type { RowStep } from '../../src/replay/rows.js'
 import type { Spike } from '../../src/replay/spikes.js'
+import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
 import { encodeHead, type Head, PREFIX_BYTES, readHead, readPrefix } from '../../src/store/journal/journal-format.js'
+import { readPresets } from '../../src/store/presets.js'
 import { start } from '../keep/data-folder.js'
 
 // What the tests of `muond replay` do with a recorded run.
 
 export const KEPT = { durability: 'journal', keep_journal: true, checkpoints_kept: 100 } as const
-const ENVIRONMENT = { MUOND_DEVICE: 'cpu', MUOND_LANES: '1', MUOND_STAGING_BYTES: String(2 ** 20) }
 
 /** A service that keeps every step of a run in its journal. */
 export const recorder = (data: string, settings: Parameters<typeof start>[1] = {}) =>
@@ -28,27 +33,47 @@ type Printed = {
     digest: { computed: string; journal: string }
     parameter?: { name: string; what: string; computed: string; journal: string }
   }
-  rows: { name: string; alternative?: { begins: string } }[]
+  rows: { name: string; alternative?: { begins: string }; parameters: string[] }[]
   steps: { step: number; digest: string; rows: Record<string, RowStep> }[]
   spikes: Spike[]
   notes: string[]
 }
 
-/** `muond replay --json`: what it prints, and whether the process would end with 1. */
-export async function replaying(data: string, run: string, ...rest: string[]): Promise<Printed & { failed: boolean }> {
-  let failed = false
-  const text = await replayCommand([run, '--data', data, '--json', ...rest], ENVIRONMENT, {
-    terminal: new PassThrough(),
-    failed: () => {
-      failed = true
-    },
+/** One device, and one thread that reads checkpoints, for all replays of a file: to start them takes longest. */
+let opened: Promise<{ device: Device; files: CheckpointFiles }> | undefined
+t.teardown(async () => {
+  const { device, files } = (await opened) ?? {}
+  await device?.close()
+  await files?.close()
+})
+
+async function open() {
+  const settings = { device: 'cpu', lanes: 1, staging_bytes: 2 ** 20 }
+  return { device: await Device.start(configOf(settings)), files: new CheckpointFiles() }
+}
+
+type Options = Omit<Wanted, 'data' | 'run'> & { groups?: string }
+
+/** What `muond replay` knows of a run in the end; throws what it ends with. */
+async function investigated(data: string, run: string, { groups, ...wanted }: Options): Promise<Report> {
+  opened ??= open()
+  const { device, files } = await opened
+  return withRecording({ data, run, ...wanted }, files, async (recording) => {
+    const { declaration } = recording
+    const alternative = groups === undefined ? undefined : await readAlternative(groups, declaration, readPresets())
+    return reportOf(recording, { device, alternative, progress: () => {} })
   })
-  return { ...JSON.parse(text), failed }
+}
+
+/** What `muond replay --json` prints. */
+export async function replaying(data: string, run: string, options: Options = {}): Promise<Printed> {
+  return JSON.parse(JSON.stringify(jsonOf(await investigated(data, run, options))))
 }
 
 /** What it prints without --json. */
-export const printed = (data: string, run: string, ...rest: string[]) =>
-  replayCommand([run, '--data', data, ...rest], ENVIRONMENT, { terminal: new PassThrough(), failed: () => {} })
+export async function printed(data: string, run: string, { every, ...options }: Options & { every?: number } = {}) {
+  return textOf(await investigated(data, run, options), every)
+}
 
 /** Groups as a file that --groups takes. */
 export function groupsFile(folder: string, groups: unknown, name = 'groups.json'): string {

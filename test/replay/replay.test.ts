@@ -34,10 +34,10 @@ t.test(
     const digests = traces.map(({ step, digest }) => ({ step, digest }))
     const before = filesIn(data)
     const whole = await replaying(data, 'r')
-    t.match(whole, { equal: true, failed: false, steps_equal: LAST, checkpoint: id(0), from_step: 0, to_step: LAST })
+    t.match(whole, { equal: true, steps_equal: LAST, checkpoint: id(0), from_step: 0, to_step: LAST })
     t.match(whole.steps, digests)
     t.same(Object.keys(whole.steps[2]!.rows).length, MODEL.groups.length - 1, 'a group that is skipped has no row')
-    const part = await replaying(data, 'r', '--from', id(5), '--to', '9')
+    const part = await replaying(data, 'r', { from: id(5), to: 9 })
     t.match(part, { equal: true, steps_equal: 4, checkpoint: id(5), from_step: 5, to_step: 9 })
     t.match(part.steps, digests.slice(5, 9))
     t.same(part.steps[0]!.rows, whole.steps[5]!.rows)
@@ -221,10 +221,9 @@ t.test('the first step that is another one is named, with the parameter and both
   const expected = traces[7]!.digest
   const twice = async (change: (head: Head, payload: Buffer) => Head | undefined, undo = change) => {
     forge(path, change)
-    const result = await replaying(data, 'r', '--from', id(5))
+    const result = await replaying(data, 'r', { from: id(5) })
     t.match(result, {
       equal: false,
-      failed: true,
       steps_equal: 2,
       difference: { step: 8, digest: { journal: expected } },
     })
@@ -286,22 +285,22 @@ t.test('records that are none of their step are refused by name', async (t) => {
   const whole = readFileSync(path)
   for (const [message, change] of cases) {
     forge(path, change)
-    await t.rejects(replaying(data, 'r', '--from', id(5)), { name: 'ConfigError', message })
+    await t.rejects(replaying(data, 'r', { from: id(5) }), { name: 'UnreadableError', message })
     writeFileSync(path, whole)
   }
 })
 
 t.test('what cannot be computed again is refused with the reason and what is there', async (t) => {
   const { data, service, client } = await recording(t, {}, 12)
-  const refused = (message: string | RegExp, ...rest: string[]) =>
-    t.rejects(replaying(data, 'r', ...rest), { name: 'ConfigError', message })
-  await refused(`run 'r' has no checkpoint 'best', there are ${id(0)}, ${id(5)}, ${id(10)}`, '--from', 'best')
-  await refused(`--to is 13, the last step in the journal of run 'r' is 12`, '--to', '13')
-  await refused(`step 5 is to be the last one, checkpoint '${id(10)}' is behind it`, '--from', id(10), '--to', '5')
+  const refused = (message: string | RegExp, options: Parameters<typeof replaying>[2] = {}) =>
+    t.rejects(replaying(data, 'r', options), { name: 'UnreadableError', message })
+  await refused(`run 'r' has no checkpoint 'best', there are ${id(0)}, ${id(5)}, ${id(10)}`, { from: 'best' })
+  await refused(`--to is 13, the last step in the journal of run 'r' is 12`, { to: 13 })
+  await refused(`step 5 is to be the last one, checkpoint '${id(10)}' is behind it`, { from: id(10), to: 5 })
   await t.rejects(replaying(data, 'other'), { message: /^data folder '.*' has no run 'other': ENOENT/ })
   await t.rejects(replaying(data, '../r'), { message: `'../r' is no name of a run` })
   flip(manifestOf(data, 5), 100)
-  await refused(/manifest\.json has SHA-256/, '--from', id(5))
+  await refused(/manifest\.json has SHA-256/, { from: id(5) })
   t.match(await replaying(data, 'r'), { checkpoint: id(0), equal: true })
   flip(manifestOf(data, 0), 100)
   t.match(await replaying(data, 'r'), { checkpoint: id(10), equal: true })
@@ -310,11 +309,8 @@ t.test('what cannot be computed again is refused with the reason and what is the
   for (const step of [0, 5, 10]) flip(manifestOf(data, step), 100)
   // A journal without its first segment: what is before the second one is not there.
   rmSync(journal(data, 1))
-  await refused(
-    `checkpoint '${id(0)}' is of step 0, and the journal begins with step 6: what is between is not kept`,
-    '--from',
-    id(0),
-  )
+  const problem = `checkpoint '${id(0)}' is of step 0, and the journal begins with step 6: what is between is not kept`
+  await refused(problem, { from: id(0) })
   t.match(await replaying(data, 'r'), { checkpoint: id(5), steps_equal: 7 })
   await client.close()
   await service.app.close()
@@ -338,7 +334,7 @@ t.test('steps before an import, and those of a branch that was left, are refused
   for (const step of [7, 8, 9]) await trainStep(client, step)
   await service.runs.keeper('r').settled()
   t.match(await replaying(data, 'r'), { checkpoint: `${id(6)}.1`, steps_equal: 3, equal: true })
-  await t.rejects(replaying(data, 'r', '--from', id(4)), { message: /the journal begins with step 7/ })
+  await t.rejects(replaying(data, 'r', { from: id(4) }), { message: /the journal begins with step 7/ })
   await client.close()
   const back = await RawClient.connect(service.url)
   const tagged = await fetch(`${service.http}/v1/runs/r/checkpoints`, {
@@ -351,7 +347,7 @@ t.test('steps before an import, and those of a branch that was left, are refused
   await trainStep(back, 9, 11)
   await service.runs.keeper('r').settled()
   t.match(await replaying(data, 'r'), { checkpoint: id(8), steps_equal: 1, equal: true })
-  await t.rejects(replaying(data, 'r', '--from', 'end'), {
+  await t.rejects(replaying(data, 'r', { from: 'end' }), {
     message: /is of branch 0 of the history, which the run has left with its journal$/,
   })
   await back.close()
@@ -371,6 +367,6 @@ t.test('a journal that crosses an import is not replayed past it', async (t) => 
   writeFileSync(journal(data, 1), before)
   t.match(await replaying(data, 'r'), { checkpoint: `${id(3)}.1`, steps_equal: 1 })
   const remedy = `checkpoint '${id(0)}' comes before an import of state, ${id(3)}.1: replay from there, or --to 3 at most`
-  await t.rejects(replaying(data, 'r', '--from', id(0)), { message: remedy })
-  t.match(await replaying(data, 'r', '--to', '3'), { checkpoint: id(0), steps_equal: 3, equal: true })
+  await t.rejects(replaying(data, 'r', { from: id(0) }), { message: remedy })
+  t.match(await replaying(data, 'r', { to: 3 }), { checkpoint: id(0), steps_equal: 3, equal: true })
 })

@@ -80,7 +80,7 @@ t.test('the step at which the gradients of a run left their band is found, and n
   t.match(await replaying(data, 'spike'), { spikes: [{ row: 'a', step: 24, last_step: 24, parameter: 'q' }] })
   t.same((await replaying(data, 'calm')).spikes, [])
   t.match(await printed(data, 'calm'), '\n\nno gradient norm left its band\n\n')
-  const text = await printed(data, 'spike', '--every', '10')
+  const text = await printed(data, 'spike', { every: 10 })
   t.match(text, /^step 24: the gradient norm of a is \d+(\.\d+)?; its median over up to 64 steps before is /m)
   t.same(
     [...text.split('\n\n')[1]!.matchAll(/^ +(\d+) /gm)].map(([, step]) => Number(step)),
