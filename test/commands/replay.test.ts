@@ -11,12 +11,15 @@ import { train } from '../run/trainer.js'
 
 const run = promisify(execFile)
 
-async function recorded(data: string, last: number): Promise<void> {
+/** The data folder of a run `r` with three steps. */
+let data: string
+t.before(async () => {
+  data = t.testdir({})
   const service = await recorder(data)
-  const { client } = await train(service, { last })
+  const { client } = await train(service, { last: 3 })
   await client.close()
   await service.app.close()
-}
+})
 
 t.test('the arguments of replay are checked', async (t) => {
   const means = { terminal: new PassThrough(), failed: () => {} }
@@ -42,8 +45,6 @@ t.test('the arguments of replay are checked', async (t) => {
 })
 
 t.test('a replay is printed, or written as files', async (t) => {
-  const data = t.testdir({})
-  await recorded(data, 3)
   const groups = [
     { name: 'sgd', algorithm: 'adamw', lr: 0.01 },
     { name: 'muon', algorithm: 'muon', lr: 0.02 },
@@ -71,18 +72,16 @@ t.test('a replay is printed, or written as files', async (t) => {
 })
 
 t.test('the process ends with 1 where a step is another one, and says which', async (t) => {
-  const data = t.testdir({})
-  await recorded(data, 2)
   const argv = ['dist/src/server.js', 'replay', 'r', '--data', data, '--device', 'cpu']
   t.match(await run('node', argv), {
-    stdout: /^run 'r': .*\n2 steps computed again: every digest is the journal's/,
+    stdout: /^run 'r': .*\n3 steps computed again: every digest is the journal's/,
     stderr: '',
   })
   forge(join(runFolder(data), 'journal', '000000000001.journal'), (head, payload) => {
     if (head.type === 'gradient' && head.step === 1 && head.parameter === 0) payload[0]! ^= 1
     return head
   })
-  const out = join(data, 'out')
+  const out = join(data, 'failed')
   const stdout =
     /\n0 steps as the journal says, then:\nstep 1 is not what the journal says\nparameter 'm': the fingerprint of its gradient is [0-9a-f]{16}, the journal has [0-9a-f]{16} \(.*\)\ndigest [0-9a-f]{64}, the journal has [0-9a-f]{64} \(/
   await t.rejects(run('node', [...argv, '--out', out]), { code: 1, stdout, stderr: '' })

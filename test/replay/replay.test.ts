@@ -8,11 +8,11 @@ import { withRecording } from '../../src/replay/recording.js'
 import { fingerprintText } from '../../src/run/record.js'
 import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
 import type { Head } from '../../src/store/journal/journal-format.js'
-import { checkpoints, flip, id, manifestOf, runFolder } from '../keep/data-folder.js'
+import { checkpoints, copyFolder, flip, id, manifestOf, runFolder } from '../keep/data-folder.js'
 import { MODEL as CREW, evenly, gradientsOf as gradientsOfCrew } from '../members/crew.js'
 import { seeded } from '../reference.js'
 import { closeTroop, openTroop, receipts, send } from '../replicas/troop.js'
-import { MODEL, train, trainStep } from '../run/trainer.js'
+import { MODEL, type Trace, train, trainStep } from '../run/trainer.js'
 import { normal, RawClient, type Service } from '../service.js'
 import { filesIn, forge, printed, recorder, replaying } from './recorded.js'
 
@@ -20,17 +20,35 @@ const LAST = 12
 const journal = (data: string, first: number) =>
   join(runFolder(data), 'journal', `${String(first).padStart(12, '0')}.journal`)
 
-async function recording(t: Test, settings: Parameters<typeof recorder>[1] = {}, last = LAST) {
+async function recording(t: Test, settings: Parameters<typeof recorder>[1], last: number) {
   const data = t.testdir({})
   const service = await recorder(data, settings)
   t.teardown(() => service.app.close())
   return { data, service, ...(await train(service, { last })) }
 }
 
+/** A run `r` of LAST steps that a service has recorded, which the tests take copies of. */
+let shared: { data: string; service: Service; traces: Trace[] }
+t.before(async () => {
+  const data = t.testdir({})
+  const service = await recorder(data)
+  const { client, traces } = await train(service, { last: LAST })
+  await client.close()
+  shared = { data, service, traces }
+})
+t.teardown(() => shared.service.app.close())
+
+/** A copy of the recorded run that a test may damage. */
+function copied(t: Test): string {
+  const data = t.testdir({})
+  copyFolder(runFolder(shared.data), runFolder(data))
+  return data
+}
+
 t.test(
   'a run is computed again, over its checkpoints, while it trains, and nothing in its folder changes',
   async (t) => {
-    const { data, service, client, traces } = await recording(t)
+    const { data, service, client, traces } = await recording(t, {}, LAST)
     const digests = traces.map(({ step, digest }) => ({ step, digest }))
     const before = filesIn(data)
     const whole = await replaying(data, 'r')
@@ -157,8 +175,7 @@ t.test('whatever algorithms, types, schedules and skips a run has, every digest 
 })
 
 t.test('means of replicas are computed again from the means that the journal has', async (t) => {
-  const data = t.testdir({})
-  const service = await recorder(data)
+  const { data, service } = shared
   const model = {
     ...CREW,
     parameters: CREW.parameters.map((one, i) => (i === 0 ? { ...one, gradient_dtype: 'int8_block256' } : one)),
@@ -168,7 +185,7 @@ t.test('means of replicas are computed again from the means that the journal has
       step.map((values, i) => (i === 0 ? blocksOf(values, 'int8_block256') : values)),
     ),
   )
-  const troop = await openTroop(service.url, 'r', { model, split: evenly(model, 1), replicas: 2 })
+  const troop = await openTroop(service.url, 'troop', { model, split: evenly(model, 1), replicas: 2 })
   const digests: string[] = []
   for (const step of [1, 2, 3]) {
     for (const [i, replica] of troop.entries()) send(replica, step, { gradients: sent[i]![step - 1]!, weight: 1 + i })
@@ -176,14 +193,13 @@ t.test('means of replicas are computed again from the means that the journal has
     digests.push(all[0]![0]!.digest)
   }
   await closeTroop(troop)
-  const again = await replaying(data, 'r')
+  const again = await replaying(data, 'troop')
   t.match(again, { equal: true, steps: digests.map((digest) => ({ digest })) })
   t.match(again.notes.at(-1), /^gradients are means of replicas/)
-  await service.app.close()
 })
 
 t.test('a run that begins at a checkpoint of another one is replayed from there', async (t) => {
-  const { data, service, client } = await recording(t, {}, 6)
+  const { data, service } = shared
   const second = await train(service, {
     run: 'second',
     last: 8,
@@ -196,8 +212,6 @@ t.test('a run that begins at a checkpoint of another one is replayed from there'
     steps: second.traces.map(({ digest }) => ({ digest })),
   })
   await second.client.close()
-  await client.close()
-  await service.app.close()
 })
 
 const scanner = createScanner()
@@ -214,11 +228,9 @@ function flipped(deep: 'nothing' | 'gradient' | 'update', parameter = 3) {
 }
 
 t.test('the first step that is another one is named, with the parameter and both digests', async (t) => {
-  const { data, service, client, traces } = await recording(t)
-  await client.close()
-  await service.app.close()
+  const data = copied(t)
   const path = journal(data, 6)
-  const expected = traces[7]!.digest
+  const expected = shared.traces[7]!.digest
   const twice = async (change: (head: Head, payload: Buffer) => Head | undefined, undo = change) => {
     forge(path, change)
     const result = await replaying(data, 'r', { from: id(5) })
@@ -253,9 +265,7 @@ t.test('the first step that is another one is named, with the parameter and both
 })
 
 t.test('records that are none of their step are refused by name', async (t) => {
-  const { data, service, client } = await recording(t, {}, 7)
-  await client.close()
-  await service.app.close()
+  const data = copied(t)
   const path = journal(data, 6)
   const cases: [RegExp, (head: Head, payload: Buffer) => Head | undefined][] = [
     [
@@ -291,7 +301,7 @@ t.test('records that are none of their step are refused by name', async (t) => {
 })
 
 t.test('what cannot be computed again is refused with the reason and what is there', async (t) => {
-  const { data, service, client } = await recording(t, {}, 12)
+  const data = copied(t)
   const refused = (message: string | RegExp, options: Parameters<typeof replaying>[2] = {}) =>
     t.rejects(replaying(data, 'r', options), { name: 'UnreadableError', message })
   await refused(`run 'r' has no checkpoint 'best', there are ${id(0)}, ${id(5)}, ${id(10)}`, { from: 'best' })
@@ -312,14 +322,10 @@ t.test('what cannot be computed again is refused with the reason and what is the
   const problem = `checkpoint '${id(0)}' is of step 0, and the journal begins with step 6: what is between is not kept`
   await refused(problem, { from: id(0) })
   t.match(await replaying(data, 'r'), { checkpoint: id(5), steps_equal: 7 })
-  await client.close()
-  await service.app.close()
 })
 
 t.test('a journal with a gap is one that begins behind it', async (t) => {
-  const { data, service, client } = await recording(t, {}, 12)
-  await client.close()
-  await service.app.close()
+  const data = copied(t)
   rmSync(journal(data, 6))
   t.match(await replaying(data, 'r'), { checkpoint: id(10), steps_equal: 2 })
   for (const first of [1, 11]) rmSync(journal(data, first))
