@@ -14,6 +14,8 @@ export type Series = {
   width?: number
   /** Whether the line is dashed. */
   dashed?: boolean
+  /** Light bars from the least to the most y at an x, each as wide as all of them are apart. */
+  spread?: readonly (readonly [x: number, least: number, most: number])[]
 }
 
 /** What a plot shows. `marks` are horizontal dashed lines, each with the text written at its left end. */
@@ -72,7 +74,7 @@ function panel(plot: Plot, height: number): string {
   const entries = legendOf(plot)
   const lines = plot.legend === 'line' ? entries[entries.length - 1].y - AREA.top + LEGEND_LINE : 0
   const area: Area = { top: AREA.top + lines, bottom: height - BELOW, height }
-  const points = series.flatMap((one) => one.points)
+  const points = series.flatMap((one) => [...one.points, ...endsOf(one)])
   const axis = (name: 'x' | 'y') => (logarithmic.includes(name) ? logScale : scale)
   const width: [number, number] = [AREA.left, AREA.right]
   const xs = [...points.map((point) => point[0]), ...(plot.span ?? [])]
@@ -85,6 +87,7 @@ function panel(plot: Plot, height: number): string {
     ...yAxis(y, plot.yLabel, area),
     ...marks.map((mark) => horizontal(y.place(mark.y))),
     ...verticals.map((mark) => vertical(x.place(mark.x), area)),
+    ...series.flatMap((one) => bars(one, x, y)),
     ...series.flatMap((one) => drawing(one, x, y)),
     ...marks.map((mark) => text(mark.text, { x: AREA.left + 6, y: y.place(mark.y) - 5, fill: '#666', halo: true })),
     ...verticalTexts(verticals, x, area),
@@ -138,6 +141,21 @@ function verticalTexts(verticals: NonNullable<Plot['verticals']>, { place }: Sca
       const anchor = isNearEdge ? 'end' : 'start'
       return [text(content, { x: at + (isNearEdge ? -4 : 4), y: top + 10, size: 11, anchor, fill: '#666', halo: true })]
     })
+}
+
+/** Both ends of every bar. */
+function endsOf({ spread = [] }: Series): (readonly [number, number])[] {
+  return spread.flatMap(([x, least, most]) => [[x, least] as const, [x, most] as const])
+}
+
+function bars({ spread = [], colour }: Series, x: Scale, y: Scale): string[] {
+  if (spread.length === 0) return []
+  const places = spread.map((bar) => x.place(bar[0]))
+  const width = (places[places.length - 1] - places[0]) / Math.max(1, places.length - 1)
+  const path = spread.map(
+    ([, least, most], i) => `M${fixed(places[i])} ${fixed(y.place(least))}V${fixed(y.place(most))}`,
+  )
+  return [`<path stroke="${colour}" stroke-width="${fixed(width)}" stroke-opacity="0.14" d="${path.join('')}"/>`]
 }
 
 function drawing({ points, colour, drawn = 'line', ...style }: Series, x: Scale, y: Scale): string[] {

@@ -11,8 +11,8 @@ const COLOURS = [
 ]
 const HEIGHT = 260
 const NAME_CHARACTERS = 40
-/** A line has at most two points for each of so many parts of the steps. */
-const PARTS = 80
+/** Of many steps a line has the median of each of so many parts, and a bar the range. */
+const PARTS = 60
 
 type Point = readonly [step: number, value: number]
 type Panel = { title: string; yLabel: string; isLinear?: boolean; of: (step: RowStep) => (number | undefined)[] }
@@ -46,7 +46,7 @@ export function chartOf(replay: Replay, spikes: readonly Spike[]): string | unde
   const hasOther = rows.some(({ alternative }) => alternative)
   const plots = PANELS.flatMap((panel) => {
     const series = rows.flatMap((_, i) => linesOf(replay, i, panel))
-    return series.length > 0 ? [plotOf(panel, series, hasOther)] : []
+    return series.length > 0 ? [plotOf(panel, series, { hasOther, steps: steps.length })] : []
   })
   const [first, ...others] = plots
   if (!first) return undefined
@@ -58,10 +58,16 @@ export function chartOf(replay: Replay, spikes: readonly Spike[]): string | unde
   ])
 }
 
-function plotOf({ title, yLabel, isLinear }: Panel, series: readonly Series[], hasOther: boolean): Plot {
+function plotOf(
+  { title, yLabel, isLinear }: Panel,
+  series: readonly Series[],
+  { hasOther, steps }: { hasOther: boolean; steps: number },
+): Plot {
   const isDashed = series.some(({ dashed }) => dashed)
+  const isThinned = series.some(({ spread }) => spread)
   const says = hasOther && isDashed ? ': solid as it was applied, dashed by the other groups' : ''
-  return { title: title + says, xLabel: 'step', yLabel, series, logarithmic: isLinear ? [] : ['y'] }
+  const xLabel = isThinned ? `step; lines are medians of ${Math.round(steps / PARTS)} steps, bars their range` : 'step'
+  return { title: title + says, xLabel, yLabel, series, logarithmic: isLinear ? [] : ['y'] }
 }
 
 /** The lines of a row in a panel: that of the run, and that of the alternative. */
@@ -77,19 +83,22 @@ function linesOf({ rows, steps }: Replay, at: number, { of, isLinear }: Panel): 
       return value === undefined || (!isLinear && value === 0) ? [] : [[step, value]]
     })
     const name = shorten(rows[at].name, NAME_CHARACTERS)
-    const line = { name, colour: COLOURS[at % COLOURS.length], points: thinned(points), width: 1.5, dashed }
+    const line = { name, colour: COLOURS[at % COLOURS.length], ...thinned(points), width: 1.5, dashed }
     return points.length > 0 ? [line] : []
   })
 }
 
-/** The smallest and the largest point of each part, in their order: no peak is lost. */
-export function thinned(points: readonly Point[]): readonly Point[] {
-  if (points.length <= 2 * PARTS) return points
-  return Array.from({ length: PARTS }, (_, i) => {
+/** Points as they are drawn: few of them themselves, of many the median of each part, and the range beside it. */
+export function thinned(points: readonly Point[]): Pick<Series, 'points' | 'spread'> {
+  if (points.length <= 2 * PARTS) return { points }
+  const parts = Array.from({ length: PARTS }, (_, i) => {
     const part = points.slice(Math.floor((i * points.length) / PARTS), Math.floor(((i + 1) * points.length) / PARTS))
-    const least = part.reduce((one, other) => (other[1] < one[1] ? other : one))
-    const most = part.reduce((one, other) => (other[1] > one[1] ? other : one))
-    if (least === most) return [least]
-    return least[0] < most[0] ? [least, most] : [most, least]
-  }).flat()
+    const sorted = part.map(([, value]) => value).sort((one, other) => one - other)
+    const middle = Math.floor(part.length / 2)
+    return { step: part[middle][0], median: sorted[middle], least: sorted[0], most: sorted[sorted.length - 1] }
+  })
+  return {
+    points: parts.map(({ step, median }) => [step, median]),
+    spread: parts.map(({ step, least, most }) => [step, least, most]),
+  }
 }

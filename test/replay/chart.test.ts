@@ -44,6 +44,8 @@ t.test('the picture of 12 groups and 2,000 steps is small, and has every part on
     t.equal(count(`>${title}`), 1)
   // 12 rows in three panels, 8 with another group in three.
   t.equal(count('<polyline'), 12 * 3 + 8 * 3)
+  t.equal(count('<path'), 12 * 3 + 8 * 3)
+  t.match(svg, '>step; lines are medians of 33 steps, bars their range<')
   t.equal(count('>model.layers.0.attention.projection<'), 1, 'one legend for all panels')
   t.same(
     [...svg.matchAll(/>step (\d+)</g)].map(([, step]) => step),
@@ -64,15 +66,12 @@ t.test('what is nothing, or 0 on a logarithmic axis, is not drawn', async (t) =>
   t.notMatch(svg, 'Update')
 })
 
-t.test('thinning keeps the ends of what it leaves out', async (t) => {
+t.test('thinned lines are medians, and no peak is lost beside them', async (t) => {
   const points = Array.from({ length: 1000 }, (_, i) => [i, i === 777 ? 50 : i === 333 ? -50 : i % 3] as const)
-  const few = thinned(points)
-  t.ok(few.length <= 160 && few.length > 100)
-  t.ok(few.some(([, value]) => value === 50) && few.some(([, value]) => value === -50))
-  t.same(
-    few.map(([step]) => step),
-    few.map(([step]) => step).toSorted((one, other) => one - other),
-  )
-  t.equal(thinned(points.slice(0, 160)).length, 160)
-  t.equal(thinned(points.map(([step]) => [step, 1] as const)).length, 80)
+  const { points: medians, spread } = thinned(points)
+  t.equal(medians.length, 60)
+  t.ok(medians.every(([, value]) => value === 1))
+  t.same(spread!.filter(([, least]) => least === -50).length, 1)
+  t.same(spread!.filter(([, , most]) => most === 50).length, 1)
+  t.same(thinned(points.slice(0, 120)), { points: points.slice(0, 120) })
 })
