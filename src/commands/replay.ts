@@ -140,7 +140,7 @@ async function write(out: string, report: Report): Promise<void> {
   const chart = chartOf(report.replay, report.spikes)
   await writeWhole([out], async ([partial]) => {
     await mkdir(partial)
-    await writeFile(join(partial, 'replay.json'), `${JSON.stringify(jsonOf(report), null, 2)}\n`)
+    await writeFile(join(partial, 'replay.json'), `${JSON.stringify(jsonOf(report))}\n`)
     if (chart !== undefined) await writeFile(join(partial, 'replay.svg'), chart)
   })
 }
