@@ -8,7 +8,7 @@ import { Admission, type Grant } from './admission.js'
 import { type Backend, type BackendOptions, openBackend } from './backend.js'
 import { largestOf, scratchFor } from './cuda/scratch.js'
 import { type Demand, type JobResult, needsOf, type Request } from './job.js'
-import { Lanes, refusalOf, type Ticket } from './lanes/lanes.js'
+import { Lanes, type Queued, refusalOf, type Ticket } from './lanes/lanes.js'
 import { StateMemory, type Tensor } from './memory.js'
 import type { Pointer } from './onnx/onnxruntime.js'
 import { Region, Views, wholeOf } from './region.js'
@@ -16,7 +16,7 @@ import { RunStaging } from './run-staging.js'
 import { Staging } from './staging.js'
 import { openStateAccess, type StateAccess, type StateLocation } from './state-access.js'
 
-export type { Ticket } from './lanes/lanes.js'
+export type { Queued, Ticket } from './lanes/lanes.js'
 
 export type DeviceOptions = BackendOptions & {
   /** Bytes of the arena that gradients are received into. */
@@ -264,12 +264,14 @@ export class Device {
     await Promise.all(this.#lanes.map((lanes, unit) => lanes.load(needs, this.#admission.scratch(unit))))
   }
 
-  /**
-   * Computes on a unit, in the order of the calls. `job` is called when a lane is free: a cancelled ticket, or a job
-   * that is undefined by then, costs nothing, and the result is undefined.
-   */
-  run(job: () => Request | undefined, ticket: Ticket, unit = 0): Promise<JobResult | undefined> {
-    return this.#lanes[unit].run(job, ticket)
+  /** Computes on a unit, in the order of the calls. */
+  enqueue(job: Queued, unit = 0): void {
+    this.#lanes[unit].enqueue(job)
+  }
+
+  /** Computes as `enqueue` does: `make` is called when a lane is free. */
+  run(make: () => Request | undefined, ticket: Ticket, unit = 0): Promise<JobResult | undefined> {
+    return this.#lanes[unit].run(make, ticket)
   }
 
   /** Ends the lanes after the jobs that they were given; jobs in the queue are dropped, their results undefined. */

@@ -7,6 +7,7 @@ import { claimsByParameter, rowScale } from '../optimizer/qk-clip.js'
 import type { Declaration } from '../run/declaration.js'
 import { FIRST_DIGEST, importDigest, nextDigest } from '../run/digest.js'
 import { Member } from '../run/members/member.js'
+import { answered } from '../run/place.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
@@ -145,7 +146,8 @@ async function applyAgain(run: Run, { member, gradient: stored, gradients, elsew
     const gradient = await gradients.read(stored, run.parameter(index))
     try {
       const step = run.intake.expect(member, index, number)
-      const update = await run.intake.compute({ member, step, index, gradient: gradient.retain(), contributors })
+      const part = { member, step, index, gradient, contributors }
+      const update = await answered((answer) => run.intake.compute(part, answer))
       update?.memory.release()
       run.acknowledge(index, applied, elsewhere)
     } finally {

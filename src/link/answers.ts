@@ -4,11 +4,11 @@ import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import type { Member } from '../run/members/member.js'
-import type { GradientPlaces } from '../run/place.js'
+import type { GradientPlaces, Update } from '../run/place.js'
 import type { Run } from '../run/run.js'
-import type { ScaledUpdate } from '../run/shard.js'
 import type { Repeated } from '../run/step/part.js'
 import type { Step } from '../run/step/step.js'
+import { Underway } from '../run/underway.js'
 import { encodeFrame, encodeHeader } from '../wire/codec.js'
 import type { UpdatesFrame } from '../wire/frame.js'
 import type { Chunk, Cut, Extent } from '../wire/ranges.js'
@@ -25,8 +25,7 @@ export type Joined = { run: Run; member: Member }
 
 /**
  * A member's part of a gradient, whole in the region of the gradient, once `ready` has settled if it is there. The
- * region is one of the staging arena or of the run's own memory, or of memory that the client shares. The run that
- * computes it takes the region over.
+ * region is one of the staging arena or of the run's own memory, or of memory that the client shares.
  */
 export type Gradient = Joined & {
   step: Step
@@ -34,10 +33,10 @@ export type Gradient = Joined & {
   region: Region
   ready?: Promise<void>
   repeated?: Repeated
-} & Omit<GradientPlaces, 'gradient'>
+} & Pick<GradientPlaces, 'source' | 'target'>
 
 /** An update of a step that was closed without a member's replica. */
-type MissedUpdate = { step: Step; index: number; update: ScaledUpdate }
+type MissedUpdate = { step: Step; index: number; update: Update }
 
 /** Has one connection's gradients computed and sends their updates, at most one of a parameter at a time. */
 export class Answers {
@@ -46,9 +45,8 @@ export class Answers {
   readonly #means: Means
   readonly #sender: Sender
   readonly #report: (error: unknown) => void
-  #outstanding = new Map<number, Promise<void>>()
-  /** Called when a gradient is done with that was under way. */
-  #onDone: (() => void) | undefined
+  readonly #outstanding = new Map<number, Outstanding>()
+  readonly #underway = new Underway()
   /** Updates in shared memory that the client is told of in the next turn of the event loop, many in one frame. */
   #ready: Ready[] = []
 
@@ -60,63 +58,90 @@ export class Answers {
   }
 
   get busy(): boolean {
-    return this.#outstanding.size > 0
+    return this.#underway.count > 0
   }
 
   /** Settles when the update of a parameter has left its memory; undefined where there is none. */
   outstanding(parameter: number): Promise<void> | undefined {
-    return this.#outstanding.get(parameter)
+    const outstanding = this.#outstanding.get(parameter)
+    if (!outstanding) return undefined
+    return new Promise((resolve) => {
+      outstanding.told.push(resolve)
+    })
   }
 
   /** Resolves once fewer than `most` gradients are under way. */
-  async fewerThan(most: number): Promise<void> {
-    while (this.#outstanding.size >= most) {
-      await new Promise<void>((resolve) => {
-        this.#onDone = resolve
-      })
-    }
+  fewerThan(most: number): Promise<void> {
+    return this.#underway.below(most)
   }
 
-  async settled(): Promise<void> {
-    await Promise.all(this.#outstanding.values())
+  settled(): Promise<void> {
+    return this.#underway.below(1)
   }
 
   /** Takes the gradient over. */
   begin(gradient: Gradient): void {
-    const { run, member, parameter } = gradient
+    const { run, member, parameter, ready } = gradient
     const declared = run.parameter(parameter)
     const bytes = member.gradient(declared).bytes + member.update(declared).bytes
+    const outstanding = { gradient, bytes, told: [] }
     this.bytes += bytes
-    const work = this.#answer(gradient).finally(() => {
-      this.bytes -= bytes
-      this.#outstanding.delete(parameter)
-      this.#onDone?.()
-    })
-    this.#outstanding.set(parameter, work)
+    this.#underway.begin()
+    this.#outstanding.set(parameter, outstanding)
+    if (ready) void ready.then(() => this.#compute(outstanding))
+    else this.#compute(outstanding)
   }
 
-  async #answer(given: Gradient): Promise<void> {
-    const { run, member, step, parameter: index, region: gradient, ready, ...shared } = given
-    try {
-      if (ready) await ready
-      const update = await run.intake.compute({ member, step, index, gradient, ...shared })
-      if (!update) return
-      if (update.replayed) this.#means.metrics.replayed_updates_total.inc()
-      const extent = member.update(run.parameter(index))
-      const sent = shared.target ? this.#tell(step, index, update) : this.#send(step, { index, extent }, update)
-      await sent.finally(() => update.memory.release())
-    } catch (error) {
-      countRefused(this.#means.metrics, error)
-      this.#report(error)
+  #compute(outstanding: Outstanding): void {
+    const { run, member, step, parameter: index, region: gradient, repeated, source, target } = outstanding.gradient
+    const release = () => {
+      gradient.release()
+      source?.release()
     }
+    run.intake.compute(
+      { member, step, index, gradient, repeated, source, target },
+      {
+        resolve: (update) => {
+          release()
+          if (update) this.#answer(outstanding, update)
+          else this.#end(outstanding)
+        },
+        reject: (error) => {
+          release()
+          countRefused(this.#means.metrics, error)
+          this.#report(error)
+          this.#end(outstanding)
+        },
+      },
+    )
+  }
+
+  #answer(outstanding: Outstanding, update: Update): void {
+    const { gradient } = outstanding
+    if (update.replayed) this.#means.metrics.replayed_updates_total.inc()
+    if (gradient.target) return this.#tell({ outstanding, update })
+    const { run, member, step, parameter: index } = gradient
+    const end = () => {
+      update.memory.release()
+      this.#end(outstanding)
+    }
+    this.#send(step, { index, extent: member.update(run.parameter(index)) }, update).then(end, (error) => {
+      end()
+      this.#report(error)
+    })
+  }
+
+  #end({ gradient, bytes, told }: Outstanding): void {
+    this.bytes -= bytes
+    this.#outstanding.delete(gradient.parameter)
+    this.#underway.end()
+    for (const tell of told) tell()
   }
 
   /** Tells the client of an update in its memory, together with all others of this turn. */
-  #tell(step: Step, parameter: number, update: ScaledUpdate): Promise<void> {
-    return new Promise((resolve) => {
-      this.#ready.push({ step, parameter, update, told: resolve })
-      if (this.#ready.length === 1) setImmediate(() => void this.#tellReady())
-    })
+  #tell(ready: Ready): void {
+    this.#ready.push(ready)
+    if (this.#ready.length === 1) setImmediate(() => void this.#tellReady())
   }
 
   async #tellReady(): Promise<void> {
@@ -127,15 +152,19 @@ export class Answers {
       for (let at = 0; at < alike.length; at += UPDATES_PER_FRAME)
         await this.#sendReady(alike.slice(at, at + UPDATES_PER_FRAME))
     }
-    ready[0].step.spend('send', (performance.now() - startedAt) / 1000)
+    ready[0].outstanding.gradient.step.spend('send', (performance.now() - startedAt) / 1000)
   }
 
   async #sendReady(ready: readonly Ready[]): Promise<void> {
+    if (ready.length === 0) return
     await this.#sender.send({ header: encodeFrame(frameOf(ready)) })
-    for (const { update, told } of ready) {
-      this.#means.metrics.sent_bytes_total.inc(update.memory.bytes)
-      told()
+    let bytes = 0
+    for (const { outstanding, update } of ready) {
+      bytes += update.memory.bytes
+      update.memory.release()
+      this.#end(outstanding)
     }
+    this.#means.metrics.sent_bytes_total.inc(bytes)
   }
 
   /** Sends a member its elements of an update that it has missed. */
@@ -144,7 +173,7 @@ export class Answers {
   }
 
   /** Sends the elements of an update that the member has. The factors are in its first frame. */
-  async #send(step: Step, { index, extent }: { index: number; extent: Extent }, update: ScaledUpdate): Promise<void> {
+  async #send(step: Step, { index, extent }: { index: number; extent: Extent }, update: Update): Promise<void> {
     const startedAt = performance.now()
     const { config, metrics } = this.#means
     const { memory, scale, decay, row_scale, replayed, gradient_norm, update_rms } = update
@@ -166,17 +195,20 @@ function payloadOf(memory: Region, { pieces: [first, ...rest] }: Cut): Message['
   return rest.length === 0 ? bytes(first) : () => Buffer.concat([first, ...rest].map(bytes))
 }
 
-/** An update that lies in shared memory; `told` is called once the client knows. */
-type Ready = { step: Step; parameter: number; update: ScaledUpdate; told: () => void }
+/** A gradient from its last byte until its update has left its memory; `told` are called then. */
+type Outstanding = { readonly gradient: Gradient; readonly bytes: number; readonly told: (() => void)[] }
+
+/** An update that lies in shared memory. */
+type Ready = { readonly outstanding: Outstanding; readonly update: Update }
 
 /** One frame for updates of one step that are all replayed, or all not. */
 function frameOf(ready: readonly Ready[]): UpdatesFrame {
-  const [{ step, update }] = ready
-  const scaled = ready.flatMap(({ parameter, update: { row_scale } }) => (row_scale ? [[parameter, row_scale]] : []))
+  const [{ outstanding, update }] = ready
   const list = (key: 'scale' | 'decay' | 'gradient_norm' | 'update_rms') => ready.map(({ update }) => update[key])
+  const parameters = ready.map(({ outstanding }) => outstanding.gradient.parameter)
+  const scaled = ready.flatMap(({ update: { row_scale } }, i) => (row_scale ? [[parameters[i], row_scale]] : []))
   return {
-    ...{ type: 'updates', step: step.number, replayed: update.replayed },
-    parameters: ready.map(({ parameter }) => parameter),
+    ...{ type: 'updates', step: outstanding.gradient.step.number, replayed: update.replayed, parameters },
     ...{ scale: list('scale'), decay: list('decay') },
     ...{ gradient_norm: list('gradient_norm'), update_rms: list('update_rms') },
     ...(scaled.length > 0 && { row_scale: Object.fromEntries(scaled) }),

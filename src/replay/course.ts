@@ -8,7 +8,8 @@ import { rowScaleBytes } from '../optimizer/attention.js'
 import type { Parameter } from '../optimizer/parameter.js'
 import type { Declaration } from '../run/declaration.js'
 import { type Contributor, type DigestRecord, nextDigest } from '../run/digest.js'
-import { type ScaledUpdate, Shard } from '../run/shard.js'
+import { answered, type Update } from '../run/place.js'
+import { Shard } from '../run/shard.js'
 import { inSlices } from '../run/slices.js'
 import { meanDemands } from '../run/step/mean-demands.js'
 import { Step, type StepSettings } from '../run/step/step.js'
@@ -84,13 +85,10 @@ export class Course {
   }
 
   /** Computes a parameter's part of the step; the caller releases the update's memory, and the gradient. */
-  async compute(
-    index: number,
-    gradient: Region,
-    contributors: readonly Contributor[] | undefined,
-  ): Promise<ScaledUpdate> {
+  async compute(index: number, gradient: Region, contributors: readonly Contributor[] | undefined): Promise<Update> {
     const ticket = { cancelled: false }
-    const update = await this.#shard.compute(this.#step, index, { gradient, contributors, ticket })
+    const asked = { gradient, contributors, ticket }
+    const update = await answered((answer) => this.#shard.compute(this.#step, index, asked, answer))
     if (update) return update
     /* c8 ignore next -- nobody cancels the ticket */
     throw new Error(`the step of parameter ${index} was given up`)

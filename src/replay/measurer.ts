@@ -3,8 +3,8 @@ import type { Region } from '../device/region.js'
 import { errorText, ServiceError } from '../errors.js'
 import type { StoredGradients } from '../keep/stored-gradients.js'
 import type { Parameter } from '../optimizer/parameter.js'
+import type { Update } from '../run/place.js'
 import { appliedOf } from '../run/record.js'
-import type { ScaledUpdate } from '../run/shard.js'
 import { UnreadableError } from '../store/checkpoint/manifest.js'
 import type { StoredGradient, StoredStep } from '../store/journal/journal-reader.js'
 import type { Course } from './course.js'
@@ -94,7 +94,7 @@ export class Measurer {
   }
 }
 
-function compare(parameter: Parameter, own: ScaledUpdate, other: ScaledUpdate | undefined): Measure {
+function compare(parameter: Parameter, own: Update, other: Update | undefined): Measure {
   const { index, update_dtype, elements } = parameter
   const a = numbersOf(own.memory.view, update_dtype, elements)
   const measure = { index, gradient_norm: own.gradient_norm, square: own.scale ** 2 * dot(a, a) }

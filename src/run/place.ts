@@ -31,14 +31,27 @@ export type PlaceRow = {
  */
 export type LastStep = { gradient_norm: number; update_rms: number }
 
-/** An update ready to be sent from its memory, which is the caller's until it releases it. */
+/**
+ * An update ready to be sent from its memory, which is the caller's until it releases it. `row_scale` has the factor of
+ * each row that QK-clip scales (float32 bytes); undefined where none is scaled.
+ */
 export type Update = {
   memory: Region
   scale: number
   decay: number
+  row_scale: Uint8Array | undefined
   replayed: boolean
   gradient_norm: number
   update_rms: number
+}
+
+/**
+ * Told what becomes of a gradient: exactly one of both is called, once, which may be before the call returns that asked
+ * for it. `resolve` with undefined: it was not computed, because its ticket was cancelled before a lane began.
+ */
+export type Answer = {
+  resolve(update: Update | undefined): void
+  reject(error: unknown): void
 }
 
 /**
@@ -55,12 +68,16 @@ export type GradientPlaces = {
   contributors?: readonly Contributor[]
 }
 
+/** An answer that is promised. */
+export function answered(ask: (answer: Answer) => void): Promise<Update | undefined> {
+  return new Promise((resolve, reject) => ask({ resolve, reject }))
+}
+
 /** A gradient to compute with, unless the ticket is cancelled before a lane begins. */
 type Asked = GradientPlaces & { ticket: Ticket }
 
-type Asking = GradientPlaces & { plan: Plan; outputs: Outputs }
-
-type Computed = { plan: Plan; result: JobResult; next: Tensor[] } & Pick<GradientPlaces, 'contributors'>
+/** A gradient that waits for a lane, or is computed. */
+type Asking = { readonly step: Step; readonly asked: Asked; readonly plan: Plan; readonly outputs: Outputs }
 
 /** What a step, or an import, has left of a parameter. It does not change: the next step leaves another one. */
 export type PlaceState = {
@@ -92,6 +109,12 @@ export function placeRecord({ count, appliedStep, gradientSquare, record }: Plac
   return record ? { ...kept, last: appliedRecord(record) } : kept
 }
 
+/** What a place has of its run: `plans` are those of all parameters, and QK-clip's factors for its rows in a step. */
+export type PlaceRun = {
+  readonly plans: Plans
+  rowScale(parameter: Parameter, step: Step): Uint8Array | undefined
+}
+
 /** One parameter's place in a run: its state, and what it was last applied with. */
 export class Place {
   readonly parameter: Parameter
@@ -100,12 +123,12 @@ export class Place {
   /** Whether another kind of device computed the last step: its update has other bits here. */
   #elsewhere = false
   readonly #device: Device
-  readonly #plans: Plans
+  readonly #run: PlaceRun
 
-  /** `unit` of the device has its state and computes its steps; `plans` are those of the whole run. */
-  constructor(device: Device, plans: Plans, { parameter, unit = 0 }: { parameter: Parameter; unit?: number }) {
+  /** `unit` of the device has its state and computes its steps. */
+  constructor(device: Device, run: PlaceRun, { parameter, unit = 0 }: { parameter: Parameter; unit?: number }) {
     this.#device = device
-    this.#plans = plans
+    this.#run = run
     this.unit = unit
     this.parameter = parameter
   }
@@ -196,51 +219,36 @@ export class Place {
     this.#replace({ ...this.#state, tensors: undefined })
   }
 
-  /**
-   * Computes and commits this parameter's part of a step, or computes it again where the step has applied it.
-   * Undefined: the ticket was cancelled before a lane began.
-   */
-  async compute(step: Step, { target, ticket, ...places }: Asked): Promise<Update | undefined> {
-    const { settings } = step
-    const { contributors } = places
-    const replayed = step.hasApplied(this.parameter.index)
-    const at = { step: replayed ? this.count : this.count + 1, replay: replayed }
-    const plan = this.#plans.of(this.parameter, groupOf(this.parameter, settings.groups), {
-      ...at,
-      isMean: contributors !== undefined,
-    })
-    const outputs = new Outputs(this.#device, this.unit, target)
+  /** Computes and commits this parameter's part of a step, or computes it again where the step has applied it. */
+  compute(step: Step, asked: Asked, answer: Answer): void {
+    const replay = step.hasApplied(this.parameter.index)
+    const at = { step: replay ? this.count : this.count + 1, replay, isMean: asked.contributors !== undefined }
+    const plan = this.#run.plans.of(this.parameter, groupOf(this.parameter, step.settings.groups), at)
+    const asking = { step, asked, plan, outputs: new Outputs(this.#device, this.unit, asked.target) }
     const queuedAt = performance.now()
-    const job = () => {
+    const make = () => {
       step.spend('queue', (performance.now() - queuedAt) / 1000)
-      return this.#job(step, { plan, outputs, ...places })
+      return this.#job(asking)
     }
-    const result = await this.#run(job, step, ticket).catch((error) => {
-      outputs.release()
-      throw this.#located(error, step)
-    })
-    outputs.releaseFloats()
-    if (result === undefined) return undefined
-    if (replayed) outputs.releaseNext()
-    else this.#commit(step, { plan, result, next: outputs.next, contributors })
-    step.spend('compute', result.computeSeconds)
-    return {
-      memory: outputs.update,
-      replayed,
-      scale: plan.scale,
-      decay: plan.decay,
-      gradient_norm: Math.sqrt(result.gradientSquare) * Math.abs(settings.gradient_scale),
-      update_rms: this.#rms(plan, result),
+    const failed = (error: unknown) => {
+      asking.outputs.release()
+      answer.reject(this.#located(error, step))
     }
+    const computed = (result: JobResult | undefined) => {
+      if (result === undefined) return answer.resolve(undefined)
+      let update: Update
+      try {
+        update = this.#take(asking, result)
+      } catch (error) {
+        return failed(error)
+      }
+      answer.resolve(update)
+    }
+    this.#device.enqueue({ ticket: asked.ticket, make, computed, failed }, this.unit)
   }
 
-  async #run(job: () => Job, step: Step, ticket: Ticket): Promise<JobResult | undefined> {
-    const result = await this.#device.run(job, ticket, this.unit)
-    if (result) this.#check(result, step)
-    return result
-  }
-
-  #job(step: Step, { plan, outputs, gradient, source, mean, contributors }: Asking): Job {
+  #job({ step, asked, plan, outputs }: Asking): Job {
+    const { gradient, source, mean, contributors } = asked
     const replayed = step.hasApplied(this.parameter.index)
     return {
       plan,
@@ -250,6 +258,26 @@ export class Place {
       state: this.#state.tensors?.map((tensor) => tensor.pointer),
       ...outputs.allocate(this.parameter, { gradient, isMean: contributors !== undefined }),
       expected: replayed ? this.record?.gradientFingerprint : undefined,
+    }
+  }
+
+  /** Takes what a lane has computed: the next state is committed, or was committed before. */
+  #take(asking: Asking, result: JobResult): Update {
+    const { step, plan, outputs } = asking
+    const replayed = step.hasApplied(this.parameter.index)
+    this.#check(result, step)
+    outputs.releaseFloats()
+    if (replayed) outputs.releaseNext()
+    else this.#commit(asking, result)
+    step.spend('compute', result.computeSeconds)
+    return {
+      memory: outputs.update,
+      replayed,
+      scale: plan.scale,
+      decay: plan.decay,
+      row_scale: this.#run.rowScale(this.parameter, step),
+      gradient_norm: Math.sqrt(result.gradientSquare) * Math.abs(step.settings.gradient_scale),
+      update_rms: this.#rms(plan, result),
     }
   }
 
@@ -281,7 +309,7 @@ export class Place {
     )
   }
 
-  #commit(step: Step, { plan, result, next, contributors }: Computed): void {
+  #commit({ step, asked: { contributors }, plan, outputs }: Asking, result: JobResult): void {
     const { gradient_scale } = step.settings
     step.apply(this.parameter.index)
     const { gradientFingerprint, updateFingerprint } = result
@@ -293,7 +321,7 @@ export class Place {
       record: contributors ? { ...applied, contributors } : applied,
       gradientSquare: result.gradientSquare * gradient_scale ** 2,
       updateRms: this.#rms(plan, result),
-      tensors: next,
+      tensors: outputs.next,
     })
     this.#elsewhere = false
   }

@@ -17,10 +17,10 @@ import { type Finished, History, type Pace, type Receipt, type Refusal, Refusals
 import { importNote, type PendingImport } from './imported-state.js'
 import type { Layout } from './members/layout.js'
 import type { Connection, Member, Seat } from './members/member.js'
-import type { Place, PlaceRow } from './place.js'
+import type { Answer, Place, PlaceRow } from './place.js'
 import { appliedRecord, groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import type { RestoredState, RunOptions } from './run-options.js'
-import { type ScaledUpdate, Shard } from './shard.js'
+import { Shard } from './shard.js'
 import { Snapshot } from './snapshot.js'
 import { conclude, effectiveGroups } from './step/conclusion.js'
 import { Intake } from './step/intake.js'
@@ -28,6 +28,7 @@ import { measured } from './step/measured.js'
 import type { Whole } from './step/part.js'
 import { Step, type StepSettings } from './step/step.js'
 import { Steps } from './step/steps.js'
+import { Underway } from './underway.js'
 
 /**
  * One training run: the order of its steps, their history, and who sends them. The only writer of all of that.
@@ -49,7 +50,8 @@ export class Run extends EventEmitter<RunEvents> {
   #note = ''
   #journal: Journal | undefined
   #isGone = false
-  #inFlight = new Set<Promise<unknown>>()
+  /** Jobs that were not committed or dropped yet, and steps that the journal is writing. */
+  readonly #work = new Underway()
 
   constructor(device: Device, { name, created_at, groups, receipts, ...rest }: RunOptions) {
     super()
@@ -67,7 +69,7 @@ export class Run extends EventEmitter<RunEvents> {
       held: () => this.boundary.held,
       settled: () => this.settled(),
       stepOfGradient: (index, number) => this.#stepOfGradient(index, number),
-      compute: (whole) => this.#compute(whole),
+      compute: (whole, answer) => this.#compute(whole, answer),
       groups: () => this.groups,
       changed: (status) => void this.emit('member', status),
       last: () => this.#history.last,
@@ -180,8 +182,8 @@ export class Run extends EventEmitter<RunEvents> {
   }
 
   /** When every job of this run has been committed or dropped. */
-  async settled(): Promise<void> {
-    while (this.#inFlight.size > 0) await Promise.allSettled(this.#inFlight)
+  settled(): Promise<void> {
+    return this.#work.below(1)
   }
 
   /** The answer to an `open` that has found or made the run, but for the parameters; a member is told of the others. */
@@ -366,18 +368,35 @@ export class Run extends EventEmitter<RunEvents> {
     return this.#steps.ofGradient(this.parameter(index), number, this.#history.imported !== undefined)
   }
 
-  /** Computes and commits, or replays, one parameter's part of a step. */
-  async #compute({ step, index, explain, ...asked }: Whole): Promise<ScaledUpdate | undefined> {
-    if (this.boundary.held) await this.boundary.held
-    if (asked.ticket.cancelled) return undefined
-    // An import may have come since the gradient did.
-    this.#stepOfGradient(index, step.number)
-    const computing = this.#shard.compute(step, index, asked).catch(async (error) => {
-      throw await explain(error)
+  /** Computes and commits, or replays, one parameter's part of a step, once nothing is done between two steps. */
+  #compute(whole: Whole, answer: Answer): void {
+    const { held } = this.boundary
+    if (held) void held.then(() => this.#computeNow(whole, answer))
+    else this.#computeNow(whole, answer)
+  }
+
+  #computeNow(whole: Whole, answer: Answer): void {
+    const { step, index, gradient, ticket, explain } = whole
+    if (ticket.cancelled) return answer.resolve(undefined)
+    try {
+      // An import may have come since the gradient did.
+      this.#stepOfGradient(index, step.number)
+    } catch (error) {
+      return answer.reject(error)
+    }
+    this.#work.begin()
+    const refuse = (error: unknown) => {
+      this.#work.end()
+      answer.reject(error)
+    }
+    this.#shard.compute(step, index, whole, {
+      resolve: (update) => {
+        if (update) this.#store(step, index, gradient)
+        this.#work.end()
+        answer.resolve(update)
+      },
+      reject: (error) => (explain ? void explain(error).then(refuse, refuse) : refuse(error)),
     })
-    const update = await this.#track(computing)
-    if (update) this.#store(step, index, asked.gradient)
-    return update
   }
 
   /** Finishes a step whose every parameter was applied or is skipped. With a journal the step is on the disk first. */
@@ -386,7 +405,7 @@ export class Run extends EventEmitter<RunEvents> {
     const receipt = conclude(step, this.#shard, { digest: this.digest, durable })
     this.emit('waited', waited)
     if (!this.#journal) return this.#finish(receipt)
-    return this.#track(this.#commit(this.#journal, receipt).then(() => this.#finish(receipt)))
+    return this.#work.track(this.#commit(this.#journal, receipt).then(() => this.#finish(receipt)))
   }
 
   #finish(receipt: Receipt): Receipt {
@@ -433,12 +452,6 @@ export class Run extends EventEmitter<RunEvents> {
       journal.commit({ type: 'end', step: step.number, digest, skipped, settings, receipt }, step.applied),
     )
     this.emit('committed', (performance.now() - started) / 1000)
-  }
-
-  #track<T>(work: Promise<T>): Promise<T> {
-    const settled = work.catch(() => undefined).finally(() => this.#inFlight.delete(settled))
-    this.#inFlight.add(settled)
-    return work
   }
 
   #algorithm(parameter: Parameter): string {

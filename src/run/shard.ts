@@ -9,13 +9,10 @@ import { type Claims, claimsByParameter, rowScale } from '../optimizer/qk-clip.j
 import type { AppliedRecord, PlaceRecord } from '../store/checkpoint/manifest.js'
 import type { StepRecord } from './digest.js'
 import type { ImportedPlace } from './imported-state.js'
-import { type GradientPlaces, Place, type PlaceState, type Update } from './place.js'
+import { type Answer, type GradientPlaces, Place, type PlaceState } from './place.js'
 import { Plans } from './plans.js'
 import { appliedOf } from './record.js'
 import type { Step } from './step/step.js'
-
-/** An update with the factor of each row that QK-clip scales (float32 bytes); undefined where none is scaled. */
-export type ScaledUpdate = Update & { row_scale: Uint8Array | undefined }
 
 /** `grant` is the memory that the device has admitted for the parameters. */
 export type ShardOptions = {
@@ -39,8 +36,8 @@ export class Shard {
   readonly #places: readonly Place[]
   readonly #claims: Claims
 
-  constructor(device: Device, { run, parameters, attentions, grant }: ShardOptions) {
-    this.#run = run
+  constructor(device: Device, { run: name, parameters, attentions, grant }: ShardOptions) {
+    this.#run = name
     this.#device = device
     this.grant = grant
     this.staging = device.stagingOf(grant)
@@ -48,8 +45,12 @@ export class Shard {
     this.fullStateBytes = allStateBytes(parameters)
     this.attentions = attentions
     this.#claims = claimsByParameter(attentions)
-    const plans = new Plans()
-    this.#places = parameters.map((parameter, i) => new Place(device, plans, { parameter, unit: grant.units[i] }))
+    const run = {
+      plans: new Plans(),
+      rowScale: (parameter: Parameter, { settings }: Step) =>
+        rowScale(parameter, this.#claims, settings.frame.max_logits),
+    }
+    this.#places = parameters.map((parameter, i) => new Place(device, run, { parameter, unit: grant.units[i] }))
   }
 
   get places(): readonly Place[] {
@@ -69,19 +70,9 @@ export class Shard {
     throw new ServiceError('PARAMETER_UNKNOWN', message, { parameter: index })
   }
 
-  /**
-   * Computes a parameter's part of a step, or computes it again. Undefined: the ticket was cancelled before a lane
-   * began.
-   */
-  async compute(
-    step: Step,
-    index: number,
-    asked: GradientPlaces & { ticket: Ticket },
-  ): Promise<ScaledUpdate | undefined> {
-    const place = this.place(index)
-    const { max_logits } = step.settings.frame
-    const update = await place.compute(step, asked)
-    return update && { ...update, row_scale: rowScale(place.parameter, this.#claims, max_logits) }
+  /** Computes a parameter's part of a step, or computes it again. */
+  compute(step: Step, index: number, asked: GradientPlaces & { ticket: Ticket }, answer: Answer): void {
+    this.place(index).compute(step, asked, answer)
   }
 
   /** The places that a step has applied. */

@@ -3,7 +3,7 @@ import { Device } from '../../src/device/device.js'
 import { parseGroup } from '../../src/optimizer/hyperparameters.js'
 import { parseParameters } from '../../src/optimizer/parameter.js'
 import { Member } from '../../src/run/members/member.js'
-import { Place } from '../../src/run/place.js'
+import { answered, Place } from '../../src/run/place.js'
 import { Plans } from '../../src/run/plans.js'
 import { Step } from '../../src/run/step/step.js'
 import { normal } from '../service.js'
@@ -31,10 +31,18 @@ function gradientOf(device: Device) {
 
 t.test('a step for whose update there is no memory is refused and leaves nothing behind', async (t) => {
   const device = await startDevice()
-  const place = new Place(device, new Plans(), { parameter: { ...PARAMETER!, update_bytes: 2 ** 48 } })
+  const place = new Place(
+    device,
+    { plans: new Plans(), rowScale: () => undefined },
+    { parameter: { ...PARAMETER!, update_bytes: 2 ** 48 } },
+  )
   const step = new Step(1, GROUPS)
   step.begin(new Member())
-  await t.rejects(place.compute(step, gradientOf(device)), { code: 'OVER_CAPACITY', fields: { parameter: 0, step: 1 } })
+  const asked = gradientOf(device)
+  await t.rejects(
+    answered((answer) => place.compute(step, asked, answer)),
+    { code: 'OVER_CAPACITY', fields: { parameter: 0, step: 1 } },
+  )
   t.match({ bytes: device.memory.bytes, applied: place.appliedStep, failed: device.failed }, { bytes: 0, applied: 0 })
   await device.close()
 })

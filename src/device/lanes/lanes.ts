@@ -12,15 +12,21 @@ export type Ticket = { cancelled: boolean }
 /** A request that a lane has not answered yet. */
 type OpenRequest = { resolve: (results: readonly JobResult[]) => void; reject: (error: unknown) => void }
 
-/** A job in the queue; `job` makes it when a lane is free. */
-type QueuedJob = {
-  job: () => Request | undefined
-  ticket: Ticket
-  resolve: (result: JobResult | undefined) => void
-  reject: (error: unknown) => void
+/**
+ * A job in the queue. Exactly one of `computed` and `failed` is called, once, and neither throws: a promise for each of
+ * many small jobs would take longer than the job.
+ */
+export type Queued = {
+  readonly ticket: Ticket
+  /** Makes the request when a lane is free; undefined where it is not wanted any more. */
+  make(): Request | undefined
+  /** With undefined where the ticket was cancelled or nothing was made. */
+  computed(result: JobResult | undefined): void
+  failed(error: unknown): void
 }
 
-type MadeJob = QueuedJob & { made: Request }
+/** Jobs that a lane is given together, and what they ask for. */
+type Group = { readonly jobs: readonly Queued[]; readonly requests: readonly Request[] }
 
 type Lane = { worker: Worker; busy: Map<number, OpenRequest>; groups: number; exited: Promise<void> }
 
@@ -39,7 +45,7 @@ export class Lanes {
   readonly #limit: GroupLimit
   /** A group is full when its gradients have so many bytes. */
   #full: number
-  readonly #queue = new Queue<QueuedJob>()
+  readonly #queue = new Queue<Queued>()
   #nextId = 1
   #failure: ServiceError | undefined
   #dispatching = false
@@ -67,13 +73,16 @@ export class Lanes {
     if (scratch) this.#full = scratch.full
   }
 
-  /** Computes in the order of the calls; undefined where the ticket was cancelled or `job` answered undefined. */
-  run(job: () => Request | undefined, ticket: Ticket): Promise<JobResult | undefined> {
-    if (this.#failure) return Promise.reject(this.#failure)
-    return new Promise((resolve, reject) => {
-      this.#queue.push({ job, ticket, resolve, reject })
-      this.#dispatch()
-    })
+  /** Computes in the order of the calls. */
+  enqueue(job: Queued): void {
+    if (this.#failure) return job.failed(this.#failure)
+    this.#queue.push(job)
+    this.#dispatch()
+  }
+
+  /** Computes as `enqueue` does; undefined where the ticket was cancelled or `make` answered undefined. */
+  run(make: () => Request | undefined, ticket: Ticket): Promise<JobResult | undefined> {
+    return new Promise((computed, failed) => this.enqueue({ make, ticket, computed, failed }))
   }
 
   /** Has every lane drop its view of the allocation at this address. */
@@ -85,12 +94,12 @@ export class Lanes {
   refuse(failure: ServiceError): void {
     this.#failure = failure
     for (const lane of this.#lanes) for (const request of lane.busy.values()) request.reject(failure)
-    for (const queued of this.#queue.drain()) queued.reject(failure)
+    for (const queued of this.#queue.drain()) queued.failed(failure)
   }
 
   /** Ends the lanes after the jobs that they were given; jobs in the queue are dropped, their results undefined. */
   async close(): Promise<void> {
-    for (const queued of this.#queue.drain()) queued.resolve(undefined)
+    for (const queued of this.#queue.drain()) queued.computed(undefined)
     for (const lane of this.#lanes) this.#post(lane, { type: 'stop' })
     await Promise.all(this.#lanes.map((lane) => lane.exited))
   }
@@ -113,31 +122,33 @@ export class Lanes {
       const lane = this.#lanes.reduce((least, other) => (other.groups < least.groups ? other : least))
       if (lane.groups >= GROUPS_PER_LANE) return
       const group = this.#take(Math.min(share, this.#limit.jobs))
-      if (group.length > 0) this.#send(lane, group)
+      if (group.jobs.length > 0) this.#send(lane, group)
     }
   }
 
   /** Makes the next jobs of one group, at most `most`; cancelled and undefined ones are left out. */
-  #take(most: number): MadeJob[] {
-    const group: MadeJob[] = []
+  #take(most: number): Group {
+    const jobs: Queued[] = []
+    const requests: Request[] = []
     let bytes = 0
-    while (group.length < most && (bytes < this.#full || group.length === 0)) {
+    while (jobs.length < most && (bytes < this.#full || jobs.length === 0)) {
       const next = this.#queue.shift()
       if (next === undefined) break
       const made = make(next)
       if (made === undefined) continue
-      group.push({ ...next, made })
+      jobs.push(next)
+      requests.push(made)
       bytes += made.gradient.bytes
     }
-    return group
+    return { jobs, requests }
   }
 
-  #send(lane: Lane, group: readonly MadeJob[]): void {
+  #send(lane: Lane, group: Group): void {
     lane.groups += 1
-    const jobs = packJobs(group.map(({ made }) => made))
+    const jobs = packJobs(group.requests)
     this.#ask(lane, (id) => ({ type: 'run', id, jobs }))
       .then((results) => {
-        for (const [i, { resolve }] of group.entries()) resolve(results[i])
+        for (const [i, job] of group.jobs.entries()) job.computed(results[i])
       })
       .catch((error) => this.#refuseGroup(lane, group, error))
       .finally(() => {
@@ -147,11 +158,11 @@ export class Lanes {
   }
 
   // Jobs that lack memory together are tried one by one, so that only the run with too large a job is refused.
-  #refuseGroup(lane: Lane, group: readonly MadeJob[], error: unknown): void {
-    const together = group.length > 1 && error instanceof ServiceError && error.code === 'OVER_CAPACITY'
-    for (const one of group) {
-      if (together) this.#send(lane, [one])
-      else one.reject(error)
+  #refuseGroup(lane: Lane, { jobs, requests }: Group, error: unknown): void {
+    const together = jobs.length > 1 && error instanceof ServiceError && error.code === 'OVER_CAPACITY'
+    for (const [i, job] of jobs.entries()) {
+      if (together) this.#send(lane, { jobs: [job], requests: [requests[i]] })
+      else job.failed(error)
     }
   }
 
@@ -189,13 +200,13 @@ export class Lanes {
 }
 
 /** Makes a job; undefined where its ticket was cancelled, it is not wanted any more, or making it failed. */
-function make({ job, ticket, resolve, reject }: QueuedJob): Request | undefined {
+function make(job: Queued): Request | undefined {
   try {
-    const made = ticket.cancelled ? undefined : job()
-    if (made === undefined) resolve(undefined)
+    const made = job.ticket.cancelled ? undefined : job.make()
+    if (made === undefined) job.computed(undefined)
     return made
   } catch (error) {
-    reject(refusalOf(error))
+    job.failed(refusalOf(error))
     return undefined
   }
 }

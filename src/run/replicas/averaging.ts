@@ -3,10 +3,11 @@ import type { Device } from '../../device/device.js'
 import { ServiceError } from '../../errors.js'
 import type { Contribution } from '../../wire/frame.js'
 import type { Contributor } from '../digest.js'
+import { answered } from '../place.js'
 import type { Buffers } from '../step/buffers.js'
 import type { Gathering } from '../step/gathering.js'
 import type { Host } from '../step/host.js'
-import { passed } from '../step/part.js'
+import { passed, type Whole } from '../step/part.js'
 import type { Step } from '../step/step.js'
 import type { Updates } from '../step/updates.js'
 
@@ -163,12 +164,12 @@ export class Averaging {
         return { replica, weight, fingerprint: this.#fingerprint(replica, index, step) }
       })
       for (const gathering of involved) gathering.hold(index)
-      const update = await host.compute({
+      const whole: Whole = {
         ...{ step, index, gradient, mean: { dtype, parts }, contributors },
         target: () => updates.take(index),
         ticket: { cancelled: false },
-        explain: async (error) => error,
-      })
+      }
+      const update = await answered((answer) => host.compute(whole, answer))
       /* c8 ignore next -- the device is closed meanwhile */
       if (!update) return false
       updates.keep(index, step.number, update)

@@ -1,13 +1,13 @@
 import { ServiceError } from '../../errors.js'
 import type { Receipt } from '../history.js'
 import type { Member } from '../members/member.js'
-import type { ScaledUpdate } from '../shard.js'
+import type { Update } from '../place.js'
 import type { Host } from '../step/host.js'
 import type { Step } from '../step/step.js'
 import type { Updates } from '../step/updates.js'
 
 /** What a member has missed of a step that was closed without its replica. Whoever has it releases the updates. */
-export type Missed = { step: Step; receipt: Receipt; updates: readonly { index: number; update: ScaledUpdate }[] }
+export type Missed = { step: Step; receipt: Receipt; updates: readonly { index: number; update: Update }[] }
 
 type Late = {
   step: Step

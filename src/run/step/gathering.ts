@@ -1,18 +1,19 @@
+import assert from 'node:assert'
 import { ServiceError } from '../../errors.js'
 import type { Parameter } from '../../optimizer/parameter.js'
 import type { Member } from '../members/member.js'
 import type { Ranks } from '../members/ranks.js'
-import type { ScaledUpdate } from '../shard.js'
+import { answered, type Update } from '../place.js'
 import { inSlices } from '../slices.js'
 import { findingNotFinite } from './not-finite.js'
-import { type Compute, type Part, passed, type Receiver, type Region, Slot, type Waiting } from './part.js'
+import { type Compute, type Part, passed, type Receiver, type Region, Slot, type Waiting, type Whole } from './part.js'
 import type { Step } from './step.js'
 import type { Updates } from './updates.js'
 
 export type GatheringMeans = {
   parameters: readonly Parameter[]
   ranks: Ranks
-  /** Undefined for a run's only member: its gradients are whole when they come, and their updates are not kept. */
+  /** Undefined for a run's only member: its gradients are whole when they come, and go to no gathering. */
   memory: { gradient: (index: number) => Region; updates: Updates } | undefined
   /** The step in progress. */
   current: () => Step
@@ -20,10 +21,7 @@ export type GatheringMeans = {
   whole: (index: number, step: Step) => void
 }
 
-/**
- * Where the parts that the ranks of one replica send become gradients, whose updates answer every part. The only
- * member's gradient is one part.
- */
+/** Where the parts that the ranks of one replica send become gradients, whose updates answer every part. */
 export class Gathering {
   readonly #means: GatheringMeans
   readonly #slots = new Map<number, Slot>()
@@ -65,13 +63,13 @@ export class Gathering {
   /**
    * Takes a part; answers the update once there is one, undefined where the member is lost or has sent another part.
    */
-  async add(part: Part): Promise<ScaledUpdate | undefined> {
+  async add(part: Part): Promise<Update | undefined> {
     const { member, index, step } = part
     const slot = this.#slot(index)
     if (part.repeated) return this.#repeat(part)
     this.#checkMixture(member, index, step)
     this.#outdate(slot, part)
-    const update = new Promise<ScaledUpdate | undefined>((resolve, reject) => {
+    const update = new Promise<Update | undefined>((resolve, reject) => {
       slot.parts.set(member.rank, { ...part, resolve, reject })
     })
     slot.version += 1
@@ -190,7 +188,7 @@ export class Gathering {
   }
 
   /** A gradient was computed: its parts are answered with an update, whose memory is the caller's. */
-  answer(index: number, update: ScaledUpdate): void {
+  answer(index: number, update: Update): void {
     const slot = this.#slot(index)
     slot.spoiled.clear()
     this.#settle(slot, ({ resolve }) => resolve({ ...update, memory: update.memory.retain() }))
@@ -221,7 +219,7 @@ export class Gathering {
     return slot
   }
 
-  #repeat({ member, index, step, repeated }: Part): ScaledUpdate | undefined {
+  #repeat({ member, index, step, repeated }: Part): Update | undefined {
     const { name } = this.#means.parameters[index]
     const fields = { parameter: index, step: step.number, expected_step: step.expected }
     const kept = this.#means.memory?.updates.of(index, step.number)
@@ -260,17 +258,21 @@ export class Gathering {
   }
 
   async #compute(slot: Slot, part: Waiting, compute: Compute): Promise<void> {
-    const { step, index, gradient, source, target, contributors, member } = part
+    const { step, index, gradient, contributors } = part
     const { memory } = this.#means
+    assert(memory, 'parts are put together in memory of their own')
     slot.computing = true
-    const own = memory && (() => memory.updates.take(index))
-    // The only member's job goes with it; one that several have sent their parts for is none of theirs.
-    const ticket = memory ? { cancelled: false } : member.ticket
     try {
-      const explain = (error: unknown) => this.blame(error, index)
-      const places = { gradient, source, target: own ?? target, contributors }
-      const update = await compute({ step, index, ...places, ticket, explain })
-      if (!memory || !update) return this.#settle(slot, ({ resolve }) => resolve(update))
+      const whole: Whole = {
+        ...{ step, index, gradient, contributors },
+        target: () => memory.updates.take(index),
+        // What several have sent their parts for goes with none of them.
+        ticket: { cancelled: false },
+        explain: (error) => this.blame(error, index),
+      }
+      const update = await answered((answer) => compute(whole, answer))
+      /* c8 ignore next -- the device is closed meanwhile */
+      if (!update) return this.#settle(slot, ({ resolve }) => resolve(undefined))
       memory.updates.keep(index, step.number, update)
       this.answer(index, update)
     } catch (error) {

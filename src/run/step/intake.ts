@@ -6,8 +6,8 @@ import type { Receipt } from '../history.js'
 import type { Layout } from '../members/layout.js'
 import type { Connection, Member, Seat } from '../members/member.js'
 import { Members } from '../members/members.js'
+import type { Answer, Update } from '../place.js'
 import { Replicas } from '../replicas/replicas.js'
-import type { ScaledUpdate } from '../shard.js'
 import { Buffers } from './buffers.js'
 import { checkComplete } from './conclusion.js'
 import { type Ended, Ending } from './ending.js'
@@ -161,22 +161,26 @@ export class Intake {
   }
 
   /**
-   * Takes a part of a gradient that has come whole; answers the update once the gradient is computed, or computed
-   * again. Takes the part's regions over, and releases them when the lane and the journal have read them, whatever
-   * comes of it. Undefined: the member that sent it has lost the run, has sent another part since, or is left out.
+   * Takes a part of a gradient that has come whole; `answer` has the update once the gradient is computed, or computed
+   * again, and the part's regions are the caller's again. With undefined: the member that sent it has lost the run, has
+   * sent another part since, or is left out.
    */
-  async compute(part: Part): Promise<ScaledUpdate | undefined> {
+  compute(part: Part, answer: Answer): void {
     const { member, step, index } = part
-    try {
-      /* c8 ignore next -- it may be lost, or the step be closed, while its last chunk is stored */
-      if (member.lost || this.#isLeftOut(member, step)) return undefined
-      // An import may have come between the gradient's first chunk and its last.
-      this.#host.stepOfGradient(index, step.number)
-      return await this.#of(member).add(part)
-    } finally {
-      part.gradient.release()
-      part.source?.release()
-    }
+    /* c8 ignore next -- it may be lost, or the step be closed, while its last chunk is stored */
+    if (member.lost || this.#isLeftOut(member, step)) return answer.resolve(undefined)
+    const isParted = this.members.layout.named
+    if (!isParted) return this.#host.compute({ ...part, ticket: member.ticket }, answer)
+    this.#gathered(index, part).then(
+      (update) => answer.resolve(update),
+      (error) => answer.reject(error),
+    )
+  }
+
+  async #gathered(index: number, part: Part): Promise<Update | undefined> {
+    // An import may have come between the gradient's first chunk and its last.
+    this.#host.stepOfGradient(index, part.step.number)
+    return await this.#of(part.member).add(part)
   }
 
   /**

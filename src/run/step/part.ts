@@ -1,19 +1,18 @@
 import type { Ticket } from '../../device/device.js'
 import { ServiceError } from '../../errors.js'
 import type { Member } from '../members/member.js'
-import type { GradientPlaces } from '../place.js'
-import type { ScaledUpdate } from '../shard.js'
+import type { Answer, GradientPlaces, Update } from '../place.js'
 import type { Step } from './step.js'
 
 /** A member's part of a gradient, which has come whole. */
 export type Part = GradientPlaces & { step: Step; index: number; member: Member; repeated?: Repeated }
 
-/** A gradient of which all parts have come; `explain` says more of the error that refuses it. */
+/** A gradient of which all parts have come; `explain`, if there is one, says more of the error that refuses it. */
 export type Whole = GradientPlaces & {
   step: Step
   index: number
   ticket: Ticket
-  explain: (error: unknown) => Promise<unknown>
+  explain?: (error: unknown) => Promise<unknown>
 }
 
 /** A part of a gradient that was applied before: it is not stored, but held against the bytes that were applied. */
@@ -22,13 +21,12 @@ export type Repeated = { differs: boolean }
 /** Where a member's part of a gradient is received. */
 export type Receiver = { region: Region; repeated?: Repeated }
 
-/** Computes a gradient that is whole; undefined where its ticket was cancelled. */
-export type Compute = (whole: Whole) => Promise<ScaledUpdate | undefined>
+/** Computes a gradient that is whole. */
+export type Compute = (whole: Whole, answer: Answer) => void
 
 export type Region = GradientPlaces['gradient']
-export type Settle = { resolve: (update: ScaledUpdate | undefined) => void; reject: (error: unknown) => void }
 /** A part that waits for its answer. */
-export type Waiting = Part & Settle
+export type Waiting = Part & { resolve: (update: Update | undefined) => void; reject: (error: unknown) => void }
 
 /** One parameter's gradient, as far as it has come. */
 export class Slot {

@@ -1,11 +1,11 @@
 import type { Device } from '../../device/device.js'
 import type { Region } from '../../device/region.js'
 import type { Parameter } from '../../optimizer/parameter.js'
-import type { ScaledUpdate } from '../shard.js'
+import type { Update } from '../place.js'
 import { Arena } from './buffers.js'
 
 /** What came of a gradient that was applied: its update, which every member that has elements of it is sent. */
-type Kept = { step: number; update: ScaledUpdate }
+type Kept = { step: number; update: Update }
 
 /** The newest update of each parameter of a run with members: it is kept until the next one is computed. */
 export class Updates {
@@ -25,7 +25,7 @@ export class Updates {
   }
 
   /** The update of a parameter for a step, where that is kept. It stays the keeper's. */
-  of(index: number, step: number): ScaledUpdate | undefined {
+  of(index: number, step: number): Update | undefined {
     const kept = this.#kept.get(index)
     return kept?.step === step ? kept.update : undefined
   }
@@ -52,7 +52,7 @@ export class Updates {
   /* c8 ignore stop */
 
   /** Keeps an update, whose memory is the keeper's from now on. */
-  keep(index: number, step: number, update: ScaledUpdate): void {
+  keep(index: number, step: number, update: Update): void {
     this.drop(index)
     this.#kept.set(index, { step, update })
   }
