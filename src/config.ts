@@ -55,9 +55,7 @@ export const SETTINGS = {
     'Most bytes of tensors in one file of a checkpoint; a larger tensor has its own.',
   ),
   journal_bytes: integer(2 ** 33, [2 ** 20, BYTES], 'A journal longer than this is ended by a checkpoint.'),
-  keep_journal: flag(
-    'Keep the journal of steps that a checkpoint has, as long as an older checkpoint is kept: for muond replay.',
-  ),
+  keep_journal: flag('Keep journals as far back as the oldest checkpoint that is kept: for muond replay.'),
   presets: text('', 'Folder with presets of your own, as YAML or JSON files, beside those that come with muond.'),
   onnxruntime_dir: text(
     '',

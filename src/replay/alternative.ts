@@ -64,7 +64,7 @@ export function parseAlternative(document: unknown, run: Declaration, presets: P
   }
 }
 
-/** The groups of a step: a learning rate that follows the run's is `lr` times the run's over the largest that it has. */
+/** The groups of a step: a learning rate that follows the run's is `lr` times the run's over its largest one. */
 export function groupsAt(
   { declaration: { groups }, follows }: Alternative,
   run: Groups,

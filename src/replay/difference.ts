@@ -14,7 +14,7 @@ export type Difference = {
   readonly parameter?: { readonly name: string; readonly record: string; readonly what: string } & Pair
 }
 
-/** What a parameter adds to a step's digest, in words. The replicas of a mean are taken from the journal as they are. */
+/** What a parameter adds to a step's digest, in words. The replicas of a mean are the journal's, unchecked. */
 const COMPARED = [
   ['gradientFingerprint', 'the fingerprint of its gradient'],
   ['updateFingerprint', 'the fingerprint of its update'],

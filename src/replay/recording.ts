@@ -35,7 +35,7 @@ export type Recording = {
   steps(): AsyncGenerator<StoredStep>
 }
 
-/** Opens a run's folder for `work`. Throws UnreadableError where the steps are not there, with what is there instead. */
+/** Opens a run's folder for `work`. Throws UnreadableError where steps are not there, with what is there instead. */
 export async function withRecording<T>(
   wanted: Wanted,
   files: CheckpointFiles,
