@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import type { Grant } from '../device/admission.js'
 import type { Device } from '../device/device.js'
 import type { Region } from '../device/region.js'
@@ -34,7 +35,8 @@ const UNTOUCHED: PlaceRecord = { count: 0, applied_step: 0, gradient_square: 0 }
 export class Course {
   readonly #device: Device
   readonly #shard: Shard
-  readonly #host: Grant | undefined
+  /** For gradients that are means of replicas. */
+  #host: Grant | undefined
   #step: Step
   /** Of the last step that was ended. */
   #digest: string
@@ -46,27 +48,23 @@ export class Course {
     const scales = rowScaleBytes(attentions, parameters)
     const demands = await inSlices(demandsOf(parameters, { groups, scales, held: false }))
     const means = start.means ? meanDemands(parameters, groups) : []
-    const grant = device.admit(demands, name)
-    const shard = new Shard(device, { run: name, parameters, attentions, grant })
-    let host: Grant | undefined
+    const shard = new Shard(device, { run: name, parameters, attentions, grant: device.admit(demands, name) })
+    const course = new Course(device, shard, start)
     try {
-      host = means.length > 0 ? device.reserveHost(0, name, means) : undefined
+      if (means.length > 0) course.#host = device.reserveHost(0, name, means)
       await device.load([...demands, ...means])
       await restore(device, shard, start)
-      return new Course(device, { shard, host, start })
+      return course
     } catch (error) {
-      shard.dispose()
-      if (host) device.dismiss(host)
+      course.dispose()
       throw error
     }
   }
 
-  private constructor(device: Device, parts: { shard: Shard; host: Grant | undefined; start: Start }) {
-    const { declaration, checkpoint } = parts.start
+  private constructor(device: Device, shard: Shard, { declaration, checkpoint }: Start) {
     const { step, digest } = checkpoint.manifest
     this.#device = device
-    this.#shard = parts.shard
-    this.#host = parts.host
+    this.#shard = shard
     this.#step = new Step(step + 1, declaration.groups)
     this.#digest = digest
   }
@@ -89,9 +87,8 @@ export class Course {
     const ticket = { cancelled: false }
     const asked = { gradient, contributors, ticket }
     const update = await answered((answer) => this.#shard.compute(this.#step, index, asked, answer))
-    if (update) return update
-    /* c8 ignore next -- nobody cancels the ticket */
-    throw new Error(`the step of parameter ${index} was given up`)
+    assert(update, 'nobody cancels the ticket')
+    return update
   }
 
   /** What the last computed step of a parameter came to. */

@@ -18,7 +18,8 @@ export type Measure = {
   readonly index: number
   readonly gradient_norm: number
   readonly square: number
-  readonly other?: { readonly square: number; readonly product: number }
+  /** Zeros for a parameter that the alternative does not have. */
+  readonly other: { readonly square: number; readonly product: number }
 }
 
 /** An alternative on its way: `indices` are those of the run's parameters that it has, in its order. */
@@ -98,7 +99,7 @@ function compare(parameter: Parameter, own: Update, other: Update | undefined): 
   const { index, update_dtype, elements } = parameter
   const a = numbersOf(own.memory.view, update_dtype, elements)
   const measure = { index, gradient_norm: own.gradient_norm, square: own.scale ** 2 * dot(a, a) }
-  if (!other) return measure
+  if (!other) return { ...measure, other: { square: 0, product: 0 } }
   const b = numbersOf(other.memory.view, update_dtype, elements)
   return { ...measure, other: { square: other.scale ** 2 * dot(b, b), product: own.scale * other.scale * dot(a, b) } }
 }
@@ -113,7 +114,5 @@ async function named<T>(label: string, work: Promise<T>): Promise<T> {
 }
 
 function refused(step: number, error: unknown): never {
-  if (error instanceof ServiceError) throw new ConfigError(`the other groups end at step ${step}: ${error.message}`)
-  /* c8 ignore next -- a bug */
-  throw error
+  throw new ConfigError(`the other groups end at step ${step}: ${errorText(error)}`)
 }

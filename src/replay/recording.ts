@@ -93,10 +93,9 @@ async function* stepsOf(
   segments: readonly Segment[],
   { after, to }: { after: number; to: number },
 ): AsyncGenerator<StoredStep> {
-  if (after === to) return
   for await (const stored of readSteps(segments, after)) {
+    if (stored.step > to) return
     yield stored
-    if (stored.step === to) return
   }
 }
 

@@ -18,7 +18,7 @@ export type Row = {
 }
 
 /** Whether parameters of an alternative begin with the state that the run had there, or with none. */
-export type Beginning = 'state' | 'no state' | 'state of some'
+export type Beginning = 'state' | 'no state'
 
 /** Of an update, scale · data: the L2 norm and the root of the mean square of its elements. */
 export type Size = { readonly update_norm: number; readonly update_rms: number }
@@ -34,47 +34,34 @@ export type RowStep = Size & {
 
 /** The rows of a run: each group, or each part of one that another group of the alternative has, or none. */
 export function rowsOf({ groups, parameters }: Declaration, alternative: Alternative | undefined): Row[] {
-  const moved = new Map(alternative?.indices.map((index, i) => [index, i]))
+  const others = othersOf(alternative)
   const parts = new Map<string, Parameter[]>()
-  const otherOf = ({ index }: Parameter) => {
-    const at = moved.get(index)
-    return at === undefined ? undefined : alternative?.declaration.parameters[at].group
-  }
   for (const parameter of parameters) {
-    const key = JSON.stringify([parameter.group, otherOf(parameter)])
+    const key = JSON.stringify([parameter.group, others.get(parameter.index)?.group])
     const known = parts.get(key)
     if (known) known.push(parameter)
     else parts.set(key, [parameter])
   }
   const all = [...parts.values()]
   return all.map((own) => {
-    const [{ group }] = own
-    const other = otherOf(own[0])
+    const [{ group, index }] = own
+    const other = others.get(index)
     const isWhole = all.filter(([first]) => first.group === group).length === 1
-    const name = isWhole ? group : `${group}, ${other ?? 'as it was'}`
-    return {
-      ...{ name, group, algorithm: algorithmIn(groups, group), parameters: own },
-      ...(other !== undefined &&
-        alternative && {
-          alternative: described(
-            other,
-            own.map(({ index }) => moved.get(index)),
-            alternative,
-          ),
-        }),
-    }
+    const name = isWhole ? group : `${group}, ${other?.group ?? 'as it was'}`
+    const row = { name, group, algorithm: algorithmIn(groups, group), parameters: own }
+    return other ? { ...row, alternative: other } : row
   })
 }
 
-/** A group of an alternative; `at` are the indices there of the parameters that it has of a row. */
-function described(
-  group: string,
-  at: readonly (number | undefined)[],
-  { declaration, keeps }: Alternative,
-): NonNullable<Row['alternative']> {
-  const kept = at.filter((index) => index !== undefined && keeps[index]).length
-  const begins = kept === 0 ? 'no state' : kept === at.length ? 'state' : 'state of some'
-  return { group, algorithm: algorithmIn(declaration.groups, group), begins }
+/** The group that an alternative has each parameter of the run in, by the parameter's index. */
+function othersOf(alternative: Alternative | undefined): Map<number, NonNullable<Row['alternative']>> {
+  if (!alternative) return new Map()
+  const { declaration, indices, keeps } = alternative
+  const entries = declaration.parameters.map(({ group }, i) => {
+    const begins: Beginning = keeps[i] ? 'state' : 'no state'
+    return [indices[i], { group, algorithm: algorithmIn(declaration.groups, group), begins }] as const
+  })
+  return new Map(entries)
 }
 
 function algorithmIn(groups: Groups, name: string): string {
@@ -106,8 +93,8 @@ export function sumUp(
     ...size(square),
   }
   if (!row.alternative || !others) return step
-  const otherSquare = total(({ other }) => other?.square ?? 0)
-  const cosine = total(({ other }) => other?.product ?? 0) / (Math.sqrt(square) * Math.sqrt(otherSquare))
+  const otherSquare = total(({ other }) => other.square)
+  const cosine = total(({ other }) => other.product) / (Math.sqrt(square) * Math.sqrt(otherSquare))
   const ratio = Math.sqrt(otherSquare / square)
   return {
     ...step,

@@ -67,6 +67,7 @@ t.test('a replay is printed, or written as files', async (t) => {
   const json = JSON.parse(readFileSync(join(out, 'replay.json'), 'utf8'))
   t.same(json, JSON.parse(JSON.stringify(await replaying(data, 'r', { groups: file }))))
   t.same(json, JSON.parse(await command('--json')))
+  t.notMatch(await command('--to', '2', '--every', '2'), /^ +3 /m)
   t.match(readFileSync(join(out, 'replay.svg'), 'utf8'), /^<svg /)
   await t.rejects(command('--out', out), { name: 'ConfigError', message: `${out} exists already` })
 })

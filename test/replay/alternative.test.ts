@@ -4,7 +4,7 @@ import { id } from '../keep/data-folder.js'
 import { type AdamwState, adamwStep, frobenius } from '../reference.js'
 import { train } from '../run/trainer.js'
 import { normal, RawClient } from '../service.js'
-import { groupsFile, recorder, replaying } from './recorded.js'
+import { groupsFile, printed, recorder, replaying } from './recorded.js'
 
 const LAST = 6
 const SHAPES = { a: [12, 8], b: [6, 10], c: [30] }
@@ -269,4 +269,21 @@ t.test('gradients that the other groups cannot take end the replay with the step
     message:
       /^the other groups end at step 2: the gradient of parameter 'p' for step 2 holds NaN or Inf, or its update would$/,
   })
+})
+
+t.test('a schedule that is 0 makes nothing, and nothing has an angle', async (t) => {
+  const own = t.testdir({})
+  const service = await recorder(own)
+  const client = await RawClient.connect(service.url)
+  const groups = [{ name: 'g', algorithm: 'muon', lr: 0 }]
+  await client.open({ run: 'r', groups, parameters: [{ name: 'p', shape: [2, 2], group: 'g' }] })
+  await client.step(1, [normal(1, 4)])
+  await client.close()
+  await service.app.close()
+  const file = groupsFile(own, [{ name: 'g', algorithm: 'sgd', lr: 1, lr_schedule: 'run' }])
+  const { steps } = await replaying(own, 'r', { groups: file })
+  t.same(steps[0]!.rows.g!.alternative, { lr: 0, update_norm: 0, update_rms: 0 })
+  const text = await printed(own, 'r', { groups: file })
+  t.match(text, /\n1 step computed again: /)
+  t.match(text, / +0 +0 +0 +- +-\n/)
 })

@@ -8,13 +8,13 @@ import { withRecording } from '../../src/replay/recording.js'
 import { fingerprintText } from '../../src/run/record.js'
 import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
 import type { Head } from '../../src/store/journal/journal-format.js'
-import { checkpoints, copyFolder, flip, id, manifestOf, runFolder } from '../keep/data-folder.js'
+import { checkpoints, copyFolder, flip, id, manifestOf, reseal, runFolder, stateFile } from '../keep/data-folder.js'
 import { MODEL as CREW, evenly, gradientsOf as gradientsOfCrew } from '../members/crew.js'
 import { seeded } from '../reference.js'
 import { closeTroop, openTroop, receipts, send } from '../replicas/troop.js'
 import { MODEL, type Trace, train, trainStep } from '../run/trainer.js'
 import { normal, RawClient, type Service } from '../service.js'
-import { filesIn, forge, printed, recorder, replaying } from './recorded.js'
+import { filesIn, forge, groupsFile, printed, recorder, replaying } from './recorded.js'
 
 const LAST = 12
 const journal = (data: string, first: number) =>
@@ -85,7 +85,7 @@ t.test('the journal goes back as far as the checkpoints that are kept', async (t
   await again.app.close()
 })
 
-t.test('a service may remove the journal and its checkpoint while they are read', async (t) => {
+t.test('a service may end the journal with a checkpoint while it is read', async (t) => {
   const { data, service, client } = await recording(
     t,
     { keep_journal: false, checkpoints_kept: 1, checkpoint_steps: 0 },
@@ -143,7 +143,7 @@ async function randomRun(service: Service, run: string, seed: number): Promise<s
   for (let step = 1; step <= 7; step++) {
     const changed = { [one(groups).name]: { lr: random() } }
     client.send({ type: 'step', step, ...(random() < 0.5 && { groups: changed }), gradient_scale: one([1, -1, 0.25]) })
-    const skipped = parameters.flatMap((_, i) => (random() < 0.2 ? [i] : []))
+    const skipped = parameters.flatMap((_, i) => (random() < 0.2 || step === 4 ? [i] : []))
     for (const [i, { shape, gradient_dtype }] of parameters.entries()) {
       if (skipped.includes(i)) continue
       client.gradient(i, step, {
@@ -193,9 +193,12 @@ t.test('means of replicas are computed again from the means that the journal has
     digests.push(all[0]![0]!.digest)
   }
   await closeTroop(troop)
-  const again = await replaying(data, 'troop')
+  const groups = groupsFile(t.testdir({}), [{ name: 'm', algorithm: 'sgd', lr: 1 }])
+  const again = await replaying(data, 'troop', { groups })
   t.match(again, { equal: true, steps: digests.map((digest) => ({ digest })) })
   t.match(again.notes.at(-1), /^gradients are means of replicas/)
+  for (const { rows } of again.steps)
+    t.ok(Math.abs(rows.m!.alternative!.update_norm / rows.m!.gradient_norm - 1) < 1e-6, 'sgd sends the mean itself')
 })
 
 t.test('a run that begins at a checkpoint of another one is replayed from there', async (t) => {
@@ -254,6 +257,12 @@ t.test('the first step that is another one is named, with the parameter and both
     return fits ? { ...changed, applied: { ...changed.applied, update_fingerprint: to } } : changed
   }
   const all = await twice(rewritten(first, computed, 'gradient'), rewritten(computed, first, 'gradient'))
+  forge(path, rewritten(first, computed, 'gradient'))
+  t.match(
+    await printed(data, 'r', { from: id(5) }),
+    '\nevery update is the one that the journal has: its digest, or one before it, is another\ndigest ',
+  )
+  forge(path, rewritten(computed, first, 'gradient'))
   t.equal(all!.parameter, undefined)
   t.equal(all!.digest.computed, forged!.digest.computed)
   const scaled = (factor: number) => (head: Head) =>
@@ -309,6 +318,9 @@ t.test('what cannot be computed again is refused with the reason and what is the
   await refused(`step 5 is to be the last one, checkpoint '${id(10)}' is behind it`, { from: id(10), to: 5 })
   await t.rejects(replaying(data, 'other'), { message: /^data folder '.*' has no run 'other': ENOENT/ })
   await t.rejects(replaying(data, '../r'), { message: `'../r' is no name of a run` })
+  flip(stateFile(data), -1)
+  await refused(/state-00001-of.* has SHA-256 .*, expected /, { from: id(5) })
+  flip(stateFile(data), -1)
   flip(manifestOf(data, 5), 100)
   await refused(/manifest\.json has SHA-256/, { from: id(5) })
   t.match(await replaying(data, 'r'), { checkpoint: id(0), equal: true })
@@ -375,4 +387,12 @@ t.test('a journal that crosses an import is not replayed past it', async (t) => 
   const remedy = `checkpoint '${id(0)}' comes before an import of state, ${id(3)}.1: replay from there, or --to 3 at most`
   await t.rejects(replaying(data, 'r', { from: id(0) }), { message: remedy })
   t.match(await replaying(data, 'r', { to: 3 }), { checkpoint: id(0), steps_equal: 3, equal: true })
+})
+
+t.test('a checkpoint of another kind of device is replayed, and told', async (t) => {
+  const data = copied(t)
+  reseal(data, ({ device }) => ({ device: { ...device, processor: 'Abacus' } }))
+  const { equal, notes } = await replaying(data, 'r', { from: id(5) })
+  t.equal(equal, true)
+  t.match(notes.at(-1), new RegExp(`^of ${id(5)}: its last steps were computed on cpu Abacus .*: results may differ`))
 })
