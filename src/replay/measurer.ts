@@ -46,11 +46,10 @@ export class Measurer {
    */
   async measure(stored: StoredStep): Promise<Measure[]> {
     this.#check(stored)
-    const done = await Promise.allSettled(stored.gradients.map((gradient) => this.#measure(gradient)))
-    const failed = done.find((result) => result.status === 'rejected')
-    if (failed) throw failed.reason
-    const measures = done.flatMap((result) => (result.status === 'fulfilled' ? [result.value] : []))
-    return measures.sort((one, other) => one.index - other.index)
+    const measuring = stored.gradients.map((gradient) => this.#measure(gradient))
+    // Nothing is computed any more when the first failure is told.
+    await Promise.allSettled(measuring)
+    return (await Promise.all(measuring)).sort((one, other) => one.index - other.index)
   }
 
   #check({ step, gradients, label, end }: StoredStep): void {
@@ -85,10 +84,7 @@ export class Measurer {
         : this.#other?.compute(at, gradient, contributors).catch((error) => refused(step, error))
     const done = await Promise.allSettled([own, other])
     try {
-      const failed = done.find((result) => result.status === 'rejected')
-      if (failed) throw failed.reason
-      const [one, two] = await Promise.all([own, other])
-      return compare(parameter, one, two)
+      return compare(parameter, ...(await Promise.all([own, other])))
     } finally {
       for (const result of done) if (result.status === 'fulfilled') result.value?.memory.release()
     }

@@ -71,22 +71,28 @@ t.test('the step at which the gradients of a run left their band is found, and n
     await client.open({ run, groups, parameters })
     for (let step = 1; step <= 30; step++) {
       const gradients = [0, 1, 2].map((i) => normal(10 * step + i, 20))
-      if (run === 'spike' && (step === 24 || step === 25)) gradients[1] = gradients[1]!.map((value) => value * 30)
+      if (run === 'spike' && [22, 24, 25].includes(step)) gradients[1] = gradients[1]!.map((value) => value * 30)
       await client.step(step, gradients)
     }
     await client.close()
   }
   await service.app.close()
-  t.match(await replaying(data, 'spike'), { spikes: [{ row: 'a', step: 24, last_step: 25, parameter: 'q' }] })
+  t.match(await replaying(data, 'spike'), {
+    spikes: [
+      { step: 22, last_step: 22 },
+      { row: 'a', step: 24, last_step: 25, parameter: 'q' },
+    ],
+  })
   t.same((await replaying(data, 'calm')).spikes, [])
   t.match(await printed(data, 'calm'), '\n\nno gradient norm left its band\n\n')
   const text = await printed(data, 'spike', { every: 10 })
+  t.match(text, /^step 22: the gradient norm of a is \d+(\.\d+)?; its median over up to 64 steps before is /m)
   t.match(
     text,
     /^step 24: the gradient norm of a is \d+(\.\d+)? \(to step 25, at most \d+(\.\d+)?\); its median over up to 64 steps before is /m,
   )
   t.same(
     [...text.split('\n\n')[1]!.matchAll(/^ +(\d+) /gm)].map(([, step]) => Number(step)),
-    [1, 10, 20, 24, 30],
+    [1, 10, 20, 22, 24, 30],
   )
 })
