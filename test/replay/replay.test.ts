@@ -46,9 +46,9 @@ function copied(t: Test): string {
 }
 
 t.test(
-  'a run is computed again, over its checkpoints, while it trains, and nothing in its folder changes',
+  'a run is computed again, over its checkpoints, beside its service, and its folder stays as it is',
   async (t) => {
-    const { data, service, client, traces } = await recording(t, {}, LAST)
+    const { data, traces } = shared
     const digests = traces.map(({ step, digest }) => ({ step, digest }))
     const before = filesIn(data)
     const whole = await replaying(data, 'r')
@@ -59,13 +59,11 @@ t.test(
     t.match(part, { equal: true, steps_equal: 4, checkpoint: id(5), from_step: 5, to_step: 9 })
     t.match(part.steps, digests.slice(5, 9))
     t.same(part.steps[0]!.rows, whole.steps[5]!.rows)
-    t.same(filesIn(data), before)
-    await client.close()
-    await service.app.close()
     t.match(
       await printed(data, 'r'),
       `12 steps computed again: every digest is the journal's, the last one is ${digests.at(-1)!.digest}`,
     )
+    t.same(filesIn(data), before)
   },
 )
 
@@ -159,8 +157,7 @@ async function randomRun(service: Service, run: string, seed: number): Promise<s
 }
 
 t.test('whatever algorithms, types, schedules and skips a run has, every digest is the same again', async (t) => {
-  const data = t.testdir({})
-  const service = await recorder(data, { checkpoint_steps: 3 })
+  const { data, service } = shared
   for (const seed of [1, 2, 3, 4, 5]) {
     const digests = await randomRun(service, `run-${seed}`, seed)
     const { steps, equal } = await replaying(data, `run-${seed}`)
@@ -171,7 +168,6 @@ t.test('whatever algorithms, types, schedules and skips a run has, every digest 
       `seed ${seed}`,
     )
   }
-  await service.app.close()
 })
 
 t.test('means of replicas are computed again from the means that the journal has', async (t) => {
@@ -341,6 +337,9 @@ t.test('a journal with a gap is one that begins behind it', async (t) => {
   const data = copied(t)
   rmSync(journal(data, 6))
   t.match(await replaying(data, 'r'), { checkpoint: id(10), steps_equal: 2 })
+  flip(join(runFolder(data), 'run.json'), 5)
+  await t.rejects(replaying(data, 'r'), { message: /run\.json has SHA-256/ })
+  flip(join(runFolder(data), 'run.json'), 5)
   rmSync(join(runFolder(data), 'checkpoints'), { recursive: true })
   await t.rejects(replaying(data, 'r'), { message: /that they can be computed from: there is none$/ })
   for (const first of [1, 11]) rmSync(journal(data, first))
