@@ -98,15 +98,15 @@ class Maps:
 
 
 class Problem:
-    def __init__(self, mode, a, b, d, k, alpha=1.0, c=None, beta=0.0, e=None, gamma=0.0, symmetric=False):
+    def __init__(self, mode, a, b, d, k, alpha=1.0, c=None, beta=0.0, e=None, gamma=0.0, diagonal=0.0, symmetric=False):
         self.mode, self.a, self.b, self.c, self.d, self.e, self.k = mode, a, b, c, d, e, k
-        self.alpha, self.beta, self.gamma, self.symmetric = alpha, beta, gamma, symmetric
+        self.alpha, self.beta, self.gamma, self.diagonal, self.symmetric = alpha, beta, gamma, diagonal, symmetric
         self.addends = 0 if c is None else 1 if e is None else 2
         self.k_blocks = -(-k // 64)
 
     def bytes(self, maps):
         at = [maps(m) if m is not None else 0 for m in (self.a, self.b, self.d, self.c, self.e)]
-        return struct.pack('5Q3fI', *at, self.alpha, self.beta, self.gamma, 0)
+        return struct.pack('5Q4f', *at, self.alpha, self.beta, self.gamma, self.diagonal)
 
     def flops(self):
         m, n = self.d.shape
@@ -207,6 +207,9 @@ def cases(rows, cols):
     yield 'gram', lambda d: gram(x, d, 0.37), (m, m), 0.37 * (X.T @ X if rows > cols else X @ X.T)
     yield 'product', lambda d: product(s, t, d, 1.3), (m, m), mirrored(1.3 * (S @ T))
     yield 'product+c', lambda d: product(s, t, d, 2.0315, c=c, beta=-47.75), (m, m), mirrored(2.0315 * (S @ T) - 47.75 * C)
+    I = torch.eye(m, device='cuda', dtype=torch.float64)
+    yield 'product+I', lambda d: product(s, t, d, 0.4, diagonal=-3.5), (m, m), mirrored(0.4 * (S @ T) - 3.5 * I)
+    yield 'product+c+I', lambda d: product(s, t, d, 0.6, c=c, beta=-1.4, diagonal=20.5), (m, m), mirrored(0.6 * (S @ T) - 1.4 * C + 20.5 * I)
     yield 'product+c+e', lambda d: product(s, t, d, 0.7, c=c, beta=11.0, e=e, gamma=-20.1), (m, m), mirrored(0.7 * (S @ T) + 11 * C - 20.1 * E)
     yield 'apply', lambda d: apply(s, x, d, 0.9, 34.445), (rows, cols), 0.9 * (X @ S if rows > cols else S @ X) + 34.445 * X
 
@@ -269,7 +272,7 @@ def direct(shapes, steps=5):
 
 
 def gram_form(shapes):
-    """Three iterations on the Gram matrix and two direct ones; five direct ones where a matrix is not that long."""
+    """Three iterations on the Gram matrix and then two, centred; five direct ones where a matrix is not that long."""
     long = [s for s in shapes if max(s) >= 2 * min(s) and min(s) >= 512]
     rest = [s for s in shapes if s not in long]
     sets = []
@@ -277,34 +280,40 @@ def gram_form(shapes):
         m = min(rows, cols)
         x = normal(rows, cols)
         x /= x.float().norm()
-        sets.append((x, torch.empty_like(x), torch.empty_like(x), *(x.new_empty(m, m) for _ in range(6))))
+        sets.append((x, torch.empty_like(x), torch.empty_like(x), *(x.new_empty(m, m) for _ in range(5))))
     launches = []
 
     def launch(*problems):
         launches.append([p for group in problems for p in group])
 
-    z = lambda r, at: [product(s[r], s[r], s[at], C / A, c=s[r], beta=B / A) for s in sets]
-    w = lambda zi, wi, at: [product(s[zi], s[wi], s[at], 1.0, c=s[wi], beta=1.0, e=s[zi], gamma=1.0) for s in sets]
-    t = lambda zi, r, at: [product(s[zi], s[r], s[at], 1.0, c=s[r], beta=1.0) for s in sets]
-    n = lambda zi, ti, at: [product(s[zi], s[ti], s[at], A * A, c=s[ti], beta=A * A) for s in sets]
-    x, y, v, r, z1, t1, w1, z2, w2 = range(9)
+    centre = 0.5
+    shift = (B * centre + C * centre**2) / A
+    q = 1 + shift
+    p = lambda r, at, shift=0.0: [product(s[r], s[r], s[at], C / A, c=s[r], beta=B / A, diagonal=-shift) for s in sets]
+    w = lambda zi, wi, at, q=1.0: [product(s[zi], s[wi], s[at], 1.0, c=s[wi], beta=q, e=s[zi], gamma=q) for s in sets]
+    t = lambda zi, r, at, q=1.0: [product(s[zi], s[r], s[at], 1.0, c=s[r], beta=q) for s in sets]
+    n = lambda zi, ti, at, q=1.0: [product(s[zi], s[ti], s[at], A * A, c=s[ti], beta=A * A * q) for s in sets]
+    x, y, o, r, t1, z1, z2, w1 = range(8)
     launch([gram(s[x], s[r]) for s in sets])
-    launch(z(r, z1))
+    launch(p(r, z1))
     launch(t(z1, r, t1))
     launch(n(z1, t1, r))
-    launch(z(r, z2))
+    launch(p(r, z2))
     launch(w(z2, z1, w1), t(z2, r, t1))
     launch(n(z2, t1, r))
-    launch(z(r, z1))
-    launch(w(z1, w1, w2))
-    launch([apply(s[w2], s[x], s[y], A**3, A**3) for s in sets])
-    for source, target in ((y, v), (v, y)):
-        launch([gram(s[source], s[r]) for s in sets])
-        launch([product(s[r], s[r], s[z1], C, c=s[r], beta=B) for s in sets])
-        launch([apply(s[z1], s[source], s[target], 1.0, A) for s in sets])
+    launch(p(r, z1))
+    launch(w(z1, w1, t1))
+    launch([apply(s[t1], s[x], s[y], A**3, A**3) for s in sets])
+    launch([gram(s[y], s[r]) for s in sets])
+    launch(p(r, z1, shift))
+    launch(t(z1, r, t1, q))
+    launch(n(z1, t1, r, q))
+    launch(p(r, z2, shift))
+    launch(w(z2, z1, w1, q))
+    launch([apply(s[w1], s[y], s[o], A**2, A**2 * q * q) for s in sets])
     others = direct(rest) if rest else ([], [], [])
     both = [a + b for a, b in itertools.zip_longest(launches, others[0], fillvalue=[])]
-    return both, [s[x] for s in sets] + others[1], [s[y] for s in sets] + others[2]
+    return both, [s[x] for s in sets] + others[1], [s[o] for s in sets] + others[2]
 
 
 def cublas(xs, steps=5):

@@ -160,7 +160,7 @@ function matrixEntryPoints(gradient_dtype: Dtype, vector: boolean): string[] {
     return [
       entryPoint(CUDA_KERNELS.momentum(types, vector), `momentum<${type}, ${buffer}, ${pack}>`, [
         ...[`const ${type} *gradient`, `const ${buffer} *buffer`, `${buffer} *next`, 'u64 count'],
-        ...['u64 matrix_blocks', 'Momentum s', 'Partial *partials'],
+        ...['u64 matrix_blocks', 'u64 scans', 'u64 first_word', `${type} *copy`, 'Momentum s', 'Partial *partials'],
       ]),
       ...PRODUCT_TYPES.map((product) => normalizeEntryPoint(types, product, vector)),
     ]
@@ -185,6 +185,7 @@ function finishEntryPoint(dtype: Dtype, product: ProductType, vector: boolean): 
   const [o, type] = [TYPE_NAMES[product], TYPE_NAMES[dtype]]
   return entryPoint(CUDA_KERNELS.finish(dtype, product, vector), `finish<${o}, ${type}, ${packOf(vector)}>`, [
     ...[`const ${o} *o`, `${type} *data`, 'u64 count', 'double factor'],
+    ...['u64 scans', 'u64 first_word', 'Partial *partials'],
   ])
 }
 

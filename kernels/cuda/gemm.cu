@@ -8,7 +8,7 @@ const u32 ALONG = 0, ACROSS = 1, B_ACROSS = 2;
 
 // The order of a problem's tensor maps.
 const u32 A = 0, B = 1, D = 2, C = 3, E = 4;
-struct Problem { u64 maps[5]; float alpha, beta, gamma; u32 unused; };
+struct Problem { u64 maps[5]; float alpha, beta, gamma, diagonal; };
 // Row and column count tiles of 256 x 256; problem is NONE where a cluster has no more work.
 struct alignas(16) Tile { u32 problem; u16 row, col; u32 k_blocks; unsigned char mode, symmetric, addends, unused; };
 
@@ -240,6 +240,15 @@ template <int HALF> __device__ inline void add(const Consumer &own, float (&d)[1
     }
 }
 
+// Adds 'diagonal' to the elements on the diagonal of block q, which lies on it: the 16 rows of a warp cross it in 16
+// columns.
+template <int HALF> __device__ inline void add_diagonal(const Consumer &own, float (&d)[128], u32 q, float diagonal) {
+#pragma unroll
+  for (int i = 0; i < 64; i++)
+    if ((i >> 1 & 1) == (i >> 2 & 1) && i / 32 == q && i / 8 % 4 == own.warp && own.lane >> 2 == (own.lane & 3) * 2 + (i & 1))
+      d[HALF * 64 + i] += diagonal;
+}
+
 // A block on the diagonal: the lower half as computed, the upper half its mirror.
 __device__ inline void write_diagonal(const Consumer &own, u32 block, const u32 *x) {
 #pragma unroll
@@ -285,12 +294,13 @@ template <int HALF> __device__ inline void finish(Consumer &own, float (&d)[128]
   barrier_wait(own.ring.full(), own.ring.phase);
   const u32 blocks = own.ring.slot() + own.group * 2 * BLOCK;
   if (tile.addends > 0) add<HALF>(own, d, own.ring.slot(), scale, p.beta);
+  else
+#pragma unroll
+    for (int i = 0; i < 64; i++) d[HALF * 64 + i] *= scale;
+  if (p.diagonal != 0 && tile.symmetric && row >= col && row < col + 128) add_diagonal<HALF>(own, d, (row - col) / 64, p.diagonal);
   u32 x[32];
 #pragma unroll
-  for (int i = 0; i < 32; i++) {
-    const float *at = d + HALF * 64 + i * 2;
-    x[i] = tile.addends > 0 ? pack(at[0], at[1]) : pack(at[0] * scale, at[1] * scale);
-  }
+  for (int i = 0; i < 32; i++) x[i] = pack(d[HALF * 64 + i * 2], d[HALF * 64 + i * 2 + 1]);
   // A block on the diagonal is written where other warps read their addends.
   if (tile.symmetric) group_sync(own.group);
   write_lower(own, blocks, x, tile.symmetric, row, col);

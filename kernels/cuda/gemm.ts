@@ -1,7 +1,7 @@
 /*
  * The host's side of gemm.cu: the matrix products of Newton-Schulz for Hopper. The kernel computes
  *
- *     D = alpha·AB + beta·C + gamma·E
+ *     D = alpha·AB + beta·C + gamma·E + diagonal·I
  *
  * in half precision with float32 sums, for many problems of different sizes in one launch. It is written after the PTX
  * ISA (wgmma, cp.async.bulk.tensor, mbarrier). test/kernels/cuda.test.ts compares the constants of both files.
@@ -36,8 +36,8 @@ const MIRROR_AT = STAGES * STAGE_BYTES
 const BARRIERS_AT = MIRROR_AT + 4 * BLOCK_BYTES
 
 /**
- * The kernel is launched with as many blocks as there are multiprocessors, rounded down to whole clusters; the clusters
- * are declared in the kernel. Its parameters have 8 bytes each: problems and tiles (gemm-plan.ts; both in device
+ * The kernel is launched with the clusters of its plan, at most as many as there are pairs of multiprocessors; their
+ * size is declared in the kernel. Its parameters have 8 bytes each: problems and tiles (gemm-plan.ts; both in device
  * memory), and rounds. Its shared memory is dynamic and has to be allowed by cuFuncSetAttribute.
  */
 export const GEMM_KERNEL = 'gemm'

@@ -5,14 +5,17 @@ __device__ inline float next_buffer(float g, float b, const Momentum &s) { retur
 __device__ inline float direction(float g, float b, const Momentum &s) { return b * (float)s.n_m + g * (float)s.n_g; }
 template <class T> __device__ inline float scaled(T g, const Momentum &s) { return load(g) * (float)s.gradient_scale; }
 
-// Of matrices of 'count' packs, which lie one behind the other, each has 'matrix_blocks' of the part's blocks.
-template <class T, class B, int N> __device__ inline void momentum(const T *gradient, const B *buffer, B *next, u64 count, u64 matrix_blocks, Momentum s, Partial *partials, Part part) {
+// Of matrices of 'count' packs, which lie one behind the other, each has 'matrix_blocks' of the part's blocks. Where
+// 'scans' is set the gradient is scanned, and copied where 'copy' is not null: then 'check' is the sum of its squares.
+template <class T, class B, int N> __device__ inline void momentum(const T *gradient, const B *buffer, B *next, u64 count, u64 matrix_blocks, u64 scans, u64 first_word, T *copy, Momentum s, Partial *partials, Part part) {
   typedef Pack<T, N> G;
   typedef Pack<B, N> F;
   Partial own = {0, 0, 0, 0};
   const u64 first = part.index / matrix_blocks * count;
   for (u64 i = part.index % matrix_blocks * blockDim.x + threadIdx.x; i < count; i += matrix_blocks * blockDim.x) {
     G g = ((const G *)gradient)[first + i];
+    if (copy) ((G *)copy)[first + i] = g;
+    if (scans) scan_pack(g, first_word, first + i, own.print, own.check);
     F b = {};
     if (buffer) b = ((const F *)buffer)[first + i];
     F n;
@@ -26,7 +29,7 @@ template <class T, class B, int N> __device__ inline void momentum(const T *grad
     ((F *)next)[first + i] = n;
   }
   own = reduce(own);
-  own.check = own.squares;
+  if (!scans) own.check = own.squares;
   if (threadIdx.x == 0) partials[part.index] = own;
 }
 
@@ -54,16 +57,21 @@ template <class T, class B, class X, int N> __device__ inline void normalize(con
   }
 }
 
-// data = O times factor.
-template <class X, class T, int N> __device__ inline void finish(const X *o, T *data, u64 count, double factor, Part part) {
+// data = O times factor, which is scanned where 'scans' is set.
+template <class X, class T, int N> __device__ inline void finish(const X *o, T *data, u64 count, double factor, u64 scans, u64 first_word, Partial *partials, Part part) {
   typedef Pack<X, N> H;
   typedef Pack<T, N> D;
+  Partial own = {0, 0, 0, 0};
   FOR_EACH(i, count) {
     H h = ((const H *)o)[i];
     D d;
     for (int k = 0; k < N; k++) store(d.at[k], load(h.at[k]) * (float)factor);
     ((D *)data)[i] = d;
+    if (scans) scan_pack(d, first_word, i, own.print, own.squares);
   }
+  if (!scans) return;
+  own = reduce(own);
+  if (threadIdx.x == 0) partials[part.index] = own;
 }
 
 // 'to' is 'from' with rows and columns of zeros added behind its own, or without those that it has no room for.

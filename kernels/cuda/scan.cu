@@ -6,6 +6,19 @@ template <class T> __device__ inline double squares_of(u64 word) {
   return sum;
 }
 
+// Adds the words of a pack to the fingerprint and the squares of its tensor, of which it is number 'index' from word
+// 'first' on. Packs that are no whole words are never scanned.
+template <class T, int N> __device__ inline void scan_pack(const Pack<T, N> &pack, u64 first, u64 index, u64 &print, double &squares) {
+  if constexpr (N * sizeof(T) % 8 == 0) {
+    const int count = N * sizeof(T) / 8;
+    union { Pack<T, N> pack; u64 at[count]; } words = {pack};
+    for (int k = 0; k < count; k++) {
+      print += print_of(words.at[k], first + index * count + k);
+      squares += squares_of<T>(words.at[k]);
+    }
+  }
+}
+
 // One pass over a tensor's bytes, which are copied where 'copy' is not null: then what was scanned is what is computed
 // with. The sum of squares is not finite exactly where an element is not.
 template <class T> __device__ inline void scan(const u64 *words, u64 *copy, u64 bytes, Partial *partials, Part part) {

@@ -37,6 +37,7 @@ export function buildOrthogonalize({ coefficients, tall, form }: OrthogonalizeSp
 }
 
 // The Gram form has products of the shorter side in place of products with the longer: it is faster from this ratio on.
+// bench/gpu/forms.ts measures both forms by the ratio.
 const GRAM_ASPECT = 2
 // Of smaller matrices the Gram form is less exact (64x256: 3.6e-3, direct 1.7e-3), and launches take most of the time.
 const GRAM_FROM = 512

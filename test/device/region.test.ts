@@ -84,6 +84,7 @@ t.test('another thread is sent where a region lies, and nothing that could relea
   const code = `const { parentPort } = require('node:worker_threads')
     parentPort.once('message', (span) => parentPort.postMessage([span, Object.getPrototypeOf(span) === Object.prototype]))`
   const worker = new Worker(code, { eval: true })
+  const exited = once(worker, 'exit')
   worker.postMessage(region)
   const [[span, plain]] = await once(worker, 'message')
   t.ok(plain)
@@ -94,5 +95,5 @@ t.test('another thread is sent where a region lies, and nothing that could relea
     owner: { pointer: 4096n, bytes: 256 },
     shared: false,
   })
-  await once(worker, 'exit')
+  await exited
 })

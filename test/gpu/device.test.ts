@@ -125,6 +125,23 @@ t.test('the device alone', { skip: NO_GPU, timeout: 300_000 }, async (t) => {
     })
   }
 
+  for (const name of ['polar_express', 'deepseek_v4'] as const) {
+    await t.test(`512x1024 with ${name} is float64's within 2e-3`, async (t) => {
+      const [rows, cols] = [512, 1024]
+      const group = parseGroup({ name: 'g', algorithm: 'muon', ns_coefficients: name })
+      if (group.algorithm !== 'muon') throw new Error(`the group is of ${group.algorithm}`)
+      const p = start({ algorithm: 'muon', momentum: 0, ns_coefficients: name }, { shape: [rows, cols] })
+      const sent = bytesOf(gaussian(61, rows * cols), 'float32')
+      const { result, data } = await p.compute(sent, { step: 1 })
+      const matrix = { rows, cols, data: floatsOf(sent, 'float32') }
+      const o = orthogonalizeByIteration(matrix, iterations(group.hyperparameters))
+      const distance = relativeDistance(floatsOf(data, 'float32'), o.data)
+      t.ok(distance < 2e-3, `distance ${distance}`)
+      sameScan(t, result, { gradient: sent, dtype: 'float32', update: data })
+      p.end()
+    })
+  }
+
   function sameScan(
     t: Test,
     result: JobResult,
@@ -300,6 +317,8 @@ t.test('the device alone', { skip: NO_GPU, timeout: 300_000 }, async (t) => {
       [64, 64],
       [700, 64],
       [96, 128],
+      [512, 1024],
+      [1024, 512],
     ]
     const sent = shapes.map(([rows, cols], i) => bytesOf(gaussian(70 + i, rows! * cols!), 'float32'))
     const results = async (order: readonly number[], together: boolean) => {

@@ -26,15 +26,16 @@ type Dealt = {
 }
 
 function dealt(problems: readonly GemmProblem[], clusters: number): Dealt[] {
-  const { tiles, rounds } = planGemm(problems, clusters)
+  const { tiles, rounds, clusters: used } = planGemm(problems, clusters)
   const view = new DataView(tiles.buffer)
-  t.equal(tiles.length, rounds * clusters * 16)
-  const all = Array.from({ length: rounds * clusters }, (_, index) => {
+  t.ok(used <= clusters)
+  t.equal(tiles.length, rounds * used * 16)
+  const all = Array.from({ length: rounds * used }, (_, index) => {
     const at = index * 16
     const [problem, slices] = [view.getUint32(at, true), view.getUint32(at + 8, true)]
     const [row, col] = [view.getUint16(at + 4, true), view.getUint16(at + 6, true)]
     const [mode, symmetric, addends] = [view.getUint8(at + 12), view.getUint8(at + 13), view.getUint8(at + 14)]
-    return { cluster: index % clusters, problem, row, col, slices, mode, symmetric, addends }
+    return { cluster: index % used, problem, row, col, slices, mode, symmetric, addends }
   })
   return all.filter(({ problem }) => problem !== 0xffffffff)
 }
@@ -69,7 +70,7 @@ t.test('every tile of a product is dealt once, of a symmetric one those on and b
   t.same(places(tiles, 2), grid(10, 1).map(String).sort())
 })
 
-t.test('a cluster has at most one tile of the costliest kind more than another', async (t) => {
+t.test('a launch takes at most one tile of the costliest kind longer than its work shared evenly', async (t) => {
   const shapes = [
     [768, 3072],
     [2304, 768],
@@ -82,7 +83,19 @@ t.test('a cluster has at most one tile of the costliest kind more than another',
   })
   const loads = new Array<number>(66).fill(0)
   for (const { cluster, slices } of dealt(problems, 66)) loads[cluster] += slices + 4
-  t.ok(Math.max(...loads) - Math.min(...loads) <= 3072 / GEMM_TILE.depth + 4)
+  const even = loads.reduce((sum, load) => sum + load, 0) / loads.length
+  t.ok(Math.max(...loads) - even <= 3072 / GEMM_TILE.depth + 4)
+})
+
+t.test('a launch has the fewest clusters with which it ends as early as with all', async (t) => {
+  const [small, large] = [matrix(768, 768), matrix(2048, 2048)]
+  const used = (problems: readonly GemmProblem[]) => planGemm(problems, 66).clusters
+  t.equal(used([gramProblem(small, small, 1)]), 6, 'one for each tile of a small product')
+  const many = Array.from({ length: 4 }, () => gramProblem(large, large, 1))
+  t.equal(used(many), 48, '144 tiles take three rounds, of 48 clusters as of 66')
+  t.equal(used([...many, ...many.slice(1)]), 63, '252 take four')
+  t.equal(used(Array.from({ length: 11 }, () => gramProblem(large, large, 1))), 66, '396 take six rounds of all')
+  t.equal(used([gramProblem(matrix(2048, 8192), large, 1), gramProblem(small, small, 1)]), 37, 'short sums share one')
 })
 
 t.test('a tile says how its operands lie, whatever the matrix shape', async (t) => {
@@ -128,17 +141,18 @@ t.test('a problem holds its maps in the order A, B, D, C, E and its factors as f
       { matrix: e, factor: 0.25 },
       { matrix: c, factor: -4.775 },
     ],
+    diagonal: 0.75,
   })
   const { problems, rounds } = planGemm([two, gramProblem(s, d, 3)], 66)
   const view = new DataView(problems.buffer)
   const maps = (at: number) => [0, 8, 16, 24, 32].map((i) => view.getBigUint64(at + i, true))
-  const factors = (at: number) => [40, 44, 48].map((i) => view.getFloat32(at + i, true))
+  const factors = (at: number) => [40, 44, 48, 52].map((i) => view.getFloat32(at + i, true))
   t.equal(rounds, 1)
   t.equal(problems.length, 112)
   t.same(maps(0), [2n, 3n, 5n, 7n, 11n])
-  t.same(factors(0), [0.5, Math.fround(-4.775), 0.25])
+  t.same(factors(0), [0.5, Math.fround(-4.775), 0.25, 0.75])
   t.same(maps(56), [2n, 2n, 5n, 0n, 0n])
-  t.same(factors(56), [3, 0, 0])
+  t.same(factors(56), [3, 0, 0, 0])
 })
 
 t.test('zeros are added until all rows of a matrix and of its Gram matrix start on 16 bytes', async (t) => {

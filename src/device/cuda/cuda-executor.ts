@@ -1,7 +1,7 @@
 /* c8 ignore start -- needs a GPU: npm run test:gpu */
 import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
 import { MAX_BLOCKS, PARTIAL_BYTES, RESULT_BYTES, THREADS } from '../../../kernels/cuda/source.js'
-import { bytesPerElement, type Dtype } from '../../../kernels/dtype.js'
+import { bytesPerElement } from '../../../kernels/dtype.js'
 import { kernelIo, MOMENTUM_SCALARS } from '../../../kernels/kernel.js'
 import type { Plan } from '../../optimizer/plan.js'
 import type { CudaLane, Executor, Scratch } from '../executor.js'
@@ -14,6 +14,7 @@ import {
   type CutPlan,
   crossesBus,
   type Ends,
+  firstWord,
   type GpuJob,
   isMatrices,
   isOnGpu,
@@ -37,8 +38,9 @@ import {
   packOf,
   partialBytes,
   piecesOf,
-  scanBlocks,
+  scannedInPassing,
 } from './pieces.js'
+import { Scans } from './scans.js'
 import { ALIGNMENT, workspaceBytes } from './scratch.js'
 import { ScratchMemory } from './scratch-memory.js'
 import { isSmall, SMALL_TOGETHER, SmallOrthogonalizer, smallBytes } from './small.js'
@@ -64,6 +66,7 @@ export class CudaExecutor implements Executor {
   readonly #copyIn: CudaStream
   readonly #copyOut: CudaStream
   readonly #lists: LaunchLists
+  readonly #scans: Scans
   readonly #orthogonalizer: Orthogonalizer
   readonly #hopper: Hopper | undefined
   readonly #small: SmallOrthogonalizer
@@ -85,6 +88,7 @@ export class CudaExecutor implements Executor {
     this.#orthogonalizer = new Orthogonalizer(folder, gpu, this.#stream)
     this.#hopper = hopper && new Hopper({ cuda: this.#cuda, stream: this.#stream, lists: this.#lists }, hopper)
     const pointer = this.#cuda.allocateHost(RESULT_BYTES * MOST_RESULTS)
+    this.#scans = new Scans(this.#lists, pointer)
     this.#results = { pointer, view: new DataView(viewMemory(pointer, RESULT_BYTES * MOST_RESULTS).buffer) }
   }
 
@@ -109,14 +113,14 @@ export class CudaExecutor implements Executor {
       const pieces = laid.flatMap((gpuJob) => this.#piecesOf(gpuJob))
       // What crosses no bus is not cut: there is nothing to overlap with.
       const batches = laid.some(crossesBus) ? batchesOf(pieces) : [pieces]
-      this.#scanGradients(laid)
+      this.#scans.ofGradients(laid)
       this.#receive(batches[0])
       for (const [index, batch] of batches.entries()) {
         this.#stream.follow(this.#copyIn)
         this.#receive(batches[index + 1] ?? [])
         this.#compute(batch)
         this.#send(batch)
-        this.#report(batch.filter(({ last }) => last).map(({ gpuJob }) => gpuJob))
+        this.#scans.report(batch.filter(({ last }) => last).map(({ gpuJob }) => gpuJob))
       }
     } finally {
       this.#lists.clear()
@@ -143,22 +147,23 @@ export class CudaExecutor implements Executor {
   // The programs of Hopper hold addresses in the memory that has moved.
   #setAside(scratch: Scratch): void {
     if (!this.#scratch.growTo(scratch, () => this.#stream.synchronize())) return
-    this.#hopper?.moveTo(this.#scratch.start('products'))
+    this.#hopper?.moveTo(this.#scratch.products)
   }
 
   /** Gives every job its addresses in scratch memory. */
   #lay(jobs: readonly Job[]): GpuJob[] {
     if (jobs.length > MOST_RESULTS) throw new Error(`${jobs.length} jobs at once, at most ${MOST_RESULTS}`)
-    const take = this.#scratch.dealer()
+    const take = this.#scratch.tensors()
     return jobs.map((job, result) => {
-      const { pieces, checkBlocks } = this.#cut(job.plan)
-      const scans = take('partials', partialBytes(checkBlocks))
+      const { pieces, checkBlocks, inPassing } = this.#cut(job.plan)
+      const scans = take('partials', aligned(partialBytes(checkBlocks), ALIGNMENT))
       const place = (name: 'gradient' | 'update', inPlace: boolean) =>
         inPlace ? job[name].pointer : take(`${name}s`, aligned(job[name].bytes, ALIGNMENT))
       const checks = scans + BigInt(2 * MAX_BLOCKS * PARTIAL_BYTES)
       const gradient = place('gradient', !isReceived(job))
       const update = place('update', job.update.space === 'gpu')
-      return { job, pieces, gradient, update, scans, checks, checkBlocks, result }
+      const written = checks + BigInt(checkBlocks * PARTIAL_BYTES)
+      return { job, pieces, inPassing, gradient, update, scans, checks, written, checkBlocks, result }
     })
   }
 
@@ -167,7 +172,7 @@ export class CudaExecutor implements Executor {
     const known = this.#plans.get(plan)
     if (known) return known
     const pieces = piecesOf(plan)
-    const cut = { pieces, checkBlocks: checkBlocksOf(pieces) }
+    const cut = { pieces, checkBlocks: checkBlocksOf(pieces), inPassing: scannedInPassing(pieces) }
     this.#plans.set(plan, cut)
     return cut
   }
@@ -219,39 +224,6 @@ export class CudaExecutor implements Executor {
     }
   }
 
-  /** Queues the scans of gradients on the GPU, and with them the copies of those that their clients may change. */
-  #scanGradients(jobs: readonly GpuJob[]): void {
-    for (const gpuJob of jobs) {
-      const { job, gradient, scans } = gpuJob
-      if (!isOnGpu(job)) continue
-      const from = sourceOf(job).pointer
-      const copy = isReceived(job) ? gradient : 0n
-      this.#scan(from, { copy, bytes: job.gradient.bytes, dtype: job.plan.kernel.gradient_dtype, partials: scans })
-    }
-    this.#lists.launch()
-  }
-
-  /** Queues the scans of updates and of gradients that have come, and the sums of all partial sums of each job. */
-  #report(jobs: readonly GpuJob[]): void {
-    for (const { job, gradient, update, scans } of jobs) {
-      const { gradient_dtype, update_dtype } = job.plan.kernel
-      const updateScans = scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES)
-      const copy = 0n
-      if (!isOnGpu(job))
-        this.#scan(gradient, { copy, bytes: job.gradient.bytes, dtype: gradient_dtype, partials: scans })
-      this.#scan(update, { copy, bytes: job.update.bytes, dtype: update_dtype, partials: updateScans })
-    }
-    this.#lists.launch()
-    for (const { job, scans, checks, checkBlocks, result } of jobs) {
-      this.#lists.add(CUDA_KERNELS.collect(), 1, [
-        ...[scans, BigInt(scanBlocks(job.gradient.bytes)), BigInt(job.gradient.bytes)],
-        ...[scans + BigInt(MAX_BLOCKS * PARTIAL_BYTES), BigInt(scanBlocks(job.update.bytes)), BigInt(job.update.bytes)],
-        ...[checks, BigInt(checkBlocks), this.#results.pointer + BigInt(result * RESULT_BYTES)],
-      ])
-    }
-    this.#lists.launch()
-  }
-
   #judge({ expected }: Job, index: number): Omit<JobResult, 'computeSeconds'> {
     const { view } = this.#results
     const at = index * RESULT_BYTES
@@ -281,14 +253,18 @@ export class CudaExecutor implements Executor {
   }
 
   #momentum({ gpuJob, stack, partials }: JobStack<MuonSpec>): void {
-    const { job, gradient } = gpuJob
+    const { job, gradient, inPassing } = gpuJob
     const { gradient_dtype, momentum_dtype = 'float32' } = stack.spec
     const first = { stack, index: 0 }
     const buffer = job.state?.[0] ?? 0n
     const blocks = blocksFor(stack)
+    // A gradient that the client may change is read once, and from then on its copy.
+    const copies = inPassing.gradient && isOnGpu(job) && isReceived(job)
     this.#lists.add(CUDA_KERNELS.momentum(stack.spec, packOf(stack) > 1), blocks * stack.count, [
-      ...[at(first, gradient, gradient_dtype), buffer && at(first, buffer, momentum_dtype)],
-      ...[at(first, job.next[0], momentum_dtype), packsOf(stack), BigInt(blocks)],
+      at(first, copies ? sourceOf(job).pointer : gradient, gradient_dtype),
+      ...[buffer && at(first, buffer, momentum_dtype), at(first, job.next[0], momentum_dtype)],
+      ...[packsOf(stack), BigInt(blocks), inPassing.gradient ? 1n : 0n, firstWord(first, gradient_dtype)],
+      copies ? at(first, gradient, gradient_dtype) : 0n,
       ...[...MOMENTUM_SCALARS.map((name) => scalarOf(job, name)), partials],
     ])
   }
@@ -296,17 +272,25 @@ export class CudaExecutor implements Executor {
   #orthogonalize(matrices: readonly JobMatrix[]): void {
     const small = matrices.filter(({ stack }) => isSmall(stack.rows, stack.cols))
     const large = matrices.filter(({ stack }) => !isSmall(stack.rows, stack.cols))
-    const room = this.#scratch.bytes('products')
+    const { room } = this.#scratch
     const limits = { room, workspaceOf: smallBytes, most: SMALL_TOGETHER }
     for (const list of listsOf(small, limits)) this.#orthogonalizeSmall(list)
     if (this.#hopper === undefined) for (const matrix of large) this.#orthogonalizeAlone(matrix)
-    else for (const list of listsOf(large, { room, workspaceOf: workspaceBytes })) this.#onHopper(list, this.#hopper)
+    else this.#inLists(large, this.#hopper)
+  }
+
+  #inLists(matrices: readonly JobMatrix[], hopper: Hopper): void {
+    const costOf = ({ stack: { rows, cols, spec } }: JobMatrix) => {
+      return hopper.costOf({ rows, cols, coefficients: spec.coefficients })
+    }
+    for (const list of listsOf(matrices, { room: this.#scratch.room, workspaceOf: workspaceBytes, costOf }))
+      this.#onHopper(list, hopper)
   }
 
   #orthogonalizeSmall(matrices: readonly JobMatrix[]): void {
-    const take = this.#scratch.dealer()
+    const take = this.#scratch.workspaces()
     const list = matrices.map(({ stack: { rows, cols, spec } }) => {
-      return { rows, cols, coefficients: spec.coefficients, memory: take('products', smallBytes(rows, cols)) }
+      return { rows, cols, coefficients: spec.coefficients, memory: take(smallBytes(rows, cols)) }
     })
     this.#between(matrices, this.#small.endsOf(list), () => this.#small.run(list))
   }
@@ -351,11 +335,16 @@ export class CudaExecutor implements Executor {
   }
 
   #finish(matrix: JobMatrix, ends: Ends): void {
-    const { gpuJob, stack } = matrix
+    const { gpuJob, stack, index, partials } = matrix
     const { update_dtype, second_momentum } = stack.spec
     if (second_momentum) return this.#even(matrix, ends, second_momentum)
-    this.#lists.add(CUDA_KERNELS.finish(update_dtype, ends.product, packOf(stack) > 1), blocksFor(stack), [
+    const { inPassing, checks, written } = gpuJob
+    const blocks = blocksFor(stack)
+    this.#lists.add(CUDA_KERNELS.finish(update_dtype, ends.product, packOf(stack) > 1), blocks, [
       ...[ends.o, at(matrix, gpuJob.update, update_dtype), packsOf(stack), stack.factor * ends.output_scale],
+      ...[inPassing.update ? 1n : 0n, firstWord(matrix, update_dtype)],
+      // As the checks of the matrix among the checks of its job.
+      written + (partials - checks) + BigInt(index * blocks * PARTIAL_BYTES),
     ])
   }
 
@@ -379,17 +368,11 @@ export class CudaExecutor implements Executor {
     this.#lists.launch()
   }
 
-  #scan(from: Pointer, to: { copy: Pointer; bytes: number; dtype: Dtype; partials: Pointer }): void {
-    const { copy, bytes, dtype, partials } = to
-    this.#lists.add(CUDA_KERNELS.scan(dtype), scanBlocks(bytes), [from, copy, BigInt(bytes), partials])
-  }
-
   /** The scratch memory of one matrix before and after its orthogonalization by ONNX Runtime. */
   #matrices(rows: number, cols: number): { x: Pointer; o: Pointer; rows: number; cols: number } {
     const bytes = aligned(rows * cols * bytesPerElement('float16'), ALIGNMENT)
-    const take = this.#scratch.dealer()
-    return { x: take('products', bytes), o: take('products', bytes), rows, cols }
+    const take = this.#scratch.workspaces()
+    return { x: take(bytes), o: take(bytes), rows, cols }
   }
 }
-
 /* c8 ignore stop */

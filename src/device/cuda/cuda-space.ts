@@ -12,7 +12,7 @@ export function cudaSpace(gpu: number): TensorSpace {
   const scratch = new ScratchMemory(cuda)
   const place = (what: 'gradients' | 'updates', { space, bytes }: Span) => {
     if (space === 'gpu') throw new Error(`${what} that lie on the GPU need kernels of our own`)
-    return scratch.dealer()(what, bytes)
+    return scratch.part(what, bytes)
   }
   return {
     target: { gpu, stream: stream.pointer },
@@ -27,10 +27,10 @@ export function cudaSpace(gpu: number): TensorSpace {
       stream.synchronize()
     },
     wait: () => stream.synchronize(),
-    zeros: (bytes) => scratch.dealer()('products', bytes),
+    zeros: (bytes) => scratch.part('products', bytes),
     load: (sizes) => {
       if (!sizes || !scratch.growTo(sizes, () => stream.synchronize())) return
-      stream.clear(scratch.start('products'), scratch.bytes('products'))
+      stream.clear(scratch.part('products'), scratch.bytes('products'))
     },
     close: () => {
       scratch.free()

@@ -5,28 +5,37 @@ import type { KernelSpec } from '../../../kernels/kernel.js'
 import type { Job } from '../job.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
 import type { Span } from '../region.js'
-import { isMuon, type MuonSpec, type Piece, packOf, type Stack } from './pieces.js'
+import { isMuon, type MuonSpec, type Piece, packOf, type ScannedInPassing, type Stack } from './pieces.js'
 
 /** A job with its addresses in device memory. */
 export type GpuJob = {
   job: Job
   pieces: Piece[]
+  inPassing: ScannedInPassing
   gradient: Pointer
   update: Pointer
-  /** Where the partial sums lie: those of both scans (gradient, update), and those that must be finite. */
+  /**
+   * Where the partial sums lie: those of both scans (gradient, update), those that must be finite, and those of the
+   * kernels that write the update.
+   */
   scans: Pointer
   checks: Pointer
+  written: Pointer
   checkBlocks: number
   result: number
 }
 
 /** The pieces of a plan, and how many partial sums tell whether its result is finite. */
-export type CutPlan = { readonly pieces: Piece[]; readonly checkBlocks: number }
+export type CutPlan = {
+  readonly pieces: Piece[]
+  readonly checkBlocks: number
+  readonly inPassing: ScannedInPassing
+}
 
-/** One piece of a job; `partials` are the addresses of each stack's partial sums. */
+/** One piece of a job; `partials` are the addresses of each stack's partial sums among its checks. */
 export type JobPiece = Piece & { gpuJob: GpuJob; partials: Pointer[]; last: boolean }
 
-/** A stack of a job; `partials` is the address of its first matrix's partial sums. */
+/** A stack of a job; `partials` is the address of its first matrix's partial sums among the job's checks. */
 export type JobStack<Spec extends KernelSpec = KernelSpec> = { gpuJob: GpuJob; stack: Stack<Spec>; partials: Pointer }
 
 /** One matrix that goes through Newton-Schulz: number `index` of its stack. */
@@ -79,6 +88,11 @@ export function at(
   dtype: Dtype,
 ): Pointer {
   return base + BigInt((stack.offset + index * stack.rows * stack.cols) * bytesPerElement(dtype))
+}
+
+/** The number of a matrix's first word of 8 bytes in a tensor of its parameter. */
+export function firstWord({ stack, index }: Pick<JobMatrix, 'index'> & { stack: Stack }, dtype: Dtype): bigint {
+  return at({ stack, index }, 0n, dtype) / 8n
 }
 
 export function packsOf(stack: Stack): bigint {

@@ -2,14 +2,17 @@
 
 import { CUDA_KERNELS } from '../../../kernels/cuda/entry-points.js'
 import { GEMM_CLUSTER, GEMM_KERNEL, GEMM_SHARED_BYTES, GEMM_THREADS } from '../../../kernels/cuda/gemm.js'
-import { type GemmMatrix, isPadded, paddedShape, planGemm } from '../../../kernels/cuda/gemm-plan.js'
+import { isPadded, paddedShape, planGemm } from '../../../kernels/cuda/gemm-plan.js'
 import {
+  listCost,
   newtonSchulzSteps,
-  WORKSPACE_SQUARE,
-  WORKSPACE_WIDE,
+  sizeOf,
+  WORKSPACE_NAMES,
   type Workspace,
+  workspaceOf,
 } from '../../../kernels/cuda/newton-schulz.js'
 import type { Triple } from '../../../kernels/orthogonalize/coefficients.js'
+import { formFor } from '../../../kernels/orthogonalize/orthogonalize.js'
 import { Cache } from '../cache.js'
 import type { Pointer } from '../onnx/onnxruntime.js'
 import { aligned } from '../staging.js'
@@ -21,7 +24,7 @@ import { halfBytes, workspaceBytes } from './scratch.js'
 
 /** The shape of a matrix of a list, and the coefficients of its Newton-Schulz. */
 type ListedMatrix = Shape & { coefficients: readonly Triple[] }
-type Launch = { problems: Pointer; tiles: Pointer; rounds: number }
+type Launch = { problems: Pointer; tiles: Pointer; clusters: number; rounds: number }
 /**
  * The Newton-Schulz of one list of matrices; good until another list has been prepared or the workspaces move. The
  * caller writes every x of `ends` before `run`, and the o have the results after it.
@@ -30,6 +33,7 @@ type Program = { ends: Ends[]; padded: Padded[]; launches: Launch[]; memory: rea
 /** A matrix without the zeros that its products have: X and then O at `plain`. */
 type Padded = { rows: number; cols: number; plain: Pointer; x: Pointer; o: Pointer }
 type Shape = { rows: number; cols: number }
+type Parts = { cuda: Cuda; stream: CudaStream; lists: LaunchLists; form?: 'direct' | 'gram' }
 type Addresses = { [Name in keyof Workspace]: Pointer }
 
 const IN_HALF = { product: 'float16', input_scale: 1, output_scale: 1 } as const
@@ -37,7 +41,6 @@ const IN_HALF = { product: 'float16', input_scale: 1, output_scale: 1 } as const
 const MAX_PROGRAMS = 128
 // A tensor map starts on 64 bytes.
 const PART_ALIGNMENT = 64
-const WORKSPACE_NAMES = [...WORKSPACE_WIDE, ...WORKSPACE_SQUARE]
 
 /**
  * Newton-Schulz of lists of matrices with products of our own (kernels/cuda/gemm.cu), for GPUs of compute capability
@@ -52,14 +55,17 @@ export class Hopper {
   readonly #clusters: number
   readonly #programs: Cache<Program>
   readonly #texts = new WeakMap<readonly Triple[], string>()
+  readonly #formFor: typeof formFor
   #memory = 0n
 
-  constructor({ cuda, stream, lists }: { cuda: Cuda; stream: CudaStream; lists: LaunchLists }, cubin: Uint8Array) {
+  /** `form` is the form of every shape, for benchmarks; left out: the one that formFor says. */
+  constructor({ cuda, stream, lists, form }: Parts, cubin: Uint8Array) {
     this.#cuda = cuda
     this.#stream = stream
     this.#lists = lists
     this.#kernel = cuda.load(cubin)(GEMM_KERNEL)
     cuda.allowSharedMemory(this.#kernel, GEMM_SHARED_BYTES)
+    this.#formFor = form ? () => form : formFor
     this.#clusters = Math.floor(cuda.multiprocessors / GEMM_CLUSTER)
     this.#programs = new Cache(MAX_PROGRAMS, ({ memory }) => {
       stream.synchronize()
@@ -79,13 +85,19 @@ export class Hopper {
     return this.#programs.get(key, () => this.#build(list))
   }
 
+  /** The time that lists of so many matrices like this one take, as listCost counts it. */
+  costOf({ coefficients, ...shape }: ListedMatrix): (count: number) => number {
+    return listCost(shape, coefficients, this.#clusters)
+  }
+
   /** Queues the products of a list, whose every `x` has been written. */
   run({ launches, padded }: Program): void {
     for (const { plain, x, ...shape } of padded) this.#resize([plain, shape], [x, paddedShape(shape)])
     this.#lists.launch()
-    const grid = { x: this.#clusters * GEMM_CLUSTER, threads: GEMM_THREADS, shared: GEMM_SHARED_BYTES }
-    for (const { problems, tiles, rounds } of launches)
+    for (const { problems, tiles, clusters, rounds } of launches) {
+      const grid = { x: clusters * GEMM_CLUSTER, threads: GEMM_THREADS, shared: GEMM_SHARED_BYTES }
       this.#stream.launch(this.#kernel, grid, [problems, tiles, BigInt(rounds)])
+    }
     for (const { plain, o, ...shape } of padded) this.#resize([o, paddedShape(shape)], [plain, shape])
     this.#lists.launch()
   }
@@ -121,7 +133,10 @@ export class Hopper {
     const plains = shapes.map(({ rows, cols }, i) => starts[i] + BigInt(workspaceBytes(rows, cols)))
     const maps = this.#upload(shapes.flatMap((shape, i) => this.#encodeMaps(shape, addresses[i])))
     const workspaces = shapes.map((shape, i) => workspaceOf(shape, maps.slice(i * WORKSPACE_NAMES.length)))
-    const steps = workspaces.map((workspace, i) => newtonSchulzSteps(workspace, list[i].coefficients))
+    const steps = workspaces.map((workspace, i) => {
+      const { rows, cols } = shapes[i]
+      return newtonSchulzSteps(workspace, list[i].coefficients, this.#formFor(rows, cols))
+    })
     const count = Math.max(...steps.map(({ launches }) => launches.length))
     const plans = Array.from({ length: count }, (_, i) => {
       return planGemm(
@@ -138,14 +153,16 @@ export class Hopper {
         return { x, o, ...IN_HALF }
       }),
       padded: places.filter(isPadded),
-      launches: plans.map(({ rounds }, i) => ({ problems: data[2 * i], tiles: data[2 * i + 1], rounds })),
+      launches: plans.map(({ clusters, rounds }, i) => {
+        return { problems: data[2 * i], tiles: data[2 * i + 1], clusters, rounds }
+      }),
       memory: [maps[0], data[0]],
     }
   }
 
-  #encodeMaps({ rows, cols }: Shape, addresses: Addresses): Uint8Array[] {
+  #encodeMaps(shape: Shape, addresses: Addresses): Uint8Array[] {
     return WORKSPACE_NAMES.map((name) =>
-      this.#cuda.encodeTensorMap({ pointer: addresses[name], ...sizeOf(name, rows, cols) }),
+      this.#cuda.encodeTensorMap({ pointer: addresses[name], ...sizeOf(name, shape) }),
     )
   }
 
@@ -164,26 +181,13 @@ export class Hopper {
   }
 }
 
-function sizeOf(name: keyof Workspace, rows: number, cols: number): { rows: number; cols: number } {
-  const side = Math.min(rows, cols)
-  return WORKSPACE_WIDE.some((wide) => wide === name) ? { rows, cols } : { rows: side, cols: side }
-}
-
-function addressesOf(start: Pointer, { rows, cols }: Shape): Addresses {
+function addressesOf(start: Pointer, shape: Shape): Addresses {
   let at = start
   const entries = WORKSPACE_NAMES.map((name): [string, Pointer] => {
     const pointer = at
-    at += BigInt(halfBytes(sizeOf(name, rows, cols)))
+    at += BigInt(halfBytes(sizeOf(name, shape)))
     return [name, pointer]
   })
   return Object.fromEntries(entries) as Addresses
-}
-
-function workspaceOf({ rows, cols }: Shape, maps: readonly Pointer[]): Workspace {
-  const entries = WORKSPACE_NAMES.map((name, i): [string, GemmMatrix] => [
-    name,
-    { ...sizeOf(name, rows, cols), map: maps[i] },
-  ])
-  return Object.fromEntries(entries) as Workspace
 }
 /* c8 ignore stop */

@@ -25,9 +25,13 @@ export type Stack<Spec extends KernelSpec = KernelSpec> = {
 /** A part of a job, which is copied and computed while other parts of the job are copied to the device or back. */
 export type Piece = { readonly stacks: readonly Stack[]; readonly offset: number; readonly elements: number }
 
-/** The most matrices, and the most elements, that go through Newton-Schulz together: as many as fill the GPU. */
+/** The most matrices of a list that goes through Newton-Schulz together. */
 export const TOGETHER = 32
-export const TOGETHER_ELEMENTS = 64 << 20
+/**
+ * Elements of matrices that are copied to and from the device at once, and that scratch memory has room to compute
+ * together: five of 2048x7168 or of 2048x8192, whose products fill 66 clusters three times; those of four take as long.
+ */
+export const TOGETHER_ELEMENTS = 80 << 20
 
 // Copying them takes about 0.3 ms. Smaller batches would spend the gain on launches.
 const BATCH_ELEMENTS = 8 << 20
@@ -68,31 +72,81 @@ export function batchesOf<P extends { readonly elements: number }>(pieces: reado
   return batches
 }
 
+type ListLimits<M> = {
+  readonly room: number
+  readonly workspaceOf: (rows: number, cols: number) => number
+  readonly most?: number
+  readonly costOf?: (matrix: M) => (count: number) => number
+}
+
 /**
  * Cuts matrices into lists that go through Newton-Schulz together, sorted by shape so that few lists are distinct. A
- * list has at most `most` matrices, and its workspaces, of `workspaceOf` bytes each, have `room` bytes.
+ * list has at most `most` matrices, and its workspaces, of `workspaceOf` bytes each, have `room` bytes. Equal matrices
+ * that have to be cut are cut such that their lists, of `costOf` the count each, cost least.
  */
 export function listsOf<M extends { readonly stack: Stack }>(
   matrices: readonly M[],
-  limits: { room: number; workspaceOf: (rows: number, cols: number) => number; most?: number },
+  { room, workspaceOf, most = TOGETHER, costOf }: ListLimits<M>,
 ): M[][] {
-  const { room, workspaceOf, most = TOGETHER } = limits
-  const key = ({ stack }: M) => stack.rows * 2 ** 20 + stack.cols
   const lists: M[][] = []
-  let elements = 0
   let bytes = 0
-  for (const matrix of [...matrices].sort((a, b) => key(a) - key(b))) {
-    const { rows, cols } = matrix.stack
-    const [size, workspace] = [rows * cols, workspaceOf(rows, cols)]
-    const last = lists.at(-1)
-    const fits = elements + size <= TOGETHER_ELEMENTS && bytes + workspace <= room
-    const joins = last && last.length < most && fits
-    if (joins) last.push(matrix)
-    else lists.push([matrix])
-    elements = (joins ? elements : 0) + size
-    bytes = (joins ? bytes : 0) + workspace
+  for (const run of runsOf(matrices)) {
+    const { rows, cols } = run[0].stack
+    const workspace = workspaceOf(rows, cols)
+    const longest = Math.max(1, Math.min(most, Math.floor(room / workspace)))
+    let at = 0
+    for (const count of countsOf(run.length, longest, run.length > longest ? costOf?.(run[0]) : undefined)) {
+      const part = run.slice(at, at + count)
+      const last = lists.at(-1)
+      // Only the first part goes with matrices of other shapes, the others are as long as they should be.
+      const joins = last && at === 0 && last.length + count <= most && bytes + count * workspace <= room
+      if (joins) last.push(...part)
+      else lists.push(part)
+      bytes = (joins ? bytes : 0) + count * workspace
+      at += count
+    }
   }
   return lists
+}
+
+/** The matrices of one shape each, in the order of shapes. */
+function runsOf<M extends { readonly stack: Stack }>(matrices: readonly M[]): M[][] {
+  const key = ({ stack }: M) => stack.rows * 2 ** 20 + stack.cols
+  const runs: M[][] = []
+  for (const matrix of [...matrices].sort((a, b) => key(a) - key(b))) {
+    const last = runs.at(-1)
+    if (last && key(last[0]) === key(matrix)) last.push(matrix)
+    else runs.push([matrix])
+  }
+  return runs
+}
+
+// From so many of the longest lists on, all but the last few are of the length that costs least for each matrix.
+const SEARCHED_LISTS = 4
+
+/** The lengths of the lists of `count` equal matrices, the shortest first: together they cost least. */
+function countsOf(count: number, longest: number, cost: (count: number) => number = () => 1): number[] {
+  if (count <= longest) return [count]
+  const costs = Array.from({ length: longest + 1 }, (_, length) => cost(length))
+  const each = (length: number) => costs[length] / length
+  const cheapest = costs.reduce((best, _, length) => (length > 0 && each(length) <= each(best) ? length : best), 1)
+  const equal = Math.max(0, Math.ceil((count - SEARCHED_LISTS * longest) / cheapest))
+  const rest = leastCounts(count - equal * cheapest, costs)
+  return [...rest, ...new Array<number>(equal).fill(cheapest)].sort((a, b) => a - b)
+}
+
+/** Of all ways to share `count` matrices out among lists of `costs.length - 1` at most, the one that costs least. */
+function leastCounts(count: number, costs: readonly number[]): number[] {
+  const least = [{ cost: 0, last: 0 }]
+  for (let n = 1; n <= count; n++) {
+    const ways = costs
+      .slice(0, n + 1)
+      .map((cost, last) => ({ cost: last > 0 ? cost + least[n - last].cost : Infinity, last }))
+    least.push(ways.reduce((best, way) => (way.cost <= best.cost ? way : best)))
+  }
+  const counts: number[] = []
+  for (let n = count; n > 0; n -= least[n].last) counts.push(least[n].last)
+  return counts
 }
 
 export function isMuon(stack: Stack): stack is Stack<MuonSpec> {
@@ -118,9 +172,22 @@ export function checkBlocksOf(pieces: readonly Piece[]): number {
   return pieces.flatMap(({ stacks }) => stacks).reduce((sum, stack) => sum + stack.count * blocksFor(stack), 0)
 }
 
-/** Bytes for the partial sums of a job: the scans of its gradient and update, and its checks. */
+/**
+ * Bytes for the partial sums of a job: the scans of its gradient and its update in kernels of their own, its checks,
+ * and the scan of its update in the kernel that writes it.
+ */
 export function partialBytes(checkBlocks: number): number {
-  return (2 * MAX_BLOCKS + checkBlocks) * PARTIAL_BYTES
+  return (2 * MAX_BLOCKS + 2 * checkBlocks) * PARTIAL_BYTES
+}
+
+/** The tensors of a job that are scanned by the kernels that read or write them anyway. */
+export type ScannedInPassing = { readonly gradient: boolean; readonly update: boolean }
+
+/** Packs of four elements are whole words of a fingerprint. NorMuon's update is scanned by itself. */
+export function scannedInPassing(pieces: readonly Piece[]): ScannedInPassing {
+  const stacks = pieces.flatMap((piece) => piece.stacks)
+  const gradient = stacks.every((stack) => packOf(stack) === VECTOR)
+  return { gradient, update: gradient && stacks.every(({ spec }) => spec.kind === 'muon' && !spec.second_momentum) }
 }
 
 /** The tasks of a plan as stacks: tasks of one shape and factor that follow each other are one. */

@@ -145,7 +145,7 @@ function largestMatrices(demand: Demand, kernels: Kernels): Largest {
     workspaces += count * workspace
     return { ...NOTHING, workspace, workspaceRatio: workspace / (rows * cols) }
   })
-  const own = { ...tensorsOf(demand), partials: partialBytes(checkBlocksOf(pieces)), workspaces }
+  const own = { ...tensorsOf(demand), partials: aligned(partialBytes(checkBlocksOf(pieces)), ALIGNMENT), workspaces }
   return largest([own, ...shapes])
 }
 

@@ -11,6 +11,7 @@ import {
   partialBytes,
   piecesOf,
   scanBlocks,
+  scannedInPassing,
 } from '../../../src/device/cuda/pieces.js'
 import { ADAMW, MUON, matrices, planOf } from './plans.js'
 
@@ -42,7 +43,7 @@ t.test(
     const experts = piecesOf(matrices(10, 2048, 7168))
     t.same(
       experts.map(({ stacks, offset, elements }) => [stacks[0]!.count, offset, elements]),
-      [4, 4, 2].map((count, i) => [count, i * 4 * 2048 * 7168, count * 2048 * 7168]),
+      [5, 5].map((count, i) => [count, i * 5 * 2048 * 7168, count * 2048 * 7168]),
     )
     const embedding = piecesOf(planOf(ADAMW, [{ dims: [20 * 2 ** 20], offset: 0 }]))
     t.same(
@@ -65,7 +66,7 @@ t.test('a piece knows where the lines of its first matrix are kept', async (t) =
   const pieces = piecesOf(planOf(MUON, tasks, { output_scale: 1 }))
   t.same(
     pieces.map(({ stacks }) => stacks.map(({ lines, count }) => [lines, count])),
-    [[[0, 4]], [[4 * 7168, 2]]],
+    [[[0, 5]], [[5 * 7168, 1]]],
   )
 })
 
@@ -109,11 +110,11 @@ t.test('a batch closes when it has enough elements', async (t) => {
   )
 })
 
-t.test('lists have the same shapes side by side, and no more of them than fill the chip', async (t) => {
+t.test('lists have the same shapes side by side, as many as there is room for, and cost least', async (t) => {
   const matrix = (rows: number, cols: number) => ({
     stack: { spec: MUON, rows, cols, offset: 0, lines: 0, count: 1, factor: 1 },
   })
-  const workspaces = { room: 2 ** 40, workspaceOf: (rows: number, cols: number) => rows * cols }
+  const workspaces = { room: 2 * 4096 * 8192, workspaceOf: (rows: number, cols: number) => rows * cols }
   const six = [
     ...[matrix(8, 8), matrix(4096, 8192), matrix(8, 16)],
     ...[matrix(4096, 8192), matrix(8, 8), matrix(4096, 8192)],
@@ -137,12 +138,37 @@ t.test('lists have the same shapes side by side, and no more of them than fill t
   )
   t.same(
     many.map((list) => list.length),
-    [32, 32, 6],
+    [6, 32, 32],
   )
   const most = 50
   t.same(
     listsOf(many.flat(), { ...workspaces, most }).map((list) => list.length),
-    [50, 20],
+    [20, 50],
+  )
+  const some = { ...workspaces, room: 11 * 64 }
+  const rounds = (count: number) => Math.ceil((36 * count) / 66)
+  for (const [count, lengths] of [
+    [48, [4, 11, 11, 11, 11]],
+    [11, [11]],
+    [1, [1]],
+  ] as const) {
+    const found = listsOf(many.flat().slice(0, count), { ...some, costOf: () => rounds }).map((list) => list.length)
+    const cost = (of: readonly number[]) => of.reduce((sum, length) => sum + rounds(length), 0)
+    t.equal(
+      found.reduce((sum, length) => sum + length, 0),
+      count,
+    )
+    t.ok(cost(found) <= cost(lengths) && Math.max(...found) <= 11, `${count} are ${found}`)
+  }
+  const hundred = listsOf([...many.flat(), ...many.flat()], { ...some, costOf: () => rounds }).map(
+    ({ length }) => length,
+  )
+  t.same(hundred.filter((length) => length === 11).length >= 9, true, 'very many are cut alike but for the last few')
+  const mixed = [...many.flat().slice(0, 9), matrix(8, 16)]
+  t.same(
+    listsOf(mixed, { ...some, room: 10 * 64 }).map((list) => list.length),
+    [9, 1],
+    'matrices of one shape that fit together stay together',
   )
 })
 
@@ -156,5 +182,19 @@ t.test('threads take four elements at once where every matrix starts and ends on
   t.equal(scanBlocks(1), 1)
   t.equal(scanBlocks(2 ** 40), MAX_BLOCKS)
   t.equal(checkBlocksOf(piecesOf(matrices(3, 256, 256))), 3 * 16)
-  t.equal(partialBytes(48), (2 * MAX_BLOCKS + 48) * PARTIAL_BYTES)
+  t.equal(partialBytes(48), (2 * MAX_BLOCKS + 2 * 48) * PARTIAL_BYTES)
+})
+
+t.test('tensors whose every matrix starts and ends on four elements are scanned in passing', async (t) => {
+  const of = (plan: ReturnType<typeof planOf>) => scannedInPassing(piecesOf(plan))
+  t.same(of(matrices(3, 24, 40)), { gradient: true, update: true })
+  t.same(of(matrices(3, 24, 41)), { gradient: true, update: true })
+  t.same(of(matrices(3, 23, 41)), { gradient: false, update: false })
+  const odd = [
+    { dims: [8, 8], offset: 0 },
+    { dims: [3, 3], offset: 64 },
+  ]
+  t.same(of(planOf(MUON, odd)), { gradient: false, update: false })
+  t.same(of(planOf({ ...MUON, second_momentum: 'row' }, odd.slice(0, 1))), { gradient: true, update: false })
+  t.same(of(planOf(ADAMW, [{ dims: [64], offset: 0 }])), { gradient: false, update: false })
 })

@@ -55,7 +55,7 @@ t.test('scratch has room for every group of jobs that is no larger than what was
       return (
         sum((one) => Math.ceil(one.gradient_bytes / 256) * 256) <= gradients &&
         sum((one) => Math.ceil(one.update_bytes / 256) * 256) <= updates &&
-        pieces.reduce((total, of) => total + partialBytes(checkBlocksOf(of)), 0) <= partials &&
+        pieces.reduce((total, of) => total + Math.ceil(partialBytes(checkBlocksOf(of)) / 256) * 256, 0) <= partials &&
         Math.max(...lists) <= products
       )
     }),
