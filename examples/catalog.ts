@@ -1,6 +1,6 @@
+import { figure } from '../src/plot/plot.js'
 import { efficiency } from './efficiency.js'
 import { overhead } from './overhead.js'
-import { figure } from './plot.js'
 import { qkClip } from './qk-clip.js'
 import type { Example, Stage } from './stage.js'
 import { updateRms } from './update-rms.js'

@@ -1,5 +1,5 @@
+import type { Plot, Series } from '../src/plot/plot.js'
 import { type Lesson, transformerLesson } from './lesson.js'
-import type { Plot, Series } from './plot.js'
 import { COLOURS, RECIPE_NAMES, RECIPES, type RecipeName } from './recipes.js'
 import { markdown } from './report.js'
 import { type Example, type Stage, ticks, withService } from './stage.js'

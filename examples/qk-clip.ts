@@ -1,5 +1,5 @@
+import type { Plot, Series } from '../src/plot/plot.js'
 import { transformerLesson } from './lesson.js'
-import type { Plot, Series } from './plot.js'
 import { COLOURS, RECIPES } from './recipes.js'
 import { markdown } from './report.js'
 import { type Example, type Stage, ticks, withService } from './stage.js'

@@ -1,4 +1,4 @@
-import type { Plot } from './plot.js'
+import type { Plot } from '../src/plot/plot.js'
 import type { progressBar } from './progress.js'
 import { type Service, startService } from './service.js'
 import type { Corpus } from './text.js'

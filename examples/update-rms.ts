@@ -1,7 +1,7 @@
 import { connect, type Run } from 'muond/client'
+import type { Plot, Series } from '../src/plot/plot.js'
 import { type Lesson, transformerLesson } from './lesson.js'
 import { initialWeights, type Tensors, type Weight } from './network.js'
-import type { Plot, Series } from './plot.js'
 import { markdown } from './report.js'
 import { type Example, type Stage, ticks, withService } from './stage.js'
 import { mean, rms, rounded } from './statistics.js'

@@ -54,6 +54,7 @@ export const SETTINGS = {
     'Most bytes of tensors in one file of a checkpoint; a larger tensor has its own.',
   ),
   journal_bytes: integer(2 ** 33, [2 ** 20, BYTES], 'A journal longer than this is ended by a checkpoint.'),
+  keep_journal: flag('Keep journals as far back as the oldest checkpoint that is kept: for muond replay.'),
   presets: text('', 'Folder with presets of your own, as YAML or JSON files, beside those that come with muond.'),
   onnxruntime_dir: text(
     '',
@@ -380,6 +381,7 @@ const USAGE = [
   'muond explain PARAMETERS.json   what a step of each parameter would be, and why',
   'muond export RUN --to FORMAT    the state of a run as a file for torch or as safetensors',
   'muond import RUN FILE --from X  a run goes on from the state of another optimizer',
+  'muond replay RUN --data DIR     computes a journal again, as it was or with other optimizers',
 ] as const
 
 function helpText(): string {

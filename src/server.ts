@@ -50,6 +50,15 @@ const COMMANDS = new Map<string, Command>([
       }),
   ],
   [
+    'replay',
+    async (argv) =>
+      (await import('./commands/replay.js')).replayCommand(argv, process.env, {
+        terminal: process.stderr,
+        width: process.stdout.columns,
+        failed,
+      }),
+  ],
+  [
     'explain',
     async (argv) => (await import('./commands/explain.js')).explainCommand(argv, process.env, process.stdout.columns),
   ],

@@ -5,6 +5,7 @@ import t from 'tap'
 /** An import goes down or sideways in this list, never up. */
 const LAYERS = [
   'kernels',
+  'src/plot',
   'src/wire',
   'src/optimizer',
   'src/device',
@@ -13,6 +14,7 @@ const LAYERS = [
   'src/exchange',
   'src/run',
   'src/keep',
+  'src/replay',
   'src/link',
   'src/tracing.ts',
   'src/http',

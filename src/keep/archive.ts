@@ -273,9 +273,9 @@ export class Archive {
 
   async #openJournal(run: Run, folder: RunFolder): Promise<void> {
     if (this.#means.config.durability !== 'journal') return
-    run.useJournal(
-      await Journal.open(folder.journal, { first: run.step + 1, what: `the journal of run '${run.name}'` }),
-    )
+    const checkpointed = folder.newest?.step ?? 0
+    const what = `the journal of run '${run.name}'`
+    run.useJournal(await Journal.open(folder.journal, { first: run.step + 1, what, checkpointed }))
   }
 
   // The service has no journal any more, the run had one: its steps go into a checkpoint.

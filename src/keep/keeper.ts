@@ -22,7 +22,10 @@ export type KeeperMeans = {
   device: Device
   metrics: Metrics
   log: Log
-  config: Pick<Config, 'checkpoint_steps' | 'checkpoints_kept' | 'checkpoint_file_bytes' | 'journal_bytes'>
+  config: Pick<
+    Config,
+    'checkpoint_steps' | 'checkpoints_kept' | 'checkpoint_file_bytes' | 'journal_bytes' | 'keep_journal'
+  >
 }
 
 /**
@@ -136,7 +139,7 @@ export class Keeper {
   async #write(tags: readonly string[], pending?: PendingImport): Promise<CheckpointEntry> {
     const started = performance.now()
     this.#due = false
-    const { metrics, log, config } = this.#means
+    const { metrics, log } = this.#means
     const snapshot = this.#run.snapshot(pending)
     const { run, step } = snapshot.head
     // Before anything is awaited: what the next step appends belongs to the next segment.
@@ -148,7 +151,7 @@ export class Keeper {
       })
       .finally(() => snapshot.release())
     if (pending) this.#run.takeOver(pending)
-    await this.#tidy(entry, config.checkpoints_kept)
+    await this.#tidy(entry, pending !== undefined)
     const seconds = (performance.now() - started) / 1000
     metrics.checkpoint_seconds.observe(seconds)
     metrics.checkpoint_bytes_total.inc(entry.bytes)
@@ -178,10 +181,13 @@ export class Keeper {
   }
 
   // What is left over takes room and nothing else: the checkpoint is whole, and the next one tries again.
-  async #tidy({ step }: CheckpointEntry, kept: number): Promise<void> {
+  async #tidy({ step }: CheckpointEntry, isImport: boolean): Promise<void> {
+    const { checkpoints_kept, keep_journal } = this.#means.config
     try {
-      await this.#run.journal?.drop(step)
-      await this.folder.retain(kept)
+      await this.folder.retain(checkpoints_kept)
+      // No step before an import leads to the state behind it: nobody can replay past it.
+      const until = keep_journal && !isImport ? this.folder.history[0].step : step
+      await this.#run.journal?.drop(step, until)
     } catch (error) {
       this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: errorText(error) })
     }

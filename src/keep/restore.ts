@@ -1,5 +1,3 @@
-import assert from 'node:assert'
-import { type FileHandle, open } from 'node:fs/promises'
 import type { Device } from '../device/device.js'
 import type { Tensor } from '../device/memory.js'
 import { errorText, ServiceError } from '../errors.js'
@@ -12,7 +10,6 @@ import { Member } from '../run/members/member.js'
 import { answered } from '../run/place.js'
 import { appliedOf, groupsOf, settingsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
-import { withMeanGradient } from '../run/step/mean-demands.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import {
   type DeviceRecord,
@@ -25,6 +22,7 @@ import { stateName } from '../store/checkpoint/state-source.js'
 import type { StoredGradient, StoredStep } from '../store/journal/journal-reader.js'
 import type { RunFolder } from '../store/run-folder.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
+import { StoredGradients } from './stored-gradients.js'
 
 /** What a checkpoint's run was declared with. */
 export function keptDeclaration(record: RunRecord): Declaration {
@@ -122,55 +120,40 @@ export async function replay(
   run: Run,
   { steps, elsewhere }: { steps: readonly StoredStep[]; elsewhere: boolean },
 ): Promise<void> {
-  const files = new Map<string, Promise<FileHandle>>()
+  const gradients = new StoredGradients(run.staging)
   const member = new Member()
   try {
     for (const stored of steps) {
       run.repeat(settingsOf(stored.end.settings), stored.end.receipt.contributors ?? [])
       const done = await Promise.allSettled(
-        stored.gradients.map((gradient) => applyAgain(run, { member, gradient, files, elsewhere })),
+        stored.gradients.map((gradient) => applyAgain(run, { member, gradient, gradients, elsewhere })),
       )
       const failed = done.find((result) => result.status === 'rejected')
       if (failed) throw failed.reason
       await named(stored.label, () => run.endAgain(member, stored.end))
     }
   } finally {
-    for (const file of files.values()) await (await file).close()
+    await gradients.close()
   }
 }
 
-type Again = { member: Member; gradient: StoredGradient; files: Map<string, Promise<FileHandle>>; elsewhere: boolean }
+type Again = { member: Member; gradient: StoredGradient; gradients: StoredGradients; elsewhere: boolean }
 
-async function applyAgain(run: Run, { member, gradient, files, elsewhere }: Again): Promise<void> {
-  const { parameter: index, step: number, path, at, bytes, applied, label } = gradient
+async function applyAgain(run: Run, { member, gradient: stored, gradients, elsewhere }: Again): Promise<void> {
+  const { parameter: index, step: number, applied, label } = stored
   await named(label, async () => {
-    const parameter = run.parameter(index)
-    const contributors = appliedOf(applied).contributors
-    const { name, gradient_bytes } = contributors ? withMeanGradient(parameter) : parameter
-    if (gradient_bytes !== bytes)
-      throw new UnreadableError(`the gradient of parameter '${name}' has ${bytes} bytes, expected ${gradient_bytes}`)
-    const region = await run.staging.reserve(bytes, new AbortController().signal)
-    assert(region, 'nothing aborts this')
+    const { contributors } = appliedOf(applied)
+    const gradient = await gradients.read(stored, run.parameter(index))
     try {
-      const file = files.get(path) ?? open(path, 'r')
-      files.set(path, file)
-      await readInto(region.view, await file, at)
       const step = run.intake.expect(member, index, number)
-      const part = { member, step, index, gradient: region, contributors }
+      const part = { member, step, index, gradient, contributors }
       const update = await answered((answer) => run.intake.compute(part, answer))
       update?.memory.release()
       run.acknowledge(index, applied, elsewhere)
     } finally {
-      region.release()
+      gradient.release()
     }
   })
-}
-
-/** A system reads at most 2 GiB at a time. What a file is too short for shows in the fingerprint. */
-async function readInto(target: Uint8Array, file: FileHandle, at: number): Promise<void> {
-  for (let done = 0, count = 1; done < target.length && count > 0; done += count) {
-    count = (await file.read(target, done, target.length - done, at + done)).bytesRead
-  }
 }
 
 /** What goes wrong with a record is told with its name, but for a lack of memory, which is nothing of its own. */

@@ -12,6 +12,9 @@ export type PresetFile = { readonly preset: Preset; readonly file: string; reado
 /** The folder of the presets that come with muond, beside package.json. */
 const SHIPPED = fileURLToPath(new URL('../../../presets/', import.meta.url))
 
+/** Those files do not change while a process runs: they are read once. */
+let shipped: readonly PresetFile[] | undefined
+
 /**
  * Names that are taken for presets, and refused unless they are as FILE. Hidden files are an editor's or a file
  * system's.
@@ -32,16 +35,21 @@ export function readPresets(folder = ''): Presets {
  * name.
  */
 export function readPresetFiles(folder = ''): PresetFile[] {
-  const files = [SHIPPED, ...(folder ? [folder] : [])].flatMap(listFolder)
-  for (const file of files) {
-    if (!FILE.test(basename(file))) throw new ConfigError(`${file}: expected a name of ${NAMES}`)
-  }
-  const read = files.map(readPresetFile)
+  shipped ??= readFolder(SHIPPED)
+  const read = [...shipped, ...(folder ? readFolder(folder) : [])]
   for (const [index, { preset, file }] of read.entries()) {
     const twin = read.findIndex((other) => other.preset.name === preset.name)
     if (twin !== index) throw new ConfigError(`${file}: there is a preset '${preset.name}' already, ${read[twin].file}`)
   }
   return read
+}
+
+function readFolder(folder: string): PresetFile[] {
+  const files = listFolder(folder)
+  for (const file of files) {
+    if (!FILE.test(basename(file))) throw new ConfigError(`${file}: expected a name of ${NAMES}`)
+  }
+  return files.map(readPresetFile)
 }
 
 function listFolder(folder: string): string[] {

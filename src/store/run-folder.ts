@@ -26,6 +26,7 @@ import type { StateEntry, TensorLocation } from './checkpoint/state-files.js'
 import { hasCode, makeFolder, replaceFile, syncFolder } from './durable.js'
 import { type Identity, newIdentity, openIdentity, sealIdentity } from './identity.js'
 import { clearJournal, listSegments } from './journal/journal.js'
+import { segmentsAfter } from './journal/journal-reader.js'
 
 /** A checkpoint to be written. */
 export type Snapshot = {
@@ -70,12 +71,12 @@ export class RunFolder {
   }
 
   /**
-   * Lists what is there and removes what a crash left unfinished. Throws UnreadableError for a symbolic link, and for a
-   * `run.json` that is not what was written.
+   * Lists what is there and, unless `tidy` is false, removes what a crash left unfinished. Throws UnreadableError for a
+   * symbolic link, and for a `run.json` that is not what was written.
    */
-  static async open(path: string, files: CheckpointFiles): Promise<RunFolder> {
+  static async open(path: string, files: CheckpointFiles, { tidy = true } = {}): Promise<RunFolder> {
     await refuseLink(path)
-    const entries = await readCheckpoints(path, { tidy: true })
+    const entries = await readCheckpoints(path, { tidy })
     return new RunFolder(path, files, { identity: await readIdentity(path, entries.length === 0), entries })
   }
 
@@ -94,6 +95,11 @@ export class RunFolder {
 
   get newest(): CheckpointEntry | undefined {
     return this.#list.newest
+  }
+
+  /** Those of the history that the run has now, the oldest first. */
+  get history(): readonly CheckpointEntry[] {
+    return this.#list.history
   }
 
   /** Whether the run as it is now has gone through a checkpoint; not so for those of branches that it has left. */
@@ -167,10 +173,8 @@ export class RunFolder {
    * or there: one file says on which branch it is. `sweep` then removes what nobody can go to any more.
    */
   async goBack(entry: CheckpointEntry): Promise<void> {
-    if (
-      entry.checkpoint === this.newest?.checkpoint &&
-      (await listSegments(this.journal)).every(({ bytes }) => bytes === 0)
-    )
+    const later = segmentsAfter(await listSegments(this.journal), entry.step)
+    if (entry.checkpoint === this.newest?.checkpoint && later.every(({ bytes }) => bytes === 0))
       return this.identify({ replacement: undefined })
     const { branch, branches } = this.#identity
     const next = { branch: branch + 1, parent: entry.branch, checkpoint: entry.checkpoint }

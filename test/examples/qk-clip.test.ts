@@ -1,6 +1,6 @@
 import t from 'tap'
-import { figure } from '../../examples/plot.js'
 import { qkClip } from '../../examples/qk-clip.js'
+import { figure } from '../../src/plot/plot.js'
 import { cellsOf, stageWithNotes } from './stage.js'
 
 t.test('QK-clip', async (t) => {

@@ -2,7 +2,7 @@ import { readdir, readFile, rm } from 'node:fs/promises'
 import { basename, join } from 'node:path'
 import { errorText } from '../../errors.js'
 import { type Branching, branchFolder, HistoryPath } from '../branches.js'
-import { hasCode } from '../durable.js'
+import { namesIn } from '../durable.js'
 import { byAge, checkpointId, isCheckpointId, numbersOf } from './checkpoint-id.js'
 import { type Manifest, openManifest, UnreadableError } from './manifest.js'
 
@@ -141,15 +141,5 @@ async function readEntry(folder: string, { run, branch }: { run: string; branch:
     const what = error instanceof UnreadableError ? '' : `${join(folder, MANIFEST)} cannot be read: `
     const problem = what + errorText(error)
     return { checkpoint, branch, tags: [], step, digest: '', bytes: 0, written_at: '', problem }
-  }
-}
-
-/** The names in a folder; none where there is no such folder. */
-async function namesIn(folder: string): Promise<string[]> {
-  try {
-    return await readdir(folder)
-  } catch (error) {
-    if (hasCode(error, 'ENOENT')) return []
-    throw error
   }
 }

@@ -25,27 +25,48 @@ type RecordAt = { head: Head; at: number; payloadAt: number; payloadBytes: numbe
 
 /**
  * Reads the finished steps after `step`, in order. `tail` are the bytes behind the last one, which were never
- * acknowledged.
+ * acknowledged. Segments without such a step are not read: they are kept for `muond replay` alone.
  * Throws UnreadableError where a step is missing, where a record is damaged before the end of a finished step, and
  * where the checksum of a record is right and a field of it is not what it must be.
  */
 export async function readJournal(folder: string, step: number): Promise<{ steps: StoredStep[]; tail?: Tail }> {
+  const reading = readSteps(segmentsAfter(await listSegments(folder), step), step)
   const steps: StoredStep[] = []
-  const segments = await listSegments(folder)
+  let read = await reading.next()
+  for (; !read.done; read = await reading.next()) steps.push(read.value)
+  return { steps, tail: read.value }
+}
+
+/** The segments that may have steps after `step`. */
+export function segmentsAfter(segments: readonly Segment[], step: number): Segment[] {
+  return segments.filter((_, i) => i + 1 === segments.length || segments[i + 1].first > step + 1)
+}
+
+/**
+ * Reads the finished steps after `step` one at a time, and answers the bytes behind the last one. Throws as
+ * `readJournal`.
+ */
+export async function* readSteps(
+  segments: readonly Segment[],
+  step: number,
+): AsyncGenerator<StoredStep, Tail | undefined> {
   let tail: Tail | undefined
+  let expected = step + 1
   for (const segment of segments) {
     if (tail?.damaged) throw new UnreadableError(`${tail.damaged}, and there are later steps in ${segment.path}`)
-    const read = await readSegment(segment)
-    steps.push(...read.steps)
-    tail = read.tail
+    const reading = readSegment(segment)
+    let read = await reading.next()
+    for (; !read.done; read = await reading.next()) {
+      const stored = read.value
+      if (stored.step <= step) continue
+      if (stored.step !== expected)
+        throw new UnreadableError(`${stored.label} ends step ${stored.step}, expected is step ${expected}`)
+      expected += 1
+      yield stored
+    }
+    tail = read.value
   }
-  const later = steps.filter((stored) => stored.step > step)
-  for (const [i, stored] of later.entries()) {
-    const expected = step + 1 + i
-    if (stored.step !== expected)
-      throw new UnreadableError(`${stored.label} ends step ${stored.step}, expected is step ${expected}`)
-  }
-  return { steps: later, tail }
+  return tail
 }
 
 /**
@@ -62,10 +83,10 @@ export async function cutTail({ path, at }: Tail): Promise<void> {
   }
 }
 
-async function readSegment({ path, bytes }: Segment): Promise<{ steps: StoredStep[]; tail?: Tail }> {
-  const file = await open(path, 'r')
+/** The finished steps of a segment; answers the bytes behind the last one. */
+async function* readSegment({ path, bytes, file: known }: Segment): AsyncGenerator<StoredStep, Tail | undefined> {
+  const file = known ?? (await open(path, 'r'))
   try {
-    const steps: StoredStep[] = []
     let gradients: StoredGradient[] = []
     let finishedAt = 0
     let at = 0
@@ -74,10 +95,7 @@ async function readSegment({ path, bytes }: Segment): Promise<{ steps: StoredSte
       const record = await readRecord(file, { at, bytes, label })
       if (record === undefined) {
         await expectNoEnd(file, { from: at + 1, bytes, label })
-        return {
-          steps,
-          tail: { path, at: finishedAt, bytes: bytes - finishedAt, damaged: `${label} is damaged or cut off` },
-        }
+        return { path, at: finishedAt, bytes: bytes - finishedAt, damaged: `${label} is damaged or cut off` }
       }
       const { head, payloadAt, payloadBytes, end } = record
       at = end
@@ -85,13 +103,13 @@ async function readSegment({ path, bytes }: Segment): Promise<{ steps: StoredSte
         gradients.push({ ...head, path, at: payloadAt, bytes: payloadBytes, label })
         continue
       }
-      steps.push({ step: head.step, gradients, end: head, label })
+      yield { step: head.step, gradients, end: head, label }
       gradients = []
       finishedAt = at
     }
-    return finishedAt === bytes ? { steps } : { steps, tail: { path, at: finishedAt, bytes: bytes - finishedAt } }
+    return finishedAt === bytes ? undefined : { path, at: finishedAt, bytes: bytes - finishedAt }
   } finally {
-    await file.close()
+    if (file !== known) await file.close()
   }
 }
 

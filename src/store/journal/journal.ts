@@ -1,11 +1,17 @@
-import { type FileHandle, open, readdir, stat, unlink } from 'node:fs/promises'
+import { type FileHandle, open, stat, unlink } from 'node:fs/promises'
 import { join } from 'node:path'
 import { errorText, ServiceError } from '../../errors.js'
-import { FILE_MODE, makeFolder, syncFolder } from '../durable.js'
+import { FILE_MODE, makeFolder, namesIn, syncFolder } from '../durable.js'
 import { type AppliedHead, type EndHead, encodeHead } from './journal-format.js'
 
-/** A file of a journal, with the records of step `first` and later ones. */
-export type Segment = { first: number; path: string; bytes: number }
+/**
+ * A file of a journal, with the records of step `first` and later ones. Where it is open as `file` that is read: it
+ * stays readable when somebody removes the path.
+ */
+export type Segment = { first: number; path: string; bytes: number; file?: FileHandle }
+
+/** `what` opens every error message; the steps up to `checkpointed` are in a checkpoint. */
+export type JournalOptions = { what: string; checkpointed: number }
 
 type Append = { buffers: Uint8Array[]; written: () => void }
 type Rotate = { first: number; rotated: () => void; failed: (error: unknown) => void }
@@ -17,10 +23,9 @@ const MOST_RECORDS = 256
 // A sync begins after so many bytes, so that the disk has little left to write when a step's end waits for it.
 const SYNC_BYTES = 32 << 20
 
-/** The segments in a journal's folder, oldest first. Makes the folder where there is none. */
+/** The segments in a journal's folder, oldest first; none where there is no such folder. */
 export async function listSegments(folder: string): Promise<Segment[]> {
-  await makeFolder(folder)
-  const names = (await readdir(folder)).filter((name) => SEGMENT.test(name)).sort()
+  const names = (await namesIn(folder)).filter((name) => SEGMENT.test(name)).sort()
   return Promise.all(
     names.map(async (name) => {
       const path = join(folder, name)
@@ -31,6 +36,7 @@ export async function listSegments(folder: string): Promise<Segment[]> {
 
 /** Removes every segment, the newest first: a crash in between leaves steps without a gap. */
 export async function clearJournal(folder: string): Promise<void> {
+  await makeFolder(folder)
   for (const { path } of (await listSegments(folder)).reverse()) await unlink(path)
   await syncFolder(folder)
 }
@@ -49,29 +55,34 @@ export class Journal {
   #work: Promise<void> | undefined
   #syncing: Promise<void> | undefined
   #unsynced = 0
+  /** The steps up to this one are in a checkpoint. */
+  #checkpointed: number
   /** Bytes of the last segment up to the last acknowledged step. */
   #acknowledged = 0
   /** Parameters of the step in progress whose gradients were appended. */
   readonly #held = new Set<number>()
   #failure: unknown
 
-  /** Begins a segment for step `first`, behind the segments of earlier steps. `what` opens every error message. */
-  static async open(folder: string, { first, what }: { first: number; what: string }): Promise<Journal> {
+  /** Begins a segment for step `first`, behind the segments of earlier steps. */
+  static async open(folder: string, { first, ...rest }: JournalOptions & { first: number }): Promise<Journal> {
+    await makeFolder(folder)
     const older = (await listSegments(folder)).filter((segment) => segment.first !== first)
     const { file, segment } = await createSegment(folder, first)
-    return new Journal({ folder, what, file, segments: [...older, segment] })
+    return new Journal(folder, { ...rest, file, segments: [...older, segment] })
   }
 
-  private constructor(parts: { folder: string; what: string; file: FileHandle; segments: Segment[] }) {
-    this.#folder = parts.folder
+  private constructor(folder: string, parts: JournalOptions & { file: FileHandle; segments: Segment[] }) {
+    this.#folder = folder
     this.#what = parts.what
+    this.#checkpointed = parts.checkpointed
     this.#file = parts.file
     this.#segments = parts.segments
   }
 
-  /** The bytes of all segments. */
+  /** The bytes of the steps that are in no checkpoint. */
   get bytes(): number {
-    return this.#segments.reduce((sum, { bytes }) => sum + bytes, 0)
+    const open = this.#segments.filter(({ first }) => first > this.#checkpointed)
+    return open.reduce((sum, { bytes }) => sum + bytes, 0)
   }
 
   /** Whether the gradient of a parameter was appended for the step in progress. */
@@ -123,10 +134,14 @@ export class Journal {
     return new Promise((rotated, failed) => this.#add({ first, rotated, failed }))
   }
 
-  /** Removes the segments whose every step is `step` or an earlier one. */
-  async drop(step: number): Promise<void> {
+  /**
+   * The steps up to `step` are in a checkpoint. Removes the segments whose every step is `until`, by default `step`, or
+   * an earlier one.
+   */
+  async drop(step: number, until = step): Promise<void> {
+    this.#checkpointed = step
     const old = this.#segments.filter(
-      (_, i) => i + 1 < this.#segments.length && this.#segments[i + 1].first <= step + 1,
+      (_, i) => i + 1 < this.#segments.length && this.#segments[i + 1].first <= until + 1,
     )
     this.#segments = this.#segments.filter((segment) => !old.includes(segment))
     for (const { path } of old) await unlink(path)

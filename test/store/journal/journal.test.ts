@@ -60,7 +60,7 @@ const end = (step: number): EndHead => ({
 })
 const SIZES = [[3, 70], [0, 1, 200], [64]]
 
-const open = (folder: string, first = 1) => Journal.open(folder, { first, what: 'the journal' })
+const open = (folder: string, first = 1) => Journal.open(folder, { first, what: 'the journal', checkpointed: 0 })
 
 async function write(journal: Journal, step: number, sizes: readonly number[]): Promise<void> {
   for (const [parameter, bytes] of sizes.entries())
@@ -215,6 +215,19 @@ t.test('segments follow each other; the old ones are dropped, and what is missin
     journal.bytes,
     (await listSegments(folder)).reduce((sum, { bytes }) => sum + bytes, 0),
   )
+  await journal.drop(1, 0)
+  const [, ...later] = await listSegments(folder)
+  t.same(
+    later.map(({ first }) => first),
+    [2, 3],
+    'the segment of a step that a checkpoint has stays where it is asked for',
+  )
+  t.equal(
+    journal.bytes,
+    later.reduce((sum, { bytes }) => sum + bytes, 0),
+    'and is not counted',
+  )
+  t.same((await readJournal(folder, 1)).steps.length, 2)
   await journal.drop(1)
   t.same(
     (await listSegments(folder)).map(({ first }) => first),

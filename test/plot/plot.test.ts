@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { figure, linePlot, type Plot } from '../../examples/plot.js'
+import { figure, linePlot, type Plot } from '../../src/plot/plot.js'
 
 const PLOT: Plot = {
   title: 'a < b & c',

@@ -12,6 +12,10 @@ export type Series = {
   radius?: number
   /** Width of the line in pixels, 2 unless given. */
   width?: number
+  /** Whether the line is dashed. */
+  dashed?: boolean
+  /** Light bars from the least to the most y at an x, each as wide as all of them are apart. */
+  spread?: readonly (readonly [x: number, least: number, most: number])[]
 }
 
 /** What a plot shows. `marks` are horizontal dashed lines, each with the text written at its left end. */
@@ -22,14 +26,19 @@ export type Plot = {
   /** The lines of the plot, at least one. */
   series: readonly Series[]
   marks?: readonly { y: number; text: string }[]
+  /** Vertical dashed lines, each with a text at its upper end where that has room beside the one before. */
+  verticals?: readonly { x: number; text: string }[]
   /** The part of the x axis that is shown in any case, whatever the points are. */
   span?: readonly [number, number]
   /** Names along the x axis in place of numbers; a point's x is an index into them. */
   names?: readonly string[]
   /** Axes in powers of ten; all values on them are above 0. */
   logarithmic?: readonly ('x' | 'y')[]
-  /** Where the legend stands: in the upper right corner, or, where that is taken, on lines below the title. */
-  legend?: 'corner' | 'line'
+  /**
+   * Where the legend stands: in the upper right corner, or, where that is taken, on lines below the title; none where
+   * another plot of the figure has it.
+   */
+  legend?: 'corner' | 'line' | 'none'
   /** Pixels, 440 unless given. */
   height?: number
 }
@@ -61,11 +70,11 @@ export function figure(plots: readonly Plot[]): string {
 }
 
 function panel(plot: Plot, height: number): string {
-  const { series, marks = [], logarithmic = [] } = plot
-  const entries = plot.legend === 'line' ? lineLegend(series) : cornerLegend(series)
+  const { series, marks = [], verticals = [], logarithmic = [] } = plot
+  const entries = legendOf(plot)
   const lines = plot.legend === 'line' ? entries[entries.length - 1].y - AREA.top + LEGEND_LINE : 0
   const area: Area = { top: AREA.top + lines, bottom: height - BELOW, height }
-  const points = series.flatMap((one) => one.points)
+  const points = series.flatMap((one) => [...one.points, ...endsOf(one)])
   const axis = (name: 'x' | 'y') => (logarithmic.includes(name) ? logScale : scale)
   const width: [number, number] = [AREA.left, AREA.right]
   const xs = [...points.map((point) => point[0]), ...(plot.span ?? [])]
@@ -76,9 +85,12 @@ function panel(plot: Plot, height: number): string {
     text(plot.title, { x: AREA.left, y: 28, size: 16 }),
     ...xAxis(x, plot.xLabel, area),
     ...yAxis(y, plot.yLabel, area),
-    ...marks.map((mark) => dashed(y.place(mark.y))),
+    ...marks.map((mark) => horizontal(y.place(mark.y))),
+    ...verticals.map((mark) => vertical(x.place(mark.x), area)),
+    ...series.flatMap((one) => bars(one, x, y)),
     ...series.flatMap((one) => drawing(one, x, y)),
     ...marks.map((mark) => text(mark.text, { x: AREA.left + 6, y: y.place(mark.y) - 5, fill: '#666', halo: true })),
+    ...verticalTexts(verticals, x, area),
     ...entries.flatMap(entry),
   ].join('\n')
 }
@@ -100,17 +112,66 @@ function yAxis({ place, ticks, label: labelOf }: Scale, label: string, { top, bo
   return [...marks, text(label, { x: 16, y: (top + bottom) / 2, anchor: 'middle', turn: -90 })]
 }
 
-function dashed(y: number): string {
-  return stroke({ x1: AREA.left, y1: y, x2: AREA.right, y2: y }, '#888').replace('/>', ' stroke-dasharray="5 4"/>')
+const DASHES = 'stroke-dasharray="5 4"'
+const VERTICAL_TEXT_WIDTH = 64
+
+function horizontal(y: number): string {
+  return dashed(stroke({ x1: AREA.left, y1: y, x2: AREA.right, y2: y }, '#888'))
 }
 
-function drawing({ points, colour, drawn = 'line', width = 2, radius = 4 }: Series, x: Scale, y: Scale): string[] {
+function vertical(x: number, { top, bottom }: Area): string {
+  return dashed(stroke({ x1: x, y1: top, x2: x, y2: bottom }, '#888'))
+}
+
+function dashed(line: string): string {
+  return line.replace('/>', ` ${DASHES}/>`)
+}
+
+/** Texts left of their lines where the right edge is near. */
+function verticalTexts(verticals: NonNullable<Plot['verticals']>, { place }: Scale, { top }: Area): string[] {
+  let right = Number.NEGATIVE_INFINITY
+  return verticals
+    .toSorted((one, other) => one.x - other.x)
+    .flatMap(({ x, text: content }) => {
+      const at = place(x)
+      const isNearEdge = at + VERTICAL_TEXT_WIDTH > AREA.right
+      const left = isNearEdge ? at - VERTICAL_TEXT_WIDTH : at
+      if (left < right) return []
+      right = left + VERTICAL_TEXT_WIDTH
+      const anchor = isNearEdge ? 'end' : 'start'
+      return [text(content, { x: at + (isNearEdge ? -4 : 4), y: top + 10, size: 11, anchor, fill: '#666', halo: true })]
+    })
+}
+
+/** Both ends of every bar. */
+function endsOf({ spread = [] }: Series): (readonly [number, number])[] {
+  return spread.flatMap(([x, least, most]) => [[x, least] as const, [x, most] as const])
+}
+
+function bars({ spread = [], colour }: Series, x: Scale, y: Scale): string[] {
+  if (spread.length === 0) return []
+  const places = spread.map((bar) => x.place(bar[0]))
+  const width = (places[places.length - 1] - places[0]) / Math.max(1, places.length - 1)
+  const path = spread.map(
+    ([, least, most], i) => `M${fixed(places[i])} ${fixed(y.place(least))}V${fixed(y.place(most))}`,
+  )
+  return [`<path stroke="${colour}" stroke-width="${fixed(width)}" stroke-opacity="0.14" d="${path.join('')}"/>`]
+}
+
+function drawing({ points, colour, drawn = 'line', ...style }: Series, x: Scale, y: Scale): string[] {
+  const { width = 2, radius = 4, dashed: isDashed = false } = style
   const places = points.map((point): [string, string] => [fixed(x.place(point[0])), fixed(y.place(point[1]))])
-  const line = `<polyline fill="none" stroke="${colour}" stroke-width="${width}" points="${places.map((place) => place.join(',')).join(' ')}"/>`
+  const dashes = isDashed ? ` ${DASHES}` : ''
+  const line = `<polyline fill="none" stroke="${colour}" stroke-width="${width}"${dashes} points="${places.map((place) => place.join(',')).join(' ')}"/>`
   const dots = places.map(
     ([cx, cy]) => `<circle cx="${cx}" cy="${cy}" r="${radius}" fill="${colour}" fill-opacity="0.8"/>`,
   )
   return { line: [line], dots, both: [line, ...dots] }[drawn]
+}
+
+function legendOf({ series, legend }: Plot): Entry[] {
+  if (legend === 'none') return []
+  return legend === 'line' ? lineLegend(series) : cornerLegend(series)
 }
 
 type Entry = { name: string; colour: string; x: number; y: number }

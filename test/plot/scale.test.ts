@@ -1,6 +1,6 @@
 import fc from 'fast-check'
 import t from 'tap'
-import { logScale, nameScale, scale } from '../../examples/scale.js'
+import { logScale, nameScale, scale } from '../../src/plot/scale.js'
 
 t.test('a short logarithmic axis has ticks of 1, 2 and 5 times a power of ten, from one tick to another', (t) => {
   const { ticks, place, label } = logScale([0.03, 1.5, 0.4], [0, 100])

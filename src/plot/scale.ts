@@ -37,7 +37,12 @@ export function logScale(values: readonly number[], [from, to]: [number, number]
   const first = ladder.findLastIndex((tick) => tick <= low)
   const ticks = ladder.slice(first, ladder.findIndex((tick, i) => i > first && tick >= high) + 1)
   const span = Math.log(ticks[ticks.length - 1] / ticks[0])
-  return { place: (value) => from + (Math.log(value / ticks[0]) / span) * (to - from), ticks, label: String }
+  return { place: (value) => from + (Math.log(value / ticks[0]) / span) * (to - from), ticks, label: powerText }
+}
+
+/** `0.001`, and `1e-4`: the width of a figure's margin has room for so many zeros. */
+function powerText(tick: number): string {
+  return tick < 1e-3 || tick >= 1e6 ? tick.toExponential().replace('+', '') : String(tick)
 }
 
 /** An axis of names; a value is an index into them, and stands in the middle of its share of the axis. */
