@@ -7,6 +7,7 @@ import type { Member } from '../run/members/member.js'
 import type { GradientPlaces } from '../run/place.js'
 import type { Run } from '../run/run.js'
 import type { ScaledUpdate } from '../run/shard.js'
+import { inSlices } from '../run/slices.js'
 import type { Repeated } from '../run/step/part.js'
 import type { Step } from '../run/step/step.js'
 import { encodeFrame, encodeHeader } from '../wire/codec.js'
@@ -16,6 +17,8 @@ import type { Message, Sender } from './websocket/sender.js'
 
 // An entry takes 50 bytes, and with QK-clip those of its row scales: a frame stays far below its limit.
 const UPDATES_PER_FRAME = 512
+// Copying this many bytes takes about a millisecond.
+const COPY_BYTES = 4 << 20
 
 /** What a connection works with. */
 export type Means = { config: Config; device: Device; metrics: Metrics }
@@ -34,6 +37,8 @@ export type Gradient = Joined & {
   region: Region
   ready?: Promise<void>
   repeated?: Repeated
+  /** Where the client finds a member's elements of the update, one behind the other, in memory that it shares. */
+  slot?: () => Region
 } & Omit<GradientPlaces, 'gradient'>
 
 /** An update of a step that was closed without a member's replica. */
@@ -96,25 +101,31 @@ export class Answers {
   }
 
   async #answer(given: Gradient): Promise<void> {
-    const { run, member, step, parameter: index, region: gradient, ready, ...shared } = given
+    const { run, member, step, parameter: index, region: gradient, ready, slot, ...places } = given
     try {
       if (ready) await ready
-      const update = await run.intake.compute({ member, step, index, gradient, ...shared })
+      const update = await run.intake.compute({ member, step, index, gradient, ...places })
       if (!update) return
       if (update.replayed) this.#means.metrics.replayed_updates_total.inc()
-      const extent = member.update(run.parameter(index))
-      const sent = shared.target ? this.#tell(step, index, update) : this.#send(step, { index, extent }, update)
-      await sent.finally(() => update.memory.release())
+      await this.#deliver(given, update).finally(() => update.memory.release())
     } catch (error) {
       countRefused(this.#means.metrics, error)
       this.#report(error)
     }
   }
 
+  async #deliver({ run, member, step, parameter: index, target, slot }: Gradient, update: ScaledUpdate): Promise<void> {
+    const extent = member.update(run.parameter(index))
+    if (!target && !slot) return this.#send(step, { index, extent }, update)
+    const isThere = slot === undefined || (await inSlices(filling(slot(), update.memory, { extent, member })))
+    /* c8 ignore next -- the member is lost while an update of many megabytes is copied */
+    if (isThere) await this.#tell({ step, parameter: index, bytes: extent.bytes, update })
+  }
+
   /** Tells the client of an update in its memory, together with all others of this turn. */
-  #tell(step: Step, parameter: number, update: ScaledUpdate): Promise<void> {
+  #tell(ready: Omit<Ready, 'told'>): Promise<void> {
     return new Promise((resolve) => {
-      this.#ready.push({ step, parameter, update, told: resolve })
+      this.#ready.push({ ...ready, told: resolve })
       if (this.#ready.length === 1) setImmediate(() => void this.#tellReady())
     })
   }
@@ -132,8 +143,8 @@ export class Answers {
 
   async #sendReady(ready: readonly Ready[]): Promise<void> {
     await this.#sender.send({ header: encodeFrame(frameOf(ready)) })
-    for (const { update, told } of ready) {
-      this.#means.metrics.sent_bytes_total.inc(update.memory.bytes)
+    for (const { bytes, told } of ready) {
+      this.#means.metrics.sent_bytes_total.inc(bytes)
       told()
     }
   }
@@ -167,7 +178,25 @@ function payloadOf(memory: Region, { pieces: [first, ...rest] }: Cut): Message['
 }
 
 /** An update that lies in shared memory; `told` is called once the client knows. */
-type Ready = { step: Step; parameter: number; update: ScaledUpdate; told: () => void }
+type Ready = { step: Step; parameter: number; bytes: number; update: ScaledUpdate; told: () => void }
+
+/**
+ * Copies a member's elements of an update to their slot in memory that the client shares, and releases the slot.
+ * Answers false, with the rest left out, once the member is lost: whoever takes its place may have the same memory.
+ */
+function* filling(slot: Region, memory: Region, { extent, member }: { extent: Extent; member: Member }) {
+  let position = 0
+  for (const cut of extent.cuts(COPY_BYTES)) {
+    if (member.lost) break
+    for (const { offset, length } of cut.pieces) {
+      slot.chunk(position, length).set(memory.chunk(offset, length))
+      position += length
+    }
+    yield
+  }
+  slot.release()
+  return position === extent.bytes
+}
 
 /** One frame for updates of one step that are all replayed, or all not. */
 function frameOf(ready: readonly Ready[]): UpdatesFrame {

@@ -10,7 +10,6 @@ import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
 import { refusalOf } from '../run/history.js'
 import type { Connection } from '../run/members/member.js'
-import type { Run } from '../run/run.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
 import type { CheckpointFrame, ClientFrame, EndFrame, MemberStatus, OpenFrame, TransportAnswer } from '../wire/frame.js'
@@ -272,7 +271,7 @@ export class Session implements Connection, GradientSink {
     const { chunk_bytes, staging_bytes, max_parameters, idle_seconds } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
     const limits = { chunk_bytes, staging_bytes, max_parameters, idle_seconds }
-    const transport = this.#agree(frame, run)
+    const transport = this.#agree(frame, this.#joined)
     const opened = { type: 'opened', ...run.opened(resumed, member), ...transport, limits, server } as const
     this.#changes = new Map()
     if (frame.parameters) this.#send(opened)
@@ -306,10 +305,10 @@ export class Session implements Connection, GradientSink {
   }
 
   /** The transport as `opened` has it; nothing where the client has offered none. */
-  #agree({ transport }: OpenFrame, run: Run): { transport?: TransportAnswer } {
+  #agree({ transport }: OpenFrame, joined: Joined): { transport?: TransportAnswer } {
     if (!transport) return {}
     const { device, metrics, local } = this.#context
-    const { arenas, answer } = agree(transport, { device, run, local })
+    const { arenas, answer } = agree(transport, { device, ...joined, local })
     this.#arenas = arenas
     metrics.transports_total.inc({ kind: answer.kind })
     return { transport: answer }

@@ -1,5 +1,4 @@
 import t from 'tap'
-import type { OpenFrame } from '../../src/wire/frame.js'
 import { normal, RawClient, startService, turn, until } from '../service.js'
 import { alone, byColumns, Crew, evenly, gradientsOf, Mate, MODEL } from './crew.js'
 
@@ -292,18 +291,6 @@ t.test('REST, events and metrics tell who is there, and for whom the others wait
   t.equal(values.find(({ labels }) => labels.rank === '0')!.value, 0)
   t.ok(values.find(({ labels }) => labels.rank === '1')!.value > 0)
   await crew.close()
-  await service.app.close()
-})
-
-t.test('members share no memory: their offers are refused with the reason', async (t) => {
-  const service = await startService()
-  const mate = new Mate(service.url, 'sharing', { model: MODEL, split: evenly(MODEL, 2), rank: 0 })
-  const transport: OpenFrame['transport'] = [
-    { kind: 'shm', nonce: new Uint8Array(32), process: 1, descriptors: [3, 4] },
-  ]
-  await mate.open({ transport })
-  t.match(mate.opened.transport, { kind: 'websocket', refused: [{ kind: 'shm', reason: /the run has members/ }] })
-  await mate.client.close()
   await service.app.close()
 })
 
