@@ -119,6 +119,7 @@ def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> Non
         skip_nan(module, muon, is_bad=rank == 1)
     digests = train(module, muon, range(*given["steps"]), share=float(rank == 0))
     state = whole(module)
+    assert muon.run.transport == "shm"
     muon.close()
     if rank == 0:
         torch.save(state, weights)
