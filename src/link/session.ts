@@ -63,6 +63,8 @@ export class Session implements Connection, GradientSink {
   #isOpened = false
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
+  /** An `end` waits for those of other members: the socket is read until the next message has come. */
+  #waitsForOthers = false
   /** Of the present turn of the event loop; undefined where it has brought no frame yet. */
   #slice: number | undefined
   #leaving = false
@@ -157,6 +159,7 @@ export class Session implements Connection, GradientSink {
     this.#spend(data.length)
     this.#inbox.push({ bytes: data, binary })
     if (!this.#pumping) void this.#pump()
+    else if (this.#waitsForOthers) this.#pauses.begin('frames')
   }
 
   /**
@@ -170,7 +173,7 @@ export class Session implements Connection, GradientSink {
       try {
         const waits = this.#handle(message.bytes, message.binary)
         if (waits === undefined && performance.now() < this.#sliceEnd) continue
-        this.#pauses.begin('frames')
+        if (!this.#waitsForOthers || this.#inbox.length > 0) this.#pauses.begin('frames')
         await (waits ?? turn())
       } catch (error) {
         isRefused = this.#joined === undefined
@@ -336,7 +339,12 @@ export class Session implements Connection, GradientSink {
   }
 
   async #end(joined: Joined, frame: EndFrame): Promise<void> {
-    const isEnded = await this.#ends.take(joined, frame)
+    // Of a socket that is not read nobody sees the end, and others may wait for the member for hours.
+    this.#waitsForOthers = joined.run.intake.gathers
+    if (this.#waitsForOthers && this.#inbox.length === 0) this.#pauses.end('frames')
+    const isEnded = await this.#ends.take(joined, frame).finally(() => {
+      this.#waitsForOthers = false
+    })
     if (isEnded && this.#draining) this.#leave(1012, 'the service shuts down')
   }
 
