@@ -81,7 +81,7 @@ def bind(declarations: Sequence[Mapping[str, Any]]) -> list[Bound]:
 
 
 def sizes_of(declarations: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """Bytes of each parameter's gradient that are sent, and of each one's update that are received. A dtype that is not known is the service's to refuse."""
+    """Bytes of each gradient and of each update that travel. A dtype that is not known is the service's to refuse."""
     counts = [
         math.prod(declaration["shape"]) if declaration.get("ranges") is None else Ranges(declaration["ranges"]).size
         for declaration in declarations
