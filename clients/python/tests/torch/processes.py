@@ -21,7 +21,10 @@ SECONDS = 120
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The first model that is sharded imports the compiler.
 _CONTEXT.set_forkserver_preload(
-    ["pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "muond.torch"]
+    [
+        *("pytest", "transformers.trainer", "torch._dynamo"),
+        *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "muond.torch"),
+    ]
 )
 
 

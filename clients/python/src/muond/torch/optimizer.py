@@ -85,7 +85,6 @@ class Optimizer(torch.optim.Optimizer):
         self._opening = threading.RLock()
         self._stepping = threading.RLock()
         self._shelf = Shelf(given.keep_last)
-        self._is_alone = False
         self._known_presets: Mapping[str, Any] | None = None
         self._begun_with: dict[str, dict[str, Any]] = {}
         self._progress: Progress | None = None
@@ -113,13 +112,11 @@ class Optimizer(torch.optim.Optimizer):
         DistributedDataParallel may be made later as well.
         """
         home = self._home
-        if home.run is not None or home.ranks is not None or home.copies is not None or self._is_alone:
+        if home.run is not None or home.ranks is not None or home.copies is not None:
             return
         if any(is_sharded(p) for g in self.param_groups for p in g["params"]):
             self._join()
             return
-        # Looked for once: what is not there with the first step does not come.
-        self._is_alone = True
         parts = wrapped_with([p for each in self.param_groups for p in each["params"]], self._slots, self._settings)
         if parts is not None:
             self._home.join(parts, None)

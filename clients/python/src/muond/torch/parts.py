@@ -96,7 +96,7 @@ def are_alike(group: Any, slots: Sequence[Slot]) -> bool:
 def group_of_ddp(parameters: Sequence[torch.Tensor]) -> Any | None:
     """The process group of the DistributedDataParallel that has these parameters; None where there is none, or one process.
 
-    The parameters do not know their wrapper, so that is looked for among all objects: once, with the first step.
+    The parameters do not know their wrapper, so that is looked for among all objects, until the run is open.
     """
     # Importing torch.distributed takes a second, and nobody has a wrapper without it.
     dist: Any = sys.modules.get("torch.distributed")
