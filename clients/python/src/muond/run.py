@@ -55,6 +55,7 @@ def open_run(
     attentions: Sequence[Mapping[str, Any]] | None = None,
     member: Member | tuple[int, int] | None = None,
     quorum: Quorum | tuple[int, float] | None = None,
+    weights: str | None = None,
     takeover: bool = False,
     checkpoint: str | None = None,
     branch_of: tuple[str, str] | None = None,
@@ -75,7 +76,8 @@ def open_run(
     ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
     ``member``: (rank, world size) of a run with many members, of which each sends and receives the ``ranges`` of each
     parameter. A ``Member`` may be of one of several replicas, whose steps are made with the mean of what
-    they send; ``quorum``, a ``Quorum``, says when a step may be closed without all of them.
+    they send; ``quorum``, a ``Quorum``, says when a step may be closed without all of them. ``weights``: a digest of the weights that a
+    replica begins with, of the caller's choice; with another one than those of other replicas it is refused (RUN_MISMATCH).
     ``groups``: maps of ``name``, ``algorithm`` or ``preset``, and hyperparameters. ``checkpoint``: with ``resume``, go back to it.
     ``branch_of``: (another run of the service, a checkpoint of that by id or tag); a new run begins with its state, step and digest,
     and the weights must be those of that step.
@@ -97,6 +99,7 @@ def open_run(
         "attentions": None if attentions is None else [dict(attention) for attention in attentions],
         "member": None if member is None else Member(*member).declaration(),
         "quorum": None if quorum is None else Quorum(*quorum)._asdict(),
+        "weights": weights,
         "takeover": takeover or None,
         "checkpoint": checkpoint,
         "from": None if branch_of is None else {"run": branch_of[0], "checkpoint": branch_of[1]},
