@@ -210,42 +210,47 @@ class Crew:
 
 def main() -> None:
     options = _options()
-    shapes = [(f"w{i}", "matrices", (4096, 4096)) for i in range(options.gibibytes * 16)] if options.gibibytes else []
+    shapes = [(f"w{i}", "matrices", (4096, 4096)) for i in range(options.gibibytes * 16)]
     shapes = shapes or shapes_of(options.layers, options.vocabulary)
-    elements = sum(rows * columns for _, _, (rows, columns) in shapes)
-    size = elements * (2 if options.dtype == "bfloat16" else 4)
-    print(
-        f"{len(shapes)} parameters of {size / MEBIBYTE:.0f} MiB as {options.dtype}, {options.algorithm}; load {os.getloadavg()[0]:.1f}"
-    )
-    command = f"{options.service_command} --state-bytes {64 << 30}" if options.gibibytes else options.service_command
-    with serving(command, 60.0) as service:
+    size = sum(rows * columns for _, _, (rows, columns) in shapes) * (2 if options.dtype == "bfloat16" else 4)
+    said = f"{len(shapes)} parameters of {size / MEBIBYTE:.0f} MiB as {options.dtype}, {options.algorithm}"
+    print(f"{said}; load {os.getloadavg()[0]:.1f}", flush=True)
+    cases = [
+        Case(world, transport, shapes, options.algorithm, options.dtype, f"ranks-{transport}-{world}")
+        for transport in options.transports.split(",")
+        for world in (1, *[int(n) for n in options.members.split(",")])
+    ]
+    # What has one service has its turns; apart each has a service, and memory, of its own.
+    together = [[case] for case in cases] if options.apart else [cases]
+    crews = [crew for those in together for crew in _measured(those, size, options)]
+    print(_report(crews, size))
+    same = len({tuple(crew.digests) for crew in crews}) == 1
+    print(f"digests of all steps equal for all: {same}; load {os.getloadavg()[0]:.1f}")
+    if not same:
+        raise SystemExit(1)
+
+
+def _measured(cases: Sequence[Case], size: int, options: argparse.Namespace) -> list[Crew]:
+    with serving(options.service_command, 60.0) as service:
         before = _resident(service.pid)
-        crews = [
-            Crew(
-                Case(world, transport, shapes, options.algorithm, options.dtype, f"ranks-{transport}-{world}"), service
-            )
-            for transport in options.transports.split(",")
-            for world in (1, *[int(n) for n in options.members.split(",")])
-        ]
+        crews = [Crew(case, service) for case in cases]
         try:
             for _ in range(options.steps + 1):
                 for crew in crews:
                     crew.step()
             grown = _resident(service.pid) - before
-            states = sum(_state_bytes(service, crew.case.run) for crew in crews)
+            state = sum(_state_bytes(service, case.run) for case in cases)
         finally:
             for crew in crews:
                 crew.end()
-    print(_report(crews, size))
-    buffers = sum(2 * size for _ in crews)
-    held = buffers + states
+    # Members' gradients come together in memory that was admitted when the run was opened, and so do their updates.
+    admitted = state + sum(2 * size for case in cases if case.world > 1)
+    names = ", ".join(f"{case.world} by {case.transport}" for case in cases)
     print(
-        f"service: {grown / MEBIBYTE:.0f} MiB more resident; gradients, updates and state are {held / MEBIBYTE:.0f} MiB"
+        f"{names}: {grown / MEBIBYTE:.0f} MiB more resident; state, members' tensors: {admitted / MEBIBYTE:.0f} MiB",
+        flush=True,
     )
-    same = len({tuple(crew.digests) for crew in crews}) == 1
-    print(f"digests of all steps equal for all: {same}; load {os.getloadavg()[0]:.1f}")
-    if not same:
-        raise SystemExit(1)
+    return crews
 
 
 def _state_bytes(service: Served, run: str) -> int:
@@ -286,6 +291,7 @@ def _options() -> argparse.Namespace:
     add("--layers", type=int, default=12, help="of GPT-2 (default %(default)s)")
     add("--vocabulary", type=int, default=50_304, help="rows of the embedding (default %(default)s)")
     add("--gibibytes", type=int, default=0, help="instead of GPT-2: so many GiB of float32 matrices of 4096 x 4096")
+    add("--apart", action="store_true", help="one after the other, each with a service of its own: for large models")
     add("--algorithm", choices=("muon", "adamw", "sgd"), default="muon", help="of the matrices (default %(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default %(default)s")
     add("--steps", type=int, default=5, help="after one that is not measured (default %(default)s)")

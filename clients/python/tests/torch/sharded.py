@@ -23,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 import muond.torch
 from muond import MuondError
+from muond.torch import parts
 
 WIDTH = 6
 
@@ -303,3 +304,32 @@ def parallel(rank: int, world_size: int, folder: Path, given: dict[str, Any]) ->
         digests += train(ddp, muon, range(stop - 1, stop), share=share)
     torch.save((digests, whole(module), state, sent), folder / f"parallel-{world_size}-{rank}.pt")
     muon.close()
+
+
+def first_alone(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """One rank has the optimizer: it says so, or is told that the others have none."""
+    parts.MEETING_SECONDS = 1
+    module = Whole()
+    ddp = torch.nn.parallel.DistributedDataParallel(module)
+    backward(ddp, 1)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"whose ranks \[1\] have taken no step.*process_group=False"):
+            whole_optimizer(module, given["url"], f"{given['run']}-told").step()
+        alone = whole_optimizer(module, given["url"], given["run"], process_group=False)
+        assert alone.step().step == 1
+        assert alone.run.members == {}
+        alone.close()
+    dist.barrier()
+
+
+def differing(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """Each rank has an optimizer of other parameters, as ZeroRedundancyOptimizer makes it: each has a run of its own."""
+    module = Whole()
+    ddp = torch.nn.parallel.DistributedDataParallel(module)
+    backward(ddp, 1)
+    own = [module.wide.weight, module.narrow.weight][rank]
+    muon = muond.torch.Muon([("w", own)], url=given["url"], run=f"{given['run']}-{rank}")
+    assert muon.step().applied == 1
+    assert muon.run.members == {}
+    muon.close()
+    dist.barrier()

@@ -127,6 +127,12 @@ def test_processes_with_whole_models_send_a_part_each(
     muon.close()
 
 
+def test_where_one_rank_alone_has_the_optimizer_or_each_another_one(shared: Service, name: str, tmp_path: Path) -> None:
+    given = {"url": shared.url, "run": name}
+    run_ranks(2, tmp_path, sharded.first_alone, given)
+    run_ranks(2, tmp_path, sharded.differing, given)
+
+
 class Second(Copies):
     """A process that follows, whose first one is played by the test."""
 

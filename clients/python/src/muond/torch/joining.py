@@ -20,7 +20,7 @@ def others_of(slots: Sequence[Slot], given: Settings) -> tuple[Ranks | None, Cop
     Raises ValueError for what they cannot have together.
     """
     ranks, group = ranks_of(slots), given.process_group
-    if group is None:
+    if group is None or group is False:
         copies = copies_of(slots)
         if ranks is not None:
             _check_shared(given, slots)
@@ -41,7 +41,7 @@ def wrapped_with(
 ) -> Parts | None:
     """The processes whose DistributedDataParallel has these parameters. None where there is none, or the options are for a run of
     each process's own. A collective of those processes."""
-    group = group_of_ddp(parameters)
+    group = None if given.process_group is False else group_of_ddp(parameters)
     if group is None:
         return None
     declared = slots()

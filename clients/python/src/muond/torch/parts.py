@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from .slots import Part, Slot
 _CUT_ELEMENTS = 1 << 14
 # Cuts lie at multiples of so many elements, which are whole cache lines in any dtype.
 _ALIGNMENT = 64
+MEETING_SECONDS = 120
 # Elements that are gathered at a time: all of a large model would be a second copy of it.
 _TOGETHER = 1 << 26
 
@@ -84,13 +87,40 @@ def _buckets(slots: Sequence[Slot]) -> Iterator[list[tuple[Slot, Part]]]:
 
 
 def are_alike(group: Any, slots: Sequence[Slot]) -> bool:
-    """Whether the optimizers of all processes have the same parameters: of a sharded one (ZeRO) each has others. A collective."""
+    """Whether the optimizers of all processes have the same parameters: of a sharded one (ZeRO) each has others. A collective.
+
+    Raises RuntimeError for processes that do not come: they may have no optimizer.
+    """
     import torch.distributed as dist
 
+    _meet(group)
     mine = [(slot.name, slot.shape, slot.declaration.group) for slot in slots]
     of_all: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(of_all, mine, group=group)
     return all(one == mine for one in of_all)
+
+
+_meetings = itertools.count()
+
+
+def _meet(group: Any) -> None:
+    """Waits for all processes of a group, for a while: a collective that some do not take part in would wait for half an hour."""
+    import torch.distributed as dist
+
+    store, meeting = dist.distributed_c10d._get_default_store(), next(_meetings)
+    key = f"muond/{dist.get_process_group_ranks(group)}/{meeting}"
+    store.set(f"{key}/{dist.get_rank(group)}", "here")
+    missing: list[int] = []
+    for rank in range(dist.get_world_size(group)):
+        try:
+            store.wait([f"{key}/{rank}"], timedelta(seconds=MEETING_SECONDS if not missing else 1))
+        except RuntimeError:
+            missing.append(rank)
+    if missing:
+        raise RuntimeError(
+            f"the parameters are those of a DistributedDataParallel, whose ranks {missing} have taken no step of an optimizer of muond "
+            f"within {MEETING_SECONDS} s: make one on every rank, or give process_group=False where this rank alone has it"
+        )
 
 
 def group_of_ddp(parameters: Sequence[torch.Tensor]) -> Any | None:
