@@ -21,11 +21,12 @@ from muond import Parameter
 from muond.steps.parameter import Bound
 from muond.steps.ranges import Ranges
 from muond.steps.updates import Update
+from muond.torch import parts
 from muond.torch.apply import Views, apply_updates
 from muond.torch.copies import Copies, told
 from muond.torch.ranks import Ranks
 from muond.torch.shards import local, ranges_of
-from muond.torch.slots import Slot
+from muond.torch.slots import Slot, make_slots
 from muond.torch.state.place import Followed
 from service import Service
 
@@ -345,3 +346,49 @@ def test_where_one_rank_cannot_open_none_goes_on(shared: Service, name: str, one
 def test_a_tensor_that_nobody_shards_is_all_here() -> None:
     tensor = torch.zeros(3)
     assert local(tensor) is tensor
+
+
+def test_one_process_with_a_group_sends_its_part(
+    shared: Service, name: str, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = {"process_group": dist.group.WORLD}
+    alone, module = sharded.Whole(), sharded.Whole()
+    whole = sharded.whole_optimizer(alone, shared.url, f"{name}-alone")
+    muon = sharded.whole_optimizer(module, shared.url, name, **group)
+    assert sharded.train(module, muon, range(1, 4)) == sharded.train(alone, whole, range(1, 4))
+    muon.load_state_dict(muon.state_dict())
+    for optimizer, one in ((muon, module), (whole, alone)):
+        optimizer.state[one.wide.weight]["momentum_buffer"].zero_()
+        optimizer.state_dict()
+        optimizer.state[one.wide.weight]["momentum_buffer"].fill_(0.5)
+    assert sharded.train(module, muon, range(4, 5)) == sharded.train(alone, whole, range(4, 5))
+    muon.param_groups[0]["lr"] = -1.0
+    sharded.backward(module, 5)
+    with pytest.raises(ValueError, match="Learning rate should be >= 0"):
+        muon.step()
+    muon.close()
+    whole.close()
+    late = sharded.whole_optimizer(module, shared.url, name, mode="resume", **group)
+    with pytest.raises(RuntimeError, match="all ranks open it together"):
+        late.state_dict()
+
+    def fails(_: muond.Receipt) -> None:
+        raise KeyError("callback")
+
+    told = sharded.whole_optimizer(module, shared.url, f"{name}-told", callback=fails, **group)
+    sharded.backward(module, 6)
+    with pytest.raises(KeyError, match="callback"):
+        told.step()
+    assert told.step_count == 1
+    told.close()
+    blocks = sharded.whole_optimizer(module, shared.url, f"{name}-blocks", gradient_dtype="int4_block64", **group)
+    assert blocks._home.copies is not None
+    slots = make_slots(blocks.param_groups, blocks._settings)
+    assert parts.are_alike(dist.group.WORLD, slots)
+    ddp = torch.nn.parallel.DistributedDataParallel(module)
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
+    assert parts.group_of_ddp([module.turned]) is ddp.process_group
+    assert parts.group_of_ddp([alone.turned]) is None
+    monkeypatch.setattr(parts, "MEETING_SECONDS", 1)
+    with pytest.raises(RuntimeError, match=r"whose ranks \[1\] have taken no step"):
+        parts.are_alike(dist.group.WORLD, slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -44,7 +45,12 @@ def wrapped_with(
     group = None if given.process_group is False else group_of_ddp(parameters)
     if group is None:
         return None
-    declared = slots()
+    return _parts_of(group, slots(), given)  # pragma: no cover - in processes of several ranks, which are not measured
+
+
+def _parts_of(
+    group: Any, declared: Sequence[Slot], given: Settings
+) -> Parts | None:  # pragma: no cover - in processes of several ranks, which are not measured
     if not are_alike(group, declared) or not declared:
         return None
     if any(_not_copied(given).values()) or _is_first_alone(given, declared):
