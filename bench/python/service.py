@@ -32,6 +32,7 @@ class Served:
     url: str
     device: str
     command: str
+    pid: int
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def serving(command: str, seconds: float, environment: Mapping[str, str] | None 
         listening = _listening(process, lines, deadline, " ".join(words))
         address = str(listening["address"])
         _wait_until_ready(address, deadline)
-        yield Served(address.replace("http", "ws", 1), str(listening["device"]), " ".join(words))
+        yield Served(address.replace("http", "ws", 1), str(listening["device"]), " ".join(words), process.pid)
     finally:
         process.terminate()
         try:

@@ -1,6 +1,7 @@
-"""Data parallel training in which only rank 0 knows of the service.
+"""Data parallel training: one run, of which every rank sends its part of the gradients.
 
-DDP averages the gradients. Rank 0 sends them to the service, applies the updates and broadcasts the weights.
+DDP averages the gradients. Each rank sends its part of them to the service and applies its part of the updates; then all
+have all weights.
 
     python examples/python/train_ddp.py                 # two processes on this machine, about a minute on two cores
 
@@ -65,43 +66,31 @@ def main() -> None:
 
 
 def rank_main(rank: int, arguments: argparse.Namespace, url: str, folder: str) -> None:
-    """The training of one process. Only rank 0 connects to the service."""
+    """The training of one process."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=arguments.ranks)
     model = make_model(arguments)
     parallel = DistributedDataParallel(model)
-    optimizer = make_optimizer(model, url) if rank == 0 else None
+    optimizer = make_optimizer(model, url)
     losses = []
     started = time.perf_counter()
     with progress(f"{arguments.ranks} ranks", arguments.steps if rank == 0 else 0) as show:
         for step, batches in enumerate(split_batches(arguments, arguments.ranks), 1):
-            model.zero_grad()
+            optimizer.zero_grad()
             loss = parallel(batches[rank])
             # DDP takes the mean of the ranks' gradients while it runs.
             loss.backward()
-            if optimizer is not None:
-                optimizer.step()
-            broadcast(model)
+            optimizer.step()
             dist.all_reduce(mean := loss.detach() / arguments.ranks)
             losses.append(mean.item())
             if rank == 0:
                 show(step, f"loss {losses[-1]:.3f}")
     seconds = time.perf_counter() - started
-    if optimizer is not None:
-        optimizer.close(delete=True)
+    optimizer.close(delete=True)
     trained = Trained(f"rank {rank} of {arguments.ranks}", losses, digest(model), seconds)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(asdict(trained)))
     dist.destroy_process_group()
-
-
-def broadcast(model: Gpt) -> None:
-    """Gives every rank the weights of rank 0, all parameters under way at a time."""
-    works = [dist.broadcast(parameter.detach(), 0, async_op=True) for parameter in model.parameters()]
-    for work in works:
-        # A rank outside the group has none.
-        assert work is not None
-        work.wait()
 
 
 def train_alone(name: str, arguments: argparse.Namespace, url: str, parts: int) -> Trained:

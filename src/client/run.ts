@@ -42,6 +42,11 @@ export type OpenOptions = {
   member?: OpenFrame['member']
   /** When a step may be closed without all replicas; default never. Each replica gets its updates all the same. */
   quorum?: OpenFrame['quorum']
+  /**
+   * A digest, of the caller's choice, of the weights that a replica begins with: with another one than those of the
+   * other replicas it is refused.
+   */
+  weights?: OpenFrame['weights']
   /** Take the run, or the member's place in it, from a connection that still holds it. */
   takeover?: boolean
   /** With `resume`: go back to this checkpoint. */

@@ -77,13 +77,16 @@ export function checkFree(run: Run, { member, takeover = false }: OpenFrame): vo
 }
 
 /**
- * Finds the place that an `open` asks for. Throws PARAMETER_INVALID, and RUN_MISMATCH for ranges that are others now.
+ * Finds the place that an `open` asks for. Throws PARAMETER_INVALID, and RUN_MISMATCH for ranges that are others now or
+ * for weights that are not those of other replicas.
  * Yields from time to time.
  */
 export function* findingPlace(run: Run, frame: OpenFrame): Generator<undefined, Place> {
   const seat = yield* seatOf(frame, run.parameters)
   const layout = run.intake.members.layoutFor(seat)
   if (seat) yield* layout.checking(seat)
+  // Later the weights of a member that comes are those of another step than the others have told of.
+  if (seat && isFresh(run)) layout.checkWeights(seat)
   return { seat, layout }
 }
 

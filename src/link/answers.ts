@@ -6,6 +6,7 @@ import type { Metrics } from '../metrics.js'
 import type { Member } from '../run/members/member.js'
 import type { GradientPlaces, Update } from '../run/place.js'
 import type { Run } from '../run/run.js'
+import { inSlices } from '../run/slices.js'
 import type { Repeated } from '../run/step/part.js'
 import type { Step } from '../run/step/step.js'
 import { Underway } from '../underway.js'
@@ -16,6 +17,8 @@ import type { Message, Sender } from './websocket/sender.js'
 
 // An entry takes 50 bytes, and with QK-clip those of its row scales: a frame stays far below its limit.
 const UPDATES_PER_FRAME = 512
+// Copying this many bytes takes about a millisecond.
+const COPY_BYTES = 4 << 20
 
 /** What a connection works with. */
 export type Means = { config: Config; device: Device; metrics: Metrics }
@@ -33,6 +36,8 @@ export type Gradient = Joined & {
   region: Region
   ready?: Promise<void>
   repeated?: Repeated
+  /** Where the client finds a member's elements of the update, one behind the other, in memory that it shares. */
+  slot?: () => Region
 } & Pick<GradientPlaces, 'source' | 'target'>
 
 /** An update of a step that was closed without a member's replica. */
@@ -119,16 +124,31 @@ export class Answers {
   #answer(outstanding: Outstanding, update: Update): void {
     const { gradient } = outstanding
     if (update.replayed) this.#means.metrics.replayed_updates_total.inc()
-    if (gradient.target) return this.#tell({ outstanding, update })
     const { run, member, step, parameter: index } = gradient
-    const end = () => {
-      update.memory.release()
-      this.#end(outstanding)
-    }
-    this.#send(step, { index, extent: member.update(run.parameter(index)) }, update).then(end, (error) => {
-      end()
-      this.#report(error)
-    })
+    const extent = member.update(run.parameter(index))
+    if (gradient.target) return this.#tell({ outstanding, update, bytes: extent.bytes })
+    if (gradient.slot) return void this.#fill(gradient.slot(), { outstanding, update, bytes: extent.bytes })
+    this.#send(step, { index, extent }, update).then(
+      () => this.#release({ outstanding, update }),
+      (error) => {
+        this.#release({ outstanding, update })
+        this.#report(error)
+      },
+    )
+  }
+
+  /** Copies a member's elements of an update to where the client finds them, and tells it. */
+  async #fill(slot: Region, ready: Ready): Promise<void> {
+    const { run, member, parameter } = ready.outstanding.gradient
+    const extent = member.update(run.parameter(parameter))
+    const isThere = await inSlices(filling(slot, ready.update.memory, { extent, member }))
+    if (isThere) this.#tell(ready)
+    /* c8 ignore next -- the member is lost while an update of many megabytes is copied */ else this.#release(ready)
+  }
+
+  #release({ outstanding, update }: Pick<Ready, 'outstanding' | 'update'>): void {
+    update.memory.release()
+    this.#end(outstanding)
   }
 
   #end({ gradient, bytes, told }: Outstanding): void {
@@ -158,13 +178,8 @@ export class Answers {
   async #sendReady(ready: readonly Ready[]): Promise<void> {
     if (ready.length === 0) return
     await this.#sender.send({ header: encodeFrame(frameOf(ready)) })
-    let bytes = 0
-    for (const { outstanding, update } of ready) {
-      bytes += update.memory.bytes
-      update.memory.release()
-      this.#end(outstanding)
-    }
-    this.#means.metrics.sent_bytes_total.inc(bytes)
+    this.#means.metrics.sent_bytes_total.inc(ready.reduce((sum, { bytes }) => sum + bytes, 0))
+    for (const one of ready) this.#release(one)
   }
 
   /** Sends a member its elements of an update that it has missed. */
@@ -198,8 +213,26 @@ function payloadOf(memory: Region, { pieces: [first, ...rest] }: Cut): Message['
 /** A gradient from its last byte until its update has left its memory; `told` are called then. */
 type Outstanding = { readonly gradient: Gradient; readonly bytes: number; readonly told: (() => void)[] }
 
-/** An update that lies in shared memory. */
-type Ready = { readonly outstanding: Outstanding; readonly update: Update }
+/** An update of which `bytes` lie in shared memory. */
+type Ready = { readonly outstanding: Outstanding; readonly update: Update; readonly bytes: number }
+
+/**
+ * Copies a member's elements of an update to their slot in memory that the client shares, and releases the slot.
+ * Answers false, with the rest left out, once the member is lost: whoever takes its place may have the same memory.
+ */
+function* filling(slot: Region, memory: Region, { extent, member }: { extent: Extent; member: Member }) {
+  let position = 0
+  for (const cut of extent.cuts(COPY_BYTES)) {
+    if (member.lost) break
+    for (const { offset, length } of cut.pieces) {
+      slot.chunk(position, length).set(memory.chunk(offset, length))
+      position += length
+    }
+    yield
+  }
+  slot.release()
+  return position === extent.bytes
+}
 
 /** One frame for updates of one step that are all replayed, or all not. */
 function frameOf(ready: readonly Ready[]): UpdatesFrame {

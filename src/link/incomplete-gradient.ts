@@ -14,7 +14,7 @@ const MEASURED_MS = 1000
 const COPY_BYTES = 4 << 20
 
 /** Whose gradient it is, and of which step. */
-export type Asked = Omit<Gradient, 'region' | 'ready' | 'repeated'>
+export type Asked = Omit<Gradient, 'region' | 'ready' | 'repeated' | 'slot'>
 
 /**
  * A member's part of a gradient of which some chunks have come, in memory for the whole tensor. A part that was applied
@@ -69,6 +69,21 @@ export class IncompleteGradient {
     }
   }
 
+  /**
+   * Copies all of the part from a slot of memory that the client shares, where its elements lie one behind the other.
+   * Answers false, with the rest left out, once the member is lost: whoever takes its place writes to the same memory.
+   */
+  *copying(slot: Region): Generator<undefined, boolean> {
+    const { extent } = this.assembly
+    for (let position = 0; position < extent.bytes; position += COPY_BYTES) {
+      if (this.#of.member.lost) return false
+      const chunk = { offset: extent.offsetOf(position), length: Math.min(COPY_BYTES, extent.bytes - position) }
+      this.store(this.assembly.accept(chunk), slot.chunk(position, chunk.length))
+      yield
+    }
+    return true
+  }
+
   /** The gradient, whose region is the caller's from now on. */
   complete(): Gradient {
     return { ...this.#of, region: this.#region, ready: this.#ready, repeated: this.#repeated }
@@ -87,13 +102,13 @@ export class IncompleteGradient {
   move(to: Region): void {
     const from = this.#region
     this.#region = to
-    const copied = inSlices(copying(from, to.retain(), this.assembly.received))
+    const copied = inSlices(moving(from, to.retain(), this.assembly.received))
     if (copied instanceof Promise) this.#ready = copied
   }
 }
 
 /** Copies in pieces, and releases both regions. */
-function* copying(from: Region, to: Region, bytes: number): Generator<undefined, void> {
+function* moving(from: Region, to: Region, bytes: number): Generator<undefined, void> {
   for (let offset = 0; offset < bytes; offset += COPY_BYTES) {
     const length = Math.min(COPY_BYTES, bytes - offset)
     to.chunk(offset, length).set(from.chunk(offset, length))

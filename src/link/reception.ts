@@ -1,7 +1,7 @@
 import assert from 'node:assert'
 import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
-import { turn } from '../run/slices.js'
+import { inSlices, turn } from '../run/slices.js'
 import type { Receiver } from '../run/step/part.js'
 import type { Step } from '../run/step/step.js'
 import { Assembly } from '../wire/chunks.js'
@@ -9,7 +9,7 @@ import type { GradientHead } from '../wire/codec.js'
 import type { GradientFrame, GradientsFrame } from '../wire/frame.js'
 import type { Chunk } from '../wire/ranges.js'
 import { type Answers, countRefused, type Joined, type Means } from './answers.js'
-import { IncompleteGradient } from './incomplete-gradient.js'
+import { type Asked, IncompleteGradient } from './incomplete-gradient.js'
 import type { SharedArenas } from './transport.js'
 import type { GradientSink } from './websocket/socket.js'
 
@@ -24,6 +24,9 @@ type Dropped = { parameter: number; step: number }
 
 /** The bytes of a chunk, and where they lie in the tensor. */
 type Stored = { pieces: Iterable<Chunk>; data: Uint8Array }
+
+/** Begins a gradient in its memory; a promise where nothing else may be looked at before that is done. */
+type Start = (receiver: Receiver) => Promise<void> | undefined
 
 /** What a reception works with beside the means of its connection. */
 export type ReceptionParts = {
@@ -125,7 +128,7 @@ export class Reception implements GradientSink {
     const declared = joined.run.parameters
     this.#parts.shared(parameters.reduce((sum, index) => sum + (declared[index]?.gradient_bytes ?? 0), 0))
     for (const [i, parameter] of parameters.entries()) {
-      if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await this.#turn()
+      if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await this.#turn(joined)
       // A lane gets what has begun so far once a group of it is full, and computes while the others begin.
       else if (i % jobs === jobs - 1) await undefined
       if (this.#parts.gone.aborted) return
@@ -139,19 +142,30 @@ export class Reception implements GradientSink {
     }
   }
 
-  async #turn(): Promise<void> {
+  /** A member does not wait for its updates: others may have to send their parts first, and they may wait for it. */
+  async #turn({ run }: Joined): Promise<void> {
     await turn()
-    await this.#parts.answers.fewerThan(MOST_UNDER_WAY)
+    if (!run.intake.gathers) await this.#parts.answers.fewerThan(MOST_UNDER_WAY)
   }
 
   /** A promise where the gradient has to wait. */
   #beginShared(joined: Joined, { parameter, step: number }: Dropped, arenas: SharedArenas): Promise<void> | undefined {
     const { run, member } = joined
-    const { gradient_bytes } = run.parameter(parameter)
+    if (run.intake.drops(member, number)) return undefined
+    const declared = run.parameter(parameter)
+    const { bytes } = member.gradient(declared)
+    if (bytes === 0) {
+      const message = `${member.name} has no elements of parameter '${declared.name}', and sends a gradient of it`
+      throw new ServiceError('SHAPE_MISMATCH', message, { parameter, step: number })
+    }
     this.#parts.checkOpen({ parameter, step: number })
     const step = run.intake.expect(member, parameter, number)
-    const begin = (places: { region: Region; source?: Region }) => {
-      this.#means.metrics.received_bytes_total.inc(gradient_bytes)
+    if (run.intake.gathers)
+      return this.#startIn(joined, { parameter, step }, (receiver) =>
+        this.#gather({ run, member, step, parameter }, receiver, arenas),
+      )
+    const begin = (places: { region: Region; source?: Region }): undefined => {
+      this.#means.metrics.received_bytes_total.inc(bytes)
       this.#parts.answers.begin({ run, member, step, parameter, ...places, target: () => arenas.update(parameter) })
     }
     const outstanding = this.#parts.answers.outstanding(parameter)
@@ -164,6 +178,25 @@ export class Reception implements GradientSink {
     // The host computes on bytes that nobody changes, and the journal keeps the same.
     const copied = ({ region }: Receiver) => begin({ region, source: arenas.gradient(parameter) })
     return this.#startIn(joined, { parameter, step }, copied)
+  }
+
+  /** Copies a member's part from its slot to where the parts of all members come together. */
+  #gather(of: Asked, receiver: Receiver, arenas: SharedArenas): Promise<void> | undefined {
+    const { run, member, step, parameter } = of
+    const declared = run.parameter(parameter)
+    const assembly = new Assembly(member.gradient(declared), gradientLabel(declared.name, step.number))
+    const part = new IncompleteGradient(of, { assembly, ...receiver })
+    const slot = arenas.gradient(parameter)
+    const begin = (isWhole: boolean): undefined => {
+      slot.release()
+      /* c8 ignore next -- the member is lost while a part of many megabytes is copied */
+      if (!isWhole) return void part.region.release()
+      this.#means.metrics.received_bytes_total.inc(assembly.received)
+      step.spend('receive', (performance.now() - part.startedAt) / 1000)
+      this.#parts.answers.begin({ ...part.complete(), slot: () => arenas.update(parameter) })
+    }
+    const copied = inSlices(part.copying(slot))
+    return copied instanceof Promise ? copied.then(begin) : begin(copied)
   }
 
   /** Another frame has come: later chunks belong to no refused gradient any more. */
@@ -212,7 +245,7 @@ export class Reception implements GradientSink {
       const step = run.intake.expect(member, parameter, number)
       return { step, pieces: assembly.accept({ offset, length: data.length }) }
     })
-    const start = (receiver: Receiver) => {
+    const start = (receiver: Receiver): undefined => {
       const incomplete = new IncompleteGradient({ run, member, step, parameter }, { assembly, ...receiver })
       this.#hold(incomplete)
       this.#store(incomplete, { pieces, data })
@@ -227,7 +260,7 @@ export class Reception implements GradientSink {
   #startIn(
     { run, member }: Joined,
     { parameter, step }: { parameter: number; step: Step },
-    start: (receiver: Receiver) => void,
+    start: Start,
   ): Promise<void> | undefined {
     const { name, gradient_bytes } = run.parameter(parameter)
     const of = { parameter, step: step.number }
@@ -237,9 +270,9 @@ export class Reception implements GradientSink {
     run.intake.withdraw(member, parameter)
     const outstanding = this.#parts.answers.outstanding(parameter)
     const receiver = outstanding ? undefined : run.intake.receive(member, parameter, step)
-    if (receiver) return void start(receiver)
+    if (receiver) return start(receiver)
     const region = outstanding ? undefined : tried(() => run.staging.tryReserve(gradient_bytes), lack)
-    if (region) return void start({ region })
+    if (region) return start({ region })
     const reserve = async (): Promise<Receiver | undefined> => {
       const receiver = run.intake.receive(member, parameter, step)
       if (receiver) return receiver
@@ -267,14 +300,14 @@ export class Reception implements GradientSink {
   async #startWhenFree(
     outstanding: Promise<void> | undefined,
     reserve: () => Promise<Receiver | undefined>,
-    start: (receiver: Receiver) => void,
+    start: Start,
   ): Promise<void> {
     await outstanding
     const receiver = await reserve()
     if (receiver === undefined) return
     /* c8 ignore next -- the connection may end in the very turn in which memory is granted */
     if (this.#parts.gone.aborted) return receiver.region.release()
-    start(receiver)
+    await start(receiver)
   }
 
   /** Holds a gradient from its first chunk on. */

@@ -11,7 +11,6 @@ import { checkTag } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
 import { refusalOf } from '../run/history.js'
 import type { Connection } from '../run/members/member.js'
-import type { Run } from '../run/run.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
 import type { CheckpointFrame, ClientFrame, EndFrame, MemberStatus, OpenFrame, TransportAnswer } from '../wire/frame.js'
@@ -65,6 +64,8 @@ export class Session implements Connection, GradientSink {
   #isOpened = false
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
+  /** An `end` waits for those of other members: the socket is read until the next message has come. */
+  #waitsForOthers = false
   /** Of the present turn of the event loop; undefined where it has brought no frame yet. */
   #slice: number | undefined
   #leaving = false
@@ -162,6 +163,7 @@ export class Session implements Connection, GradientSink {
     this.#spend(data.length)
     this.#inbox.push({ bytes: data, binary })
     if (!this.#pumping) void this.#pump()
+    else if (this.#waitsForOthers) this.#pauses.begin('frames')
   }
 
   /**
@@ -175,7 +177,7 @@ export class Session implements Connection, GradientSink {
       try {
         const waits = this.#handle(message.bytes, message.binary)
         if (waits === undefined && performance.now() < this.#sliceEnd) continue
-        this.#pauses.begin('frames')
+        if (!this.#waitsForOthers || this.#inbox.length > 0) this.#pauses.begin('frames')
         await (waits ?? turn())
       } catch (error) {
         isRefused = this.#joined === undefined
@@ -274,7 +276,7 @@ export class Session implements Connection, GradientSink {
     const { chunk_bytes, staging_bytes, max_parameters, idle_seconds } = config
     const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
     const limits = { chunk_bytes, staging_bytes, max_parameters, idle_seconds }
-    const transport = this.#agree(frame, run)
+    const transport = this.#agree(frame, this.#joined)
     const opened = { type: 'opened', ...run.opened(resumed, member), ...transport, limits, server } as const
     this.#changes = new Map()
     if (frame.parameters) this.#send(opened)
@@ -308,10 +310,10 @@ export class Session implements Connection, GradientSink {
   }
 
   /** The transport as `opened` has it; nothing where the client has offered none. */
-  #agree({ transport }: OpenFrame, run: Run): { transport?: TransportAnswer } {
+  #agree({ transport }: OpenFrame, joined: Joined): { transport?: TransportAnswer } {
     if (!transport) return {}
     const { device, metrics, local } = this.#context
-    const { arenas, answer } = agree(transport, { device, run, local })
+    const { arenas, answer } = agree(transport, { device, ...joined, local })
     this.#arenas = arenas
     metrics.transports_total.inc({ kind: answer.kind })
     return { transport: answer }
@@ -339,7 +341,12 @@ export class Session implements Connection, GradientSink {
   }
 
   async #end(joined: Joined, frame: EndFrame): Promise<void> {
-    const isEnded = await this.#ends.take(joined, frame)
+    // Of a socket that is not read nobody sees the end, and others may wait for the member for hours.
+    this.#waitsForOthers = joined.run.intake.gathers
+    if (this.#waitsForOthers && this.#inbox.length === 0) this.#pauses.end('frames')
+    const isEnded = await this.#ends.take(joined, frame).finally(() => {
+      this.#waitsForOthers = false
+    })
     if (isEnded && this.#draining) this.#leave(1012, 'the service shuts down')
   }
 

@@ -4,12 +4,13 @@ import { isBlockDtype } from '../../kernels/dtype.js'
 import type { Device, SharedRegion } from '../device/device.js'
 import type { Region } from '../device/region.js'
 import { errorText } from '../errors.js'
+import type { Member } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import type { TransportAnswer, TransportOffer } from '../wire/frame.js'
 import { mapMemory } from '../wire/shared-memory.js'
 import { layOut, PROOF_BYTES } from '../wire/slots.js'
 
-/** Both arenas of a client, mapped, and where the tensors of its run lie in them. */
+/** Both arenas of a client, mapped, and where the tensors of its run, or a member's parts of them, lie in them. */
 export class SharedArenas {
   readonly #gradients: Arena
   readonly #updates: Arena
@@ -61,8 +62,8 @@ class Arena {
 /** Why an offer is not taken. Its text is told to the client. */
 class Refusal extends Error {}
 
-/** What a transport is agreed on for; `local` says whether the client is on this host. */
-export type Agreement = { device: Device; run: Run; local: boolean }
+/** What a transport is agreed on for: a client that is `member` of a run; `local` says whether it is on this host. */
+export type Agreement = { device: Device; run: Run; member: Member; local: boolean }
 
 /**
  * Takes the first of a client's offers that works: its memory is mapped, and both sides prove that they see the same
@@ -84,9 +85,7 @@ export function agree(
   return { arenas: undefined, answer: { kind: 'websocket', refused } }
 }
 
-function take(offer: TransportOffer, { device, run, local }: Agreement): SharedArenas {
-  if (run.intake.members.layout.named)
-    throw new Refusal('the run has members: each of them sends and receives its ranges over the socket')
+function take(offer: TransportOffer, { device, run, member, local }: Agreement): SharedArenas {
   if (!local) throw new Refusal('the client is on another host: no memory is shared')
   if (offer.nonce.length !== PROOF_BYTES)
     throw new Refusal(`the nonce has ${offer.nonce.length} bytes, expected ${PROOF_BYTES}`)
@@ -94,8 +93,8 @@ function take(offer: TransportOffer, { device, run, local }: Agreement): SharedA
   const inBlocks = parameters.find((one) => isBlockDtype(one.gradient_dtype) || isBlockDtype(one.update_dtype))
   if (inBlocks) throw new Refusal(`the tensors of parameter '${inBlocks.name}' travel in blocks, over the socket alone`)
   const sizes = [
-    parameters.map(({ gradient_bytes }) => gradient_bytes),
-    parameters.map(({ update_bytes }) => update_bytes),
+    parameters.map((parameter) => member.gradient(parameter).bytes),
+    parameters.map((parameter) => member.update(parameter).bytes),
   ]
   const regions: SharedRegion[] = []
   try {
@@ -124,6 +123,10 @@ function map(
   if (kind !== 'cuda-ipc') throw new Refusal(`this service does not know the transport '${kind}'`)
   const handle = handles[which]
   if (gpu === undefined || handle === undefined) throw new Refusal('cuda-ipc needs gpu and two handles')
+  if (run.intake.gathers)
+    throw new Refusal(
+      'the run has members, whose parts come together in memory of the host: they may share that, as shm',
+    )
   const { sharing, name } = device.backend
   if (sharing === undefined) throw new Refusal(`the service computes on ${name}, without kernels that share memory`)
   /* c8 ignore start -- needs a GPU: npm run test:gpu */

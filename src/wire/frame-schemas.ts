@@ -114,6 +114,7 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
       transport: list(offer),
       member: map<MemberDeclaration>({ rank: uint, world_size: uint }, { replica: uint, replicas: uint }),
       quorum: map<Quorum>({ min_replicas: uint, deadline_seconds: float }, {}),
+      weights: { is: 'name', pattern: /^[\x21-\x7e]{1,128}$/ },
     },
   ),
   step: map<StepFrame>(

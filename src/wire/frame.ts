@@ -149,6 +149,8 @@ export type OpenFrame = {
   readonly member?: MemberDeclaration
   /** Left out: a step needs all replicas. */
   readonly quorum?: Quorum
+  /** A digest of the weights that the member begins with. */
+  readonly weights?: string
 }
 
 export type StepFrame = {

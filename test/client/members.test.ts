@@ -1,5 +1,5 @@
 import t from 'tap'
-import type { Parameter, Run } from '../../src/client/client.js'
+import type { Parameter, Run, TransportKind } from '../../src/client/client.js'
 import { gradientsOf, modelOf, randomFrom } from './model.js'
 import { QUICK, startProxy } from './service.js'
 import { clientOf, fresh, STEPS, service } from './trainer.js'
@@ -34,51 +34,57 @@ function put(whole: Float32Array | Uint16Array, values: Float32Array | Uint16Arr
   }
 }
 
-t.test(
-  'members train their ranges to the weights and the digest of one client, over connections that break',
-  async (t) => {
-    const alone = modelOf(fresh())
-    const run = await (await clientOf(t)).open(alone)
-    const name = fresh()
-    const split = cuts(alone.parameters, 3)
-    const members: { run: Run; parameters: Parameter[] }[] = []
-    const first = modelOf(name)
-    for (let rank = 0; rank < WORLD; rank++) {
-      const proxy = await startProxy(service.port, [9_000, 6_000 + 1_000 * rank, 7_000])
-      t.teardown(() => proxy.close())
-      const client = await clientOf(t, { ...QUICK, retries: 30, chunk_bytes: 500 }, proxy.url)
-      const parameters = first.parameters.map((one, i): Parameter => {
-        const ranges = split[i]![rank]!
-        return { ...one, ranges, data: part(one.data, ranges) }
-      })
-      members.push({
-        run: await client.open({ ...first, parameters, member: { rank, world_size: WORLD } }),
-        parameters,
-      })
-    }
-    t.match(
-      members[0]!.run.members,
-      Array.from({ length: WORLD }, (_, rank) => ({ rank })),
-    )
-    t.same(run.members, [])
-    for (let step = 1; step <= STEPS; step++) {
-      const gradients = gradientsOf(alone.parameters, step)
-      const receipt = await run.step(gradients)
-      const receipts = await Promise.all(
-        members.map((member, rank) =>
-          member.run.step(gradients.map((gradient, i) => part(gradient, split[i]![rank]!))),
-        ),
+for (const [transport, budgets] of Object.entries({ websocket: [9_000, 6_000, 7_000], shm: [2_500, 3_000, 3_500] }))
+  t.test(
+    `members train their ranges to what one client comes to, over connections that break (${transport})`,
+    async (t) => {
+      const alone = modelOf(fresh())
+      const run = await (await clientOf(t)).open(alone)
+      const name = fresh()
+      const split = cuts(alone.parameters, 3)
+      const members: { run: Run; parameters: Parameter[] }[] = []
+      const first = modelOf(name)
+      for (let rank = 0; rank < WORLD; rank++) {
+        const proxy = await startProxy(service.port, budgets.slice(rank))
+        t.teardown(() => proxy.close())
+        const client = await clientOf(
+          t,
+          { ...QUICK, retries: 30, chunk_bytes: 500, transport: transport as TransportKind },
+          proxy.url,
+        )
+        const parameters = first.parameters.map((one, i): Parameter => {
+          const ranges = split[i]![rank]!
+          return { ...one, ranges, data: part(one.data, ranges) }
+        })
+        members.push({
+          run: await client.open({ ...first, parameters, member: { rank, world_size: WORLD } }),
+          parameters,
+        })
+      }
+      t.match(
+        members[0]!.run.members,
+        Array.from({ length: WORLD }, (_, rank) => ({ rank })),
       )
-      for (const { digest } of receipts) t.equal(digest, receipt.digest)
-    }
-    for (const [i, { data }] of alone.parameters.entries()) {
-      const whole = data.slice()
-      whole.fill(0)
-      for (const [rank, { parameters }] of members.entries()) put(whole, parameters[i]!.data, split[i]![rank]!)
-      t.same(whole, data)
-    }
-  },
-)
+      t.same(run.members, [])
+      for (const member of members) t.equal(member.run.transport, transport)
+      for (let step = 1; step <= STEPS; step++) {
+        const gradients = gradientsOf(alone.parameters, step)
+        const receipt = await run.step(gradients)
+        const receipts = await Promise.all(
+          members.map((member, rank) =>
+            member.run.step(gradients.map((gradient, i) => part(gradient, split[i]![rank]!))),
+          ),
+        )
+        for (const { digest } of receipts) t.equal(digest, receipt.digest)
+      }
+      for (const [i, { data }] of alone.parameters.entries()) {
+        const whole = data.slice()
+        whole.fill(0)
+        for (const [rank, { parameters }] of members.entries()) put(whole, parameters[i]!.data, split[i]![rank]!)
+        t.same(whole, data)
+      }
+    },
+  )
 
 t.test('QK-clip scales the rows that a member has a part of, by the largest logits of all', async (t) => {
   const groups = [{ name: 'g', algorithm: 'muonclip', lr: 0.01 }]

@@ -47,7 +47,7 @@ t.test('replicas train with the mean of what they send, over connections that br
     const proxy = await startProxy(service.port, [2_500, 2_000 + 300 * replica, 2_700])
     t.teardown(() => proxy.close())
     const parameters = parametersOf()
-    const client = await clientOf(t, { ...QUICK, retries: 30 }, proxy.url)
+    const client = await clientOf(t, { ...QUICK, retries: 30, transport: 'websocket' }, proxy.url)
     const member = { rank: 0, world_size: 1, replica, replicas: 3 }
     replicas.push({ parameters, run: await client.open({ run: name, groups: GROUPS, parameters, member }) })
   }

@@ -314,7 +314,13 @@ t.test('a client on another host is refused whatever it offers', async (t) => {
   const arenas = new Arenas()
   const { client } = await shared(service, 'r', arenas)
   const { device, runs } = service
-  const { answer, arenas: none } = agree([arenas.offer], { device, run: runs.get('r'), local: false })
+  const run = runs.get('r')
+  const { answer, arenas: none } = agree([arenas.offer], {
+    device,
+    run,
+    member: run.intake.members.connected[0]!,
+    local: false,
+  })
   t.same(answer, {
     kind: 'websocket',
     refused: [{ kind: 'shm', reason: 'the client is on another host: no memory is shared' }],

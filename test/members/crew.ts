@@ -1,5 +1,7 @@
 import { isWireDtype, tensorBytes, type WireDtype } from '../../kernels/dtype.js'
-import type { OpenFrame, ParameterDeclaration, ReceiptFrame } from '../../src/wire/frame.js'
+import { bind } from '../../src/client/steps/parameter.js'
+import { Arenas } from '../../src/client/transport/arenas.js'
+import type { OpenFrame, ParameterDeclaration, ReceiptFrame, UpdatesFrame } from '../../src/wire/frame.js'
 import { Extent, type Range, Ranges } from '../../src/wire/ranges.js'
 import { bytesOf, normal, RawClient } from '../service.js'
 
@@ -47,13 +49,14 @@ function dtypeOf(declared: ParameterDeclaration, key: 'gradient_dtype' | 'update
 
 export const bytesOfUpdate = (one: ParameterDeclaration) => tensorBytes(dtypeOf(one, 'update_dtype'), elementsOf(one))
 
-/** `among`: which replica the member is of, of how many. */
+/** `among`: which replica the member is of, of how many; `shares`: whether its tensors lie in shared memory. */
 export type MateOptions = {
   model: Model
   split: Split
   rank: number
   among?: { replica: number; replicas: number }
   quorum?: NonNullable<OpenFrame['quorum']>
+  shares?: boolean
 }
 
 /** One member of a run as a client: it sends its elements of whole gradients, and puts its elements of updates down. */
@@ -63,10 +66,11 @@ export class Mate {
   readonly #url: string
   readonly #model: Model
   readonly #split: Split
+  readonly arenas: Arenas | undefined
   client!: RawClient
   opened!: Awaited<ReturnType<RawClient['open']>>
 
-  constructor(url: string, run: string, { model, split, rank, among, quorum }: MateOptions) {
+  constructor(url: string, run: string, { model, split, rank, among, quorum, shares = false }: MateOptions) {
     this.#url = url
     this.#model = model
     this.#split = split
@@ -74,12 +78,17 @@ export class Mate {
     const world_size = split[0]!.length
     const parameters = model.parameters.map((one, i) => ({ ...one, ranges: split[i]![rank]! }))
     const member = { rank, world_size, ...among }
+    const bound = bind(parameters.map((one) => ({ ...one, data: new Float32Array(0) })))
+    this.arenas = shares ? new Arenas(bound) : undefined
     this.frame = { type: 'open', protocol: 1, run, ...model, parameters, member, ...(quorum && { quorum }) }
   }
 
   async open(keys: Partial<OpenFrame> = {}): Promise<this> {
     this.client = await RawClient.connect(this.#url)
-    this.opened = await this.client.open({ ...this.frame, ...keys })
+    const transport = this.arenas && [this.arenas.offer()]
+    this.opened = await this.client.open({ ...this.frame, ...(transport && { transport }), ...keys })
+    /* c8 ignore next 2 -- fails the test */
+    if (this.arenas && this.opened.transport?.kind !== 'shm') throw new Error(JSON.stringify(this.opened.transport))
     return this
   }
 
@@ -99,7 +108,24 @@ export class Mate {
 
   /** Sends its part of a whole gradient. */
   send(parameter: number, step: number, values: Float32Array | Uint8Array, chunk?: number): void {
-    this.client.gradient(parameter, step, { values, extent: this.extent(parameter), ...(chunk && { chunk }) })
+    const extent = this.extent(parameter)
+    if (!this.arenas) return this.client.gradient(parameter, step, { values, extent, ...(chunk && { chunk }) })
+    this.#put(this.arenas, parameter, values)
+    this.client.send({ type: 'gradients', step, parameters: [parameter] })
+  }
+
+  /** Puts its part of each whole gradient into the memory that it shares. */
+  put(gradients: readonly (Float32Array | Uint8Array)[]): void {
+    for (const [parameter, values] of gradients.entries()) this.#put(this.arenas!, parameter, values)
+  }
+
+  #put(arenas: Arenas, parameter: number, values: Float32Array | Uint8Array): void {
+    const [bytes, extent] = [bytesOf(values), this.extent(parameter)]
+    let done = 0
+    for (const { offset, length } of extent.pieces(0, extent.bytes)) {
+      arenas.gradient(parameter).set(bytes.subarray(offset, offset + length), done)
+      done += length
+    }
   }
 
   end(step: number, skipped?: readonly number[], weight?: number): void {
@@ -111,6 +137,10 @@ export class Mate {
     for (;;) {
       const frame = await this.client.next()
       if (frame.type === 'receipt') return frame
+      if (frame.type === 'updates') {
+        this.#take(frame)
+        continue
+      }
       /* c8 ignore next -- fails the test */
       if (frame.type !== 'members') throw new Error(`rank ${this.rank} was sent ${JSON.stringify(frame)}`)
     }
@@ -123,6 +153,25 @@ export class Mate {
       if (frame.type === 'error') return frame
       /* c8 ignore next -- fails the test */
       if (frame.type !== 'members') throw new Error(`rank ${this.rank} was sent ${JSON.stringify(frame)}`)
+    }
+  }
+
+  /** Its memory is given back; the connection, too. */
+  async close(): Promise<void> {
+    await this.client.close()
+    this.arenas?.close()
+  }
+
+  /** Updates in shared memory, as the socket would have brought them. */
+  #take({ parameters, ...lists }: UpdatesFrame): void {
+    for (const [i, parameter] of parameters.entries()) {
+      const one = (key: 'scale' | 'decay' | 'gradient_norm' | 'update_rms') => lists[key][i]!
+      const factors = { scale: one('scale'), decay: one('decay') }
+      const measured = { gradient_norm: one('gradient_norm'), update_rms: one('update_rms') }
+      const row_scale = lists.row_scale?.[parameter]
+      const data = Buffer.from(this.arenas!.update(parameter))
+      const update = { ...factors, ...measured, data, replayed: lists.replayed }
+      this.client.updates.set(parameter, { ...update, ...(row_scale && { row_scale: Buffer.from(row_scale) }) })
     }
   }
 
@@ -152,8 +201,9 @@ export class Crew {
     this.mates = mates
   }
 
-  static async open(url: string, run: string, { model, split }: { model: Model; split: Split }): Promise<Crew> {
-    const mates = split[0]!.map((_, rank) => new Mate(url, run, { model, split, rank }))
+  static async open(url: string, run: string, options: Omit<MateOptions, 'rank'>): Promise<Crew> {
+    const { model, split } = options
+    const mates = split[0]!.map((_, rank) => new Mate(url, run, { ...options, rank }))
     for (const mate of mates) await mate.open()
     return new Crew(model, mates)
   }
@@ -176,7 +226,7 @@ export class Crew {
   }
 
   async close(): Promise<void> {
-    for (const { client } of this.mates) await client.close()
+    for (const mate of this.mates) await mate.close()
   }
 }
 

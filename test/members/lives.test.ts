@@ -1,5 +1,4 @@
 import t from 'tap'
-import type { OpenFrame } from '../../src/wire/frame.js'
 import { normal, RawClient, startService, turn, until } from '../service.js'
 import { alone, byColumns, Crew, evenly, gradientsOf, Mate, MODEL } from './crew.js'
 
@@ -295,15 +294,27 @@ t.test('REST, events and metrics tell who is there, and for whom the others wait
   await service.app.close()
 })
 
-t.test('members share no memory: their offers are refused with the reason', async (t) => {
+t.test('a member that is lost behind its end is missed, and its end with it', async (t) => {
   const service = await startService()
-  const mate = new Mate(service.url, 'sharing', { model: MODEL, split: evenly(MODEL, 2), rank: 0 })
-  const transport: OpenFrame['transport'] = [
-    { kind: 'shm', nonce: new Uint8Array(32), process: 1, descriptors: [3, 4] },
-  ]
-  await mate.open({ transport })
-  t.match(mate.opened.transport, { kind: 'websocket', refused: [{ kind: 'shm', reason: /the run has members/ }] })
-  await mate.client.close()
+  const crew = await Crew.open(service.url, 'behind', { model: MODEL, split: evenly(MODEL, 2) })
+  const [zero, one] = crew.mates as [Mate, Mate]
+  const isTold = async () =>
+    t.match(await one.client.expect('members'), { members: [{ rank: 0, connected: false }] }, 'the other is told')
+  for (const parameter of zero.own) zero.send(parameter, 1, STEPS[0]![parameter]!)
+  zero.end(1)
+  await zero.client.close()
+  await isTold()
+  await zero.open({ groups: undefined, parameters: undefined })
+  t.match(await one.client.expect('members'), { members: [{ rank: 0, connected: true }] })
+  zero.end(1, [0, 1, 2, 3, 4])
+  await until(() => service.runs.get('behind').intake.ended.length === 1)
+  zero.client.socket.terminate()
+  await isTold()
+  t.same(service.runs.get('behind').intake.ended, [])
+  await zero.open({ takeover: true, groups: undefined, parameters: undefined })
+  const { receipts } = await crew.step(1, STEPS[0]!)
+  t.match(receipts, [{ applied: 5 }, { applied: 5 }])
+  await crew.close()
   await service.app.close()
 })
 

@@ -33,6 +33,8 @@ const plan = fc.record({
   losses: fc.array(fc.record({ rank: fc.nat(7), after: fc.nat(8), step: fc.constantFrom(1, 2) }), { maxLength: 4 }),
   reversed: fc.array(fc.boolean(), { minLength: 8, maxLength: 8 }),
   chunk: fc.constantFrom(4, 20, 1024),
+  /** The members whose tensors lie in shared memory. */
+  shares: fc.array(fc.boolean(), { minLength: 8, maxLength: 8 }),
 })
 type Plan = typeof plan extends fc.Arbitrary<infer P> ? P : never
 
@@ -80,7 +82,7 @@ for (const durability of ['checkpoint', 'journal'] as const) {
       const split = splitOf(plan)
       const mates = Array.from(
         { length: plan.world_size },
-        (_, rank) => new Mate(service.url, run, { model: MODEL, split, rank }),
+        (_, rank) => new Mate(service.url, run, { model: MODEL, split, rank, shares: plan.shares[rank] }),
       )
       for (const mate of mates) await mate.open()
       for (const step of [1, 2]) {
@@ -93,7 +95,7 @@ for (const durability of ['checkpoint', 'journal'] as const) {
           if (Buffer.compare(bytes, updates[i]!) !== 0) throw new Error(`update ${i} of step ${step} differs`)
       }
       if (Buffer.compare(body(await state(run)), body(expected)) !== 0) throw new Error('the state differs')
-      for (const { client } of mates) await client.close()
+      for (const mate of mates) await mate.close()
       await fetch(`${service.http}/v1/runs/${run}`, { method: 'DELETE' })
     })
     await t.resolves(fc.assert(property, { seed: 5, numRuns: durability === 'journal' ? 25 : 60 }))

@@ -282,3 +282,43 @@ t.test('max_logits are the largest of the contributors', async (t) => {
   t.same(troop[2]![1]!.client.updates.get(0)!.data, troop[0]![1]!.client.updates.get(0)!.data)
   for (const { client } of troop.flat()) client.socket.terminate()
 })
+
+t.test('a replica that begins with other weights is refused, and told what to do', async (t) => {
+  const troop = troopOf(service.url, 'digests', { model: MODEL, split: SPLIT, replicas: 2 })
+  const [[zero, one], [other, last]] = troop as [[Mate, Mate], [Mate, Mate]]
+  await zero.open({ weights: 'aa' })
+  await one.open({ weights: 'bb' })
+  const client = await RawClient.connect(service.url)
+  client.send({ ...other.frame, weights: 'cc' })
+  const message =
+    /replica 1 begins with other weights than replica 0: at rank 0 their digests are cc and aa; give all replicas the same/
+  t.match(await client.expect('error'), { code: 'RUN_MISMATCH', message })
+  await client.close()
+  await other.open({ weights: 'aa' })
+  await last.open()
+  await zero.open({ takeover: true, weights: 'aa' })
+  for (const replica of troop) send(replica, 1, { gradients: SENT[0]![0]! })
+  await receipts(troop.flat())
+  // The weights have moved: what is said of them now is not of the same step.
+  await other.open({ takeover: true, weights: 'dd' })
+  await closeTroop(troop)
+})
+
+t.test('the weights of a replica that has left count no more', async (t) => {
+  const troop = troopOf(service.url, 'left', { model: MODEL, split: evenly(MODEL, 1), replicas: 3 })
+  const [[first], [second], [third]] = troop as [[Mate], [Mate], [Mate]]
+  await first.open({ weights: 'aa' })
+  await second.open()
+  await first.close()
+  t.match(await second.client.expect('members'), { members: [{ replica: 0, connected: false }] })
+  await third.open({ weights: 'bb' })
+  await second.close()
+  await third.close()
+})
+
+t.test('weights are those of a member', async (t) => {
+  const client = await RawClient.connect(service.url)
+  client.send({ type: 'open', protocol: 1, run: 'alone', ...MODEL, weights: 'aa' })
+  t.match(await client.expect('error'), { code: 'PARAMETER_INVALID', message: /give member as well/ })
+  await client.close()
+})

@@ -23,6 +23,8 @@ const plan = fc.record({
   losses: fc.array(fc.record({ id: fc.nat(8), after: fc.nat(8), step: fc.constantFrom(1, 2) }), { maxLength: 3 }),
   reversed: fc.array(fc.boolean(), { minLength: 9, maxLength: 9 }),
   chunk: fc.constantFrom(4, 20, 1024),
+  /** The members whose tensors lie in shared memory. */
+  shares: fc.array(fc.boolean(), { minLength: 9, maxLength: 9 }),
 })
 type Plan = typeof plan extends fc.Arbitrary<infer P> ? P : never
 
@@ -84,7 +86,7 @@ for (const durability of ['checkpoint', 'journal'] as const) {
       const expected = await reference(plan)
       const run = randomUUID()
       const split = (plan.how === 'rows' ? evenly : byColumns)(MODEL, plan.world_size)
-      const troop = await openTroop(service.url, run, { model: MODEL, split, replicas: plan.replicas })
+      const troop = await openTroop(service.url, run, { model: MODEL, split, ...plan })
       for (const step of [1, 2]) {
         const digests = await takeStep(troop, step, plan)
         const { digest, updates } = expected[step - 1]!

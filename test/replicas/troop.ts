@@ -6,12 +6,18 @@ export type TroopOptions = {
   split: Split
   replicas: number
   quorum?: { min_replicas: number; deadline_seconds: number }
+  /** Whether the tensors of a member lie in shared memory, by its number among all; left out, of none. */
+  shares?: readonly boolean[]
 }
 
 /** The members of a run with replicas, replica after replica; none is open yet. */
-export function troopOf(url: string, run: string, { model, split, replicas, quorum }: TroopOptions): Mate[][] {
+export function troopOf(url: string, run: string, { replicas, shares = [], ...options }: TroopOptions): Mate[][] {
+  const world_size = options.split[0]!.length
   return Array.from({ length: replicas }, (_, replica) =>
-    split[0]!.map((_, rank) => new Mate(url, run, { model, split, rank, among: { replica, replicas }, quorum })),
+    options.split[0]!.map((_, rank) => {
+      const among = { replica, replicas }
+      return new Mate(url, run, { ...options, rank, among, shares: shares[replica * world_size + rank] })
+    }),
   )
 }
 
@@ -46,5 +52,5 @@ export function updatesOf(replica: readonly Mate[], model: Model): Uint8Array[] 
 }
 
 export async function closeTroop(troop: readonly (readonly Mate[])[]): Promise<void> {
-  for (const { client } of troop.flat()) await client.close()
+  for (const mate of troop.flat()) await mate.close()
 }

@@ -69,14 +69,26 @@ def together(work: Sequence[Callable[[], Any]]) -> list[Any]:
         return [future.result() for future in [pool.submit(each) for each in work]]
 
 
-@pytest.mark.parametrize("budgets", [(), (9_000, 12_000, 15_000)])
+@pytest.mark.parametrize(
+    ("transports", "budgets"),
+    [
+        (["websocket"] * WORLD, ()),
+        (["websocket"] * WORLD, (9_000, 12_000, 15_000)),
+        (["shm", "websocket", "shm"], ()),
+        (["shm"] * WORLD, (2_900, 3_300, 3_700)),
+    ],
+)
 def test_members_train_as_one(
-    shared: Service, proxy: Callable[..., Proxy], name: str, budgets: tuple[int, ...]
+    shared: Service, proxy: Callable[..., Proxy], name: str, transports: list[str], budgets: tuple[int, ...]
 ) -> None:
     trainer = Trainer()
     cuts = cuts_of(len(budgets))
-    urls = [proxy(shared.port, list(budgets[rank:])).url if budgets else shared.url for rank in range(WORLD)]
-    mates = [Mate(urls[rank], name, rank, cuts, retries=30, chunk_bytes=1_001) for rank in range(WORLD)]
+    proxies = [proxy(shared.port, list(budgets[rank:])) for rank in range(WORLD)]
+    mates = [
+        Mate(each.url, name, rank, cuts, retries=30, chunk_bytes=1_001, transport=transports[rank])
+        for rank, each in enumerate(proxies)
+    ]
+    assert [mate.run.transport for mate in mates] == transports
     with trainer.open(shared.url, f"{name}-alone") as alone:
         for step in range(1, STEPS + 1):
             gradients = trainer.gradients(step)
@@ -84,6 +96,7 @@ def test_members_train_as_one(
             assert together([partial(mate.step, gradients) for mate in mates]) == [expected] * WORLD
         assert alone.members == {}
     assert mates[0].run.members.keys() == {0, 1, 2}
+    assert sum(each.connections for each in proxies) > WORLD or not budgets
     for key, whole in trainer.weights.items():
         got = np.zeros_like(whole)
         for mate in mates:
@@ -138,8 +151,6 @@ def test_what_does_not_fit_is_told(shared: Service, name: str) -> None:
         Parameter("w", "g", np.zeros(3, np.float32), ranges=[(0, 3)]).declaration()
     parameters = [Parameter("w", "g", np.zeros(3, np.float32), (4,), ranges=[(0, 3)])]
     groups = [{"name": "g", "algorithm": "sgd", "lr": 1.0}]
-    with pytest.raises(ValueError, match="share no memory"):
-        muond.open_run(shared.url, run=name, parameters=parameters, groups=groups, member=(0, 1), transport="shm")
     with muond.open_run(shared.url, run=name, parameters=parameters, groups=groups, member=(0, 1), retries=0) as run:
         with pytest.raises(MuondError, match=r"has shape \[4\], expected \[3\]"):
             run.step([np.ones(4, np.float32)])

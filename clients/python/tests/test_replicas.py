@@ -76,7 +76,7 @@ def test_replicas_train_with_the_mean_over_connections_that_break(
 ) -> None:
     sole = Replica(shared.url, f"{name}-alone", None)
     urls = [proxy(shared.port, [2_600, 2_200 + 300 * replica]).url for replica in range(3)]
-    replicas = [Replica(url, name, Member(0, 1, r, 3), retries=30) for r, url in enumerate(urls)]
+    replicas = [Replica(url, name, Member(0, 1, r, 3), retries=30, transport="websocket") for r, url in enumerate(urls)]
     assert replicas[2].run.members[2, 0]
     for step in (1, 2, 3):
         sent = [gradients(r, step) for r in range(3)]

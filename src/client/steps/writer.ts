@@ -172,7 +172,7 @@ export class Writer {
    * run has come from.
    */
   #resuming(): OpenFrame {
-    const { groups, checkpoint, from, ...frame } = this.#frame
+    const { groups, checkpoint, from, weights, ...frame } = this.#frame
     return { ...frame, mode: 'resume', takeover: true }
   }
 

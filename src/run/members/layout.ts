@@ -3,7 +3,7 @@ import { ServiceError } from '../../errors.js'
 import type { Parameter } from '../../optimizer/parameter.js'
 import type { Quorum } from '../../wire/frame.js'
 import type { Ranges } from '../../wire/ranges.js'
-import type { Position, Seat } from './member.js'
+import { memberId, type Position, type Seat } from './member.js'
 import { Ranks } from './ranks.js'
 
 type LayoutOptions = { seat: Seat | undefined; before?: Layout }
@@ -17,6 +17,8 @@ export class Layout {
   /** When a step may be closed without all replicas; undefined: never. */
   readonly quorum: Quorum | undefined
   readonly #ranks: readonly Ranks[]
+  /** What connected members have said of the weights that they begin with, by their numbers. */
+  readonly #weights = new Map<number, string>()
 
   /** Of the members that a seat speaks of, undefined for the only one. What it leaves out is as it was `before`. */
   constructor(parameters: readonly Parameter[], { seat, before }: LayoutOptions) {
@@ -63,9 +65,28 @@ export class Layout {
     yield* this.ranks(replica).checking(seat)
   }
 
+  /** Throws RUN_MISMATCH where a member begins with other weights than the same rank of another replica. */
+  checkWeights({ rank, replica = 0, weights }: Seat): void {
+    if (weights === undefined) return
+    for (let other = 0; other < this.replicas; other++) {
+      const theirs = this.#weights.get(memberId({ rank, world_size: this.world_size, replica: other }))
+      if (other === replica || theirs === undefined || theirs === weights) continue
+      const message = `replica ${replica} begins with other weights than replica ${other}: at rank ${rank} their digests are ${weights} and ${theirs}`
+      const remedy =
+        'give all replicas the same before they open the run: broadcast those of replica 0, or load one file'
+      throw new ServiceError('RUN_MISMATCH', `${message}; ${remedy}`)
+    }
+  }
+
+  /** A member has lost its connection. */
+  leave(id: number): void {
+    this.#weights.delete(id)
+  }
+
   /** Takes a seat over, which `checking` has found to fit. */
   declare(seat: Seat): Seat {
-    const { rank, replica = 0 } = seat
+    const { rank, replica = 0, weights } = seat
+    if (weights !== undefined) this.#weights.set(memberId(seat), weights)
     const ranges: readonly Ranges[] | undefined = this.ranks(replica).declare(seat)
     return { rank, replica, world_size: this.world_size, replicas: this.replicas, ...(ranges && { ranges }) }
   }

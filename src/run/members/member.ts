@@ -18,10 +18,14 @@ export type Connection = {
 export type Position = MemberDeclaration
 
 /**
- * The place of a member in a run: `ranges` are its elements of each parameter, left out where it has all of them, and
- * `quorum` is what it asks for.
+ * The place of a member in a run: `ranges` are its elements of each parameter, left out where it has all of them,
+ * `quorum` is what it asks for, and `weights` a digest of those that it begins with.
  */
-export type Seat = Position & { readonly ranges?: readonly Ranges[]; readonly quorum?: Quorum }
+export type Seat = Position & {
+  readonly ranges?: readonly Ranges[]
+  readonly quorum?: Quorum
+  readonly weights?: string
+}
 
 /** The number of a member among all of its run, replica after replica. */
 export function memberId({ rank, world_size, replica = 0 }: Position): number {

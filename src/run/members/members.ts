@@ -112,6 +112,7 @@ export class Members {
   leave(member: Member): boolean {
     if (this.#connected.get(member.id) !== member) return false
     this.#connected.delete(member.id)
+    this.#layout.leave(member.id)
     this.#tell(member, false)
     if (this.#connected.size === 0) this.#idleSince = performance.now()
     return true

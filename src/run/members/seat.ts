@@ -17,14 +17,15 @@ const MOST_SECONDS = 86_400
  * time.
  */
 export function* seatOf(
-  { member, quorum, parameters: given }: OpenFrame,
+  { member, quorum, weights, parameters: given }: OpenFrame,
   parameters: readonly Parameter[],
 ): Generator<undefined, Seat | undefined> {
   if (quorum) checkQuorum(quorum, member)
+  if (weights !== undefined && !member) throw invalid('weights is of a member of a run: give member as well')
   if (!member) return refuseRanges(given)
   checkPosition(member)
   const { rank } = member
-  const seat = { ...member, ...(quorum && { quorum }) }
+  const seat = { ...member, ...(quorum && { quorum }), ...(weights && { weights }) }
   if (!given) return seat
   checkCount(given)
   const ranges: Ranges[] = []

@@ -55,6 +55,11 @@ export class Intake {
     return this.#replicas !== undefined
   }
 
+  /** Whether gradients are put together from the parts that several members send. */
+  get gathers(): boolean {
+    return this.members.layout.named
+  }
+
   /**
    * Makes the memory ready in which the members of a layout put their gradients together, and the device. Throws
    * OVER_CAPACITY with the bytes.

@@ -55,6 +55,7 @@ def open_run(
     attentions: Sequence[Mapping[str, Any]] | None = None,
     member: Member | tuple[int, int] | None = None,
     quorum: Quorum | tuple[int, float] | None = None,
+    weights: str | None = None,
     takeover: bool = False,
     checkpoint: str | None = None,
     branch_of: tuple[str, str] | None = None,
@@ -73,9 +74,10 @@ def open_run(
     """Opens a run, on a connection of its own; its updates are applied to each parameter's ``data``, in place.
 
     ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
-    ``member``: (rank, world size) of a run with many members, of which each sends and receives the ``ranges`` of each parameter;
-    their tensors go over the socket. A ``Member`` may be of one of several replicas, whose steps are made with the mean of what
-    they send; ``quorum``, a ``Quorum``, says when a step may be closed without all of them.
+    ``member``: (rank, world size) of a run with many members, of which each sends and receives the ``ranges`` of each
+    parameter. A ``Member`` may be of one of several replicas, whose steps are made with the mean of what
+    they send; ``quorum``, a ``Quorum``, says when a step may be closed without all of them. ``weights``: a digest of the weights that a
+    replica begins with, of the caller's choice; with another one than those of other replicas it is refused (RUN_MISMATCH).
     ``groups``: maps of ``name``, ``algorithm`` or ``preset``, and hyperparameters. ``checkpoint``: with ``resume``, go back to it.
     ``branch_of``: (another run of the service, a checkpoint of that by id or tag); a new run begins with its state, step and digest,
     and the weights must be those of that step.
@@ -97,6 +99,7 @@ def open_run(
         "attentions": None if attentions is None else [dict(attention) for attention in attentions],
         "member": None if member is None else Member(*member).declaration(),
         "quorum": None if quorum is None else Quorum(*quorum)._asdict(),
+        "weights": weights,
         "takeover": takeover or None,
         "checkpoint": checkpoint,
         "from": None if branch_of is None else {"run": branch_of[0], "checkpoint": branch_of[1]},
@@ -106,7 +109,7 @@ def open_run(
     is_default = mode == "create_or_resume"
     frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "create" if branch_of and is_default else mode}
     frame.update({key: value for key, value in given.items() if value is not None})
-    reason = _shares_nothing(declared, member)
+    reason = _shares_nothing(declared)
     if reason is not None:
         if transport not in ("auto", "websocket"):
             raise ValueError(f"transport={transport!r} is not possible: {reason}")
@@ -507,10 +510,8 @@ class Run:
             raise MuondError("STEP_INCOMPLETE", message, ErrorFields(step=step.number))
 
 
-def _shares_nothing(declared: Sequence[Mapping[str, Any]], member: Member | tuple[int, int] | None) -> str | None:
+def _shares_nothing(declared: Sequence[Mapping[str, Any]]) -> str | None:
     """Why the tensors of a run can go over the socket alone; None where they can be shared."""
-    if member is not None:
-        return "members of a run share no memory with the service"
     in_blocks = [one["name"] for one in declared if one["gradient_dtype"] in BLOCKS or one["update_dtype"] in BLOCKS]
     return f"the tensors of '{in_blocks[0]}' travel in blocks, which share no memory" if in_blocks else None
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 import muond.torch
 from muond import MuondError
+from muond.torch import parts
 
 WIDTH = 6
 
@@ -119,6 +118,7 @@ def main(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> Non
         skip_nan(module, muon, is_bad=rank == 1)
     digests = train(module, muon, range(*given["steps"]), share=float(rank == 0))
     state = whole(module)
+    assert muon.run.transport == "shm"
     muon.close()
     if rank == 0:
         torch.save(state, weights)
@@ -243,28 +243,93 @@ def policies(rank: int, world_size: int, folder: Path, given: dict[str, Any]) ->
     (folder / "policies.json").write_text(json.dumps(list(POLICIES)))
 
 
+class Whole(torch.nn.Module):
+    """Parameters that are cut, that have one owner because they are small, and one that does not lie row after row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.wide = torch.nn.Linear(WIDTH, 3001)
+        self.narrow = torch.nn.Linear(3001, WIDTH, bias=False)
+        self.turned = torch.nn.Parameter(torch.randn(1, WIDTH, 3000).transpose(1, 2)[0].t())
+        self.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.wide(x))
+        return (self.narrow(hidden) + hidden[:, 1:] @ self.turned.t()).sum(1, keepdim=True)
+
+
+def whole_optimizer(module: torch.nn.Module, url: str, run: str, **options: Any) -> muond.torch.Optimizer:
+    groups = [
+        {"parameters": ["*.weight", "turned"], "algorithm": "muon", "lr": 0.02, "name": "matrices"},
+        {"parameters": ["*.bias", "frozen"], "algorithm": "adamw", "lr": 0.01, "name": "rest"},
+    ]
+    given = {"url": url, "run": run, "gradient_dtype": "float32", "update_dtype": "float32", **options}
+    return muond.torch.Optimizer(module.named_parameters(), groups, **given)
+
+
+def fail_once(run: muond.Run) -> None:
+    """The next ``end`` is not sent."""
+    end = run.end
+
+    def fail(**_: Any) -> None:
+        run.end = end  # type: ignore[method-assign]
+        raise MuondError("CONNECTION_LOST", "lost on the way")
+
+    run.end = fail  # type: ignore[method-assign, assignment]
+
+
 def parallel(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
-    """DistributedDataParallel: each process has the whole model, and the mean of all gradients."""
-    module = model()
+    """DistributedDataParallel: each process has the whole model and the mean of all gradients, and sends its part of that."""
+    module = Whole()
+    options = {} if given["found"] else {"process_group": dist.group.WORLD}
+    muon = whole_optimizer(module, given["url"], given["run"], **options)
+    # After the optimizer, as Accelerate has it.
     ddp = torch.nn.parallel.DistributedDataParallel(module)
-    muon = optimizer(module, given["url"], given["run"], process_group=dist.group.WORLD)
-    digests = train(ddp, muon, range(*given["steps"]), share=float(world_size) if rank == 0 else 0.0)
-    torch.save((digests, whole(module), muon.state_dict()), folder / f"parallel-{rank}.pt")
+    first, stop = given["steps"]
+    share = float(world_size) if rank == 0 else 0.0
+    digests = train(ddp, muon, range(first, stop - 1), share=share)
+    run = muon.run
+    assert run.members == dict.fromkeys(range(world_size), True)
+    assert run.transport == "shm"
+    sent = sum(parameter.gradient_bytes for parameter in run.parameters)
+    state = muon.state_dict()
+    if rank == 1:
+        fail_once(run)
+        with pytest.raises(MuondError, match="lost on the way"):
+            train(ddp, muon, range(stop - 1, stop), share=share)
+        # The others wait for this one to take the step again.
+        digests.append((stop - 1, muon.step().digest))
+    else:
+        digests += train(ddp, muon, range(stop - 1, stop), share=share)
+    torch.save((digests, whole(module), state, sent), folder / f"parallel-{world_size}-{rank}.pt")
     muon.close()
 
 
-WORK: dict[str, Callable[..., None]] = {
-    "main": main,
-    "hybrid": hybrid,
-    "parallel": parallel,
-    "checkpointed": checkpointed,
-    "policies": policies,
-}
+def first_alone(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """One rank has the optimizer: it says so, or is told that the others have none."""
+    parts.MEETING_SECONDS = 1
+    module = Whole()
+    ddp = torch.nn.parallel.DistributedDataParallel(module)
+    backward(ddp, 1)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"whose ranks \[1\] have taken no step.*process_group=False"):
+            whole_optimizer(module, given["url"], f"{given['run']}-told").step()
+        alone = whole_optimizer(module, given["url"], given["run"], process_group=False)
+        assert alone.step().step == 1
+        assert alone.run.members == {}
+        alone.close()
+    dist.barrier()
 
-if __name__ == "__main__":
-    # Processes take a while to start: they do one piece of work after the other.
-    rank, world_size, folder, works = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
-    join(rank, world_size, folder / f"meeting-{world_size}-{sys.argv[5]}")
-    for what, given in works.items():
-        WORK[what](rank, world_size, folder, given)
-    dist.destroy_process_group()
+
+def differing(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:
+    """Each rank has an optimizer of other parameters, as ZeroRedundancyOptimizer makes it: each has a run of its own."""
+    module = Whole()
+    ddp = torch.nn.parallel.DistributedDataParallel(module)
+    backward(ddp, 1)
+    own = [module.wide.weight, module.narrow.weight][rank]
+    muon = muond.torch.Muon([("w", own)], url=given["url"], run=f"{given['run']}-{rank}")
+    assert muon.step().applied == 1
+    assert muon.run.members == {}
+    muon.close()
+    dist.barrier()

@@ -368,3 +368,21 @@ def test_replicas_that_cannot_be_are_refused(shared: Service) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             DiLoCo(model, adamw(model), url=shared.url, **options)  # type: ignore[arg-type]
+
+
+def test_a_replica_that_begins_with_other_weights_is_refused(shared: Service, name: str) -> None:
+    (_, first), (model, second) = replicas_of(2, shared.url, name)
+    other = net()
+    nn.init.zeros_(other[0].bias)
+    third = DiLoCo(other, adamw(other), 2, replica=1, replicas=2, url=shared.url, run=name)
+    first.outer.open()
+    with pytest.raises(
+        MuondError, match=r"replica 1 begins with other weights than replica 0.*broadcast.*file \["
+    ) as caught:
+        third.outer.open()
+    assert caught.value.code == "RUN_MISMATCH"
+    # torch.distributed.broadcast, or a file.
+    model.load_state_dict(copy.deepcopy(net().state_dict()))
+    second.outer.open()
+    for optimizer in (first, second, third):
+        optimizer.close()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import sharded
 import torch
 import torch.distributed as dist
+from processes import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -23,11 +21,12 @@ from muond import Parameter
 from muond.steps.parameter import Bound
 from muond.steps.ranges import Ranges
 from muond.steps.updates import Update
+from muond.torch import parts
 from muond.torch.apply import Views, apply_updates
 from muond.torch.copies import Copies, told
 from muond.torch.ranks import Ranks
 from muond.torch.shards import local, ranges_of
-from muond.torch.slots import Slot
+from muond.torch.slots import Slot, make_slots
 from muond.torch.state.place import Followed
 from service import Service
 
@@ -40,33 +39,18 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def run_ranks(world_size: int, folder: Path, works: dict[str, dict[str, Any]]) -> None:
-    """Runs functions of sharded.py in so many processes. A rank that fails shows what it wrote."""
-    meeting = secrets.token_hex(4)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, sharded.__file__, str(rank), str(world_size), str(folder), json.dumps(works), meeting],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    written = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(written)
-
-
 @pytest.fixture(scope="module")
 def done(shared: Service, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of what two processes, and then four, have done."""
+    """The folder of what four processes have done after what two had begun."""
     folder = tmp_path_factory.mktemp("ranks")
 
-    def given(work: str, first: int, last: int, **more: Any) -> dict[str, dict[str, Any]]:
-        return {work: {"url": shared.url, "run": f"sharded-{work}-{first}", "steps": [first, last + 1], **more}}
+    def given(work: str, first: int, last: int, **more: Any) -> dict[str, Any]:
+        return {"url": shared.url, "run": f"sharded-{work}-{first}", "steps": [first, last + 1], **more}
 
-    two = given("policies", 1, 4) | given("parallel", 1, 5) | given("checkpointed", 1, 3, hybrid=False)
-    run_ranks(2, folder, two)
-    run_ranks(4, folder, given("checkpointed", 4, 6, hybrid=True) | given("hybrid", 1, 50))
+    run_ranks(2, folder, sharded.policies, given("policies", 1, 4))
+    run_ranks(2, folder, sharded.checkpointed, given("checkpointed", 1, 3, hybrid=False))
+    run_ranks(4, folder, sharded.checkpointed, given("checkpointed", 4, 6, hybrid=True))
+    run_ranks(4, folder, sharded.hybrid, given("hybrid", 1, 50))
     return folder
 
 
@@ -80,7 +64,7 @@ def test_ranks_train_as_one_process_and_resume_with_another_number(shared: Servi
         last = {1: 4, 4: 6, 6: 9}[first]
         mode = "create" if first == 1 else "resume"
         given = {"url": shared.url, "run": name, "mode": mode, "steps": [first, last]}
-        run_ranks(world_size, tmp_path, {"main": given})
+        run_ranks(world_size, tmp_path, sharded.main, given)
         digests += json.loads((tmp_path / "digests.json").read_text())
     assert [tuple(one) for one in digests] == expected
     got = torch.load(tmp_path / "weights.pt")
@@ -116,24 +100,38 @@ def test_policies_of_fsdp_frozen_and_tied_parameters(done: Path) -> None:
     assert json.loads((done / "policies.json").read_text()) == list(sharded.POLICIES)
 
 
-def test_processes_with_whole_models_have_one_run(shared: Service, name: str, done: Path) -> None:
-    module = sharded.model()
-    muon = sharded.optimizer(module, shared.url, f"{name}-alone")
+@pytest.mark.parametrize(("world_size", "found"), [(2, False), (4, True)])
+def test_processes_with_whole_models_send_a_part_each(
+    shared: Service, name: str, tmp_path: Path, world_size: int, *, found: bool
+) -> None:
+    module = sharded.Whole()
+    muon = sharded.whole_optimizer(module, shared.url, f"{name}-alone")
     expected = sharded.train(module, muon, range(1, 6))
-    states = []
-    for rank in range(2):
-        digests, weights, state = torch.load(done / f"parallel-{rank}.pt")
+    given = {"url": shared.url, "run": name, "steps": [1, 6], "found": found}
+    run_ranks(world_size, tmp_path, sharded.parallel, given)
+    states, sent = [], []
+    for rank in range(world_size):
+        digests, weights, state, count = torch.load(tmp_path / f"parallel-{world_size}-{rank}.pt")
         assert digests == expected
         for key, tensor in sharded.whole(module).items():
             assert torch.equal(weights[key].view(torch.int32), tensor.view(torch.int32)), key
         states.append(state)
-    assert states[0]["muond"] == states[1]["muond"]
+        sent.append(count)
+    assert sum(sent) == sum(4 * p.numel() for p in module.parameters() if p.requires_grad)
+    assert all(state["muond"] == states[0]["muond"] for state in states)
     # Any of them is the whole state: one process goes on with it.
-    alone = sharded.optimizer(sharded.model(), shared.url, f"{name}-on")
+    alone = sharded.whole_optimizer(sharded.Whole(), shared.url, f"{name}-on")
     alone.load_state_dict(states[1])
-    assert torch.equal(
-        alone.state_dict()["state"][1]["momentum_buffer"], muon.state_dict()["state"][1]["momentum_buffer"]
-    )
+    taken, read = states[1]["state"][0]["momentum_buffer"], alone.state_dict()["state"][0]["momentum_buffer"]
+    assert torch.equal(taken, read)
+    alone.close()
+    muon.close()
+
+
+def test_where_one_rank_alone_has_the_optimizer_or_each_another_one(shared: Service, name: str, tmp_path: Path) -> None:
+    given = {"url": shared.url, "run": name}
+    run_ranks(2, tmp_path, sharded.first_alone, given)
+    run_ranks(2, tmp_path, sharded.differing, given)
 
 
 class Second(Copies):
@@ -337,7 +335,7 @@ def test_where_one_rank_cannot_open_none_goes_on(shared: Service, name: str, one
     with pytest.raises(muond.MuondError) as caught:
         sharded.optimizer(module, shared.url, name).open()
     assert caught.value.code == "RUN_EXISTS"
-    ranks = Ranks(init_device_mesh("cpu", (1,)))
+    ranks = Ranks.along(init_device_mesh("cpu", (1,)))
     undone: list[int] = []
     ranks.of_all = lambda _: ["ValueError: no"]  # type: ignore[method-assign, assignment]
     with pytest.raises(muond.MuondError, match="another rank cannot open the run: rank 0: ValueError: no"):
@@ -348,3 +346,49 @@ def test_where_one_rank_cannot_open_none_goes_on(shared: Service, name: str, one
 def test_a_tensor_that_nobody_shards_is_all_here() -> None:
     tensor = torch.zeros(3)
     assert local(tensor) is tensor
+
+
+def test_one_process_with_a_group_sends_its_part(
+    shared: Service, name: str, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = {"process_group": dist.group.WORLD}
+    alone, module = sharded.Whole(), sharded.Whole()
+    whole = sharded.whole_optimizer(alone, shared.url, f"{name}-alone")
+    muon = sharded.whole_optimizer(module, shared.url, name, **group)
+    assert sharded.train(module, muon, range(1, 4)) == sharded.train(alone, whole, range(1, 4))
+    muon.load_state_dict(muon.state_dict())
+    for optimizer, one in ((muon, module), (whole, alone)):
+        optimizer.state[one.wide.weight]["momentum_buffer"].zero_()
+        optimizer.state_dict()
+        optimizer.state[one.wide.weight]["momentum_buffer"].fill_(0.5)
+    assert sharded.train(module, muon, range(4, 5)) == sharded.train(alone, whole, range(4, 5))
+    muon.param_groups[0]["lr"] = -1.0
+    sharded.backward(module, 5)
+    with pytest.raises(ValueError, match="Learning rate should be >= 0"):
+        muon.step()
+    muon.close()
+    whole.close()
+    late = sharded.whole_optimizer(module, shared.url, name, mode="resume", **group)
+    with pytest.raises(RuntimeError, match="all ranks open it together"):
+        late.state_dict()
+
+    def fails(_: muond.Receipt) -> None:
+        raise KeyError("callback")
+
+    told = sharded.whole_optimizer(module, shared.url, f"{name}-told", callback=fails, **group)
+    sharded.backward(module, 6)
+    with pytest.raises(KeyError, match="callback"):
+        told.step()
+    assert told.step_count == 1
+    told.close()
+    blocks = sharded.whole_optimizer(module, shared.url, f"{name}-blocks", gradient_dtype="int4_block64", **group)
+    assert blocks._home.copies is not None
+    slots = make_slots(blocks.param_groups, blocks._settings)
+    assert parts.are_alike(dist.group.WORLD, slots)
+    ddp = torch.nn.parallel.DistributedDataParallel(module)
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
+    assert parts.group_of_ddp([module.turned]) is ddp.process_group
+    assert parts.group_of_ddp([alone.turned]) is None
+    monkeypatch.setattr(parts, "MEETING_SECONDS", 1)
+    with pytest.raises(RuntimeError, match=r"whose ranks \[1\] have taken no step"):
+        parts.are_alike(dist.group.WORLD, slots)

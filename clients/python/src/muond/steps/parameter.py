@@ -81,8 +81,11 @@ def bind(declarations: Sequence[Mapping[str, Any]]) -> list[Bound]:
 
 
 def sizes_of(declarations: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """Bytes of each parameter's gradient, and of each one's update. A dtype that is not known is the service's to refuse."""
-    counts = [math.prod(declaration["shape"]) for declaration in declarations]
+    """Bytes of each gradient and of each update that travel. A dtype that is not known is the service's to refuse."""
+    counts = [
+        math.prod(declaration["shape"]) if declaration.get("ranges") is None else Ranges(declaration["ranges"]).size
+        for declaration in declarations
+    ]
 
     def of(key: str) -> list[int]:
         dtypes = [declaration[key] if is_dtype(declaration[key]) else "float32" for declaration in declarations]

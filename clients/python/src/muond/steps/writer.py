@@ -185,9 +185,7 @@ class Writer:
                 return Failed(MuondError("CLIENT_CLOSED", "the run was closed"))
 
     def _resuming(self) -> Frame:
-        # Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again, and where the
-        # run has come from.
-        kept = {key: value for key, value in self._frame.items() if key not in ("groups", "checkpoint", "from")}
+        kept = {key: value for key, value in self._frame.items() if key not in _ONCE}
         return {**kept, "mode": "resume", "takeover": True}
 
     def _reopen(self, number: int | None) -> None:
@@ -213,6 +211,10 @@ class Writer:
             advice = f"go back to your weights of step {step} and open it again"
         message = f"run '{run}' {there}, this client {here}: {advice}"
         raise MuondError("STEP_CONFLICT", message, ErrorFields(step=number, expected_step=step + 1))
+
+
+# Of the first `open` alone: the run remembers its schedule, would go back to a checkpoint again, and the weights have moved.
+_ONCE = ("groups", "checkpoint", "from", "weights")
 
 
 class _Answer(Listener):

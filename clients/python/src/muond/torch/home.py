@@ -18,6 +18,7 @@ from ..transport.address import Endpoint
 from .copies import Copies
 from .living import begins, ends, go_with
 from .opening import Replica, new_run_name, open_slots
+from .parts import Parts
 from .ranks import Ranks
 from .settings import Settings
 from .shards import whole_entries
@@ -28,11 +29,20 @@ from .state.tensors import read_begun, read_state, write_state
 from .state.view import State
 
 Groups = Sequence[Mapping[str, Any]]
+Row = tuple[Slot, Mapping[str, Any], Mapping[str, Any]]
+"""A parameter, its group, and the entries of its state."""
 
 
 def _close(run: Run | None) -> None:  # pragma: no cover - another rank fails, in a process of its own
     if run is not None:
         run.close()
+
+
+def _write_from_first(ranks: Ranks, run: Run, rows: Sequence[Row], *, partial: bool) -> None:
+    """Rank 0 gives the run its state, and all ranks go on from there. A collective."""
+    ranks.together(lambda: write_state(run, rows, partial=partial) if ranks.rank == 0 else None, lambda _: None)
+    step, digest = ranks.from_first((run.step_count, run.digest))
+    run.moved(step, digest)
 
 
 class Home:
@@ -55,7 +65,7 @@ class Home:
         self._slot_of: dict[torch.Tensor, Slot] = {}
         self._undeclared: list[torch.Tensor] = []
         self.ranks: Ranks | None = None
-        """The members of the run, where the parameters are sharded."""
+        """The members of the run, where the parameters are sharded or each process sends a part of them."""
         self.copies: Copies | None = None
         """Processes that have the same weights, of which the first one has the run."""
         self._followed: Followed | None = None
@@ -70,6 +80,11 @@ class Home:
         for each in (ranks, copies):
             if each is not None:
                 self.name, self._own_name = each.from_first((self.name, self._own_name))
+
+    @property
+    def parts(self) -> Parts | None:
+        """The members of the run, where all of them have the same whole parameters."""
+        return self.ranks if isinstance(self.ranks, Parts) else None
 
     @property
     def follows(self) -> bool:
@@ -149,7 +164,9 @@ class Home:
             return parameter in with_state or self._wanted(parameter)
 
         slots = make_slots(groups, self.settings, wanted, self.slots)
-        ranks = self.ranks
+        ranks, parts = self.ranks, self.parts
+        if parts is not None:
+            slots = parts.cut(slots)
 
         def open_it(mode: str, checkpoint: str | None, branch_of: tuple[str, str] | None) -> Run:
             how = {
@@ -226,6 +243,14 @@ class Home:
         self._declare_again(self.run)
         return True
 
+    def carry_out_alone(self) -> None:
+        """The same while the other ranks do something else. What all of them have to do together is left for the next step."""
+        assert self.run is not None
+        if self.parts is None:
+            self.carry_out()
+        elif self._is_first and self.is_declared():
+            self._import_changes(self.run, alone=True)
+
     def changed(self) -> bool:
         """Whether ``carry_out`` would do anything."""
         return not self.is_declared() or self.state.replaced or bool(self.state.changes())
@@ -238,12 +263,17 @@ class Home:
             and all(slot.tensor.shape == slot.shape for slot in self.slots)
         )
 
-    def _import_changes(self, run: Run) -> None:
+    def _import_changes(self, run: Run, *, alone: bool = False) -> None:
         changes, replaced = self.state.changes(), self.state.replaced
         # A run that is new has no state already.
-        if changes or (replaced and (run.step_count or run.opened["resumed"])):
+        is_due = bool(changes) or (replaced and bool(run.step_count or run.opened["resumed"]))
+        if self.parts is not None and not alone:
+            # The ranks have the same program: what the first one has written holds for all, and where it has the run.
+            is_due, step, digest = self.parts.from_first((is_due, run.step_count, run.digest))
+            run.moved(step, digest)
+        if is_due:
             slots = self.slots if replaced else [slot for slot in self.slots if slot.tensor in changes]
-            self.write(run, slots, changes, partial=not replaced)
+            self.write(run, slots, changes, partial=not replaced, alone=alone)
         if changes or replaced:
             self.state.moved()
 
@@ -254,11 +284,16 @@ class Home:
         state: Mapping[torch.Tensor, Mapping[str, Any]],
         *,
         partial: bool = False,
+        alone: bool = False,
     ) -> None:
+        """Gives a run the state of parameters. Where all ranks have these it is a collective, unless the first one is ``alone``."""
         self.require_whole()
         groups = self.groups()
         rows = [(slot, groups[slot.group], state.get(slot.tensor, {})) for slot in slots]
-        write_state(run, rows, partial=partial)
+        if self.parts is None or alone:
+            write_state(run, rows, partial=partial)
+        else:
+            _write_from_first(self.parts, run, rows, partial=partial)
 
     def write_shards(
         self, ranks: Ranks, run: Run, slots: Sequence[Slot], state: Mapping[torch.Tensor, Mapping[str, Any]]
@@ -268,13 +303,11 @@ class Home:
         rows = [
             (slot, groups[slot.group], whole_entries(state.get(slot.tensor, {}), ranks.rank == 0)) for slot in slots
         ]
-        ranks.together(lambda: write_state(run, rows, partial=False) if ranks.rank == 0 else None, lambda _: None)
-        step, digest = ranks.from_first((run.step_count, run.digest))
-        run.moved(step, digest)
+        _write_from_first(ranks, run, rows, partial=False)
 
     def require_whole(self) -> None:
         """Raises ValueError where the parameters are sharded: what one rank writes into ``optimizer.state`` no other one knows of."""
-        if self.ranks is not None:
+        if self.ranks is not None and self.parts is None:
             raise ValueError(
                 f"run '{self.name}' has sharded parameters, whose state cannot be written by one rank: load_state_dict takes it "
                 "from all"
@@ -376,6 +409,10 @@ class Home:
         if self.follows:
             return self._followed
         if self.run is None and self.settings.mode != "create":
+            if self.parts is not None:
+                raise RuntimeError(
+                    f"run '{self.name}' is not open, and all ranks open it together: call open() on each of them first"
+                )
             self.open(self.settings.mode, self.settings.checkpoint)
         if self.run is not None and self.run.in_flight:
             raise RuntimeError(

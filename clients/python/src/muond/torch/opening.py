@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import secrets
 import sys
 import time
@@ -23,7 +24,7 @@ from .gpu_arenas import arenas_of
 from .ranks import Ranks
 from .settings import Settings
 from .slots import Slot, attention_declarations, group_declarations
-from .staging import allocator
+from .staging import allocator, memory_of
 
 _ADVICE = {
     "RUN_EXISTS": "give it another name, load a state_dict of it, or go on with mode='resume'",
@@ -83,6 +84,8 @@ def open_slots(
             attentions=attention_declarations(given.attentions, slots) or None,
             member=_member(ranks, replica),
             quorum=None if replica is None else replica.quorum,
+            # One that takes its place again has older weights, and takes those of the others first.
+            weights=None if replica is None or given.takeover else _digest_of(slots),
             takeover=given.takeover,
             checkpoint=checkpoint,
             branch_of=branch_of,
@@ -103,10 +106,19 @@ def open_slots(
         return _with_room(open_it)
     except MuondError as error:
         advice = _ADVICE.get(error.code)
-        if advice is None:
+        # What replicas have different the service says, and what to do.
+        if advice is None or (replica is not None and error.code == "RUN_MISMATCH"):
             raise
         message = f"{error.message} ({advice})"
         raise MuondError(error.code, message, error.fields, status=error.status, retryable=error.retryable) from error
+
+
+def _digest_of(slots: Sequence[Slot]) -> str:
+    """SHA-256 of the weights, parameter after parameter."""
+    digest = hashlib.sha256()
+    for slot in slots:
+        digest.update(memory_of(slot.local.detach().cpu().contiguous()))
+    return digest.hexdigest()
 
 
 def _with_room(open_it: Callable[[], Run]) -> Run:

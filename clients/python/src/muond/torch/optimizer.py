@@ -22,7 +22,6 @@ from ..rest import Rest
 from ..run import Run
 from ..steps.interrupt import interrupt_later
 from ..transport.address import endpoint
-from ..wire.dtype import BLOCKS
 from .checks import check_values
 from .copies import Copies
 from .feedback import Feedback
@@ -30,9 +29,10 @@ from .finite import nonfinite
 from .grouping import common_values, complete_group, resolve_groups, with_names
 from .home import Home
 from .hyperparameters import changes
+from .joining import others_of, wrapped_with
+from .parts import Parts
 from .preset import with_preset
 from .progress import Progress
-from .ranks import copies_of, ranks_of
 from .settings import Options, Settings, settings
 from .shards import is_sharded, local
 from .slots import Slot, make_slots
@@ -103,22 +103,26 @@ class Optimizer(torch.optim.Optimizer):
 
     def _join(self) -> None:
         """Finds the processes that have the run together: the parameters say who has what of them."""
-        slots = make_slots(self.param_groups, self._settings)
-        self._home.join(ranks_of(slots), copies_of(slots, self._settings.process_group))
-        if self._home.ranks is not None:
-            _check_shared(self._settings, slots)
-        if self._home.copies is not None:
-            _check_copied(self._settings)
+        self._home.join(*others_of(self._slots(), self._settings))
 
     def _join_late(self) -> None:
-        """Accelerate shards the model after the optimizer was made of it, and puts the shards into its param_groups."""
+        """Finds the other processes with the first step.
+
+        Accelerate shards the model after the optimizer was made of it, and puts the shards into its param_groups; a
+        DistributedDataParallel may be made later as well.
+        """
         home = self._home
-        if (
-            home.run is None
-            and home.ranks is None
-            and any(is_sharded(p) for g in self.param_groups for p in g["params"])
-        ):
+        if home.run is not None or home.ranks is not None or home.copies is not None:
+            return
+        if any(is_sharded(p) for g in self.param_groups for p in g["params"]):
             self._join()
+            return
+        parts = wrapped_with([p for each in self.param_groups for p in each["params"]], self._slots, self._settings)
+        if parts is not None:
+            self._home.join(parts, None)
+
+    def _slots(self) -> list[Slot]:
+        return make_slots(self.param_groups, self._settings)
 
     # Life
 
@@ -216,8 +220,35 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._join_late()
-        receipt = self._take_step() if self._home.copies is None else self._take_together(self._home.copies)
+        receipt = self._take_with_others()
         return receipt if closure is None else loss
+
+    def _take_with_others(self) -> Receipt | None:
+        if self._home.copies is not None:
+            return self._take_together(self._home.copies)
+        if self._home.parts is not None:
+            return self._take_part(self._home.parts)
+        return self._take_step()
+
+    def _take_part(self, parts: Parts) -> Receipt | None:
+        """Takes this rank's part of a step, and then has the weights of all.
+
+        Where it raises with the step in flight the others wait for this rank to take it again, as for one that is slow.
+        """
+        before = self.step_count
+        receipt: Receipt | None = None
+        error: BaseException | None = None
+        try:
+            receipt = self._take_step()
+        except BaseException as failed:
+            if self.step_count == before:
+                raise
+            error = failed
+        if self.step_count != before:
+            parts.share(self._home.slots)
+        if error is not None:
+            raise error
+        return receipt
 
     def _take_step(self) -> Receipt | None:
         with self._stepping:
@@ -590,40 +621,6 @@ class Optimizer(torch.optim.Optimizer):
         ]
         self._begin(groups, state["defaults"], state["settings"])
         self._home.state.replace(state["state"])
-
-
-def _check_shared(given: Settings, slots: Sequence[Slot]) -> None:
-    """Raises ValueError for options that ranks with shards cannot have."""
-    in_blocks = any(slot.declaration.gradient_dtype in BLOCKS for slot in slots)
-    refused = {
-        "error_feedback=True": (
-            given.error_feedback and in_blocks,
-            "what a shard has lost is in no state_dict; with gradients in blocks use error_feedback=False",
-        ),
-        "overlap=True": (given.overlap, "FSDP2 gives its gradients after the backward pass"),
-        f"keep={given.keep!r}": (
-            given.keep is not None,
-            "use checkpoint() of the service and torch.distributed.checkpoint",
-        ),
-    }
-    for option, (is_given, why) in refused.items():
-        if is_given:
-            raise ValueError(f"{option} is not possible with sharded parameters: {why}")
-
-
-def _check_copied(given: Settings) -> None:
-    """Raises ValueError for options that processes with the same weights cannot have."""
-    refused = {
-        "overlap=True": given.overlap,
-        f"keep={given.keep!r}": given.keep is not None,
-        "state='checkpoint'": given.state == "checkpoint",
-        "max_logits": given.max_logits is not None,
-    }
-    for option, is_given in refused.items():
-        if is_given:
-            raise ValueError(
-                f"{option} is not possible where several processes have the same weights: one of them has the run"
-            )
 
 
 def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:

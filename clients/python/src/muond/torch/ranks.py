@@ -1,4 +1,4 @@
-"""The ranks of a trainer that shards its model: they are the members of one run, and do together what each cannot alone."""
+"""The ranks of a trainer: they are the members of one run, and do together what each cannot alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """All processes along a dimension of a mesh. Every method is a collective: all ranks call it, in the same order."""
+    """The processes that are the members of a run. Every method is a collective: all ranks call it, in the same order."""
 
-    def __init__(self, mesh: Any, dimension: int = 0) -> None:
-        self._mesh = mesh
-        self._group = mesh.get_group(dimension)
-        self.rank: int = mesh.get_local_rank(dimension)
-        self.world_size: int = mesh.size(dimension)
+    def __init__(self, group: Any, rank: int, world_size: int, device: torch.device | str) -> None:
+        """``device``: where the tensors of its collectives are."""
+        self._group = group
+        self._device = device
+        self.rank = rank
+        self.world_size = world_size
+
+    @staticmethod
+    def along(mesh: Any, dimension: int = 0) -> Ranks:
+        return Ranks(mesh.get_group(dimension), mesh.get_local_rank(dimension), mesh.size(dimension), mesh.device_type)
 
     def from_first(self, value: T) -> T:
         """What rank 0 gives."""
@@ -43,7 +48,7 @@ class Ranks:
         """Whether it holds on some rank."""
         import torch.distributed as dist
 
-        flag = torch.tensor(float(holds), device=self._mesh.device_type)
+        flag = torch.tensor(float(holds), device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
 
@@ -83,17 +88,12 @@ def ranks_of(slots: Sequence[Slot]) -> Ranks | None:
     other = next((slot for slot in sharded if slot.shard is not None and slot.shard.mesh != first.shard.mesh), None)
     if other is not None:
         raise ValueError(f"parameters '{first.name}' and '{other.name}' are on different meshes: one run has one")
-    return Ranks(first.shard.mesh, first.shard.dimension)
+    return Ranks.along(first.shard.mesh, first.shard.dimension)
 
 
-def copies_of(slots: Sequence[Slot], process_group: Any | None) -> Copies | None:
-    """The processes that have the same shards (HSDP), or those of ``process_group``; None where there is one alone.
-
-    Raises ValueError for sharded parameters with a ``process_group``.
-    """
+def copies_of(slots: Sequence[Slot]) -> Copies | None:
+    """The processes that have the same shards (HSDP); None where there is one alone."""
     shard = next((slot.shard for slot in slots if slot.shard is not None), None)
     if shard is None:
-        return None if process_group is None else Copies(process_group)
-    if process_group is not None:
-        raise ValueError("process_group is of whole models with the same gradients (DDP): the parameters are sharded")
+        return None
     return None if shard.copies is None else Copies(shard.mesh.get_group(shard.copies))

@@ -113,8 +113,9 @@ class Settings:
     progress: bool = False
     process_group: Any = None
     """The processes that have the same whole model and, once they are reduced, the same gradients (DistributedDataParallel):
-    a ``torch.distributed.ProcessGroup``. The first one of them takes every step, and the others are given its weights. Left out,
-    each process has a run of its own. Sharded parameters say by themselves who has what."""
+    a ``torch.distributed.ProcessGroup``. Each sends its part of every gradient. Left out, they are found with the first step where a
+    DistributedDataParallel has the parameters; False: this process alone has an optimizer. Sharded parameters say themselves who has
+    what."""
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, ("create", "resume", "create_or_resume"))

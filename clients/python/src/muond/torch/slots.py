@@ -19,6 +19,31 @@ _MATRICES = ("muon", "muonclip")
 
 
 @dataclass(frozen=True)
+class Part:
+    """What each process sends of a parameter that all of them have whole: ``bounds[r]`` to ``bounds[r + 1]`` of its elements."""
+
+    bounds: tuple[int, ...]
+    rank: int
+    """That of this process."""
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The elements of this process."""
+        return self.bounds[self.rank], self.bounds[self.rank + 1]
+
+    def size(self, rank: int) -> int:
+        """How many elements a process has."""
+        return self.bounds[rank + 1] - self.bounds[rank]
+
+    def of(self, tensor: torch.Tensor, rank: int) -> torch.Tensor:
+        """The elements of a process, in the tensor's own memory: all of it as it is, else as a vector."""
+        if self.size(rank) == tensor.numel():
+            return tensor
+        # A tensor that does not lie one element after the other is no vector; it has one owner.
+        return tensor.view(-1)[self.bounds[rank] : self.bounds[rank + 1]] if self.size(rank) else tensor.new_empty(0)
+
+
+@dataclass(frozen=True)
 class Slot:
     """A parameter of the model and what the run knows it as.
 
@@ -33,16 +58,23 @@ class Slot:
     shape: tuple[int, ...]
     declaration: Parameter
     shard: Shard | None = None
+    part: Part | None = None
 
     @property
     def local(self) -> torch.Tensor:
-        """The weights that lie on this rank."""
+        """The weights that this rank sends gradients of and applies updates to."""
+        if self.part is not None:
+            return self.part.of(self.tensor.detach(), self.part.rank)
         return self.tensor if self.shard is None else local(self.tensor)
 
     @property
     def gradient(self) -> torch.Tensor | None:
-        """The gradient of the weights that lie on this rank."""
+        """The gradient of these weights."""
         gradient = self.tensor.grad
+        if gradient is not None and self.part is not None:
+            # One that is laid out otherwise than its parameter is copied, where this rank has a part of it.
+            whole = self.part.size(self.part.rank) in (0, gradient.numel())
+            return self.part.of(gradient if whole else gradient.contiguous(), self.part.rank)
         return gradient if gradient is None or self.shard is None else local(gradient)
 
 

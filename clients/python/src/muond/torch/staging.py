@@ -92,7 +92,7 @@ class Staging:
 
     def _place(self, arenas: Arenas, rows: Sequence[Row]) -> Ready | None:
         """Copies gradients to their slots; what to call before anybody else reads those."""
-        gradients = [_as_taken(gradient, slot.tensor, group) for slot, gradient, group in rows]
+        gradients = [_as_taken(gradient, slot.local.detach(), group) for slot, gradient, group in rows]
         slots = [self._slot(arenas, slot) for slot, _, _ in rows]
         if gradients[0].is_cuda:  # pragma: no cover - needs a GPU
             return self._place_from_gpu(arenas, rows, slots, gradients)
@@ -111,7 +111,7 @@ class Staging:
         for row, gradient in zip(rows, gradients, strict=True):
             if row[0].index not in self._rounded:
                 dtype = WIRE_DTYPES[row[0].declaration.gradient_dtype]
-                self._rounded[row[0].index] = torch.empty(row[0].shape, dtype=dtype, device=gradient.device)
+                self._rounded[row[0].index] = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
         rounded = [self._rounded[slot.index] for slot, _, _ in rows]
         torch._foreach_copy_(rounded, gradients)
         stream = self._stream(device)
@@ -125,7 +125,7 @@ class Staging:
         if place is None:
             given = arenas.gradient(slot.index)
             whole = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-            place = whole.view(WIRE_DTYPES[slot.declaration.gradient_dtype]).view(slot.shape)
+            place = whole.view(WIRE_DTYPES[slot.declaration.gradient_dtype]).view(slot.local.shape)
             self._slots[slot.index] = place
         return place
 

@@ -31,7 +31,7 @@ def load(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: Groups) -
     """
     if home.closed:
         raise MuondError("CLIENT_CLOSED", f"the optimizer of run '{home.name}' was closed")
-    if home.ranks is not None:
+    if home.ranks is not None and home.parts is None:
         _load_shards(home, home.ranks, token, loaded, groups)
     elif "checkpoint" in token:
         _load_checkpoint(home, token, groups)
@@ -119,7 +119,8 @@ def _load_content(home: Home, token: Mapping[str, Any], loaded: Loaded, groups: 
     else:
         run, slots = home.open_next(old.name, loaded.state)
     try:
-        if not _has_content(home, run, slots, token, loaded):
+        lacks = not _has_content(home, run, slots, token, loaded)
+        if lacks if home.parts is None else home.parts.any(lacks):
             _settle_for_import(run)
             home.write(run, slots, loaded.state)
     except BaseException:

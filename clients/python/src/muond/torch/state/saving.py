@@ -37,7 +37,7 @@ def saved(home: Home, *, tensors: bool = False) -> tuple[dict[torch.Tensor, dict
     if at is None:
         return _together(home.state.contents(), own), None
     if home.run is not None:
-        home.carry_out()
+        home.carry_out_alone()
     # It may be another one by now.
     run = home.run or at
     token: dict[str, Any] = {"version": 1, "run": run.name, "step": run.step_count, "digest": run.digest}
