@@ -707,8 +707,8 @@ export interface components {
             heads?: number;
             /** @description flatten or batch. */
             matrices?: string;
-            /** @description How many updates were applied. */
-            step: number;
+            /** @description How many updates were applied to it. */
+            updates: number;
             /** @description Bytes of state it has; 0 before its first step. */
             state_bytes: number;
             /** @description What its last step came to; absent where this process has not computed that. */
