@@ -3,6 +3,7 @@ import { once } from 'node:events'
 import { ConfigError, type Environment, readArguments } from '../../config.js'
 import { tableLines } from '../../text-table.js'
 import type { Terminal } from '../progress.js'
+import { Backing } from './backing.js'
 import { CHECK_NAMES, CHECKS, type Check, Findings, isCheck, type Row } from './checks.js'
 import { STEPS_NEEDED } from './scenes.js'
 import { Stage } from './stage.js'
@@ -67,8 +68,9 @@ export async function conformanceCommand(
   const asked = readAsked(argv)
   if (asked === undefined) return { text: HELP, isWhole: true }
   const findings = new Findings((check, fault) => terminal.write(`${check}: ${fault}\n`))
-  const stage = await Stage.start({ ...asked, findings })
+  const backing = await Backing.start()
   try {
+    const stage = await Stage.start(backing, { ...asked, findings })
     terminal.write(`listening at ${stage.address}\n`)
     if (asked.command.length === 0) {
       await stop
@@ -76,9 +78,10 @@ export async function conformanceCommand(
     } else await perform(stage, asked, env)
     const rows = stage.rows()
     const text = asked.json ? JSON.stringify({ whole: stage.isWhole, checks: rows }, null, 2) : textOf(rows)
+    await stage.close()
     return { text, isWhole: stage.isWhole }
   } finally {
-    await stage.close()
+    await backing.close()
   }
 }
 

@@ -1,7 +1,7 @@
 import { bytesPerElement, isDtype } from '../../../kernels/dtype.js'
 import { type Bound, bind } from '../../client/steps/parameter.js'
 import { Updates } from '../../client/steps/updates.js'
-import type { GradientFrame, OpenFrame, ServerFrame } from '../../wire/frame.js'
+import type { ErrorFrame, GradientFrame, OpenFrame, ServerFrame } from '../../wire/frame.js'
 import type { Findings } from './checks.js'
 import type { Scene } from './scene.js'
 
@@ -34,8 +34,9 @@ export class Course {
   readonly #coming = new Map<number, Coming>()
   /** Parameters whose weights are known. */
   readonly #weighed = new Set<number>()
-  #over: Promise<void> = Promise.resolve()
-  #finish: () => void = () => {}
+  #isOver = true
+  #settled: Promise<void> = Promise.resolve()
+  #settle: () => void = () => {}
 
   constructor(name: string, findings: Findings, quadratic: boolean) {
     this.name = name
@@ -67,24 +68,31 @@ export class Course {
     this.#updates = new Updates(this.#bound, this.#step)
   }
 
-  /** Settles when the step in progress is over: until then nothing of the next one is passed on. */
-  over(): Promise<void> {
-    return this.#over
+  /** Waits for the answer to the last `end`; false where the step in progress is not over. */
+  async over(): Promise<boolean> {
+    await this.#settled
+    return this.#isOver
   }
 
   /** Begins the next step. */
   begin(): void {
     this.#close()
     this.#step += 1
+    this.#isOver = false
     this.#updates.next(this.#step)
-    this.#over = new Promise((resolve) => {
-      this.#finish = resolve
+  }
+
+  /** The client has sent `end`. */
+  ending(): void {
+    this.#settled = new Promise((resolve) => {
+      this.#settle = resolve
     })
   }
 
-  /** The client will hear no more of the step than it has, or it has heard all. */
+  /** The step is over, whether the client is told or not. */
   finish(): void {
-    this.#finish()
+    this.#isOver = true
+    this.#settle()
   }
 
   /** The connection is gone: gradients and updates that were not whole begin again. */
@@ -114,15 +122,20 @@ export class Course {
   /** A frame that the client is told. */
   told(frame: ServerFrame): void {
     if (frame.type === 'update' && frame.step === this.#step) this.#updates.take(frame)
-    if (frame.type === 'error' && frame.parameter !== undefined) this.#asked.delete(frame.parameter)
+    if (frame.type === 'error') this.#refused(frame)
     if (frame.type === 'receipt' && frame.step === this.#step) this.#receipt(frame)
+  }
+
+  #refused({ parameter }: ErrorFrame): void {
+    if (parameter !== undefined) this.#asked.delete(parameter)
+    this.#settle()
   }
 
   #receipt(frame: Extract<ServerFrame, { type: 'receipt' }>): void {
     for (const check of ['order', 'steps'] as const) this.#findings.pass(check)
     if (frame.skipped > 0) this.#findings.pass('skipped')
     this.#close()
-    this.#finish()
+    this.finish()
   }
 
   /** Whether the client has every update that it needs of the step. */

@@ -55,17 +55,18 @@ export function ping(): Scene {
 
 /** It reads nothing, and then says nothing, for a while. */
 export function slow({ slow_seconds }: Props): Scene {
-  let isHeard = false
+  let isSilent = true
   return {
     ...scene('slow'),
     async up({ message, link }) {
-      if (!isHeard) await link.unread(delay(1000 * slow_seconds))
-      isHeard = true
+      if (this.acted) return message
+      this.acted = true
+      await link.unread(delay(1000 * slow_seconds))
       return message
     },
     async down({ message }) {
-      if (!this.acted) await delay(1000 * slow_seconds)
-      this.acted = true
+      if (isSilent) await delay(1000 * slow_seconds)
+      isSilent = false
       return [message]
     },
   }

@@ -18,7 +18,8 @@ export type Backstage = {
 }
 
 /** The close codes that a peer may be told; the others say that it was told none. */
-const isCode = (code: number) => code === 1000 || (code > 1000 && code < 1015 && ![1004, 1005, 1006].includes(code)) || code >= 3000
+const isCode = (code: number) =>
+  code === 1000 || (code > 1000 && code < 1015 && ![1004, 1005, 1006].includes(code)) || code >= 3000
 const SHOWN_BYTES = 48
 const FRAMES_SHOWN = 3
 const REFUSED_TRANSPORT = 'muond conformance looks at every frame: tensors come over the socket'
@@ -122,10 +123,12 @@ export class Link {
     const course = this.#course
     if (!course) return message
     if ('step' in frame && frame.step === course.step + 1) {
-      await course.over()
+      const isOver = await course.over()
       if (this.#isCut) return undefined
-      this.#stage.advance(course)
+      // Else the service has the word, which refuses the frame.
+      if (isOver) this.#stage.advance(course)
     }
+    if (frame.type === 'end' && frame.step === course.step) course.ending()
     if (frame.type === 'gradient') course.sent(frame)
     if (frame.type === 'step' && (frame.groups || frame.gradient_scale !== undefined))
       this.#stage.findings.pass('hyperparameters')

@@ -8,5 +8,5 @@ export const SCENES: readonly ((props: Props) => Scene)[] = [
   ...[reconnect, receipt, overloaded, refused, draining, notFinite, lostRun],
 ]
 
-/** So many steps a client has to take to meet them all: it has come through the last one when it begins another. */
-export const STEPS_NEEDED = SCENES.length + 1
+/** So many steps a client has to take to meet them all: nothing happens in the first one, and one comes after the last. */
+export const STEPS_NEEDED = SCENES.length + 2

@@ -1,16 +1,13 @@
-import { mkdtemp, rm } from 'node:fs/promises'
+import { once } from 'node:events'
 import { createServer, type IncomingMessage, request, type Server, type ServerResponse } from 'node:http'
 import type { AddressInfo } from 'node:net'
-import { tmpdir } from 'node:os'
-import { join } from 'node:path'
 import type { Duplex } from 'node:stream'
 import { WebSocket, WebSocketServer } from 'ws'
-import { type App, buildApp } from '../../app.js'
-import { configOf } from '../../config.js'
 import { errorText } from '../../errors.js'
 import { chooseSubprotocol } from '../../http/auth.js'
 import { MESSAGE_BYTES, type OpenFrame } from '../../wire/frame.js'
-import { type Check, type Findings, type Row } from './checks.js'
+import { type Backing, CHUNK_BYTES } from './backing.js'
+import type { Check, Findings, Row } from './checks.js'
 import { Course } from './course.js'
 import { type Backstage, Link } from './link.js'
 import type { Scene } from './scene.js'
@@ -27,17 +24,14 @@ export type StageOptions = {
   findings: Findings
 }
 
-/** Not a multiple of an element, and so small that most gradients have several chunks. */
-const CHUNK_BYTES = 250
 /** What a client need not do. */
 const OPTIONAL: readonly Check[] = ['hyperparameters', 'skipped', 'checkpoint']
 
-/** A real service on the CPU, and before it a server that every frame passes, with a scene for each step. */
+/** A server before the real service that every frame passes, with a scene for each step. */
 export class Stage implements Backstage {
   readonly findings: Findings
   readonly chunk_bytes = CHUNK_BYTES
-  readonly #app: App
-  readonly #data: string
+  readonly #backing: Backing
   readonly #options: StageOptions
   readonly #server: Server
   readonly #links = new Set<Link>()
@@ -49,33 +43,27 @@ export class Stage implements Backstage {
   readonly #scenes: Scene[]
   #heardAt = performance.now()
 
-  static async start(options: StageOptions): Promise<Stage> {
-    const data = await mkdtemp(join(tmpdir(), 'muond-conformance-'))
-    const app = await buildApp({ config: configOf({ device: 'cpu', port: 0, chunk_bytes: CHUNK_BYTES, data }) })
-    await app.app.listen({ host: '127.0.0.1', port: 0 })
-    const stage = new Stage(app, data, options)
-    await new Promise<void>((resolve, reject) => {
-      stage.#server.once('error', reject)
-      stage.#server.listen(options.port, options.host, () => resolve())
-    }).catch(async (error) => {
-      await stage.close()
-      throw error
-    })
+  /** Listens; the backing is closed by who has started it. */
+  static async start(backing: Backing, options: StageOptions): Promise<Stage> {
+    const stage = new Stage(backing, options)
+    stage.#server.listen(options.port, options.host)
+    await once(stage.#server, 'listening')
     return stage
   }
 
-  private constructor(app: App, data: string, options: StageOptions) {
-    this.#app = app
-    this.#data = data
+  private constructor(backing: Backing, options: StageOptions) {
+    this.#backing = backing
     this.#options = options
     this.findings = options.findings
-    this.#server = createServer((incoming, reply) => passOn(incoming, reply, this.#port))
+    this.#server = createServer((incoming, reply) => passOn(incoming, reply, backing.port))
     this.#server.on('upgrade', (upgrade, socket, head) => this.#upgrade(upgrade, socket, head))
     const { slow_seconds, skip } = options
     const props = {
       slow_seconds,
-      refuseUpgrade: () => this.#refuseUpgrade(),
-      deleteRun: (name: string) => app.runs.delete(name),
+      refuseUpgrade: () => {
+        backing.draining = true
+      },
+      deleteRun: (name: string) => backing.deleteRun(name),
       fail: (check: Check, fault: string) => this.findings.fail(check, fault),
     }
     this.#scenes = SCENES.map((make) => make(props)).filter(({ check }) => !skip.has(check))
@@ -111,7 +99,7 @@ export class Stage implements Backstage {
   advance(course: Course): void {
     this.#leave(course)
     course.begin()
-    if (course.plays) course.scene = this.#scenes.shift()
+    if (course.plays && course.step > 1) course.scene = this.#scenes.shift()
   }
 
   /**
@@ -124,7 +112,7 @@ export class Stage implements Backstage {
     this.#courses.clear()
     for (const link of this.#links) link.end()
     this.#links.clear()
-    for (const { name } of this.#app.runs.list()) await this.#app.runs.delete(name)
+    await this.#backing.deleteRuns()
     return mayEnd
   }
 
@@ -135,15 +123,16 @@ export class Stage implements Backstage {
 
   /** Whether nothing is wrong, and everything was seen that a client must do. */
   get isWhole(): boolean {
-    return this.rows().every(({ check, result }) => result === 'passed' || (result === 'not seen' && !this.#isWanted(check)))
+    return this.rows().every(
+      ({ check, result }) => result === 'passed' || (result === 'not seen' && !this.#isWanted(check)),
+    )
   }
 
   async close(): Promise<void> {
     for (const link of this.#links) link.end()
     this.#server.closeAllConnections()
     this.#server.close()
-    await this.#app.app.close()
-    await rm(this.#data, { recursive: true, force: true })
+    await once(this.#server, 'close')
   }
 
   #isWanted(check: Check): boolean {
@@ -177,25 +166,21 @@ export class Stage implements Backstage {
     return false
   }
 
-  get #port(): number {
-    return (this.#app.app.server.address() as AddressInfo).port
-  }
-
-  #refuseUpgrade(): void {
-    this.#app.runs.draining = true
-  }
-
   /** Connects to the service first, so that whatever it refuses is refused with its own words. */
   #upgrade(upgrade: IncomingMessage, socket: Duplex, head: Buffer): void {
     const { authorization, 'sec-websocket-protocol': protocols } = upgrade.headers
-    const service = new WebSocket(`ws://127.0.0.1:${this.#port}${upgrade.url}`, protocols?.split(/\s*,\s*/) ?? [], {
-      ...{ perMessageDeflate: false, maxPayload: 0 },
-      headers: authorization === undefined ? {} : { authorization },
-    })
+    const service = new WebSocket(
+      `ws://127.0.0.1:${this.#backing.port}${upgrade.url}`,
+      protocols?.split(/\s*,\s*/) ?? [],
+      {
+        ...{ perMessageDeflate: false, maxPayload: 0 },
+        headers: authorization === undefined ? {} : { authorization },
+      },
+    )
     socket.on('error', () => service.terminate())
     service.once('error', () => socket.destroy())
     service.once('unexpected-response', (_, response) => {
-      this.#app.runs.draining = false
+      this.#backing.draining = false
       void answer(response, socket)
     })
     service.once('open', () =>
@@ -213,14 +198,8 @@ async function answer(response: IncomingMessage, socket: Duplex): Promise<void> 
   for await (const part of response) parts.push(part)
   const headers = Object.entries({ ...response.headers, connection: 'close' })
   const head = headers.filter(([name]) => name !== 'transfer-encoding').map(([name, value]) => `${name}: ${value}`)
-  socket.end(
-    Buffer.concat([
-      Buffer.from(
-        `HTTP/1.1 ${response.statusCode} ${response.statusMessage}\r\n${head.join('\r\n')}\r\n\r\n`,
-      ),
-      ...parts,
-    ]),
-  )
+  const top = Buffer.from(`HTTP/1.1 ${response.statusCode} ${response.statusMessage}\r\n${head.join('\r\n')}\r\n\r\n`)
+  socket.end(Buffer.concat([top, ...parts]), () => socket.destroy())
 }
 
 /** Gives a request of REST to the service. */

@@ -1,0 +1,162 @@
+import { once } from 'node:events'
+import { fileURLToPath } from 'node:url'
+import t, { type Test } from 'tap'
+import { WebSocket } from 'ws'
+import { Backing } from '../../src/commands/conformance/backing.js'
+import { type Check, Findings, type Row } from '../../src/commands/conformance/checks.js'
+import { conformanceCommand } from '../../src/commands/conformance/conformance.js'
+import { STEPS_NEEDED } from '../../src/commands/conformance/scenes.js'
+import { Stage, type StageOptions } from '../../src/commands/conformance/stage.js'
+import { type Fault, PlainClient } from './plain-client.js'
+import { train } from './trainer.js'
+
+const FAULTS: Check[] = ['reconnect', 'receipt', 'overloaded', 'refused', 'draining', 'not-finite', 'lost-run']
+const LIBERTIES: Check[] = ['cuts', 'unknown', 'ping', 'slow']
+
+const backing = await Backing.start()
+t.teardown(() => backing.close())
+
+async function start(t: Test, options: Partial<StageOptions> = {}): Promise<Stage> {
+  const stage = await Stage.start(backing, {
+    ...{ host: '127.0.0.1', port: 0, quadratic: true, slow_seconds: 0.6, skip: new Set() },
+    ...{ findings: new Findings(), ...options },
+  })
+  t.teardown(() => stage.close())
+  return stage
+}
+
+const only = (...checks: Check[]) => new Set([...LIBERTIES, ...FAULTS].filter((check) => !checks.includes(check)))
+const resultOf = (rows: readonly Row[], check: Check) => rows.find((row) => row.check === check)?.result
+
+t.test('the Node client passes whole', async (t) => {
+  const stage = await start(t)
+  t.equal(await train(stage.address), STEPS_NEEDED - 1, 'it stops where the run is lost')
+  t.equal(await stage.rest(), true)
+  t.same(
+    stage
+      .rows()
+      .filter(({ result }) => result !== 'passed')
+      .map(({ check }) => check),
+    ['skipped', 'checkpoint'],
+  )
+  t.ok(stage.isWhole)
+})
+
+t.test('so does the smallest client', async (t) => {
+  const stage = await start(t)
+  await t.rejects(new PlainClient(stage.address).train(STEPS_NEEDED), /RUN_NOT_FOUND/)
+  await stage.rest()
+  t.same(
+    stage.rows().flatMap(({ faults }) => faults),
+    [],
+  )
+  t.ok(stage.isWhole)
+})
+
+/** A client's fault, the check that finds it, what is told of it, and the scenes that it takes. */
+const BROKEN: [Fault, Check, RegExp, Check[]][] = [
+  ['text', 'frames', /a text message: send every frame as a binary message: the message is 8/, []],
+  ['misspelt key', 'frames', /open.modus is unknown: the message is 8[0-9a-f]+… \(\d+ bytes\)/, []],
+  ['end within a gradient', 'order', /FRAME_UNEXPECTED: a frame 'end' while.*; the last frames were .*\(step 1\)/, []],
+  ['whole gradients', 'chunks', /gradient.data has 396 bytes, at most 250 are allowed: the message is 85/, []],
+  ['negative lr', 'values', /lr is -1/, []],
+  ['steps from 0', 'steps', /steps count from 1/, []],
+  ['missing gradient', 'steps', /STEP_INCOMPLETE.*'w1'/, []],
+  ['no takeover', 'reconnect', /open without takeover/, ['reconnect']],
+  ['other bits', 'steps', /with another gradient/, ['reconnect']],
+  ['update lost', 'answers', /the update of 'w1' for step 2 was lost/, ['reconnect']],
+  ['update twice', 'arithmetic', /before step 3 element 0 of 'w\d' is/, ['reconnect']],
+  ['no decay', 'arithmetic', /before step 2 element/, []],
+  ['strict keys', 'unknown', /no further than step 2/, ['unknown']],
+  ['strict types', 'unknown', /no further than step 2/, ['unknown']],
+  ['one update at a time', 'cuts', /no further than step 2/, ['cuts']],
+  ['no pong', 'ping', /not answered/, ['ping']],
+  ['impatient', 'slow', /no further than step 2/, ['slow']],
+  ['gives up', 'reconnect', /no further than step 2/, ['reconnect']],
+  ['gives up', 'receipt', /no further than step 2/, ['receipt']],
+  ['too early', 'overloaded', /opened again after 0\.\d+ s, retry_after_seconds was 0.5/, ['overloaded']],
+  ['gives up at 503', 'refused', /no further than step 2/, ['refused']],
+  ['gives up at 1012', 'draining', /no further than step 2/, ['draining']],
+  ['trains NaN on', 'steps', /STEP_CONFLICT/, ['not-finite']],
+  ['trains a new run on', 'lost-run', /goes on with weights of step 2/, ['lost-run']],
+]
+
+for (const [fault, check, told, scenes] of BROKEN) {
+  t.test(`a client with the fault '${fault}' fails the check '${check}'`, async (t) => {
+    const stage = await start(t, { skip: only(...scenes) })
+    await new PlainClient(stage.address, fault).train(scenes.length + 2).catch(() => {})
+    await stage.rest()
+    const rows = stage.rows()
+    t.equal(resultOf(rows, check), 'failed', JSON.stringify(rows.filter(({ result }) => result !== 'passed')))
+    t.match(rows.find((row) => row.check === check)?.faults.join(), told)
+    t.notOk(stage.isWhole)
+  })
+}
+
+const trainer = fileURLToPath(new URL('trainer.js', import.meta.url))
+const QUICK = ['ws://127.0.0.1:0', '--slow', '0']
+
+/** Runs the command, and gathers what it tells on the way. */
+async function run(argv: readonly string[], stop: Promise<unknown> = new Promise(() => {})) {
+  let told = ''
+  const write = (text: string) => {
+    told += text
+  }
+  const { text, isWhole } = await conformanceCommand(argv, process.env, { terminal: { write }, stop })
+  return { told, text, isWhole }
+}
+
+t.test('the command runs a client, and prints what it has found', async (t) => {
+  const { text, told, isWhole } = await run([...QUICK, '--quadratic', '--', process.execPath, trainer])
+  t.ok(isWhole)
+  t.match(told, /^listening at ws:\/\/127.0.0.1:\d+\n$/)
+  t.match(text, /^check +result +seen +what\nframes +passed +\d+ {2}frames are binary/)
+  t.match(text, /\n\n19 passed, 0 failed, 2 not seen$/)
+})
+
+t.test('a client that is silent is ended, and one that stops where it may is started again', async (t) => {
+  const endless = ['--patience', '0.2', '--json', '--', process.execPath, '-e', 'setInterval(() => {}, 1000)']
+  t.match(JSON.parse((await run([...QUICK, ...endless])).text), {
+    whole: false,
+    checks: [{ check: 'frames', result: 'not seen' }],
+  })
+  const stopping = `import('${new URL('plain-client.js', import.meta.url)}').then(({ PlainClient }) => new PlainClient('{url}', 'stops at NaN').train(20))`
+  const { text, isWhole } = await run([...QUICK, '--', process.execPath, '-e', stopping])
+  t.ok(isWhole, text)
+})
+
+t.test('without a command it serves until it is stopped', async (t) => {
+  const { text, isWhole } = await run(QUICK, Promise.resolve())
+  t.notOk(isWhole)
+  t.match(text, /0 passed, 0 failed, 20 not seen$/)
+})
+
+t.test('requests of REST and refusals reach the service behind', async (t) => {
+  const stage = await start(t)
+  const http = stage.address.replace('ws', 'http')
+  t.match(await (await fetch(`${http}/v1/capabilities`)).json(), { protocols: [1] })
+  const socket = new WebSocket(`${stage.address}/v2`)
+  const [, response] = await once(
+    socket.on('error', () => {}),
+    'unexpected-response',
+  )
+  t.equal(response.statusCode, 400)
+  response.resume()
+})
+
+t.test('a faulty argument is told with what would be right', async (t) => {
+  const cases: [string[], RegExp][] = [
+    [['http://127.0.0.1'], /'http:\/\/127.0.0.1', expected a loopback address/],
+    [['ws://0.0.0.0:1'], /expected a loopback address/],
+    [['nonsense'], /expected a loopback address/],
+    [['ws://[::1]:1', 'ws://127.0.0.1:1'], /takes one URL/],
+    [['--skip', 'ping,pong'], /--skip names pong, expected some of frames/],
+    [['--slow', 'x'], /--slow is 'x', expected seconds/],
+    [['--slow='], /--slow is '', expected seconds/],
+  ]
+  for (const [argv, message] of cases) await t.rejects(run(argv), { name: 'ConfigError', message })
+  t.match((await run(['--help'])).text, /^muond conformance \[URL\]/)
+  await t.rejects(run([...QUICK, '--', '/no/such/program']), /ENOENT/)
+  const stage = await start(t)
+  await t.rejects(run([stage.address]), /EADDRINUSE/)
+})
