@@ -67,21 +67,30 @@ export async function conformanceCommand(
 ): Promise<Verdict> {
   const asked = readAsked(argv)
   if (asked === undefined) return { text: HELP, isWhole: true }
-  const findings = new Findings((check, fault) => terminal.write(`${check}: ${fault}\n`))
   const backing = await Backing.start()
   try {
-    const stage = await Stage.start(backing, { ...asked, findings })
-    terminal.write(`listening at ${stage.address}\n`)
-    if (asked.command.length === 0) {
-      await stop
-      await stage.rest()
-    } else await perform(stage, asked, env)
-    const rows = stage.rows()
-    const text = asked.json ? JSON.stringify({ whole: stage.isWhole, checks: rows }, null, 2) : textOf(rows)
-    await stage.close()
-    return { text, isWhole: stage.isWhole }
+    return await examine(backing, asked, { terminal, stop, env })
   } finally {
     await backing.close()
+  }
+}
+
+type Surroundings = { terminal: Terminal; stop: Promise<unknown>; env: Environment }
+
+async function examine(backing: Backing, asked: Asked, { terminal, stop, env }: Surroundings): Promise<Verdict> {
+  const findings = new Findings((check, fault) => terminal.write(`${check}: ${fault}\n`))
+  const stage = await Stage.start(backing, { ...asked, findings })
+  try {
+    terminal.write(`listening at ${stage.address}\n`)
+    if (asked.command.length > 0) await perform(stage, asked, env)
+    else {
+      await stop
+      await stage.rest()
+    }
+    const [rows, { isWhole }] = [stage.rows(), stage]
+    return { text: asked.json ? JSON.stringify({ whole: isWhole, checks: rows }, null, 2) : textOf(rows), isWhole }
+  } finally {
+    await stage.close()
   }
 }
 

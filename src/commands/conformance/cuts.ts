@@ -6,7 +6,9 @@ const GATHERED_MS = 20
 /** So many chunks of one update are small; the last one has the rest. */
 const SMALL_CHUNKS = 8
 
-/** Cuts updates into chunks of 1, 2, 4… elements, and has those of several updates alternate, the last update first. */
+/**
+ * Cuts updates into chunks of 1, 2, 4… elements, and has those of several updates alternate, the last update first.
+ */
 export class Alternation {
   readonly #waiting = new Map<number, Buffer[]>()
   #timer: NodeJS.Timeout | undefined

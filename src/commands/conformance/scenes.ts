@@ -8,5 +8,5 @@ export const SCENES: readonly ((props: Props) => Scene)[] = [
   ...[reconnect, receipt, overloaded, refused, draining, notFinite, lostRun],
 ]
 
-/** So many steps a client has to take to meet them all: nothing happens in the first one, and one comes after the last. */
+/** So many steps a client takes to meet them all: nothing happens in the first, and one comes after the last scene. */
 export const STEPS_NEEDED = SCENES.length + 2
