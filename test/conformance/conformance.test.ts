@@ -1,3 +1,4 @@
+import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { fileURLToPath } from 'node:url'
 import t, { type Test } from 'tap'
@@ -159,4 +160,15 @@ t.test('a faulty argument is told with what would be right', async (t) => {
   await t.rejects(run([...QUICK, '--', '/no/such/program']), /ENOENT/)
   const stage = await start(t)
   await t.rejects(run([stage.address]), /EADDRINUSE/)
+})
+
+t.test('the status of the process is 1 where something is wrong or was not seen', async (t) => {
+  const server = fileURLToPath(new URL('../../src/server.js', import.meta.url))
+  const status = async (argv: readonly string[]) => {
+    const child = spawn(process.execPath, [server, 'conformance', ...argv], { stdio: 'ignore' })
+    const [code] = await once(child, 'exit')
+    return code
+  }
+  t.equal(await status(['--help']), 0)
+  t.equal(await status([...QUICK, '--', process.execPath, '--version']), 1)
 })
