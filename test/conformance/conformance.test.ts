@@ -1,10 +1,11 @@
 import { spawn } from 'node:child_process'
 import { once } from 'node:events'
+import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 import t, { type Test } from 'tap'
 import { WebSocket } from 'ws'
-import { Backing } from '../../src/commands/conformance/backing.js'
-import { type Check, Findings, type Row } from '../../src/commands/conformance/checks.js'
+import { Backing, CHUNK_BYTES } from '../../src/commands/conformance/backing.js'
+import { CHECK_NAMES, type Check, Findings, type Row } from '../../src/commands/conformance/checks.js'
 import { conformanceCommand } from '../../src/commands/conformance/conformance.js'
 import { STEPS_NEEDED } from '../../src/commands/conformance/scenes.js'
 import { Stage, type StageOptions } from '../../src/commands/conformance/stage.js'
@@ -171,4 +172,11 @@ t.test('the status of the process is 1 where something is wrong or was not seen'
   }
   t.equal(await status(['--help']), 0)
   t.equal(await status([...QUICK, '--', process.execPath, '--version']), 1)
+})
+
+t.test('docs/first-client.md has every check, the steps that a client takes, and the length of a chunk', async (t) => {
+  const page = readFileSync('docs/first-client.md', 'utf8')
+  for (const check of CHECK_NAMES) t.match(page, `\`${check}\``)
+  t.match(page, `The client takes ${STEPS_NEEDED} steps or more`)
+  t.match(page, `Its \`limits.chunk_bytes\` is ${CHUNK_BYTES}`)
 })
