@@ -169,7 +169,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -193,7 +193,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -213,7 +213,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -235,7 +235,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -265,7 +265,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -302,7 +302,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -325,7 +325,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -352,7 +352,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -375,7 +375,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -401,7 +401,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
             };
@@ -839,7 +839,7 @@ export interface components {
     };
     parameters: {
         /** @description Name of the run. */
-        run: string;
+        runName: string;
         /** @description Index of the parameter in the list that opened the run. */
         index: number;
     };
@@ -1040,7 +1040,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1064,7 +1064,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1091,7 +1091,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1119,7 +1119,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -1145,7 +1145,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -1173,7 +1173,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1208,7 +1208,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1239,7 +1239,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1268,7 +1268,7 @@ export interface operations {
             };
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1292,7 +1292,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1318,7 +1318,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1346,7 +1346,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1380,7 +1380,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
             };
@@ -1406,7 +1406,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
             };

@@ -9,6 +9,8 @@ import { CHECK_NAMES, type Check, Findings, type Row } from '../../src/commands/
 import { conformanceCommand } from '../../src/commands/conformance/conformance.js'
 import { STEPS_NEEDED } from '../../src/commands/conformance/scenes.js'
 import { Stage, type StageOptions } from '../../src/commands/conformance/stage.js'
+import { Extent, Ranges } from '../../src/wire/ranges.js'
+import { normal, RawClient } from '../service.js'
 import { type Fault, PlainClient } from './plain-client.js'
 import { train } from './trainer.js'
 
@@ -179,4 +181,84 @@ t.test('docs/first-client.md has every check, the steps that a client takes, and
   for (const check of CHECK_NAMES) t.match(page, `\`${check}\``)
   t.match(page, `The client takes ${STEPS_NEEDED} steps or more`)
   t.match(page, `Its \`limits.chunk_bytes\` is ${CHUNK_BYTES}`)
+})
+
+t.test('what a client need not do is seen where it does it, and tensors in blocks are cut anywhere', async (t) => {
+  const stage = await start(t, { skip: only('cuts', 'reconnect'), quadratic: false })
+  const client = await RawClient.connect(`${stage.address}/v1/stream`)
+  const parameters = [
+    { name: 'blocks', shape: [40, 40], group: 'all', update_dtype: 'int8_block256' },
+    { name: 'half', shape: [], group: 'all', gradient_dtype: 'bfloat16' },
+  ]
+  const groups = [{ name: 'all', algorithm: 'sgd', lr: 1 }]
+  const shm = { kind: 'shm', nonce: Buffer.alloc(32), process: 1, descriptors: [1, 2] }
+  const opened = await client.open({ run: 'r', groups, parameters, transport: [shm] })
+  t.match(opened.transport, { kind: 'websocket', refused: [{ kind: 'shm', reason: /tensors come over the socket/ }] })
+  client.send({ type: 'step', step: 1, gradient_scale: 0.5 })
+  const gradients = [normal(1, 1600), Uint16Array.of(0x3f80)]
+  for (const step of [1, 2]) await client.step(step, gradients, [0, 1], 250)
+  t.equal(client.updates.get(0)!.data.length, 1600 + 14)
+  client.send({ type: 'checkpoint', tag: 'best' })
+  await client.expect('checkpointed')
+  // A step without updates is no occasion for a scene.
+  client.send({ type: 'end', step: 3, skipped: [0, 1] })
+  await client.expect('receipt')
+  client.gradient(7, 4, { values: Float32Array.of(1) })
+  t.match(await client.expect('error'), { code: 'PARAMETER_UNKNOWN' })
+  await client.close()
+  await stage.rest()
+  const rows = stage.rows()
+  for (const check of ['cuts', 'hyperparameters', 'skipped', 'checkpoint'] as const)
+    t.equal(resultOf(rows, check), 'passed')
+  t.equal(resultOf(rows, 'reconnect'), 'not seen')
+  t.equal(resultOf(rows, 'values'), 'failed')
+})
+
+t.test('members of a run are looked at, and nothing happens to them', async (t) => {
+  const stage = await start(t, { quadratic: false })
+  const groups = [{ name: 'all', algorithm: 'sgd', lr: 1 }]
+  const members = await Promise.all([0, 1].map(() => RawClient.connect(`${stage.address}/v1/stream`)))
+  for (const [rank, client] of members.entries()) {
+    const ranges = [[2 * rank, 2 * rank + 2]]
+    const parameters = [{ name: 'w', shape: [4], group: 'all', ranges }]
+    await client.open({ run: 'r', groups, parameters, member: { rank, world_size: 2 } })
+  }
+  await members[0]!.expect('members')
+  for (const step of [1, 2, 3]) {
+    for (const [rank, client] of members.entries())
+      client.gradient(0, step, {
+        values: normal(1, 4),
+        extent: Extent.of('float32', new Ranges([[2 * rank, 2 * rank + 2]])),
+      })
+    for (const client of members) client.send({ type: 'end', step })
+    for (const client of members) await client.expect('receipt')
+  }
+  for (const client of members) client.socket.terminate()
+  t.equal(stage.left, FAULTS.length + LIBERTIES.length)
+})
+
+t.test('the command shows what was wrong', async (t) => {
+  const text = `import('${new URL('plain-client.js', import.meta.url)}').then(({ PlainClient }) => new PlainClient('{url}', 'text').train(1))`
+  const verdict = await run([...QUICK, '--', process.execPath, '-e', text])
+  t.match(verdict.text, /\n\nframes: a text message: send every frame as a binary message: the message is 8/)
+  t.match(verdict.told, /\nframes: a text message/)
+})
+
+t.test('a frame before open, and one that is cut off, are told to the client and to its author', async (t) => {
+  const stage = await start(t)
+  const early = await RawClient.connect(`${stage.address}/v1/stream`, { headers: { authorization: 'Bearer any' } })
+  early.send({ type: 'end', step: 1 })
+  t.match(await early.expect('error'), { code: 'FRAME_UNEXPECTED' })
+  t.match(await early.closed(), { code: 1002 })
+  const socket = new WebSocket(`${stage.address}/v1/stream`, ['muond.v1', 'bearer.any'])
+  await once(socket, 'open')
+  t.equal(socket.protocol, 'muond.v1')
+  socket.send(Buffer.of(0x81))
+  await once(socket, 'close')
+  const faults = new Map(stage.rows().map(({ check, faults }) => [check, faults.join()]))
+  t.match(
+    faults.get('order'),
+    /^FRAME_UNEXPECTED: a frame 'end' before a successful open; the last frames were end \(step 1\)$/,
+  )
+  t.match(faults.get('frames'), /: the message is 81$/)
 })

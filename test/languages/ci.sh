@@ -72,6 +72,14 @@ language go go
 language rust cargo
 language java javac mvn
 language cpp g++
+# Of the generated client go vet finds what does not compile.
+contract() {
+  mkdir -p "$cache/contract" &&
+    (cd "$cache/contract" && rm -f go.mod go.sum && go mod init muond.example/contract &&
+      go run github.com/oapi-codegen/oapi-codegen/v2/cmd/oapi-codegen@latest -generate types,client -package muond \
+        "$root/openapi.yaml" >muond.go && go mod tidy && go vet .)
+}
+if command -v go >/dev/null; then check 'go: oapi-codegen makes a client of openapi.yaml' contract; fi
 check 'each has at most 90 lines' bash -c '[ "$(wc -l examples/go/main.go examples/rust/src/main.rs \
   examples/java/src/main/java/Trainer.java examples/cpp/trainer.cpp | awk "\$1 > 90 && \$2 != \"total\"" | wc -l)" -eq 0 ]'
 echo "$passed passed, $failed failed"

@@ -14,7 +14,7 @@ type Coming = { chunks: Uint8Array[]; bytes: number }
 const FUSED = 2 ** -23
 
 /**
- * A run as the client trains it. It has a client of its own, the one of this repository, that is told what the client
+ * A run as the client trains it, or one member of it. It has a client of its own, the one of this repository, that is told what the client
  * is told: so it knows which updates have arrived, and which weights they lead to.
  */
 export class Course {
@@ -63,8 +63,7 @@ export class Course {
   /** Takes the declaration of the run, unless it is known. */
   declare(parameters: Parameters | undefined): void {
     if (!parameters || this.#bound.length > 0) return
-    const elements = (shape: readonly number[]) => shape.reduce((product, extent) => product * extent, 1)
-    this.#bound = bind(parameters.map((of) => ({ ...of, data: new Float32Array(elements(of.shape)) })))
+    this.#bound = bind(parameters.map((of) => ({ ...of, data: new Float32Array(elementsOf(of)) })))
     this.#updates = new Updates(this.#bound, this.#step)
   }
 
@@ -171,6 +170,12 @@ export class Course {
     data.set(given)
     this.#weighed.add(index)
   }
+}
+
+/** How many elements of a parameter the client has. */
+function elementsOf({ shape, ranges }: Parameters[number]): number {
+  if (ranges) return ranges.reduce((sum, [start, stop]) => sum + stop - start, 0)
+  return shape.reduce((product, extent) => product * extent, 1)
 }
 
 function isClose(one: number, other: number): boolean {

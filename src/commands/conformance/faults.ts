@@ -136,7 +136,8 @@ export function notFinite(): Scene {
       return Buffer.from(message).fill(0xff, start, start + Math.min(4, frame.data.length))
     },
     async down({ frame, message }) {
-      isTold = frame.type === 'error'
+      if (frame.type === 'error') isTold ||= frame.code === 'GRADIENT_NOT_FINITE'
+      else if (frame.type === 'receipt') isTold = false
       return [message]
     },
     mayEnd: () => isTold,

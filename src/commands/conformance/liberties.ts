@@ -17,7 +17,7 @@ export function cuts(): Scene {
       const tell = (chunk: Buffer) => link.tell(chunk, FRAGMENTS)
       if (frame.type === 'update' && frame.data) {
         this.acted = true
-        alternation.add(frame, course.unitOf(frame.parameter), tell)
+        alternation.add({ ...frame, data: frame.data }, course.unitOf(frame.parameter), tell)
         return []
       }
       alternation.flush(tell)

@@ -3,7 +3,6 @@ import { createServer, type IncomingMessage, request, type Server, type ServerRe
 import type { AddressInfo } from 'node:net'
 import type { Duplex } from 'node:stream'
 import { WebSocket, WebSocketServer } from 'ws'
-import { errorText } from '../../errors.js'
 import { chooseSubprotocol } from '../../http/auth.js'
 import { MESSAGE_BYTES, type OpenFrame } from '../../wire/frame.js'
 import { type Backing, CHUNK_BYTES } from './backing.js'
@@ -14,6 +13,7 @@ import type { Scene } from './scene.js'
 import { SCENES, STEPS_NEEDED } from './scenes.js'
 
 export type StageOptions = {
+  /** A name or an address, as it stands in a URL: that of IPv6 in brackets. */
   host: string
   /** 0 picks a free one. */
   port: number
@@ -46,7 +46,7 @@ export class Stage implements Backstage {
   /** Listens; the backing is closed by who has started it. */
   static async start(backing: Backing, options: StageOptions): Promise<Stage> {
     const stage = new Stage(backing, options)
-    stage.#server.listen(options.port, options.host)
+    stage.#server.listen(options.port, options.host.replace(/[[\]]/g, ''))
     await once(stage.#server, 'listening')
     return stage
   }
@@ -75,8 +75,8 @@ export class Stage implements Backstage {
   }
 
   get address(): string {
-    const { address, family, port } = this.#server.address() as AddressInfo
-    return `ws://${family === 'IPv6' ? `[${address}]` : address}:${port}`
+    const { port } = this.#server.address() as AddressInfo
+    return `ws://${this.#options.host}:${port}`
   }
 
   /** Seconds since the last frame in either direction. */
@@ -89,10 +89,12 @@ export class Stage implements Backstage {
   }
 
   enter({ run, member }: OpenFrame): { course: Course; isReturn: boolean } {
-    const known = this.#courses.get(run)
+    const { rank = 0, replica = 0, world_size = 1, replicas = 1 } = member ?? {}
+    const key = `${run} ${replica} ${rank}`
+    const known = this.#courses.get(key)
     const course = known ?? new Course(run, this.findings, this.#options.quadratic)
-    course.plays = member === undefined || member.world_size * (member.replicas ?? 1) === 1
-    this.#courses.set(run, course)
+    course.plays = world_size * replicas === 1
+    this.#courses.set(key, course)
     return { course, isReturn: known !== undefined }
   }
 
@@ -206,12 +208,10 @@ async function answer(response: IncomingMessage, socket: Duplex): Promise<void> 
 function passOn(incoming: IncomingMessage, reply: ServerResponse, port: number): void {
   const { method, url, headers } = incoming
   const passed = request({ host: '127.0.0.1', port, method, path: url, headers }, (response) => {
-    reply.writeHead(response.statusCode ?? 502, response.headers)
+    reply.writeHead(Number(response.statusCode), response.headers)
     response.pipe(reply)
   })
-  passed.once('error', (error) => {
-    reply.writeHead(502)
-    reply.end(errorText(error))
-  })
+  /* c8 ignore next -- the service behind is of this process, and ends later */
+  passed.once('error', () => reply.destroy())
   incoming.pipe(passed)
 }
