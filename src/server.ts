@@ -1,4 +1,5 @@
 #!/usr/bin/env node
+import { once } from 'node:events'
 import { ConfigError } from './config.js'
 import { errorText } from './errors.js'
 
@@ -26,6 +27,7 @@ const COMMANDS = new Map<string, Command>([
     async (argv) =>
       (await import('./commands/import.js')).importCommand(argv, process.env, { terminal: process.stderr }),
   ],
+  ['conformance', async (argv) => conformance(argv)],
   [
     'check',
     async (argv) =>
@@ -69,6 +71,15 @@ try {
   if (text !== undefined) print(text)
 } catch (error) {
   fail(error)
+}
+
+/** Ends with status 1 where the client did something wrong, or not all that it must. */
+async function conformance(argv: readonly string[]): Promise<string> {
+  const { conformanceCommand } = await import('./commands/conformance/conformance.js')
+  const stop = Promise.race([once(process, 'SIGINT'), once(process, 'SIGTERM')])
+  const { text, isWhole } = await conformanceCommand(argv, process.env, { terminal: process.stderr, stop })
+  if (!isWhole) process.exitCode = 1
+  return text
 }
 
 /** Prints an error, such as a missing library or a port in use, a line for each problem, and ends the process. */

@@ -35,7 +35,7 @@ const SHARED = [
 const OWNERS: Record<string, (file: string) => boolean> = {
   koffi: (file) => /^src\/(device\/(onnx\/onnxruntime|cuda\/cuda)|store\/lock|wire\/shared-memory)\.ts$/.test(file),
   ws: (file) =>
-    /^src\/(app|link\/(session|pauses|websocket\/(intake|sender|small-frames|socket))|client\/(steps\/)?\w+)\.ts$/.test(
+    /^src\/(app|link\/(session|pauses|websocket\/(intake|sender|small-frames|socket))|client\/(steps\/)?\w+|commands\/conformance\/(link|stage))\.ts$/.test(
       file,
     ),
   fastify: (file) => /^src\/(app|http\/(pages\/)?[\w-]+|link\/session)\.ts$/.test(file),

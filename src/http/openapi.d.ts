@@ -169,7 +169,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -193,7 +193,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -213,7 +213,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -235,7 +235,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -265,7 +265,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -302,7 +302,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -325,7 +325,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -352,7 +352,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -375,7 +375,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -401,7 +401,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
             };
@@ -711,8 +711,8 @@ export interface components {
             heads?: number;
             /** @description flatten or batch. */
             matrices?: string;
-            /** @description How many updates were applied. */
-            step: number;
+            /** @description How many updates were applied to it. */
+            updates: number;
             /** @description Bytes of state it has; 0 before its first step. */
             state_bytes: number;
             /** @description What its last step came to; absent where this process has not computed that. */
@@ -843,7 +843,7 @@ export interface components {
     };
     parameters: {
         /** @description Name of the run. */
-        run: string;
+        runName: string;
         /** @description Index of the parameter in the list that opened the run. */
         index: number;
     };
@@ -1044,7 +1044,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1068,7 +1068,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1095,7 +1095,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1123,7 +1123,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -1149,7 +1149,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -1177,7 +1177,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1212,7 +1212,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1243,7 +1243,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1272,7 +1272,7 @@ export interface operations {
             };
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1296,7 +1296,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1322,7 +1322,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1350,7 +1350,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1384,7 +1384,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
             };
@@ -1410,7 +1410,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
             };

@@ -365,7 +365,7 @@ function memberRows({ intake }: Run): Schemas['Member'][] | undefined {
 }
 
 function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] {
-  const { parameter, algorithm, step, state_bytes, last } = run.place(index)
+  const { parameter, algorithm, count: updates, state_bytes, last } = run.place(index)
   const plan = explain(parameter, groupOf(parameter, run.groups))
   const { shape, split, ...rest } = describe(parameter)
   const layout = { shape: [...shape], ...(split && { split: [...split] }) }
@@ -373,7 +373,7 @@ function parameterSummary(run: Run, index: number): Schemas['ParameterSummary'] 
     ...rest,
     ...layout,
     algorithm,
-    step,
+    updates,
     state_bytes,
     ...(last && { last }),
     plan: { ...plan, blocks: [...plan.blocks] },

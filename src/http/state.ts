@@ -49,7 +49,7 @@ export function stateBody(
   index: number,
 ): { length: number; body: Readable } {
   const { held, release } = holdParameter(device, { readers, run }, index)
-  const { parameter, algorithm, step } = run.place(index)
+  const { parameter, algorithm, count: step } = run.place(index)
   const metadata = {
     run: run.name,
     parameter: parameter.name,

@@ -216,7 +216,8 @@ export class Session implements Connection, GradientSink {
   }
 
   #handle(bytes: Uint8Array, binary: boolean): Promise<void> | undefined {
-    if (!binary) throw new ServiceError('FRAME_MALFORMED', 'a text message, expected are binary ones', { close: 1003 })
+    if (!binary)
+      throw new ServiceError('FRAME_MALFORMED', 'a text message: send every frame as a binary message', { close: 1003 })
     const frame = this.#decode(bytes)
     if (!(frame instanceof Promise)) return this.#take(frame)
     return frame.then((decoded) => (this.#leaving ? undefined : this.#take(decoded)))

@@ -19,7 +19,7 @@ import type { Step } from './step/step.js'
 export type PlaceRow = {
   parameter: Parameter
   algorithm: string
-  step: number
+  count: number
   record: DigestRecord | undefined
   state_bytes: number
   last: LastStep | undefined

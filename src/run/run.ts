@@ -352,7 +352,7 @@ export class Run extends EventEmitter<RunEvents> {
   /** What a parameter's row in REST says. */
   place(index: number): PlaceRow {
     const { parameter, count, record, stateBytes, last } = this.#shard.place(index)
-    return { parameter, algorithm: this.#algorithm(parameter), step: count, record, state_bytes: stateBytes, last }
+    return { parameter, algorithm: this.#algorithm(parameter), count, record, state_bytes: stateBytes, last }
   }
 
   /** References to a parameter's state tensors, none before its first step; the caller releases them. */

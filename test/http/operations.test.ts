@@ -162,7 +162,7 @@ t.test('parameters are listed page by page', async (t) => {
     gradient_dtype: 'float32',
     update_dtype: 'float32',
     split: [1, 1],
-    step: 1,
+    updates: 1,
     state_bytes: 24,
     plan: {
       blocks: [{ count: 2, rows: 1, cols: 3, factor: 1 }],
@@ -210,7 +210,7 @@ t.test(
 t.test('a parameter shows the norms of its state', async (t) => {
   const { url } = await startService(t)
   const trainer = await openRun(url, 'a')
-  t.match(await get(`${url}/v1/runs/a/parameters/2`), { step: 0, state: [] })
+  t.match(await get(`${url}/v1/runs/a/parameters/2`), { updates: 0, state: [] })
   await trainer.step(1, GRADIENTS)
   const { state } = await get<Schemas['Parameter']>(`${url}/v1/runs/a/parameters/2`)
   t.same(state, [{ name: 'momentum_buffer', dtype: 'float32', shape: [4], norm: 5, rms: 2.5 }])

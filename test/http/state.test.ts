@@ -206,7 +206,7 @@ t.test('counts may be float32, as torch keeps them', async (t) => {
     tensor.dtype === 'I64' ? { ...tensor, dtype: 'F32' as const, data: float32(7) } : tensor,
   )
   t.match(await imported(service, 'r', bodyOf(given)), { status: 200 })
-  t.equal(service.runs.get('r').place(2).step, 7)
+  t.equal(service.runs.get('r').place(2).count, 7)
   await client.close()
   await service.app.close()
 })

@@ -1,12 +1,11 @@
 import { readFileSync } from 'node:fs'
 import t from 'tap'
 import { ERRORS } from '../../src/errors.js'
-import { decodeClientFrame, decodeServerFrame, encodeFrame, encodeWithData } from '../../src/wire/codec.js'
-import type { ClientFrame, ServerFrame } from '../../src/wire/frame.js'
+import { decodeClientFrame, decodeServerFrame } from '../../src/wire/codec.js'
 import { CLIENT_FRAMES, SERVER_FRAMES } from '../../src/wire/frame-schemas.js'
-import type { Schema } from '../../src/wire/schema.js'
 import { hex } from './bytes.js'
 import { EXAMPLE, fingerprint } from './example.js'
+import { encode, keysOf } from './golden-frames.js'
 
 // The columns of a table may be padded.
 const documentation = readFileSync('docs/protocol.md', 'utf8').replace(/ {2,}/g, ' ')
@@ -25,14 +24,6 @@ function bytesUnder(heading: string): Buffer {
   const block = /```text\n([\s\S]*?)```/.exec(section(heading))
   const lines = block?.[1].split('\n') ?? []
   return hex(lines.map((line) => line.split('#')[0]).join(''))
-}
-
-function encode(frame: ClientFrame | ServerFrame): Buffer {
-  if (frame.type === 'gradient' || (frame.type === 'update' && frame.data)) {
-    const { data, ...header } = frame
-    return encodeWithData(header, data ?? new Uint8Array())
-  }
-  return encodeFrame(frame)
 }
 
 EXAMPLE.forEach(({ heading, frame }, index) => {
@@ -65,9 +56,3 @@ t.test('every error code is in the table of errors with its status and close cod
     t.ok(line.startsWith(`| \`${code}\` | ${row.status} | ${row.retryable ? 'yes' : 'no'} | ${close}`), code)
   }
 })
-
-function keysOf(schema: Schema): string[] {
-  if (schema.is === 'list' || schema.is === 'dictionary') return keysOf(schema.of)
-  if (schema.is !== 'map') return []
-  return Object.entries({ ...schema.required, ...schema.optional }).flatMap(([key, of]) => [key, ...keysOf(of)])
-}

@@ -152,7 +152,7 @@ function countSink(place: ImportedPlace, { name, dtype }: { name: string; dtype:
 export async function pendingImport(device: Device, run: Run, state: ImportedState): Promise<PendingImport> {
   const places: { hashes: readonly string[]; count: number }[] = []
   for (const [index, place] of state.places.entries()) {
-    places.push(place ?? { hashes: await hashesOf(device, run, index), count: run.place(index).step })
+    places.push(place ?? { hashes: await hashesOf(device, run, index), count: run.place(index).count })
   }
   const step_digest = run.stepDigest
   const imported = { step_digest, hashes: places.map(({ hashes }) => hashes) }
