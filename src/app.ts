@@ -26,11 +26,13 @@ import { Events } from './http/events.js'
 import { type LocalSocket, listenLocally } from './http/listening/local-socket.js'
 import { limitSockets } from './http/listening/sockets.js'
 import { createSecureServer, readCredentials, renewal, speaksTls } from './http/listening/tls.js'
+import { OPEN_BODY_BYTES } from './http/open-run.js'
 import { type AnyHandler, createHandlers, type Page, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
 import { docs } from './http/pages/docs.js'
 import { ui } from './http/pages/ui.js'
+import { PlainSteps } from './http/plain-steps.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { StateReaders } from './http/readers.js'
 import { refusalLimit } from './http/refusal-limit.js'
@@ -128,10 +130,12 @@ export async function buildApp({
     log.warn({ event: 'refused', code, reason: message })
     metrics.errors_total.inc({ code })
   })
+  const rate = new Rate(() => config.max_bytes_per_second || undefined)
+  const streams = new Set<Session>()
   const services: AppServices = {
     config,
     keys,
-    rate: new Rate(() => config.max_bytes_per_second || undefined),
+    rate,
     device,
     runs,
     data,
@@ -140,7 +144,8 @@ export async function buildApp({
     contract,
     events: new Events(),
     readers: new StateReaders(device),
-    streams: new Set(),
+    streams,
+    steps: new PlainSteps({ config, device, metrics, runs, rate, connections: () => streams.size }),
     local: new Set(),
     intake,
     tracing,
@@ -217,11 +222,11 @@ function secureFactory(config: Config): (handler: RequestListener) => Server {
 }
 
 function observe({ server }: FastifyInstance, services: AppServices): void {
-  const { config, device, runs, metrics, streams, intake } = services
+  const { config, device, runs, metrics, streams, steps, intake } = services
   metrics.observe({
     sockets: promisify(server.getConnections).bind(server),
     unfinished_bytes: () => intake.bytes,
-    in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
+    in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, steps.inFlightBytes),
     staging: () => {
       const own = runs.list().reduce((sum, { staging }) => sum + staging.ownBytes, 0)
       return { used: device.staging.used, capacity: device.staging.capacity, own }
@@ -303,7 +308,7 @@ async function closeConnections(
 /** Makes a route of every operation of the contract, and of every other method on its paths a 405. */
 async function registerOperations(scope: FastifyInstance, services: AppServices): Promise<void> {
   const handlers: Readonly<Record<string, AnyHandler>> = createHandlers(services)
-  takeStreams(scope)
+  takeBodies(scope)
   const endpoints = endpointsOf(services.contract)
   for (const endpoint of endpoints.filter(({ id }) => !PAGES.has(id)))
     scope.route(routeOf(endpoint, handlers[endpoint.id], services))
@@ -313,8 +318,9 @@ async function registerOperations(scope: FastifyInstance, services: AppServices)
 function routeOf(endpoint: Endpoint, handler: AnyHandler | undefined, services: AppServices): RouteOptions {
   const { id, method, url, access, schema } = endpoint
   assert(handler, `operation ${id} has no handler`)
-  const config = { access, streamed: id === 'putState', endless: id === 'streamEvents' }
-  const route: RouteOptions = { method, url, schema, handler, config, exposeHeadRoute: !STREAMED.has(id) }
+  const config = { access, streamed: STREAMED_BODIES.has(id), endless: id === 'streamEvents' }
+  const bodyLimit = id === 'openRun' ? OPEN_BODY_BYTES : MAX_BODY_BYTES
+  const route: RouteOptions = { method, url, schema, handler, config, bodyLimit, exposeHeadRoute: !STREAMED.has(id) }
   if (id !== 'openStream') return route
   const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
   const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, services)
@@ -326,6 +332,9 @@ const PAGES: ReadonlySet<string> = new Set<Page>(['getDocs', 'getUi'])
 
 /** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
 const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])
+
+/** Operations whose handler reads the body as it comes. */
+const STREAMED_BODIES: ReadonlySet<string> = new Set(['putState', 'postStep'])
 
 /** Names of headers come in small letters. */
 function validatorOf(schema: object, part = ''): ValidateFunction {
@@ -345,8 +354,12 @@ async function refuseEncodings({ headers }: FastifyRequest): Promise<void> {
   throw Object.assign(new Error(message), { statusCode: 415 })
 }
 
-/** State comes as a stream of any length: its handler reads it, and holds it against what the run can have. */
-function takeStreams(scope: FastifyInstance): void {
+/**
+ * State and gradients come as streams of any length: their handlers read them, and hold them against what the run can
+ * have. Plain text is no body of any operation.
+ */
+function takeBodies(scope: FastifyInstance): void {
+  scope.removeContentTypeParser('text/plain')
   scope.addContentTypeParser('application/octet-stream', (request, payload, done) => {
     if (request.routeOptions.config.streamed) return done(null, payload)
     done(
@@ -376,12 +389,13 @@ async function refuseOtherUpgrades({ ws, routeOptions, method, url }: FastifyReq
   throw new ServiceError('REQUEST_INVALID', `only /v1/stream is a WebSocket: ask for ${request} without 'Upgrade'`)
 }
 
-function refuseUpgrade(request: FastifyRequest, { runs, streams, config }: AppServices): void {
+function refuseUpgrade(request: FastifyRequest, { runs, streams, steps, config }: AppServices): void {
   if (!request.ws) return
   principalIn(request).checkConnections()
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and takes no stream')
-  if (streams.size < config.max_connections) return
-  throw new ServiceError('OVERLOADED', `there are ${streams.size} streams, at most ${config.max_connections}`, {
+  const count = streams.size + steps.size
+  if (count < config.max_connections) return
+  throw new ServiceError('OVERLOADED', `there are ${count} streams, at most ${config.max_connections}`, {
     retry_after_seconds: 1,
   })
 }
@@ -414,11 +428,11 @@ async function close({ runs, data, device, tracing }: AppServices): Promise<void
   await device.close()
 }
 
-async function drain(app: FastifyInstance, { config, runs, streams }: AppServices): Promise<void> {
+async function drain(app: FastifyInstance, { config, runs, streams, steps }: AppServices): Promise<void> {
   runs.draining = true
   const sockets = [...app.websocketServer.clients]
   for (const stream of streams) stream.drain(config.drain_seconds)
-  await closed(sockets, config.drain_seconds * 1000)
+  await Promise.all([closed(sockets, config.drain_seconds * 1000), within(steps.idle(), config.drain_seconds * 1000)])
   await runs.checkpoint()
   await app.close()
 }
@@ -426,10 +440,17 @@ async function drain(app: FastifyInstance, { config, runs, streams }: AppService
 /** Waits until all sockets are closed, at most `milliseconds`. */
 async function closed(sockets: readonly WebSocket[], milliseconds: number): Promise<void> {
   const waiting = sockets.filter((socket) => socket.readyState !== socket.CLOSED)
-  const all = Promise.all(waiting.map((socket) => new Promise((resolve) => socket.once('close', resolve))))
+  await within(
+    Promise.all(waiting.map((socket) => new Promise((resolve) => socket.once('close', resolve)))),
+    milliseconds,
+  )
+}
+
+/** Waits for a promise, at most `milliseconds`. */
+async function within(promise: Promise<unknown>, milliseconds: number): Promise<void> {
   const timer = new AbortController()
   const deadline = delay(milliseconds, undefined, { signal: timer.signal }).catch(() => undefined)
-  await Promise.race([all, deadline])
+  await Promise.race([promise, deadline])
   timer.abort()
 }
 

@@ -24,7 +24,9 @@ import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import type { Contract } from './contract.js'
 import { type Events, receiptBody } from './events.js'
+import { openRun } from './open-run.js'
 import type { components, operations } from './openapi.js'
+import type { PlainSteps } from './plain-steps.js'
 import type { StateReaders } from './readers.js'
 import { runStateBody, stateBody, stateNorms } from './state.js'
 import { importState } from './state-import.js'
@@ -37,6 +39,7 @@ export type Services = {
   metrics: Metrics
   events: Events
   readers: StateReaders
+  steps: PlainSteps
   contract: Contract
   /** Where runs are kept; undefined where they are not. */
   data: DataFolder | undefined
@@ -81,6 +84,7 @@ export function createHandlers(services: Services): Handlers {
     ...serviceHandlers(services),
     ...runHandlers(services),
     ...checkpointHandlers(services),
+    ...stepHandlers(services),
     openStream: (_request, reply) => {
       reply.header('upgrade', 'websocket').header('connection', 'upgrade')
       throw Object.assign(new Error('this is a WebSocket: the request needs `Upgrade: websocket`'), { statusCode: 426 })
@@ -90,7 +94,8 @@ export function createHandlers(services: Services): Handlers {
 
 type ServiceOperation = 'getRoot' | 'getLivez' | 'getReadyz' | 'getMetrics' | 'getCapabilities' | 'getOpenapi'
 type CheckpointOperation = 'listCheckpoints' | 'getCheckpoint' | 'createCheckpoint' | 'deleteCheckpoint'
-type RunOperation = Exclude<keyof Handlers, ServiceOperation | CheckpointOperation | 'openStream'>
+type StepOperation = 'openRun' | 'postStep'
+type RunOperation = Exclude<keyof Handlers, ServiceOperation | CheckpointOperation | StepOperation | 'openStream'>
 
 function serviceHandlers({
   config,
@@ -157,9 +162,8 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
       return reply.type('application/octet-stream').header('content-length', length).send(body)
     },
     putState: async ({ params, query, headers, body, log }) => {
-      if (!(body instanceof Readable))
-        throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a safetensors one')
-      return importState({ runs, device, config }, await runs.wake(params.run), { query, headers, body, log })
+      const tensors = streamOf(body)
+      return importState({ runs, device, config }, await runs.wake(params.run), { query, headers, body: tensors, log })
     },
     getParameterState: async ({ params }, reply) => {
       const { length, body } = stateBody(device, { readers, run: await runs.wake(params.run) }, params.index)
@@ -206,6 +210,30 @@ function checkpointHandlers({ runs, data }: Services): Pick<Handlers, Checkpoint
       return reply.code(204).send()
     },
   }
+}
+
+function stepHandlers({ config, runs, steps }: Services): Pick<Handlers, StepOperation> {
+  return {
+    openRun: async (request, reply) => {
+      const { body, log } = request
+      if (body === undefined) throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a JSON one')
+      const opened = await openRun({ config, runs }, body, { principal: principalIn(request), log })
+      reply.code(opened.resumed ? 200 : 201)
+      return opened
+    },
+    postStep: (request, reply) => {
+      const { params, query, headers, body } = request
+      const { step, takeover } = query
+      const principal = principalIn(request)
+      return steps.answer({ run: params.run, step, takeover, principal, headers, body: streamOf(body) }, reply)
+    },
+  }
+}
+
+/** The body of a request whose handler reads it as it comes. */
+function streamOf(body: unknown): Readable {
+  if (body instanceof Readable) return body
+  throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a safetensors one')
 }
 
 /** Where to go from `/`. */

@@ -96,14 +96,12 @@ export class Answers {
   }
 
   async #answer(given: Gradient): Promise<void> {
-    const { run, member, step, parameter: index, region: gradient, ready, ...shared } = given
+    const { run, member, step, parameter: index } = given
     try {
-      if (ready) await ready
-      const update = await run.intake.compute({ member, step, index, gradient, ...shared })
+      const update = await updateOf(given, this.#means.metrics)
       if (!update) return
-      if (update.replayed) this.#means.metrics.replayed_updates_total.inc()
       const extent = member.update(run.parameter(index))
-      const sent = shared.target ? this.#tell(step, index, update) : this.#send(step, { index, extent }, update)
+      const sent = given.target ? this.#tell(step, index, update) : this.#send(step, { index, extent }, update)
       await sent.finally(() => update.memory.release())
     } catch (error) {
       countRefused(this.#means.metrics, error)
@@ -181,6 +179,15 @@ function frameOf(ready: readonly Ready[]): UpdatesFrame {
     ...{ gradient_norm: list('gradient_norm'), update_rms: list('update_rms') },
     ...(scaled.length > 0 && { row_scale: Object.fromEntries(scaled) }),
   }
+}
+
+/** The update of a gradient, which is taken over; undefined where the member that sent it has lost the run. */
+export async function updateOf(gradient: Gradient, metrics: Metrics): Promise<ScaledUpdate | undefined> {
+  const { run, parameter: index, region, ready, ...rest } = gradient
+  if (ready) await ready
+  const update = await run.intake.compute({ ...rest, index, gradient: region })
+  if (update?.replayed) metrics.replayed_updates_total.inc()
+  return update
 }
 
 export function countRefused(metrics: Metrics, error: unknown): void {

@@ -28,7 +28,7 @@ type Stored = { pieces: Iterable<Chunk>; data: Uint8Array }
 /** What a reception works with beside the means of its connection. */
 export type ReceptionParts = {
   /** Takes each gradient over that is complete. */
-  answers: Answers
+  answers: Pick<Answers, 'begin' | 'outstanding' | 'fewerThan'>
   /** Aborted when the connection ends. */
   gone: AbortSignal
   /** Told of a gradient in shared memory that is not taken; the frame's others are. */

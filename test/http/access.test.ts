@@ -41,6 +41,8 @@ const TABLE: Readonly<Record<string, Row>> = {
   getParameterState: { takes: 'read', status: 200 },
   getState: { takes: 'read', status: 200 },
   putState: { takes: 'checkpoint', status: 400, type: 'application/octet-stream', body: 'no safetensors' },
+  openRun: { takes: 'step', status: 400, ...JSON_BODY },
+  postStep: { takes: 'step', status: 400, type: 'application/octet-stream', body: 'no safetensors' },
   listReceipts: { takes: 'read', status: 200 },
   listRefusals: { takes: 'read', status: 200 },
   streamEvents: { takes: 'read', status: 200 },
@@ -65,7 +67,8 @@ const rank = ({ id }: Operation) => Object.keys(TABLE).indexOf(id)
 const IN_ORDER = OPERATIONS.sort((one, other) => rank(one) - rank(other))
 
 const pathOf = ({ path }: Operation, run: string) =>
-  path.replace('{run}', run).replace('{index}', '0').replace('{checkpoint}', 'first')
+  path.replace('{run}', run).replace('{index}', '0').replace('{checkpoint}', 'first') +
+  (path.endsWith('/steps') ? '?step=1' : '')
 
 type Answer = { status: number; text: string }
 

@@ -33,20 +33,23 @@ async function state(url: string) {
   return { response, bytes, metadata, tensors: Object.fromEntries(values) }
 }
 
-t.test('the contract lists what the service answers, and each query parameter has a default', async (t) => {
-  const { document } = readContract()
-  const { app } = await startService(t)
-  for (const [path, { parameters: _, ...operations }] of Object.entries(document.paths)) {
-    const url = path.replace(/{(\w+)}/g, ':$1')
-    for (const [method, operation] of Object.entries(operations)) {
-      t.ok(app.hasRoute({ method: method.toUpperCase() as 'GET', url }), `${method} ${path}`)
-      for (const parameter of operation.parameters ?? []) {
-        if ('in' in parameter && parameter.in === 'query')
-          t.ok('default' in parameter.schema, `${path} ${JSON.stringify(parameter)}`)
+t.test(
+  'the contract lists what the service answers, and each query parameter is required or has a default',
+  async (t) => {
+    const { document } = readContract()
+    const { app } = await startService(t)
+    for (const [path, { parameters: _, ...operations }] of Object.entries(document.paths)) {
+      const url = path.replace(/{(\w+)}/g, ':$1')
+      for (const [method, operation] of Object.entries(operations)) {
+        t.ok(app.hasRoute({ method: method.toUpperCase() as 'GET', url }), `${method} ${path}`)
+        for (const parameter of operation.parameters ?? []) {
+          if ('in' in parameter && parameter.in === 'query')
+            t.ok(parameter.required || 'default' in parameter.schema, `${path} ${JSON.stringify(parameter)}`)
+        }
       }
     }
-  }
-})
+  },
+)
 
 t.test('livez, readyz, the contract, its page and the metrics are there', async (t) => {
   const { url } = await startService(t)
