@@ -51,6 +51,11 @@ export function readContract(): Contract {
   return contract
 }
 
+/** The text of asyncapi.yaml, which lies beside openapi.yaml. */
+export function readAsyncapi(): string {
+  return readFileSync(new URL('../../../asyncapi.yaml', import.meta.url), 'utf8')
+}
+
 export function endpointsOf({ document }: Contract): Endpoint[] {
   return Object.entries(document.paths).flatMap(([path, { parameters = [], ...operations }]) => {
     return Object.entries(operations).map(([method, operation]) => ({

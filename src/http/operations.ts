@@ -22,7 +22,7 @@ import type { RunFolder } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
 import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
-import type { Contract } from './contract.js'
+import { type Contract, readAsyncapi } from './contract.js'
 import { type Events, receiptBody } from './events.js'
 import { openRun } from './open-run.js'
 import type { components, operations } from './openapi.js'
@@ -92,7 +92,14 @@ export function createHandlers(services: Services): Handlers {
   }
 }
 
-type ServiceOperation = 'getRoot' | 'getLivez' | 'getReadyz' | 'getMetrics' | 'getCapabilities' | 'getOpenapi'
+type ServiceOperation =
+  | 'getRoot'
+  | 'getLivez'
+  | 'getReadyz'
+  | 'getMetrics'
+  | 'getCapabilities'
+  | 'getOpenapi'
+  | 'getAsyncapi'
 type CheckpointOperation = 'listCheckpoints' | 'getCheckpoint' | 'createCheckpoint' | 'deleteCheckpoint'
 type StepOperation = 'openRun' | 'postStep'
 type RunOperation = Exclude<keyof Handlers, ServiceOperation | CheckpointOperation | StepOperation | 'openStream'>
@@ -106,6 +113,7 @@ function serviceHandlers({
   contract,
   data,
 }: Services): Pick<Handlers, ServiceOperation> {
+  const asyncapi = readAsyncapi()
   return {
     getLivez: () => ({ status: 'ok' }),
     getRoot: () => ({ name: 'muond', version: VERSION, links: LINKS }),
@@ -121,6 +129,7 @@ function serviceHandlers({
       quotas: quotasOf(principalIn(request), runs),
     }),
     getOpenapi: (_request, reply) => reply.type('application/yaml').send(contract.text),
+    getAsyncapi: (_request, reply) => reply.type('application/yaml').send(asyncapi),
   }
 }
 
@@ -241,6 +250,7 @@ const LINKS = {
   dashboard: '/ui',
   documentation: '/docs',
   contract: '/openapi.yaml',
+  frames: '/asyncapi.yaml',
   capabilities: '/v1/capabilities',
   runs: '/v1/runs',
   stream: '/v1/stream',

@@ -30,6 +30,7 @@ const TABLE: Readonly<Record<string, Row>> = {
   getLivez: { takes: 'open', status: 200 },
   getReadyz: { takes: 'open', status: 200 },
   getOpenapi: { takes: 'open', status: 200 },
+  getAsyncapi: { takes: 'open', status: 200 },
   getDocs: { takes: 'open', status: 200 },
   getUi: { takes: 'open', status: 200 },
   getMetrics: { takes: 'read', allRuns: true, status: 200 },

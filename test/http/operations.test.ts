@@ -1,4 +1,5 @@
 import { once } from 'node:events'
+import { readFileSync } from 'node:fs'
 import t from 'tap'
 import { WebSocket } from 'ws'
 import { VERSION } from '../../src/config.js'
@@ -58,6 +59,8 @@ t.test('livez, readyz, the contract, its page and the metrics are there', async 
   const contract = await fetch(`${url}/openapi.yaml`)
   t.equal(contract.headers.get('content-type'), 'application/yaml')
   t.equal(await contract.text(), readContract().text)
+  const frames = await fetch(`${url}/asyncapi.yaml`)
+  t.equal(await frames.text(), readFileSync('asyncapi.yaml', 'utf8'))
   const metrics = await fetch(`${url}/metrics`)
   t.match(metrics.headers.get('content-type'), /^text\/plain; version=0\.0\.4/)
   t.match(await metrics.text(), /^muond_build_info\{.*device="cpu".*\} 1$/m)

@@ -25,7 +25,7 @@ npm_install() {
 has_files() {
   local files
   files=$(tar -tzf "$folder"/muond-*.tgz) &&
-    for file in LICENSE README.md openapi.yaml CHANGELOG.md ui/index.html presets/kimi-k2.yaml kernels/cuda/gemm.cu; do
+    for file in LICENSE README.md openapi.yaml asyncapi.yaml CHANGELOG.md ui/index.html presets/kimi-k2.yaml kernels/cuda/gemm.cu; do
       grep -qx "package/$file" <<<"$files" || { echo "the package lacks $file"; return 1; }
     done
   ! grep -E '^package/(test|bench|src|examples)/|dist/(test|bench)' <<<"$files"
