@@ -99,7 +99,7 @@ function schemaOf(document: Document, { requestBody }: Operation, parameters: re
     parameters.filter((parameter) => parameter.in === place),
   )
   const content = Object.entries(requestBody?.content ?? {}).flatMap(([type, { schema }]) =>
-    schema ? [[type, { schema: inlined(document, schema) }]] : [],
+    schema && type === 'application/json' ? [[type, { schema: inlined(document, schema) }]] : [],
   )
   return {
     ...(path.length > 0 && { params: objectOf(path) }),

@@ -192,7 +192,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -216,7 +216,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -251,7 +251,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -271,7 +271,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -293,7 +293,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -323,7 +323,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -360,7 +360,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -383,7 +383,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -410,7 +410,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -433,7 +433,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -459,7 +459,7 @@ export interface paths {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
             };
@@ -1011,7 +1011,7 @@ export interface components {
     };
     parameters: {
         /** @description Name of the run. */
-        run: string;
+        runName: string;
         /** @description Index of the parameter in the list that opened the run. */
         index: number;
     };
@@ -1133,7 +1133,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/yaml": string;
+                    "application/yaml": Record<string, never>;
                 };
             };
             default: components["responses"]["Problem"];
@@ -1154,7 +1154,7 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/yaml": string;
+                    "application/yaml": Record<string, never>;
                 };
             };
             default: components["responses"]["Problem"];
@@ -1267,7 +1267,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1291,7 +1291,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1321,13 +1321,13 @@ export interface operations {
             };
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
         requestBody: {
             content: {
-                "application/octet-stream": unknown;
+                "application/octet-stream": string;
             };
         };
         responses: {
@@ -1362,7 +1362,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1390,7 +1390,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -1416,7 +1416,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
             };
@@ -1444,7 +1444,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1479,13 +1479,13 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
         requestBody: {
             content: {
-                "application/octet-stream": unknown;
+                "application/octet-stream": string;
             };
         };
         responses: {
@@ -1510,7 +1510,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1539,7 +1539,7 @@ export interface operations {
             };
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1563,7 +1563,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1589,7 +1589,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1617,7 +1617,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
             };
             cookie?: never;
         };
@@ -1651,7 +1651,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
             };
@@ -1677,7 +1677,7 @@ export interface operations {
             header?: never;
             path: {
                 /** @description Name of the run. */
-                run: components["parameters"]["run"];
+                run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
             };
