@@ -4,7 +4,6 @@ import type { Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { promisify } from 'node:util'
 import websocket, { type WebsocketPluginOptions } from '@fastify/websocket'
-import { Ajv, type ValidateFunction } from 'ajv'
 import fastify, {
   type FastifyBaseLogger,
   type FastifyInstance,
@@ -21,21 +20,22 @@ import { type Config, VERSION } from './config.js'
 import { Device } from './device/device.js'
 import { ServiceError } from './errors.js'
 import { authenticator, chooseSubprotocol, principalIn, runGuard } from './http/auth.js'
+import { refuseEncodings, takeBodies, validatorOf } from './http/bodies.js'
 import { type Endpoint, endpointsOf, readContract } from './http/contract.js'
 import { Events } from './http/events.js'
 import { type LocalSocket, listenLocally } from './http/listening/local-socket.js'
 import { limitSockets } from './http/listening/sockets.js'
 import { createSecureServer, readCredentials, renewal, speaksTls } from './http/listening/tls.js'
-import { OPEN_BODY_BYTES } from './http/open-run.js'
 import { type AnyHandler, createHandlers, type Page, type Services } from './http/operations.js'
 import { originGuard } from './http/origin.js'
 import { limitAnswer, limitBody } from './http/pace.js'
 import { docs } from './http/pages/docs.js'
 import { ui } from './http/pages/ui.js'
-import { PlainSteps } from './http/plain-steps.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { StateReaders } from './http/readers.js'
 import { refusalLimit } from './http/refusal-limit.js'
+import { OPEN_BODY_BYTES } from './http/steps/open-run.js'
+import { PlainSteps } from './http/steps/plain-steps.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
@@ -90,10 +90,6 @@ type AppServices = Services & {
 const MAX_BODY_BYTES = 65_536
 // The router answers 404 to a longer path parameter. A run name that is too long should get a better answer than that.
 const MAX_PATH_PARAMETER = 1024
-// Paths and queries are text, whatever they mean. A body says itself what is a number.
-// The contract's lint holds its schemas against their meta-schema: to do so again takes 30 ms of every start.
-const COERCING = new Ajv({ coerceTypes: true, useDefaults: true, strict: false, validateSchema: false })
-const EXACT = new Ajv({ useDefaults: true, strict: false, validateSchema: false })
 // How often node looks for sockets whose request does not come.
 const HTTP = { connectionsCheckingInterval: 1000 }
 // A peer that does not answer our close frame is cut off after this.
@@ -335,40 +331,6 @@ const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterStat
 
 /** Operations whose handler reads the body as it comes. */
 const STREAMED_BODIES: ReadonlySet<string> = new Set(['putState', 'postStep'])
-
-/** Names of headers come in small letters. */
-function validatorOf(schema: object, part = ''): ValidateFunction {
-  if (part === 'body') return EXACT.compile(schema)
-  if (part !== 'headers') return COERCING.compile(schema)
-  const properties = Object.entries(Reflect.get(schema, 'properties')).map(
-    ([name, of]) => [name.toLowerCase(), of] as const,
-  )
-  return COERCING.compile({ ...schema, properties: Object.fromEntries(properties) })
-}
-
-/** What a coded body is of is not known before it was decoded, and nobody here does that. */
-async function refuseEncodings({ headers }: FastifyRequest): Promise<void> {
-  const coding = headers['content-encoding'] ?? 'identity'
-  if (coding === 'identity') return
-  const message = `the body has Content-Encoding ${coding}, expected none: send the bytes as they are`
-  throw Object.assign(new Error(message), { statusCode: 415 })
-}
-
-/**
- * State and gradients come as streams of any length: their handlers read them, and hold them against what the run can
- * have. Plain text is no body of any operation.
- */
-function takeBodies(scope: FastifyInstance): void {
-  scope.removeContentTypeParser('text/plain')
-  scope.addContentTypeParser('application/octet-stream', (request, payload, done) => {
-    if (request.routeOptions.config.streamed) return done(null, payload)
-    done(
-      Object.assign(new Error('Content-Type is application/octet-stream, expected application/json'), {
-        statusCode: 415,
-      }),
-    )
-  })
-}
 
 function refuseOtherMethods(scope: FastifyInstance, url: string): void {
   const allowed = scope.supportedMethods.filter((method) => scope.hasRoute({ method, url })).sort()

@@ -45,9 +45,10 @@ t.test('docs/operations.md lists every metric of our own with its help text', as
 
 /** Runs code that uses the Node client against the service. */
 async function runCode(t: Test, code: string, url: string): Promise<void> {
-  const client = pathToFileURL(resolve('dist/src/client/client.js')).href
+  const entry = (name: string) => pathToFileURL(resolve(`dist/src/client/${name}.js`)).href
   const file = join(t.testdir({}), 'trainer.mjs')
-  writeFileSync(file, code.replace('muond/client', client).replace('ws://127.0.0.1:8787', url))
+  const entries = code.replace('muond/client', entry('client')).replace('muond/tfjs', entry('tfjs'))
+  writeFileSync(file, entries.replace('ws://127.0.0.1:8787', url))
   await import(pathToFileURL(file).href)
 }
 
@@ -86,6 +87,13 @@ t.test('the commands of docs/http.md print what it says', async (t) => {
   const [opened, ...rest] = stdout.replaceAll('\r', '').split(/(?<=\})\n?(?=muond-)/)
   t.match(JSON.parse(opened!), { run: 'first', step: 0, resumed: false })
   t.equal(rest.join(''), printed)
+  await service.app.close()
+})
+
+t.test('the program of docs/tfjs.md runs as it stands', async (t) => {
+  const service = await startService()
+  await runCode(t, codeIn(readFileSync('docs/tfjs.md', 'utf8'), 'js')[0]!, service.url)
+  t.equal(service.runs.get('tfjs').step, 20)
   await service.app.close()
 })
 

@@ -24,12 +24,12 @@ import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
 import { type Contract, readAsyncapi } from './contract.js'
 import { type Events, receiptBody } from './events.js'
-import { openRun } from './open-run.js'
 import type { components, operations } from './openapi.js'
-import type { PlainSteps } from './plain-steps.js'
 import type { StateReaders } from './readers.js'
 import { runStateBody, stateBody, stateNorms } from './state.js'
 import { importState } from './state-import.js'
+import { openRun } from './steps/open-run.js'
+import type { PlainSteps } from './steps/plain-steps.js'
 
 export type Services = {
   config: Config

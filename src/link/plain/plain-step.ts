@@ -30,7 +30,7 @@ export type AskedStep = {
   body: AsyncIterable<Uint8Array>
 }
 
-/** What a step came to; `skipped` are row scales of parameters without a gradient, which QK-clip scales all the same. */
+/** What a step came to; `skipped` are row scales of parameters without a gradient: QK-clip scales them all the same. */
 export type FinishedStep = {
   receipt: Receipt
   updates: readonly { index: number; update: ScaledUpdate }[]

@@ -1,13 +1,13 @@
 import type { IncomingHttpHeaders } from 'node:http'
 import { Readable } from 'node:stream'
 import type { FastifyReply } from 'fastify'
-import type { Principal } from '../access/principal.js'
-import { ServiceError } from '../errors.js'
-import { Turns } from '../keep/turns.js'
-import { type AskedStep, type PlainMeans, PlainStep } from '../link/plain/plain-step.js'
-import { updateFile } from '../link/plain/update-file.js'
-import { paced } from './pace.js'
-import { refusal } from './state-import.js'
+import type { Principal } from '../../access/principal.js'
+import { ServiceError } from '../../errors.js'
+import { Turns } from '../../keep/turns.js'
+import { type AskedStep, type PlainMeans, PlainStep } from '../../link/plain/plain-step.js'
+import { updateFile } from '../../link/plain/update-file.js'
+import { paced } from '../pace.js'
+import { refusal } from '../state-import.js'
 
 /** What all steps work with; `connections` says how many streams there are. */
 type PlainStepsMeans = Omit<PlainMeans, 'principal'> & { connections: () => number }

@@ -1,12 +1,12 @@
 import type { FastifyBaseLogger } from 'fastify'
-import type { Principal } from '../access/principal.js'
-import type { Config } from '../config.js'
-import type { Runs } from '../keep/runs.js'
-import { checkOpening } from '../link/permission.js'
-import type { Connection } from '../run/members/member.js'
-import { type ParameterDescription, PROTOCOL } from '../wire/frame.js'
-import { frameOfJson } from '../wire/json-frame.js'
-import type { components } from './openapi.js'
+import type { Principal } from '../../access/principal.js'
+import type { Config } from '../../config.js'
+import type { Runs } from '../../keep/runs.js'
+import { checkOpening } from '../../link/permission.js'
+import type { Connection } from '../../run/members/member.js'
+import { type ParameterDescription, PROTOCOL } from '../../wire/frame.js'
+import { frameOfJson } from '../../wire/json-frame.js'
+import type { components } from '../openapi.js'
 
 type Schemas = components['schemas']
 
