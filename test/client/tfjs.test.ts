@@ -96,6 +96,13 @@ t.test('variables without a gradient are skipped, and groups change', async (t) 
     variables: [one, two],
   }
   await t.rejects(openOptimizer(client, { run: 'tfjs-skip', ...options }), /2 groups: say with groupOf/)
+  await t.rejects(openOptimizer(client, { run: 'tfjs-skip', ...options, groups: [] }), /there are 0 groups/)
+  const preset = {
+    run: 'tfjs-preset',
+    groups: [{ name: 'all', preset: 'torch' }],
+    variables: [tf.variable(matrix(7, 2, 2))],
+  }
+  await openOptimizer(client, preset)
   const groupOf = (name: string) => (name === 'one' ? 'a' : 'b')
   const optimizer = await openOptimizer(client, { run: 'tfjs-skip', ...options, groupOf })
   const receipt = await optimizer.applyGradientsAsync({ one: tf.tensor1d([1, 1]) }, { groups: { a: { lr: 0.5 } } })

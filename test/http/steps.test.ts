@@ -223,6 +223,7 @@ t.test('wrong files change nothing', async (t) => {
     [400, 'REQUEST_INVALID', /key 'weight_decay', expected ones are groups/, fileOf(tensorsOf(1), { weight_decay: 1 })],
     [400, 'REQUEST_INVALID', /no list of the names/, fileOf(tensorsOf(1), { skipped: [3] })],
     [400, 'REQUEST_INVALID', /'groups' is no JSON/, text(fileOf(tensorsOf(1), { groups: {} }), '"{}"', '"{]"')],
+    [400, 'FRAME_MALFORMED', /nested more than 8/, fileOf(tensorsOf(1), { groups: { a: { b: [[[[[[[1]]]]]]] } } })],
     [400, 'FRAME_MALFORMED', /step\.groups\.rest is a float/, fileOf(tensorsOf(1), { groups: { rest: 0.5 } })],
     [422, 'HYPERPARAMETER_INVALID', /no group 'none'/, fileOf(tensorsOf(1), { groups: { none: {} } })],
     [422, 'HYPERPARAMETER_INVALID', /lr/, fileOf(tensorsOf(1), { groups: { rest: { lr: -1 } } })],
@@ -272,6 +273,12 @@ t.test('a gradient that is not finite is refused, and the same step comes again'
   const [clean, expected] = [await made(), fileOf(tensorsOf(1))]
   t.equal(answer.receipt.digest, (await take(http, clean, { step: 1 }, expected)).receipt.digest)
 })
+
+/** How many connections there are, requests for steps counted. */
+async function connectionsOf(http: string): Promise<number> {
+  const answer = await fetch(`${http}/v1/capabilities`)
+  return ((await answer.json()) as { quotas: { connections: { used: number } } }).quotas.connections.used
+}
 
 /** A request whose body stops after `bytes`, and the socket below it. */
 async function begin(run: string, step: number, bytes: Uint8Array, length: number) {
@@ -377,11 +384,7 @@ t.test('a body that drips is refused, and so is one connection too many', async 
     return outgoing
   })
   const responses = dripping.map((outgoing) => once(outgoing, 'response'))
-  const connections = async () => {
-    const answer = await fetch(`${slow.http}/v1/capabilities`)
-    return ((await answer.json()) as { quotas: { connections: { used: number } } }).quotas.connections.used
-  }
-  while ((await connections()) < 2) await turn()
+  while ((await connectionsOf(slow.http)) < 2) await turn()
   const over = await refused(slow.http, 'r', { step: 1 }, file)
   t.match(over, { status: 429, code: 'OVERLOADED', detail: /2 streams and requests for steps, at most 2/ })
   for (const response of responses) {
@@ -390,4 +393,96 @@ t.test('a body that drips is refused, and so is one connection too many', async 
     answer.resume()
   }
   t.equal((await take(slow.http, 'r', { step: 1 }, file)).receipt.step, 1)
+})
+
+t.test('tensors in blocks are for the stream, and many missing ones are not all named', async (t) => {
+  const one = { name: 'w', shape: [4], group: 'rest' }
+  const file = fileOf([{ name: 'w', shape: [4], values: normal(1, 4) }])
+  for (const key of ['gradient_dtype', 'update_dtype']) {
+    const run = await made({ groups: GROUPS, parameters: [{ ...one, [key]: 'int8_block256' }] })
+    const refusal = { status: 422, code: 'DTYPE_UNSUPPORTED', detail: /'w' is int8_block256.*use the stream/ }
+    t.match(await refused(http, run, { step: 1 }, file), refusal)
+  }
+  const parameters = Array.from({ length: 12 }, (_, i) => ({
+    ...one,
+    name: `w${i}`,
+    shape: [4, 2],
+    group: 'hidden',
+    split: [2, 2],
+  }))
+  const many = await made({ groups: GROUPS, parameters })
+  const detail = /no gradient of 'w0', .*'w9' and 2 more: send it/
+  t.match(await refused(http, many, { step: 1 }, fileOf([])), { code: 'STEP_INCOMPLETE', detail })
+  t.match(await post(http, { run: many }), { status: 200, body: { parameters: [{ name: 'w0', split: [2, 2] }] } })
+})
+
+t.test('a span of the trainer is that of the step, and one that is none is ignored', async (t) => {
+  const run = await made()
+  const spans: (string | undefined)[] = []
+  service.runs.get(run).on('receipt', (_, __, step) => spans.push(step.traceparent))
+  const traceparent = `00-${'a'.repeat(32)}-${'b'.repeat(16)}-01`
+  for (const [i, header] of [traceparent, 'nonsense'].entries())
+    await take(http, run, { step: i + 1, headers: { traceparent: header } }, fileOf(tensorsOf(i + 1)))
+  t.same(spans, [traceparent, undefined])
+})
+
+t.test('a request that is gone before its turn is over is none', async (t) => {
+  const run = await made()
+  const body = fileOf(tensorsOf(1))
+  const first = await begin(run, 1, body.subarray(0, 900), body.length)
+  await until(() => service.runs.get(run).connected)
+  const scraped = await service.metrics.registry.metrics()
+  t.match(scraped, /^muond_in_flight_bytes \d+$/m)
+  const second = await begin(run, 1, body, body.length)
+  while ((await connectionsOf(http)) < 2) await turn()
+  second.destroy()
+  first.destroy()
+  await until(() => !service.runs.get(run).connected)
+  t.equal((await take(http, run, { step: 1 }, body)).receipt.replayed, false)
+})
+
+t.test('who takes a run over ends an answer that is not read', async (t) => {
+  const elements = 2 ** 22
+  const parameters = [{ name: 'w', shape: [elements], group: 'g' }]
+  const run = await made({ groups: [{ name: 'g', algorithm: 'sgd' }], parameters })
+  const file = fileOf([{ name: 'w', shape: [elements], values: normal(1, elements) }])
+  const outgoing = await begin(run, 1, file, file.length)
+  outgoing.end()
+  const [response] = await once(outgoing, 'response')
+  t.ok(service.runs.get(run).connected, 'the run is its until the answer is read')
+  const cut = once(response, 'error')
+  const { client } = await stream(run, { takeover: true })
+  response.resume()
+  t.match(await cut, [{ code: 'ECONNRESET' }])
+  await client.close()
+  const again = await take(http, run, { step: 1 }, file)
+  t.same([again.receipt.replayed, again.tensors.get('update.w')!.data.length], [true, 4 * elements])
+})
+
+t.test('a service that shuts down ends the steps that have begun, and begins none', async (t) => {
+  const draining = await startService({ lanes: 1, drain_seconds: 60 })
+  t.equal((await post(draining.http, { run: 'r', ...DECLARED })).status, 201)
+  const file = fileOf(tensorsOf(1))
+  const headers = { 'content-type': 'application/octet-stream', 'content-length': file.length }
+  const outgoing = request(`${draining.http}/v1/runs/r/steps?step=1`, { method: 'POST', agent: false, headers })
+  outgoing.write(file.subarray(0, 900))
+  const responded = once(outgoing, 'response')
+  await until(() => draining.runs.get('r').connected)
+  const drained = draining.drain()
+  t.match(await refused(draining.http, 'r', { step: 1 }, file), { status: 503, code: 'DRAINING' })
+  outgoing.end(file.subarray(900))
+  const [response] = await responded
+  t.equal(response.statusCode, 200)
+  response.resume()
+  await drained
+})
+
+t.test('a step keeps to the bytes a second that there may be', async (t) => {
+  const slow = await startService({ lanes: 1, max_bytes_per_second: 2 ** 18 })
+  t.teardown(() => slow.app.close())
+  const parameters = [{ name: 'w', shape: [2 ** 16], group: 'g' }]
+  const declared = { groups: [{ name: 'g', algorithm: 'sgd' }], parameters }
+  t.equal((await post(slow.http, { run: 'r', ...declared })).status, 201)
+  const file = fileOf([{ name: 'w', shape: [2 ** 16], values: normal(1, 2 ** 16) }])
+  t.equal((await take(slow.http, 'r', { step: 1 }, file)).receipt.applied, 1)
 })

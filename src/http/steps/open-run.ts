@@ -14,6 +14,7 @@ type Schemas = components['schemas']
 export const OPEN_BODY_BYTES = 2 ** 20
 
 /** It lets go of the run in the turn in which it gets it: nothing can end it before. */
+/* c8 ignore next -- so nobody calls these */
 const NOBODY: Connection = { fence: () => {}, expel: () => {}, changed: () => {} }
 
 /**

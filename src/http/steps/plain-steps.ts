@@ -41,10 +41,10 @@ export class PlainSteps {
 
   /** Resolves when every request has its answer. */
   async idle(): Promise<void> {
-    if (this.#steps.size === 0) return
-    await new Promise<void>((resolve) => {
-      this.#onIdle = resolve
-    })
+    if (this.#steps.size > 0)
+      await new Promise<void>((resolve) => {
+        this.#onIdle = resolve
+      })
   }
 
   /**
@@ -53,6 +53,7 @@ export class PlainSteps {
    */
   async answer(asking: Asking, reply: FastifyReply): Promise<FastifyReply> {
     const { principal } = asking
+    if (this.#means.runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and begins no step')
     this.#checkConnections(principal)
     const step = new PlainStep({ ...this.#means, principal })
     const leave = principal.connect()

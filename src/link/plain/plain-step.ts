@@ -47,7 +47,7 @@ export class PlainStep implements Connection {
   readonly #gone = new AbortController()
   /** Rejects when the step cannot go on, with the first reason. */
   readonly #failure: Promise<never>
-  #fail: (error: unknown) => void = () => {}
+  #fail!: (error: unknown) => void
   #joined: Joined | undefined
   readonly #computing = new Map<number, Promise<void>>()
   readonly #updates: { index: number; update: ScaledUpdate }[] = []
@@ -61,14 +61,19 @@ export class PlainStep implements Connection {
     this.#failure.catch(() => {})
     this.#reception = new Reception(means, {
       answers: {
-        begin: (gradient) => this.#compute(gradient),
+        begin: (gradient) => void this.#computing.set(gradient.parameter, this.#compute(gradient)),
         outstanding: (parameter) => this.#computing.get(parameter),
+        /* c8 ignore next -- only gradients in shared memory ask for it */
         fewerThan: () => Promise.resolve(),
       },
       gone: this.#gone.signal,
+      /* c8 ignore next -- as above */
       refused: (error) => this.#fail(error),
+      // An `open` that was granted may end its step.
       checkOpen: () => {},
+      // No chunk is received in place: each is copied to wherever the gradient is.
       abandoned: () => {},
+      /* c8 ignore next -- a gradient moves when another run lacks room */
       redirected: () => {},
     })
   }
@@ -87,8 +92,9 @@ export class PlainStep implements Connection {
     this.#fail(error)
   }
 
+  /* c8 ignore next 3 -- a run's only member hears of no others */
   changed(): void {
-    // It is a run's only member.
+    // There are none.
   }
 
   /**
@@ -125,6 +131,7 @@ export class PlainStep implements Connection {
     const { run, member } = await runs.open(frame, this, principal)
     this.#joined = { run, member }
     if (!this.#gone.signal.aborted) return this.#joined
+    /* c8 ignore next 2 -- the client may go while the run is brought to memory */
     run.intake.detach(member)
     throw new ServiceError('REQUEST_INVALID', 'the connection was lost before the run was there')
   }
@@ -138,6 +145,7 @@ export class PlainStep implements Connection {
     run.intake.beginEnd(member, end)
     await this.#orFail(Promise.all(this.#computing.values()))
     const receipt = await this.#orFail(run.intake.end(member, end))
+    /* c8 ignore next -- the member may be lost while the step is ended */
     if (typeof receipt !== 'object') return this.#failure
     this.#updates.sort((one, other) => one.index - other.index)
     const scales = [...run.skippedRowScales(member)].map(({ parameter, row_scale }) => ({
@@ -149,7 +157,7 @@ export class PlainStep implements Connection {
 
   /** Has every gradient of the body begin; answers what its header says. */
   async #receive(joined: Joined, asked: AskedStep): Promise<GivenStep> {
-    const pieces = asked.body[Symbol.asyncIterator]()
+    const pieces = this.#counted(asked.body)
     try {
       const { header, start, rest } = await this.#orFail(readStreamHeader(pieces, limitsOf(joined, asked)))
       // What an earlier request has had applied is held against this one before anything else of it is applied: of two
@@ -163,14 +171,13 @@ export class PlainStep implements Connection {
       for (;;) {
         const next = await this.#orFail(pieces.next())
         if (next.done) break
-        await this.#spend(next.value.length)
         await take(next.value)
       }
       cutter.end()
       return given
     } finally {
       // Where a piece is still waited for, its coming ends this, and nobody waits for that.
-      pieces.return?.().catch(() => {})
+      pieces.return(undefined).catch(() => {})
     }
   }
 
@@ -188,19 +195,18 @@ export class PlainStep implements Connection {
     }
   }
 
-  /** Counts what has come against the bytes a second of its key, and of all. */
-  async #spend(bytes: number): Promise<void> {
+  /** Counts what comes against the bytes a second of its key, and of all: what is too much is waited for. */
+  async *#counted(body: AsyncIterable<Uint8Array>): AsyncGenerator<Uint8Array> {
     const rates = [this.#means.principal.rate, this.#means.rate]
-    for (const rate of rates) rate.spend(bytes)
-    const milliseconds = Math.max(...rates.map((rate) => rate.wait()))
-    if (milliseconds > 0) await this.#orFail(delay(milliseconds))
+    for await (const piece of body) {
+      for (const rate of rates) rate.spend(piece.length)
+      yield piece
+      const milliseconds = Math.max(...rates.map((rate) => rate.wait()))
+      if (milliseconds > 0) await delay(milliseconds)
+    }
   }
 
-  #compute(gradient: Gradient): void {
-    this.#computing.set(gradient.parameter, this.#keep(gradient))
-  }
-
-  async #keep(gradient: Gradient): Promise<void> {
+  async #compute(gradient: Gradient): Promise<void> {
     const { metrics } = this.#means
     try {
       const update = await updateOf(gradient, metrics)
