@@ -9,7 +9,7 @@ FROM node:24-bookworm-slim AS build
 WORKDIR /muond
 COPY package.json package-lock.json .npmrc ./
 RUN npm ci
-COPY tsconfig.json openapi.yaml ./
+COPY tsconfig.json openapi.yaml asyncapi.yaml ./
 COPY kernels kernels
 COPY presets presets
 COPY src src
@@ -25,7 +25,7 @@ RUN sh deploy/onnxruntime-gpu.sh "$MUOND_ONNXRUNTIME_DIR"
 FROM node:24-bookworm-slim AS cpu
 WORKDIR /muond
 ENV MUOND_HOST=0.0.0.0 MUOND_DEVICE=cpu MUOND_SOCKET=/run/muond/muond.sock NODE_ENV=production
-COPY --from=build /muond/package.json /muond/openapi.yaml ./
+COPY --from=build /muond/package.json /muond/openapi.yaml /muond/asyncapi.yaml ./
 COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
 COPY --from=build /muond/kernels/cuda/*.cu kernels/cuda/
@@ -44,7 +44,7 @@ WORKDIR /muond
 ENV MUOND_HOST=0.0.0.0 MUOND_DEVICE=cuda MUOND_SOCKET=/run/muond/muond.sock MUOND_ONNXRUNTIME_DIR=/opt/onnxruntime NODE_ENV=production
 COPY --from=build /usr/local/bin/node /usr/local/bin/
 COPY --from=provider /opt/onnxruntime /opt/onnxruntime
-COPY --from=build /muond/package.json /muond/openapi.yaml ./
+COPY --from=build /muond/package.json /muond/openapi.yaml /muond/asyncapi.yaml ./
 COPY --from=build /muond/node_modules node_modules
 COPY --from=build /muond/dist dist
 COPY --from=build /muond/kernels/cuda/*.cu kernels/cuda/

@@ -4,7 +4,6 @@ import type { Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { promisify } from 'node:util'
 import websocket, { type WebsocketPluginOptions } from '@fastify/websocket'
-import { Ajv, type ValidateFunction } from 'ajv'
 import fastify, {
   type FastifyBaseLogger,
   type FastifyInstance,
@@ -21,6 +20,7 @@ import { type Config, VERSION } from './config.js'
 import { Device } from './device/device.js'
 import { ServiceError } from './errors.js'
 import { authenticator, chooseSubprotocol, principalIn, runGuard } from './http/auth.js'
+import { refuseEncodings, takeBodies, validatorOf } from './http/bodies.js'
 import { type Endpoint, endpointsOf, readContract } from './http/contract.js'
 import { Events } from './http/events.js'
 import { type LocalSocket, listenLocally } from './http/listening/local-socket.js'
@@ -35,6 +35,8 @@ import { ui } from './http/pages/ui.js'
 import { answerClientError, answerProblems, sendProblem } from './http/problem.js'
 import { StateReaders } from './http/readers.js'
 import { refusalLimit } from './http/refusal-limit.js'
+import { OPEN_BODY_BYTES } from './http/steps/open-run.js'
+import { PlainSteps } from './http/steps/plain-steps.js'
 import type { Log } from './keep/keeper.js'
 import { Runs } from './keep/runs.js'
 import { Session } from './link/session.js'
@@ -89,10 +91,6 @@ type AppServices = Services & {
 const MAX_BODY_BYTES = 65_536
 // The router answers 404 to a longer path parameter. A run name that is too long should get a better answer than that.
 const MAX_PATH_PARAMETER = 1024
-// Paths and queries are text, whatever they mean. A body says itself what is a number.
-// The contract's lint holds its schemas against their meta-schema: to do so again takes 30 ms of every start.
-const COERCING = new Ajv({ coerceTypes: true, useDefaults: true, strict: false, validateSchema: false })
-const EXACT = new Ajv({ useDefaults: true, strict: false, validateSchema: false })
 // How often node looks for sockets whose request does not come.
 const HTTP = { connectionsCheckingInterval: 1000 }
 // A peer that does not answer our close frame is cut off after this.
@@ -129,10 +127,12 @@ export async function buildApp({
     log.warn({ event: 'refused', code, reason: message })
     metrics.errors_total.inc({ code })
   })
+  const rate = new Rate(() => config.max_bytes_per_second || undefined)
+  const streams = new Set<Session>()
   const services: AppServices = {
     config,
     keys,
-    rate: new Rate(() => config.max_bytes_per_second || undefined),
+    rate,
     device,
     runs,
     data,
@@ -141,7 +141,8 @@ export async function buildApp({
     contract,
     events: new Events(),
     readers: new StateReaders(device),
-    streams: new Set(),
+    streams,
+    steps: new PlainSteps({ config, device, metrics, runs, rate, connections: () => streams.size }),
     local: new Set(),
     intake,
     tracing,
@@ -220,11 +221,11 @@ function secureFactory(config: Config): (handler: RequestListener) => Server {
 }
 
 function observe({ server }: FastifyInstance, services: AppServices): void {
-  const { config, device, runs, metrics, streams, intake } = services
+  const { config, device, runs, metrics, streams, steps, intake } = services
   metrics.observe({
     sockets: promisify(server.getConnections).bind(server),
     unfinished_bytes: () => intake.bytes,
-    in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, 0),
+    in_flight_bytes: () => [...streams].reduce((sum, stream) => sum + stream.inFlightBytes, steps.inFlightBytes),
     staging: () => {
       const own = runs.list().reduce((sum, { staging }) => sum + staging.ownBytes, 0)
       return { used: device.staging.used, capacity: device.staging.capacity, own }
@@ -306,7 +307,7 @@ async function closeConnections(
 /** Makes a route of every operation of the contract, and of every other method on its paths a 405. */
 async function registerOperations(scope: FastifyInstance, services: AppServices): Promise<void> {
   const handlers: Readonly<Record<string, AnyHandler>> = createHandlers(services)
-  takeStreams(scope)
+  takeBodies(scope)
   const endpoints = endpointsOf(services.contract)
   for (const endpoint of endpoints.filter(({ id }) => !PAGES.has(id)))
     scope.route(routeOf(endpoint, handlers[endpoint.id], services))
@@ -316,8 +317,9 @@ async function registerOperations(scope: FastifyInstance, services: AppServices)
 function routeOf(endpoint: Endpoint, handler: AnyHandler | undefined, services: AppServices): RouteOptions {
   const { id, method, url, access, schema } = endpoint
   assert(handler, `operation ${id} has no handler`)
-  const config = { access, streamed: id === 'putState', endless: id === 'streamEvents' }
-  const route: RouteOptions = { method, url, schema, handler, config, exposeHeadRoute: !STREAMED.has(id) }
+  const config = { access, streamed: STREAMED_BODIES.has(id), endless: id === 'streamEvents' }
+  const bodyLimit = id === 'openRun' ? OPEN_BODY_BYTES : MAX_BODY_BYTES
+  const route: RouteOptions = { method, url, schema, handler, config, bodyLimit, exposeHeadRoute: !STREAMED.has(id) }
   if (id !== 'openStream') return route
   const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
   const wsHandler = (socket: WebSocket, request: FastifyRequest) => openStream(socket, request, services)
@@ -330,35 +332,8 @@ const PAGES: ReadonlySet<string> = new Set<Page>(['getDocs', 'getUi'])
 /** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
 const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])
 
-/** Names of headers come in small letters. */
-function validatorOf(schema: object, part = ''): ValidateFunction {
-  if (part === 'body') return EXACT.compile(schema)
-  if (part !== 'headers') return COERCING.compile(schema)
-  const properties = Object.entries(Reflect.get(schema, 'properties')).map(
-    ([name, of]) => [name.toLowerCase(), of] as const,
-  )
-  return COERCING.compile({ ...schema, properties: Object.fromEntries(properties) })
-}
-
-/** What a coded body is of is not known before it was decoded, and nobody here does that. */
-async function refuseEncodings({ headers }: FastifyRequest): Promise<void> {
-  const coding = headers['content-encoding'] ?? 'identity'
-  if (coding === 'identity') return
-  const message = `the body has Content-Encoding ${coding}, expected none: send the bytes as they are`
-  throw Object.assign(new Error(message), { statusCode: 415 })
-}
-
-/** State comes as a stream of any length: its handler reads it, and holds it against what the run can have. */
-function takeStreams(scope: FastifyInstance): void {
-  scope.addContentTypeParser('application/octet-stream', (request, payload, done) => {
-    if (request.routeOptions.config.streamed) return done(null, payload)
-    done(
-      Object.assign(new Error('Content-Type is application/octet-stream, expected application/json'), {
-        statusCode: 415,
-      }),
-    )
-  })
-}
+/** Operations whose handler reads the body as it comes. */
+const STREAMED_BODIES: ReadonlySet<string> = new Set(['putState', 'postStep'])
 
 function refuseOtherMethods(scope: FastifyInstance, url: string): void {
   const allowed = scope.supportedMethods.filter((method) => scope.hasRoute({ method, url })).sort()
@@ -379,12 +354,13 @@ async function refuseOtherUpgrades({ ws, routeOptions, method, url }: FastifyReq
   throw new ServiceError('REQUEST_INVALID', `only /v1/stream is a WebSocket: ask for ${request} without 'Upgrade'`)
 }
 
-function refuseUpgrade(request: FastifyRequest, { runs, streams, config }: AppServices): void {
+function refuseUpgrade(request: FastifyRequest, { runs, streams, steps, config }: AppServices): void {
   if (!request.ws) return
   principalIn(request).checkConnections()
   if (runs.draining) throw new ServiceError('DRAINING', 'the service shuts down and takes no stream')
-  if (streams.size < config.max_connections) return
-  throw new ServiceError('OVERLOADED', `there are ${streams.size} streams, at most ${config.max_connections}`, {
+  const count = streams.size + steps.size
+  if (count < config.max_connections) return
+  throw new ServiceError('OVERLOADED', `there are ${count} streams, at most ${config.max_connections}`, {
     retry_after_seconds: 1,
   })
 }
@@ -417,11 +393,11 @@ async function close({ runs, data, device, tracing }: AppServices): Promise<void
   await device.close()
 }
 
-async function drain(app: FastifyInstance, { config, runs, streams }: AppServices): Promise<void> {
+async function drain(app: FastifyInstance, { config, runs, streams, steps }: AppServices): Promise<void> {
   runs.draining = true
   const sockets = [...app.websocketServer.clients]
   for (const stream of streams) stream.drain(config.drain_seconds)
-  await closed(sockets, config.drain_seconds * 1000)
+  await Promise.all([closed(sockets, config.drain_seconds * 1000), within(steps.idle(), config.drain_seconds * 1000)])
   await runs.checkpoint()
   await app.close()
 }
@@ -429,10 +405,17 @@ async function drain(app: FastifyInstance, { config, runs, streams }: AppService
 /** Waits until all sockets are closed, at most `milliseconds`. */
 async function closed(sockets: readonly WebSocket[], milliseconds: number): Promise<void> {
   const waiting = sockets.filter((socket) => socket.readyState !== socket.CLOSED)
-  const all = Promise.all(waiting.map((socket) => new Promise((resolve) => socket.once('close', resolve))))
+  await within(
+    Promise.all(waiting.map((socket) => new Promise((resolve) => socket.once('close', resolve)))),
+    milliseconds,
+  )
+}
+
+/** Waits for a promise, at most `milliseconds`. */
+async function within(promise: Promise<unknown>, milliseconds: number): Promise<void> {
   const timer = new AbortController()
   const deadline = delay(milliseconds, undefined, { signal: timer.signal }).catch(() => undefined)
-  await Promise.race([all, deadline])
+  await Promise.race([promise, deadline])
   timer.abort()
 }
 

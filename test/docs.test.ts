@@ -1,8 +1,10 @@
+import { execFile } from 'node:child_process'
 import { EventEmitter } from 'node:events'
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
 import { PassThrough } from 'node:stream'
 import { pathToFileURL } from 'node:url'
+import { promisify } from 'node:util'
 import t, { type Test } from 'tap'
 import { NAMED_COEFFICIENTS } from '../kernels/orthogonalize/coefficients.js'
 import { explainCommand } from '../src/commands/explain.js'
@@ -49,9 +51,10 @@ t.test('docs/operations.md lists every metric of our own with its help text', as
 
 /** Runs code that uses the Node client against the service. */
 async function runCode(t: Test, code: string, url: string): Promise<void> {
-  const client = pathToFileURL(resolve('dist/src/client/client.js')).href
+  const entry = (name: string) => pathToFileURL(resolve(`dist/src/client/${name}.js`)).href
   const file = join(t.testdir({}), 'trainer.mjs')
-  writeFileSync(file, code.replace('muond/client', client).replace('ws://127.0.0.1:8787', url))
+  const entries = code.replace('muond/client', entry('client')).replace('muond/tfjs', entry('tfjs'))
+  writeFileSync(file, entries.replace('ws://127.0.0.1:8787', url))
   await import(pathToFileURL(file).href)
 }
 
@@ -78,6 +81,25 @@ t.test('the code of docs/node.md runs from top to bottom', async (t) => {
   await runCode(t, codeIn(NODE, 'js').join('\n'), service.url)
   // Five steps, one with a refused gradient, one that was taken back, and the one after that.
   t.equal(service.runs.get('node').step, 7)
+  await service.app.close()
+})
+
+t.test('the commands of docs/http.md print what it says', async (t) => {
+  const service = await startService()
+  const text = readFileSync('docs/http.md', 'utf8')
+  const [code, printed] = [codeIn(text, 'sh')[0]!, codeIn(text, 'text')[0]!]
+  const file = join(t.testdir({ 'step.sh': code.replace('http://127.0.0.1:8787', service.http) }), 'step.sh')
+  const { stdout } = await promisify(execFile)('sh', ['-e', file], { cwd: dirname(file), timeout: 60_000 })
+  const [opened, ...rest] = stdout.replaceAll('\r', '').split(/(?<=\})\n?(?=muond-)/)
+  t.match(JSON.parse(opened!), { run: 'first', step: 0, resumed: false })
+  t.equal(rest.join(''), printed)
+  await service.app.close()
+})
+
+t.test('the program of docs/tfjs.md runs as it stands', async (t) => {
+  const service = await startService()
+  await runCode(t, codeIn(readFileSync('docs/tfjs.md', 'utf8'), 'js')[0]!, service.url)
+  t.equal(service.runs.get('tfjs').step, 20)
   await service.app.close()
 })
 

@@ -11,7 +11,7 @@ platform=$(node -p 'process.platform + "-" + process.arch')
 current=$(node -p 'process.versions.node.split(".")[0]')
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
-cp -r bench clients deploy docs examples kernels presets src test ui openapi.yaml package.json README.md tsconfig.json "$copy"
+cp -r bench clients deploy docs examples kernels presets src test ui openapi.yaml asyncapi.yaml package.json README.md tsconfig.json "$copy"
 ln -s "$PWD/node_modules" "$copy/node_modules"
 
 files=(test/link/websocket/*.test.ts)

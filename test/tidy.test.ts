@@ -38,7 +38,8 @@ const OWNERS: Record<string, (file: string) => boolean> = {
     /^src\/(app|link\/(session|pauses|websocket\/(intake|sender|small-frames|socket))|client\/(steps\/)?\w+|commands\/conformance\/(link|stage))\.ts$/.test(
       file,
     ),
-  fastify: (file) => /^src\/(app|http\/(pages\/)?[\w-]+|link\/session)\.ts$/.test(file),
+  fastify: (file) => /^src\/(app|http\/((pages|steps)\/)?[\w-]+|link\/session)\.ts$/.test(file),
+  '@tensorflow/tfjs-core': (file) => file === 'src/client/tfjs.ts',
   'prom-client': (file) => file === 'src/metrics.ts',
   'env-schema': (file) => file === 'src/config.ts',
 }

@@ -9,7 +9,7 @@ cd "$(dirname "$0")"
 venv=${PYTHON_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/muond/python}
 if [ ! -x "$venv/bin/python" ]; then python3 -m venv "$venv" || { echo '0 passed, 1 failed'; exit 1; }; fi
 # Again each time: it costs a second when nothing is missing, and the editable install must be that of this checkout.
-"$venv/bin/python" -m pip install --quiet --editable '.[torch,progress,dev,test]' || { echo '0 passed, 1 failed'; exit 1; }
+"$venv/bin/python" -m pip install --quiet --editable '.[torch,progress,jax,dev,test]' || { echo '0 passed, 1 failed'; exit 1; }
 
 passed=0
 failed=0
@@ -24,14 +24,20 @@ check "$venv/bin/mypy"
 check "$venv/bin/mypy" --allow-untyped-calls --no-warn-unused-ignores "$examples"
 
 log=$(mktemp)
-"$venv/bin/python" -m pytest --cov --cov-report=term-missing:skip-covered "$@" 2>&1 | tee "$log"
-status=${PIPESTATUS[0]}
 count() { tail -n 1 "$log" | grep -oE "[0-9]+ $1" | grep -oE '[0-9]+' || echo 0; }
-wrong=$(($(count failed) + $(count errors?)))
-passed=$((passed + $(count passed)))
-failed=$((failed + wrong))
-# Missing coverage, or a run that never came so far, is a failure as well.
-if [ "$status" -ne 0 ] && [ "$wrong" -eq 0 ]; then failed=$((failed + 1)); fi
+# Runs pytest and adds up what it counts.
+tests() {
+  "$venv/bin/python" -m pytest --cov "$@" 2>&1 | tee "$log"
+  local status=${PIPESTATUS[0]} wrong
+  wrong=$(($(count failed) + $(count errors?)))
+  passed=$((passed + $(count passed)))
+  failed=$((failed + wrong))
+  # Missing coverage, or a run that never came so far, is a failure as well.
+  if [ "$status" -ne 0 ] && [ "$wrong" -eq 0 ]; then failed=$((failed + 1)); fi
+}
+# JAX has threads and a number of devices of its own: other tests fork. The second one has the coverage of both.
+tests --ignore=tests/optax --cov-report= --cov-fail-under=0 "$@"
+tests tests/optax --cov-append --cov-report=term-missing:skip-covered
 rm -f "$log"
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -24,7 +24,10 @@ type Document = {
   readonly openapi: string
   readonly info: { readonly title: string; readonly version: string }
   readonly paths: Readonly<Record<string, Path>>
-  readonly components: { readonly parameters: Readonly<Record<string, Parameter>> }
+  readonly components: {
+    readonly parameters: Readonly<Record<string, Parameter>>
+    readonly schemas: Readonly<Record<string, object>>
+  }
 }
 
 /** An operation of the contract as fastify routes it. */
@@ -48,6 +51,11 @@ export function readContract(): Contract {
   return contract
 }
 
+/** The text of asyncapi.yaml, which lies beside openapi.yaml. */
+export function readAsyncapi(): string {
+  return readFileSync(new URL('../../../asyncapi.yaml', import.meta.url), 'utf8')
+}
+
 export function endpointsOf({ document }: Contract): Endpoint[] {
   return Object.entries(document.paths).flatMap(([path, { parameters = [], ...operations }]) => {
     return Object.entries(operations).map(([method, operation]) => ({
@@ -56,6 +64,7 @@ export function endpointsOf({ document }: Contract): Endpoint[] {
       url: path.replace(/{(\w+)}/g, ':$1'),
       access: accessOf(operation),
       schema: schemaOf(
+        document,
         operation,
         [...parameters, ...(operation.parameters ?? [])].map((parameter) => resolved(document, parameter)),
       ),
@@ -85,17 +94,31 @@ function resolved({ components }: Document, parameter: Parameter | Reference): P
  * What requests are held against. Answers are sent as they are made: a serializer from the contract would silently drop
  * what the contract does not list.
  */
-function schemaOf({ requestBody }: Operation, parameters: readonly Parameter[]): FastifySchema {
+function schemaOf(document: Document, { requestBody }: Operation, parameters: readonly Parameter[]): FastifySchema {
   const [path, query, header] = ['path', 'query', 'header'].map((place) =>
     parameters.filter((parameter) => parameter.in === place),
   )
-  const content = Object.entries(requestBody?.content ?? {}).filter(([, { schema }]) => schema)
+  const content = Object.entries(requestBody?.content ?? {}).flatMap(([type, { schema }]) =>
+    schema && type === 'application/json' ? [[type, { schema: inlined(document, schema) }]] : [],
+  )
   return {
     ...(path.length > 0 && { params: objectOf(path) }),
     querystring: { ...objectOf(query), additionalProperties: false },
     ...(header.length > 0 && { headers: objectOf(header) }),
     ...(content.length > 0 && { body: { content: Object.fromEntries(content) } }),
   }
+}
+
+/** A schema of a body with the schemas in it that it refers to; none of them refers to itself. */
+function inlined(document: Document, schema: unknown): unknown {
+  if (Array.isArray(schema)) return schema.map((inner) => inlined(document, inner))
+  if (typeof schema !== 'object' || schema === null) return schema
+  if (!('$ref' in schema)) {
+    return Object.fromEntries(Object.entries(schema).map(([key, inner]) => [key, inlined(document, inner)]))
+  }
+  const found = document.components.schemas[String(schema.$ref).replace('#/components/schemas/', '')]
+  assert(found, `the contract has no ${schema.$ref}`)
+  return inlined(document, found)
 }
 
 function objectOf(parameters: readonly Parameter[]): object {

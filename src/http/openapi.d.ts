@@ -109,6 +109,23 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/asyncapi.yaml": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** The frames of the stream, as AsyncAPI 3.0 */
+        get: operations["getAsyncapi"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/docs": {
         parameters: {
             query?: never;
@@ -156,7 +173,13 @@ export interface paths {
         /** All runs */
         get: operations["listRuns"];
         put?: never;
-        post?: never;
+        /**
+         * Make a run, or look where one is
+         * @description The `open` of the stream (docs/protocol.md) as JSON, with the same checks and answers, for training without a stream
+         *     (docs/http.md). No connection has the run afterwards: each step is a request of its own. With `checkpoint` and `from` the
+         *     key needs the scope checkpoint as well. A run of some thousand parameters and more does not fit into the body: open it on the stream.
+         */
+        post: operations["openRun"];
         delete?: never;
         options?: never;
         head?: never;
@@ -182,6 +205,41 @@ export interface paths {
          * @description Its connection, if it has one, is told RUN_NOT_FOUND.
          */
         delete: operations["deleteRun"];
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/runs/{run}/steps": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["runName"];
+            };
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * One step, gradients in and updates out
+         * @description The body is a safetensors file with the gradient of every parameter under the parameter's name, in its shape and its
+         *     `gradient_dtype`. `__metadata__` may have, as JSON text each, the values of a `step` frame (`groups`, `gradient_scale`,
+         *     `max_logits`) and `skipped`, the names of parameters without a gradient in this step. A parameter that is neither there nor
+         *     skipped is STEP_INCOMPLETE. Other keys than these and `format` are refused.
+         *
+         *     The answer is a safetensors file with `update.<parameter>` and, where QK-clip scales rows, `row_scale.<parameter>`, a
+         *     float32 for each row. Its `__metadata__` has as JSON `updates` (by parameter: `scale`, `decay`, `replayed`, `gradient_norm`,
+         *     `update_rms`) and `receipt`. The weights are `row_scale * ((1 - decay) * W + scale * update)`.
+         *
+         *     The same request again is answered with the same updates, `replayed` true. Another one for a step that is finished, or that
+         *     does not come next, is STEP_CONFLICT with `expected_step`. Requests for one run are served one after the other. A run that a
+         *     stream has is RUN_BUSY, unless `takeover` is true. Of a request that ends early some gradients may be applied: send the
+         *     same ones again. docs/http.md has programs.
+         */
+        post: operations["postStep"];
+        delete?: never;
         options?: never;
         head?: never;
         patch?: never;
@@ -521,7 +579,7 @@ export interface components {
                 parameters: components["schemas"]["Quota"];
                 /** @description Of all its runs. */
                 state_bytes: components["schemas"]["Quota"];
-                /** @description Streams and event streams. */
+                /** @description Streams, event streams and steps that came as requests. */
                 connections: components["schemas"]["Quota"];
                 /** @description Bytes of gradients that it sent, and of state that it read or imported, in the last second. */
                 bytes_per_second: components["schemas"]["Quota"];
@@ -561,6 +619,120 @@ export interface components {
             source: string;
             /** @description Whether the source says it outright. */
             confirmed: boolean;
+        };
+        /** @description The keys of the stream's `open` but for `type`, `protocol`, and those that need a stream: `member`, `quorum`, `transport`. */
+        Open: {
+            /** @description Name of the run. */
+            run: string;
+            /**
+             * @description Whether the run must be new, must exist, or may be either, which is the default.
+             * @enum {string}
+             */
+            mode?: "create" | "resume" | "create_or_resume";
+            /** @description May be left out of a run that exists. */
+            groups?: components["schemas"]["GroupDeclaration"][];
+            /** @description May be left out of a run that exists. */
+            parameters?: components["schemas"]["ParameterDeclaration"][];
+            /** @description What QK-clip is to watch. */
+            attentions?: components["schemas"]["AttentionDeclaration"][];
+            /** @description Whether to end the stream that has the run. */
+            takeover?: boolean;
+            /** @description With mode resume: id or tag of a checkpoint to go back to. */
+            checkpoint?: string;
+            /** @description For a new run: the checkpoint of another one that it begins with. */
+            from?: {
+                run: string;
+                checkpoint: string;
+            };
+            /** @description Free text for the service's log. */
+            client?: string;
+        };
+        /** @description A group, with its hyperparameters beside these keys (docs/algorithms.md). */
+        GroupDeclaration: {
+            name: string;
+            /** @description May be left out where there is a preset. */
+            algorithm?: string;
+            /** @description May be left out where there is an algorithm. */
+            preset?: string;
+        } & {
+            [key: string]: unknown;
+        };
+        ParameterDeclaration: {
+            /** @description Unique in the run. */
+            name: string;
+            /** @description As torch stores it, rows first; [] is a scalar. */
+            shape: number[];
+            /** @description Name of its group. */
+            group: string;
+            /** @description float32 (the default), bfloat16 or float16. */
+            gradient_dtype?: string;
+            /** @description float32 (the default), bfloat16 or float16. */
+            update_dtype?: string;
+            /** @description Rows of each block that is its own matrix. */
+            split?: number[];
+            /** @description Equal row blocks. */
+            heads?: number;
+            /** @description flatten or batch. */
+            matrices?: string;
+        };
+        /** @description An attention for QK-clip; docs/protocol.md has the rules. */
+        AttentionDeclaration: {
+            name: string;
+            threshold?: number;
+            rule?: string;
+            query_heads: number;
+            key_value_heads?: number;
+            head_dim?: number;
+            nope_dim?: number;
+            rope_dim?: number;
+            value_dim?: number;
+            query: components["schemas"]["RowsDeclaration"];
+            key: components["schemas"]["RowsDeclaration"];
+            query_bias?: components["schemas"]["RowsDeclaration"];
+            key_bias?: components["schemas"]["RowsDeclaration"];
+        };
+        RowsDeclaration: {
+            /** @description Index of the parameter. */
+            parameter: number;
+            /** @description The first row, 0 by default; the others follow, head after head. */
+            first_row?: number;
+        };
+        /** @description Where the run is, as the stream's `opened` says it. */
+        Opened: {
+            run: string;
+            /** @description Grows with every `open` and with every step that comes as a request. */
+            epoch: number;
+            /** @description The last finished step, 0 at first. */
+            step: number;
+            /** @description Whether the run existed before. */
+            resumed: boolean;
+            /** @description Of that step. */
+            digest: string;
+            /** @description Indices of the parameters already applied for the next step. */
+            ahead: number[];
+            /** @description Those of the run, where the request gave none. */
+            parameters?: components["schemas"]["ParameterDescription"][];
+            attentions: components["schemas"]["Attention"][];
+            /** @description Every hyperparameter in force, by group. */
+            groups: {
+                [key: string]: components["schemas"]["Hyperparameters"];
+            };
+            /** @description What is to be known of how the run came here; absent where there is nothing. */
+            note?: string;
+        };
+        ParameterDescription: {
+            index: number;
+            name: string;
+            shape: number[];
+            group: string;
+            gradient_dtype: string;
+            update_dtype: string;
+            /** @description The last step that it was applied for; 0 is never. */
+            step: number;
+            algorithm: string;
+            split?: number[];
+            heads?: number;
+            matrices?: string;
         };
         RunSummary: {
             name: string;
@@ -965,7 +1137,28 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content: {
-                    "application/yaml": string;
+                    "application/yaml": Record<string, never>;
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getAsyncapi: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The document. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/yaml": Record<string, never>;
                 };
             };
             default: components["responses"]["Problem"];
@@ -1038,6 +1231,40 @@ export interface operations {
             default: components["responses"]["Problem"];
         };
     };
+    openRun: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["Open"];
+            };
+        };
+        responses: {
+            /** @description The run existed before. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Opened"];
+                };
+            };
+            /** @description The run is new. */
+            201: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Opened"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
     getRun: {
         parameters: {
             query?: never;
@@ -1080,6 +1307,50 @@ export interface operations {
                     [name: string]: unknown;
                 };
                 content?: never;
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    postStep: {
+        parameters: {
+            query: {
+                /** @description The step: 1 for the first one. */
+                step: number;
+                /** @description Whether to end the stream that has the run, with close code 4409. */
+                takeover?: boolean;
+            };
+            header?: {
+                /** @description The span of the trainer that this step's span is below (W3C Trace Context, version 00). */
+                traceparent?: string;
+            };
+            path: {
+                /** @description Name of the run. */
+                run: components["parameters"]["runName"];
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/octet-stream": string;
+            };
+        };
+        responses: {
+            /** @description The step is finished. A safetensors body with the updates. */
+            200: {
+                headers: {
+                    /** @description Bytes of the body. */
+                    "Content-Length"?: number;
+                    /** @description The finished step. */
+                    "Muond-Step"?: number;
+                    /** @description The run's digest after it. */
+                    "Muond-Digest"?: string;
+                    /** @description Whether the step was finished before this request. */
+                    "Muond-Replayed"?: boolean;
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/octet-stream": string;
+                };
             };
             default: components["responses"]["Problem"];
         };
@@ -1218,7 +1489,7 @@ export interface operations {
         };
         requestBody: {
             content: {
-                "application/octet-stream": unknown;
+                "application/octet-stream": string;
             };
         };
         responses: {

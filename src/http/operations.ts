@@ -22,13 +22,15 @@ import type { RunFolder } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
 import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
-import type { Contract } from './contract.js'
+import { type Contract, readAsyncapi } from './contract.js'
 import { type Events, receiptBody } from './events.js'
 import { bodyMeterIn } from './metered.js'
 import type { components, operations } from './openapi.js'
 import type { StateReaders } from './readers.js'
 import { runStateBody, stateBody, stateNorms } from './state.js'
 import { importState } from './state-import.js'
+import { openRun } from './steps/open-run.js'
+import type { PlainSteps } from './steps/plain-steps.js'
 
 export type Services = {
   config: Config
@@ -38,6 +40,7 @@ export type Services = {
   metrics: Metrics
   events: Events
   readers: StateReaders
+  steps: PlainSteps
   contract: Contract
   /** Where runs are kept; undefined where they are not. */
   data: DataFolder | undefined
@@ -82,6 +85,7 @@ export function createHandlers(services: Services): Handlers {
     ...serviceHandlers(services),
     ...runHandlers(services),
     ...checkpointHandlers(services),
+    ...stepHandlers(services),
     openStream: (_request, reply) => {
       reply.header('upgrade', 'websocket').header('connection', 'upgrade')
       throw Object.assign(new Error('this is a WebSocket: the request needs `Upgrade: websocket`'), { statusCode: 426 })
@@ -89,9 +93,17 @@ export function createHandlers(services: Services): Handlers {
   }
 }
 
-type ServiceOperation = 'getRoot' | 'getLivez' | 'getReadyz' | 'getMetrics' | 'getCapabilities' | 'getOpenapi'
+type ServiceOperation =
+  | 'getRoot'
+  | 'getLivez'
+  | 'getReadyz'
+  | 'getMetrics'
+  | 'getCapabilities'
+  | 'getOpenapi'
+  | 'getAsyncapi'
 type CheckpointOperation = 'listCheckpoints' | 'getCheckpoint' | 'createCheckpoint' | 'deleteCheckpoint'
-type RunOperation = Exclude<keyof Handlers, ServiceOperation | CheckpointOperation | 'openStream'>
+type StepOperation = 'openRun' | 'postStep'
+type RunOperation = Exclude<keyof Handlers, ServiceOperation | CheckpointOperation | StepOperation | 'openStream'>
 
 function serviceHandlers({
   config,
@@ -102,6 +114,7 @@ function serviceHandlers({
   contract,
   data,
 }: Services): Pick<Handlers, ServiceOperation> {
+  const asyncapi = readAsyncapi()
   return {
     getLivez: () => ({ status: 'ok' }),
     getRoot: () => ({ name: 'muond', version: VERSION, links: LINKS }),
@@ -117,6 +130,7 @@ function serviceHandlers({
       quotas: quotasOf(principalIn(request), runs),
     }),
     getOpenapi: (_request, reply) => reply.type('application/yaml').send(contract.text),
+    getAsyncapi: (_request, reply) => reply.type('application/yaml').send(asyncapi),
   }
 }
 
@@ -160,10 +174,9 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
     },
     putState: async (request) => {
       const { params, query, headers, body, log } = request
-      if (!(body instanceof Readable))
-        throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a safetensors one')
+      const tensors = streamOf(body)
       return importState({ runs, device, config }, await runs.wake(params.run), {
-        ...{ query, headers, body, log, meter: bodyMeterIn(request) },
+        ...{ query, headers, body: tensors, log, meter: bodyMeterIn(request) },
       })
     },
     getParameterState: async (request, reply) => {
@@ -215,11 +228,36 @@ function checkpointHandlers({ runs, data }: Services): Pick<Handlers, Checkpoint
   }
 }
 
+function stepHandlers({ config, runs, steps }: Services): Pick<Handlers, StepOperation> {
+  return {
+    openRun: async (request, reply) => {
+      const { body, log } = request
+      if (body === undefined) throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a JSON one')
+      const opened = await openRun({ config, runs }, body, { principal: principalIn(request), log })
+      reply.code(opened.resumed ? 200 : 201)
+      return opened
+    },
+    postStep: (request, reply) => {
+      const { params, query, headers, body } = request
+      const { step, takeover } = query
+      const principal = principalIn(request)
+      return steps.answer({ run: params.run, step, takeover, principal, headers, body: streamOf(body) }, reply)
+    },
+  }
+}
+
+/** The body of a request whose handler reads it as it comes. */
+function streamOf(body: unknown): Readable {
+  if (body instanceof Readable) return body
+  throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a safetensors one')
+}
+
 /** Where to go from `/`. */
 const LINKS = {
   dashboard: '/ui',
   documentation: '/docs',
   contract: '/openapi.yaml',
+  frames: '/asyncapi.yaml',
   capabilities: '/v1/capabilities',
   runs: '/v1/runs',
   stream: '/v1/stream',

@@ -78,7 +78,7 @@ function statusOf(error: unknown): number {
 /** fastify's message, and where the contract knows no such key the place and its name. */
 function explain(error: Error & Partial<Pick<FastifyError, 'validation' | 'validationContext' | 'code'>>): string {
   if (error.code === 'FST_ERR_CTP_INVALID_MEDIA_TYPE')
-    return `${error.message}, expected application/json, or application/octet-stream for the state of a run`
+    return `${error.message}, expected application/json, or application/octet-stream for state and gradients`
   const [first] = error.validation ?? []
   const unknown = first?.params.additionalProperty
   if (unknown === undefined) return error.message

@@ -54,8 +54,8 @@ function counts({ places }: ImportedState): { parameters: number } {
   return { parameters: places.filter((place) => place !== undefined).length }
 }
 
-/** What is wrong with the body is the sender's to know. */
-function refusal(error: unknown): unknown {
+/** What is wrong with a body of safetensors is its sender's to know. */
+export function refusal(error: unknown): unknown {
   if (error instanceof SafetensorsError) return new ServiceError('REQUEST_INVALID', error.message)
   if (error instanceof BodyTooLargeError) return Object.assign(error, { statusCode: 413 })
   if (error instanceof Error && 'code' in error && error.code === 'ECONNRESET')

@@ -4,7 +4,7 @@ import type { Region } from '../device/region.js'
 import { ServiceError } from '../errors.js'
 import type { Metrics } from '../metrics.js'
 import type { Member } from '../run/members/member.js'
-import type { GradientPlaces, Update } from '../run/place.js'
+import { answered, type GradientPlaces, type Update } from '../run/place.js'
 import type { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
 import type { Repeated } from '../run/step/part.js'
@@ -246,6 +246,16 @@ function frameOf(ready: readonly Ready[]): UpdatesFrame {
     ...{ gradient_norm: list('gradient_norm'), update_rms: list('update_rms') },
     ...(scaled.length > 0 && { row_scale: Object.fromEntries(scaled) }),
   }
+}
+
+/** The update of a gradient, which is taken over; undefined where the member that sent it has lost the run. */
+export async function updateOf(gradient: Gradient, metrics: Metrics): Promise<Update | undefined> {
+  const { run, member, step, parameter: index, region, ready, repeated } = gradient
+  if (ready) await ready
+  const part = { member, step, index, gradient: region, repeated }
+  const update = await answered((answer) => run.intake.compute(part, answer)).finally(() => region.release())
+  if (update?.replayed) metrics.replayed_updates_total.inc()
+  return update
 }
 
 export function countRefused(metrics: Metrics, error: unknown): void {

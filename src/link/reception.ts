@@ -31,7 +31,7 @@ type Start = (receiver: Receiver) => Promise<void> | undefined
 /** What a reception works with beside the means of its connection. */
 export type ReceptionParts = {
   /** Takes each gradient over that is complete. */
-  answers: Answers
+  answers: Pick<Answers, 'begin' | 'outstanding' | 'fewerThan'>
   /** Aborted when the connection ends. */
   gone: AbortSignal
   /** Told of a gradient in shared memory that is not taken; the frame's others are. */
@@ -125,8 +125,8 @@ export class Reception implements GradientSink {
    */
   async takeShared(joined: Joined, { step, parameters }: GradientsFrame, arenas: SharedArenas): Promise<void> {
     const { jobs } = this.#means.device.backend.group
-    const declared = joined.run.parameters
-    this.#parts.shared(parameters.reduce((sum, index) => sum + (declared[index]?.gradient_bytes ?? 0), 0))
+    const declared = parameters.flatMap((index) => joined.run.parameters[index] ?? [])
+    this.#parts.shared(declared.reduce((sum, parameter) => sum + joined.member.gradient(parameter).bytes, 0))
     for (const [i, parameter] of parameters.entries()) {
       if (i % GRADIENTS_PER_TURN === GRADIENTS_PER_TURN - 1) await this.#turn(joined)
       // A lane gets what has begun so far once a group of it is full, and computes while the others begin.

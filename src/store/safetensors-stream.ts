@@ -62,21 +62,50 @@ async function atLeast(pieces: AsyncIterator<Uint8Array>, soFar: Uint8Array, byt
 
 /** Gives the bytes behind a header to the sinks of the tensors, which lie there in order and without holes. */
 export class TensorSplitter {
-  readonly #ranges: readonly TensorRange[]
+  readonly #cutter: TensorCutter
   readonly #sinkOf: (range: TensorRange) => TensorSink
-  readonly #last: number
-  #next = 0
   #sink: TensorSink | undefined
-  #at: number
 
-  constructor(of: { header: Header; start: number; sinkOf: (range: TensorRange) => TensorSink }) {
-    this.#ranges = of.header.ranges
-    this.#sinkOf = of.sinkOf
-    this.#at = of.start
-    this.#last = this.#ranges.at(-1)?.end ?? of.start
+  constructor({
+    header,
+    start,
+    sinkOf,
+  }: { header: Header; start: number; sinkOf: (range: TensorRange) => TensorSink }) {
+    this.#cutter = new TensorCutter(header, start)
+    this.#sinkOf = sinkOf
   }
 
   take(piece: Uint8Array): void {
+    for (const { range, offset, bytes } of this.#cutter.cut(piece)) {
+      if (offset === 0) this.#sink = this.#sinkOf(range)
+      this.#sink?.(bytes)
+    }
+  }
+
+  end(): void {
+    this.#cutter.end()
+  }
+}
+
+/** Some bytes of a tensor, `offset` bytes from its first. */
+export type TensorPart = { range: TensorRange; offset: number; bytes: Uint8Array }
+
+/** Cuts the bytes behind a header, as they come, into those of each tensor. */
+export class TensorCutter {
+  readonly #ranges: readonly TensorRange[]
+  readonly #last: number
+  #next = 0
+  #at: number
+
+  /** `start` is the byte at which the tensors begin. */
+  constructor({ ranges }: Pick<Header, 'ranges'>, start: number) {
+    this.#ranges = ranges
+    this.#at = start
+    this.#last = ranges.at(-1)?.end ?? start
+  }
+
+  /** The parts of a piece, to be taken one after the other. Throws SafetensorsError behind the last tensor. */
+  *cut(piece: Uint8Array): Generator<TensorPart> {
     let rest = piece
     while (rest.length > 0) {
       const range = this.#ranges[this.#next]
@@ -84,17 +113,16 @@ export class TensorSplitter {
         const bytes = this.#at + rest.length
         throw new SafetensorsError(`the body has ${bytes} bytes or more, its last tensor ends at ${this.#last}`)
       }
-      this.#sink ??= this.#sinkOf(range)
-      const part = rest.subarray(0, range.end - this.#at)
-      this.#sink(part)
-      this.#at += part.length
-      rest = rest.subarray(part.length)
-      if (this.#at < range.end) continue
-      this.#sink = undefined
-      this.#next += 1
+      const offset = this.#at - range.begin
+      const bytes = rest.subarray(0, range.end - this.#at)
+      rest = rest.subarray(bytes.length)
+      this.#at += bytes.length
+      if (this.#at === range.end) this.#next += 1
+      yield { range, offset, bytes }
     }
   }
 
+  /** Throws SafetensorsError where bytes of a tensor have not come. */
   end(): void {
     if (this.#at === this.#last) return
     throw new SafetensorsError(`the body ends after ${this.#at} bytes, its last tensor ends at ${this.#last}`)

@@ -30,6 +30,7 @@ const TABLE: Readonly<Record<string, Row>> = {
   getLivez: { takes: 'open', status: 200 },
   getReadyz: { takes: 'open', status: 200 },
   getOpenapi: { takes: 'open', status: 200 },
+  getAsyncapi: { takes: 'open', status: 200 },
   getDocs: { takes: 'open', status: 200 },
   getUi: { takes: 'open', status: 200 },
   getMetrics: { takes: 'read', allRuns: true, status: 200 },
@@ -41,6 +42,8 @@ const TABLE: Readonly<Record<string, Row>> = {
   getParameterState: { takes: 'read', status: 200 },
   getState: { takes: 'read', status: 200 },
   putState: { takes: 'checkpoint', status: 400, type: 'application/octet-stream', body: 'no safetensors' },
+  openRun: { takes: 'step', status: 400, ...JSON_BODY },
+  postStep: { takes: 'step', status: 400, type: 'application/octet-stream', body: 'no safetensors' },
   listReceipts: { takes: 'read', status: 200 },
   listRefusals: { takes: 'read', status: 200 },
   streamEvents: { takes: 'read', status: 200 },
@@ -65,7 +68,8 @@ const rank = ({ id }: Operation) => Object.keys(TABLE).indexOf(id)
 const IN_ORDER = OPERATIONS.sort((one, other) => rank(one) - rank(other))
 
 const pathOf = ({ path }: Operation, run: string) =>
-  path.replace('{run}', run).replace('{index}', '0').replace('{checkpoint}', 'first')
+  path.replace('{run}', run).replace('{index}', '0').replace('{checkpoint}', 'first') +
+  (path.endsWith('/steps') ? '?step=1' : '')
 
 type Answer = { status: number; text: string }
 

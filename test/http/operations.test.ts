@@ -1,4 +1,5 @@
 import { once } from 'node:events'
+import { readFileSync } from 'node:fs'
 import t from 'tap'
 import { WebSocket } from 'ws'
 import { VERSION } from '../../src/config.js'
@@ -33,20 +34,23 @@ async function state(url: string) {
   return { response, bytes, metadata, tensors: Object.fromEntries(values) }
 }
 
-t.test('the contract lists what the service answers, and each query parameter has a default', async (t) => {
-  const { document } = readContract()
-  const { app } = await startService(t)
-  for (const [path, { parameters: _, ...operations }] of Object.entries(document.paths)) {
-    const url = path.replace(/{(\w+)}/g, ':$1')
-    for (const [method, operation] of Object.entries(operations)) {
-      t.ok(app.hasRoute({ method: method.toUpperCase() as 'GET', url }), `${method} ${path}`)
-      for (const parameter of operation.parameters ?? []) {
-        if ('in' in parameter && parameter.in === 'query')
-          t.ok('default' in parameter.schema, `${path} ${JSON.stringify(parameter)}`)
+t.test(
+  'the contract lists what the service answers, and each query parameter is required or has a default',
+  async (t) => {
+    const { document } = readContract()
+    const { app } = await startService(t)
+    for (const [path, { parameters: _, ...operations }] of Object.entries(document.paths)) {
+      const url = path.replace(/{(\w+)}/g, ':$1')
+      for (const [method, operation] of Object.entries(operations)) {
+        t.ok(app.hasRoute({ method: method.toUpperCase() as 'GET', url }), `${method} ${path}`)
+        for (const parameter of operation.parameters ?? []) {
+          if ('in' in parameter && parameter.in === 'query')
+            t.ok(parameter.required || 'default' in parameter.schema, `${path} ${JSON.stringify(parameter)}`)
+        }
       }
     }
-  }
-})
+  },
+)
 
 t.test('livez, readyz, the contract, its page and the metrics are there', async (t) => {
   const { url } = await startService(t)
@@ -55,6 +59,8 @@ t.test('livez, readyz, the contract, its page and the metrics are there', async 
   const contract = await fetch(`${url}/openapi.yaml`)
   t.equal(contract.headers.get('content-type'), 'application/yaml')
   t.equal(await contract.text(), readContract().text)
+  const frames = await fetch(`${url}/asyncapi.yaml`)
+  t.equal(await frames.text(), readFileSync('asyncapi.yaml', 'utf8'))
   const metrics = await fetch(`${url}/metrics`)
   t.match(metrics.headers.get('content-type'), /^text\/plain; version=0\.0\.4/)
   t.match(await metrics.text(), /^muond_build_info\{.*device="cpu".*\} 1$/m)

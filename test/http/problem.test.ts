@@ -61,7 +61,7 @@ t.test('every refused request is a problem document', async (t) => {
 t.test('another method on a known path is 405 and names what is allowed, whatever body it has', async (t) => {
   const { url } = await startService(t)
   const cases: [string, string, string][] = [
-    ['POST', '/v1/runs', 'GET, HEAD'],
+    ['PUT', '/v1/runs', 'GET, HEAD, POST'],
     ['PUT', '/v1/runs/r', 'DELETE, GET, HEAD'],
     ['PATCH', '/v1/runs/r/parameters/0/state', 'GET'],
     ['HEAD', '/v1/runs/r/events', 'GET'],

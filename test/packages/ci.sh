@@ -25,7 +25,7 @@ npm_install() {
 has_files() {
   local files
   files=$(tar -tzf "$folder"/muond-*.tgz) &&
-    for file in LICENSE README.md openapi.yaml CHANGELOG.md ui/index.html presets/kimi-k2.yaml kernels/cuda/gemm.cu \
+    for file in LICENSE README.md openapi.yaml asyncapi.yaml CHANGELOG.md ui/index.html presets/kimi-k2.yaml kernels/cuda/gemm.cu \
       docs/frames/client/open.msgpack; do
       grep -qx "package/$file" <<<"$files" || { echo "the package lacks $file"; return 1; }
     done

@@ -1,0 +1,4 @@
+import { writeFileSync } from 'node:fs'
+import { ASYNCAPI, asyncapi } from './asyncapi.js'
+
+writeFileSync(ASYNCAPI, asyncapi())
