@@ -14,8 +14,8 @@ type Coming = { chunks: Uint8Array[]; bytes: number }
 const FUSED = 2 ** -23
 
 /**
- * A run as the client trains it, or one member of it. It has a client of its own, the one of this repository, that is told what the client
- * is told: so it knows which updates have arrived, and which weights they lead to.
+ * A run as the client trains it, or one member of it. It has a client of its own, the one of this repository, that is
+ * told what the client is told: so it knows which updates have arrived, and which weights they lead to.
  */
 export class Course {
   readonly name: string
