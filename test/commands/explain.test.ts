@@ -79,7 +79,7 @@ t.test('the facts as JSON are those that a run of the same open has', async (t) 
   const answer = await fetch(`${service.http}/v1/runs/r/parameters`)
   const { parameters } = (await answer.json()) as { parameters: Record<string, unknown>[] }
   for (const [i, { layout, ...explained }] of printed.parameters.entries()) {
-    const { step, state_bytes, ...row } = parameters[i]!
+    const { step, updates, state_bytes, ...row } = parameters[i]!
     t.same(explained, row)
     t.equal(layout, ['elements', 'split 3', 'matrix', 'elements'][i])
   }
