@@ -9,7 +9,8 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/muond/languages
 mkdir -p "$cache"
 faults=reconnect,receipt,overloaded,refused,draining,not-finite,lost-run
 service=
-trap '[ -z "$service" ] || kill "$service" 2>/dev/null' EXIT
+# It has nothing to keep, and whoever reads this script's output waits for all that could write there.
+trap '[ -z "$service" ] || kill -KILL "$service" 2>/dev/null' EXIT
 passed=0
 failed=0
 check() {
@@ -52,7 +53,7 @@ conforms() {
     -- bash -c "$(declare -f "run_$1"); cache=$cache; run_$1 {url}"
 }
 
-exec 3< <(exec node dist/src/server.js --device cpu --port 0)
+exec 3< <(exec node dist/src/server.js --device cpu --port 0 2>/dev/null)
 service=$!
 # The first line of its log is that it listens.
 read -r -t 60 line <&3 && url=$(grep -oE '"address":"[^"]+"' <<<"$line" | cut -d '"' -f 4)
