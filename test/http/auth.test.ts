@@ -39,7 +39,7 @@ t.test('a key is a bearer token, and whatever is not open to all takes one, also
     ['GET', '/v1/runs', bearer('one'), 200],
     ['GET', '/v1/runs', { authorization: `bearer ${keyOf('two')}` }, 200],
     ['GET', '/nowhere', bearer('one'), 404],
-    ['POST', '/v1/runs', bearer('one'), 405],
+    ['PUT', '/v1/runs', bearer('one'), 405],
     ['DELETE', '/v1/runs/r', bearer('one'), 404],
   ]
   for (const [method, path, headers, status] of cases) {
