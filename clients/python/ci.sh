@@ -25,9 +25,9 @@ check "$venv/bin/mypy" --allow-untyped-calls --no-warn-unused-ignores "$examples
 
 log=$(mktemp)
 count() { tail -n 1 "$log" | grep -oE "[0-9]+ $1" | grep -oE '[0-9]+' || echo 0; }
-# Runs pytest and adds up what it counts.
+# Runs pytest and adds up what it counts. `--cov` comes last: it would take a folder behind it for its own.
 tests() {
-  "$venv/bin/python" -m pytest --cov "$@" 2>&1 | tee "$log"
+  "$venv/bin/python" -m pytest "$@" --cov 2>&1 | tee "$log"
   local status=${PIPESTATUS[0]} wrong
   wrong=$(($(count failed) + $(count errors?)))
   passed=$((passed + $(count passed)))

@@ -108,8 +108,10 @@ export class Answers {
       {
         resolve: (update) => {
           release()
-          if (update) this.#answer(outstanding, update)
-          else this.#end(outstanding)
+          if (!update) this.#end(outstanding)
+          // The memory that a member shares goes with its connection.
+          else if (member.lost) this.#release({ outstanding, update })
+          else this.#answer(outstanding, update)
         },
         reject: (error) => {
           release()

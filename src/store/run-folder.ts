@@ -173,13 +173,17 @@ export class RunFolder {
    * or there: one file says on which branch it is. `sweep` then removes what nobody can go to any more.
    */
   async goBack(entry: CheckpointEntry): Promise<void> {
-    const later = segmentsAfter(await listSegments(this.journal), entry.step)
-    if (entry.checkpoint === this.newest?.checkpoint && later.every(({ bytes }) => bytes === 0))
+    if (entry.checkpoint === this.newest?.checkpoint && !(await this.#mayHaveStepsAfter(entry.step)))
       return this.identify({ replacement: undefined })
     const { branch, branches } = this.#identity
     const next = { branch: branch + 1, parent: entry.branch, checkpoint: entry.checkpoint }
     await this.#makeBranch(next.branch)
     await this.identify({ branch: next.branch, branches: [...branches, next], replacement: undefined })
+  }
+
+  /** Whether the journal may have steps after this one. */
+  async #mayHaveStepsAfter(step: number): Promise<boolean> {
+    return segmentsAfter(await listSegments(this.journal), step).some(({ bytes }) => bytes > 0)
   }
 
   /**
