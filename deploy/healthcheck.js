@@ -13,4 +13,5 @@ const [request, scheme] = certificate && !socketPath ? [httpsRequest, 'https'] :
 const options = { ...(socketPath && { socketPath }), rejectUnauthorized: false }
 const [response] = await once(request(`${scheme}://127.0.0.1:${port}/readyz`, options).end(), 'response')
 const text = Buffer.concat(await response.toArray()).toString()
+/* c8 ignore next -- a service that drains */
 if (response.statusCode !== 200) throw new Error(`readyz answers ${response.statusCode}: ${text}`)

@@ -165,6 +165,7 @@ function mergedSteps(workspace: Workspace, { triples, centre }: Segment, { from,
     product = product ? { q: p.q * product.q, rest: merged[index] } : p
   }
   const factor = triples.reduce((all, [a]) => all * a, 1)
+  /* c8 ignore next -- a segment has an iteration */
   return product ? [...launches, [applied(product, { from, to, factor })]] : launches
 }
 

@@ -42,6 +42,7 @@ export function limitAnswer(
         cut(error)
         socket.destroy()
       },
+      /* c8 ignore next -- a body that counts against no rate */
       () => bodyMeter?.heldBack() ?? false,
     )
     reply.raw.once('close', () => {

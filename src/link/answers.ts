@@ -110,7 +110,8 @@ export class Answers {
           release()
           if (!update) this.#end(outstanding)
           // The memory that a member shares goes with its connection.
-          else if (member.lost) this.#release({ outstanding, update })
+          /* c8 ignore next -- that may end while the update is computed */ else if (member.lost)
+            this.#release({ outstanding, update })
           else this.#answer(outstanding, update)
         },
         reject: (error) => {
@@ -132,6 +133,7 @@ export class Answers {
     if (gradient.slot) return void this.#fill(gradient.slot(), { outstanding, update, bytes: extent.bytes })
     this.#send(step, { index, extent }, update).then(
       () => this.#release({ outstanding, update }),
+      /* c8 ignore next 4 -- a bug of ours is told as one */
       (error) => {
         this.#release({ outstanding, update })
         this.#report(error)

@@ -76,6 +76,7 @@ export class IncompleteGradient {
   *copying(slot: Region): Generator<undefined, boolean> {
     const { extent } = this.assembly
     for (let position = 0; position < extent.bytes; position += COPY_BYTES) {
+      /* c8 ignore next -- the member is lost while a part of many megabytes is copied */
       if (this.#of.member.lost) return false
       const chunk = { offset: extent.offsetOf(position), length: Math.min(COPY_BYTES, extent.bytes - position) }
       this.store(this.assembly.accept(chunk), slot.chunk(position, chunk.length))

@@ -163,7 +163,8 @@ export class Session implements Connection, GradientSink {
     this.#spend(data.length)
     this.#inbox.push({ bytes: data, binary })
     if (!this.#pumping) void this.#pump()
-    else if (this.#waitsForOthers) this.#pauses.begin('frames')
+    /* c8 ignore next -- it depends on what comes together with a frame that waits */ else if (this.#waitsForOthers)
+      this.#pauses.begin('frames')
   }
 
   /**

@@ -5,8 +5,9 @@ import { join } from 'node:path'
 import t from 'tap'
 import { type Manifest, openManifest, sealManifest } from '../../src/store/checkpoint/manifest.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
+import { encodeWithData } from '../../src/wire/codec.js'
 import { gradientsOf, known, type Trace, train, trainStep } from '../run/trainer.js'
-import { RawClient, type Service, startService, until } from '../service.js'
+import { bytesOf, RawClient, type Service, startService, until } from '../service.js'
 import { checkpoints, id, start } from './data-folder.js'
 
 const DURABILITIES = ['checkpoint', 'journal'] as const
@@ -34,6 +35,25 @@ t.before(async () => {
   reference = []
   for (let step = 6; step <= 9; step++) reference.push(await trainStep(client, step))
   await source.client.close()
+  await client.close()
+  await service.app.close()
+})
+
+t.test('a state that comes between two chunks of a gradient that is sent again refuses the gradient', async (t) => {
+  const service = await startService({ lanes: 1 })
+  const { client } = await train(service, { last: 5 })
+  const [first] = gradientsOf(5)
+  const bytes = bytesOf(first!)
+  const chunk = (from: number, to?: number) =>
+    client.socket.send(
+      encodeWithData({ type: 'gradient', parameter: 0, step: 5, offset: from }, bytes.subarray(from, to)),
+    )
+  chunk(0, 64)
+  await until(() => service.device.staging.used > 0)
+  await imported(service, body)
+  chunk(64)
+  t.match(await client.expect('error'), { code: 'STEP_CONFLICT', message: /its state was imported since/ })
+  t.equal(service.device.staging.used, 0)
   await client.close()
   await service.app.close()
 })

@@ -42,6 +42,7 @@ type Printed = {
 /** One device, and one thread that reads checkpoints, for all replays of a file: to start them takes longest. */
 let opened: Promise<{ device: Device; files: CheckpointFiles }> | undefined
 t.teardown(async () => {
+  /* c8 ignore next -- every file of tests has a replay */
   const { device, files } = (await opened) ?? {}
   await device?.close()
   await files?.close()

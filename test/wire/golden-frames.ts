@@ -61,6 +61,7 @@ const WHOLE: readonly (ClientFrame | ServerFrame)[] = [
     ],
     member: MEMBER,
     quorum: QUORUM,
+    weights: 'sha256:0f1e2d3c',
   },
   {
     type: 'step',

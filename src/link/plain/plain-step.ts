@@ -133,7 +133,7 @@ export class PlainStep implements Connection {
     const { run, member } = await runs.open(frame, this, principal)
     this.#joined = { run, member }
     if (!this.#gone.signal.aborted) return this.#joined
-    /* c8 ignore next 2 -- the client may go while the run is brought to memory */
+    /* c8 ignore next 3 -- the client may go while the run is brought to memory */
     run.intake.detach(member)
     throw new ServiceError('REQUEST_INVALID', 'the connection was lost before the run was there')
   }
