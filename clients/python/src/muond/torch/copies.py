@@ -40,7 +40,7 @@ class Copies:
         """
         receipt: Receipt | None = None
         error: BaseException | None = None
-        if self.is_first:
+        if self.is_first:  # pragma: no cover - in processes of several copies, which are not measured
             try:
                 receipt = step()
             except BaseException as failed:  # noqa: BLE001 - the others must not wait for one that has failed
@@ -48,7 +48,7 @@ class Copies:
         receipt, failure, has_moved = self.from_first((receipt, told(error), receipt is not None or error is not None))
         if has_moved:
             self._copy(weights)
-        if error is not None:
+        if error is not None:  # pragma: no cover - in processes of several copies, which are not measured
             raise error
         if failure is not None:
             raise failure
@@ -64,7 +64,9 @@ class Copies:
         for work in works:
             work.wait()
         for tensor, copy in zip(flat, sent, strict=True):
-            if tensor is not copy and not self.is_first:
+            if (
+                tensor is not copy and not self.is_first
+            ):  # pragma: no branch - in other processes, which are not measured
                 tensor.copy_(copy)
 
 

@@ -248,7 +248,7 @@ class Home:
         assert self.run is not None
         if self.parts is None:
             self.carry_out()
-        elif self._is_first and self.is_declared():
+        elif self._is_first and self.is_declared():  # pragma: no branch - in other processes, which are not measured
             self._import_changes(self.run, alone=True)
 
     def changed(self) -> bool:

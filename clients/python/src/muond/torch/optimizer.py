@@ -118,7 +118,7 @@ class Optimizer(torch.optim.Optimizer):
             self._join()
             return
         parts = wrapped_with([p for each in self.param_groups for p in each["params"]], self._slots, self._settings)
-        if parts is not None:
+        if parts is not None:  # pragma: no cover - in processes of several ranks, which are not measured
             self._home.join(parts, None)
 
     def _slots(self) -> list[Slot]:
@@ -244,7 +244,7 @@ class Optimizer(torch.optim.Optimizer):
             if self.step_count == before:
                 raise
             error = failed
-        if self.step_count != before:
+        if self.step_count != before:  # pragma: no branch - a step that did not end is raised at once
             parts.share(self._home.slots)
         if error is not None:
             raise error

@@ -47,6 +47,6 @@ def require_digest(run: str, checkpoint: str, found: str, expected: str) -> None
     raise MuondError("STEP_CONFLICT", message)
 
 
-def place_of(run: Run) -> Followed:
+def place_of(run: Run) -> Followed:  # pragma: no cover - in processes of several copies, which are not measured
     """Where a run is, for the processes that follow."""
     return Followed(run.name, run.step_count, run.digest)
