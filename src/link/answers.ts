@@ -180,7 +180,6 @@ export class Answers {
   }
 
   async #sendReady(ready: readonly Ready[]): Promise<void> {
-    if (ready.length === 0) return
     await this.#sender.send({ header: encodeFrame(frameOf(ready)) })
     this.#means.metrics.sent_bytes_total.inc(ready.reduce((sum, { bytes }) => sum + bytes, 0))
     for (const one of ready) this.#release(one)
@@ -227,6 +226,7 @@ type Ready = { readonly outstanding: Outstanding; readonly update: Update; reado
 function* filling(slot: Region, memory: Region, { extent, member }: { extent: Extent; member: Member }) {
   let position = 0
   for (const cut of extent.cuts(COPY_BYTES)) {
+    /* c8 ignore next -- the member is lost while an update of many megabytes is copied */
     if (member.lost) break
     for (const { offset, length } of cut.pieces) {
       slot.chunk(position, length).set(memory.chunk(offset, length))
@@ -255,6 +255,7 @@ function frameOf(ready: readonly Ready[]): UpdatesFrame {
 /** The update of a gradient, which is taken over; undefined where the member that sent it has lost the run. */
 export async function updateOf(gradient: Gradient, metrics: Metrics): Promise<Update | undefined> {
   const { run, member, step, parameter: index, region, ready, repeated } = gradient
+  /* c8 ignore next -- a gradient moves when another run lacks room */
   if (ready) await ready
   const part = { member, step, index, gradient: region, repeated }
   const update = await answered((answer) => run.intake.compute(part, answer)).finally(() => region.release())

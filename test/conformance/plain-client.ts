@@ -108,6 +108,7 @@ export class PlainClient {
     socket.send(bytes, { binary: !this.#has('text') })
     const opened = await this.#expect('opened')
     if (opened.step !== this.#step && opened.step !== this.#step + 1 && !this.#has('trains a new run on'))
+      /* c8 ignore next -- a service that has lost a step */
       throw new Error(`the run is at step ${opened.step}, the client at ${this.#step}`)
     this.#step = this.#has('trains a new run on') ? opened.step : this.#step
     this.#chunkBytes = this.#has('whole gradients') ? 2 ** 20 : opened.limits.chunk_bytes
@@ -194,6 +195,7 @@ export class PlainClient {
     step: number,
     gradients: Float32Array[],
   ) {
+    /* c8 ignore next -- which error comes first depends on time */
     if (retryable) throw new Lost(message, retry_after_seconds)
     if (code === 'GRADIENT_NOT_FINITE' && parameter !== undefined) {
       if (this.#has('stops at NaN')) throw new Error(message)
@@ -208,6 +210,7 @@ export class PlainClient {
     const frame = await this.#next()
     if (frame.type === 'error' && frame.retryable) throw new Lost(frame.message, frame.retry_after_seconds)
     if (frame.type === 'error') throw new Error(`${frame.code}: ${frame.message}`)
+    /* c8 ignore next -- a service that answers otherwise */
     if (frame.type !== type) throw new Error(`a frame ${frame.type}, expected ${type}`)
     return frame as Extract<ServerFrame, { type: T }>
   }

@@ -168,6 +168,7 @@ export class Mate {
       const one = (key: 'scale' | 'decay' | 'gradient_norm' | 'update_rms') => lists[key][i]!
       const factors = { scale: one('scale'), decay: one('decay') }
       const measured = { gradient_norm: one('gradient_norm'), update_rms: one('update_rms') }
+      /* c8 ignore next 4 -- the seed says which member shares memory, and whether a head of it is clipped then */
       const row_scale = lists.row_scale?.[parameter]
       const data = Buffer.from(this.arenas!.update(parameter))
       const update = { ...factors, ...measured, data, replayed: lists.replayed }

@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import { setTimeout as delay } from 'node:timers/promises'
 import type { Principal } from '../../access/principal.js'
 import type { Rate } from '../../access/rate.js'
@@ -189,7 +190,7 @@ export class PlainStep implements Connection {
   ): Promise<void> {
     for (const { range, offset, bytes } of parts) {
       const parameter = given.parameters.get(range.name)
-      if (!parameter) continue
+      assert(parameter, 'every name of the header was found in the run')
       const frame = { type: 'gradient', parameter: parameter.index, step, offset, data: bytes } as const
       const waits = this.#reception.take(joined, frame)
       if (waits) await this.#orFail(waits)

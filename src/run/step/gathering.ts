@@ -202,6 +202,7 @@ export class Gathering {
   /** Says of an error which members' parts of a gradient hold NaN or Inf, if that is what it is about. */
   async blame(error: unknown, index: number): Promise<unknown> {
     const isNotFinite = error instanceof ServiceError && error.code === 'GRADIENT_NOT_FINITE'
+    /* c8 ignore next -- the device lacks memory */
     if (!isNotFinite) return error
     const parameter = this.#means.parameters[index]
     const members = await inSlices(blaming([...this.#slot(index).parts.values()], parameter))
