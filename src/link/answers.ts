@@ -108,11 +108,10 @@ export class Answers {
       {
         resolve: (update) => {
           release()
-          if (!update) this.#end(outstanding)
+          if (update && !member.lost) return this.#answer(outstanding, update)
           // The memory that a member shares goes with its connection.
-          /* c8 ignore next -- that may end while the update is computed */ else if (member.lost)
-            this.#release({ outstanding, update })
-          else this.#answer(outstanding, update)
+          update?.memory.release()
+          this.#end(outstanding)
         },
         reject: (error) => {
           release()
@@ -146,8 +145,9 @@ export class Answers {
     const { run, member, parameter } = ready.outstanding.gradient
     const extent = member.update(run.parameter(parameter))
     const isThere = await inSlices(filling(slot, ready.update.memory, { extent, member }))
-    if (isThere) this.#tell(ready)
-    /* c8 ignore next -- the member is lost while an update of many megabytes is copied */ else this.#release(ready)
+    if (isThere) return this.#tell(ready)
+    /* c8 ignore next -- the member is lost while an update of many megabytes is copied */
+    this.#release(ready)
   }
 
   #release({ outstanding, update }: Pick<Ready, 'outstanding' | 'update'>): void {
