@@ -146,7 +146,7 @@ export class Answers {
     const extent = member.update(run.parameter(parameter))
     const isThere = await inSlices(filling(slot, ready.update.memory, { extent, member }))
     if (isThere) return this.#tell(ready)
-    /* c8 ignore next -- the member is lost while an update of many megabytes is copied */
+    /* c8 ignore next 2 -- the member is lost while an update of many megabytes is copied */
     this.#release(ready)
   }
 

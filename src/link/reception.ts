@@ -196,6 +196,7 @@ export class Reception implements GradientSink {
       this.#parts.answers.begin({ ...part.complete(), slot: () => arenas.update(parameter) })
     }
     const copied = inSlices(part.copying(slot))
+    /* c8 ignore next -- whether copying takes more than a turn of the event loop is the machine's affair */
     return copied instanceof Promise ? copied.then(begin) : begin(copied)
   }
 

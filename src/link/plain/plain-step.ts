@@ -193,6 +193,7 @@ export class PlainStep implements Connection {
       assert(parameter, 'every name of the header was found in the run')
       const frame = { type: 'gradient', parameter: parameter.index, step, offset, data: bytes } as const
       const waits = this.#reception.take(joined, frame)
+      /* c8 ignore next -- whether the arena has room at once depends on how fast the lanes are */
       if (waits) await this.#orFail(waits)
       if (given.ahead.has(parameter.index)) await this.#orFail(this.#computing.get(parameter.index))
     }

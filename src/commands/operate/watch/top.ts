@@ -206,6 +206,7 @@ const ALL: readonly Column<TopRow>[] = [
 ]
 
 function milliseconds(seconds: number): string {
+  /* c8 ignore next -- how long a phase takes is the machine's affair */
   return (1000 * seconds).toFixed(seconds < 0.01 ? 1 : 0)
 }
 
