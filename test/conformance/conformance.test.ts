@@ -146,6 +146,8 @@ t.test('requests of REST and refusals reach the service behind', async (t) => {
   )
   t.equal(response.statusCode, 400)
   response.resume()
+  const { result, faults } = stage.rows()[CHECK_NAMES.indexOf('frames')]
+  t.match([result, ...faults], ['failed', /the upgrade to '\/v2' is refused with 400: the stream is at \/v1\/stream/])
 })
 
 t.test('a faulty argument is told with what would be right', async (t) => {

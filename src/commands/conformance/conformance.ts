@@ -24,13 +24,15 @@ place of {url}, until it ends; without one it waits for Ctrl-C. The client
 trains one run for ${STEPS_NEEDED} steps or more, or until it has to stop; a
 COMMAND that has to stop is started once more for the checks that are left.
 Let it have a parameter of more than 250 bytes: that is limits.chunk_bytes.
-The exit status is 0 where every check was seen and has passed.
+The address has no path: the stream is at /v1/stream behind it.
+The exit status is 0 where every check was seen and has passed, but for
+hyperparameters, skipped and checkpoint, which a client need not use.
 
   --quadratic       The client trains on the loss |W|²/2, so that each gradient
                     is the weights: what it makes of the updates is checked too
   --skip A,B        Leaves checks out, for a client that does not retry for
                     example: reconnect,receipt,overloaded,refused,draining,
-                    lost-run
+                    not-finite,lost-run
   --slow SECONDS    How long the slow service says nothing; default 5
   --patience SECONDS  How long a COMMAND may be silent before it is ended;
                     default 60

@@ -24,6 +24,8 @@ export type StageOptions = {
   findings: Findings
 }
 
+const STREAM = 'the stream is at /v1/stream, behind the address that the client is given'
+
 /** What a client need not do. */
 const OPTIONAL: readonly Check[] = ['hyperparameters', 'skipped', 'checkpoint']
 
@@ -182,6 +184,10 @@ export class Stage implements Backstage {
     socket.on('error', () => service.terminate())
     service.once('error', () => socket.destroy())
     service.once('unexpected-response', (_, response) => {
+      const { statusCode } = response
+      // Libraries tell of a refused upgrade little more than that it was refused. A scene refuses with 503.
+      if (statusCode !== 503)
+        this.findings.fail('frames', `the upgrade to '${upgrade.url}' is refused with ${statusCode}: ${STREAM}`)
       this.#backing.draining = false
       void answer(response, socket)
     })
