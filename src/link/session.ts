@@ -18,7 +18,7 @@ import { Answers, type Joined, type Means } from './answers.js'
 import { Ends } from './ends.js'
 import { Window } from './pace.js'
 import { Pauses } from './pauses.js'
-import { checkOpening } from './permission.js'
+import { checkOpening, refuseShards } from './permission.js'
 import { Reception } from './reception.js'
 import { agree, type SharedArenas } from './transport.js'
 import type { Claim, Intake } from './websocket/intake.js'
@@ -270,6 +270,7 @@ export class Session implements Connection, GradientSink {
       throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#joined.run.name}' already`)
     const { config, device, log, principal } = this.#context
     checkOpening(principal, this.#context.runs, frame)
+    refuseShards(frame)
     const { run, member, resumed } = await this.#context.runs.open(frame, this, principal)
     if (this.#leaving) return run.intake.detach(member)
     this.#joined = { run, member }
