@@ -1,6 +1,14 @@
 import { isDeepStrictEqual } from 'node:util'
 import type { ReceiptFrame } from '../wire/frame.js'
 
+/** Where a whole is: its digest after `step`, that of each shard after it, and the step's receipt; step 0 has none. */
+export type Standing = {
+  readonly step: number
+  readonly digest: string
+  readonly shards: readonly string[]
+  readonly receipt?: ReceiptFrame
+}
+
 /**
  * One entry of the log of a whole, the run that several processes share. Positions count from 1 without a gap.
  * - `begin`: a head has taken over with this generation, and the whole goes on after `step`. No head of an older
@@ -8,17 +16,14 @@ import type { ReceiptFrame } from '../wire/frame.js'
  *   that of the entry before, the whole went back: the commits of later steps before this entry count no more.
  * - `commit`: `step` is finished.
  *
- * Either way the entry has the whole state of the whole as it is then: `digest` is the digest of the whole after
- * `step`, `shards` the digest of each shard after it, and `receipt` the receipt of the step, which step 0 has none of.
+ * Either way the entry says where the whole is then, so that the newest entry alone is enough to go on. `head` is
+ * another text for each time that a process becomes head: two heads never write equal entries.
  */
-export type Entry = {
+export type Entry = Standing & {
   readonly position: number
   readonly kind: 'begin' | 'commit'
   readonly generation: number
-  readonly step: number
-  readonly digest: string
-  readonly shards: readonly string[]
-  readonly receipt?: ReceiptFrame
+  readonly head: string
 }
 
 /**
@@ -28,18 +33,20 @@ export type Entry = {
  * and learns which one stands. So an entry may never be removed while a process may live that believes its position to
  * be free.
  *
- * The interface keys entries by position and not by step: a whole that goes back to an earlier step commits later ones
- * anew, and a head that takes over has to close the log to its predecessor before it reads it.
+ * The log is keyed by position and not by step: a whole that goes back to an earlier step commits later ones anew, and
+ * a head that takes over has to close the log to its predecessor before it goes by what it has read.
  */
 export interface CommitLog {
+  /** Whether it outlives this process. A step is only as durable as its commit. */
+  readonly isDurable: boolean
   /** Writes an entry if its position is free; answers with the one that stands there. */
   put(entry: Entry): Promise<Entry>
   read(position: number): Promise<Entry | undefined>
-  /** The last entry. It may be an old one by the time it is read: `put` tells. */
+  /** The last entry, or one that was the last shortly before: `put` tells. */
   newest(): Promise<Entry | undefined>
 }
 
-/** Whether two entries are the same commit or the same beginning; a receipt's seconds may differ. */
+/** Whether two entries are one. A log may be read from JSON, where a receipt's keys that are undefined are left out. */
 export function isSameEntry(one: Entry, other: Entry): boolean {
   const { receipt: _, ...rest } = one
   const { receipt: __, ...otherRest } = other
@@ -47,8 +54,8 @@ export function isSameEntry(one: Entry, other: Entry): boolean {
 }
 
 /**
- * The entry of a step that a whole may go back to: the last one of that step up to `newest`. Undefined for step 0
- * where no entry has it, and for a step that the whole has not come to.
+ * The entry of a step that a whole may go back to: the last one of that step up to `newest`. Undefined for a step that
+ * the whole has not come to, or that lies before its first one.
  */
 export async function findStep(log: CommitLog, newest: Entry, step: number): Promise<Entry | undefined> {
   if (step > newest.step) return undefined
@@ -57,8 +64,9 @@ export async function findStep(log: CommitLog, newest: Entry, step: number): Pro
   return undefined
 }
 
-/** A log in this process's memory, for a whole whose parts keep nothing: it ends with the process. */
+/** A log in this process's memory, for a whole of which nothing is kept: it ends with the process. */
 export class MemoryLog implements CommitLog {
+  readonly isDurable: boolean = false
   readonly #entries: Entry[] = []
 
   async put(entry: Entry): Promise<Entry> {

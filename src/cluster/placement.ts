@@ -12,19 +12,24 @@ const ITERATIONS = Array.from({ length: 5 }, () => [1, 1, 1] as const)
  */
 const FLOPS_PER_BYTE = 100
 
-/** A parameter without many bytes costs as much as this: its frames, its job and its records, some 50 µs. */
+/** What a parameter takes however small it is, in bytes: its frames, its job and its records, some 50 µs. */
 const BYTES_PER_PARAMETER = 2 ** 15
 
 /**
  * What a parameter costs in a step, in operations: those of Newton–Schulz, and FLOPS_PER_BYTE for each byte of gradient
  * and update, which travel, and of state, which is read and written. It does not depend on the values of
- * hyperparameters, since those move from step to step and a parameter does not.
+ * hyperparameters, since those may change with any step, and a parameter stays in its shard.
  */
 export function parameterCost(parameter: Parameter): number {
   const { gradient_bytes, update_bytes, blocks } = parameter
   const flops = blocks.reduce((sum, { rows, cols }) => sum + newtonSchulzFlops(ITERATIONS, [rows, cols]), 0)
   const bytes = gradient_bytes + update_bytes + 2 * stateBytes(parameter) + BYTES_PER_PARAMETER
   return flops + FLOPS_PER_BYTE * bytes
+}
+
+/** So many shards the parameters of a run can be shared out over. */
+export function mostShards(parameters: readonly Parameter[], attentions: readonly Attention[]): number {
+  return together(parameters, attentions).length
 }
 
 /**
@@ -61,11 +66,11 @@ function tooMany(shards: number, pieces: number): ServiceError {
 
 /** The indices that have to stay together, those of an attention or of several that share one; others are alone. */
 function together(parameters: readonly Parameter[], attentions: readonly Attention[]): number[][] {
-  const groups = new Map(parameters.map(({ index }) => [index, [index]]))
+  const groups = parameters.map(({ index }) => [index])
   for (const attention of attentions) {
-    const all = new Set(claimsOf(attention).flatMap(({ parameter }) => groups.get(parameter) ?? []))
+    const all = new Set(claimsOf(attention).flatMap(({ parameter }) => groups[parameter]))
     const joined = [...all].sort((one, other) => one - other)
-    for (const index of joined) groups.set(index, joined)
+    for (const index of joined) groups[index] = joined
   }
-  return [...new Set(groups.values())]
+  return [...new Set(groups)]
 }
