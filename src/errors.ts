@@ -26,6 +26,7 @@ export const ERRORS = {
   STEP_CONFLICT: { status: 409, retryable: false },
   STEP_INCOMPLETE: { status: 409, retryable: false },
   STALE_GENERATION: { status: 409, retryable: false },
+  PEER_FAILED: { status: 503, retryable: true },
   RANGE_MISSING: { status: 409, retryable: true },
   QUORUM_LOST: { status: 503, retryable: true },
   OVER_CAPACITY: { status: 507, retryable: false },

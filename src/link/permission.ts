@@ -1,3 +1,4 @@
+import assert from 'node:assert'
 import type { Principal } from '../access/principal.js'
 import { ServiceError } from '../errors.js'
 import type { Runs } from '../keep/runs.js'
@@ -15,10 +16,14 @@ export function checkOpening(principal: Principal, runs: Runs, { run, mode, chec
   for (const name of [run, ...(from ? [from.run] : [])]) if (!principal.sees(name)) throw runs.absent(name)
 }
 
-/** Throws PARAMETER_INVALID for what only a process with peers can open: several shards, and a shard itself. */
-export function refuseShards({ run, shards = 1, shard }: OpenFrame): void {
-  const remedy = 'this service has no peers (--peers), and spreads no run over several processes'
-  if (shards > 1) throw new ServiceError('PARAMETER_INVALID', `run '${run}' asks for ${shards} shards: ${remedy}`)
-  if (shard !== undefined || run.includes('~'))
-    throw new ServiceError('PARAMETER_INVALID', `'${run}' is a shard of a run: ${remedy}`)
+/** Why a stream, which has opened a run or none, cannot go on with the grants that its key has now. */
+export function accessLost(principal: Principal, run: string | undefined): ServiceError | undefined {
+  try {
+    principal.demand('step', 'the stream')
+    if (run !== undefined) principal.demandName(run)
+    return undefined
+  } catch (error) {
+    assert(error instanceof ServiceError)
+    return new ServiceError(error.code, error.message, { close: 1008 })
+  }
 }

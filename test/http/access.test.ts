@@ -23,7 +23,7 @@ const KEYS = [
 ]
 
 /** What a route is held to here; `any` takes a key whatever its scopes. The test asks for a row for each operation. */
-type Row = { takes: 'open' | 'any' | Scope; allRuns?: true; status: number; body?: string; type?: string }
+type Row = { takes: 'open' | 'any' | 'cluster' | Scope; allRuns?: true; status: number; body?: string; type?: string }
 const JSON_BODY = { type: 'application/json', body: '{}' }
 const TABLE: Readonly<Record<string, Row>> = {
   getRoot: { takes: 'open', status: 200 },
@@ -44,6 +44,8 @@ const TABLE: Readonly<Record<string, Row>> = {
   putState: { takes: 'checkpoint', status: 400, type: 'application/octet-stream', body: 'no safetensors' },
   openRun: { takes: 'step', status: 400, ...JSON_BODY },
   postStep: { takes: 'step', status: 400, type: 'application/octet-stream', body: 'no safetensors' },
+  getShards: { takes: 'read', status: 404 },
+  postVote: { takes: 'cluster', status: 400, ...JSON_BODY },
   listReceipts: { takes: 'read', status: 200 },
   listRefusals: { takes: 'read', status: 200 },
   streamEvents: { takes: 'read', status: 200 },
