@@ -1,3 +1,4 @@
+import { setMaxListeners } from 'node:events'
 import { Connection, type Endpoint, UNIX } from './connection.js'
 import { MuondError } from './error.js'
 import { type OpenOptions, openRun, type Run } from './run.js'
@@ -71,6 +72,8 @@ export class Client {
     this.#endpoint = { url, token, socket }
     this.#options = options
     this.#signal = AbortSignal.any(signal === undefined ? [this.#stop.signal] : [this.#stop.signal, signal])
+    // Every run of the client listens.
+    setMaxListeners(0, this.#signal)
   }
 
   /** Connects, which shows that the address and the token are right. */

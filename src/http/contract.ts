@@ -48,7 +48,7 @@ export const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParame
 export const STREAMED_BODIES: ReadonlySet<string> = new Set(['putState', 'postStep'])
 
 /** Operations of runs that may be spread over several processes. */
-export const WHOLES: ReadonlySet<string> = new Set(['getShards', 'postVote', 'deleteRun'])
+export const WHOLES: ReadonlySet<string> = new Set(['getShards', 'getVotes', 'postVote', 'deleteRun'])
 
 let contract: Contract | undefined
 

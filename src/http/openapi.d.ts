@@ -387,7 +387,11 @@ export interface paths {
             };
             cookie?: never;
         };
-        get?: never;
+        /**
+         * What the process of a shard asks the head before it opens the shard
+         * @description The same as `/v1/runs/{run}/shards`, for the processes of the setting `peers` alone.
+         */
+        get: operations["getVotes"];
         put?: never;
         /**
          * A shard tells the head of a step that it has finished
@@ -1614,6 +1618,30 @@ export interface operations {
         };
     };
     getShards: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run; `~` and a number behind it name a shard. */
+                run: components["parameters"]["runName"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The whole and its shards. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Whole"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getVotes: {
         parameters: {
             query?: never;
             header?: never;

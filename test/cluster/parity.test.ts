@@ -74,3 +74,64 @@ t.test('any number of shards has the weights, state, receipts and digests of one
     t.equal(new Set(body.shards.map(({ peer }) => peer)).size, shards)
   }
 })
+
+/** The ranges of each of two members: the first and the second half of every parameter. */
+const halves = (parameters: ReturnType<typeof modelOf>['parameters'], rank: number) =>
+  parameters.map(({ data, ...declaration }) => {
+    const middle = Math.floor(data.length / 2)
+    const [start, stop] = rank === 0 ? [0, middle] : [middle, data.length]
+    return { ...declaration, data: data.subarray(start, stop), ranges: [[start, stop]] }
+  })
+
+t.test('two members of a run of two shards have what one member of one process has', async (t) => {
+  const processes = await startCluster(t, 2)
+  const clients = await Promise.all(processes.map((process) => clientOf(t, process)))
+  const model = modelOf('alone')
+  const alone = await clients[0]!.open({ ...model, shards: 1 })
+  const shared = modelOf('together')
+  const members = await Promise.all(
+    clients.map((client, rank) => {
+      const parameters = halves(shared.parameters, rank)
+      return client.open({ ...shared, parameters, shards: 2, member: { rank, world_size: 2 } })
+    }),
+  )
+  for (let step = 1; step <= 2; step++) {
+    const gradients = gradientsOf(model.parameters, step)
+    const receipt = await alone.step(gradients)
+    const receipts = await Promise.all(
+      members.map((member, rank) => {
+        const middle = (length: number) => Math.floor(length / 2)
+        const half = (gradient: (typeof gradients)[number]) =>
+          rank === 0 ? gradient.subarray(0, middle(gradient.length)) : gradient.subarray(middle(gradient.length))
+        return member.step(gradients.map(half))
+      }),
+    )
+    for (const { digest, replayed } of receipts)
+      t.match({ digest, replayed }, { digest: receipt.digest, replayed: false })
+  }
+  t.same(weightsOf(shared.parameters), weightsOf(model.parameters))
+  t.same(members[1]!.members, [
+    { rank: 0, connected: true },
+    { rank: 1, connected: true },
+  ])
+})
+
+t.test('a gradient that is refused is told by its index in the whole, and can be left out', async (t) => {
+  const processes = await startCluster(t, 2)
+  const client = await clientOf(t, processes[0]!)
+  const model = modelOf('not-finite')
+  const run = await client.open({ ...model, shards: 2 })
+  const gradients = gradientsOf(model.parameters, 1)
+  const wrong = gradients.map((gradient, i) =>
+    i === 0 || i === 3 ? new Float32Array(gradient.length).fill(NaN) : gradient,
+  )
+  await t.rejects(run.step(wrong), {
+    code: 'GRADIENT_NOT_FINITE',
+    fields: { refused: ['wide', 'norm'] },
+  })
+  const receipt = await run.step(wrong, { skip_refused: true })
+  t.match(receipt, { step: 1, applied: 3, skipped: 2 })
+  t.same(receipt.refused.map(({ fields }) => fields.parameter).sort(), [0, 3])
+  t.equal(run.opened.attentions.length, 0)
+  await t.rejects(run.step(gradients, { max_logits: { none: [1] } }), { code: 'MAX_LOGITS_INVALID' })
+})

@@ -2,7 +2,7 @@ import { ERRORS, type ErrorCode, errorText, ServiceError } from '../../errors.js
 import type { Vote } from '../vote.js'
 import { type VoteBody, voteBody } from './vote-text.js'
 
-/** A whole as its head tells of it: the answer to `GET /v1/runs/{run}/shards`. */
+/** A whole as its head tells of it. */
 export type WholeBody = {
   run: string
   head: string
@@ -37,7 +37,7 @@ export class Calls {
 
   /** Throws RUN_NOT_FOUND where the process is not the head of such a whole. */
   async readWhole(head: string, run: string): Promise<WholeBody> {
-    const response = await this.#ask(head, `/v1/runs/${run}/shards`)
+    const response = await this.#ask(head, `/v1/runs/${run}/votes`)
     return (await response.json()) as WholeBody
   }
 

@@ -7,7 +7,7 @@ import type { Handlers, Services } from '../operations.js'
 
 type Schemas = components['schemas']
 
-export type ShardOperation = 'getShards' | 'postVote'
+export type ShardOperation = 'getShards' | 'getVotes' | 'postVote'
 
 /**
  * Most bytes of a vote. Of 100,000 parameters it has 7 MB, and with QK-clip four bytes for each row that is scaled, a
@@ -17,11 +17,13 @@ export const VOTE_BYTES = 2 ** 26
 
 /** The handlers of runs that are spread over several processes. */
 export function shardHandlers({ cluster }: Pick<Services, 'cluster'>): Pick<Handlers, ShardOperation> {
+  const body = (run: string) => {
+    if (cluster?.wholes.has(run)) return cluster.wholes.get(run).body()
+    throw new ServiceError('NOT_FOUND', `run '${run}' is one of this process alone, and has no shards`)
+  }
   return {
-    getShards: ({ params }) => {
-      if (cluster?.wholes.has(params.run)) return cluster.wholes.get(params.run).body()
-      throw new ServiceError('NOT_FOUND', `run '${params.run}' is one of this process alone, and has no shards`)
-    },
+    getShards: ({ params }) => body(params.run),
+    getVotes: ({ params }) => body(params.run),
     postVote: ({ params, body }, reply) => {
       if (!cluster || !body) throw new ServiceError('NOT_FOUND', 'this service has no peers: it counts no votes')
       cluster.wholes.get(params.run).vote(voteOf(body))
