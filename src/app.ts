@@ -44,7 +44,8 @@ import { Intake } from './link/websocket/intake.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
 import { createMetrics, type Metrics, type RunPulse } from './metrics.js'
 import type { Run } from './run/run.js'
-import { DataFolder } from './store/data-folder.js'
+import type { DataStore } from './store/data-store.js'
+import { DataFolder } from './store/folder/data-folder.js'
 import { readPresets } from './store/presets.js'
 import type { Tracing } from './tracing.js'
 import { MESSAGE_BYTES } from './wire/frame.js'
@@ -55,7 +56,7 @@ export type App = {
   device: Device
   runs: Runs
   /** The folder that runs are kept in; undefined without the setting `data`. */
-  data: DataFolder | undefined
+  data: DataStore | undefined
   metrics: Metrics
   /** Resolves when every run on the disk is restored or known to be unreadable. Streams may open runs before. */
   restored: Promise<void>
@@ -83,7 +84,7 @@ type AppServices = Services & {
   streams: Set<Session>
   local: Set<LocalSocket>
   intake: Intake
-  data: DataFolder | undefined
+  data: DataStore | undefined
   /** Undefined where nothing is traced. */
   tracing: Tracing | undefined
 }

@@ -4,9 +4,8 @@ import { errorText } from '../../errors.js'
 import { type Branching, branchFolder, HistoryPath } from '../branches.js'
 import { namesIn } from '../durable.js'
 import { byAge, checkpointId, isCheckpointId, numbersOf } from './checkpoint-id.js'
+import { MANIFEST } from './checkpoint-place.js'
 import { type Manifest, openManifest, UnreadableError } from './manifest.js'
-
-export const MANIFEST = 'manifest.json'
 
 /** A checkpoint on the disk. `problem` says why it cannot be read. */
 export type CheckpointEntry = {

@@ -1,0 +1,16 @@
+import type { RunStore } from './run-store.js'
+
+/** Where all runs of a service are kept, which no other service writes to meanwhile. */
+export type DataStore = {
+  /** The names of the runs that were there when it was opened. */
+  readonly names: readonly string[]
+  /** Why nothing can be written, undefined where something can. */
+  problem(): Promise<string | undefined>
+  create(run: string): Promise<RunStore>
+  /** Throws UnreadableError. */
+  find(run: string): Promise<RunStore>
+  /** Removes a run, whatever is left of it. */
+  destroy(run: string): Promise<void>
+  /** Lets another service in, once every checkpoint that was asked for is written. */
+  close(): Promise<void>
+}
