@@ -32,8 +32,21 @@ export const SETTINGS = {
   port: integer(8787, [0, 65_535], 'Port to listen on; 0 picks a free one.'),
   socket: text('', 'Path of a Unix socket to listen on as well, which only the user of the service may connect to.'),
   device: text('auto', 'Where steps are computed: auto, cpu, cuda, cuda:0 or cuda:0,1.', DEVICE),
-  data: text('', 'Folder for checkpoints and journals; without one, state ends with the process.'),
+  data: text(
+    '',
+    'Folder for checkpoints and journals, or s3://BUCKET/PREFIX for checkpoints; without one, state ends with the process.',
+  ),
   data_wait_seconds: seconds(0, [0, DAY], 'How long a start waits for another service that has the data folder.'),
+  s3_endpoint: text('', 'URL of the store of an s3:// data, where that is not AWS.'),
+  s3_region: text('', 'Region of an s3:// data; empty is what AWS_REGION or the profile says.'),
+  s3_path_style: flag(
+    'Ask for ENDPOINT/BUCKET/KEY and not for BUCKET.ENDPOINT/KEY, as most stores want that are not AWS.',
+  ),
+  s3_lease_seconds: seconds(
+    15,
+    [0.1, DAY],
+    'A service whose s3:// data shows no sign of life for so long is taken to be dead by the next one.',
+  ),
   durability: text(
     'checkpoint',
     'With data: a step is safe with the next checkpoint, or, with journal, before its receipt.',
@@ -324,8 +337,25 @@ function contradictionsIn(config: Config): string[] {
   return [
     ...((tls_cert === '') === (tls_key === '') ? [] : ['tls_cert and tls_key go together: only one of them is given']),
     ...(tls_client_ca === '' || tls_cert !== '' ? [] : ['tls_client_ca needs tls_cert and tls_key']),
+    ...objectsProblems(config),
     ...opennessOf(config),
   ]
+}
+
+/** Where the setting `data` is in S3. */
+export const S3_SCHEME = 's3://'
+
+/** What a store of objects cannot do, and what is only for one. */
+function objectsProblems({ data, durability, keep_journal, s3_endpoint, s3_region, s3_path_style }: Config): string[] {
+  if (data.startsWith(S3_SCHEME))
+    return [
+      ...(durability === 'journal'
+        ? [`durability journal needs a folder as --data, got '${data}': use checkpoint`]
+        : []),
+      ...(keep_journal ? [`keep_journal needs a folder as --data, got '${data}'`] : []),
+    ]
+  const given = s3_endpoint !== '' || s3_region !== '' || s3_path_style
+  return given ? [`s3_endpoint, s3_region and s3_path_style are for --data s3://BUCKET/PREFIX, got '${data}'`] : []
 }
 
 /** Whether only processes of this machine reach a service that listens on a host. */

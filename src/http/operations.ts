@@ -269,8 +269,7 @@ const LINKS = {
 /** A service that cannot write acknowledges no step that it promises to keep. */
 async function checkDisk(data: DataStore | undefined): Promise<void> {
   const problem = await data?.problem()
-  if (problem !== undefined)
-    throw new ServiceError('STORAGE_FAILED', `the data folder cannot be written: ${problem}`, { status: 503 })
+  if (problem !== undefined) throw new ServiceError('STORAGE_FAILED', problem, { status: 503 })
 }
 
 function checkReady(device: Device, runs: Runs): void {

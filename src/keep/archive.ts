@@ -9,6 +9,7 @@ import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import { UnreadableError } from '../store/checkpoint/manifest.js'
 import type { DataStore } from '../store/data-store.js'
 import type { Replacement } from '../store/identity.js'
+import { StoreError } from '../store/objects/objects.js'
 import type { RunStore } from '../store/run-store.js'
 import type { Source } from '../wire/frame.js'
 import { AbsentRuns, unreadable } from './absent.js'
@@ -291,7 +292,9 @@ export class Archive {
 
   #failed(name: string, error: unknown): ServiceError {
     if (error instanceof ServiceError) return error
-    return new ServiceError('STORAGE_FAILED', `the folder of run '${name}' cannot be written: ${errorText(error)}`)
+    const what =
+      error instanceof StoreError ? `run '${name}' cannot be kept` : `the folder of run '${name}' cannot be written`
+    return new ServiceError('STORAGE_FAILED', `${what}: ${errorText(error)}`)
   }
 
   #warn(event: string, run: string, error: unknown): void {

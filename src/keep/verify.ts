@@ -44,7 +44,12 @@ export async function verifyRun(folder: string, files: CheckpointFiles): Promise
   const manifest = await readManifest(place, basename(folder))
   const declaration = keptDeclaration(manifest)
   checkDigest(manifest, declaration)
-  await files.read({ folder: place, files: manifest.files, targets: new Map(), locations: [] })
+  await files.read({
+    address: { kind: 'folder', folder: place },
+    files: manifest.files,
+    targets: new Map(),
+    locations: [],
+  })
   await checkTensors(place, manifest, declaration)
   const { steps } = existsSync(journal) ? await readJournal(journal, manifest.step) : { steps: [] }
   return {

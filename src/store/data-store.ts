@@ -4,7 +4,9 @@ import type { RunStore } from './run-store.js'
 export type DataStore = {
   /** The names of the runs that were there when it was opened. */
   readonly names: readonly string[]
-  /** Why nothing can be written, undefined where something can. */
+  /** Resolves, with the reason, when another service has taken the store: this one can write nothing any more. */
+  readonly lost: Promise<string>
+  /** Why nothing can be written, a sentence; undefined where something can. */
   problem(): Promise<string | undefined>
   create(run: string): Promise<RunStore>
   /** Throws UnreadableError. */

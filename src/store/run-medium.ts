@@ -35,7 +35,7 @@ export type RunMedium = {
   /** Writes a checkpoint, which counts once this resolves; `released` as for `CheckpointFiles.write`. */
   writeCheckpoint(
     branch: number,
-    writing: Omit<Writing, 'folder'>,
+    writing: Omit<Writing, 'address'>,
     released: (entries: number) => void,
   ): Promise<WrittenManifest>
   /** Throws UnreadableError, also where the manifest is of another run or checkpoint. */

@@ -1,7 +1,13 @@
 import type { OpenFile } from '../file-bytes.js'
+import type { ObjectsAddress } from '../objects/open-objects.js'
 
 /** The name of the file that makes the others of a checkpoint count. */
 export const MANIFEST = 'manifest.json'
+
+/** Where a checkpoint is, as plain data, which another thread can be sent. */
+export type CheckpointAddress =
+  | { readonly kind: 'folder'; readonly folder: string }
+  | { readonly kind: 'objects'; readonly objects: ObjectsAddress; readonly folder: string }
 
 /** A file of a checkpoint that is being written, from front to back. */
 export type FileSink = {

@@ -5,10 +5,14 @@ import { basename } from 'node:path'
 import { parentPort } from 'node:worker_threads'
 import { openStateAccess, type StateAccess, type StateLocation } from '../../device/state-access.js'
 import { errorText } from '../../errors.js'
+import type { StoreSample } from '../../metrics.js'
 import type { OpenFile } from '../file-bytes.js'
+import { checkpointObjects, NoObjectError } from '../objects/checkpoint-objects.js'
+import { type Objects, StoreError } from '../objects/objects.js'
+import { openObjects } from '../objects/open-objects.js'
 import { type Header, readHeader } from '../safetensors.js'
 import { checkpointFolder } from './checkpoint-folder.js'
-import type { CheckpointPlace, FileSink } from './checkpoint-place.js'
+import type { CheckpointAddress, CheckpointPlace, FileSink } from './checkpoint-place.js'
 import { forPeople, groupsText } from './checkpoint-texts.js'
 import {
   type FileRecord,
@@ -26,13 +30,13 @@ import { entryBytes, indexText, planShards, type StateEntry, type TensorLocation
 type Lists = { parameters: readonly ParameterRecord[]; places: readonly PlaceRecord[]; entries: readonly StateEntry[] }
 
 /**
- * Asks for a checkpoint's folder to be written; the thread makes the files and adds them, with their hashes, to
+ * Asks for a checkpoint to be written; the thread makes the files and adds them, with their hashes, to
  * `manifest`. A safetensors file has at most `file_bytes` of tensors, unless one tensor alone has more.
  */
 export type WriteRequest = {
   type: 'write'
   id: number
-  folder: string
+  address: CheckpointAddress
   locations: readonly StateLocation[]
   manifest: Omit<Manifest, 'files' | 'bytes' | 'momentum_form' | 'dtypes' | keyof Lists>
   file_bytes: number
@@ -45,7 +49,7 @@ export type ListsRequest = { type: 'lists'; id: number } & Lists
 export type ReadRequest = {
   type: 'read'
   id: number
-  folder: string
+  address: CheckpointAddress
   locations: readonly StateLocation[]
   files: readonly FileRecord[]
   targets: ReadonlyMap<string, TensorLocation & { dtype: string; shape: readonly number[] }>
@@ -60,7 +64,11 @@ export type ThreadRequest = ListsRequest | WriteRequest | ReadRequest | { type: 
 export type ThreadReply =
   | { id: number; written: number }
   | { id: number; done: WrittenManifest | undefined }
-  | { id: number; error: string; unreadable: boolean }
+  | { id: number; error: string; kind: ErrorKind }
+  | { sample: StoreSample }
+
+/** Whether files are not what was written, a store has failed, or something else. */
+export type ErrorKind = 'unreadable' | 'store' | 'other'
 
 const PIECE_BYTES = 4 << 20
 // A write takes as long as to hash tens of kilobytes, however few bytes it has: those of small tensors go together.
@@ -71,6 +79,7 @@ const NICE = 10
 if (process.platform === 'linux') setPriority(Number(basename(readlinkSync('/proc/thread-self'))), NICE)
 
 const accesses = new Map<string, StateAccess>()
+const stores = new Map<string, Promise<Objects>>()
 let turn: Promise<void> = Promise.resolve()
 
 /** Of requests that have not come to their end. */
@@ -99,7 +108,7 @@ async function handle(request: Exclude<ThreadRequest, ListsRequest>): Promise<vo
   try {
     reply({ id, done: request.type === 'write' ? await write(request) : await read(request) })
   } catch (error) {
-    reply({ id, error: errorText(error), unreadable: error instanceof UnreadableError })
+    reply({ id, error: errorText(error), kind: kindOf(error) })
   } finally {
     lists.delete(id)
   }
@@ -107,6 +116,19 @@ async function handle(request: Exclude<ThreadRequest, ListsRequest>): Promise<vo
 
 function reply(message: ThreadReply): void {
   parentPort?.postMessage(message)
+}
+
+function kindOf(error: unknown): ErrorKind {
+  if (error instanceof UnreadableError) return 'unreadable'
+  return error instanceof StoreError ? 'store' : 'other'
+}
+
+async function placeOf(address: CheckpointAddress): Promise<CheckpointPlace> {
+  if (address.kind === 'folder') return checkpointFolder(address.folder)
+  const key = JSON.stringify(address.objects)
+  const opened = stores.get(key) ?? openObjects(address.objects, (sample) => reply({ sample }))
+  stores.set(key, opened)
+  return checkpointObjects(await opened, address.folder)
 }
 
 function accessTo(location: StateLocation): StateAccess {
@@ -117,7 +139,7 @@ function accessTo(location: StateLocation): StateAccess {
 }
 
 async function write(request: WriteRequest): Promise<WrittenManifest> {
-  const place = checkpointFolder(request.folder)
+  const place = await placeOf(request.address)
   await place.begin()
   try {
     return await fill(place, request)
@@ -238,8 +260,8 @@ class Output {
   }
 }
 
-async function read({ folder, locations, files, targets }: ReadRequest): Promise<undefined> {
-  const place = checkpointFolder(folder)
+async function read({ address, locations, files, targets }: ReadRequest): Promise<undefined> {
+  const place = await placeOf(address)
   const left = new Set(targets.keys())
   for (const record of files) {
     const input = { path: `${place.name}/${record.name}`, file: await openToRead(place, record.name) }
@@ -279,14 +301,14 @@ async function rangesOf(input: Input, { record, targets, left }: Wanted): Promis
       return [{ begin, end, target }]
     })
   } catch (error) {
-    await readThrough(input, record, destinationOf([], []))
+    if (!(error instanceof StoreError)) await readThrough(input, record, destinationOf([], []))
     throw error
   }
 }
 
 async function headerOf({ path, file }: Input): Promise<Header> {
   return readHeader(file).catch((error) => {
-    throw new UnreadableError(`${path}: ${errorText(error)}`)
+    throw error instanceof StoreError ? error : new UnreadableError(`${path}: ${errorText(error)}`)
   })
 }
 
@@ -384,6 +406,7 @@ async function openToRead(place: CheckpointPlace, name: string): Promise<OpenFil
   try {
     return await place.open(name)
   } catch (error) {
+    if (error instanceof StoreError && !(error instanceof NoObjectError)) throw error
     throw new UnreadableError(`${place.name}/${name} cannot be opened: ${errorText(error)}`)
   }
 }

@@ -16,6 +16,8 @@ const PROBE_BYTES = 4096
 export class DataFolder implements DataStore {
   /** The names of the runs that were in the folder when it was opened. */
   readonly names: readonly string[]
+  /** Never: the lock lasts as long as the process. */
+  readonly lost = new Promise<string>(() => {})
   readonly #runs: string
   readonly #lock: Lock
   readonly #files = new CheckpointFiles()
@@ -92,6 +94,6 @@ async function probe(folder: string): Promise<string | undefined> {
     return undefined
   } catch (error) {
     await rm(file, { force: true }).catch(() => undefined)
-    return errorText(error)
+    return `the data folder cannot be written: ${errorText(error)}`
   }
 }

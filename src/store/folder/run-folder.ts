@@ -11,7 +11,7 @@ import {
   readCheckpoints,
   readManifest,
 } from '../checkpoint/checkpoint-list.js'
-import { MANIFEST } from '../checkpoint/checkpoint-place.js'
+import { type CheckpointAddress, MANIFEST } from '../checkpoint/checkpoint-place.js'
 import type { WrittenManifest } from '../checkpoint/checkpoint-thread.js'
 import { type Manifest, sealManifest, UnreadableError } from '../checkpoint/manifest.js'
 import { hasCode, makeFolder, replaceFile, syncFolder } from '../durable.js'
@@ -56,11 +56,11 @@ export class RunFolder implements RunMedium {
 
   writeCheckpoint(
     branch: number,
-    writing: Omit<Writing, 'folder'>,
+    writing: Omit<Writing, 'address'>,
     released: (entries: number) => void,
   ): Promise<WrittenManifest> {
     const { checkpoint } = writing.manifest
-    return this.#files.write({ ...writing, folder: this.#folderOf({ branch, checkpoint }) }, released)
+    return this.#files.write({ ...writing, address: this.#addressOf({ branch, checkpoint }) }, released)
   }
 
   readManifest(key: CheckpointKey): Promise<Manifest> {
@@ -68,7 +68,7 @@ export class RunFolder implements RunMedium {
   }
 
   readTensors(key: CheckpointKey, of: Parameters<RunMedium['readTensors']>[1]): Promise<void> {
-    return this.#files.read({ ...of, folder: this.#folderOf(key) })
+    return this.#files.read({ ...of, address: this.#addressOf(key) })
   }
 
   async writeTags(key: CheckpointKey, tags: readonly string[]): Promise<CheckpointEntry> {
@@ -121,6 +121,10 @@ export class RunFolder implements RunMedium {
   /** The folder of a branch's journal. */
   journalOf(branch: number): string {
     return join(branchFolder(this.path, branch), 'journal')
+  }
+
+  #addressOf(key: CheckpointKey): CheckpointAddress {
+    return { kind: 'folder', folder: this.#folderOf(key) }
   }
 
   #folderOf({ branch, checkpoint }: CheckpointKey): string {
