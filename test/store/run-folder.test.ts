@@ -1,4 +1,3 @@
-import { createHash } from 'node:crypto'
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import fc from 'fast-check'
@@ -6,44 +5,18 @@ import t, { type Test } from 'tap'
 import { openOnnxRuntime, viewMemory } from '../../src/device/onnx/onnxruntime.js'
 import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
 import { openCheckpoint } from '../../src/store/checkpoint/checkpoint-source.js'
-import { type RunRecord, UnreadableError } from '../../src/store/checkpoint/manifest.js'
+import { UnreadableError } from '../../src/store/checkpoint/manifest.js'
 import { entryBytes, indexText, planShards, type StateEntry } from '../../src/store/checkpoint/state-files.js'
 import { destroyRun, RunFolder } from '../../src/store/folder/run-folder.js'
-import { RunStore, type Snapshot } from '../../src/store/run-store.js'
+import { RunStore } from '../../src/store/run-store.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
 import { seeded } from '../reference.js'
+import { inline, snapshot } from './snapshots.js'
 
 const runtime = openOnnxRuntime()
 const files = new CheckpointFiles()
 t.teardown(() => files.close())
 
-const sha256 = (text: string) => createHash('sha256').update(text).digest('hex')
-const RECORD: RunRecord = {
-  ...{
-    run: 'r',
-    created_at: '2026-01-01T00:00:00.000Z',
-    epoch: 1,
-    step: 0,
-    digest: sha256('0'),
-    previous_digest: sha256(''),
-  },
-  parameters: [{ name: 'w', shape: [2], group: 'g' }],
-  attentions: [],
-  groups: [{ name: 'g', algorithm: 'sgd', given: {}, hyperparameters: { lr: 0.5 } }],
-  places: [{ count: 0, applied_step: 0, gradient_square: 0 }],
-}
-const inline = (name: string, bytes: number): StateEntry => ({
-  name,
-  dtype: 'F32',
-  shape: [bytes / 4],
-  inline: new Uint8Array(bytes),
-})
-const snapshot = (step: number, more: Partial<Snapshot> = {}): Snapshot => ({
-  ...{ tags: [], server: '0', device: { kind: 'cpu', name: 'cpu', onnxruntime: '1', processor: '' } },
-  record: { ...RECORD, step, digest: sha256(String(step)) },
-  ...{ entries: [inline('a', 8)], locations: [{ kind: 'host' }], file_bytes: 1000 },
-  ...more,
-})
 const nothing = () => {}
 const create = (path: string) => RunStore.create(new RunFolder(path, files), 'r')
 const open = ({ path }: { path: string }) => RunStore.open(new RunFolder(path, files))

@@ -9,26 +9,28 @@ const RACING = 16
  * apart that believe to have the same run. Some stores have let two win. Throws StoreError that says what has happened.
  */
 export async function probe(objects: Objects): Promise<void> {
-  const key = `probes/${randomUUID()}`
+  const [fresh, changing] = [`probes/${randomUUID()}`, `probes/${randomUUID()}`]
   try {
-    const first = await race(objects, key, {
-      what: 'write an object if there is none (If-None-Match: *)',
-      write: (bytes) => objects.putIfAbsent(key, bytes),
-    })
-    const second = await race(objects, key, {
-      what: 'write an object if it is unchanged (If-Match)',
-      write: (bytes) => objects.putIfUnchanged(key, bytes, first),
-    })
-    if (second === first || (await objects.putIfUnchanged(key, Buffer.from(randomUUID()), first)) !== undefined)
-      throw new StoreError(`${objects.name}: an object was written although it had changed (If-Match is not kept)`)
+    await Promise.all([
+      race(objects, fresh, {
+        what: 'write an object if there is none (If-None-Match: *)',
+        write: (bytes) => objects.putIfAbsent(fresh, bytes),
+      }),
+      objects.putIfAbsent(changing, Buffer.from(changing)).then((version = '') =>
+        race(objects, changing, {
+          what: 'write an object if it is unchanged (If-Match)',
+          write: (bytes) => objects.putIfUnchanged(changing, bytes, version),
+        }),
+      ),
+    ])
   } finally {
-    await objects.delete([key]).catch(() => undefined)
+    await objects.delete([fresh, changing]).catch(() => undefined)
   }
 }
 
 type Race = { what: string; write: (bytes: Buffer) => Promise<Version | undefined> }
 
-async function race(objects: Objects, key: string, { what, write }: Race): Promise<Version> {
+async function race(objects: Objects, key: string, { what, write }: Race): Promise<void> {
   const contents = Array.from({ length: RACING }, () => Buffer.from(randomUUID()))
   const versions = await Promise.all(contents.map(write))
   const winners = contents.flatMap((content, i) => {
@@ -41,7 +43,7 @@ async function race(objects: Objects, key: string, { what, write }: Race): Promi
       `${objects.name}: of ${RACING} that ${what} at once ${winners.length} did, expected is exactly 1: two services could have one run`,
     )
   const found = await objects.get(key)
-  if (found?.version === winner.version && found.bytes.equals(winner.content)) return winner.version
+  if (found?.version === winner.version && found.bytes.equals(winner.content)) return
   throw new StoreError(
     `${objects.name}: of ${RACING} that ${what} at once one did, and the object is not what it wrote`,
   )

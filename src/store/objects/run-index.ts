@@ -1,5 +1,5 @@
 import type { CheckpointEntry } from '../checkpoint/checkpoint-list.js'
-import { FORMAT, held, seal, UnreadableError, unseal } from '../checkpoint/manifest.js'
+import { held, seal, UnreadableError, unseal } from '../checkpoint/manifest.js'
 import { checkpointIdRule, tagRule } from '../checkpoint/manifest-rules.js'
 import { type Identity, identityRule } from '../identity.js'
 import { count, list, natural, oneOf, optional, type Rule, record, sha256, text } from '../rules.js'
@@ -46,8 +46,8 @@ const rule: Rule<RunIndex> = record<RunIndex>({
   ),
 })
 
-export function sealIndex(index: Omit<RunIndex, 'format'>): Buffer {
-  return Buffer.from(seal({ format: FORMAT, ...index }))
+export function sealIndex(index: RunIndex): Buffer {
+  return Buffer.from(seal(index))
 }
 
 /** Reads the index of a run. Throws UnreadableError, also where it is of another run. */

@@ -2,7 +2,7 @@ import type { CheckpointFiles, Writing } from '../checkpoint/checkpoint-files.js
 import { type CheckpointEntry, entryOf, ownManifest } from '../checkpoint/checkpoint-list.js'
 import { type CheckpointAddress, MANIFEST } from '../checkpoint/checkpoint-place.js'
 import type { WrittenManifest } from '../checkpoint/checkpoint-thread.js'
-import { type Manifest, openManifest, UnreadableError } from '../checkpoint/manifest.js'
+import { FORMAT, type Manifest, openManifest, UnreadableError } from '../checkpoint/manifest.js'
 import type { Identity } from '../identity.js'
 import type { Journal } from '../journal/journal.js'
 import type { CheckpointKey, RunMedium, RunRecords } from '../run-medium.js'
@@ -57,7 +57,7 @@ export class RunObjects implements RunMedium {
 
   async create(identity: Identity): Promise<void> {
     const { objects, generation } = this.#means
-    const index = { format: 0, generation, writes: 0, identity, checkpoints: [] }
+    const index = { format: FORMAT, generation, writes: 0, identity, checkpoints: [] }
     const found = await objects.get(this.#key)
     if (found === undefined) {
       const version = await objects.putIfAbsent(this.#key, sealIndex(index))
