@@ -129,6 +129,7 @@ t.test('what is not what was written is told, and an object that is missing', as
 t.test('a run that was deleted leaves its name free, and no object but one', async (t) => {
   const { run, objects } = place(t)
   const medium = run(1)
+  await run(1).create(newIdentity('r'))
   const store = await RunStore.create(medium, 'r')
   await store.write(snapshot(1), nothing)
   await t.rejects(run(1).create(newIdentity('r')), { name: 'StoreError', message: /is there already/ })

@@ -47,10 +47,7 @@ export class TestStore {
     fake?.server.listen(0, '127.0.0.1')
     if (fake) await once(fake.server, 'listening')
     const target = REAL ?? `http://127.0.0.1:${(fake!.server.address() as AddressInfo).port}`
-    const store = new TestStore(target, fake)
-    store.#server.listen(0, '127.0.0.1')
-    await once(store.#server, 'listening')
-    t.teardown(() => store.#close())
+    const store = await new TestStore(target, fake).#listen(t)
     if (REAL) {
       const client = new S3Client({ endpoint: REAL, region: 'us-east-1', forcePathStyle: true })
       await client.send(new CreateBucketCommand({ Bucket: BUCKET })).catch(() => undefined)
@@ -67,6 +64,18 @@ export class TestStore {
       this.#sockets.add(socket)
       socket.once('close', () => this.#sockets.delete(socket))
     })
+  }
+
+  /** Another way to the same store. */
+  another(t: Test): Promise<TestStore> {
+    return new TestStore(this.#target, undefined).#listen(t)
+  }
+
+  async #listen(t: Test): Promise<TestStore> {
+    this.#server.listen(0, '127.0.0.1')
+    await once(this.#server, 'listening')
+    t.teardown(() => this.#close())
+    return this
   }
 
   get endpoint(): string {
@@ -107,14 +116,13 @@ export class TestStore {
   }
 
   async #answer(onward: ClientRequest, answer: ServerResponse, fault: Fault): Promise<void> {
-    const [{ statusCode, headers, ...rest }, body] = await new Promise<[IncomingMessage, Buffer]>((resolve) => {
+    const [{ statusCode, headers }, body] = await new Promise<[IncomingMessage, Buffer]>((resolve) => {
       onward.once('response', (response: IncomingMessage) => {
         const pieces: Buffer[] = []
         response.on('data', (piece) => pieces.push(piece))
         response.once('end', () => resolve([response, Buffer.concat(pieces)]))
       })
     })
-    void rest
     if (fault === 'lost') return void answer.destroy()
     answer.writeHead(statusCode!, headers)
     if (fault !== 'half') return void answer.end(body)
