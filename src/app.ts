@@ -46,7 +46,10 @@ import { Intake } from './link/websocket/intake.js'
 import { InPlaceWebSocket } from './link/websocket/socket.js'
 import { createMetrics, type Metrics, type RunPulse } from './metrics.js'
 import type { Run } from './run/run.js'
-import { DataFolder } from './store/data-folder.js'
+import type { DataStore } from './store/data-store.js'
+import { DataFolder } from './store/folder/data-folder.js'
+import { DataObjects } from './store/objects/data-objects.js'
+import { s3Address } from './store/objects/s3-address.js'
 import { readPresets } from './store/presets.js'
 import type { Tracing } from './tracing.js'
 import { MESSAGE_BYTES } from './wire/frame.js'
@@ -56,8 +59,8 @@ export type App = {
   app: FastifyInstance
   device: Device
   runs: Runs
-  /** The folder that runs are kept in; undefined without the setting `data`. */
-  data: DataFolder | undefined
+  /** What runs are kept in; undefined without the setting `data`. */
+  data: DataStore | undefined
   metrics: Metrics
   /** Resolves when every run on the disk is restored or known to be unreadable. Streams may open runs before. */
   restored: Promise<void>
@@ -85,7 +88,7 @@ type AppServices = Services & {
   streams: Set<Session>
   local: Set<LocalSocket>
   intake: Intake
-  data: DataFolder | undefined
+  data: DataStore | undefined
   /** Undefined where nothing is traced. */
   tracing: Tracing | undefined
 }
@@ -117,12 +120,12 @@ export async function buildApp({
   const keys = new Keys(config)
   if (speaksTls(config)) readCredentials(config)
   const presets = readPresets(config.presets)
-  const data = config.data ? await DataFolder.open(config.data, config.data_wait_seconds) : undefined
+  const metrics = createMetrics()
+  const data = await openData(config, metrics)
   const device = await Device.start(config).catch(async (error) => {
     await data?.close()
     throw error
   })
-  const metrics = createMetrics()
   const log = logger ?? SILENT
   const runs = new Runs({ device, config, presets, metrics, data, log, ...(tracing && { watch: tracing.watch }) })
   const cluster = await Cluster.start({ config, presets, runs, log }).catch(async (error) => {
@@ -178,6 +181,15 @@ function appOf(app: FastifyInstance, services: AppServices): App {
     reload,
     drain: () => drain(app, services),
   }
+}
+
+/** Opens what runs are kept in; undefined without the setting `data`. */
+async function openData(config: Config, { observeStore }: Metrics): Promise<DataStore | undefined> {
+  const { data, data_wait_seconds: wait_seconds, s3_lease_seconds: lease_seconds } = config
+  if (data === '') return undefined
+  const address = s3Address(config)
+  if (address === undefined) return DataFolder.open(data, wait_seconds)
+  return DataObjects.open(address, { wait_seconds, lease_seconds, observe: observeStore })
 }
 
 async function createServer(services: AppServices, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {

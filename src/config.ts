@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs'
 import { envSchema } from 'env-schema'
 import { type Flags, type FlagTypes, scanArguments } from './arguments.js'
+import { contradictionsIn } from './contradictions.js'
 import { errorText } from './errors.js'
 import { flag, integer, key, keys, list, type Setting, seconds, text } from './setting.js'
 
@@ -11,7 +12,6 @@ const DURABILITIES = ['checkpoint', 'journal'] as const
 const DEVICE = { pattern: '^(auto|cpu|cuda(:\\d+(,\\d+)*)?)$', expected: 'be auto, cpu, cuda, cuda:N or cuda:N,N' }
 const BYTES = Number.MAX_SAFE_INTEGER
 const DAY = 86_400
-const LOOPBACK = /^(localhost|127\.\d+\.\d+\.\d+|::1)$/i
 
 /**
  * Every setting of the service: type, default, range and one sentence. A setting `chunk_bytes` is the flag
@@ -32,8 +32,21 @@ export const SETTINGS = {
   port: integer(8787, [0, 65_535], 'Port to listen on; 0 picks a free one.'),
   socket: text('', 'Path of a Unix socket to listen on as well, which only the user of the service may connect to.'),
   device: text('auto', 'Where steps are computed: auto, cpu, cuda, cuda:0 or cuda:0,1.', DEVICE),
-  data: text('', 'Folder for checkpoints and journals; without one, state ends with the process.'),
+  data: text(
+    '',
+    'Folder for checkpoints and journals, or s3://BUCKET/PREFIX for checkpoints; without one, state ends with the process.',
+  ),
   data_wait_seconds: seconds(0, [0, DAY], 'How long a start waits for another service that has the data folder.'),
+  s3_endpoint: text('', 'URL of the store of an s3:// data, where that is not AWS.'),
+  s3_region: text('', 'Region of an s3:// data; empty is what AWS_REGION or the profile says.'),
+  s3_path_style: flag(
+    'Ask for ENDPOINT/BUCKET/KEY and not for BUCKET.ENDPOINT/KEY, as most stores want that are not AWS.',
+  ),
+  s3_lease_seconds: seconds(
+    15,
+    [0.1, DAY],
+    'A service whose s3:// data shows no sign of life for so long is taken to be dead by the next one.',
+  ),
   durability: text(
     'checkpoint',
     'With data: a step is safe with the next checkpoint, or, with journal, before its receipt.',
@@ -328,67 +341,6 @@ function examined(sources: Sources, before: readonly string[]): Examined {
   const config: Config = Object.freeze(Object.fromEntries(entries))
   problems.push(...contradictionsIn(config))
   return { config, given: Object.values(sources).map(({ from }) => from), wrong, problems }
-}
-
-/** What settings that are right by themselves may not be together. */
-function contradictionsIn(config: Config): string[] {
-  const { tls_cert, tls_key, tls_client_ca } = config
-  return [
-    ...((tls_cert === '') === (tls_key === '') ? [] : ['tls_cert and tls_key go together: only one of them is given']),
-    ...(tls_client_ca === '' || tls_cert !== '' ? [] : ['tls_client_ca needs tls_cert and tls_key']),
-    ...opennessOf(config),
-    ...clusterProblems(config),
-  ]
-}
-
-/** What settings of several processes may not be. */
-function clusterProblems({ peers, advertise, shards, cluster_key, cluster_key_file, tls_client_ca }: Config): string[] {
-  const keys = [cluster_key, cluster_key_file].filter(Boolean).length
-  if (peers.length === 0) {
-    const alone = { advertise: advertise !== '', shards: shards > 1, cluster_key: keys > 0 }
-    const given = Object.entries(alone).flatMap(([name, isGiven]) => (isGiven ? [name] : []))
-    return given.map((name) => `${name} needs peers, the URLs of all processes`)
-  }
-  const wrong = peers.filter((url) => !isOrigin(url))
-  return [
-    ...wrong.map((url) => `peers has '${url}', expected the URL of a process without a path: http://10.0.0.2:8787`),
-    ...(peers.includes(advertise)
-      ? []
-      : [`advertise is '${advertise}', expected the one of peers that is this process`]),
-    ...(new Set(peers).size === peers.length ? [] : ['peers has a URL twice']),
-    ...(keys === 1
-      ? []
-      : ['peers needs the key of the cluster, once: MUOND_CLUSTER_KEY, or --cluster-key-file with a file that has it']),
-    ...(tls_client_ca === '' ? [] : ['peers and tls_client_ca: processes have no certificates to show each other']),
-  ]
-}
-
-/** Whether a text is an origin in its one spelling, by which processes are known. */
-function isOrigin(text: string): boolean {
-  return URL.canParse(text) && new URL(text).origin === text && /^https?:/.test(text)
-}
-
-/** Whether only processes of this machine reach a service that listens on a host. */
-export function isLoopback(host: string): boolean {
-  return LOOPBACK.test(host)
-}
-
-/**
- * What reaches beyond the loopback has keys and TLS, unless it is said aloud that it has not (docs/security.md).
- * A client certificate shows as well as a key who comes.
- */
-function opennessOf(config: Config): string[] {
-  const { host, insecure_no_keys, insecure_no_tls, keys_file, api_keys, tls_cert, tls_client_ca } = config
-  if (isLoopback(host)) return []
-  const isGuarded = keys_file !== '' || api_keys.length > 0 || tls_client_ca !== ''
-  const noKeys =
-    'there are no keys: whoever reaches it could do everything. Give --keys-file (muond keys add), or --insecure-no-keys'
-  const noTls =
-    'there is no TLS: whoever is on the way could read keys and gradients. Give --tls-cert and --tls-key, or --insecure-no-tls, behind a proxy that has TLS'
-  return [
-    ...(isGuarded || insecure_no_keys ? [] : [`host is '${host}' and ${noKeys}`]),
-    ...(tls_cert !== '' || insecure_no_tls ? [] : [`host is '${host}' and ${noTls}`]),
-  ]
 }
 
 function settingValue(name: SettingName, source: Source | undefined): unknown {

@@ -118,14 +118,11 @@ export function createMetrics(registry = new Registry()) {
       'Seconds that the receipt of a step waited for the disk to have the step.',
       PHASE_BUCKETS,
     ),
-    member_wait_seconds_total: counter<'rank' | 'replica'>(
-      'member_wait_seconds_total',
-      'Seconds from the first end of a step until that of a rank: how long others waited for it. Ranks, and replicas, from 64 on are one.',
-      ['rank', 'replica'],
-    ),
+    member_wait_seconds_total: memberWait(counter),
     left_out_replicas_total: counter('left_out_replicas_total', 'Connected replicas that a step was closed without.'),
     lost_quorums_total: counter('lost_quorums_total', 'Deadlines of steps at which too few replicas had come.'),
     checkpoint_failures_total: counter('checkpoint_failures_total', 'Checkpoints that could not be written.'),
+    observeStore: storeObserver(registry, counter),
     refused_sockets_total: counter('refused_sockets_total', 'TCP connections closed over max_sockets.'),
     in_place_connections_total: counter(
       'in_place_connections_total',
@@ -158,6 +155,51 @@ function transports(
   )
   for (const kind of TRANSPORTS) counted.inc({ kind }, 0)
   return counted
+}
+
+const STORE_OPERATIONS = ['get', 'put', 'upload', 'list', 'delete'] as const
+
+/** One request to a store of objects, with all its attempts; `bytes` are of content, sent or received. */
+export type StoreSample = {
+  readonly operation: (typeof STORE_OPERATIONS)[number]
+  readonly seconds: number
+  readonly bytes: number
+  readonly failed: boolean
+}
+
+/** Counts the requests to a store of objects. */
+function storeObserver(
+  registry: Registry,
+  counter: (name: string, help: string, labels: readonly 'operation'[]) => Counter<'operation'>,
+): (sample: StoreSample) => void {
+  const labels = ['operation'] as const
+  const requests = counter('store_requests_total', 'Requests to the store of an s3:// data, by operation.', labels)
+  const errors = counter('store_errors_total', 'Of those, the ones that failed after every attempt.', labels)
+  const moved = counter('store_bytes_total', 'Bytes of content that they have sent or received.', labels)
+  const seconds = new Histogram({
+    name: 'muond_store_seconds',
+    help: 'Seconds that they took, all attempts together.',
+    labelNames: labels,
+    buckets: HTTP_BUCKETS,
+    registers: [registry],
+  })
+  for (const operation of STORE_OPERATIONS) for (const each of [requests, errors, moved]) each.inc({ operation }, 0)
+  return ({ operation, seconds: taken, bytes, failed }) => {
+    requests.inc({ operation })
+    errors.inc({ operation }, Number(failed))
+    moved.inc({ operation }, bytes)
+    seconds.observe({ operation }, taken)
+  }
+}
+
+function memberWait(
+  counter: (name: string, help: string, labels: readonly ('rank' | 'replica')[]) => Counter<'rank' | 'replica'>,
+): Counter<'rank' | 'replica'> {
+  return counter(
+    'member_wait_seconds_total',
+    'Seconds from the first end of a step until that of a rank: how long others waited for it. Ranks, and replicas, from 64 on are one.',
+    ['rank', 'replica'],
+  )
 }
 
 /** The route is one of the contract's, or `none`: what clients ask for is no label. */

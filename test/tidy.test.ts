@@ -29,6 +29,7 @@ const SHARED = [
   'src/errors.ts',
   'src/config.ts',
   'src/metrics.ts',
+  'src/contradictions.ts',
   'src/setting.ts',
   'src/text-table.ts',
 ]

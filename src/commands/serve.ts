@@ -32,6 +32,7 @@ async function serve(config: Config): Promise<void> {
   const built = await buildApp({ config, logger, tracing })
   const address = await listen(built, config, logger)
   closeOnSignals(built, config, logger)
+  void built.data?.lost.then((reason) => endWithoutData(built, reason, logger))
   const { device } = built
   logger.info({
     event: 'listening',
@@ -104,6 +105,16 @@ function closeOnSignals(built: App, config: Config, logger: Logger): void {
     endAtOnce(built, signal, logger)
   }
   for (const signal of SIGNALS) process.on(signal, heard)
+}
+
+/**
+ * Another service has the runs: what this one computed from here on would be kept by nobody. Clients are sent away
+ * without the steps in flight, and find the other one.
+ */
+async function endWithoutData({ app }: App, reason: string, logger: Logger): Promise<void> {
+  logger.fatal({ event: 'data_lost', reason })
+  await app.close()
+  process.exit(1)
 }
 
 /** Ends the process for whoever has no patience, and says which acknowledged steps no disk has. */

@@ -2,14 +2,14 @@ import { ServiceError } from '../errors.js'
 import type { Runs } from '../keep/runs.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
-import type { RunFolder } from '../store/run-folder.js'
+import type { RunStore } from '../store/run-store.js'
 
 /** The checkpoint of a run by its id or a tag. Throws NOT_FOUND. */
 export function findCheckpoint(
-  folder: RunFolder,
+  store: RunStore,
   { run, checkpoint }: { run: string; checkpoint: string },
 ): CheckpointEntry {
-  const entry = folder.find(checkpoint)
+  const entry = store.find(checkpoint)
   if (entry) return entry
   throw new ServiceError('NOT_FOUND', `run '${run}' has no checkpoint '${checkpoint}'`)
 }

@@ -18,8 +18,8 @@ import { HYPERPARAMETERS } from '../optimizer/table.js'
 import { memberId } from '../run/members/member.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
-import type { DataFolder } from '../store/data-folder.js'
-import type { RunFolder } from '../store/run-folder.js'
+import type { DataStore } from '../store/data-store.js'
+import type { RunStore } from '../store/run-store.js'
 import { PROTOCOL } from '../wire/frame.js'
 import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
@@ -47,7 +47,7 @@ export type Services = {
   steps: PlainSteps
   contract: Contract
   /** Where runs are kept; undefined where they are not. */
-  data: DataFolder | undefined
+  data: DataStore | undefined
 }
 
 type Schemas = components['schemas']
@@ -218,22 +218,22 @@ function checkpointHandlers({ runs, data }: Services): Pick<Handlers, Checkpoint
     listCheckpoints: async ({ params }) => {
       const { name } = await runs.wake(params.run)
       if (!data) return { checkpoints: [], reason: 'this service keeps none: it was started without a data folder' }
-      const { folder } = runs.keeper(name)
-      return { checkpoints: folder.checkpoints.map((entry) => checkpointBody(folder, entry)) }
+      const { store } = runs.keeper(name)
+      return { checkpoints: store.checkpoints.map((entry) => checkpointBody(store, entry)) }
     },
     getCheckpoint: async ({ params }) => {
-      const { folder } = await wakeKeeper(params.run)
-      return checkpointBody(folder, findCheckpoint(folder, params))
+      const { store } = await wakeKeeper(params.run)
+      return checkpointBody(store, findCheckpoint(store, params))
     },
     createCheckpoint: async ({ params, body }, reply) => {
       const keeper = await wakeKeeper(params.run)
       const tag = checkTag(body?.tag)
       const entry = await betweenSteps(runs, runs.get(params.run), () => keeper.take(tag))
-      return reply.code(201).send(checkpointBody(keeper.folder, entry))
+      return reply.code(201).send(checkpointBody(keeper.store, entry))
     },
     deleteCheckpoint: async ({ params }, reply) => {
       const keeper = await wakeKeeper(params.run)
-      await keeper.remove(findCheckpoint(keeper.folder, params))
+      await keeper.remove(findCheckpoint(keeper.store, params))
       return reply.code(204).send()
     },
   }
@@ -279,10 +279,9 @@ const LINKS = {
 }
 
 /** A service that cannot write acknowledges no step that it promises to keep. */
-async function checkDisk(data: DataFolder | undefined): Promise<void> {
+async function checkDisk(data: DataStore | undefined): Promise<void> {
   const problem = await data?.problem()
-  if (problem !== undefined)
-    throw new ServiceError('STORAGE_FAILED', `the data folder cannot be written: ${problem}`, { status: 503 })
+  if (problem !== undefined) throw new ServiceError('STORAGE_FAILED', problem, { status: 503 })
 }
 
 function checkReady(device: Device, runs: Runs): void {
@@ -391,8 +390,8 @@ function storedRun([name, detail]: readonly [string, string]): Schemas['StoredRu
   return detail === '' ? { name, status: 'waiting' } : { name, status: 'unreadable', detail }
 }
 
-function checkpointBody(folder: RunFolder, entry: CheckpointEntry): Schemas['Checkpoint'] {
-  return { ...entry, tags: [...entry.tags], in_history: folder.isInHistory(entry) }
+function checkpointBody(store: RunStore, entry: CheckpointEntry): Schemas['Checkpoint'] {
+  return { ...entry, tags: [...entry.tags], in_history: store.isInHistory(entry) }
 }
 
 function runBody(runs: Runs, run: Run): Schemas['Run'] {

@@ -1,5 +1,6 @@
 import { errorText, ServiceError } from '../errors.js'
 import { UnreadableError } from '../store/checkpoint/manifest.js'
+import { StoreError } from '../store/objects/objects.js'
 import type { IdleRun } from './idle.js'
 
 /** The runs that are on the disk and not in memory. */
@@ -72,7 +73,7 @@ export function notFound(name: string, idle_seconds: number): ServiceError {
 export function unreadable(name: string, error: unknown): unknown {
   const message = `run '${name}' cannot be restored: ${errorText(error)}`
   if (error instanceof UnreadableError || isOfValues(error)) return new ServiceError('CHECKPOINT_UNREADABLE', message)
-  return isFromSystem(error) ? new ServiceError('STORAGE_FAILED', message) : error
+  return isFromSystem(error) || error instanceof StoreError ? new ServiceError('STORAGE_FAILED', message) : error
 }
 
 /** Whether the files are at fault, and not a lack of room or the name of the checkpoint that was asked for. */

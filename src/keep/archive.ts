@@ -7,10 +7,10 @@ import { groupRecords, groupsOf } from '../run/record.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import { UnreadableError } from '../store/checkpoint/manifest.js'
-import type { DataFolder } from '../store/data-folder.js'
+import type { DataStore } from '../store/data-store.js'
 import type { Replacement } from '../store/identity.js'
-import { clearJournal, Journal, listSegments } from '../store/journal/journal.js'
-import type { RunFolder } from '../store/run-folder.js'
+import { StoreError } from '../store/objects/objects.js'
+import type { RunStore } from '../store/run-store.js'
 import type { Source } from '../wire/frame.js'
 import { AbsentRuns, unreadable } from './absent.js'
 import { idleOnDisk, idleRun } from './idle.js'
@@ -19,13 +19,13 @@ import { copyOf, findCheckpoint, type Kept, ofRun, readKept, replayJournal, take
 import { keptDeclaration } from './restore.js'
 
 export type ArchiveMeans = KeeperMeans & {
-  data: DataFolder
+  data: DataStore
   config: Config
   /** Admits a run and makes the device ready for it. */
   build(name: string, declaration: Declaration, created_at?: string): Promise<Run>
 }
 
-/** Connects runs with their folders: it creates those, restores runs from them, and goes back to checkpoints. */
+/** Connects runs with what is kept of them: it creates that, restores runs from them, and goes back to checkpoints. */
 export class Archive {
   readonly #means: ArchiveMeans
   /** Of the runs that are in memory. */
@@ -40,21 +40,21 @@ export class Archive {
 
   keeper(name: string): Keeper {
     const keeper = this.#keepers.get(name)
-    assert(keeper, 'a run in memory has its folder')
+    assert(keeper, 'a run in memory has its store')
     return keeper
   }
 
   /**
-   * Gives a new run its folder, and a first checkpoint: from here on it is never lost without a word. Notes that it
+   * Gives a new run its place, and a first checkpoint: from here on it is never lost without a word. Notes that it
    * was opened.
    */
   async create(run: Run): Promise<void> {
-    const folder = await this.#means.data.create(run.name).catch((error) => {
+    const store = await this.#means.data.create(run.name).catch((error) => {
       throw this.#failed(run.name, error)
     })
     try {
-      const keeper = this.#adopt(run, folder)
-      await this.#openJournal(run, folder)
+      const keeper = this.#adopt(run, store)
+      await this.#openJournal(run, store)
       await keeper.take()
       await this.opened(run)
     } catch (error) {
@@ -87,10 +87,10 @@ export class Archive {
    */
   load(name: string, checkpoint?: string): Promise<Run | undefined> {
     return this.absent.reading(name, async () => {
-      const folder = await this.#find(name)
-      const entry = checkpoint === undefined ? folder.newest : findCheckpoint(folder, name, checkpoint)
-      if (!entry) return this.#unfinished(folder, name)
-      const run = await this.#restore(folder, entry, checkpoint === undefined)
+      const store = await this.#find(name)
+      const entry = checkpoint === undefined ? store.newest : findCheckpoint(store, name, checkpoint)
+      if (!entry) return this.#unfinished(store, name)
+      const run = await this.#restore(store, entry, checkpoint === undefined)
       this.absent.leave(name)
       return run
     })
@@ -99,16 +99,16 @@ export class Archive {
   /** Finds out what there is to know of a run for which there is no room in memory. */
   describe(name: string): Promise<undefined> {
     return this.absent.reading(name, async () => {
-      const folder = await this.#find(name)
+      const store = await this.#find(name)
       /* c8 ignore next -- its first checkpoint was cut off by a crash, and there is no room to find out more */
-      if (!folder.newest) return this.#unfinished(folder, name)
-      this.absent.rest(idleOnDisk(await folder.manifest(folder.newest), folder.identity))
+      if (!store.newest) return this.#unfinished(store, name)
+      this.absent.rest(idleOnDisk(await store.manifest(store.newest), store.identity))
     })
   }
 
   /** A run that no connection has leaves memory; answers the step that it comes back at. */
   async rest(run: Run): Promise<number> {
-    const { newest } = this.keeper(run.name).folder
+    const { newest } = this.keeper(run.name).store
     assert(newest, 'a run has a checkpoint from its creation on')
     const idle = idleRun(run, run.journal ? run : newest)
     await this.#forget(run).finally(() => this.absent.rest(idle))
@@ -118,12 +118,12 @@ export class Archive {
   /** Reads a checkpoint of a run that is in memory. */
   async fetch(run: Run, checkpoint: string): Promise<Kept> {
     const keeper = this.keeper(run.name)
-    const { folder } = keeper
+    const { store } = keeper
     try {
       // Nothing may remove its files meanwhile.
       return await keeper.alone(async () => {
-        const entry = findCheckpoint(folder, run.name, checkpoint)
-        return readKept(this.#means.device, run, { folder, entry, manifest: await folder.manifest(entry) })
+        const entry = findCheckpoint(store, run.name, checkpoint)
+        return readKept(this.#means.device, run, { store, entry, manifest: await store.manifest(entry) })
       })
     } catch (error) {
       throw unreadable(run.name, error)
@@ -131,16 +131,16 @@ export class Archive {
   }
 
   /**
-   * Makes a run that begins with the state of a checkpoint of another run, in memory or not, and gives it its folder.
+   * Makes a run that begins with the state of a checkpoint of another run, in memory or not, and gives it its place.
    * `agree` holds what its `open` declares against that, and answers the groups that it gives, if any. Throws
    * NOT_FOUND, CHECKPOINT_UNREADABLE, what `agree` throws, and as `create`.
    */
   async branch(name: string, from: Source, agree: (run: Run) => Promise<Groups | undefined>): Promise<Run> {
     const keeper = this.#keepers.get(from.run)
-    const copy = (folder: RunFolder) => copyOf(this.#means, name, { folder, from, agree })
+    const copy = (store: RunStore) => copyOf(this.#means, name, { store, from, agree })
     // Nothing may remove the checkpoint's files meanwhile.
     const run = keeper
-      ? await keeper.alone(() => copy(keeper.folder))
+      ? await keeper.alone(() => copy(keeper.store))
       : await ofRun(from.run, this.#find(from.run)).then(copy)
     await this.create(run).catch((error) => {
       run.dispose()
@@ -155,14 +155,14 @@ export class Archive {
    */
   goBack(run: Run, checkpoint: string, kept?: Kept): Promise<void> {
     const keeper = this.keeper(run.name)
-    const { folder } = keeper
+    const { store } = keeper
     return keeper
       .alone(async () => {
         await run.closeJournal()
-        await folder.goBack(findCheckpoint(folder, run.name, checkpoint))
+        await store.goBack(findCheckpoint(store, run.name, checkpoint))
         if (kept) takeKept(this.#means.device, run, kept)
-        await this.#sweep(folder, run.name)
-        await this.#openJournal(run, folder)
+        await this.#sweep(store, run.name)
+        await this.#openJournal(run, store)
       })
       .catch((error) => {
         throw this.#failed(run.name, error)
@@ -174,7 +174,7 @@ export class Archive {
     const keepers = [...this.#keepers.values()]
     await Promise.all(
       keepers.map((keeper) =>
-        keeper.take().catch((error) => this.#warn('checkpoint_failed', keeper.folder.path, error)),
+        keeper.take().catch((error) => this.#warn('checkpoint_failed', keeper.store.path, error)),
       ),
     )
   }
@@ -201,49 +201,49 @@ export class Archive {
     for (const run of runs) await run.closeJournal()
   }
 
-  async #find(name: string): Promise<RunFolder> {
-    const folder = await this.#means.data.find(name)
-    await this.#sweep(folder, name)
-    return folder
+  async #find(name: string): Promise<RunStore> {
+    const store = await this.#means.data.find(name)
+    await this.#sweep(store, name)
+    return store
   }
 
   // What is left over takes room and nothing else: the next start tries again.
-  async #sweep(folder: RunFolder, name: string): Promise<void> {
-    await folder.sweep().catch((error) => this.#warn('tidy_failed', name, error))
+  async #sweep(store: RunStore, name: string): Promise<void> {
+    await store.sweep().catch((error) => this.#warn('tidy_failed', name, error))
   }
 
   async #note(run: Run, change: { epoch: number } | { replacement: Replacement }): Promise<void> {
     await this.keeper(run.name)
-      .folder.identify(change)
+      .store.identify(change)
       .catch((error) => {
         throw this.#failed(run.name, error)
       })
   }
 
-  /** A folder without a checkpoint: its `open` was never answered, unless there are steps. */
-  async #unfinished(folder: RunFolder, name: string): Promise<undefined> {
-    const steps = (await listSegments(folder.journal)).reduce((sum, { bytes }) => sum + bytes, 0)
-    if (steps > 0) throw new UnreadableError(`${folder.path} has a journal and no checkpoint that it goes on from`)
+  /** What has no checkpoint: its `open` was never answered, unless there are steps. */
+  async #unfinished(store: RunStore, name: string): Promise<undefined> {
+    if (await store.hasSteps())
+      throw new UnreadableError(`${store.path} has a journal and no checkpoint that it goes on from`)
     this.#means.log.info({ event: 'unfinished_run_removed', run: name })
     await this.#means.data.destroy(name)
     this.absent.leave(name)
     return undefined
   }
 
-  async #restore(folder: RunFolder, entry: CheckpointEntry, withJournal: boolean): Promise<Run> {
+  async #restore(store: RunStore, entry: CheckpointEntry, withJournal: boolean): Promise<Run> {
     const started = performance.now()
     if (entry.problem) throw new UnreadableError(entry.problem)
-    const manifest = await folder.manifest(entry)
+    const manifest = await store.manifest(entry)
     const run = await this.#means.build(manifest.run, keptDeclaration(manifest), manifest.created_at)
     try {
       const { device } = this.#means
-      const { elsewhere } = takeKept(device, run, await readKept(device, run, { folder, entry, manifest }))
-      const steps = withJournal ? await replayJournal(this.#means, run, { folder, manifest, elsewhere }) : 0
-      run.continueEpoch(folder.identity.epoch)
-      if (withJournal) await replaceGroups(run, folder)
-      const keeper = this.#adopt(run, folder)
+      const { elsewhere } = takeKept(device, run, await readKept(device, run, { store, entry, manifest }))
+      const steps = withJournal ? await replayJournal(this.#means, run, { store, manifest, elsewhere }) : 0
+      run.continueEpoch(store.identity.epoch)
+      if (withJournal) await replaceGroups(run, store)
+      const keeper = this.#adopt(run, store)
       // Without, the journal has steps that are dropped only once nothing is refused any more.
-      if (withJournal) await this.#openJournal(run, folder)
+      if (withJournal) await this.#openJournal(run, store)
       if (steps > 0 && !run.journal) await this.#leaveJournal(keeper)
       const seconds = (performance.now() - started) / 1000
       const { step, digest, note } = run
@@ -265,23 +265,23 @@ export class Archive {
     }
   }
 
-  #adopt(run: Run, folder: RunFolder): Keeper {
-    const keeper = new Keeper(run, folder, this.#means)
+  #adopt(run: Run, store: RunStore): Keeper {
+    const keeper = new Keeper(run, store, this.#means)
     this.#keepers.set(run.name, keeper)
     return keeper
   }
 
-  async #openJournal(run: Run, folder: RunFolder): Promise<void> {
+  async #openJournal(run: Run, store: RunStore): Promise<void> {
     if (this.#means.config.durability !== 'journal') return
-    const checkpointed = folder.newest?.step ?? 0
+    const checkpointed = store.newest?.step ?? 0
     const what = `the journal of run '${run.name}'`
-    run.useJournal(await Journal.open(folder.journal, { first: run.step + 1, what, checkpointed }))
+    run.useJournal(await store.openJournal({ first: run.step + 1, what, checkpointed }))
   }
 
   // The service has no journal any more, the run had one: its steps go into a checkpoint.
   async #leaveJournal(keeper: Keeper): Promise<void> {
     await keeper.take()
-    await clearJournal(keeper.folder.journal)
+    await keeper.store.clearJournal()
   }
 
   async #forget(run: Run): Promise<void> {
@@ -292,7 +292,9 @@ export class Archive {
 
   #failed(name: string, error: unknown): ServiceError {
     if (error instanceof ServiceError) return error
-    return new ServiceError('STORAGE_FAILED', `the folder of run '${name}' cannot be written: ${errorText(error)}`)
+    const what =
+      error instanceof StoreError ? `run '${name}' cannot be kept` : `the folder of run '${name}' cannot be written`
+    return new ServiceError('STORAGE_FAILED', `${what}: ${errorText(error)}`)
   }
 
   #warn(event: string, run: string, error: unknown): void {
@@ -304,11 +306,11 @@ export class Archive {
  * Replaces what no step has been computed with yet of the groups that a connection gave. Those that were given at
  * another step are in the checkpoint, or of steps that are lost: they are forgotten.
  */
-async function replaceGroups(run: Run, folder: RunFolder): Promise<void> {
-  const { replacement } = folder.identity
+async function replaceGroups(run: Run, store: RunStore): Promise<void> {
+  const { replacement } = store.identity
   if (replacement === undefined) return
   const { step, groups, later } = replacement
-  if (step !== run.step && step + 1 !== run.step) return folder.identify({ replacement: undefined })
+  if (step !== run.step && step + 1 !== run.step) return store.identify({ replacement: undefined })
   if (step === run.step) run.replaceGroups(groupsOf(groups), 'this')
   if (later) run.replaceGroups(groupsOf(later), step < run.step ? 'this' : 'next')
 }

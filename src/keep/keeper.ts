@@ -12,7 +12,7 @@ import type { RunRecord } from '../store/checkpoint/manifest.js'
 import { tagRule } from '../store/checkpoint/manifest-rules.js'
 import type { StateEntry } from '../store/checkpoint/state-files.js'
 import { stateName } from '../store/checkpoint/state-source.js'
-import type { RunFolder } from '../store/run-folder.js'
+import type { RunStore } from '../store/run-store.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
 
 /** Where events are logged. */
@@ -33,23 +33,23 @@ export type KeeperMeans = {
  * immutable, so a checkpoint is a list of references. One at a time, so that at most one older state is held.
  */
 export class Keeper {
-  readonly folder: RunFolder
+  readonly store: RunStore
   readonly #run: Run
   readonly #means: KeeperMeans
   #writing: Promise<unknown> | undefined
   /** A checkpoint is to be taken as soon as none is being written. */
   #due = false
 
-  constructor(run: Run, folder: RunFolder, means: KeeperMeans) {
+  constructor(run: Run, store: RunStore, means: KeeperMeans) {
     this.#run = run
-    this.folder = folder
+    this.store = store
     this.#means = means
     run.on('receipt', () => this.#finished())
   }
 
   /** Whether what a checkpoint would hold is on the disk already. */
   get upToDate(): boolean {
-    const { newest } = this.folder
+    const { newest } = this.store
     return newest !== undefined && newest.step === this.#run.step && newest.digest === this.#run.digest
   }
 
@@ -67,7 +67,7 @@ export class Keeper {
     // Looked at again here, not in a function that is awaited: of several that wait only one finds it free.
     while (this.#writing) await this.settled()
     this.#run.checkPresent()
-    const { newest } = this.folder
+    const { newest } = this.store
     if (newest && this.upToDate)
       return { written: tag === undefined ? Promise.resolve(newest) : this.#occupy(this.#tag(newest, tag)) }
     this.#run.checkBetween('a checkpoint is taken between two steps')
@@ -94,11 +94,11 @@ export class Keeper {
   remove(entry: CheckpointEntry): Promise<void> {
     return this.alone(async () => {
       const { checkpoint } = entry
-      if (checkpoint === this.folder.newest?.checkpoint) {
+      if (checkpoint === this.store.newest?.checkpoint) {
         const message = `checkpoint '${checkpoint}' is the newest of run '${this.#run.name}', from which it goes on after a restart`
         throw new ServiceError('PARAMETER_INVALID', message)
       }
-      await this.folder.remove(entry).catch((error) => {
+      await this.store.remove(entry).catch((error) => {
         throw new ServiceError('STORAGE_FAILED', `checkpoint '${checkpoint}' cannot be removed: ${errorText(error)}`)
       })
     })
@@ -171,7 +171,7 @@ export class Keeper {
     const { record, entries } = await inSlices(describing(snapshot))
     const counts = entries.length - snapshot.tensors.length
     const { record: signature, locations } = device
-    return this.folder.write(
+    return this.store.write(
       {
         ...{ tags, server: VERSION, device: signature, record, entries, locations },
         file_bytes: config.checkpoint_file_bytes,
@@ -184,9 +184,9 @@ export class Keeper {
   async #tidy({ step }: CheckpointEntry, isImport: boolean): Promise<void> {
     const { checkpoints_kept, keep_journal } = this.#means.config
     try {
-      await this.folder.retain(checkpoints_kept)
+      await this.store.retain(checkpoints_kept)
       // No step before an import leads to the state behind it: nobody can replay past it.
-      const until = keep_journal && !isImport ? this.folder.history[0].step : step
+      const until = keep_journal && !isImport ? this.store.history[0].step : step
       await this.#run.journal?.drop(step, until)
     } catch (error) {
       this.#means.log.warn({ event: 'tidy_failed', run: this.#run.name, reason: errorText(error) })
@@ -195,7 +195,7 @@ export class Keeper {
 
   async #tag(entry: CheckpointEntry, tag: string): Promise<CheckpointEntry> {
     try {
-      return await this.folder.tag(entry, tag)
+      return await this.store.tag(entry, tag)
     } catch (error) {
       throw this.#failed(entry.step, error)
     }

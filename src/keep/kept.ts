@@ -8,8 +8,8 @@ import { groupRecords } from '../run/record.js'
 import type { Run } from '../run/run.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import { type Manifest, UnreadableError } from '../store/checkpoint/manifest.js'
-import { cutTail, readJournal } from '../store/journal/journal-reader.js'
-import type { RunFolder } from '../store/run-folder.js'
+import { cutTail } from '../store/journal/journal-reader.js'
+import type { RunStore } from '../store/run-store.js'
 import type { Source } from '../wire/frame.js'
 import { unreadable } from './absent.js'
 import type { Log } from './keeper.js'
@@ -52,9 +52,9 @@ export function releaseKept(device: Device, { tensors, taken }: Kept): void {
 export async function replayJournal(
   { log }: { log: Log },
   run: Run,
-  { folder, manifest, elsewhere }: { folder: RunFolder; manifest: Manifest; elsewhere: boolean },
+  { store, manifest, elsewhere }: { store: RunStore; manifest: Manifest; elsewhere: boolean },
 ): Promise<number> {
-  const { steps, tail } = await readJournal(folder.journal, manifest.step)
+  const { steps, tail } = await store.readJournal(manifest.step)
   if (tail) {
     const { path, at, bytes, damaged } = tail
     const event = { event: 'journal_cut', run: run.name, path, at, bytes }
@@ -72,15 +72,15 @@ type CopyMeans = { device: Device; build(name: string, declaration: Declaration)
  * A checkpoint of another run, and what holds an `open` against it: that answers the groups that the `open` gives, if
  * any.
  */
-type Original = { folder: RunFolder; from: Source; agree: (run: Run) => Promise<Groups | undefined> }
+type Original = { store: RunStore; from: Source; agree: (run: Run) => Promise<Groups | undefined> }
 
 /** A run of its own that is where a checkpoint of another one is, in memory only. */
 export async function copyOf(
   { device, build }: CopyMeans,
   name: string,
-  { folder, from, agree }: Original,
+  { store, from, agree }: Original,
 ): Promise<Run> {
-  const { declaration, ...of } = await ofRun(from.run, locate(folder, from))
+  const { declaration, ...of } = await ofRun(from.run, locate(store, from))
   const run = await build(name, declaration)
   try {
     const groups = await agree(run)
@@ -94,13 +94,13 @@ export async function copyOf(
   }
 }
 
-async function locate(folder: RunFolder, { run, checkpoint }: Source) {
-  const entry = findCheckpoint(folder, run, checkpoint)
-  const manifest = await folder.manifest(entry)
-  return { folder, entry, manifest, declaration: keptDeclaration(manifest) }
+async function locate(store: RunStore, { run, checkpoint }: Source) {
+  const entry = findCheckpoint(store, run, checkpoint)
+  const manifest = await store.manifest(entry)
+  return { store, entry, manifest, declaration: keptDeclaration(manifest) }
 }
 
-/** The end of work that reads the folder of a run: its errors name the run. */
+/** The end of work that reads what is kept of a run: its errors name the run. */
 export async function ofRun<T>(name: string, work: Promise<T>): Promise<T> {
   return work.catch((error) => {
     throw unreadable(name, error)
@@ -108,11 +108,11 @@ export async function ofRun<T>(name: string, work: Promise<T>): Promise<T> {
 }
 
 /** A checkpoint by its id or a tag. Throws UnreadableError, and NOT_FOUND with those that there are. */
-export function findCheckpoint(folder: RunFolder, run: string, checkpoint: string): CheckpointEntry {
-  const entry = folder.find(checkpoint)
+export function findCheckpoint(store: RunStore, run: string, checkpoint: string): CheckpointEntry {
+  const entry = store.find(checkpoint)
   if (entry?.problem) throw new UnreadableError(entry.problem)
   if (entry) return entry
-  const known = folder.checkpoints.map((other) => other.checkpoint)
+  const known = store.checkpoints.map((other) => other.checkpoint)
   throw new ServiceError(
     'NOT_FOUND',
     `run '${run}' has no checkpoint '${checkpoint}'; its ${known.length}: ${known.join(', ')}`,

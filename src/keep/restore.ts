@@ -20,7 +20,7 @@ import {
 } from '../store/checkpoint/manifest.js'
 import { stateName } from '../store/checkpoint/state-source.js'
 import type { StoredGradient, StoredStep } from '../store/journal/journal-reader.js'
-import type { RunFolder } from '../store/run-folder.js'
+import type { RunStore } from '../store/run-store.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
 import { StoredGradients } from './stored-gradients.js'
 
@@ -32,7 +32,7 @@ export function keptDeclaration(record: RunRecord): Declaration {
 }
 
 /** A checkpoint and its manifest, which was read. */
-export type CheckpointOnDisk = { folder: RunFolder; entry: CheckpointEntry; manifest: Manifest }
+export type CheckpointOnDisk = { store: RunStore; entry: CheckpointEntry; manifest: Manifest }
 
 type Declared = { parameters: readonly Parameter[]; attentions: readonly Attention[] }
 
@@ -89,7 +89,7 @@ function describe({ kind, name, onnxruntime, processor }: DeviceRecord): string 
  */
 export async function readTensors(
   device: Device,
-  { folder, entry, manifest }: CheckpointOnDisk,
+  { store, entry, manifest }: CheckpointOnDisk,
   { parameters, units }: { parameters: readonly Parameter[]; units: readonly number[] },
 ): Promise<(Tensor[] | undefined)[]> {
   const { places } = manifest
@@ -104,7 +104,7 @@ export async function readTensors(
         return [stateName(name, kind), { ...tensor, dtype: SAFETENSORS_NAMES[dtype], shape }] as const
       }),
     )
-    await folder.read(entry, manifest, { targets: new Map(targets), locations: device.locations })
+    await store.read(entry, manifest, { targets: new Map(targets), locations: device.locations })
     return tensors
   } catch (error) {
     for (const tensor of tensors.flat()) if (tensor) device.memory.release(tensor)

@@ -12,7 +12,7 @@ import type { ImportedState } from '../run/imported-state.js'
 import type { Connection, Member } from '../run/members/member.js'
 import { Run } from '../run/run.js'
 import { inSlices } from '../run/slices.js'
-import type { DataFolder } from '../store/data-folder.js'
+import type { DataStore } from '../store/data-store.js'
 import type { OpenFrame, Source } from '../wire/frame.js'
 import { notFound } from './absent.js'
 import { Archive } from './archive.js'
@@ -50,7 +50,7 @@ export type RunsMeans = {
   /** Hears of every run that comes to memory. */
   watch?: (run: Run) => void
   log: Log
-  data: DataFolder | undefined
+  data: DataStore | undefined
 }
 
 /** The table of runs: it creates, finds, restores, hands over and deletes them, within the limits of the settings. */
@@ -141,7 +141,7 @@ export class Runs {
   /** The last step of a run that a crash leaves. */
   durableStep(run: Run): number {
     if (run.journal) return run.step
-    return this.#archive?.keeper(run.name).folder.newest?.step ?? 0
+    return this.#archive?.keeper(run.name).store.newest?.step ?? 0
   }
 
   /** Has the runs leave memory that no connection has had for `idle_seconds`; `now` is as `performance.now` counts. */

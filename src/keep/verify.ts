@@ -7,9 +7,9 @@ import { CheckpointList, readCheckpoints, readManifest } from '../store/checkpoi
 import { openCheckpoint } from '../store/checkpoint/checkpoint-source.js'
 import { type Manifest, UnreadableError } from '../store/checkpoint/manifest.js'
 import { stateName } from '../store/checkpoint/state-source.js'
+import { readIdentity, refuseLink } from '../store/folder/run-folder.js'
 import { listSegments } from '../store/journal/journal.js'
 import { readJournal } from '../store/journal/journal-reader.js'
-import { readIdentity, refuseLink } from '../store/run-folder.js'
 import { SAFETENSORS_NAMES } from '../store/safetensors.js'
 import { checkDigest, keptDeclaration } from './restore.js'
 
@@ -44,7 +44,12 @@ export async function verifyRun(folder: string, files: CheckpointFiles): Promise
   const manifest = await readManifest(place, basename(folder))
   const declaration = keptDeclaration(manifest)
   checkDigest(manifest, declaration)
-  await files.read({ folder: place, files: manifest.files, targets: new Map(), locations: [] })
+  await files.read({
+    address: { kind: 'folder', folder: place },
+    files: manifest.files,
+    targets: new Map(),
+    locations: [],
+  })
   await checkTensors(place, manifest, declaration)
   const { steps } = existsSync(journal) ? await readJournal(journal, manifest.step) : { steps: [] }
   return {

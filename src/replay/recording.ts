@@ -5,9 +5,10 @@ import type { Declaration } from '../run/declaration.js'
 import type { CheckpointFiles } from '../store/checkpoint/checkpoint-files.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
 import { type Manifest, UnreadableError } from '../store/checkpoint/manifest.js'
+import { RunFolder } from '../store/folder/run-folder.js'
 import { listSegments, type Segment } from '../store/journal/journal.js'
 import { readSteps, type StoredStep, segmentsAfter } from '../store/journal/journal-reader.js'
-import { RunFolder } from '../store/run-folder.js'
+import { RunStore } from '../store/run-store.js'
 import { RUN_NAME } from '../wire/frame.js'
 import { type Scanned, scan } from './scan.js'
 
@@ -20,7 +21,7 @@ export type Wanted = { data: string; run: string; from?: string; to?: number }
  */
 export type Recording = {
   readonly run: string
-  readonly folder: RunFolder
+  readonly store: RunStore
   readonly entry: CheckpointEntry
   readonly manifest: Manifest
   readonly declaration: Declaration
@@ -44,19 +45,20 @@ export async function withRecording<T>(
   const { data, run } = wanted
   const path = join(data, 'runs', run)
   if (!RUN_NAME.test(run)) throw new UnreadableError(`'${run}' is no name of a run`)
-  const folder = await RunFolder.open(path, files, { tidy: false }).catch((error) => {
+  const folder = new RunFolder(path, files)
+  const store = await RunStore.open(folder, { tidy: false }).catch((error) => {
     throw error instanceof UnreadableError
       ? error
       : new UnreadableError(`data folder '${data}' has no run '${run}': ${error.message}`)
   })
-  const segments = await listSegments(folder.journal)
+  const segments = await listSegments(folder.journalOf(store.identity.branch))
   const opened = new Map<string, FileHandle>()
   try {
     for (const segment of segments) {
       segment.file = await openFile(segment)
       opened.set(segment.path, segment.file)
     }
-    return await work(await record(folder, wanted, { segments, files: opened }))
+    return await work(await record(store, wanted, { segments, files: opened }))
   } finally {
     for (const file of opened.values()) await file.close()
   }
@@ -72,18 +74,18 @@ async function openFile({ path }: Segment): Promise<FileHandle> {
 
 type Journal = { segments: readonly Segment[]; files: ReadonlyMap<string, FileHandle> }
 
-async function record(folder: RunFolder, wanted: Wanted, { segments, files }: Journal): Promise<Recording> {
+async function record(store: RunStore, wanted: Wanted, { segments, files }: Journal): Promise<Recording> {
   const { run } = wanted
   const scanned = await scan(segments)
   const begin = scanned[0]?.step ?? 0
   const last = scanned.at(-1)?.step ?? 0
   const to = wanted.to ?? last
-  const origins = await originsOf(folder, { begin, to })
-  const entry = chosen(folder, { ...wanted, to }, { begin, last, origins })
-  const manifest = await folder.manifest(entry)
+  const origins = await originsOf(store, { begin, to })
+  const entry = chosen(store, { ...wanted, to }, { begin, last, origins })
+  const manifest = await store.manifest(entry)
   if (entry.step >= to) throw new UnreadableError(`step ${to} is to be the last one, ${nameOf(entry)} is behind it`)
   return {
-    ...{ run, folder, entry, manifest, to, last, files, declaration: keptDeclaration(manifest) },
+    ...{ run, store, entry, manifest, to, last, files, declaration: keptDeclaration(manifest) },
     scanned: scanned.filter(({ step }) => step > entry.step && step <= to),
     steps: () => stepsOf(segmentsAfter(segments, entry.step), { after: entry.step, to }),
   }
@@ -103,13 +105,13 @@ async function* stepsOf(
 type Origin = { entry: CheckpointEntry; problem?: string }
 
 /** Looks at every checkpoint of the history that the run has now, the oldest first. */
-async function originsOf(folder: RunFolder, { begin, to }: { begin: number; to: number }): Promise<Origin[]> {
+async function originsOf(store: RunStore, { begin, to }: { begin: number; to: number }): Promise<Origin[]> {
   const origins: Origin[] = []
   let imported: CheckpointEntry | undefined
-  for (const entry of folder.history.toReversed()) {
+  for (const entry of store.history.toReversed()) {
     const { step, problem } = entry
     origins.unshift({ entry, problem: problem ?? gapOf(entry, begin, imported) })
-    if (problem === undefined && step < to && (await folder.manifest(entry)).imported) imported = entry
+    if (problem === undefined && step < to && (await store.manifest(entry)).imported) imported = entry
   }
   return origins
 }
@@ -126,7 +128,7 @@ function gapOf(entry: CheckpointEntry, begin: number, imported: CheckpointEntry 
 type Found = { begin: number; last: number; origins: readonly Origin[] }
 
 function chosen(
-  folder: RunFolder,
+  store: RunStore,
   { run, from, to }: Wanted & { to: number },
   { begin, last, origins }: Found,
 ): CheckpointEntry {
@@ -143,8 +145,8 @@ function chosen(
       `run '${run}' has steps ${begin} to ${last} in its journal and no checkpoint that they can be computed from: ${problems.join('; ') || 'there is none'}`,
     )
   }
-  const entry = folder.find(from)
-  if (!entry) throw new UnreadableError(`run '${run}' has no checkpoint '${from}', there are ${listOf(folder)}`)
+  const entry = store.find(from)
+  if (!entry) throw new UnreadableError(`run '${run}' has no checkpoint '${from}', there are ${listOf(store)}`)
   const origin = origins.find((one) => one.entry.checkpoint === entry.checkpoint)
   if (!origin)
     throw new UnreadableError(
@@ -158,6 +160,6 @@ function nameOf({ checkpoint }: CheckpointEntry): string {
   return `checkpoint '${checkpoint}'`
 }
 
-function listOf({ checkpoints }: RunFolder): string {
+function listOf({ checkpoints }: RunStore): string {
   return checkpoints.map(({ checkpoint }) => checkpoint).join(', ')
 }

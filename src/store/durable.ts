@@ -8,13 +8,21 @@ const FOLDER_MODE = 0o700
 /** Makes a folder and those above it that are lacking. Throws where it cannot be made or the path is of no folder. */
 export async function makeFolder(path: string): Promise<void> {
   try {
-    await mkdir(path, FOLDER_MODE)
+    await makeOne(path)
   } catch (error) {
-    if (hasCode(error, 'EEXIST') && (await stat(path)).isDirectory()) return
     if (!hasCode(error, 'ENOENT')) throw error
     // The option `recursive` of node tries for ever where a folder that exists lets none be made in it, as /proc does.
     await makeFolder(dirname(path))
+    await makeOne(path)
+  }
+}
+
+/** Makes a folder in one that is there, unless somebody has made it. */
+async function makeOne(path: string): Promise<void> {
+  try {
     await mkdir(path, FOLDER_MODE)
+  } catch (error) {
+    if (!hasCode(error, 'EEXIST') || !(await stat(path)).isDirectory()) throw error
   }
 }
 

@@ -2,14 +2,27 @@ import type { FileHandle } from 'node:fs/promises'
 
 const PIECE_BYTES = 4 << 20
 
+/** A file that is open to be read anywhere, wherever it lies: the part of node's FileHandle that reading takes. */
+export type OpenFile = {
+  stat(): Promise<{ size: number }>
+  /** Reads at most `length` bytes from byte `at` on; fewer where the system gives fewer, none behind the end. */
+  read<Memory extends Uint8Array>(
+    memory: Memory,
+    offset: number,
+    length: number,
+    at: number,
+  ): Promise<{ buffer: Memory; bytesRead: number }>
+  close(): Promise<void>
+}
+
 /** The `length` bytes of a file from byte `at` on; fewer where the file ends before. */
-export async function readBytes(file: FileHandle, at: number, length: number): Promise<Buffer> {
+export async function readBytes(file: OpenFile, at: number, length: number): Promise<Buffer> {
   const { buffer, bytesRead } = await file.read(Buffer.alloc(length), 0, length, at)
   return buffer.subarray(0, bytesRead)
 }
 
 /** The bytes of a file from `begin` to `end`, each piece in memory of its own; fewer where the file ends before. */
-export async function* readRange(file: FileHandle, begin: number, end: number): AsyncGenerator<Uint8Array> {
+export async function* readRange(file: OpenFile, begin: number, end: number): AsyncGenerator<Uint8Array> {
   for (let at = begin; at < end; ) {
     const piece = await readBytes(file, at, Math.min(PIECE_BYTES, end - at))
     if (piece.length === 0) return

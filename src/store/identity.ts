@@ -1,7 +1,7 @@
 import type { Branching, BranchRecord } from './branches.js'
 import { FORMAT, type GroupRecord, held, seal, UnreadableError, unseal } from './checkpoint/manifest.js'
 import { checkpointIdRule, groupRule } from './checkpoint/manifest-rules.js'
-import { count, list, natural, optional, type Rule, record, text } from './rules.js'
+import { count, list, natural, optional, type Rule, type Rules, record, text } from './rules.js'
 
 /**
  * What a run remembers beside its checkpoints: how often it was opened, the branch of its history on which it goes on,
@@ -17,8 +17,7 @@ export type Replacement = { step: number; groups: GroupRecord[]; later?: GroupRe
 
 type File = Identity & { format: number }
 
-const fields = record<File>({
-  format: count,
+const rules: Rules<Identity> = {
   run: text(),
   epoch: count,
   branch: count,
@@ -26,14 +25,17 @@ const fields = record<File>({
   replacement: optional(
     record<Replacement>({ step: count, groups: list(groupRule), later: optional(list(groupRule)) }),
   ),
-})
+}
 
-const fileRule: Rule<File> = {
-  problem: (value, path) => fields.problem(value, path) ?? disorder(value as File),
+export const identityRule = inOrder(record<Identity>(rules))
+const fileRule = inOrder(record<File>({ format: count, ...rules }))
+
+function inOrder<T extends Identity>({ problem }: Rule<T>): Rule<T> {
+  return { problem: (value, path) => problem(value, path) ?? disorder(value as T) }
 }
 
 /** A branch begins behind an older one, and none is younger than that on which the run goes on. */
-function disorder({ branch: present, branches }: File): string | undefined {
+function disorder({ branch: present, branches }: Identity): string | undefined {
   for (const [i, { branch, parent }] of branches.entries()) {
     const [least, most] = [Math.max(parent, branches[i - 1]?.branch ?? 0) + 1, present]
     if (branch < least || branch > most) return `branches[${i}].branch is ${branch}, expected ${least} to ${most}`

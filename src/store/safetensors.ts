@@ -1,5 +1,4 @@
-import type { FileHandle } from 'node:fs/promises'
-import { readBytes } from './file-bytes.js'
+import { type OpenFile, readBytes } from './file-bytes.js'
 
 // The safetensors format (https://huggingface.co/docs/safetensors): the header's length as a little-endian u64, a JSON
 // header {name: {dtype, shape, data_offsets}, __metadata__: {…}}, then the tensors' bytes without holes.
@@ -102,7 +101,7 @@ export function parseSafetensors(buffer: Uint8Array): Safetensors {
 }
 
 /** Reads the header of an open file: where each tensor lies. Throws SafetensorsError as `parseSafetensors`. */
-export async function readHeader(file: FileHandle): Promise<Header> {
+export async function readHeader(file: OpenFile): Promise<Header> {
   const { size } = await file.stat()
   const end = headerEnd(await readBytes(file, 0, LENGTH_BYTES), size)
   return parseHeader(await readBytes(file, LENGTH_BYTES, end - LENGTH_BYTES), { start: end, bytes: size })

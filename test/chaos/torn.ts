@@ -4,10 +4,11 @@ import { isDeepStrictEqual } from 'node:util'
 import type { MuondError } from '../../src/client/client.js'
 import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
 import { UnreadableError } from '../../src/store/checkpoint/manifest.js'
+import { RunFolder } from '../../src/store/folder/run-folder.js'
 import { openIdentity } from '../../src/store/identity.js'
 import { encodeHead } from '../../src/store/journal/journal-format.js'
 import { readJournal, type StoredStep } from '../../src/store/journal/journal-reader.js'
-import { RunFolder } from '../../src/store/run-folder.js'
+import { RunStore } from '../../src/store/run-store.js'
 import { checkpointId, runFolder } from './folder.js'
 import type { Weights } from './model.js'
 import { Site } from './site.js'
@@ -147,7 +148,7 @@ function copyFor({ name, file }: Target, the: Case, { data, unnamed }: Base) {
 }
 
 async function readManifest({ folder, path, files }: Torn): Promise<Verdict> {
-  const opened = await RunFolder.open(folder, files)
+  const opened = await RunStore.open(new RunFolder(folder, files))
   const { newest } = opened
   if (newest?.step !== CHECKPOINT) return lost(`the newest checkpoint is of step ${newest?.step}`)
   const error = await opened.manifest(newest).catch((reason) => reason)
@@ -157,14 +158,14 @@ async function readManifest({ folder, path, files }: Torn): Promise<Verdict> {
 
 /** A checkpoint whose manifest lacks its name does not count: the one before is the newest, with the whole journal. */
 async function readUnnamed({ folder, files }: Torn): Promise<Verdict> {
-  const { newest } = await RunFolder.open(folder, files)
+  const { newest } = await RunStore.open(new RunFolder(folder, files))
   if (newest?.step === 0 && !newest.problem) return { result: 'same' }
   return lost(`the newest checkpoint is of step ${newest?.step}: ${newest?.problem}`)
 }
 
 async function readIdentity({ folder, path, files, whole }: Torn): Promise<Verdict> {
   try {
-    const identity = await (await RunFolder.open(folder, files)).identity
+    const identity = await (await RunStore.open(new RunFolder(folder, files))).identity
     const expected = openIdentity(String(whole), path, basename(folder))
     if (isDeepStrictEqual(identity, expected)) return { result: 'same' }
     return lost(`run.json was read as ${JSON.stringify(identity)}, expected ${JSON.stringify(expected)}`)

@@ -137,7 +137,7 @@ t.test(
     t.same((await fetch(`${service.http}/v1/runs/r/checkpoints/${first.checkpoint}`, { method: 'DELETE' })).status, 204)
     const fourth = await goOn(id(0), 14)
     t.same(branches(), ['2', '3'])
-    t.same(keeper.folder.identity.branches, [
+    t.same(keeper.store.identity.branches, [
       { branch: 2, parent: 0, checkpoint: id(0) },
       { branch: 3, parent: 0, checkpoint: id(0) },
     ])
@@ -169,16 +169,16 @@ t.test('a tag leads to the present history first, and to the newest branch else'
   await client.close()
   const back = await at(service, id(0))
   await trainStep(back.client, 1, 30)
-  t.same(keeper.folder.find('best'), { ...second }, 'where the history has none')
-  t.equal(keeper.folder.find(first.checkpoint), undefined, 'the tag led to a newer one of its branch')
+  t.same(keeper.store.find('best'), { ...second }, 'where the history has none')
+  t.equal(keeper.store.find(first.checkpoint), undefined, 'the tag led to a newer one of its branch')
   const third = await keeper.take('best')
-  t.same(keeper.folder.find('best'), third)
+  t.same(keeper.store.find('best'), third)
   await back.client.close()
   await (await at(service, id(0))).client.close()
-  t.same(keeper.folder.find('best'), third)
+  t.same(keeper.store.find('best'), third)
   const { status } = await fetch(`${service.http}/v1/runs/r/checkpoints/best`, { method: 'DELETE' })
   t.equal(status, 204)
-  t.same(keeper.folder.find('best'), second)
+  t.same(keeper.store.find('best'), second)
   await service.app.close()
 })
 
@@ -216,7 +216,7 @@ t.test('going to where a run is already begins no branch', async (t) => {
   await service.runs.keeper('r').take('two')
   await client.close()
   for (const _ of [1, 2]) await (await at(service, 'two')).client.close()
-  t.equal(service.runs.keeper('r').folder.identity.branch, 0)
+  t.equal(service.runs.keeper('r').store.identity.branch, 0)
   t.notOk(readdirSync(runFolder(data)).includes('branches'))
   await service.app.close()
 })

@@ -103,7 +103,7 @@ t.test('a checkpoint is removed after the one that is being written', async (t) 
   const service = await start(data)
   const { client } = await train(service, { last: 1 })
   const keeper = service.runs.keeper('r')
-  const [taken] = await Promise.all([keeper.take(), keeper.remove(keeper.folder.newest!)])
+  const [taken] = await Promise.all([keeper.take(), keeper.remove(keeper.store.newest!)])
   t.match(taken, { step: 1 })
   t.same(checkpoints(data), [id(1)])
   await client.close()
@@ -122,7 +122,7 @@ t.test('tags that are given at the same time are all there', async (t) => {
     answers.map(({ status }) => status),
     tags.map(() => 201),
   )
-  t.same([...service.runs.keeper('r').folder.newest!.tags].sort(), tags)
+  t.same([...service.runs.keeper('r').store.newest!.tags].sort(), tags)
   await service.app.close()
 })
 
@@ -134,7 +134,7 @@ t.test('a checkpoint that became due while one was written is taken after it', a
   for (const step of [1, 2, 3]) await trainStep(client, step)
   const keeper = service.runs.keeper('r')
   await keeper.settled()
-  t.equal(keeper.folder.newest?.step, 3)
+  t.equal(keeper.store.newest?.step, 3)
   await client.close()
   await service.app.close()
 })

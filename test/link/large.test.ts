@@ -102,7 +102,7 @@ t.test('a run of such gradients is computed again from its journal', async (t) =
   await again.restored
   const heir = await RawClient.connect(again.url)
   t.match(await heir.open({ run: 'r', mode: 'resume' }), { step: STEPS.length, digest, resumed: true })
-  t.equal(again.runs.keeper('r').folder.newest?.step, 0, 'no checkpoint has a step of it')
+  t.equal(again.runs.keeper('r').store.newest?.step, 0, 'no checkpoint has a step of it')
   t.equal(again.device.staging.used, 0)
   await heir.close()
   await again.app.close()

@@ -1,7 +1,7 @@
 import { existsSync, mkdirSync, readdirSync, renameSync, statSync, symlinkSync } from 'node:fs'
 import { join } from 'node:path'
 import t from 'tap'
-import { DataFolder } from '../../src/store/data-folder.js'
+import { DataFolder } from '../../src/store/folder/data-folder.js'
 import { runFolder, start } from '../keep/data-folder.js'
 import { train } from '../run/trainer.js'
 

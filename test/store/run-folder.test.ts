@@ -1,4 +1,3 @@
-import { createHash } from 'node:crypto'
 import { cpSync, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import fc from 'fast-check'
@@ -6,46 +5,23 @@ import t, { type Test } from 'tap'
 import { openOnnxRuntime, viewMemory } from '../../src/device/onnx/onnxruntime.js'
 import { CheckpointFiles } from '../../src/store/checkpoint/checkpoint-files.js'
 import { openCheckpoint } from '../../src/store/checkpoint/checkpoint-source.js'
-import { type RunRecord, UnreadableError } from '../../src/store/checkpoint/manifest.js'
+import { UnreadableError } from '../../src/store/checkpoint/manifest.js'
 import { entryBytes, indexText, planShards, type StateEntry } from '../../src/store/checkpoint/state-files.js'
-import { destroyRun, RunFolder, type Snapshot } from '../../src/store/run-folder.js'
+import { destroyRun, RunFolder } from '../../src/store/folder/run-folder.js'
+import { RunStore } from '../../src/store/run-store.js'
 import { parseSafetensors } from '../../src/store/safetensors.js'
 import { seeded } from '../reference.js'
+import { inline, snapshot } from './snapshots.js'
 
 const runtime = openOnnxRuntime()
 const files = new CheckpointFiles()
 t.teardown(() => files.close())
 
-const sha256 = (text: string) => createHash('sha256').update(text).digest('hex')
-const RECORD: RunRecord = {
-  ...{
-    run: 'r',
-    created_at: '2026-01-01T00:00:00.000Z',
-    epoch: 1,
-    step: 0,
-    digest: sha256('0'),
-    previous_digest: sha256(''),
-  },
-  parameters: [{ name: 'w', shape: [2], group: 'g' }],
-  attentions: [],
-  groups: [{ name: 'g', algorithm: 'sgd', given: {}, hyperparameters: { lr: 0.5 } }],
-  places: [{ count: 0, applied_step: 0, gradient_square: 0 }],
-}
-const inline = (name: string, bytes: number): StateEntry => ({
-  name,
-  dtype: 'F32',
-  shape: [bytes / 4],
-  inline: new Uint8Array(bytes),
-})
-const snapshot = (step: number, more: Partial<Snapshot> = {}): Snapshot => ({
-  ...{ tags: [], server: '0', device: { kind: 'cpu', name: 'cpu', onnxruntime: '1', processor: '' } },
-  record: { ...RECORD, step, digest: sha256(String(step)) },
-  ...{ entries: [inline('a', 8)], locations: [{ kind: 'host' }], file_bytes: 1000 },
-  ...more,
-})
 const nothing = () => {}
-const start = (t: Test) => RunFolder.create(join(t.testdir({}), 'r'), files, 'r')
-const ids = ({ checkpoints }: RunFolder) => checkpoints.map(({ checkpoint }) => checkpoint)
+const create = (path: string) => RunStore.create(new RunFolder(path, files), 'r')
+const open = ({ path }: { path: string }) => RunStore.open(new RunFolder(path, files))
+const start = (t: Test) => create(join(t.testdir({}), 'r'))
+const ids = ({ checkpoints }: RunStore) => checkpoints.map(({ checkpoint }) => checkpoint)
 
 t.test('tensors are shared out to files in their order, none of them too long unless one tensor is', async (t) => {
   fc.assert(
@@ -110,7 +86,7 @@ t.test('tensors of every size come back, whichever are wanted', async (t) => {
       fc.array(tensor, { minLength: 1, maxLength: 6 }),
       fc.integer({ min: 1 }),
       async (tensors, seed) => {
-        const folder = await RunFolder.create(join(t.testdir({}), 'r'), files, 'r')
+        const folder = await start(t)
         const random = seeded(seed)
         const contents = tensors.map(({ elements }) => Float32Array.from({ length: elements }, random))
         const entries = contents.map((content, i): StateEntry => {
@@ -203,7 +179,7 @@ t.test('checkpoints are found by id and tag, and kept by count and tag', async (
   await folder.tag(folder.find('step-000000000004')!, 'best')
   await folder.retain(1)
   t.same(ids(folder), ['step-000000000004', 'step-000000000005'], 'the tag leads to another one')
-  t.same((await RunFolder.open(folder.path, files)).checkpoints, folder.checkpoints)
+  t.same((await open(folder)).checkpoints, folder.checkpoints)
 })
 
 t.test('a checkpoint of the same step is another one', async (t) => {
@@ -212,7 +188,7 @@ t.test('a checkpoint of the same step is another one', async (t) => {
   await folder.remove(folder.find('step-000000000003.1')!)
   await folder.write(snapshot(3), nothing)
   t.equal(folder.newest?.checkpoint, 'step-000000000003.12')
-  const again = await RunFolder.open(folder.path, files)
+  const again = await open(folder)
   t.same(ids(again), ids(folder))
   t.equal(again.newest?.checkpoint, 'step-000000000003.12')
 })
@@ -220,18 +196,19 @@ t.test('a checkpoint of the same step is another one', async (t) => {
 t.test('a crash at any moment of going back leaves the run where it was or there, and nothing else', async (t) => {
   const folder = await start(t)
   for (const step of [1, 2, 3, 4]) await folder.write(snapshot(step, { tags: step === 3 ? ['three'] : [] }), nothing)
-  const segment = join(folder.journal, '000000000005.journal')
+  const segment = join(folder.path, 'journal', '000000000005.journal')
   writeFileSync(segment, 'steps')
   const [first] = folder.checkpoints
   const seen = async () => {
-    const again = await RunFolder.open(folder.path, files)
+    const again = await open(folder)
     await again.sweep()
-    const { identity, newest, checkpoints } = again
+    const { identity, newest, checkpoints, path } = again
+    const { branch } = identity
     return {
-      branch: identity.branch,
+      branch,
       newest: newest?.step,
       steps: checkpoints.map(({ step }) => step),
-      journal: readdirSync(again.journal),
+      journal: readdirSync(new RunFolder(path, files).journalOf(branch)),
     }
   }
   const before = { branch: 0, newest: 4, steps: [1, 2, 3, 4], journal: ['000000000005.journal'] }
@@ -268,18 +245,18 @@ t.test('what is in the way of a checkpoint is told, and the folder goes on', asy
   const unreadable = { name: 'UnreadableError', message: /manifest\.json cannot be read: EISDIR/ }
   await t.rejects(openCheckpoint(join(manifest, '..')), unreadable)
   writeFileSync(join(folder.path, 'branches'), '')
-  await t.rejects(RunFolder.open(folder.path, files), { code: 'ENOTDIR' })
+  await t.rejects(open(folder), { code: 'ENOTDIR' })
 })
 
 t.test('a folder without a run.json is no run', async (t) => {
   const folder = await start(t)
   t.same(folder.identity, { run: 'r', epoch: 0, branch: 0, branches: [] })
   await folder.identify({ epoch: 3 })
-  t.same((await RunFolder.open(folder.path, files)).identity, { run: 'r', epoch: 3, branch: 0, branches: [] })
+  t.same((await open(folder)).identity, { run: 'r', epoch: 3, branch: 0, branches: [] })
   rmSync(join(folder.path, 'run.json'))
-  t.same((await RunFolder.open(folder.path, files)).identity.epoch, 0, 'it was never opened')
+  t.same((await open(folder)).identity.epoch, 0, 'it was never opened')
   await folder.write(snapshot(1), nothing)
-  await t.rejects(RunFolder.open(folder.path, files), UnreadableError)
+  await t.rejects(open(folder), UnreadableError)
   mkdirSync(join(folder.path, '..', 'other'))
   await destroyRun(folder.path)
   t.same(readdirSync(join(folder.path, '..')), ['other'])

@@ -1,6 +1,6 @@
 import { type FileHandle, open, readdir, readFile } from 'node:fs/promises'
 import { basename, dirname, join } from 'node:path'
-import { MANIFEST } from '../../store/checkpoint/checkpoint-list.js'
+import { MANIFEST } from '../../store/checkpoint/checkpoint-place.js'
 import { openCheckpoint } from '../../store/checkpoint/checkpoint-source.js'
 import { stateMetadata } from '../../store/checkpoint/state-source.js'
 import { type FileTensor, ForeignError, type ForeignState } from './file-tensor.js'

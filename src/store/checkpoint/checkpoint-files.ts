@@ -1,7 +1,16 @@
 import assert from 'node:assert'
 import { setImmediate as turn } from 'node:timers/promises'
 import { Worker } from 'node:worker_threads'
-import type { ReadRequest, ThreadReply, ThreadRequest, WriteRequest, WrittenManifest } from './checkpoint-thread.js'
+import type { StoreSample } from '../../metrics.js'
+import { StoreError } from '../objects/objects.js'
+import type {
+  ErrorKind,
+  ReadRequest,
+  ThreadReply,
+  ThreadRequest,
+  WriteRequest,
+  WrittenManifest,
+} from './checkpoint-thread.js'
 import { type Manifest, UnreadableError } from './manifest.js'
 import type { StateEntry } from './state-files.js'
 
@@ -10,6 +19,8 @@ type Waiting = {
   reject: (error: Error) => void
   written: (entries: number) => void
 }
+
+const ERRORS = { unreadable: UnreadableError, store: StoreError, other: Error } satisfies Record<ErrorKind, unknown>
 
 /** What is copied to the thread at a time: so many parameters and tensors take a few milliseconds. */
 const ITEMS_PER_TURN = 2048
@@ -25,18 +36,21 @@ export class CheckpointFiles {
   readonly #worker: Worker
   readonly #exited: Promise<void>
   readonly #waiting = new Map<number, Waiting>()
+  readonly #observe: (sample: StoreSample) => void
   #nextId = 1
 
-  constructor() {
+  /** `observe` hears of every request to a store of objects. */
+  constructor(observe: (sample: StoreSample) => void = () => {}) {
+    this.#observe = observe
     this.#worker = new Worker(new URL('./checkpoint-thread.js', import.meta.url), { execArgv: [] })
     this.#exited = new Promise((resolve) => this.#worker.once('exit', () => resolve()))
     this.#worker.on('message', (reply: ThreadReply) => this.#receive(reply))
   }
 
   /**
-   * Writes a checkpoint's folder, which is whole after a crash too once this resolves. `written` is told from time to
+   * Writes a checkpoint, which is whole after a crash too once this resolves. `written` is told from time to
    * time how many of the entries have memory that is not read any more.
-   * Rejects with the file system's error; then there is no such checkpoint.
+   * Rejects with the file system's error, and with StoreError; then there is no such checkpoint.
    */
   async write({ manifest, entries, ...request }: Writing, written: Waiting['written']): Promise<WrittenManifest> {
     const { parameters, places, ...rest } = manifest
@@ -75,10 +89,11 @@ export class CheckpointFiles {
   }
 
   #receive(reply: ThreadReply): void {
+    if ('sample' in reply) return this.#observe(reply.sample)
     const waiting = this.#waiting.get(reply.id)
     if ('written' in reply) return waiting?.written(reply.written)
     this.#waiting.delete(reply.id)
     if ('done' in reply) return waiting?.resolve(reply.done)
-    waiting?.reject(reply.unreadable ? new UnreadableError(reply.error) : new Error(reply.error))
+    waiting?.reject(new ERRORS[reply.kind](reply.error))
   }
 }

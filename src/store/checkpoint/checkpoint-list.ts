@@ -4,9 +4,8 @@ import { errorText } from '../../errors.js'
 import { type Branching, branchFolder, HistoryPath } from '../branches.js'
 import { namesIn } from '../durable.js'
 import { byAge, checkpointId, isCheckpointId, numbersOf } from './checkpoint-id.js'
+import { MANIFEST } from './checkpoint-place.js'
 import { type Manifest, openManifest, UnreadableError } from './manifest.js'
-
-export const MANIFEST = 'manifest.json'
 
 /** A checkpoint on the disk. `problem` says why it cannot be read. */
 export type CheckpointEntry = {
@@ -116,12 +115,19 @@ export async function readCheckpoints(run: string, { tidy }: { tidy: boolean }):
 export async function readManifest(folder: string, run?: string): Promise<Manifest> {
   const path = join(folder, MANIFEST)
   const manifest = openManifest(await readFile(path, 'utf8'), path)
-  if (run === undefined) return manifest
-  const [has, expected] = [manifest, { run, checkpoint: basename(folder) }]
-  const wrong = (['run', 'checkpoint'] as const).find((key) => has[key] !== expected[key])
+  return run === undefined ? manifest : ownManifest(manifest, path, { run, checkpoint: basename(folder) })
+}
+
+/** The manifest, which must be that of the run and the checkpoint that its folder is called after. */
+export function ownManifest(
+  manifest: Manifest,
+  path: string,
+  expected: Pick<Manifest, 'run' | 'checkpoint'>,
+): Manifest {
+  const wrong = (['run', 'checkpoint'] as const).find((key) => manifest[key] !== expected[key])
   if (wrong === undefined) return manifest
   throw new UnreadableError(
-    `${path}: ${wrong} is "${has[wrong]}", expected '${expected[wrong]}' as its folder is called`,
+    `${path}: ${wrong} is "${manifest[wrong]}", expected '${expected[wrong]}' as its folder is called`,
   )
 }
 

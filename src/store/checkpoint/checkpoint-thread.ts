@@ -1,14 +1,18 @@
 import { createHash, type Hash } from 'node:crypto'
 import { readlinkSync } from 'node:fs'
-import { type FileHandle, open, rm } from 'node:fs/promises'
 import { setPriority } from 'node:os'
-import { basename, dirname, join } from 'node:path'
+import { basename } from 'node:path'
 import { parentPort } from 'node:worker_threads'
 import { openStateAccess, type StateAccess, type StateLocation } from '../../device/state-access.js'
 import { errorText } from '../../errors.js'
-import { FILE_MODE, makeFolder, replaceFile, syncFolder } from '../durable.js'
-import { writeAll } from '../file-bytes.js'
+import type { StoreSample } from '../../metrics.js'
+import type { OpenFile } from '../file-bytes.js'
+import { checkpointObjects, NoObjectError } from '../objects/checkpoint-objects.js'
+import { type Objects, StoreError } from '../objects/objects.js'
+import { openObjects } from '../objects/open-objects.js'
 import { type Header, readHeader } from '../safetensors.js'
+import { checkpointFolder } from './checkpoint-folder.js'
+import type { CheckpointAddress, CheckpointPlace, FileSink } from './checkpoint-place.js'
 import { forPeople, groupsText } from './checkpoint-texts.js'
 import {
   type FileRecord,
@@ -26,13 +30,13 @@ import { entryBytes, indexText, planShards, type StateEntry, type TensorLocation
 type Lists = { parameters: readonly ParameterRecord[]; places: readonly PlaceRecord[]; entries: readonly StateEntry[] }
 
 /**
- * Asks for a checkpoint's folder to be written; the thread makes the files and adds them, with their hashes, to
+ * Asks for a checkpoint to be written; the thread makes the files and adds them, with their hashes, to
  * `manifest`. A safetensors file has at most `file_bytes` of tensors, unless one tensor alone has more.
  */
 export type WriteRequest = {
   type: 'write'
   id: number
-  folder: string
+  address: CheckpointAddress
   locations: readonly StateLocation[]
   manifest: Omit<Manifest, 'files' | 'bytes' | 'momentum_form' | 'dtypes' | keyof Lists>
   file_bytes: number
@@ -45,7 +49,7 @@ export type ListsRequest = { type: 'lists'; id: number } & Lists
 export type ReadRequest = {
   type: 'read'
   id: number
-  folder: string
+  address: CheckpointAddress
   locations: readonly StateLocation[]
   files: readonly FileRecord[]
   targets: ReadonlyMap<string, TensorLocation & { dtype: string; shape: readonly number[] }>
@@ -60,19 +64,22 @@ export type ThreadRequest = ListsRequest | WriteRequest | ReadRequest | { type: 
 export type ThreadReply =
   | { id: number; written: number }
   | { id: number; done: WrittenManifest | undefined }
-  | { id: number; error: string; unreadable: boolean }
+  | { id: number; error: string; kind: ErrorKind }
+  | { sample: StoreSample }
+
+/** Whether files are not what was written, a store has failed, or something else. */
+export type ErrorKind = 'unreadable' | 'store' | 'other'
 
 const PIECE_BYTES = 4 << 20
 // A write takes as long as to hash tens of kilobytes, however few bytes it has: those of small tensors go together.
 const GATHERED_BYTES = 1 << 20
-// A sync after so many bytes: one for a whole checkpoint would stall every other sync of the disk, the journal's too.
-const SYNC_BYTES = 64 << 20
 
 // The steps that are computed meanwhile have the processor first. Only Linux has a priority for each thread.
 const NICE = 10
 if (process.platform === 'linux') setPriority(Number(basename(readlinkSync('/proc/thread-self'))), NICE)
 
 const accesses = new Map<string, StateAccess>()
+const stores = new Map<string, Promise<Objects>>()
 let turn: Promise<void> = Promise.resolve()
 
 /** Of requests that have not come to their end. */
@@ -101,7 +108,7 @@ async function handle(request: Exclude<ThreadRequest, ListsRequest>): Promise<vo
   try {
     reply({ id, done: request.type === 'write' ? await write(request) : await read(request) })
   } catch (error) {
-    reply({ id, error: errorText(error), unreadable: error instanceof UnreadableError })
+    reply({ id, error: errorText(error), kind: kindOf(error) })
   } finally {
     lists.delete(id)
   }
@@ -109,6 +116,19 @@ async function handle(request: Exclude<ThreadRequest, ListsRequest>): Promise<vo
 
 function reply(message: ThreadReply): void {
   parentPort?.postMessage(message)
+}
+
+function kindOf(error: unknown): ErrorKind {
+  if (error instanceof UnreadableError) return 'unreadable'
+  return error instanceof StoreError ? 'store' : 'other'
+}
+
+async function placeOf(address: CheckpointAddress): Promise<CheckpointPlace> {
+  if (address.kind === 'folder') return checkpointFolder(address.folder)
+  const key = JSON.stringify(address.objects)
+  const opened = stores.get(key) ?? openObjects(address.objects, (sample) => reply({ sample }))
+  stores.set(key, opened)
+  return checkpointObjects(await opened, address.folder)
 }
 
 function accessTo(location: StateLocation): StateAccess {
@@ -119,25 +139,21 @@ function accessTo(location: StateLocation): StateAccess {
 }
 
 async function write(request: WriteRequest): Promise<WrittenManifest> {
-  const { folder } = request
-  await makeFolder(folder)
+  const place = await placeOf(request.address)
+  await place.begin()
   try {
-    await syncFolder(dirname(folder))
-    return await fill(request)
+    return await fill(place, request)
   } catch (error) {
-    // On a full disk the next checkpoint needs the room. A folder that cannot be removed is removed at the next start.
-    await Promise.allSettled([discard(folder)])
+    // On a full disk the next checkpoint needs the room. What cannot be removed is removed at the next start.
+    await Promise.allSettled([place.discard()])
     throw error
   }
 }
 
-/** Removes a checkpoint, its manifest first: a folder without one is no checkpoint, whatever a crash leaves in it. */
-async function discard(folder: string): Promise<void> {
-  await rm(join(folder, 'manifest.json'), { force: true })
-  await rm(folder, { recursive: true })
-}
-
-async function fill({ id, folder, locations, file_bytes, manifest }: WriteRequest): Promise<WrittenManifest> {
+async function fill(
+  place: CheckpointPlace,
+  { id, locations, file_bytes, manifest }: WriteRequest,
+): Promise<WrittenManifest> {
   /* c8 ignore next -- the lists of a checkpoint come before it, if it has any */
   const { parameters, places, entries: all } = lists.get(id) ?? { parameters: [], places: [], entries: [] }
   const files = planShards(all, file_bytes)
@@ -148,25 +164,23 @@ async function fill({ id, folder, locations, file_bytes, manifest }: WriteReques
   const records: FileRecord[] = []
   let before = 0
   for (const { name, header, entries } of files) {
-    const file = await Output.create(join(folder, name))
-    await file.whole(async () => {
+    const bytes = entries.reduce((sum, entry) => sum + entryBytes(entry), header.length)
+    const record = await writeWhole(await place.create(name, bytes), async (file) => {
       await file.write(header)
       await writeEntries(file, { entries, locations }, (written) => reply({ id, written: before + written }))
     })
     before += entries.length
-    records.push({ name, ...file.record })
+    records.push({ name, ...record })
   }
   for (const { name, text } of texts) {
-    const file = await Output.create(join(folder, name))
-    await file.whole(() => file.write(Buffer.from(text)))
-    records.push({ name, ...file.record })
+    const content = Buffer.from(text)
+    const record = await writeWhole(await place.create(name, content.length), (file) => file.write(content))
+    records.push({ name, ...record })
   }
-  await syncFolder(folder)
   const bytes = records.reduce((sum, record) => sum + record.bytes, 0)
   const { dtypes, momentum_form } = forPeople(manifest, all)
   const written = { ...manifest, momentum_form, bytes }
-  const whole = { ...written, dtypes, parameters, places, files: records }
-  await replaceFile(join(folder, 'manifest.json'), sealManifest(whole))
+  await place.finish(sealManifest({ ...written, dtypes, parameters, places, files: records }))
   return written
 }
 
@@ -211,60 +225,59 @@ async function writeLarge(file: Output, entry: StateEntry, locations: readonly S
   }
 }
 
+/** Has `work` write a file's bytes; answers how many there are, and their hash, once the file survives a crash. */
+async function writeWhole(sink: FileSink, work: (file: Output) => Promise<void>): Promise<Omit<FileRecord, 'name'>> {
+  try {
+    const file = new Output(sink)
+    await work(file)
+    await sink.end()
+    return file.record()
+  } finally {
+    await sink.close()
+  }
+}
+
 /** A file that is being written from front to back, and the hash of its bytes so far. */
 class Output {
-  readonly #handle: FileHandle
+  readonly #sink: FileSink
   readonly #hash: Hash = createHash('sha256')
   #bytes = 0
-  #unsynced = 0
-  #sha256 = ''
 
-  static async create(path: string): Promise<Output> {
-    return new Output(await open(path, 'w', FILE_MODE))
-  }
-
-  private constructor(handle: FileHandle) {
-    this.#handle = handle
-  }
-
-  get record(): Omit<FileRecord, 'name'> {
-    return { bytes: this.#bytes, sha256: this.#sha256 }
+  constructor(sink: FileSink) {
+    this.#sink = sink
   }
 
   /** Writes and hashes at the same time: neither waits for the other. */
   async write(bytes: Uint8Array): Promise<void> {
-    const written = writeAll(this.#handle, bytes)
+    const written = this.#sink.write(bytes)
     this.#hash.update(bytes)
     await written
     this.#bytes += bytes.length
-    this.#unsynced += bytes.length
-    if (this.#unsynced < SYNC_BYTES) return
-    this.#unsynced = 0
-    await this.#handle.datasync()
   }
 
-  /** Runs `work`, which writes the file's bytes; then syncs the file, ends its hash and closes it. */
-  async whole(work: () => Promise<void>): Promise<void> {
-    try {
-      await work()
-      await this.#handle.sync()
-      this.#sha256 = this.#hash.digest('hex')
-    } finally {
-      await this.#handle.close()
-    }
+  record(): Omit<FileRecord, 'name'> {
+    return { bytes: this.#bytes, sha256: this.#hash.digest('hex') }
   }
 }
 
-async function read({ folder, locations, files, targets }: ReadRequest): Promise<undefined> {
+async function read({ address, locations, files, targets }: ReadRequest): Promise<undefined> {
+  const place = await placeOf(address)
   const left = new Set(targets.keys())
   for (const record of files) {
-    const path = join(folder, record.name)
-    const ranges = record.name.endsWith('.safetensors') ? await rangesOf(path, { record, targets, left }) : []
-    await readThrough(path, record, destinationOf(ranges, locations))
+    const input = { path: `${place.name}/${record.name}`, file: await openToRead(place, record.name) }
+    try {
+      const ranges = record.name.endsWith('.safetensors') ? await rangesOf(input, { record, targets, left }) : []
+      await readThrough(input, record, destinationOf(ranges, locations))
+    } finally {
+      await input.file.close()
+    }
   }
   const [missing] = left
-  if (missing !== undefined) throw new UnreadableError(`${folder} has no tensor '${missing}'`)
+  if (missing !== undefined) throw new UnreadableError(`${place.name} has no tensor '${missing}'`)
 }
+
+/** A file that is open, and its name in messages. */
+type Input = { path: string; file: OpenFile }
 
 /** The bytes of a file, from `begin` to `end`, that are a tensor's, and the memory that they are read into. */
 type Range = { begin: number; end: number; target: TensorLocation }
@@ -275,9 +288,10 @@ type Wanted = { record: FileRecord; targets: ReadRequest['targets']; left: Set<s
  * Where each target lies in a file; `left` loses the names that are found. A header that cannot be right is told by the
  * file's wrong hash first: the file is damaged.
  */
-async function rangesOf(path: string, { record, targets, left }: Wanted): Promise<Range[]> {
+async function rangesOf(input: Input, { record, targets, left }: Wanted): Promise<Range[]> {
+  const { path } = input
   try {
-    const { ranges } = await headerOf(path)
+    const { ranges } = await headerOf(input)
     return ranges.flatMap(({ name, dtype, shape, begin, end }) => {
       const target = targets.get(name)
       if (target === undefined) return []
@@ -287,17 +301,15 @@ async function rangesOf(path: string, { record, targets, left }: Wanted): Promis
       return [{ begin, end, target }]
     })
   } catch (error) {
-    await readThrough(path, record, destinationOf([], []))
+    if (!(error instanceof StoreError)) await readThrough(input, record, destinationOf([], []))
     throw error
   }
 }
 
-async function headerOf(path: string): Promise<Header> {
-  const handle = await openToRead(path)
-  const header = readHeader(handle).catch((error) => {
-    throw new UnreadableError(`${path}: ${errorText(error)}`)
+async function headerOf({ path, file }: Input): Promise<Header> {
+  return readHeader(file).catch((error) => {
+    throw error instanceof StoreError ? error : new UnreadableError(`${path}: ${errorText(error)}`)
   })
-  return header.finally(() => handle.close())
 }
 
 /** Where the bytes of a file are read into, from the first to the last. */
@@ -356,15 +368,18 @@ function place(
  * Reads a file to its end, the next piece while one is hashed. Throws UnreadableError where its length or its hash is
  * not that of `FileRecord`.
  */
-async function readThrough(path: string, { bytes, sha256 }: FileRecord, { room, place }: Destination): Promise<void> {
-  const handle = await openToRead(path)
+async function readThrough(
+  { path, file }: Input,
+  { bytes, sha256 }: FileRecord,
+  { room, place }: Destination,
+): Promise<void> {
   const hash = createHash('sha256')
   const buffers = [Buffer.allocUnsafeSlow(PIECE_BYTES), Buffer.allocUnsafeSlow(PIECE_BYTES)]
   const ask = async (at: number, index: number) => {
     const found = room(at)
     const own = typeof found !== 'number'
     const memory = own ? found : buffers[index % 2].subarray(0, found)
-    const { bytesRead } = await handle.read(memory, 0, memory.length, at)
+    const { bytesRead } = await file.read(memory, 0, memory.length, at)
     return { own, piece: memory.subarray(0, bytesRead) }
   }
   let at = 0
@@ -384,14 +399,14 @@ async function readThrough(path: string, { bytes, sha256 }: FileRecord, { room, 
   } finally {
     // The system may still be reading into a buffer.
     await Promise.allSettled([next])
-    await handle.close()
   }
 }
 
-async function openToRead(path: string): Promise<FileHandle> {
+async function openToRead(place: CheckpointPlace, name: string): Promise<OpenFile> {
   try {
-    return await open(path, 'r')
+    return await place.open(name)
   } catch (error) {
-    throw new UnreadableError(`${path} cannot be opened: ${errorText(error)}`)
+    if (error instanceof StoreError && !(error instanceof NoObjectError)) throw error
+    throw new UnreadableError(`${place.name}/${name} cannot be opened: ${errorText(error)}`)
   }
 }

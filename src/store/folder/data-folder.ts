@@ -1,19 +1,23 @@
 import { access, constants, readdir, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
-import { ConfigError } from '../config.js'
-import { errorText } from '../errors.js'
-import { CheckpointFiles } from './checkpoint/checkpoint-files.js'
-import { FILE_MODE, makeFolder, syncFolder } from './durable.js'
-import { type Lock, lockFolder } from './lock.js'
+import { ConfigError } from '../../config.js'
+import { errorText } from '../../errors.js'
+import { CheckpointFiles } from '../checkpoint/checkpoint-files.js'
+import type { DataStore } from '../data-store.js'
+import { FILE_MODE, makeFolder, syncFolder } from '../durable.js'
+import { type Lock, lockFolder } from '../lock.js'
+import { RunStore } from '../run-store.js'
 import { destroyRun, RunFolder } from './run-folder.js'
 
 const PROBE_MS = 1000
 const PROBE_BYTES = 4096
 
 /** The folder of the setting `data`: a folder per run, and the lock that keeps other services out. */
-export class DataFolder {
+export class DataFolder implements DataStore {
   /** The names of the runs that were in the folder when it was opened. */
   readonly names: readonly string[]
+  /** Never: the lock lasts as long as the process. */
+  readonly lost = new Promise<string>(() => {})
   readonly #runs: string
   readonly #lock: Lock
   readonly #files = new CheckpointFiles()
@@ -57,12 +61,12 @@ export class DataFolder {
     return this.#probe
   }
 
-  create(run: string): Promise<RunFolder> {
-    return RunFolder.create(join(this.#runs, run), this.#files, run)
+  create(run: string): Promise<RunStore> {
+    return RunStore.create(this.#folderOf(run), run)
   }
 
-  find(run: string): Promise<RunFolder> {
-    return RunFolder.open(join(this.#runs, run), this.#files)
+  find(run: string): Promise<RunStore> {
+    return RunStore.open(this.#folderOf(run))
   }
 
   /** Removes a run from the disk, whatever its files are. */
@@ -75,6 +79,10 @@ export class DataFolder {
     await this.#files.close()
     this.#lock.release()
   }
+
+  #folderOf(run: string): RunFolder {
+    return new RunFolder(join(this.#runs, run), this.#files)
+  }
 }
 
 /** Writes a block and takes it away again. */
@@ -86,6 +94,6 @@ async function probe(folder: string): Promise<string | undefined> {
     return undefined
   } catch (error) {
     await rm(file, { force: true }).catch(() => undefined)
-    return errorText(error)
+    return `the data folder cannot be written: ${errorText(error)}`
   }
 }

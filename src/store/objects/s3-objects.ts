@@ -1,0 +1,278 @@
+import { setTimeout as delay } from 'node:timers/promises'
+import {
+  AbortMultipartUploadCommand,
+  CompleteMultipartUploadCommand,
+  CreateMultipartUploadCommand,
+  DeleteObjectCommand,
+  GetObjectCommand,
+  HeadObjectCommand,
+  ListMultipartUploadsCommand,
+  ListObjectsV2Command,
+  NoSuchBucket,
+  PutObjectCommand,
+  S3Client,
+  S3ServiceException,
+  UploadPartCommand,
+} from '@aws-sdk/client-s3'
+import { errorText } from '../../errors.js'
+import type { StoreSample } from '../../metrics.js'
+import { type Objects, type StoredObject, StoreError, type Unfinished, type Upload, type Version } from './objects.js'
+import { S3Upload } from './s3-upload.js'
+
+/** Where objects lie in S3. Credentials and what is empty here are found as by every program with the AWS SDK. */
+export type S3Address = {
+  readonly kind: 's3'
+  readonly bucket: string
+  /** Before every key: '' or a path that ends with '/'. */
+  readonly prefix: string
+  readonly endpoint: string
+  readonly region: string
+  readonly path_style: boolean
+}
+
+/** A request is tried so often: about 5 seconds of waiting where the store says that it is busy (SlowDown, 503). */
+const ATTEMPTS = 5
+const CONNECT_MS = 5000
+/** Without a byte for so long a request is given up, and tried again. */
+const SILENCE_MS = 20_000
+const REST_MS = 200
+const DELETES_AT_A_TIME = 8
+
+/** Objects of an S3 bucket, or of another store that speaks its protocol and keeps its conditional writes. */
+export class S3Objects implements Objects {
+  readonly name: string
+  readonly #client: S3Client
+  readonly #address: S3Address
+  readonly #observe: (sample: StoreSample) => void
+
+  constructor(address: S3Address, observe: (sample: StoreSample) => void) {
+    const { bucket, prefix, endpoint, region, path_style } = address
+    this.name = `s3://${bucket}/${prefix}`.replace(/\/$/, '')
+    this.#address = address
+    this.#observe = observe
+    this.#client = new S3Client({
+      ...(endpoint && { endpoint }),
+      ...(region && { region }),
+      forcePathStyle: path_style,
+      maxAttempts: ATTEMPTS,
+      requestHandler: { connectionTimeout: CONNECT_MS, socketTimeout: SILENCE_MS },
+      // Every content has a SHA-256 of ours; many stores do not know the checksums that are newer than S3's first ones.
+      requestChecksumCalculation: 'WHEN_REQUIRED',
+      responseChecksumValidation: 'WHEN_REQUIRED',
+    })
+  }
+
+  async get(key: string): Promise<StoredObject | undefined> {
+    return this.#again('get', key, async (count) => {
+      const { Body, ETag } = await this.#client.send(new GetObjectCommand(this.#of(key)))
+      if (Body === undefined || ETag === undefined) throw new Error('the answer has no content or no ETag')
+      const bytes = Buffer.from(await Body.transformToByteArray())
+      count(bytes.length)
+      return { bytes, version: ETag }
+    }).catch(absent)
+  }
+
+  async size(key: string): Promise<number | undefined> {
+    const head = () => this.#client.send(new HeadObjectCommand(this.#of(key)))
+    return this.#ask('get', key, async () => (await head()).ContentLength).catch(absent)
+  }
+
+  /** What a cut connection has brought is kept, and the next request asks for the rest. */
+  async readInto(memory: Uint8Array, key: string, at: number): Promise<void> {
+    let done = 0
+    await this.#again('get', key, async (count) => {
+      const Range = `bytes=${at + done}-${at + memory.length - 1}`
+      const { Body } = await this.#client.send(new GetObjectCommand({ ...this.#of(key), Range }))
+      if (Body === undefined) throw new Error('the answer has no content')
+      for await (const piece of Body as AsyncIterable<Uint8Array>) {
+        memory.set(piece, done)
+        done += piece.length
+        count(piece.length)
+      }
+      if (done < memory.length) throw new Error(`the answer ends after ${done} of ${memory.length} bytes`)
+    })
+  }
+
+  async put(key: string, bytes: Uint8Array): Promise<void> {
+    await this.#put(key, bytes, {})
+  }
+
+  async putIfAbsent(key: string, bytes: Uint8Array): Promise<Version | undefined> {
+    return this.#put(key, bytes, { IfNoneMatch: '*' }).catch((error) => this.#unlessOurs(error, key, bytes))
+  }
+
+  async putIfUnchanged(key: string, bytes: Uint8Array, version: Version): Promise<Version | undefined> {
+    return this.#put(key, bytes, { IfMatch: version }).catch((error) => this.#unlessOurs(error, key, bytes))
+  }
+
+  async *list(prefix: string): AsyncGenerator<string> {
+    const { bucket: Bucket, prefix: before } = this.#address
+    for (let token: string | undefined, more = true; more; ) {
+      const command = new ListObjectsV2Command({ Bucket, Prefix: before + prefix, ContinuationToken: token })
+      const { Contents = [], NextContinuationToken } = await this.#ask('list', prefix, () => this.#client.send(command))
+      for (const { Key } of Contents) if (Key !== undefined) yield Key.slice(before.length)
+      token = NextContinuationToken
+      more = token !== undefined
+    }
+  }
+
+  async delete(keys: readonly string[]): Promise<void> {
+    const left = [...keys]
+    const work = async () => {
+      for (let key = left.pop(); key !== undefined; key = left.pop()) {
+        const command = new DeleteObjectCommand(this.#of(key))
+        await this.#ask('delete', key, () => this.#client.send(command))
+      }
+    }
+    await Promise.all(Array.from({ length: DELETES_AT_A_TIME }, work))
+  }
+
+  upload(key: string, bytes: number): Upload {
+    const of = this.#of(key)
+    const send = <T>(size: number, work: () => Promise<T>) => this.#ask('upload', key, work, size)
+    return new S3Upload(
+      {
+        put: (content) => this.put(key, content),
+        begin: async () => {
+          const { UploadId } = await send(0, () => this.#client.send(new CreateMultipartUploadCommand(of)))
+          return expected(UploadId, 'UploadId')
+        },
+        part: async (UploadId, PartNumber, Body) => {
+          const command = new UploadPartCommand({ ...of, UploadId, PartNumber, Body })
+          return expected((await send(Body.length, () => this.#client.send(command))).ETag, 'ETag')
+        },
+        complete: async (UploadId, parts) => {
+          const Parts = parts.map(({ number, etag }) => ({ PartNumber: number, ETag: etag }))
+          const command = new CompleteMultipartUploadCommand({ ...of, UploadId, MultipartUpload: { Parts } })
+          await send(0, () => this.#client.send(command))
+        },
+        abort: (id) => this.abort({ key, id }),
+      },
+      bytes,
+    )
+  }
+
+  async *unfinished(prefix: string): AsyncGenerator<Unfinished> {
+    const { bucket: Bucket, prefix: before } = this.#address
+    let from: { KeyMarker?: string; UploadIdMarker?: string } | undefined = {}
+    while (from) {
+      const command: ListMultipartUploadsCommand = new ListMultipartUploadsCommand({
+        Bucket,
+        Prefix: before + prefix,
+        ...from,
+      })
+      const { Uploads = [], ...page } = await this.#ask('list', prefix, () => this.#client.send(command))
+      for (const { Key, UploadId } of Uploads)
+        if (Key !== undefined && UploadId !== undefined) yield { key: Key.slice(before.length), id: UploadId }
+      from = page.IsTruncated ? { KeyMarker: page.NextKeyMarker, UploadIdMarker: page.NextUploadIdMarker } : undefined
+    }
+  }
+
+  async abort({ key, id }: Unfinished): Promise<void> {
+    const command = new AbortMultipartUploadCommand({ ...this.#of(key), UploadId: id })
+    await this.#ask('delete', key, () => this.#client.send(command)).catch(absent)
+  }
+
+  #of(key: string): { Bucket: string; Key: string } {
+    return { Bucket: this.#address.bucket, Key: this.#address.prefix + key }
+  }
+
+  async #put(key: string, Body: Uint8Array, condition: { IfMatch?: string; IfNoneMatch?: string }): Promise<Version> {
+    const command = new PutObjectCommand({ ...this.#of(key), ...condition, Body })
+    return expected((await this.#ask('put', key, () => this.#client.send(command), Body.length)).ETag, 'ETag')
+  }
+
+  /**
+   * The end of a conditional write that was refused. An attempt whose answer was lost may have written: then the object
+   * has these bytes.
+   */
+  async #unlessOurs(error: unknown, key: string, bytes: Uint8Array): Promise<Version | undefined> {
+    if (!isRefused(error)) throw error
+    const found = await this.get(key)
+    return found?.bytes.equals(bytes) ? found.version : undefined
+  }
+
+  /** One request, which the SDK tries again. Throws StoreError. */
+  async #ask<T>(operation: StoreSample['operation'], key: string, work: () => Promise<T>, bytes = 0): Promise<T> {
+    return this.#observed(operation, key, async (count) => {
+      const answer = await work()
+      count(bytes)
+      return answer
+    })
+  }
+
+  /** A request whose content is read here, so that it is tried again here as well where the connection is cut. */
+  async #again<T>(
+    operation: StoreSample['operation'],
+    key: string,
+    work: (count: (bytes: number) => void) => Promise<T>,
+  ): Promise<T> {
+    for (let attempt = 1; ; attempt++) {
+      try {
+        return await this.#observed(operation, key, work)
+      } catch (error) {
+        if (statusOf(error) !== undefined || attempt === ATTEMPTS) throw error
+        await delay(REST_MS * 2 ** attempt * Math.random())
+      }
+    }
+  }
+
+  async #observed<T>(
+    operation: StoreSample['operation'],
+    key: string,
+    work: (count: (bytes: number) => void) => Promise<T>,
+  ): Promise<T> {
+    const begun = performance.now()
+    let bytes = 0
+    let failed = false
+    try {
+      return await work((more) => {
+        bytes += more
+      })
+    } catch (error) {
+      failed = !isRefused(error)
+      throw new StoreError(`${this.name}: ${operation} ${key}: ${textOf(error)}`, { cause: error })
+    } finally {
+      this.#observe({ operation, seconds: (performance.now() - begun) / 1000, bytes, failed })
+    }
+  }
+}
+
+/** Precondition failed; another conditional write is under way; or the object to be unchanged is gone. */
+const REFUSED: ReadonlySet<number> = new Set([404, 409, 412])
+
+/** Whether an answer is no fault of the store. */
+function isRefused(error: unknown): boolean {
+  return REFUSED.has(statusOf(error) ?? 0) && !lacksBucket(error)
+}
+
+function lacksBucket(error: unknown): boolean {
+  return sourceOf(error) instanceof NoSuchBucket
+}
+
+function sourceOf(error: unknown): unknown {
+  return error instanceof StoreError ? error.cause : error
+}
+
+function statusOf(error: unknown): number | undefined {
+  const source = sourceOf(error)
+  return source instanceof S3ServiceException ? source.$metadata.httpStatusCode : undefined
+}
+
+/** What S3 calls an error, and what it says of it; never with the credentials, which no error of the SDK has. */
+function textOf(error: unknown): string {
+  if (!(error instanceof S3ServiceException)) return errorText(error)
+  const { name, message, $metadata } = error
+  return [`${$metadata.httpStatusCode} ${name}`, ...(message && message !== name ? [message] : [])].join(': ')
+}
+
+/** The end of a request for something that need not be there. */
+function absent(error: unknown): undefined {
+  if (statusOf(error) === 404 && !lacksBucket(error)) return undefined
+  throw error
+}
+
+function expected(value: string | undefined, name: string): string {
+  if (value !== undefined) return value
+  throw new StoreError(`the store's answer has no ${name}`)
+}

@@ -1,0 +1,207 @@
+import t, { type Test } from 'tap'
+import { known, MODEL, type Trace, train, trainStep, undisturbed } from '../../run/trainer.js'
+import { RawClient, type Service, startService } from '../../service.js'
+import { TestStore } from './stores.js'
+
+type Settings = Parameters<typeof startService>[0]
+
+const store = await TestStore.start(t)
+const id = (step: number) => `step-${String(step).padStart(12, '0')}`
+const LAST = 12
+const start = (settings: Settings) =>
+  startService({ checkpoint_steps: 5, checkpoint_file_bytes: 2000, lanes: 1, staging_bytes: 2 ** 20, ...settings })
+
+let reference: Trace[]
+t.before(async () => {
+  const service = await startService()
+  reference = await undisturbed(service, LAST)
+  await service.app.close()
+})
+t.afterEach(() => {
+  store.fault = () => undefined
+  store.down = false
+})
+
+const PLACES: Record<string, (t: Test) => Settings> = {
+  'in a folder': (t) => ({ data: t.testdir({}) }),
+  'in S3': () => store.settings(store.address()),
+}
+
+const api = async ({ http }: Service, path: string, init: RequestInit = {}) => {
+  const response = await fetch(`${http}${path}`, init)
+  return { status: response.status, body: response.status === 204 ? undefined : await response.json() }
+}
+const listed = async (service: Service, run = 'r') => {
+  const { body } = await api(service, `/v1/runs/${run}/checkpoints`)
+  return (body as { checkpoints: { checkpoint: string }[] }).checkpoints.map(({ checkpoint }) => checkpoint)
+}
+const tag = (service: Service, name: string) =>
+  api(service, '/v1/runs/r/checkpoints', {
+    method: 'POST',
+    headers: { 'content-type': 'application/json' },
+    body: JSON.stringify({ tag: name }),
+  })
+
+for (const [where, place] of Object.entries(PLACES)) {
+  t.test(`a run ${where} goes on after a restart, back to a tag, and on as another run`, async (t) => {
+    const settings = place(t)
+    const first = await start({ ...settings, checkpoints_kept: 1 })
+    const one = await train(first, { last: 6 })
+    t.equal((await tag(first, 'six')).status, 201)
+    t.equal((await tag(first, 'again')).status, 201)
+    for (let step = 7; step <= 11; step++) await trainStep(one.client, step)
+    await first.runs.keeper('r').settled()
+    t.same(await listed(first), [id(6), id(10)], 'one without a tag is kept')
+    await one.client.close()
+    await first.drain()
+    await first.app.close()
+
+    const second = await start(settings)
+    await second.restored
+    t.same(second.runs.get('r').digest, reference[10]!.digest)
+    t.same(await listed(second), [id(6), id(11)])
+    const back = await train(second, { last: 8, open: { mode: 'resume', checkpoint: 'six' } })
+    t.same(known(back.traces), known(reference.slice(6, 8)))
+    t.same(await listed(second), [id(6)])
+    t.equal((await api(second, `/v1/runs/r/checkpoints/again`)).status, 200)
+    const branch = await train(second, { run: 'b', last: 7, open: { from: { run: 'r', checkpoint: 'again' } } })
+    t.same(known(branch.traces), known(reference.slice(6, 7)))
+    await branch.client.close()
+    await tag(second, 'eight')
+    t.equal((await api(second, `/v1/runs/r/checkpoints/six`, { method: 'DELETE' })).status, 204)
+    await back.client.close()
+    await second.app.close()
+
+    const third = await start(settings)
+    await third.restored
+    t.same(third.runs.get('r').digest, reference[7]!.digest)
+    t.equal(third.runs.get('b').step, 6, 'its last checkpoint')
+    t.same(await listed(third), [id(8)])
+    t.equal((await api(third, '/v1/runs/r', { method: 'DELETE' })).status, 204)
+    await third.app.close()
+
+    const fourth = await start(settings)
+    await fourth.restored
+    t.same(
+      fourth.runs.list().map(({ name }) => name),
+      ['b'],
+    )
+    const anew = await train(fourth, { last: 1 })
+    t.same(known(anew.traces), known(reference.slice(0, 1)), 'its name is free')
+    await anew.client.close()
+    await fourth.app.close()
+  })
+}
+
+t.test('a store that is slow holds no step up; one that refuses is told, and the run goes on', async (t) => {
+  const service = await start(store.settings(store.address(), 30))
+  const { client } = await train(service, { last: 4 })
+  let release = () => {}
+  const held = new Promise<void>((resolve) => {
+    release = resolve
+  })
+  store.fault = ({ method }) => (method === 'PUT' ? held : undefined)
+  const traces = [await trainStep(client, 5), await trainStep(client, 6), await trainStep(client, 7)]
+  t.same(known(traces), known(reference.slice(4, 7)))
+  t.same(await listed(service), [id(0)], 'the checkpoint of step 5 is on its way')
+  release()
+  await service.runs.keeper('r').settled()
+  t.same(await listed(service), [id(0), id(5)])
+  store.fault = ({ method }) => (method === 'PUT' ? 'busy' : undefined)
+  const refused = await tag(service, 'seven')
+  t.match(refused, {
+    status: 507,
+    body: { code: 'STORAGE_FAILED', detail: /at step 7 cannot be written: s3:.*503 SlowDown/ },
+  })
+  client.send({ type: 'open', protocol: 1, run: 'other', ...MODEL })
+  await client.close()
+  const opening = await RawClient.connect(service.url)
+  opening.send({ type: 'open', protocol: 1, run: 'other', ...MODEL })
+  t.match(await opening.expect('error'), {
+    code: 'STORAGE_FAILED',
+    message: /^run 'other' cannot be kept: s3:.*503 SlowDown/,
+  })
+  store.fault = () => undefined
+  t.equal((await tag(service, 'seven')).status, 201)
+  await opening.open({ run: 'other', ...MODEL })
+  await opening.close()
+  const text = await service.metrics.registry.metrics()
+  t.match(text, /muond_store_requests_total\{operation="put"\} [1-9]/)
+  t.match(text, /muond_store_errors_total\{operation="put"\} [1-9]/)
+  t.match(text, /muond_store_bytes_total\{operation="put"\} [1-9]\d{3}/, 'the thread counts, too')
+  t.match(text, /muond_store_seconds_count\{operation="get"\} [1-9]/)
+  await service.app.close()
+})
+
+t.test('readiness says that the store does not answer, and a run that cannot be read now is read later', async (t) => {
+  const settings = store.settings(store.address(), 0.5)
+  const first = await start(settings)
+  await (await train(first, { last: 5 })).client.close()
+  await first.app.close()
+  const second = await start({ ...settings, idle_seconds: 100 })
+  await second.restored
+  await second.runs.restIdle(performance.now() + 200_000)
+  store.down = true
+  let answer = await api(second, '/readyz')
+  while (answer.status === 200) answer = await api(second, '/readyz')
+  t.match(answer, {
+    status: 503,
+    body: { code: 'STORAGE_FAILED', detail: /^data store 's3:.*' cannot be written: s3:/ },
+  })
+  const client = await RawClient.connect(second.url)
+  client.send({ type: 'open', protocol: 1, run: 'r', mode: 'resume' })
+  t.match(await client.expect('error'), { code: 'STORAGE_FAILED', message: /^run 'r' cannot be restored: s3:/ })
+  store.down = false
+  while (answer.status !== 200) answer = await api(second, '/readyz')
+  t.match(await client.open({ run: 'r', mode: 'resume' }), { step: 5, digest: reference[4]!.digest })
+  await client.close()
+  await second.app.close()
+})
+
+t.test('one service has the store; of one that is taken to be dead nothing counts any more', async (t) => {
+  const address = store.address()
+  const first = await start({ ...store.settings(address, 0.5), checkpoint_steps: 0 })
+  const { client } = await train(first, { last: 3 })
+  await first.runs.keeper('r').take('three')
+  const inUse = {
+    name: 'ConfigError',
+    message: /^data store 's3:.*' is in use by process \d+ on .*: one service at a time/,
+  }
+  await t.rejects(start(store.settings(address, 0.5)), inUse)
+  await t.rejects(start(store.settings(address, 0.5)), inUse, 'it still has it')
+  // The first one's signs of life are lost, and nothing else of it.
+  store.fault = ({ key, method }) => (method === 'PUT' && key.endsWith('owner.json') ? 'cut' : undefined)
+  const other = await store.another(t)
+  const second = await start({ ...other.settings(address, 0.5), data_wait_seconds: 60 })
+  await second.restored
+  store.fault = () => undefined
+  t.match(await first.data!.lost, /^it was taken by process/)
+  await trainStep(client, 4)
+  t.match(await tag(first, 'four'), {
+    status: 507,
+    body: { detail: /was taken by a service of generation 2, this one has generation 1/ },
+  })
+  t.equal((await api(first, '/readyz')).status, 503)
+  t.equal(second.runs.get('r').digest, reference[2]!.digest)
+  const after = await train(second, { last: 4, open: { mode: 'resume' } })
+  t.same(known(after.traces), known(reference.slice(3, 4)))
+  await after.client.close()
+  await client.close()
+  await first.app.close()
+  await second.app.close()
+})
+
+t.test('a place that is none is told at once', async (t) => {
+  const settings = store.settings(store.address())
+  await t.rejects(start({ ...settings, data: 's3://X' }), {
+    name: 'ConfigError',
+    message: /data is 's3:\/\/X', expected s3:\/\/BUCKET/,
+  })
+  await t.rejects(start({ ...settings, data: 's3://bucket/a/../b' }), { name: 'ConfigError' })
+  await t.rejects(start({ ...settings, durability: 'journal', keep_journal: true }), {
+    message: /durability journal needs a folder as --data.*\n.*keep_journal/,
+  })
+  await t.rejects(start({ s3_endpoint: 'http://x' }), { message: /are for --data s3:\/\/BUCKET\/PREFIX, got ''/ })
+  store.down = true
+  await t.rejects(start(settings), { name: 'ConfigError', message: /^data store 's3:.*' cannot be used: / })
+})
