@@ -15,6 +15,7 @@ const LAYERS = [
   'src/run',
   'src/keep',
   'src/replay',
+  'src/cluster',
   'src/link',
   'src/tracing.ts',
   'src/http',
@@ -40,6 +41,7 @@ const OWNERS: Record<string, (file: string) => boolean> = {
     ),
   fastify: (file) => /^src\/(app|http\/((pages|steps)\/)?[\w-]+|link\/session)\.ts$/.test(file),
   '@tensorflow/tfjs-core': (file) => file === 'src/client/tfjs.ts',
+  '@kubernetes/client-node': (file) => file === 'src/cluster/coordinator/kubernetes/client.ts',
   'prom-client': (file) => file === 'src/metrics.ts',
   'env-schema': (file) => file === 'src/config.ts',
 }

@@ -1,0 +1,57 @@
+import { request as httpRequest, type IncomingMessage } from 'node:http'
+import { request as httpsRequest, type RequestOptions } from 'node:https'
+
+/** An answer holds at most so many bytes; the largest is the list of all processes. */
+const MOST_BYTES = 2 ** 25
+
+export type JsonRequest = {
+  readonly url: URL
+  readonly method: 'GET' | 'POST' | 'PUT' | 'DELETE'
+  readonly body?: unknown
+  readonly headers?: Readonly<Record<string, string>>
+  /**
+   * Certificates, agent, and headers that show who asks. The global `fetch` takes neither an authority nor a
+   * certificate of the client.
+   */
+  readonly tls?: RequestOptions
+  readonly timeout_ms: number
+}
+
+/** Sends JSON and answers the status and the JSON that comes back. Throws where none comes in time. */
+export async function requestJson(asked: JsonRequest): Promise<{ status: number; body: unknown }> {
+  const signal = AbortSignal.timeout(asked.timeout_ms)
+  try {
+    const response = await responseOf(asked, signal)
+    const text = await textOf(response)
+    return { status: response.statusCode ?? 0, body: text === '' ? undefined : JSON.parse(text) }
+  } catch (error) {
+    if (signal.aborted) throw new Error(`${asked.url.origin} has not answered within ${asked.timeout_ms / 1000} s`)
+    throw error
+  }
+}
+
+function responseOf({ url, method, body, headers, tls }: JsonRequest, signal: AbortSignal): Promise<IncomingMessage> {
+  const content = body === undefined ? undefined : JSON.stringify(body)
+  const send = url.protocol === 'https:' ? httpsRequest : httpRequest
+  const type = content === undefined ? {} : { 'content-type': 'application/json' }
+  const options = {
+    ...tls,
+    method,
+    signal,
+    headers: { accept: 'application/json', ...type, ...tls?.headers, ...headers },
+  }
+  return new Promise((resolve, reject) => {
+    send(url, options, resolve).on('error', reject).end(content)
+  })
+}
+
+async function textOf(response: IncomingMessage): Promise<string> {
+  const pieces: Buffer[] = []
+  let bytes = 0
+  for await (const piece of response) {
+    pieces.push(piece)
+    bytes += piece.length
+    if (bytes > MOST_BYTES) throw new Error(`an answer has more than ${MOST_BYTES} bytes`)
+  }
+  return Buffer.concat(pieces).toString()
+}
