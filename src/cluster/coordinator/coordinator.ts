@@ -21,8 +21,11 @@ export type PeerReport = Pick<Peer, 'free_bytes' | 'device'>
 /** A value and the version of it that a write names. Versions are compared for equality alone. */
 export type Versioned<T> = { readonly value: T; readonly version: string }
 
-/** `peers`: processes have come or gone. `problem`: what `problem()` says has changed. */
-export type CoordinatorEvents = { peers: []; problem: [] }
+/**
+ * `peers`: processes have come or gone. `problem`: what `problem()` says has changed. `look`: this process has looked for
+ * the others, with or without an answer, three times in the length of a lease.
+ */
+export type CoordinatorEvents = { peers: []; problem: []; look: [] }
 
 /**
  * Who is alive, and who has which run.

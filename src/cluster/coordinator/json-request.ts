@@ -33,12 +33,16 @@ export async function requestJson(asked: JsonRequest): Promise<{ status: number;
 function responseOf({ url, method, body, headers, tls }: JsonRequest, signal: AbortSignal): Promise<IncomingMessage> {
   const content = body === undefined ? undefined : JSON.stringify(body)
   const send = url.protocol === 'https:' ? httpsRequest : httpRequest
+  // Node gives the body of a DELETE no length by itself, and without one it is not read.
+  const length = content === undefined ? {} : { 'content-length': Buffer.byteLength(content) }
   const type = content === undefined ? {} : { 'content-type': 'application/json' }
+  // A connection for each request: on one that is kept, a request may meet its end.
   const options = {
+    agent: false,
     ...tls,
     method,
     signal,
-    headers: { accept: 'application/json', ...type, ...tls?.headers, ...headers },
+    headers: { accept: 'application/json', ...type, ...length, ...tls?.headers, ...headers },
   }
   return new Promise((resolve, reject) => {
     send(url, options, resolve).on('error', reject).end(content)

@@ -129,6 +129,7 @@ export class LeasedCoordinator implements Coordinator {
       this.#say(this.#problemOf(error))
       if (error instanceof ReplacedError) this.#looks.end()
     }
+    this.changes.emit('look')
   }
 
   #problemOf(error: unknown): string {

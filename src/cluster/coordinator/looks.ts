@@ -1,7 +1,7 @@
 import { setTimeout as delay } from 'node:timers/promises'
 
 /** A lease is renewed three times in its length, so that two renewals may be lost. */
-const LOOKS_PER_LEASE = 3
+export const LOOKS_PER_LEASE = 3
 
 /** Looks again and again, one look at a time, with a pause of a third of a lease between two. */
 export class Looks {
@@ -37,7 +37,6 @@ export class Looks {
   }
 
   async #pause(signal: AbortSignal): Promise<boolean> {
-    // A process whose work is done ends, whatever it looks for.
-    return delay(this.pause_ms, true, { signal, ref: false }).catch(() => false)
+    return delay(this.pause_ms, true, { signal }).catch(() => false)
   }
 }

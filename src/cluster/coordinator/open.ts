@@ -9,8 +9,8 @@ import { KubernetesRegistry } from './kubernetes/registry.js'
 import { LeasedCoordinator, type LeasedOptions } from './leased.js'
 import type { Registry } from './registry.js'
 
-/** A lease lasts so many requests that get no answer: two members of etcd may be down, and it is still renewed. */
-const TIMEOUTS_PER_LEASE = 6
+/** A lease lasts so many requests that get no answer: a member of etcd may hang, and it is still renewed. */
+const TIMEOUTS_PER_LEASE = 4
 
 /** Files, and the name of a user, by which etcd is reached; an empty one is none. */
 export type EtcdCredentials = {

@@ -32,3 +32,15 @@ export interface Registry {
   write(key: Key, content: string, version: string | undefined): Promise<boolean>
   remove(key: Key, version: string): Promise<boolean>
 }
+
+/** Of two processes that announce themselves by one url at a time, the later one looks again. */
+const MOST_ATTEMPTS = 3
+
+/** Tries until a process has announced itself, which is undefined where another one came between. */
+export async function announced<T>(own: Announcement, announce: () => Promise<T | undefined>): Promise<T> {
+  for (let attempt = 0; attempt < MOST_ATTEMPTS; attempt++) {
+    const others = await announce()
+    if (others !== undefined) return others
+  }
+  throw new Error(`others announce themselves as ${own.url} again and again`)
+}

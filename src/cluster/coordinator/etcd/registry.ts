@@ -1,6 +1,6 @@
 import { readAnnouncement } from '../announcement.js'
 import type { Versioned } from '../coordinator.js'
-import { type Announcement, type Key, type Registry, ReplacedError } from '../registry.js'
+import { type Announcement, announced, type Key, type Registry, ReplacedError } from '../registry.js'
 import type { EtcdClient } from './client.js'
 
 /** etcd refuses a request of more than 1.5 MiB (`--max-request-bytes`), keys and all. */
@@ -40,14 +40,9 @@ export class EtcdRegistry implements Registry {
 
   async renew(own: Announcement): Promise<readonly Announcement[]> {
     if (this.#lease !== undefined && !(await this.#keepAlive(this.#lease))) this.#lease = undefined
-    this.#lease ??= await this.#grant()
-    const found = await this.#announced()
-    const mine = found.find(({ announcement }) => announcement.url === own.url)
-    const isOthers = mine !== undefined && mine.announcement.incarnation !== own.incarnation
-    if (isOthers && this.#isAnnounced) throw new ReplacedError()
-    await this.#announce(own, this.#lease, mine)
-    this.#isAnnounced = true
-    const others = found.map(({ announcement }) => announcement).filter(({ url }) => url !== own.url)
+    const lease = this.#lease ?? (await this.#grant())
+    this.#lease = lease
+    const others = await announced(own, () => this.#announce(own, lease))
     return [...others, own]
   }
 
@@ -84,15 +79,24 @@ export class EtcdRegistry implements Registry {
     return Number((result as { TTL?: string } | undefined)?.TTL ?? 0) > 0
   }
 
-  /** Writes only what has changed: every write stays in etcd until it is compacted. */
-  async #announce(own: Announcement, lease: string, mine: Found | undefined): Promise<void> {
+  /**
+   * Answers all others; undefined where its own key was written by another process meanwhile. It writes only what has
+   * changed: every write stays in etcd until it is compacted.
+   */
+  async #announce(own: Announcement, lease: string): Promise<readonly Announcement[] | undefined> {
+    const found = await this.#announcements()
+    const mine = found.find(({ announcement }) => announcement.url === own.url)
+    const isOthers = mine !== undefined && mine.announcement.incarnation !== own.incarnation
+    if (isOthers && this.#isAnnounced) throw new ReplacedError()
     const content = JSON.stringify(own)
-    if (mine?.lease === lease && mine.content === content) return
-    if (await this.#put({ key: `${this.#prefix}/peers/${own.url}`, content, lease }, mine?.version)) return
-    throw new Error(`another process announces itself as ${own.url} at the same time`)
+    const isSame = mine?.lease === lease && mine.content === content
+    const key = `${this.#prefix}/peers/${own.url}`
+    if (!isSame && !(await this.#put({ key, content, lease }, mine?.version))) return undefined
+    this.#isAnnounced = true
+    return found.filter((each) => each !== mine).map(({ announcement }) => announcement)
   }
 
-  async #announced(): Promise<Found[]> {
+  async #announcements(): Promise<Found[]> {
     const from = `${this.#prefix}/peers/`
     // '0' is the character behind '/': the range has all keys that begin with `from`.
     const found = await this.#range({ key: encoded(from), range_end: encoded(`${this.#prefix}/peers0`) })

@@ -7,6 +7,8 @@ import { requestJson } from '../json-request.js'
 export type Lease = {
   readonly metadata: {
     readonly name: string
+    /** Both of one that is there. */
+    readonly uid?: string
     readonly resourceVersion?: string
     readonly labels?: Readonly<Record<string, string>>
     readonly annotations?: Readonly<Record<string, string>>
@@ -18,6 +20,9 @@ export type Lease = {
     readonly renewTime?: string
   }
 }
+
+/** Which Lease of a name, and which of its contents. */
+export type LeaseVersion = { readonly uid: string; readonly resourceVersion: string }
 
 const NOT_FOUND = 404
 /** POST of a name that is there, PUT or DELETE of another version than is there. */
@@ -57,16 +62,20 @@ export class KubernetesClient {
     return status === CONFLICT ? undefined : (body as Lease)
   }
 
-  /** Answers the Lease as it is then; undefined where the version that is there is not that of the given one. */
-  async replace(lease: Lease): Promise<Lease | undefined> {
+  /**
+   * Answers the Lease as it is then; undefined where that of `version` is no more. The uid must be in it: without, the
+   * API makes a Lease of one that was removed, whatever its `resourceVersion`.
+   */
+  async replace(lease: Lease, version: LeaseVersion): Promise<Lease | undefined> {
     const { name } = lease.metadata
-    const { status, body } = await this.#call('PUT', { name, lease, accepted: [NOT_FOUND, CONFLICT] })
-    return status === NOT_FOUND || status === CONFLICT ? undefined : (body as Lease)
+    const body = { ...lease, metadata: { ...lease.metadata, ...version } }
+    const { status, body: replaced } = await this.#call('PUT', { name, lease: body, accepted: [NOT_FOUND, CONFLICT] })
+    return status === NOT_FOUND || status === CONFLICT ? undefined : (replaced as Lease)
   }
 
   /** Answers whether it was there, in the given version. */
-  async remove(name: string, resourceVersion: string): Promise<boolean> {
-    const content = { preconditions: { resourceVersion } }
+  async remove(name: string, version: LeaseVersion): Promise<boolean> {
+    const content = { preconditions: version }
     const { status } = await this.#call('DELETE', { name, content, accepted: [NOT_FOUND, CONFLICT] })
     return status !== NOT_FOUND && status !== CONFLICT
   }

@@ -1,8 +1,8 @@
 import { createHash } from 'node:crypto'
 import { announcementOf } from '../announcement.js'
 import type { Versioned } from '../coordinator.js'
-import { type Announcement, type Key, type Registry, ReplacedError } from '../registry.js'
-import type { KubernetesClient, Lease } from './client.js'
+import { type Announcement, announced, type Key, type Registry, ReplacedError } from '../registry.js'
+import type { KubernetesClient, Lease, LeaseVersion } from './client.js'
 import { Renewals } from './renewals.js'
 
 /** The API takes 256 KiB of annotations of one object, their names among them. */
@@ -15,7 +15,7 @@ const PEERS = `${KIND}=peer`
 /**
  * Leases and values as Leases of Kubernetes (coordination.k8s.io/v1) in one namespace, so that a Role for leases is
  * all that a process needs. The Lease of a process has what it says of itself in annotations; a value is an annotation
- * of a Lease without a holder. The version is `resourceVersion`, which the API compares in each PUT and DELETE.
+ * of a Lease without a holder. Its version is `uid` and `resourceVersion`, which the API compares in each PUT and DELETE.
  *
  * Kubernetes ends no lease: whoever reads it judges (`Renewals`). `renewTime` is written for people and not read,
  * because it is by the clock of another machine.
@@ -39,13 +39,8 @@ export class KubernetesRegistry implements Registry {
 
   async renew(own: Announcement): Promise<readonly Announcement[]> {
     try {
-      const leases = await this.#client.list(PEERS)
-      const name = nameOf('peer', own.url)
-      await this.#announce(
-        own,
-        leases.find(({ metadata }) => metadata.name === name),
-      )
-      return [...(await this.#living(leases.filter(({ metadata }) => metadata.name !== name))), own]
+      const others = await announced(own, () => this.#announce(own))
+      return [...(await this.#living(others)), own]
     } catch (error) {
       this.#renewals.interrupted()
       throw error
@@ -53,13 +48,12 @@ export class KubernetesRegistry implements Registry {
   }
 
   async leave(): Promise<void> {
-    const { name, resourceVersion } = this.#mine?.metadata ?? {}
-    if (name !== undefined && resourceVersion !== undefined) await this.#client.remove(name, resourceVersion)
+    if (this.#mine) await this.#client.remove(this.#mine.metadata.name, versionOf(this.#mine))
   }
 
   async read({ kind, run }: Key): Promise<Versioned<string> | undefined> {
     const lease = await this.#client.get(nameOf(kind, run))
-    return lease && { value: lease.metadata.annotations?.['muond/value'] ?? '', version: versionOf(lease) }
+    return lease && { value: lease.metadata.annotations?.['muond/value'] ?? '', version: textOf(versionOf(lease)) }
   }
 
   async write({ kind, run }: Key, content: string, version: string | undefined): Promise<boolean> {
@@ -68,26 +62,28 @@ export class KubernetesRegistry implements Registry {
       labels: { [KIND]: kind },
       annotations: { 'muond/run': run, 'muond/value': content },
     }
-    const written =
-      version === undefined
-        ? await this.#client.create({ metadata, spec: {} })
-        : await this.#client.replace({ metadata: { ...metadata, resourceVersion: version }, spec: {} })
+    const lease = { metadata, spec: {} }
+    const written = await (version === undefined
+      ? this.#client.create(lease)
+      : this.#client.replace(lease, versionIn(version)))
     return written !== undefined
   }
 
   remove({ kind, run }: Key, version: string): Promise<boolean> {
-    return this.#client.remove(nameOf(kind, run), version)
+    return this.#client.remove(nameOf(kind, run), versionIn(version))
   }
 
-  async #announce(own: Announcement, found: Lease | undefined): Promise<void> {
+  /** Answers the Leases of all others; undefined where its own was written by another process meanwhile. */
+  async #announce(own: Announcement): Promise<readonly Lease[] | undefined> {
+    const leases = await this.#client.list(PEERS)
+    const lease = this.#leaseOf(own)
+    const found = leases.find(({ metadata }) => metadata.name === lease.metadata.name)
     const isOthers = found !== undefined && found.spec?.holderIdentity !== holderOf(own)
     if (isOthers && this.#mine) throw new ReplacedError()
-    const lease = this.#leaseOf(own)
-    const written = found
-      ? await this.#client.replace({ ...lease, metadata: { ...lease.metadata, resourceVersion: versionOf(found) } })
-      : await this.#client.create(lease)
-    if (written === undefined) throw new Error(`another process announces itself as ${own.url} at the same time`)
+    const written = await (found ? this.#client.replace(lease, versionOf(found)) : this.#client.create(lease))
+    if (written === undefined) return undefined
     this.#mine = written
+    return leases.filter((each) => each !== found)
   }
 
   #leaseOf(own: Announcement): Lease {
@@ -111,7 +107,7 @@ export class KubernetesRegistry implements Registry {
     const lengths = this.#renewals.see(
       leases.map((lease) => {
         const { leaseDurationSeconds = this.#lease_seconds } = lease.spec ?? {}
-        return { name: lease.metadata.name, version: versionOf(lease), lease_seconds: leaseDurationSeconds }
+        return { name: lease.metadata.name, version: textOf(versionOf(lease)), lease_seconds: leaseDurationSeconds }
       }),
     )
     const since = ({ metadata }: Lease) => lengths.get(metadata.name) ?? 0
@@ -132,8 +128,17 @@ function holderOf({ url, incarnation }: Announcement): string {
   return `${url}_${incarnation}`
 }
 
-function versionOf({ metadata }: Lease): string {
-  return metadata.resourceVersion ?? ''
+function versionOf({ metadata: { uid = '', resourceVersion = '' } }: Lease): LeaseVersion {
+  return { uid, resourceVersion }
+}
+
+function textOf({ uid, resourceVersion }: LeaseVersion): string {
+  return `${uid}/${resourceVersion}`
+}
+
+function versionIn(text: string): LeaseVersion {
+  const [uid = '', resourceVersion = ''] = text.split('/')
+  return { uid, resourceVersion }
 }
 
 /** A name of Kubernetes has lower-case letters, digits and '-' only; names of runs and urls have more. */

@@ -106,6 +106,7 @@ export class StaticCoordinator implements Coordinator {
     await Promise.all(urls.map((each) => (each === url ? this.#lookAtOwn() : this.#lookAt(each))))
     if (this.#alive() !== before[0]) this.changes.emit('peers')
     if (this.problem() !== before[1]) this.changes.emit('problem')
+    this.changes.emit('look')
   }
 
   async #lookAt(url: string): Promise<void> {
@@ -137,9 +138,13 @@ export class StaticCoordinator implements Coordinator {
     else this.#problems.set(url, problem)
   }
 
+  /** Undefined where a peer does not answer: that it is down is no problem of this process. */
   async #ask(url: string): Promise<ProbeAnswer | undefined> {
-    const { probe } = this.#options
-    return probe(url, AbortSignal.timeout(this.#looks.pause_ms)).catch(() => undefined)
+    try {
+      return await this.#options.probe(url, AbortSignal.timeout(this.#looks.pause_ms))
+    } catch {
+      return undefined
+    }
   }
 
   #living(): readonly Peer[] {
