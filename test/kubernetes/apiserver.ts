@@ -7,7 +7,8 @@ import { tmpdir } from 'node:os'
 import { join, resolve } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
 import { requestJson } from '../../src/cluster/coordinator/json-request.js'
-import { EtcdServer, freePorts } from '../cluster/coordinator/etcd-server.js'
+import { EtcdServer } from '../cluster/coordinator/etcd-server.js'
+import { freePorts } from '../cluster/coordinator/ports.js'
 
 const TLS = resolve('test/golden/tls')
 const READY_MS = 120_000

@@ -78,11 +78,11 @@ export async function exchange(call: Call): Promise<Exchange[]> {
   return exchanges
 }
 
-/** The fields that the client reads, and all of an error's message. */
+/** The fields that the client reads; messages are for people, and have uids and versions. */
 function kept(body: unknown, versions: Map<string, string>): unknown {
-  const { kind, items, metadata, spec, status, reason, message, code } = Object(body)
+  const { kind, items, metadata, spec, status, reason, code } = Object(body)
   if (kind === 'LeaseList') return { kind, items: (items as unknown[]).map((item) => kept(item, versions)) }
-  if (kind === 'Status') return { kind, status, reason, message, code }
+  if (kind === 'Status') return { kind, status, reason, code }
   const { name, labels, annotations, resourceVersion } = metadata
   if (!versions.has(resourceVersion)) versions.set(resourceVersion, `version ${versions.size + 1}`)
   return { kind, metadata: { name, labels, annotations, resourceVersion: versions.get(resourceVersion) }, spec }

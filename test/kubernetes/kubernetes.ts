@@ -10,7 +10,6 @@ import { type Call, differenceOf, exchange } from './contract.js'
 
 /** An API server that has just started answers some requests after a second. */
 const LEASE_SECONDS = 6
-const JOBS = 4
 /** What the API answers, for the server that CI has instead: `RECORD=1` writes it anew. */
 const RECORD = 'test/kubernetes/contract.json'
 const STRANGER = { token: 'stranger-token', name: 'stranger', groups: 'trainers' }
@@ -40,7 +39,7 @@ t.test('it answers as it was recorded', async (t) => {
   t.equal(differenceOf(JSON.parse(readFileSync(RECORD, 'utf8')), exchanges), undefined)
 })
 
-runSuite({ name: 'kubernetes', cluster, coordinator: server }, 'leased', JOBS)
+runSuite({ name: 'kubernetes', cluster, coordinator: server }, 'leased')
 
 async function leasesOf(server: ApiServer, namespace: string): Promise<string> {
   await server.call('POST', '/api/v1/namespaces', { metadata: { name: namespace } })

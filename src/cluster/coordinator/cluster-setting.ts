@@ -17,11 +17,10 @@ const EXPECTED = 'etcd://host:2379[,host:2379…]/prefix, etcds://… for TLS, o
 export function readCluster(text: string): ClusterSetting {
   const [isKubernetes, namespace = ''] = KUBERNETES.exec(text) ?? []
   if (isKubernetes !== undefined) return { kind: 'kubernetes', namespace }
-  const [, scheme, members = '', path = '/muond'] = ETCD.exec(text) ?? []
+  const [, scheme, members = '', path = ''] = ETCD.exec(text) ?? []
   const hosts = members.split(',')
-  const prefix = path.replace(/\/+$/, '')
-  if (scheme === undefined || prefix === '' || !hosts.every(isHost))
-    throw new ConfigError(`cluster is '${text}', expected ${EXPECTED}`)
+  const prefix = path.replace(/\/+$/, '') || '/muond'
+  if (scheme === undefined || !hosts.every(isHost)) throw new ConfigError(`cluster is '${text}', expected ${EXPECTED}`)
   const protocol = scheme === 'etcds' ? 'https' : 'http'
   return { kind: 'etcd', urls: hosts.map((host) => `${protocol}://${host}`), prefix, name: text }
 }

@@ -3,6 +3,7 @@ import { request as httpsRequest, type RequestOptions } from 'node:https'
 
 /** An answer holds at most so many bytes; the largest is the list of all processes. */
 const MOST_BYTES = 2 ** 25
+const MOST_SHOWN = 200
 
 export type JsonRequest = {
   readonly url: URL
@@ -23,10 +24,19 @@ export async function requestJson(asked: JsonRequest): Promise<{ status: number;
   try {
     const response = await responseOf(asked, signal)
     const text = await textOf(response)
-    return { status: response.statusCode ?? 0, body: text === '' ? undefined : JSON.parse(text) }
+    return { status: response.statusCode ?? 0, body: parsed(text, response.statusCode) }
   } catch (error) {
     if (signal.aborted) throw new Error(`${asked.url.origin} has not answered within ${asked.timeout_ms / 1000} s`)
     throw error
+  }
+}
+
+function parsed(text: string, status: number | undefined): unknown {
+  if (text === '') return undefined
+  try {
+    return JSON.parse(text)
+  } catch {
+    throw new Error(`it answers ${status} and no JSON: ${text.slice(0, MOST_SHOWN).trim()}`)
   }
 }
 

@@ -9,8 +9,8 @@ import { KubernetesRegistry } from './kubernetes/registry.js'
 import { LeasedCoordinator, type LeasedOptions } from './leased.js'
 import type { Registry } from './registry.js'
 
-/** A lease lasts so many requests that get no answer: a member of etcd may hang, and it is still renewed. */
-const TIMEOUTS_PER_LEASE = 4
+/** An answer takes milliseconds; one that takes so long is none, and a lease of 12 seconds outlives three of them. */
+const TIMEOUT_MS = 3000
 
 /** Files, and the name of a user, by which etcd is reached; an empty one is none. */
 export type EtcdCredentials = {
@@ -23,17 +23,23 @@ export type EtcdCredentials = {
   readonly password_file: string
 }
 
+/** `timeout_ms`: what an answer may take. */
+export type CoordinatorOptions = LeasedOptions & { readonly timeout_ms?: number }
+
 /** The coordinator of a setting. Throws ConfigError where a file or a configuration cannot be read. Asks nobody yet. */
 export async function openCoordinator(
   setting: ClusterSetting,
   etcd: EtcdCredentials,
-  options: LeasedOptions,
+  options: CoordinatorOptions,
 ): Promise<LeasedCoordinator> {
-  return new LeasedCoordinator(await registryOf(setting, etcd, options.lease_seconds), options)
+  return new LeasedCoordinator(await registryOf(setting, etcd, options), options)
 }
 
-async function registryOf(setting: ClusterSetting, etcd: EtcdCredentials, lease_seconds: number): Promise<Registry> {
-  const timeout_ms = (lease_seconds * 1000) / TIMEOUTS_PER_LEASE
+async function registryOf(
+  setting: ClusterSetting,
+  etcd: EtcdCredentials,
+  { lease_seconds, timeout_ms = TIMEOUT_MS }: CoordinatorOptions,
+): Promise<Registry> {
   if (setting.kind === 'etcd') {
     const client = new EtcdClient({ urls: setting.urls, ...credentialsOf(etcd), timeout_ms })
     return new EtcdRegistry(client, { ...setting, lease_seconds })

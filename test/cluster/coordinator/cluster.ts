@@ -15,8 +15,8 @@ export type TestCluster = {
   /** Cuts the way from all processes in this one to the coordinator, or to their peers. */
   partition(): Promise<void>
   heal(): Promise<void>
-  /** The next answers of the coordinator do not arrive. */
-  loseAnswers?(count: number): void
+  /** The next requests to the coordinator, or its answers, do not arrive. */
+  readonly lose?: { requests(count: number): void; answers(count: number): void }
   /** Puts a text where the assignment of a run is. */
   spoil(run: string, content: string): Promise<void>
   /** Bytes that an assignment may have; undefined where nothing limits them. */
@@ -32,8 +32,8 @@ export type Subject = {
 }
 
 export const HOSTS = ['a', 'b', 'c']
-/** Of a coordinator that answers at once; see `LeasedMeans` for others. */
-export const LEASE_SECONDS = 2
+/** Of processes that a busy machine may keep waiting for a second. */
+export const LEASE_SECONDS = 3
 
 /** A forked process of a cluster. */
 export class Child {

@@ -3,6 +3,9 @@ import { type EtcdCredentials, openCoordinator } from '../../../src/cluster/coor
 import { Child, LEASE_SECONDS, type TestCluster } from './cluster.js'
 import type { CuttableProxy } from './proxy.js'
 
+/** A machine that runs many tests at once answers late. */
+const TIMEOUT_MS = 30_000
+
 export const NO_CREDENTIALS: EtcdCredentials = { ca: '', cert: '', key: '', user: '', password_file: '' }
 
 export type LeasedMeans = {
@@ -12,7 +15,6 @@ export type LeasedMeans = {
   /** The variables of forked processes, and of this one while a coordinator is opened. */
   readonly env: { readonly proxied: NodeJS.ProcessEnv; readonly direct: NodeJS.ProcessEnv }
   readonly mostBytes: number
-  /** A quarter of it is what an answer may take. */
   readonly lease_seconds?: number
   spoil(run: string, content: string): Promise<void>
 }
@@ -32,7 +34,7 @@ export function leasedCluster(means: LeasedMeans): TestCluster {
     open: (host, report = () => ({ free_bytes: 1, device: 'cpu' })) => {
       const opened = opening.then(() => {
         Object.assign(process.env, env.proxied)
-        const options = { url: urlOf(host), lease_seconds, report }
+        const options = { url: urlOf(host), lease_seconds, report, timeout_ms: TIMEOUT_MS }
         return openCoordinator(readCluster(setting.proxied), NO_CREDENTIALS, options)
       })
       opening = opened.catch(() => undefined)
@@ -41,7 +43,7 @@ export function leasedCluster(means: LeasedMeans): TestCluster {
     fork: (host) => Child.start(urlOf(host), ['leased', setting.direct, urlOf(host), `${lease_seconds}`], env.direct),
     partition: () => proxy.cut(),
     heal: () => proxy.heal(),
-    loseAnswers: (count) => proxy.loseAnswers(count),
+    lose: { requests: (count) => proxy.loseRequests(count), answers: (count) => proxy.loseAnswers(count) },
     close: () => proxy.close(),
   }
 }

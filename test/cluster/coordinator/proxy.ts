@@ -12,6 +12,7 @@ export class CuttableProxy {
   readonly #tls: ProxyTls | undefined
   #server: Server
   readonly #sockets = new Set<Socket>()
+  #requestsLost = 0
   #answersLost = 0
 
   static async start(target: number, tls?: ProxyTls): Promise<CuttableProxy> {
@@ -47,6 +48,11 @@ export class CuttableProxy {
     this.#serve()
   }
 
+  /** The next connections end before anything of them arrives. */
+  loseRequests(connections: number): void {
+    this.#requestsLost = connections
+  }
+
   /** The requests of the next connections arrive, and their answers do not. */
   loseAnswers(connections: number): void {
     this.#answersLost = connections
@@ -54,7 +60,13 @@ export class CuttableProxy {
 
   #serve(): void {
     this.#server.on(this.#tls ? 'secureConnection' : 'connection', (near: Socket) => {
-      const far = this.#tls ? connectTls({ port: this.#target, ca: this.#tls.ca }) : connect(this.#target, '127.0.0.1')
+      if (this.#requestsLost-- > 0) {
+        near.destroy()
+        return
+      }
+      const far = this.#tls
+        ? connectTls({ port: this.#target, host: '127.0.0.1', ca: this.#tls.ca })
+        : connect(this.#target, '127.0.0.1')
       for (const socket of [near, far]) {
         this.#sockets.add(socket)
         // A connection that is cut is what a test wants.

@@ -1,26 +1,26 @@
-import { once } from 'node:events'
 import { mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises'
-import { type AddressInfo, createServer } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { Coordinator } from '../../../src/cluster/coordinator/coordinator.js'
 import { Child, HOSTS, type TestCluster } from './cluster.js'
+import { freePorts } from './ports.js'
 import { openStatic, type StaticMember } from './static-member.js'
 
-async function freePort(): Promise<number> {
-  const server = createServer().listen(0, '127.0.0.1')
-  await once(server, 'listening')
-  const { port } = server.address() as AddressInfo
-  server.close()
-  await once(server, 'close')
-  return port
+/** Ports that no cluster of this process was given before. */
+const given = new Set<number>()
+
+async function unusedPorts(count: number): Promise<number[]> {
+  const ports = await freePorts(count)
+  if (ports.some((port) => given.has(port))) return unusedPorts(count)
+  for (const port of ports) given.add(port)
+  return ports
 }
 
 /** Processes that know each other by a list, and answer each other's probes over HTTP. */
 export async function staticCluster(): Promise<TestCluster> {
-  const entries: [string, string][] = []
-  for (const host of HOSTS) entries.push([host, `http://127.0.0.1:${await freePort()}`])
-  const urls = new Map(entries)
+  // Peers are in the order of their urls, and that is to be the order of their names.
+  const ports = (await unusedPorts(HOSTS.length)).sort((one, other) => one - other)
+  const urls = new Map(HOSTS.map((host, i) => [host, `http://127.0.0.1:${ports[i]}`]))
   const urlOf = (host: string) => urls.get(host)!
   const folder = await mkdtemp(join(tmpdir(), 'muond-static-'))
   const members = new Map<string, StaticMember>()

@@ -3,7 +3,6 @@ import { errorText } from '../../../errors.js'
 import { requestJson } from '../json-request.js'
 
 /** Codes of gRPC, which the gateway puts beside the status of HTTP. */
-const NOT_FOUND = 5
 const UNAVAILABLE = 14
 const UNAUTHENTICATED = 16
 /**
@@ -28,10 +27,6 @@ export class EtcdError extends Error {
   constructor(code: number, message: string) {
     super(message)
     this.code = code
-  }
-
-  get isNotFound(): boolean {
-    return this.code === NOT_FOUND
   }
 }
 

@@ -38,13 +38,8 @@ export class KubernetesRegistry implements Registry {
   }
 
   async renew(own: Announcement): Promise<readonly Announcement[]> {
-    try {
-      const others = await announced(own, () => this.#announce(own))
-      return [...(await this.#living(others)), own]
-    } catch (error) {
-      this.#renewals.interrupted()
-      throw error
-    }
+    const others = await announced(own, () => this.#announce(own))
+    return [...(await this.#living(others)), own]
   }
 
   async leave(): Promise<void> {
