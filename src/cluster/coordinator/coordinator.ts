@@ -22,8 +22,8 @@ export type PeerReport = Pick<Peer, 'free_bytes' | 'device'>
 export type Versioned<T> = { readonly value: T; readonly version: string }
 
 /**
- * `peers`: processes have come or gone. `problem`: what `problem()` says has changed. `look`: this process has looked for
- * the others, with or without an answer, three times in the length of a lease.
+ * `peers`: processes have come or gone. `problem`: what `problem()` says has changed. `look`: this process has looked
+ * for the others, with or without an answer, three times in the length of a lease.
  */
 export type CoordinatorEvents = { peers: []; problem: []; look: [] }
 

@@ -15,7 +15,8 @@ const PEERS = `${KIND}=peer`
 /**
  * Leases and values as Leases of Kubernetes (coordination.k8s.io/v1) in one namespace, so that a Role for leases is
  * all that a process needs. The Lease of a process has what it says of itself in annotations; a value is an annotation
- * of a Lease without a holder. Its version is `uid` and `resourceVersion`, which the API compares in each PUT and DELETE.
+ * of a Lease without a holder. Its version is `uid` and `resourceVersion`, which the API compares in each PUT and
+ * DELETE.
  *
  * Kubernetes ends no lease: whoever reads it judges (`Renewals`). `renewTime` is written for people and not read,
  * because it is by the clock of another machine.
