@@ -35,6 +35,7 @@ export const ERRORS = {
   RESTORING: { status: 503, retryable: true },
   DEVICE_FAILED: { status: 503, retryable: true },
   STORAGE_FAILED: { status: 507, retryable: true },
+  COORDINATOR_FAILED: { status: 503, retryable: true },
   CHECKPOINT_UNREADABLE: { status: 500, retryable: false },
   INTERNAL: { status: 500, close: 1011, retryable: false },
 } as const satisfies Record<string, { status: number; close?: number; retryable: boolean }>

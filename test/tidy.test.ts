@@ -42,6 +42,7 @@ const OWNERS: Record<string, (file: string) => boolean> = {
     ),
   fastify: (file) => /^src\/(app|http\/((pages|steps)\/)?[\w-]+|link\/session)\.ts$/.test(file),
   '@tensorflow/tfjs-core': (file) => file === 'src/client/tfjs.ts',
+  '@kubernetes/client-node': (file) => file === 'src/cluster/coordinator/kubernetes/client.ts',
   'prom-client': (file) => file === 'src/metrics.ts',
   'env-schema': (file) => file === 'src/config.ts',
 }

@@ -15,6 +15,7 @@ _RETRYABLE = {
         "RESTORING",
         "DEVICE_FAILED",
         "STORAGE_FAILED",
+        "COORDINATOR_FAILED",
         "QUORUM_LOST",
     ),
 }
