@@ -43,6 +43,7 @@ export class Head {
   /** Takes over, or steps down, by who is alive. */
   consider(): void {
     const { url, headUrl, peers } = this.#process
+    if (this.#whole?.over) this.#site.monitor.saw('heads deposed')
     if (headUrl !== url) return this.#stepDown()
     if (this.#isTakingOver) return
     const alive = new Set(peers.map((peer) => peer.url))

@@ -3,11 +3,16 @@ import { isSameEntry } from '../../src/cluster/commit-log.js'
 import { nextDigest } from '../../src/run/digest.js'
 import { recordOf } from '../cluster/records.js'
 
+/** What has happened that a cluster which nothing disturbs does not know: whether a schedule was of any use. */
+export const SEEN = ['taken over', 'went back', 'lost puts', 'old votes refused', 'heads deposed'] as const
+export type Seen = (typeof SEEN)[number]
+
 /** What nobody in the cluster can do: it sees everything at once, and notes what must never be. */
 export class Monitor {
   readonly violations: string[] = []
   /** Errors that the trainer was told, and could not get over by sending again. */
   readonly errors: string[] = []
+  readonly seen = new Map<Seen, number>(SEEN.map((what) => [what, 0]))
   /** What a head has taken for committed. */
   readonly #believed: { readonly head: string; readonly entry: Entry }[] = []
   readonly #finished = new Set<string>()
@@ -27,6 +32,10 @@ export class Monitor {
   /** The digest of the whole after a step, from the one before it. */
   next(previous: string, step: number, variant: number): string {
     return digestAfter(this.#all, { previous, step, variant })
+  }
+
+  saw(what: Seen): void {
+    this.seen.set(what, (this.seen.get(what) ?? 0) + 1)
   }
 
   violated(what: string): void {

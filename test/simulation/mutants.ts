@@ -6,45 +6,53 @@ import { type Bugs, CODE, type Code, NO_BUGS, type Subject } from './site.js'
 /** A bug that the simulation has to find: one line of what is compiled of src/cluster is another one. */
 type Mutation = { readonly file: 'whole' | 'vote' | 'recovery'; readonly from: string; readonly to: string }
 
-export type Planted = { readonly name: string; readonly bug: Mutation | keyof Bugs }
+/** `seed` is one whose schedule finds it. */
+export type Planted = { readonly name: string; readonly seed: number; readonly bug: Mutation | keyof Bugs }
 
 const SOURCES = new URL('../../src/cluster/', import.meta.url)
 
 export const PLANTED: readonly Planted[] = [
-  { name: 'a put writes over what is there', bug: 'overwrites' },
-  { name: 'an assignment is written without comparing', bug: 'swapsBlindly' },
-  { name: 'a shard votes before its journal has the step', bug: 'votesEarly' },
-  { name: 'a late copy opens a shard again', bug: 'opensAgain' },
+  { name: 'a put writes over what is there', seed: 59, bug: 'overwrites' },
+  { name: 'an assignment is written without comparing', seed: 1, bug: 'swapsBlindly' },
+  { name: 'a shard votes before its journal has the step', seed: 4, bug: 'votesEarly' },
+  { name: 'a late copy opens a shard again', seed: 36, bug: 'opensAgain' },
   {
     name: 'the generation of a vote is not compared',
+    seed: 82,
     bug: { file: 'whole', from: 'if (generation !== this.generation)', to: 'if (false)' },
   },
   {
     name: 'a vote that comes twice counts twice',
+    seed: 0,
     bug: { file: 'whole', from: 'this.#votes.set(shard, vote)', to: 'this.#votes.set(this.#votes.size, vote)' },
   },
   {
     name: 'a head does not see that its commit was not written',
+    seed: 976,
     bug: { file: 'whole', from: 'if (!isSameEntry(stands, entry))', to: 'if (false)' },
   },
   {
     name: 'a head that takes over does not close the log',
+    seed: 0,
     bug: {
       file: 'whole',
       from: 'newest = await log.put(entryAfter(newest,',
-      to: 'return new Whole(options, newest ?? entryAfter(newest,',
+      to: 'return new Whole(options, entryAfter({ position: (newest?.position ?? 0) - 1 },',
     },
   },
   {
     name: 'a head takes over though the log is closed to it',
+    seed: 65,
     bug: { file: 'whole', from: 'newest.generation >= assignment.generation', to: 'false' },
   },
   {
     name: 'a head serves though another one has taken over',
+    seed: 25,
     bug: { file: 'whole', from: 'newest.generation > this.generation', to: 'false' },
   },
   {
     name: 'a put whose answer was lost is never put again',
+    seed: 3,
     bug: {
       file: 'whole',
       from: 'this.#committing = false;\n            this.#refuse(error)',
@@ -53,18 +61,22 @@ export const PLANTED: readonly Planted[] = [
   },
   {
     name: 'the whole goes back where a shard is one step ahead',
+    seed: 7,
     bug: { file: 'recovery', from: 'step === at.step + 1', to: 'false' },
   },
   {
     name: 'the whole goes on though a shard has lost its last steps',
+    seed: 17,
     bug: { file: 'recovery', from: 'step === at.step && digest === expected', to: 'true' },
   },
   {
     name: 'a shard that is ahead stays there, whatever the step',
+    seed: 354,
     bug: { file: 'recovery', from: 'return { step: whole.step, back }', to: 'return { step: whole.step, back: [] }' },
   },
   {
     name: 'a checkpoint of any state counts',
+    seed: 541,
     bug: { file: 'recovery', from: '&& one.digest === shards[shard]', to: '' },
   },
 ]

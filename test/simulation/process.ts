@@ -53,7 +53,9 @@ export class SimulatedProcess {
   }
 
   async takeVote(vote: Vote): Promise<void> {
-    this.#head.whole().vote(vote)
+    const whole = this.#head.whole()
+    if (vote.generation !== whole.generation) this.#site.monitor.saw('old votes refused')
+    whole.vote(vote)
   }
 
   /** The head gives this process a shard. */

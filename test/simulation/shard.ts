@@ -8,7 +8,7 @@ import type { KeptPoint, ShardStore } from './stores.js'
 import type { Actor } from './world.js'
 
 /** Every so many steps a shard takes a checkpoint by itself. */
-const CHECKPOINT_STEPS = 3
+const CHECKPOINT_STEPS = 2
 
 export type ShardParts = {
   readonly index: number

@@ -1,19 +1,17 @@
-import { CALM_MS, type Fault, type Schedule } from './schedule.js'
+import { Faults } from './faults.js'
+import type { Seen } from './monitor.js'
+import { CALM_MS, type Schedule } from './schedule.js'
 import { CODE, NO_BUGS, Site, type Subject } from './site.js'
 import { Trainer } from './trainer.js'
 
 /** Once nothing goes wrong any more all is to come to its end in so many milliseconds of the simulated clock. */
 const PATIENCE_MS = 180_000
-/** How late a store is at most that is late: longer than a lease, and than anybody waits for an answer. */
-const LATENESS_MS = 20_000
-
-/** `errors` are what the trainer was told; `violations` what must never be. */
+/** `errors` are what the trainer was told; `violations` what must never be; `milliseconds` those of the world's clock. */
 export type Outcome = {
   readonly violations: readonly string[]
   readonly errors: readonly string[]
   readonly milliseconds: number
-  readonly generations: number
-  readonly wentBack: number
+  readonly seen: ReadonlyMap<Seen, number>
   readonly trace: readonly string[]
 }
 
@@ -25,7 +23,7 @@ export async function simulate(
   const site = new Site(schedule, subject, isTraced)
   const { world, monitor, log } = site
   const trainer = new Trainer(site, schedule.steps)
-  for (const fault of schedule.faults) world.after(fault.at, () => begin(site, fault))
+  new Faults(site, schedule.faults)
   world.after(CALM_MS, () => {
     world.weather = { ...world.weather, loss: 0, twice: 0 }
   })
@@ -35,43 +33,6 @@ export async function simulate(
   monitor.conclude(log.entries)
   if (schedule.journal)
     for (const error of monitor.errors) monitor.violated(`with a journal the trainer was told: ${error}`)
-  const { violations, errors } = monitor
-  const generations = log.entries.at(-1)?.generation ?? 0
-  const wentBack = log.entries.filter(({ step }, i) => step < (log.entries[i - 1]?.step ?? 0)).length
-  return { violations, errors, milliseconds: world.now, generations, wentBack, trace: world.trace ?? [] }
-}
-
-/** A fault begins, and ends after its time. */
-function begin(site: Site, fault: Fault): void {
-  const { world } = site
-  world.note(() => `${fault.kind} begins`)
-  const end = beginning(site, fault)
-  world.after(fault.lasts, () => {
-    world.note(() => `${fault.kind} ends`)
-    end()
-  })
-}
-
-function beginning(site: Site, fault: Fault): () => void {
-  switch (fault.kind) {
-    case 'kill':
-      site.restart(fault.process, fault.lasts)
-      return () => undefined
-    case 'stop': {
-      const { actor } = site.processes[fault.process]!
-      actor.stop()
-      return () => actor.goOn()
-    }
-    case 'cut': {
-      const cut = { side: new Set(fault.side), isOneWay: fault.isOneWay }
-      site.world.cuts.add(cut)
-      return () => void site.world.cuts.delete(cut)
-    }
-    default: {
-      const { trouble } = site[fault.store]
-      if (fault.kind === 'refuse') trouble.isRefusing = true
-      else trouble.lateness = LATENESS_MS
-      return () => Object.assign(trouble, fault.kind === 'refuse' ? { isRefusing: false } : { lateness: 0 })
-    }
-  }
+  const { violations, errors, seen } = monitor
+  return { violations, errors, seen, milliseconds: world.now, trace: world.trace ?? [] }
 }

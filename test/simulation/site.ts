@@ -42,7 +42,7 @@ export class Site {
     this.monitor = new Monitor(journal, parameters)
     this.log = new LogStore(this.world, this.monitor, bugs.overwrites)
     this.coordinator = new Coordinator(this.world, this.monitor, bugs.swapsBlindly)
-    this.store = new ShardStore(this.world)
+    this.store = new ShardStore(this.world, schedule.forgets)
     this.journal = journal
     this.model = model
     this.parameters = parameters

@@ -51,8 +51,9 @@ export class LogStore extends Place {
     return {
       isDurable: true,
       put: async (entry) => {
-        const stands = await this.ask(actor, () => this.#put(entry))
+        const stands = await this.ask(actor, () => this.#put(entry, actor))
         if (isSameEntry(stands, entry)) this.#monitor.believes(actor.name, entry)
+        else this.#monitor.saw('lost puts')
         return stands
       },
       read: (position) => this.ask(actor, () => this.entries[position - 1]),
@@ -60,7 +61,7 @@ export class LogStore extends Place {
     }
   }
 
-  #put(entry: Entry): Entry {
+  #put(entry: Entry, by: Actor): Entry {
     const { position } = entry
     if (position > this.entries.length + 1) throw new RangeError(`entry ${position} would leave a gap`)
     if (position > this.entries.length || this.#overwrites) {
@@ -68,6 +69,10 @@ export class LogStore extends Place {
       this.world.note(
         () => `log ${position}: ${entry.kind} step ${entry.step} generation ${entry.generation} by ${entry.head}`,
       )
+      const isBack = entry.step < (this.entries[position - 2]?.step ?? 0)
+      this.world.onMoment(isBack ? 'back' : entry.kind, by)
+      if (isBack) this.#monitor.saw('went back')
+      else if (entry.kind === 'begin' && position > 1) this.#monitor.saw('taken over')
     }
     return this.entries[position - 1] as Entry
   }
@@ -109,6 +114,7 @@ export class Coordinator extends Place {
       if (this.assignment?.generation !== before && !this.#swapsBlindly) return false
       this.#monitor.assigned(this.assignment?.generation ?? 0, next.generation)
       this.assignment = next
+      this.world.onMoment('assign', from)
       this.world.note(() => `generation ${next.generation}: ${next.shards.map(({ peer }) => peer).join(', ')}`)
       return true
     })
@@ -120,16 +126,27 @@ export class ShardStore extends Place {
   readonly #checkpoints = new Map<number, KeptPoint[]>()
   readonly #journal = new Map<number, KeptPoint[]>()
 
-  constructor(world: World) {
+  /** The fraction of checkpoints that come to nothing: a disk was full, or a process too slow. */
+  readonly #forgets: number
+
+  constructor(world: World, forgets: number) {
     super(world, 'store')
+    this.#forgets = forgets
   }
 
   keepCheckpoint(from: Actor, shard: number, point: KeptPoint): Promise<void> {
-    return this.ask(from, () => add(this.#checkpoints, shard, point))
+    return this.ask(from, () => {
+      if (this.world.random.chance(this.#forgets)) return
+      add(this.#checkpoints, shard, point)
+      this.world.onMoment('checkpoint', from)
+    })
   }
 
   keepStep(from: Actor, shard: number, point: KeptPoint): Promise<void> {
-    return this.ask(from, () => add(this.#journal, shard, point))
+    return this.ask(from, () => {
+      add(this.#journal, shard, point)
+      this.world.onMoment('journal', from)
+    })
   }
 
   /** All points that a shard can be restored to. */

@@ -37,7 +37,14 @@ export type Weather = { readonly delay: number; readonly loss: number; readonly 
 /** A time at which the places on one side cannot reach those on the other, in one direction or both. */
 type Cut = { readonly side: ReadonlySet<string>; readonly isOneWay: boolean }
 
+/** So many of the messages take so long at most: longer than anybody waits for an answer. */
+const DETOURS = 0.01
+const DETOUR_MS = 10_000
+
 export class TimeoutError extends Error {}
+
+/** What a fault can wait for: something is written. `back` is a beginning that goes back to an earlier step. */
+export type Moment = 'assign' | 'begin' | 'back' | 'commit' | 'journal' | 'checkpoint'
 
 /** The clock and the network. Only what is an event here happens, in an order that the seed decides. */
 export class World {
@@ -46,6 +53,8 @@ export class World {
   readonly trace: string[] | undefined
   readonly cuts = new Set<Cut>()
   weather: Weather
+  /** Told of each moment, with the actor whose doing it is, before that one knows of it itself. */
+  onMoment: (moment: Moment, by: Actor) => void = () => undefined
   #order = 0
   readonly #events: Event[] = []
 
@@ -102,9 +111,8 @@ export class World {
     const copies = this.random.chance(twice) ? 2 : 1
     for (let i = 0; i < copies; i += 1) {
       if (this.random.chance(loss)) continue
-      // One in fifty takes a detour.
-      const late = this.random.chance(0.02) ? 40 : 1
-      this.after(1 + this.random.fraction() * delay * late, () => {
+      const most = this.random.chance(DETOURS) ? DETOUR_MS : delay
+      this.after(1 + this.random.fraction() * most, () => {
         if (!this.#isCut(way)) work()
       })
     }
