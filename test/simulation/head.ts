@@ -86,8 +86,8 @@ export class Head {
     const head = `${this.#process.url} ${++this.#attempts}`
     const whole = await code.Whole.begin({ log: log.of(this.#process.actor), assignment, attentions: [], head })
     const states = await this.#openShards(whole)
-    // Where nothing is common they begin anew: each shard can always go to step 0.
-    const { step, back } = (await code.recoveryOf(whole, states)) ?? { step: 0, back: [...states.keys()] }
+    // Something is common to all: each shard can go to step 0.
+    const { step, back } = (await code.recoveryOf(whole, states))!
     if (step !== whole.step) await whole.goTo(step)
     await this.#takeBack(whole, back)
     this.#site.world.note(() => `${head} is head of generation ${assignment.generation} after step ${step}`)

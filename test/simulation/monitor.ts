@@ -19,6 +19,8 @@ export class Monitor {
   /** The receipts that a trainer has, by step. */
   readonly #receipts = new Map<number, string>()
   readonly #all: readonly number[]
+  /** The newest generation that a trainer was told. */
+  #told = 0
   /** How often a trainer has gone back: each time its gradients are other ones from there on. */
   variants = 1
 
@@ -35,7 +37,7 @@ export class Monitor {
   }
 
   saw(what: Seen): void {
-    this.seen.set(what, (this.seen.get(what) ?? 0) + 1)
+    this.seen.set(what, this.seen.get(what)! + 1)
   }
 
   violated(what: string): void {
@@ -44,6 +46,12 @@ export class Monitor {
 
   assigned(before: number, next: number): void {
     if (next <= before) this.violated(`generation ${next} is assigned after generation ${before}`)
+  }
+
+  /** A trainer is told the generation of the whole. */
+  told(generation: number): void {
+    if (generation < this.#told) this.violated(`the trainer is told generation ${generation} after ${this.#told}`)
+    this.#told = generation
   }
 
   /** The process that a generation's assignment names has finished a step of a shard. */

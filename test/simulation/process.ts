@@ -78,6 +78,7 @@ export class SimulatedProcess {
   shard(index: number): SimulatedShard {
     const shard = this.#shards.get(index)
     if (shard) return shard
+    /* c8 ignore next 2 -- whoever asks knows the address of this life, which the head has given the shard */
     throw new ServiceError('RUN_NOT_FOUND', `${this.url} does not have shard ${index}`)
   }
 

@@ -3,8 +3,8 @@ export class Random {
   #state: number
 
   constructor(seed: number) {
-    // Seeds that follow each other begin far from each other.
-    this.#state = Math.imul(seed + 1, 0x9e3779b1) >>> 0 || 1
+    // Seeds that follow each other begin far from each other. An odd number times an odd one is never 0.
+    this.#state = Math.imul(2 * seed + 1, 0x9e3779b1) >>> 0
     for (let i = 0; i < 4; i += 1) this.#next()
   }
 

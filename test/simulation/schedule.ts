@@ -5,8 +5,8 @@ import type { Moment, Weather } from './world.js'
 export const CALM_MS = 60_000
 
 /**
- * What goes wrong from `at` on for so many milliseconds. A strike waits for the first moment of its kind after `at`, and
- * hits the process whose doing it is: what it has asked for is done, and it does not know.
+ * What goes wrong from `at` on for so many milliseconds. A strike waits for the first moment of its kind after `at`,
+ * and hits the process whose doing it is: what it has asked for is done, and it does not know.
  */
 export type Fault = { readonly at: number; readonly lasts: number } & (
   | { readonly kind: 'strike'; readonly how: 'kill' | 'stop'; readonly moment: Moment }

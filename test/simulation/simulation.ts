@@ -6,7 +6,7 @@ import { Trainer } from './trainer.js'
 
 /** Once nothing goes wrong any more all is to come to its end in so many milliseconds of the simulated clock. */
 const PATIENCE_MS = 180_000
-/** `errors` are what the trainer was told; `violations` what must never be; `milliseconds` those of the world's clock. */
+/** `errors` are what the trainer was told, `violations` what must never be; milliseconds are of the world's clock. */
 export type Outcome = {
   readonly violations: readonly string[]
   readonly errors: readonly string[]

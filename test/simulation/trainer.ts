@@ -8,7 +8,7 @@ const AGAIN_MS = 300
 /** A step takes a trainer so long at most, so that what goes wrong comes in every part of one. */
 const COMPUTE_MS = 3000
 
-/** A trainer that follows the protocol: it opens the whole and its shards, and sends a step until it has its receipt. */
+/** A trainer that follows the protocol: it opens the whole and its shards, and sends a step until it has a receipt. */
 export class Trainer {
   readonly actor = new Actor('trainer', 'trainer')
   isDone = false
@@ -16,7 +16,6 @@ export class Trainer {
   readonly #steps: number
   /** The digests of the steps that it has receipts of. */
   readonly #digests: string[]
-  #generation = 0
   /** Of the gradients: they are other ones each time that it has gone back. */
   #variant = 0
 
@@ -36,7 +35,7 @@ export class Trainer {
     while (this.step < this.#steps) {
       try {
         const placed = await this.#open()
-        if (placed) while (this.step < this.#steps) await this.#takeStep(placed)
+        while (this.step < this.#steps) await this.#takeStep(placed)
       } catch (error) {
         world.note(() => `trainer at step ${this.step}: ${error}`)
         this.#noteConflict(error)
@@ -46,14 +45,13 @@ export class Trainer {
     this.isDone = true
   }
 
-  /** Opens the whole where it is, and its shards; undefined where it is an older one than the trainer knows. */
-  async #open(): Promise<Placed | undefined> {
-    const { world, processes } = this.#site
+  /** Opens the whole where it is, and its shards. */
+  async #open(): Promise<Placed> {
+    const { world, processes, monitor } = this.#site
     const asked = world.random.one(processes)
     const head = await this.#site.call(this.actor, asked.url, async ({ headUrl }) => headUrl)
     const placed = await this.#site.call(this.actor, head, (process) => process.place())
-    if (placed.generation < this.#generation) return undefined
-    this.#generation = placed.generation
+    monitor.told(placed.generation)
     this.#compare(placed)
     const opened = placed.peers.map((peer, index) =>
       this.#site.call(this.actor, peer, async (process) => process.shard(index).opened(placed.generation)),

@@ -54,7 +54,7 @@ export class World {
   readonly cuts = new Set<Cut>()
   weather: Weather
   /** Told of each moment, with the actor whose doing it is, before that one knows of it itself. */
-  onMoment: (moment: Moment, by: Actor) => void = () => undefined
+  onMoment!: (moment: Moment, by: Actor) => void
   #order = 0
   readonly #events: Event[] = []
 
@@ -76,11 +76,11 @@ export class World {
     return new Promise((resolve) => this.after(delay, resolve, actor))
   }
 
-  /** Lets things happen until `isOver`, or until nothing is left to happen before `end`. */
+  /** Lets things happen until `isOver`, or up to `end`. Something is always left to happen: leases are renewed. */
   async run(end: number, isOver: () => boolean): Promise<void> {
     while (!isOver()) {
       const event = pop(this.#events)
-      if (!event || event.at > end) return
+      if (event.at > end) return
       this.now = event.at
       event.work()
       // What waits for a promise goes on in this turn, and before the next event.
@@ -140,10 +140,12 @@ function push(heap: Event[], event: Event): void {
   heap[at] = event
 }
 
-function pop(heap: Event[]): Event | undefined {
-  const first = heap[0]
-  const last = heap.pop()
-  if (heap.length === 0 || !last) return first
+/** Takes the earliest event off a heap that has one. */
+function pop(heap: Event[]): Event {
+  const first = heap[0]!
+  const last = heap.pop()!
+  /* c8 ignore next -- something is always left to happen */
+  if (heap.length === 0) return first
   let at = 0
   for (;;) {
     let child = 2 * at + 1
