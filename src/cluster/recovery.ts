@@ -17,8 +17,8 @@ export type Recovery = { readonly step: number; readonly back: readonly number[]
  * Where a whole goes on, from where its shards are; a head asks it right after `Whole.begin`.
  * - After the last committed step, where each shard is there, or one step ahead: a shard that has finished a step which
  *   was not committed answers the gradients of that step again, and votes again. With a journal it always comes to
- *   this, since a shard votes for a step only once its journal has it. A shard that is ahead goes back if it can: where the
- *   whole has gone back before, the step that the shard has may be one that nobody sends again.
+ *   this, since a shard votes for a step only once its journal has it. A shard that is ahead goes back if it can: where
+ *   the whole has gone back before, the step that the shard has may be one that nobody sends again.
  * - Else after the newest committed step of which every shard has a checkpoint. A checkpoint counts by its digest
  *   alone: one of steps that the whole went back from has another.
  * - Else undefined: there is nothing that all shards can go back to.

@@ -142,8 +142,8 @@ export class Whole {
 
   /**
    * Throws STALE_GENERATION where another head has taken over, which this one may not have noticed: it was stopped for
-   * a while, or cut off. Safety does not need it, since such a head commits nothing; but it would send clients to shards
-   * that refuse them, so it is asked before a client is told where the shards are.
+   * a while, or cut off. Safety does not need it, since such a head commits nothing; but it would send clients to
+   * shards that refuse them, so it is asked before a client is told where the shards are.
    */
   async confirm(): Promise<void> {
     const newest = await this.#log.newest()
