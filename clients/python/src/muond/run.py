@@ -21,14 +21,15 @@ from .steps.backoff import Backoff
 from .steps.exchange import Taken
 from .steps.gradient import bytes_of
 from .steps.interrupt import interrupt_later
+from .steps.opening import open_writer
 from .steps.owed import Groups, merge_groups, owed_groups
-from .steps.parameter import Bound, bind, check_bytes, sizes_of
+from .steps.parameter import Bound, bind, check_bytes
 from .steps.step import Gradient, MaxLogits, Step
-from .steps.updates import Bytes, Memory, Update, Updates
-from .steps.writer import RETRIES, Failed, Host, Writer
-from .transport.address import Endpoint, endpoint
+from .steps.updates import Bytes, Memory, Update
+from .steps.writer import RETRIES, Failed, Host, Sharing, Writer
+from .transport.address import Endpoint, addresses
 from .transport.arenas import Arenas, HostArenas
-from .transport.choice import MakeArenas, Transport
+from .transport.choice import MakeArenas
 from .wire.dtype import BLOCKS
 from .wire.frame import PROTOCOL, Frame, MemberKey
 
@@ -46,7 +47,7 @@ Apply = Callable[[Sequence[Update]], None]
 
 
 def open_run(
-    url: str | None = None,
+    url: str | Sequence[str] | None = None,
     *,
     run: str,
     parameters: Sequence[Parameter],
@@ -73,7 +74,8 @@ def open_run(
 ) -> Run:
     """Opens a run, on a connection of its own; its updates are applied to each parameter's ``data``, in place.
 
-    ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
+    ``url``: an address, or several of which the first that answers is taken, each as ``muond.transport.address.endpoint`` reads it,
+    as ``token``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
     ``member``: (rank, world size) of a run with many members, of which each sends and receives the ``ranges`` of each
     parameter. A ``Member`` may be of one of several replicas, whose steps are made with the mean of what
     they send; ``quorum``, a ``Quorum``, says when a step may be closed without all of them. ``weights``: a digest of the weights that a
@@ -91,7 +93,7 @@ def open_run(
     """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, at least 1")
-    address = endpoint(url, token=token, headers=headers, ssl_context=ssl_context)
+    found = addresses(url, token=token, headers=headers, ssl_context=ssl_context)
     declared = [parameter.declaration() for parameter in parameters]
     given: Frame = {
         "groups": None if groups is None else [dict(group) for group in groups],
@@ -114,15 +116,11 @@ def open_run(
         if transport not in ("auto", "websocket"):
             raise ValueError(f"transport={transport!r} is not possible: {reason}")
         transport = "websocket"
-    shared = Transport.choose(transport, address, sizes_of(declared), gpu_arenas)
-    try:
-        writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes, shared), frame)
-    except BaseException:
-        shared.close()
-        raise
+    host = Host(found, retries, backoff or Backoff(), chunk_bytes, Sharing(transport, gpu_arenas))
+    writer = open_writer(host, frame)
     memory = Memory() if allocate is None else Memory(allocate)
     try:
-        return Run(writer, parameters, address, apply, memory)
+        return Run(writer, parameters, apply, memory)
     except BaseException:
         writer.close()
         raise
@@ -135,11 +133,8 @@ class Run:
     ends their step returns. Updates are applied by that call, in the caller's thread.
     """
 
-    def __init__(
-        self, writer: Writer, parameters: Sequence[Parameter], address: Endpoint, apply: Apply | None, memory: Memory
-    ) -> None:
+    def __init__(self, writer: Writer, parameters: Sequence[Parameter], apply: Apply | None, memory: Memory) -> None:
         """Use ``open_run``."""
-        self.address = address
         self.parameters = bind([parameter.declaration() for parameter in parameters])
         self._writer = writer
         self._by_key: dict[Key, Bound] = {parameter.name: parameter for parameter in self.parameters}
@@ -148,7 +143,7 @@ class Run:
         # Nothing here refers to the run itself: one that nobody holds any more is closed at once.
         self._apply = apply or _apply_to([parameter.data for parameter in parameters])
         self._events: SimpleQueue[Update | Taken | Failed] = SimpleQueue()
-        self._updates = Updates(self.parameters, writer.step + 1, memory, self._events.put)
+        writer.deliver_to(self.parameters, memory, self._events.put)
         self._flight: Step | None = None
         self._groups: Groups = writer.opened["groups"]
         self._owed: Groups = {}
@@ -170,6 +165,11 @@ class Run:
         return str(self.opened["run"])
 
     @property
+    def address(self) -> Endpoint:
+        """The process that the run was opened at, with the key for it."""
+        return self._writer.address
+
+    @property
     def opened(self) -> Frame:
         """The service's answer to the newest ``open``: epoch, groups, limits, device and more."""
         return self._writer.opened
@@ -182,15 +182,14 @@ class Run:
         """
         return self._writer.members
 
-    @property
-    def arenas(self) -> Arenas | None:
-        """The memory that is shared with the service now; None where everything goes over the socket."""
-        return self._writer.arenas
+    def arenas_of(self, index: int) -> Arenas | None:
+        """The memory that is shared with the service now and has a slot for this parameter; None where it goes over a socket."""
+        return self._writer.arenas_of(index)
 
     @property
     def transport(self) -> str:
         """How gradients and updates travel now: ``cuda-ipc``, ``shm`` or ``websocket``."""
-        return "websocket" if self.arenas is None else self.arenas.kind
+        return self._writer.transport
 
     @property
     def step_count(self) -> int:
@@ -340,15 +339,14 @@ class Run:
         ``step_count`` the service's. Not while a step is in flight. Raises MuondError, STATE_INVALID for what does not fit the run.
         """
         self._require_idle()
-        with self._writer.rest() as rest:
-            answer = rest.import_state(self.name, tensors, metadata, partial=partial)
-        self.moved(answer["step"], answer["digest"])
+        self._writer.import_state(tensors, metadata, partial=partial)
+        self._writer.expect(self.step_count + 1)
 
     def moved(self, step: int, digest: str) -> None:
         """Another member has imported state into the run: it goes on from there. Not while a step is in flight."""
         self._require_idle()
         self._writer.moved(step, digest)
-        self._updates.next(self.step_count + 1)
+        self._writer.expect(self.step_count + 1)
 
     def reopen(self, checkpoint: str | None = None) -> None:
         """Opens the run again wherever the service has it now, or goes back to a checkpoint; the weights are the caller's.
@@ -359,7 +357,7 @@ class Run:
         self._writer.reopen(checkpoint)
         self._groups = self.opened["groups"]
         self._owed = {}
-        self._updates.next(self.step_count + 1)
+        self._writer.expect(self.step_count + 1)
 
     def hurry(self) -> None:
         """The step in flight is not tried again after a failure: someone waits who wants to leave."""
@@ -401,7 +399,7 @@ class Run:
 
     def _start(self, step: Step) -> None:
         self._flight = step
-        self._writer.take(step, self._updates, self._events.put)
+        self._writer.take(step, self._events.put)
 
     def _growing(self) -> Step:
         if self._flight is None:
@@ -420,7 +418,7 @@ class Run:
         flight, self._flight = self._flight, None
         if isinstance(outcome, Failed):
             raise outcome.error
-        self._updates.next(self.step_count + 1)
+        self._writer.expect(self.step_count + 1)
         self._groups = outcome.receipt["groups"]
         late = flight is not None and not outcome.receipt.get("contributed", True)
         self._owed = owed_groups(flight.groups, self._groups) if flight is not None and late else {}
@@ -480,7 +478,7 @@ class Run:
 
     def _gradient(self, key: Key, gradient: npt.ArrayLike) -> Gradient:
         parameter = self._find(key)
-        data, arenas = bytes_of(gradient, parameter), self.arenas
+        data, arenas = bytes_of(gradient, parameter), self.arenas_of(parameter.index)
         if not isinstance(arenas, HostArenas):
             return Gradient(parameter.index, data)
         arenas.gradient(parameter.index)[:] = data

@@ -14,7 +14,7 @@ import torch
 from ..error import MuondError
 from ..rest import Rest
 from ..run import Run
-from ..transport.address import Endpoint
+from ..transport.address import Addresses
 from .copies import Copies
 from .living import begins, ends, go_with
 from .opening import Replica, new_run_name, open_slots
@@ -48,9 +48,9 @@ def _write_from_first(ranks: Ranks, run: Run, rows: Sequence[Row], *, partial: b
 class Home:
     """``groups`` gives the optimizer's param_groups. What opens, reads or writes raises MuondError."""
 
-    def __init__(self, settings: Settings, address: Endpoint, groups: Callable[[], Groups]) -> None:
+    def __init__(self, settings: Settings, addresses: Addresses, groups: Callable[[], Groups]) -> None:
         self.settings = settings
-        self.address = address
+        self.addresses = addresses
         self._own_name = new_run_name()
         self.name = settings.run or self._own_name
         self.run: Run | None = None
@@ -110,7 +110,7 @@ class Home:
         self.closed = True
         if delete and self._goes is not None:
             self._goes.detach()
-        ends(self.address, self.name)
+        ends(self.addresses, self.name)
         if self.run is not None:
             self.run.close()
         if delete and was_open and self._is_first:
@@ -146,7 +146,12 @@ class Home:
         return self._slot_of.get(parameter)
 
     def rest(self) -> Rest:
-        return Rest(self.address, self.settings.retries, self.settings.backoff)
+        address = self.addresses.first if self.run is None else self.run.address
+        return Rest(address, self.settings.retries, self.settings.backoff)
+
+    def rest_once(self) -> Rest:
+        """As ``rest``, without another attempt."""
+        return Rest(self.addresses.first)
 
     def open_run(
         self,
@@ -176,7 +181,7 @@ class Home:
                 "ranks": ranks,
                 "replica": self.replica,
             }
-            return open_slots(name, slots, groups, self.address, self.settings, **how)  # type: ignore[arg-type]
+            return open_slots(name, slots, groups, self.addresses, self.settings, **how)  # type: ignore[arg-type]
 
         if ranks is None:
             return open_it(mode, checkpoint, branch_of), slots
@@ -195,17 +200,17 @@ class Home:
         return bool(everything) or parameter.requires_grad or parameter.grad is not None or parameter in self._slot_of
 
     def adopt(self, run: Run, slots: list[Slot], name: str) -> None:
-        ends(self.address, self.name)
+        ends(self.addresses, self.name)
         self.run, self.slots, self.name = run, slots, name
         groups = self.groups()
         self.group_names = group_names(groups)
         self._slot_of = {slot.tensor: slot for slot in slots}
         if self._goes is not None:
             self._goes.detach()
-        self._goes = go_with(self, run, self.address) if self._is_own(name) and self._is_first else None
+        self._goes = go_with(self, run) if self._is_own(name) and self._is_first else None
         self._listed = [[id(parameter) for parameter in group["params"]] for group in groups]
         self._undeclared = [p for group in groups for p in group["params"] if p not in self._slot_of and p.numel() > 0]
-        begins(self, self.address, name)
+        begins(self, self.addresses, name)
 
     def leave(self, run: Run) -> None:
         """Closes a run that this optimizer does not keep; one that was made for it goes."""

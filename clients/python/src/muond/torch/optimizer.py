@@ -18,10 +18,10 @@ from typing_extensions import Unpack
 from ..connection import Connection
 from ..error import ErrorFields, MuondError
 from ..receipt import Checkpoint, Receipt
-from ..rest import Rest
 from ..run import Run
+from ..steps.asking import at_first
 from ..steps.interrupt import interrupt_later
-from ..transport.address import endpoint
+from ..transport.address import addresses
 from .checks import check_values
 from .copies import Copies
 from .feedback import Feedback
@@ -74,10 +74,10 @@ class Optimizer(torch.optim.Optimizer):
     def _begin(self, params: Any, defaults: dict[str, Any], given: Settings) -> None:
         self._ready = False
         self._settings = given
-        self._address = endpoint(given.url, token=given.token, headers=given.headers, ssl_context=given.ssl_context)
+        self._addresses = addresses(given.url, token=given.token, headers=given.headers, ssl_context=given.ssl_context)
         # What belongs to the optimizer must not keep it alive.
         reference = weakref.ref(self)
-        self._home = Home(given, self._address, lambda: _alive(reference).param_groups)
+        self._home = Home(given, self._addresses, lambda: _alive(reference).param_groups)
         home = self._home
         self._feedback = Feedback(lambda: home.state) if given.error_feedback else None
         self._staging = Staging(self._feedback)
@@ -96,7 +96,7 @@ class Optimizer(torch.optim.Optimizer):
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
         self._join()
         self._progress = Progress(self._home.name) if given.progress else None
-        Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
+        at_first(self._addresses, Connection).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
         if given.overlap:
             self._attach()
         self._ready = True
@@ -198,7 +198,7 @@ class Optimizer(torch.optim.Optimizer):
     def _presets(self) -> Mapping[str, Any]:
         if self._known_presets is None:
             # Not tried again, like the first connection: a wrong address should be heard of at once.
-            with Rest(self._address) as rest:
+            with self._home.rest_once() as rest:
                 self._known_presets = rest.capabilities()["presets"]
         return self._known_presets
 
@@ -304,11 +304,10 @@ class Optimizer(torch.optim.Optimizer):
         """Whether a gradient has NaN or Inf and the step is not to be. Raises MuondError GRADIENT_NOT_FINITE if that is asked for."""
         if self._settings.overlap or self._settings.on_nonfinite == "skip_parameter":
             return False
-        arenas = run.arenas
-        if arenas is not None and run.transport == "cuda-ipc":  # pragma: no cover - needs a GPU
+        if run.transport == "cuda-ipc":  # pragma: no cover - needs a GPU
             rows = [(s, s.gradient, self.param_groups[s.group]) for s in self._home.slots]
             given = [(slot, gradient, group) for slot, gradient, group in rows if gradient is not None]
-            if not given or self._staging.place_finite(arenas, given):
+            if not given or self._staging.place_finite(run, given):
                 return False
         names = tuple(slot.name for slot in nonfinite(self._home.slots))
         ranks = self._home.ranks

@@ -34,7 +34,7 @@ WIRE_DTYPES: Mapping[str, torch.dtype] = {
 class Options(TypedDict, total=False):
     """The keyword arguments of every optimizer; ``Settings`` says what they mean."""
 
-    url: str | None
+    url: str | Sequence[str] | None
     run: str | None
     mode: Mode
     token: str | None
@@ -65,8 +65,8 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    url: str | None = None
-    """``ws://host:port``; default: the environment's MUOND_URL, then ws://127.0.0.1:8787."""
+    url: str | Sequence[str] | None = None
+    """``ws://host:port``, or several of which the first that answers is taken; default: the environment's MUOND_URL, then ws://127.0.0.1:8787."""
     run: str | None = None
     """Name of the run; default: a new one."""
     mode: Mode = "create"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+from ..error import MuondError
 
 DEFAULT_URL = "ws://127.0.0.1:8787"
 _SCHEMES = {"ws": False, "http": False, "wss": True, "https": True}
@@ -54,6 +56,63 @@ class Endpoint:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a service is to be found: the first of these that answers will do. All are given the same key and headers."""
+
+    endpoints: tuple[Endpoint, ...]
+    """At least one."""
+
+    @property
+    def first(self) -> Endpoint:
+        return self.endpoints[0]
+
+    @property
+    def has_loopback(self) -> bool:
+        return any(endpoint.is_loopback for endpoint in self.endpoints)
+
+    def led_by(self, found: Endpoint) -> Addresses:
+        """The same with ``found`` before all others."""
+        return Addresses((found, *(endpoint for endpoint in self.endpoints if endpoint != found)))
+
+    def at(self, url: str, asked: Endpoint) -> Endpoint:
+        """The address of another process of the service, as the one at ``asked`` gives it.
+
+        Raises MuondError for one that the key must not be sent to: without TLS, where the trainer has asked for TLS.
+        """
+        try:
+            found = endpoint(url, token=asked.token, headers=asked.headers, ssl_context=asked.ssl_context)
+        except ValueError as error:
+            raise MuondError("FRAME_UNEXPECTED", f"{asked.url} gives an address that is none: {error}") from error
+        if asked.tls and not found.tls:
+            raise MuondError(
+                "FRAME_UNEXPECTED",
+                f"{asked.url} gives the address {found.url}, which has no TLS: start its processes with --advertise wss://…",
+            )
+        return found
+
+
+def addresses(
+    url: str | Sequence[str] | None = None,
+    *,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    ssl_context: ssl.SSLContext | None = None,
+) -> Addresses:
+    """Reads one address or several, each as ``endpoint`` does; MUOND_URL may have several with commas between.
+
+    Raises ValueError, naming what is wrong with an address, also for none.
+    """
+    if url is None:
+        given: Sequence[str] = os.environ.get("MUOND_URL", DEFAULT_URL).split(",")
+    else:
+        given = [url] if isinstance(url, str) else url
+    if not given:
+        raise ValueError("the list of urls is empty")
+    each = (endpoint(one.strip(), token=token, headers=headers, ssl_context=ssl_context) for one in given)
+    return Addresses(tuple(each))
 
 
 def endpoint(

@@ -66,7 +66,7 @@ def _load_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> No
 def _take_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> tuple[Run, list[Slot]] | None:
     """The run of the dictionary, at its checkpoint; None where it is another optimizer's or another trainer's."""
     name = str(token["run"])
-    if not _may_take(home, name) or lives(home.address, name):
+    if not _may_take(home, name) or lives(home.addresses, name):
         return None
     made: list[list[Slot]] = []
 
@@ -184,7 +184,7 @@ def _open_for(
 ) -> tuple[Run, list[Slot]]:
     """The run of the dictionary where it is this optimizer's to take; else one of its own, which gets a copy."""
     name = str(token.get("run", home.name))
-    if name != home.name and _may_take(home, name) and not lives(home.address, name) and _is_left(home, token):
+    if name != home.name and _may_take(home, name) and not lives(home.addresses, name) and _is_left(home, token):
         try:
             return home.open_run(name, "create_or_resume", None, groups, loaded)
         except MuondError as error:
