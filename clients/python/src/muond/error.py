@@ -16,6 +16,7 @@ _RETRYABLE = {
         "DEVICE_FAILED",
         "STORAGE_FAILED",
         "QUORUM_LOST",
+        "PEER_FAILED",
     ),
 }
 

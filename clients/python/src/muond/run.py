@@ -14,21 +14,21 @@ import numpy.typing as npt
 
 from .declaration import Member, Parameter, Quorum
 from .error import ErrorFields, MuondError
+from .opening import open_writer
 from .receipt import Checkpoint, Receipt
-from .rest import Tensor
+from .rest import Rest, Tensor
 from .steps.apply import Weights, apply_update
 from .steps.backoff import Backoff
 from .steps.exchange import Taken
 from .steps.gradient import bytes_of
 from .steps.interrupt import interrupt_later
-from .steps.opening import open_writer
 from .steps.owed import Groups, merge_groups, owed_groups
 from .steps.parameter import Bound, bind, check_bytes
 from .steps.step import Gradient, MaxLogits, Step
 from .steps.updates import Bytes, Memory, Update
 from .steps.writer import RETRIES, Failed, Host, Sharing, Writer
 from .transport.address import Endpoint, addresses
-from .transport.arenas import Arenas, HostArenas
+from .transport.arenas import GradientSlots
 from .transport.choice import MakeArenas
 from .wire.dtype import BLOCKS
 from .wire.frame import PROTOCOL, Frame, MemberKey
@@ -67,6 +67,7 @@ def open_run(
     retries: int = RETRIES,
     backoff: Backoff | None = None,
     chunk_bytes: int = 1 << 24,
+    shards: int = 0,
     transport: str = "auto",
     gpu_arenas: MakeArenas | None = None,
     apply: Apply | None = None,
@@ -84,6 +85,8 @@ def open_run(
     ``branch_of``: (another run of the service, a checkpoint of that by id or tag); a new run begins with its state, step and digest,
     and the weights must be those of that step.
     ``retries``: consecutive failed attempts at one step that brought nothing new, before it raises; 0 for none.
+    ``shards``: over how many processes of the service a new run is to be spread; 0: as the service has it. One that exists has those
+    that it has.
     ``transport``: ``shm`` shares memory with a service on this host, ``websocket`` sends everything, ``auto`` tries and falls
     back; ``cuda-ipc`` shares that of a GPU, which ``gpu_arenas`` makes, as ``muond.torch`` does.
     ``apply``: what to do with updates instead. ``allocate``: memory for updates, by bytes.
@@ -91,6 +94,8 @@ def open_run(
     Raises MuondError RUN_EXISTS, RUN_NOT_FOUND, RUN_BUSY (see ``takeover``), RUN_MISMATCH, PARAMETER_INVALID…, UNAUTHORIZED,
     CONNECTION_LOST; a first connection is not retried.
     """
+    if shards < 0:
+        raise ValueError(f"shards is {shards}, at least 0")
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, at least 1")
     found = addresses(url, token=token, headers=headers, ssl_context=ssl_context)
@@ -109,7 +114,8 @@ def open_run(
     }
     # A branch is always a new run.
     is_default = mode == "create_or_resume"
-    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "create" if branch_of and is_default else mode}
+    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "shards": shards}
+    frame["mode"] = "create" if branch_of and is_default else mode
     frame.update({key: value for key, value in given.items() if value is not None})
     reason = _shares_nothing(declared)
     if reason is not None:
@@ -170,6 +176,11 @@ class Run:
         return self._writer.address
 
     @property
+    def is_whole(self) -> bool:
+        """Whether several processes have the run together, a shard each: ``opened["shards"]``."""
+        return "shards" in self.opened
+
+    @property
     def opened(self) -> Frame:
         """The service's answer to the newest ``open``: epoch, groups, limits, device and more."""
         return self._writer.opened
@@ -182,7 +193,7 @@ class Run:
         """
         return self._writer.members
 
-    def arenas_of(self, index: int) -> Arenas | None:
+    def arenas_of(self, index: int) -> GradientSlots | None:
         """The memory that is shared with the service now and has a slot for this parameter; None where it goes over a socket."""
         return self._writer.arenas_of(index)
 
@@ -291,7 +302,9 @@ class Run:
             check_bytes(self._find(gradient.parameter), len(gradient.bytes))
         self._add(self._growing(), gradients)
 
-    def gradient_placed(self, indices: Iterable[int], arenas: Arenas, ready: Callable[[], None] | None = None) -> None:
+    def gradient_placed(
+        self, indices: Iterable[int], arenas: GradientSlots, ready: Callable[[], None] | None = None
+    ) -> None:
         """As ``gradient_bytes``, for gradients that lie in their slots of ``arenas``, all of them once ``ready`` returns."""
         self._add(self._growing(), [Gradient(index, None, ready, arenas) for index in indices])
 
@@ -331,6 +344,10 @@ class Run:
         self._require_idle()
         answer = self._writer.checkpoint(tag)
         return Checkpoint(answer["checkpoint"], answer["step"], answer["digest"], answer["bytes"])
+
+    def rest(self, *, patient: bool = True) -> Rest:
+        """The REST interface to the run, wherever its parts are; ``patient``: as patient as steps are. Use it in a ``with``."""
+        return self._writer.rest(patient=patient)
 
     def import_state(self, tensors: Sequence[Tensor], metadata: dict[str, str], *, partial: bool = False) -> None:
         """Replaces the state of the run, all of it or nothing, or with ``partial`` that of the parameters given.
@@ -479,7 +496,7 @@ class Run:
     def _gradient(self, key: Key, gradient: npt.ArrayLike) -> Gradient:
         parameter = self._find(key)
         data, arenas = bytes_of(gradient, parameter), self.arenas_of(parameter.index)
-        if not isinstance(arenas, HostArenas):
+        if arenas is None or arenas.kind != "shm":
             return Gradient(parameter.index, data)
         arenas.gradient(parameter.index)[:] = data
         return Gradient(parameter.index, None, arenas=arenas)

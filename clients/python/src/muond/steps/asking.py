@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from ..connection import Connection, Listener
 from ..error import MuondError
-from ..transport.address import Addresses, Endpoint
-from ..wire.frame import Frame, frame_error
+from ..transport.address import Addresses, Endpoint, another
+from ..wire.frame import PROTOCOL, Frame, frame_error
 
 # The service has this long to answer an `open` or a `checkpoint`: both may have to write or read a model's state.
 ANSWER_SECONDS = 600.0
@@ -79,7 +79,7 @@ def ask(connection: Connection, frame: Frame, *kinds: str) -> Frame:
 
 def enter(addresses: Addresses, frame: Frame, offers: Offers = no_offers) -> tuple[Connection, Frame]:
     """Opens a run at the first address that answers, or where that one sends this client; the answer is ``opened`` or ``placed``."""
-    return at_first(addresses, lambda endpoint: _follow(addresses, endpoint, frame, offers))
+    return at_first(addresses, lambda endpoint: _follow(endpoint, frame, offers))
 
 
 def at_first(addresses: Addresses, work: Callable[[Endpoint], T]) -> T:
@@ -94,16 +94,30 @@ def at_first(addresses: Addresses, work: Callable[[Endpoint], T]) -> T:
     return work(last)
 
 
-def _follow(addresses: Addresses, endpoint: Endpoint, frame: Frame, offers: Offers) -> tuple[Connection, Frame]:
+def _follow(endpoint: Endpoint, frame: Frame, offers: Offers) -> tuple[Connection, Frame]:
     for _ in range(_HOPS):
         connection = Connection(endpoint)
         answer = ask(connection, {**frame, **offers(endpoint)}, "opened", "placed", "moved")
         if answer["type"] != "moved":
             return connection, answer
         connection.close(MuondError("CLIENT_CLOSED", "the run is opened where it is"))
-        endpoint = addresses.at(answer["url"], endpoint)
+        endpoint = another(answer["url"], endpoint)
     message = f"run '{frame['run']}' was said to be elsewhere {_HOPS} times, last at {endpoint.url}"
     raise MuondError("CONNECTION_LOST", f"{message}: do all processes have the same --peers?")
+
+
+def moved_to(endpoint: Endpoint, run: str) -> Endpoint | None:
+    """The process that may have a run which the one at ``endpoint`` does not have; None where there is none. Nothing is opened."""
+    connection = Connection(endpoint)
+    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "resume", "shards": 0}
+    try:
+        answer = ask(connection, frame, "moved")
+    except MuondError as error:
+        if error.code == "RUN_NOT_FOUND":
+            return None
+        raise
+    connection.close(MuondError("CLIENT_CLOSED", "the run was only looked for"))
+    return another(answer["url"], endpoint)
 
 
 def lost_state(error: MuondError, known_step: int) -> MuondError:

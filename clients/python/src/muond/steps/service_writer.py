@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import TypeVar
 
-from ..connection import Connection
-from ..error import ErrorFields, MuondError
+from ..connection import Connection, Listener
+from ..error import MuondError
 from ..rest import Rest, Tensor
-from ..transport.address import Endpoint
+from ..transport.address import Addresses, Endpoint
 from ..transport.arenas import Arenas
 from ..transport.choice import Transport
 from ..wire.frame import Frame, MemberKey, members_of
+from .again import require_same_history, resuming
 from .asking import ask, enter, lost_state
 from .attempts import Attempts
 from .exchange import Exchange, How, Taken
@@ -23,6 +24,35 @@ from .updates import Memory, Update, Updates
 from .writer import Failed, Host
 
 T = TypeVar("T")
+
+
+def enter_shared(host: Host, frame: Frame) -> tuple[Transport, Connection, Frame]:
+    """Opens a run for the first time, with the memory that is to be shared; it is not retried."""
+    transport = host.sharing.transport(host.addresses, frame["parameters"])
+    try:
+        return transport, *transport.agree(lambda offers: enter(host.addresses, frame, offers))
+    except BaseException:
+        transport.close()
+        raise
+
+
+def open_service(host: Host, frame: Frame) -> ServiceWriter:
+    """Opens a run that one process has. Raises MuondError for another."""
+    transport, connection, answer = enter_shared(host, frame)
+    try:
+        return ServiceWriter(host, frame, transport, _require_opened(connection, answer), answer)
+    except BaseException:
+        transport.close()
+        raise
+
+
+def _require_opened(connection: Connection, answer: Frame) -> Connection:
+    if answer["type"] != "opened":
+        is_now = f"run '{answer['run']}' has several shards now, it is opened as that of one process"
+        remade = MuondError("RUN_MISMATCH", f"{is_now}: was it made anew?")
+        connection.close(remade)
+        raise remade
+    return connection
 
 
 class ServiceWriter:
@@ -41,6 +71,7 @@ class ServiceWriter:
         self._stop = threading.Event()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._patient = True
+        self._given_up: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="muond writer", daemon=True)
         self._thread.start()
 
@@ -54,13 +85,20 @@ class ServiceWriter:
     def expect(self, step: int) -> None:
         self._updates.next(step)
 
+    @property
+    def delivered(self) -> int:
+        """How many parameters have their update of the step in progress."""
+        return self._updates.delivered
+
     def take(self, step: Step, settle: Callable[[Taken | Failed], None]) -> None:
-        self._patient = True
+        self._patient, self._given_up = True, None
         updates = self._updates
 
         def attempt() -> Taken:
             if self._connection.reason is not None:
                 self._reopen(step.number)
+            if self._given_up is not None:
+                raise self._given_up
             chunk_bytes = min(self.opened["limits"]["chunk_bytes"], self._host.chunk_bytes)
             averages = self.opened.get("member", {}).get("replicas", 1) > 1
             how = How(chunk_bytes, self._transport.taken, averages, self._host.retries)
@@ -94,8 +132,11 @@ class ServiceWriter:
 
         return self._outlast(attempt)
 
+    def rest(self, *, patient: bool = True) -> Rest:
+        return self._host.rest(Rest, self.address, patient=patient)
+
     def import_state(self, tensors: Sequence[Tensor], metadata: dict[str, str], *, partial: bool) -> None:
-        with Rest(self.address, self._host.retries, self._host.backoff) as rest:
+        with self.rest() as rest:
             answer = rest.import_state(self.opened["run"], tensors, metadata, partial=partial)
         self.moved(answer["step"], answer["digest"])
 
@@ -104,7 +145,7 @@ class ServiceWriter:
 
     def reopen(self, checkpoint: str | None = None) -> None:
         self._connection.close(MuondError("CLIENT_CLOSED", "the run is opened again"))
-        frame: Frame = {**self._resuming(), **({} if checkpoint is None else {"checkpoint": checkpoint})}
+        frame: Frame = {**resuming(self._frame), **({} if checkpoint is None else {"checkpoint": checkpoint})}
         self._connection, self.opened = self._outlast(lambda: self._handshake(frame, self.step))
         self.step, self.digest = self.opened["step"], self.opened["digest"]
 
@@ -113,6 +154,24 @@ class ServiceWriter:
 
     def hurry(self) -> None:
         self._patient = False
+
+    def give_up(self, error: BaseException) -> None:
+        """The step in flight fails with this error, at once."""
+        self._patient, self._given_up = False, error
+        self.drop(error)
+
+    def drop(self, error: BaseException) -> None:
+        """Ends the connection, for this reason."""
+        self._connection.fail(error)
+
+    def watch(self, lost: Callable[[BaseException], None] | None) -> None:
+        """Between two steps: ``lost`` is called with the reason once the connection is over; None: no longer."""
+        self._connection.listen(None if lost is None else _Watch(lost))
+
+    def goes_to(self, at: Addresses, changes: Frame) -> None:
+        """The run is opened there from now on, with these keys of ``open``."""
+        self._addresses = at
+        self._frame = {**self._frame, **changes}
 
     def close(self) -> None:
         self._stop.set()
@@ -139,7 +198,7 @@ class ServiceWriter:
             if error.code != "RUN_NOT_FOUND":
                 raise
             raise lost_state(error, known_step) from error
-        self._addresses = self._addresses.led_by(connection.endpoint)
+        self._addresses = self._addresses.led_by(_require_opened(connection, opened).endpoint)
         return connection, opened
 
     def _work(self) -> None:
@@ -171,34 +230,22 @@ class ServiceWriter:
             if self._stop.wait(wait):
                 return Failed(MuondError("CLIENT_CLOSED", "the run was closed"))
 
-    def _resuming(self) -> Frame:
-        kept = {key: value for key, value in self._frame.items() if key not in _ONCE}
-        return {**kept, "mode": "resume", "takeover": True}
-
     def _reopen(self, number: int | None) -> None:
         reason = self._connection.reason
         if isinstance(reason, MuondError) and reason.code in ("TAKEN_OVER", "CLIENT_CLOSED"):
             # A run taken by another client is not taken back: the two would go on for ever.
             raise reason
-        connection, opened = self._handshake(self._resuming(), self.step)
+        connection, opened = self._handshake(resuming(self._frame), self.step)
         self._connection = connection
-        self._require_same_history(opened, number)
+        require_same_history(opened, number, self.step, self.digest)
         self.opened = opened
 
-    def _require_same_history(self, opened: Frame, number: int | None) -> None:
-        """The service may have finished the step whose receipt was lost; anything else is not where this client left the run."""
-        run, step, digest = opened["run"], opened["step"], opened["digest"]
-        if step == number or (step == self.step and digest == self.digest):
-            return
-        if step == self.step:
-            there, here = f"has digest {digest} at step {step}", f"has {self.digest}"
-            advice = "open it again with weights of that history"
-        else:
-            there, here = f"resumed at step {step}", f"is at step {self.step}"
-            advice = f"go back to your weights of step {step} and open it again"
-        message = f"run '{run}' {there}, this client {here}: {advice}"
-        raise MuondError("STEP_CONFLICT", message, ErrorFields(step=number, expected_step=step + 1))
 
+class _Watch(Listener):
+    """Tells when a connection is over on which nothing is expected."""
 
-# Of the first `open` alone: the run remembers its schedule, would go back to a checkpoint again, and the weights have moved.
-_ONCE = ("groups", "checkpoint", "from", "weights")
+    def __init__(self, lost: Callable[[BaseException], None]) -> None:
+        self._lost = lost
+
+    def closed(self, reason: BaseException) -> None:
+        self._lost(reason)

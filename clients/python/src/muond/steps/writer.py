@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..rest import Tensor
+from ..rest import HURRIED_SECONDS, Rest, Tensor
 from ..transport.address import Addresses, Endpoint
-from ..transport.arenas import Arenas
+from ..transport.arenas import GradientSlots
 from ..transport.choice import MakeArenas, Transport
 from ..wire.frame import Frame, MemberKey
 from .backoff import Backoff
@@ -43,6 +43,11 @@ class Host:
     chunk_bytes: int = 1 << 24
     """Most bytes of a gradient in one message; the service's own limit holds too."""
     sharing: Sharing = field(default_factory=Sharing)
+
+    def rest(self, kind: type[Rest], at: Endpoint, *, patient: bool) -> Rest:
+        if patient:
+            return kind(at, self.retries, self.backoff)
+        return kind(at, timeout_seconds=HURRIED_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Writer(Protocol):
         """How gradients and updates travel: ``cuda-ipc``, ``shm`` or ``websocket``."""
         ...
 
-    def arenas_of(self, parameter: int) -> Arenas | None:
+    def arenas_of(self, parameter: int) -> GradientSlots | None:
         """The shared memory that has a slot for this parameter, under this index; None where it goes over a socket."""
         ...
 
@@ -100,6 +105,10 @@ class Writer(Protocol):
 
     def checkpoint(self, tag: str | None) -> Frame:
         """Has the service keep the state of this step; returns its `checkpointed`. Not while a step is in flight."""
+        ...
+
+    def rest(self, *, patient: bool = True) -> Rest:
+        """The REST interface to the run, as patient as this one, or with one short attempt."""
         ...
 
     def import_state(self, tensors: Sequence[Tensor], metadata: dict[str, str], *, partial: bool) -> None:

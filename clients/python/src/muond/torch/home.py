@@ -14,7 +14,8 @@ import torch
 from ..error import MuondError
 from ..rest import Rest
 from ..run import Run
-from ..transport.address import Addresses
+from ..transport.address import Addresses, Endpoint, another
+from ..whole.rest import WholeRest
 from .copies import Copies
 from .living import begins, ends, go_with
 from .opening import Replica, new_run_name, open_slots
@@ -113,8 +114,8 @@ class Home:
         ends(self.addresses, self.name)
         if self.run is not None:
             self.run.close()
-        if delete and was_open and self._is_first:
-            with self.rest() as rest:
+        if delete and self.run is not None and was_open and self._is_first:
+            with self.run.rest() as rest:
                 rest.delete(self.name)
 
     def open(self, mode: str, checkpoint: str | None = None) -> Run:
@@ -145,13 +146,17 @@ class Home:
         """What the run knows a parameter as; None for one that it does not have."""
         return self._slot_of.get(parameter)
 
-    def rest(self) -> Rest:
-        address = self.addresses.first if self.run is None else self.run.address
-        return Rest(address, self.settings.retries, self.settings.backoff)
+    def rest_of(self, run: Run | Followed) -> Rest:
+        """The REST interface to a run, or to that of the process that this one follows."""
+        if isinstance(run, Run):
+            return run.rest()
+        kind = WholeRest if run.is_whole else Rest
+        return self.rest_at(kind, another(run.url, self.addresses.first))
 
-    def rest_once(self) -> Rest:
-        """As ``rest``, without another attempt."""
-        return Rest(self.addresses.first)
+    def rest_at(self, kind: type[Rest], at: Endpoint) -> Rest:
+        # Of several addresses the next one is tried instead.
+        retries = self.settings.retries if len(self.addresses.endpoints) == 1 else 0
+        return kind(at, retries, self.settings.backoff)
 
     def open_run(
         self,
@@ -216,7 +221,7 @@ class Home:
         """Closes a run that this optimizer does not keep; one that was made for it goes."""
         run.close()
         if not run.opened["resumed"] and self._is_first:
-            with suppress(MuondError), self.rest() as rest:
+            with suppress(MuondError), run.rest() as rest:
                 rest.delete(run.name)
 
     def _settle(self, run: Run) -> None:
@@ -369,7 +374,7 @@ class Home:
 
         Of a run that nobody has named those with a tag may be: a state_dict may hold one.
         """
-        with suppress(MuondError), self.rest() as rest:
+        with suppress(MuondError), old.rest() as rest:
             if not rest.has_checkpoints(old.name, tagged=self._is_own(old.name)):
                 rest.delete(old.name)
                 return False
@@ -396,7 +401,7 @@ class Home:
         run = self.readable()
         if run is None:
             return []
-        with self.rest() as rest:
+        with self.rest_of(run) as rest:
             begun = read_begun(rest, run, self.slots)
         return [slot.tensor for slot, has in zip(self.slots, begun, strict=True) if has]
 
@@ -404,7 +409,7 @@ class Home:
         run = self.readable()
         if run is None:
             return {}
-        with self.rest() as rest:
+        with self.rest_of(run) as rest:
             tensors = read_state(rest, run, self.slots)
         rows = zip(self.slots, tensors, strict=True)
         return {slot.tensor: sharded_as(slot, entries) for slot, entries in rows if entries}

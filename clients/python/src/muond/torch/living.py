@@ -8,12 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 from ..error import MuondError
-from ..rest import Rest
 from ..run import Run
 from ..transport.address import Addresses
-
-# How long an optimizer that is dropped waits for the service.
-_SECONDS = 5.0
 
 _owners: weakref.WeakValueDictionary[tuple[str, str], Any] = weakref.WeakValueDictionary()
 
@@ -41,6 +37,6 @@ def _delete_unkept(process: int, run: Run) -> None:
         return
     run.close()
     # The service may be gone, and nobody waits for this.
-    with suppress(MuondError), Rest(run.address, timeout_seconds=_SECONDS) as rest:
+    with suppress(MuondError), run.rest(patient=False) as rest:
         if not rest.has_checkpoints(run.name):
             rest.delete(run.name)

@@ -96,6 +96,7 @@ def open_slots(
             retries=given.retries,
             backoff=given.backoff,
             chunk_bytes=given.chunk_bytes,
+            shards=given.shards,
             transport=given.transport,
             gpu_arenas=None if ranks is not None or replica is not None else arenas_of(slots),
             apply=apply,

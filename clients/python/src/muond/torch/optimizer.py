@@ -18,10 +18,11 @@ from typing_extensions import Unpack
 from ..connection import Connection
 from ..error import ErrorFields, MuondError
 from ..receipt import Checkpoint, Receipt
+from ..rest import Rest
 from ..run import Run
 from ..steps.asking import at_first
 from ..steps.interrupt import interrupt_later
-from ..transport.address import addresses
+from ..transport.address import Endpoint, addresses
 from .checks import check_values
 from .copies import Copies
 from .feedback import Feedback
@@ -198,8 +199,7 @@ class Optimizer(torch.optim.Optimizer):
     def _presets(self) -> Mapping[str, Any]:
         if self._known_presets is None:
             # Not tried again, like the first connection: a wrong address should be heard of at once.
-            with self._home.rest_once() as rest:
-                self._known_presets = rest.capabilities()["presets"]
+            self._known_presets = at_first(self._addresses, _presets_at)
         return self._known_presets
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -349,7 +349,7 @@ class Optimizer(torch.optim.Optimizer):
         given = [(slot, gradient) for slot in left if (gradient := slot.gradient) is not None]
         on_gpu = any(gradient.is_cuda for _, gradient in given)
         # The first ones leave while the others are rounded; a GPU does many in one launch.
-        for together in _together(given, _TOGETHER_ON[run.transport if on_gpu else "websocket"]):
+        for together in _together(given, _TOGETHER_ON.get(run.transport if on_gpu else "websocket", _TOGETHER)):
             self._send(run, together, borrow=True)
         return run.end(skipped=skipped)
 
@@ -620,6 +620,12 @@ class Optimizer(torch.optim.Optimizer):
         ]
         self._begin(groups, state["defaults"], state["settings"])
         self._home.state.replace(state["state"])
+
+
+def _presets_at(endpoint: Endpoint) -> Mapping[str, Any]:
+    with Rest(endpoint) as rest:
+        presets: Mapping[str, Any] = rest.capabilities()["presets"]
+        return presets
 
 
 def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:

@@ -77,21 +77,22 @@ class Addresses:
         """The same with ``found`` before all others."""
         return Addresses((found, *(endpoint for endpoint in self.endpoints if endpoint != found)))
 
-    def at(self, url: str, asked: Endpoint) -> Endpoint:
-        """The address of another process of the service, as the one at ``asked`` gives it.
 
-        Raises MuondError for one that the key must not be sent to: without TLS, where the trainer has asked for TLS.
-        """
-        try:
-            found = endpoint(url, token=asked.token, headers=asked.headers, ssl_context=asked.ssl_context)
-        except ValueError as error:
-            raise MuondError("FRAME_UNEXPECTED", f"{asked.url} gives an address that is none: {error}") from error
-        if asked.tls and not found.tls:
-            raise MuondError(
-                "FRAME_UNEXPECTED",
-                f"{asked.url} gives the address {found.url}, which has no TLS: start its processes with --advertise wss://…",
-            )
-        return found
+def another(url: str, asked: Endpoint) -> Endpoint:
+    """The address of another process of the service, as the one at ``asked`` gives it.
+
+    Raises MuondError for one that the key must not be sent to: without TLS, where the trainer has asked for TLS.
+    """
+    try:
+        found = endpoint(url, token=asked.token, headers=asked.headers, ssl_context=asked.ssl_context)
+    except ValueError as error:
+        raise MuondError("FRAME_UNEXPECTED", f"{asked.url} gives an address that is none: {error}") from error
+    if asked.tls and not found.tls:
+        raise MuondError(
+            "FRAME_UNEXPECTED",
+            f"{asked.url} gives the address {found.url}, which has no TLS: start its processes with --advertise wss://…",
+        )
+    return found
 
 
 def addresses(
