@@ -67,6 +67,8 @@ class ServiceWriter:
         self._addresses = host.addresses.led_by(connection.endpoint)
         self.step: int = self.opened["step"]
         self.digest: str = self.opened["digest"]
+        self._begun = self.step, self.digest
+        """Where the step in flight began. A shard that has ended it may lose it again, until the others have ended it."""
         self._updates: Updates
         self._stop = threading.Event()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -84,6 +86,7 @@ class ServiceWriter:
 
     def expect(self, step: int) -> None:
         self._updates.next(step)
+        self._begun = self.step, self.digest
 
     @property
     def delivered(self) -> int:
@@ -237,7 +240,7 @@ class ServiceWriter:
             raise reason
         connection, opened = self._handshake(resuming(self._frame), self.step)
         self._connection = connection
-        require_same_history(opened, number, self.step, self.digest)
+        require_same_history(opened, number, *self._begun)
         self.opened = opened
 
 

@@ -41,6 +41,8 @@ class Head:
         try:
             connection, placed = enter(self.addresses, frame)
         except MuondError as error:
+            if error.code != "RUN_NOT_FOUND":
+                raise
             raise lost_state(error, known_step) from error
         with self._lock:
             self._connection = connection

@@ -48,9 +48,9 @@ class Cut:
         return [replace(parameters[index], index=i) for i, index in enumerate(self.indices[shard])]
 
     def wants(self, shard: int, attention: str) -> bool:
-        """Whether a shard is told the logits of this attention; the first is told of those that there are not, and refuses them."""
-        known = any(attention in names for names in self.attentions)
-        return attention in self.attentions[shard] if known else shard == 0
+        """Whether a shard is told the logits of this attention. All are told of one that there is not: all refuse it, or some
+        would go on without."""
+        return attention in self.attentions[shard] or not any(attention in names for names in self.attentions)
 
     def error(self, error: BaseException, shard: int) -> BaseException:
         """An error of a shard, about the parameter as the whole counts it."""
