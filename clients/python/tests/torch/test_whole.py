@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 from cluster import Cluster
 from muond import MuondError
-from muond.torch import AdamW, Optimizer, suggest
+from muond.torch import AdamW, DiLoCo, Optimizer, suggest
 from service import Service, build
 
 
@@ -45,27 +46,31 @@ def entries(state: dict[str, object]) -> str:
     return json.dumps({i: {name: one[name].tolist() for name in sorted(one)} for i, one in sorted(found.items())})
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+BLOCKS = {"gradient_dtype": "int8_block256", "update_dtype": "int4_block64"}
+
+
+@pytest.mark.parametrize(("options", "more"), [({}, {}), ({}, {"overlap": True}), (BLOCKS, {})])
 def test_an_optimizer_trains_as_over_one_process(
-    shared: Service, cluster: Cluster, name: str, *, overlap: bool
+    shared: Service, cluster: Cluster, name: str, options: dict[str, object], more: dict[str, object]
 ) -> None:
     one, many = net(), net()
     with (
-        whole_model(one, shared.url, name) as alone,
-        whole_model(many, ["ws://127.0.0.1:9", *cluster.urls], name, overlap=overlap) as optimizer,
+        whole_model(one, shared.url, name, **options) as alone,
+        whole_model(many, ["ws://127.0.0.1:9", *cluster.urls], name, **options, **more) as optimizer,
     ):
         assert train(one, alone, 3) == train(many, optimizer, 3)
         assert optimizer.run.is_whole
         assert len(optimizer.run.opened["shards"]) == 2
         assert optimizer.receipt.digest == alone.receipt.digest  # type: ignore[union-attr]
         assert same(one, many)
+        assert len(optimizer.state) == len(list(many.parameters()))
         state, expected = optimizer.state_dict(), alone.state_dict()
         assert entries(state) == entries(expected)
         assert state["muond"]["digest"] == expected["muond"]["digest"]
         # A process of one shard goes on with it, and so does the run that has it already.
         third = net()
         third.load_state_dict(many.state_dict())
-        with whole_model(third, shared.url, f"{name}-on") as other:
+        with whole_model(third, shared.url, f"{name}-on", **options) as other:
             other.load_state_dict(saved_and_loaded(state))
             optimizer.load_state_dict(saved_and_loaded(state))
             assert train(third, other, 2, first=4) == train(many, optimizer, 2, first=4)
@@ -82,6 +87,7 @@ def test_what_needs_state_to_be_imported_is_refused_and_the_run_goes_on(cluster:
         old = optimizer.state_dict()
         train(model, optimizer, 1, first=3)
         for refused in (
+            lambda: deepcopy(optimizer).step(),
             lambda: optimizer.load_state_dict(old),
             lambda: whole_model(net(), cluster.urls, f"{name}-2").load_state_dict(old),
         ):
@@ -101,6 +107,22 @@ def test_what_needs_state_to_be_imported_is_refused_and_the_run_goes_on(cluster:
             one.load_state_dict(old)
             assert not one.run.is_whole
             assert entries(one.state_dict()) == entries(old)
+
+
+def test_one_replica_of_diloco_has_shards_and_several_are_refused(shared: Service, cluster: Cluster, name: str) -> None:
+    models = [net(), net()]
+    for url, model in zip((shared.url, cluster.urls), models, strict=True):
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        with DiLoCo(model, inner, sync_every=2, url=url, run=name) as optimizer:
+            train(model, optimizer, 4)
+            assert optimizer.outer.run.is_whole == (url != shared.url)
+    assert same(*models)
+    inner = torch.optim.SGD(models[0].parameters(), lr=0.1)
+    with (
+        DiLoCo(models[0], inner, url=cluster.urls, run=f"{name}-2", replica=0, replicas=2) as optimizer,
+        pytest.raises(MuondError, match="cannot have replicas"),
+    ):
+        optimizer.outer.open()
 
 
 def test_checkpoints_are_gone_back_to(cluster: Cluster, name: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import muond
 from cluster import Cluster
 from muond import MuondError, Parameter, Receipt
+from muond.transport.address import Endpoint
 from service import Service, build
 from trainer import GROUPS, QUICK, SHAPES, Trainer
 
@@ -78,6 +79,17 @@ def test_shards_have_the_bits_of_one_process(
     for url in cluster.urls:
         with trainer.open(url, name, mode="resume") as run:
             assert (run.step_count, run.digest, run.ahead) == (STEPS, alone[0][-1]["digest"], [])
+
+
+def test_memory_is_shared_with_processes_of_this_host_and_the_others_are_sent_to(
+    cluster: Cluster, name: str, alone: tuple[list[dict[str, Any]], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = cluster.services[1].port
+    monkeypatch.setattr(Endpoint, "is_loopback", property(lambda endpoint: endpoint.port != remote))
+    trainer = Trainer()
+    with trainer.open(cluster.urls, name, shards=2) as run:
+        assert run.transport == "shm+websocket"
+        assert (trained(run, trainer), trainer.bytes()) == alone
 
 
 def test_more_shards_than_parameters_are_refused_and_none_of_it_stays(cluster: Cluster, name: str) -> None:

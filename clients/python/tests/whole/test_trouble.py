@@ -210,9 +210,31 @@ def test_a_newer_generation_is_asked_for_and_all_shards_are_opened_with_it() -> 
         with run:
             assert run.step(GRADIENTS).step == 1
             assert taken_once(weights)
-            assert run.opened["generation"] == 1
+            assert run.opened["generation"] == 2
         generations = {run: [f["shard"]["generation"] for f in fake.opens if f["run"] == run] for run in ("r~0", "r~1")}
         assert generations == {"r~0": [1, 2], "r~1": [1, 2]}
+
+
+def test_a_head_that_has_forgotten_the_run_is_said_so() -> None:
+    def stale(said: Said) -> bool:
+        if said.kind == "gradient":
+            said.error("STALE_GENERATION")
+            return True
+        return False
+
+    def forget(said: Said) -> bool:
+        if said.number > 1:
+            said.error("RUN_NOT_FOUND", status=404)
+            return True
+        return False
+
+    with Fake(head=forget, second=stale) as fake:
+        run, _ = fake.open()
+        with (
+            run,
+            pytest.raises(MuondError, match="was at step 0 here: was the service restarted without durable state"),
+        ):
+            run.step(GRADIENTS)
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,9 @@ def addresses(
     headers: Mapping[str, str] | None = None,
     ssl_context: ssl.SSLContext | None = None,
 ) -> Addresses:
-    """Reads one address or several, each as ``endpoint`` does; MUOND_URL may have several with commas between.
+    """Reads one address or several, each as ``endpoint`` does.
 
+    ``url`` defaults to the environment's MUOND_URL, which may have several with commas between, then to ws://127.0.0.1:8787.
     Raises ValueError, naming what is wrong with an address, also for none.
     """
     if url is None:
@@ -117,7 +118,7 @@ def addresses(
 
 
 def endpoint(
-    url: str | None = None,
+    url: str,
     *,
     token: str | None = None,
     headers: Mapping[str, str] | None = None,
@@ -126,20 +127,18 @@ def endpoint(
     """Reads an address: ``ws://host:port``, ``wss://…``, or the same with http; without a path it means ``/v1/stream``.
     ``ws+unix:///run/muond.sock`` is a Unix socket, and ``ws+unix:///run/muond.sock:/path`` has a path.
 
-    ``url`` defaults to the environment's MUOND_URL, then to ws://127.0.0.1:8787; ``token`` to MUOND_TOKEN.
-    Raises ValueError, naming what is wrong with the address.
+    ``token`` defaults to the environment's MUOND_TOKEN. Raises ValueError, naming what is wrong with the address.
     """
-    text = url if url is not None else os.environ.get("MUOND_URL", DEFAULT_URL)
-    parts = urlsplit(text)
+    parts = urlsplit(url)
     if parts.scheme not in _SCHEMES and parts.scheme != _UNIX:
         raise ValueError(
-            f"the url '{text}' has the scheme '{parts.scheme}', expected ws://, wss://, http://, https:// or {_UNIX}://"
+            f"the url '{url}' has the scheme '{parts.scheme}', expected ws://, wss://, http://, https:// or {_UNIX}://"
         )
     is_unix = parts.scheme == _UNIX
     if is_unix and (parts.netloc or not parts.path.strip("/")):
-        raise ValueError(f"the url '{text}' names no socket, expected {_UNIX}:///path/of.sock")
+        raise ValueError(f"the url '{url}' names no socket, expected {_UNIX}:///path/of.sock")
     if not is_unix and not parts.hostname:
-        raise ValueError(f"the url '{text}' names no host")
+        raise ValueError(f"the url '{url}' names no host")
     if parts.username is not None or parts.password is not None:
         raise ValueError(f"the url of {parts.hostname} has a user or a password in it; give the key as token=")
     for name, value in {**(headers or {}), "token": token or ""}.items():

@@ -45,6 +45,8 @@ class WholeWriter:
         self.head = Head(host.addresses, frame, connection)
         self.step: int = placed["step"]
         self.digest: str = placed["digest"]
+        self.opened: Frame = placed
+        """With what its shards say: ``groups``, ``member`` and ``members``, ``ahead`` as the whole counts."""
         self.shards: list[ServiceWriter] = []
         try:
             self._placement = self._read(placed)
@@ -90,10 +92,6 @@ class WholeWriter:
         if known is None or known.own is not own:
             known = self._arenas[shard] = ShardArenas(own, self.cut.locals[shard])
         return known
-
-    def places(self) -> list[tuple[str, Endpoint]]:
-        """The name of each shard, and the process that has it."""
-        return [(shard.run, shard.endpoint) for shard in self._placement.shards]
 
     # Steps
 
@@ -142,6 +140,7 @@ class WholeWriter:
         placed = self.head.ask_again(self.step)
         require_same_history(placed, step, self.step, self.digest)
         self._place(placed)
+        self.opened = {**self.opened, **{key: placed[key] for key in ("generation", "shards", "server")}}
 
     # Between steps
 
@@ -240,7 +239,7 @@ class WholeWriter:
         # Where the shards are not in one step, those behind have the hyperparameters of the step that is to be taken.
         last = min(self.shards, key=lambda shard: (shard.step, len(shard.opened["ahead"])))
         of_all: Frame = {key: last.opened[key] for key in ("groups", "member", "members") if key in last.opened}
-        self.opened: Frame = {**placed, **of_all, "ahead": self._ahead(), "places": self.places()}
+        self.opened = {**placed, **of_all, "ahead": self._ahead()}
 
     def _ahead(self) -> list[int]:
         """The parameters that were applied for the next step already: all of a shard that has finished it."""
