@@ -362,6 +362,9 @@ class Run:
     def moved(self, step: int, digest: str) -> None:
         """Another member has imported state into the run: it goes on from there. Not while a step is in flight."""
         self._require_idle()
+        if (step, digest) == (self.step_count, self.digest):
+            # Nothing was imported: of a step that has failed and is taken again, some updates are applied already.
+            return
         self._writer.moved(step, digest)
         self._writer.expect(self.step_count + 1)
 
