@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,25 +14,31 @@ from service import Service
 _KEY = secrets.token_hex(32)
 
 
-class Cluster:
-    """``count`` services, each on a port of its own; with ``data`` each has a folder, too."""
+def _itself(port: int) -> str:
+    return f"ws://127.0.0.1:{port}"
 
-    def __init__(self, folder: Path, count: int, *flags: str, data: bool = False) -> None:
+
+class Cluster:
+    """``count`` services, each on a port of its own; with ``data`` each has a folder, too.
+
+    ``reached`` gives the address at which clients and the other processes are to reach the one on a port.
+    """
+
+    def __init__(
+        self, folder: Path, count: int, *flags: str, data: bool = False, reached: Callable[[int], str] = _itself
+    ) -> None:
         folder.mkdir(exist_ok=True)
         key = folder / "cluster-key"
         key.write_text(f"{_KEY}\n")
         key.chmod(0o600)
         ports = _free_ports(count)
-        peers = [f"http://127.0.0.1:{port}" for port in ports]
+        self.urls = [reached(port) for port in ports]
+        peers = [url.replace("ws:", "http:") for url in self.urls]
         self.services: list[Service] = []
         for port, peer in zip(ports, peers, strict=True):
             kept = ("--data", str(folder / str(port))) if data else ()
             own = ("--peers", ",".join(peers), "--advertise", peer, "--cluster-key-file", str(key))
             self.services.append(Service(*own, *kept, *flags, port=port))
-
-    @property
-    def urls(self) -> list[str]:
-        return [service.url for service in self.services]
 
     def at(self, port: int) -> Service:
         """The service on a port."""

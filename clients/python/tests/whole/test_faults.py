@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import muond
 from cluster import Cluster
 from muond import MuondError
-from service import Service, build
+from service import Proxy, Service, build
 from trainer import Trainer
 
 STEPS = 4
@@ -74,6 +75,40 @@ def test_processes_killed_in_the_middle_of_a_step_change_nothing_with_a_journal(
         run.checkpoint("last")
     with trainer.open(cluster.urls, name, mode="resume") as run:
         assert (run.step_count, run.digest) == (STEPS, alone[0])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_connections_that_are_cut_anywhere_change_nothing(
+    proxy: Callable[..., Proxy], tmp_path: Path, name: str, alone: tuple[str, bytes], seed: int
+) -> None:
+    build()
+    generator = np.random.default_rng(seed)
+    proxies: list[Proxy] = []
+
+    def reached(port: int) -> str:
+        # Of clients and of processes that ask each other.
+        budgets = generator.integers(1_000, 60_000, 12).tolist()
+        proxies.append(proxy(port, budgets))
+        return proxies[-1].url
+
+    cluster = Cluster(tmp_path, 2, reached=reached)
+    try:
+        trainer = Trainer()
+        with opened(trainer, cluster.urls, name) as run:
+            assert (trainer.train(run, STEPS), trainer.bytes()) == alone
+        assert min(each.connections for each in proxies) > 1
+    finally:
+        cluster.stop()
+
+
+def opened(trainer: Trainer, urls: list[str], name: str) -> muond.Run:
+    """A first `open` is not tried again by itself, and may be cut as well."""
+    while True:
+        try:
+            return trainer.open(urls, name, shards=2, takeover=True, transport="websocket", **PATIENT)
+        except MuondError as error:
+            if not error.retryable:
+                raise
 
 
 def test_a_whole_goes_back_to_a_checkpoint(
