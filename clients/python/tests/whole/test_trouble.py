@@ -130,6 +130,37 @@ def test_a_shard_that_is_lost_before_all_have_voted_ends_the_step_again() -> Non
         assert sorted(frame["run"] for frame in fake.opens) == ["r", "r~0", "r~1", "r~1"]
 
 
+def test_a_receipt_is_not_kept_waiting_by_a_shard_that_was_lost_behind_its_vote() -> None:
+    again = threading.Event()
+    asked = threading.Event()
+
+    def wait(said: Said) -> bool:
+        if said.kind == "end" and not again.is_set():
+            asked.set()
+            again.wait(10)
+        return False
+
+    def lose(said: Said) -> bool:
+        if said.kind == "end" and said.number == 1:
+            said.talk.say(**receipt_of("r~1"))
+            asked.wait(10)
+            said.talk.socket.close()
+            return True
+        if said.kind == "end" and said.number == 2:
+            # It never says that it has ended the step.
+            again.set()
+            return True
+        return False
+
+    with Fake(head=wait, second=lose) as fake:
+        run, weights = fake.open()
+        with run:
+            assert run.step(GRADIENTS).step == 1
+            assert taken_once(weights)
+            assert run.step(GRADIENTS).step == 2
+        assert fake.ends == {"r~0": 2, "r~1": 1}
+
+
 def receipt_of(run: str, **changes: Any) -> dict[str, Any]:
     return {**RECEIPT, "digest": f"{run} 1", **changes}
 

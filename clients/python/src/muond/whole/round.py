@@ -12,7 +12,7 @@ from ..steps.attempts import Attempts
 from ..steps.exchange import Taken
 from ..steps.service_writer import ServiceWriter
 from ..steps.writer import Failed
-from ..wire.frame import Frame
+from ..wire.frame import Frame, frame_error
 from .head import Head
 from .shares import Cut, Shares, together
 
@@ -58,6 +58,7 @@ class Round:
         self._questions = 0
         self._question: int | None = None
         """Which question for the receipt is to be answered; an answer to another one is of a connection that was given up."""
+        self._receipt: Frame | None = None
         self._refusals: list[MuondError] = []
         self._failure: BaseException | None = None
         self._outcome: Taken | Failed | None = None
@@ -90,6 +91,9 @@ class Round:
 
     def _settled(self, shard: int, outcome: Taken | Failed) -> None:
         self._running.discard(shard)
+        if self._receipt is not None:
+            self._wind_up()
+            return
         if isinstance(outcome, Failed):
             self._failed(shard, outcome.error)
             return
@@ -98,7 +102,7 @@ class Round:
         self._whole.shards[shard].watch(lambda reason: self._events.put(partial(self._failed, shard, reason)))
         if self._is_given_up:
             self._wind_up()
-        elif len(self._taken) == len(self._whole.shards):
+        elif self._question is None and len(self._taken) == len(self._whole.shards):
             self._ask_for_receipt()
 
     def _failed(self, shard: int, error: BaseException) -> None:
@@ -126,10 +130,9 @@ class Round:
     def _ask_for_receipt(self) -> None:
         try:
             self._check_groups()
-            if self._question is None:
-                self._questions += 1
-                self._question = self._questions
-                self._whole.head.end(self._shares.number, self._told(self._question))
+            self._questions += 1
+            self._question = self._questions
+            self._whole.head.end(self._shares.number, self._told(self._question))
         except BaseException as error:  # noqa: BLE001 - the round goes on to its end; the trainer gets the error
             self._unanswered(error)
 
@@ -149,8 +152,10 @@ class Round:
                 )
             )
         else:
-            refused = [self._whole.cut.error(e, k) for k in sorted(self._taken) for e in self._taken[k].refused]
-            self._outcome = Taken(answer, tuple(_as_muond(error) for error in refused))
+            self._receipt = answer
+            # One that was lost behind its vote, and ends the step again, has delivered all of its updates.
+            self._stop_shards(MuondError("CONNECTION_LOST", "the step is done"))
+            self._wind_up()
 
     def _unanswered(self, error: BaseException) -> None:
         if not self._waited(self._ending, error):
@@ -207,16 +212,28 @@ class Round:
     def _give_up(self, error: BaseException) -> None:
         self._failure = error
         self._whole.head.fail(error)
+        self._stop_shards(error)
+        self._wind_up()
+
+    def _stop_shards(self, error: BaseException) -> None:
         for shard in self._running:
             self._whole.shards[shard].give_up(error)
-        self._wind_up()
 
     def _wind_up(self) -> None:
         """Ends the round once no shard delivers any more."""
         if self._running:
             return
-        failure = self._failure
-        self._outcome = Failed(together(self._refusals) if failure is None else failure)
+        if self._receipt is not None:
+            self._outcome = Taken(self._receipt, self._left_out())
+        elif self._failure is not None:
+            self._outcome = Failed(self._failure)
+        else:
+            self._outcome = Failed(together(self._refusals))
+
+    def _left_out(self) -> tuple[MuondError, ...]:
+        """The errors of the gradients of which the step was ended without."""
+        left_out = [(k, frame) for k, step in enumerate(self._shares.steps) for frame in step.left_out.values()]
+        return tuple(_as_muond(self._whole.cut.error(frame_error(frame), k)) for k, frame in left_out)
 
 
 def _is_stale(error: BaseException) -> bool:
