@@ -16,8 +16,8 @@ import pytest
 
 import muond
 from muond import MuondError, Parameter
+from muond.steps.asking import Answer
 from muond.steps.updates import Update
-from muond.steps.writer import _Answer
 from muond.wire.msgpack import encode_head
 from peer import ERROR, OPENED, RECEIPT, UPDATE, Peer, Talk
 from service import Proxy, Service
@@ -554,7 +554,7 @@ def test_rows_alone_that_come_again_are_scaled_once() -> None:
 
 
 def test_an_answer_is_taken_once() -> None:
-    answer = _Answer("opened")
+    answer = Answer("opened")
     answer.frame(OPENED)
     with pytest.raises(MuondError, match="broken"):
         answer.frame(ERROR)
@@ -607,6 +607,6 @@ def test_a_dtype_that_this_client_does_not_know_is_refused() -> None:
 
 
 def test_an_open_without_an_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muond.steps.writer.ANSWER_SECONDS", 0.01)
+    monkeypatch.setattr("muond.steps.asking.ANSWER_SECONDS", 0.01)
     with Peer(lambda talk: talk.until_closed()) as peer, pytest.raises(MuondError, match="no answer to open within"):
         muond.open_run(peer.url, run="r", parameters=[])

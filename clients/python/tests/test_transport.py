@@ -16,7 +16,7 @@ from muond import MuondError, Parameter, open_run
 from muond.run import Run
 from muond.steps.parameter import Bound
 from muond.steps.updates import Memory, Updates
-from muond.transport.address import endpoint
+from muond.transport.address import Addresses, addresses
 from muond.transport.arenas import HostArenas, lay_out
 from muond.transport.choice import Transport
 from muond.wire.frame import check_frame
@@ -160,8 +160,13 @@ def test_auto_takes_shared_memory_on_loopback_only(shared: Service, name: str) -
     one, _ = opened(shared.url, name, "auto")
     with one:
         assert one.transport == "shm"
-    nothing = Transport.choose("auto", endpoint("ws://192.0.2.1:1"), ([4], [4]), None)
-    assert nothing.agree(lambda offers: (None, {"offered": offers}))[1] == {"offered": {}}  # type: ignore[arg-type, return-value]
+    [local, remote] = addresses(["ws://localhost:1", "ws://192.0.2.1:1"]).endpoints
+    nothing = Transport.choose("auto", Addresses((remote,)), ([4], [4]), None)
+    assert nothing.agree(lambda offers: (None, {"type": "opened", **offers(remote)}))[1] == {"type": "opened"}  # type: ignore[arg-type, return-value]
+    both = Transport.choose("auto", Addresses((remote, local)), ([4], [4]), None)
+    offered = [both.agree(lambda offers, at=at: (None, {"type": "placed", **offers(at)}))[1] for at in (local, remote)]  # type: ignore[misc]
+    both.close()
+    assert ["transport" in answer for answer in offered] == [True, False]
 
 
 def unmappable(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:

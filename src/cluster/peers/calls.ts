@@ -38,7 +38,7 @@ export class Calls {
   /** Throws RUN_NOT_FOUND where the process is not the head of such a whole. */
   async readWhole(head: string, run: string): Promise<WholeBody> {
     const response = await this.#ask(head, `/v1/runs/${run}/votes`)
-    return (await response.json()) as WholeBody
+    return (await bodyOf(head, response)) as WholeBody
   }
 
   /** Throws what the head refuses a vote with. */
@@ -50,7 +50,7 @@ export class Calls {
   async checkpoint(peer: string, shard: string, tag: string | undefined): Promise<TakenCheckpoint> {
     const body = tag === undefined ? {} : { tag }
     const response = await this.#ask(peer, `/v1/runs/${shard}/checkpoints`, { method: 'POST', body })
-    return (await response.json()) as TakenCheckpoint
+    return (await bodyOf(peer, response)) as TakenCheckpoint
   }
 
   /** Deletes a shard, if it is there. */
@@ -78,6 +78,16 @@ export class Calls {
     })
     if (response.ok) return response
     throw await refusalOf(peer, response)
+  }
+}
+
+/** Throws PEER_FAILED for an answer that is cut off. */
+async function bodyOf(peer: string, response: Response): Promise<unknown> {
+  try {
+    return await response.json()
+  } catch (error) {
+    const reason = errorText(error instanceof Error ? (error.cause ?? error) : error)
+    throw new ServiceError('PEER_FAILED', `an answer of the process ${peer} of the cluster was cut off: ${reason}`)
   }
 }
 

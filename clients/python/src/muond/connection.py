@@ -58,6 +58,7 @@ class Connection:
 
     def __init__(self, endpoint: Endpoint) -> None:
         """Raises MuondError: why the service refused, or CONNECTION_LOST."""
+        self.endpoint = endpoint
         upgraded = dial(endpoint)
         self._socket = upgraded.socket
         # Masking protects proxies on the way; there are none on loopback.

@@ -17,6 +17,7 @@ _RETRYABLE = {
         "STORAGE_FAILED",
         "COORDINATOR_FAILED",
         "QUORUM_LOST",
+        "PEER_FAILED",
     ),
 }
 

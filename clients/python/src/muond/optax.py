@@ -64,7 +64,7 @@ class Service(optax.GradientTransformation):  # type: ignore[misc]
 
 
 def service(
-    url: str | None = None,
+    url: str | Sequence[str] | None = None,
     *,
     run: str,
     groups: Groups,
@@ -141,7 +141,7 @@ def _name_of(path: tuple[Any, ...]) -> str:
 class _Home:
     """The run of a transformation, and what it says of the step in progress."""
 
-    def __init__(self, url: str | None, options: dict[str, Any], group_of: GroupOf) -> None:
+    def __init__(self, url: str | Sequence[str] | None, options: dict[str, Any], group_of: GroupOf) -> None:
         self._url = url
         self._options = options
         self._group_of = group_of

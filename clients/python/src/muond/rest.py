@@ -26,6 +26,8 @@ from .wire.safetensors import HEADER_BYTES, Described, read_header, write_header
 
 # A state of gigabytes is read and written by the service before it answers.
 TIMEOUT_SECONDS = 600.0
+# How long a request waits on which nobody depends.
+HURRIED_SECONDS = 5.0
 _SMALL_BYTES = 1 << 26
 _TOGETHER_BYTES = 1 << 20
 # The bytes of the widest element.
@@ -73,6 +75,7 @@ class Rest:
         self._endpoint = endpoint
         self._retries = retries
         self._backoff = backoff or Backoff()
+        self._seconds = timeout_seconds
         self._headers = {
             **endpoint.headers,
             **({"Authorization": f"Bearer {endpoint.token}"} if endpoint.token else {}),

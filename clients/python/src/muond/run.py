@@ -14,21 +14,22 @@ import numpy.typing as npt
 
 from .declaration import Member, Parameter, Quorum
 from .error import ErrorFields, MuondError
+from .opening import open_writer
 from .receipt import Checkpoint, Receipt
-from .rest import Tensor
+from .rest import Rest, Tensor
 from .steps.apply import Weights, apply_update
 from .steps.backoff import Backoff
 from .steps.exchange import Taken
 from .steps.gradient import bytes_of
 from .steps.interrupt import interrupt_later
 from .steps.owed import Groups, merge_groups, owed_groups
-from .steps.parameter import Bound, bind, check_bytes, sizes_of
+from .steps.parameter import Bound, bind, check_bytes
 from .steps.step import Gradient, MaxLogits, Step
-from .steps.updates import Bytes, Memory, Update, Updates
-from .steps.writer import RETRIES, Failed, Host, Writer
-from .transport.address import Endpoint, endpoint
-from .transport.arenas import Arenas, HostArenas
-from .transport.choice import MakeArenas, Transport
+from .steps.updates import Bytes, Memory, Update
+from .steps.writer import RETRIES, Failed, Host, Sharing, Writer
+from .transport.address import Endpoint, addresses
+from .transport.arenas import GradientSlots
+from .transport.choice import MakeArenas
 from .wire.dtype import BLOCKS
 from .wire.frame import PROTOCOL, Frame, MemberKey
 
@@ -46,7 +47,7 @@ Apply = Callable[[Sequence[Update]], None]
 
 
 def open_run(
-    url: str | None = None,
+    url: str | Sequence[str] | None = None,
     *,
     run: str,
     parameters: Sequence[Parameter],
@@ -66,6 +67,7 @@ def open_run(
     retries: int = RETRIES,
     backoff: Backoff | None = None,
     chunk_bytes: int = 1 << 24,
+    shards: int = 0,
     transport: str = "auto",
     gpu_arenas: MakeArenas | None = None,
     apply: Apply | None = None,
@@ -73,7 +75,8 @@ def open_run(
 ) -> Run:
     """Opens a run, on a connection of its own; its updates are applied to each parameter's ``data``, in place.
 
-    ``url``, ``token``: see ``muond.transport.address.endpoint``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
+    ``url``: an address, or several of which the first that answers is taken, each as ``muond.transport.address.endpoint`` reads it,
+    as ``token``. ``mode``: ``create``, ``resume`` or ``create_or_resume``.
     ``member``: (rank, world size) of a run with many members, of which each sends and receives the ``ranges`` of each
     parameter. A ``Member`` may be of one of several replicas, whose steps are made with the mean of what
     they send; ``quorum``, a ``Quorum``, says when a step may be closed without all of them. ``weights``: a digest of the weights that a
@@ -82,6 +85,8 @@ def open_run(
     ``branch_of``: (another run of the service, a checkpoint of that by id or tag); a new run begins with its state, step and digest,
     and the weights must be those of that step.
     ``retries``: consecutive failed attempts at one step that brought nothing new, before it raises; 0 for none.
+    ``shards``: over how many processes of the service a new run is to be spread; 0: as the service has it. One that exists has those
+    that it has.
     ``transport``: ``shm`` shares memory with a service on this host, ``websocket`` sends everything, ``auto`` tries and falls
     back; ``cuda-ipc`` shares that of a GPU, which ``gpu_arenas`` makes, as ``muond.torch`` does.
     ``apply``: what to do with updates instead. ``allocate``: memory for updates, by bytes.
@@ -89,9 +94,11 @@ def open_run(
     Raises MuondError RUN_EXISTS, RUN_NOT_FOUND, RUN_BUSY (see ``takeover``), RUN_MISMATCH, PARAMETER_INVALID…, UNAUTHORIZED,
     CONNECTION_LOST; a first connection is not retried.
     """
+    if shards < 0:
+        raise ValueError(f"shards is {shards}, at least 0")
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, at least 1")
-    address = endpoint(url, token=token, headers=headers, ssl_context=ssl_context)
+    found = addresses(url, token=token, headers=headers, ssl_context=ssl_context)
     declared = [parameter.declaration() for parameter in parameters]
     given: Frame = {
         "groups": None if groups is None else [dict(group) for group in groups],
@@ -107,22 +114,19 @@ def open_run(
     }
     # A branch is always a new run.
     is_default = mode == "create_or_resume"
-    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "create" if branch_of and is_default else mode}
+    frame = {"type": "open", "protocol": PROTOCOL, "run": run, "shards": shards}
+    frame["mode"] = "create" if branch_of and is_default else mode
     frame.update({key: value for key, value in given.items() if value is not None})
     reason = _shares_nothing(declared)
     if reason is not None:
         if transport not in ("auto", "websocket"):
             raise ValueError(f"transport={transport!r} is not possible: {reason}")
         transport = "websocket"
-    shared = Transport.choose(transport, address, sizes_of(declared), gpu_arenas)
-    try:
-        writer = Writer(Host(address, retries, backoff or Backoff(), chunk_bytes, shared), frame)
-    except BaseException:
-        shared.close()
-        raise
+    host = Host(found, retries, backoff or Backoff(), chunk_bytes, Sharing(transport, gpu_arenas))
+    writer = open_writer(host, frame)
     memory = Memory() if allocate is None else Memory(allocate)
     try:
-        return Run(writer, parameters, address, apply, memory)
+        return Run(writer, parameters, apply, memory)
     except BaseException:
         writer.close()
         raise
@@ -135,11 +139,8 @@ class Run:
     ends their step returns. Updates are applied by that call, in the caller's thread.
     """
 
-    def __init__(
-        self, writer: Writer, parameters: Sequence[Parameter], address: Endpoint, apply: Apply | None, memory: Memory
-    ) -> None:
+    def __init__(self, writer: Writer, parameters: Sequence[Parameter], apply: Apply | None, memory: Memory) -> None:
         """Use ``open_run``."""
-        self.address = address
         self.parameters = bind([parameter.declaration() for parameter in parameters])
         self._writer = writer
         self._by_key: dict[Key, Bound] = {parameter.name: parameter for parameter in self.parameters}
@@ -148,7 +149,7 @@ class Run:
         # Nothing here refers to the run itself: one that nobody holds any more is closed at once.
         self._apply = apply or _apply_to([parameter.data for parameter in parameters])
         self._events: SimpleQueue[Update | Taken | Failed] = SimpleQueue()
-        self._updates = Updates(self.parameters, writer.step + 1, memory, self._events.put)
+        writer.deliver_to(self.parameters, memory, self._events.put)
         self._flight: Step | None = None
         self._groups: Groups = writer.opened["groups"]
         self._owed: Groups = {}
@@ -170,6 +171,16 @@ class Run:
         return str(self.opened["run"])
 
     @property
+    def address(self) -> Endpoint:
+        """The process that the run was opened at, with the key for it."""
+        return self._writer.address
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether several processes have the run together, a shard each: ``opened["shards"]``."""
+        return "shards" in self.opened
+
+    @property
     def opened(self) -> Frame:
         """The service's answer to the newest ``open``: epoch, groups, limits, device and more."""
         return self._writer.opened
@@ -182,15 +193,14 @@ class Run:
         """
         return self._writer.members
 
-    @property
-    def arenas(self) -> Arenas | None:
-        """The memory that is shared with the service now; None where everything goes over the socket."""
-        return self._writer.arenas
+    def arenas_of(self, index: int) -> GradientSlots | None:
+        """The memory that is shared with the service now and has a slot for this parameter; None where it goes over a socket."""
+        return self._writer.arenas_of(index)
 
     @property
     def transport(self) -> str:
         """How gradients and updates travel now: ``cuda-ipc``, ``shm`` or ``websocket``."""
-        return "websocket" if self.arenas is None else self.arenas.kind
+        return self._writer.transport
 
     @property
     def step_count(self) -> int:
@@ -292,7 +302,9 @@ class Run:
             check_bytes(self._find(gradient.parameter), len(gradient.bytes))
         self._add(self._growing(), gradients)
 
-    def gradient_placed(self, indices: Iterable[int], arenas: Arenas, ready: Callable[[], None] | None = None) -> None:
+    def gradient_placed(
+        self, indices: Iterable[int], arenas: GradientSlots, ready: Callable[[], None] | None = None
+    ) -> None:
         """As ``gradient_bytes``, for gradients that lie in their slots of ``arenas``, all of them once ``ready`` returns."""
         self._add(self._growing(), [Gradient(index, None, ready, arenas) for index in indices])
 
@@ -333,6 +345,10 @@ class Run:
         answer = self._writer.checkpoint(tag)
         return Checkpoint(answer["checkpoint"], answer["step"], answer["digest"], answer["bytes"])
 
+    def rest(self, *, patient: bool = True) -> Rest:
+        """The REST interface to the run, wherever its parts are; ``patient``: as patient as steps are. Use it in a ``with``."""
+        return self._writer.rest(patient=patient)
+
     def import_state(self, tensors: Sequence[Tensor], metadata: dict[str, str], *, partial: bool = False) -> None:
         """Replaces the state of the run, all of it or nothing, or with ``partial`` that of the parameters given.
 
@@ -340,15 +356,17 @@ class Run:
         ``step_count`` the service's. Not while a step is in flight. Raises MuondError, STATE_INVALID for what does not fit the run.
         """
         self._require_idle()
-        with self._writer.rest() as rest:
-            answer = rest.import_state(self.name, tensors, metadata, partial=partial)
-        self.moved(answer["step"], answer["digest"])
+        self._writer.import_state(tensors, metadata, partial=partial)
+        self._writer.expect(self.step_count + 1)
 
     def moved(self, step: int, digest: str) -> None:
         """Another member has imported state into the run: it goes on from there. Not while a step is in flight."""
         self._require_idle()
+        if (step, digest) == (self.step_count, self.digest):
+            # Nothing was imported: of a step that has failed and is taken again, some updates are applied already.
+            return
         self._writer.moved(step, digest)
-        self._updates.next(self.step_count + 1)
+        self._writer.expect(self.step_count + 1)
 
     def reopen(self, checkpoint: str | None = None) -> None:
         """Opens the run again wherever the service has it now, or goes back to a checkpoint; the weights are the caller's.
@@ -359,7 +377,7 @@ class Run:
         self._writer.reopen(checkpoint)
         self._groups = self.opened["groups"]
         self._owed = {}
-        self._updates.next(self.step_count + 1)
+        self._writer.expect(self.step_count + 1)
 
     def hurry(self) -> None:
         """The step in flight is not tried again after a failure: someone waits who wants to leave."""
@@ -401,7 +419,7 @@ class Run:
 
     def _start(self, step: Step) -> None:
         self._flight = step
-        self._writer.take(step, self._updates, self._events.put)
+        self._writer.take(step, self._events.put)
 
     def _growing(self) -> Step:
         if self._flight is None:
@@ -420,7 +438,7 @@ class Run:
         flight, self._flight = self._flight, None
         if isinstance(outcome, Failed):
             raise outcome.error
-        self._updates.next(self.step_count + 1)
+        self._writer.expect(self.step_count + 1)
         self._groups = outcome.receipt["groups"]
         late = flight is not None and not outcome.receipt.get("contributed", True)
         self._owed = owed_groups(flight.groups, self._groups) if flight is not None and late else {}
@@ -480,8 +498,8 @@ class Run:
 
     def _gradient(self, key: Key, gradient: npt.ArrayLike) -> Gradient:
         parameter = self._find(key)
-        data, arenas = bytes_of(gradient, parameter), self.arenas
-        if not isinstance(arenas, HostArenas):
+        data, arenas = bytes_of(gradient, parameter), self.arenas_of(parameter.index)
+        if arenas is None or arenas.kind != "shm":
             return Gradient(parameter.index, data)
         arenas.gradient(parameter.index)[:] = data
         return Gradient(parameter.index, None, arenas=arenas)

@@ -166,7 +166,10 @@ def test_a_process_that_follows_has_what_the_first_one_has(shared: Service, name
     second._home.copies.told[:] = [(None, None, False), None]
     sharded.backward(module, 1)
     assert second.step() is None
-    second._home.copies.told[:] = [(muon.receipt, None, True), Followed(run.name, run.step_count, run.digest)]
+    second._home.copies.told[:] = [
+        (muon.receipt, None, True),
+        Followed(run.name, run.step_count, run.digest, run.address.url),
+    ]
     assert (1, second.step().digest) == digest
     assert (second.step_count, second.run_name) == (1, name)
     assert all(bool((p == 1).all()) for p in module.parameters())

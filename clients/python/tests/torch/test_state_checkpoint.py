@@ -95,7 +95,7 @@ def test_a_state_dict_of_another_run_is_a_branch_of_that(durable: Callable[..., 
         optimizer.load_state_dict(states[f"{name}-a"])
         assert (optimizer.run_name, optimizer.step_count) == (f"{name}-c", 1)
         assert optimizer.run.opened["note"] == f"branched from step-000000000001 of run '{name}-a'"
-    with Rest(optimizer._address) as rest:
+    with Rest(optimizer._addresses.first) as rest:
         assert rest.run(f"{name}-a")["digest"] == states[f"{name}-a"]["muond"]["digest"]
 
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_another_history_is_not_branched_from(durable: Callable[
         state["muond"]["run"] = f"{name}-none"
         with pytest.raises(MuondError, match="RUN_NOT_FOUND"):
             optimizer.load_state_dict(state)
-    with Rest(optimizer._address) as rest, pytest.raises(MuondError, match="RUN_NOT_FOUND"):
+    with Rest(optimizer._addresses.first) as rest, pytest.raises(MuondError, match="RUN_NOT_FOUND"):
         rest.run(f"{name}-b")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from muond.transport.address import Endpoint, endpoint
+from muond.transport.address import Endpoint, addresses, endpoint
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,14 @@ def test_a_header_cannot_bring_another_one() -> None:
 
 def test_address_and_key_come_from_the_environment_where_none_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MUOND_URL", raising=False)
-    assert endpoint().url == "ws://127.0.0.1:8787/v1/stream"
-    monkeypatch.setenv("MUOND_URL", "wss://muond.example")
+    assert addresses().first.url == "ws://127.0.0.1:8787/v1/stream"
+    monkeypatch.setenv("MUOND_URL", "wss://muond.example, ws://two:1")
     monkeypatch.setenv("MUOND_TOKEN", "abc")
-    found = endpoint()
-    assert (found.host, found.token) == ("muond.example", "abc")
+    found = addresses()
+    assert [(one.host, one.token) for one in found.endpoints] == [("muond.example", "abc"), ("two", "abc")]
+    assert [one.port for one in addresses(["ws://one:1", "ws://two:2"]).endpoints] == [1, 2]
+    with pytest.raises(ValueError, match="the list of urls is empty"):
+        addresses([])
     assert endpoint("ws://other", token="mine") == Endpoint("other", 80, "/v1/stream", False, "mine")
 
 

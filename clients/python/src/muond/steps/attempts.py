@@ -17,6 +17,11 @@ class Attempts:
     backoff: Backoff
     _failures: int = 0
 
+    @property
+    def is_first(self) -> bool:
+        """Whether there was one failure since there was progress."""
+        return self._failures <= 1
+
     def wait_after(self, error: MuondError, *, progress: bool = False) -> float | None:
         """Seconds to wait before the next attempt; None when there should be none.
 

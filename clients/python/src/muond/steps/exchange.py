@@ -243,13 +243,14 @@ class Exchange(Listener):
                 # A gradient that is not finite can be left out of its step; one that differs from the applied one cannot.
                 if self._step.skip_refused and frame["code"] == "GRADIENT_NOT_FINITE":
                     self._step.left_out[frame["parameter"]] = frame
-                else:
+                elif self._failure is None:
                     self._refused.append(frame)
             elif frame["code"] == "STEP_INCOMPLETE":
                 self._incomplete = frame
             elif frame["code"] == "QUORUM_LOST":
                 self._lost_quorum = frame
-            else:
+            elif self._failure is None:
+                # Behind a `step` frame that was refused everything is: the first error says why.
                 self._failure = frame_error(frame)
             self._changed.notify_all()
 

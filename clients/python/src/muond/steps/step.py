@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from ..transport.arenas import Arenas
+from ..transport.arenas import GradientSlots
 from ..wire.frame import Frame
 from .owed import Groups
 
@@ -20,7 +20,7 @@ class Gradient:
     data: memoryview | None
     """None for one that lies in its slot of shared memory."""
     ready: Callable[[], None] | None = None
-    arenas: Arenas | None = None
+    arenas: GradientSlots | None = None
     """The shared memory that it lies in."""
 
     @property
@@ -33,6 +33,13 @@ class Gradient:
 
 MaxLogits = Mapping[str, Sequence[float]]
 """{attention: the largest softmax input of each query head}."""
+
+
+class Follower(Protocol):
+    """Who goes on with what the trainer says of a step."""
+
+    def add(self, gradients: Sequence[Gradient]) -> None: ...
+    def finish(self, skipped: Sequence[int], weight: float | None) -> None: ...
 
 
 class Step:
@@ -61,10 +68,31 @@ class Step:
         """The refusals of gradients that the step is ended without, by parameter, also those of earlier connections. Such a
         gradient is not sent again: once the step has ended without it, the service would refuse it with STEP_CONFLICT."""
         self._parameters: set[int] = set()
+        self._follower: Follower | None = None
+
+    def part(self, wanted: Callable[[str], bool]) -> Step:
+        """A step with the same number and options, without gradients, and with the logits of those attentions that are wanted."""
+
+        def max_logits() -> MaxLogits:
+            return {name: values for name, values in (self._logits() or {}).items() if wanted(name)}
+
+        measured = None if self._max_logits is None else max_logits
+        return Step(self.number, self._options, measured, skip_refused=self.skip_refused)
+
+    def lead(self, follower: Follower) -> None:
+        """Has a follower told of all gradients, those that are there and those that come, and of the end."""
+        with self.changed:
+            self._follower = follower
+            follower.add(self.gradients)
+            if self.skipped is not None:
+                follower.finish(self.skipped, self.weight)
+
+    def _logits(self) -> MaxLogits | None:
+        return self._max_logits() if callable(self._max_logits) else self._max_logits
 
     def frame(self) -> Frame | None:
         """What is said before the gradients, if anything. The sending thread asks: logits may still be on their way from a GPU."""
-        max_logits = self._max_logits() if callable(self._max_logits) else self._max_logits
+        max_logits = self._logits()
         said = {**self._options, **({} if max_logits is None else {"max_logits": max_logits})}
         return {"type": "step", "step": self.number, **said} if said else None
 
@@ -81,9 +109,13 @@ class Step:
         with self.changed:
             self._parameters.update(gradient.parameter for gradient in gradients)
             self.gradients.extend(gradients)
+            if self._follower is not None:
+                self._follower.add(gradients)
             self.changed.notify_all()
 
     def finish(self, skipped: Sequence[int], weight: float | None = None) -> None:
         with self.changed:
             self.skipped, self.weight = skipped, weight
+            if self._follower is not None:
+                self._follower.finish(skipped, weight)
             self.changed.notify_all()

@@ -14,7 +14,8 @@ import torch
 from ..error import MuondError
 from ..rest import Rest
 from ..run import Run
-from ..transport.address import Endpoint
+from ..transport.address import Addresses, Endpoint, another
+from ..whole.rest import WholeRest
 from .copies import Copies
 from .living import begins, ends, go_with
 from .opening import Replica, new_run_name, open_slots
@@ -48,9 +49,9 @@ def _write_from_first(ranks: Ranks, run: Run, rows: Sequence[Row], *, partial: b
 class Home:
     """``groups`` gives the optimizer's param_groups. What opens, reads or writes raises MuondError."""
 
-    def __init__(self, settings: Settings, address: Endpoint, groups: Callable[[], Groups]) -> None:
+    def __init__(self, settings: Settings, addresses: Addresses, groups: Callable[[], Groups]) -> None:
         self.settings = settings
-        self.address = address
+        self.addresses = addresses
         self._own_name = new_run_name()
         self.name = settings.run or self._own_name
         self.run: Run | None = None
@@ -110,11 +111,11 @@ class Home:
         self.closed = True
         if delete and self._goes is not None:
             self._goes.detach()
-        ends(self.address, self.name)
+        ends(self.addresses, self.name)
         if self.run is not None:
             self.run.close()
-        if delete and was_open and self._is_first:
-            with self.rest() as rest:
+        if delete and self.run is not None and was_open and self._is_first:
+            with self.run.rest() as rest:
                 rest.delete(self.name)
 
     def open(self, mode: str, checkpoint: str | None = None) -> Run:
@@ -145,8 +146,17 @@ class Home:
         """What the run knows a parameter as; None for one that it does not have."""
         return self._slot_of.get(parameter)
 
-    def rest(self) -> Rest:
-        return Rest(self.address, self.settings.retries, self.settings.backoff)
+    def rest_of(self, run: Run | Followed) -> Rest:
+        """The REST interface to a run, or to that of the process that this one follows."""
+        if isinstance(run, Run):
+            return run.rest()
+        kind = WholeRest if run.is_whole else Rest
+        return self.rest_at(kind, another(run.url, self.addresses.first))
+
+    def rest_at(self, kind: type[Rest], at: Endpoint) -> Rest:
+        # Of several addresses the next one is tried instead.
+        retries = self.settings.retries if len(self.addresses.endpoints) == 1 else 0
+        return kind(at, retries, self.settings.backoff)
 
     def open_run(
         self,
@@ -176,7 +186,7 @@ class Home:
                 "ranks": ranks,
                 "replica": self.replica,
             }
-            return open_slots(name, slots, groups, self.address, self.settings, **how)  # type: ignore[arg-type]
+            return open_slots(name, slots, groups, self.addresses, self.settings, **how)  # type: ignore[arg-type]
 
         if ranks is None:
             return open_it(mode, checkpoint, branch_of), slots
@@ -195,23 +205,23 @@ class Home:
         return bool(everything) or parameter.requires_grad or parameter.grad is not None or parameter in self._slot_of
 
     def adopt(self, run: Run, slots: list[Slot], name: str) -> None:
-        ends(self.address, self.name)
+        ends(self.addresses, self.name)
         self.run, self.slots, self.name = run, slots, name
         groups = self.groups()
         self.group_names = group_names(groups)
         self._slot_of = {slot.tensor: slot for slot in slots}
         if self._goes is not None:
             self._goes.detach()
-        self._goes = go_with(self, run, self.address) if self._is_own(name) and self._is_first else None
+        self._goes = go_with(self, run) if self._is_own(name) and self._is_first else None
         self._listed = [[id(parameter) for parameter in group["params"]] for group in groups]
         self._undeclared = [p for group in groups for p in group["params"] if p not in self._slot_of and p.numel() > 0]
-        begins(self, self.address, name)
+        begins(self, self.addresses, name)
 
     def leave(self, run: Run) -> None:
         """Closes a run that this optimizer does not keep; one that was made for it goes."""
         run.close()
         if not run.opened["resumed"] and self._is_first:
-            with suppress(MuondError), self.rest() as rest:
+            with suppress(MuondError), run.rest() as rest:
                 rest.delete(run.name)
 
     def _settle(self, run: Run) -> None:
@@ -364,7 +374,7 @@ class Home:
 
         Of a run that nobody has named those with a tag may be: a state_dict may hold one.
         """
-        with suppress(MuondError), self.rest() as rest:
+        with suppress(MuondError), old.rest() as rest:
             if not rest.has_checkpoints(old.name, tagged=self._is_own(old.name)):
                 rest.delete(old.name)
                 return False
@@ -391,7 +401,7 @@ class Home:
         run = self.readable()
         if run is None:
             return []
-        with self.rest() as rest:
+        with self.rest_of(run) as rest:
             begun = read_begun(rest, run, self.slots)
         return [slot.tensor for slot, has in zip(self.slots, begun, strict=True) if has]
 
@@ -399,7 +409,7 @@ class Home:
         run = self.readable()
         if run is None:
             return {}
-        with self.rest() as rest:
+        with self.rest_of(run) as rest:
             tensors = read_state(rest, run, self.slots)
         rows = zip(self.slots, tensors, strict=True)
         return {slot.tensor: sharded_as(slot, entries) for slot, entries in rows if entries}

@@ -18,7 +18,7 @@ from ..declaration import Member, Quorum
 from ..error import MuondError
 from ..run import Run, open_run
 from ..steps.updates import Update
-from ..transport.address import Endpoint
+from ..transport.address import Addresses
 from .apply import Views, apply_updates
 from .gpu_arenas import arenas_of
 from .ranks import Ranks
@@ -55,7 +55,7 @@ def open_slots(
     run: str,
     slots: list[Slot],
     groups: Sequence[Mapping[str, Any]],
-    address: Endpoint,
+    addresses: Addresses,
     given: Settings,
     *,
     mode: str,
@@ -76,7 +76,7 @@ def open_slots(
 
     def open_it() -> Run:
         return open_run(
-            address.url,
+            [endpoint.url for endpoint in addresses.endpoints],
             run=run,
             mode=mode,
             groups=group_declarations(groups),
@@ -90,12 +90,13 @@ def open_slots(
             checkpoint=checkpoint,
             branch_of=branch_of,
             client=f"muond.torch, torch {torch.__version__}",
-            token=address.token,
+            token=addresses.first.token,
             headers=given.headers,
             ssl_context=given.ssl_context,
             retries=given.retries,
             backoff=given.backoff,
             chunk_bytes=given.chunk_bytes,
+            shards=given.shards,
             transport=given.transport,
             gpu_arenas=None if ranks is not None or replica is not None else arenas_of(slots),
             apply=apply,

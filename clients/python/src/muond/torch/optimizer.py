@@ -20,8 +20,9 @@ from ..error import ErrorFields, MuondError
 from ..receipt import Checkpoint, Receipt
 from ..rest import Rest
 from ..run import Run
+from ..steps.asking import at_first
 from ..steps.interrupt import interrupt_later
-from ..transport.address import endpoint
+from ..transport.address import Endpoint, addresses
 from .checks import check_values
 from .copies import Copies
 from .feedback import Feedback
@@ -74,10 +75,10 @@ class Optimizer(torch.optim.Optimizer):
     def _begin(self, params: Any, defaults: dict[str, Any], given: Settings) -> None:
         self._ready = False
         self._settings = given
-        self._address = endpoint(given.url, token=given.token, headers=given.headers, ssl_context=given.ssl_context)
+        self._addresses = addresses(given.url, token=given.token, headers=given.headers, ssl_context=given.ssl_context)
         # What belongs to the optimizer must not keep it alive.
         reference = weakref.ref(self)
-        self._home = Home(given, self._address, lambda: _alive(reference).param_groups)
+        self._home = Home(given, self._addresses, lambda: _alive(reference).param_groups)
         home = self._home
         self._feedback = Feedback(lambda: home.state) if given.error_feedback else None
         self._staging = Staging(self._feedback)
@@ -96,7 +97,7 @@ class Optimizer(torch.optim.Optimizer):
         # What is wrong with a parameter, the address or the key should be heard of here, not after the first backward pass.
         self._join()
         self._progress = Progress(self._home.name) if given.progress else None
-        Connection(self._address).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
+        at_first(self._addresses, Connection).close(MuondError("CLIENT_CLOSED", "the service was only looked for"))
         if given.overlap:
             self._attach()
         self._ready = True
@@ -198,8 +199,7 @@ class Optimizer(torch.optim.Optimizer):
     def _presets(self) -> Mapping[str, Any]:
         if self._known_presets is None:
             # Not tried again, like the first connection: a wrong address should be heard of at once.
-            with Rest(self._address) as rest:
-                self._known_presets = rest.capabilities()["presets"]
+            self._known_presets = at_first(self._addresses, _presets_at)
         return self._known_presets
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -304,11 +304,10 @@ class Optimizer(torch.optim.Optimizer):
         """Whether a gradient has NaN or Inf and the step is not to be. Raises MuondError GRADIENT_NOT_FINITE if that is asked for."""
         if self._settings.overlap or self._settings.on_nonfinite == "skip_parameter":
             return False
-        arenas = run.arenas
-        if arenas is not None and run.transport == "cuda-ipc":  # pragma: no cover - needs a GPU
+        if run.transport == "cuda-ipc":  # pragma: no cover - needs a GPU
             rows = [(s, s.gradient, self.param_groups[s.group]) for s in self._home.slots]
             given = [(slot, gradient, group) for slot, gradient, group in rows if gradient is not None]
-            if not given or self._staging.place_finite(arenas, given):
+            if not given or self._staging.place_finite(run, given):
                 return False
         names = tuple(slot.name for slot in nonfinite(self._home.slots))
         ranks = self._home.ranks
@@ -350,7 +349,7 @@ class Optimizer(torch.optim.Optimizer):
         given = [(slot, gradient) for slot in left if (gradient := slot.gradient) is not None]
         on_gpu = any(gradient.is_cuda for _, gradient in given)
         # The first ones leave while the others are rounded; a GPU does many in one launch.
-        for together in _together(given, _TOGETHER_ON[run.transport if on_gpu else "websocket"]):
+        for together in _together(given, _TOGETHER_ON.get(run.transport if on_gpu else "websocket", _TOGETHER)):
             self._send(run, together, borrow=True)
         return run.end(skipped=skipped)
 
@@ -621,6 +620,12 @@ class Optimizer(torch.optim.Optimizer):
         ]
         self._begin(groups, state["defaults"], state["settings"])
         self._home.state.replace(state["state"])
+
+
+def _presets_at(endpoint: Endpoint) -> Mapping[str, Any]:
+    with Rest(endpoint) as rest:
+        presets: Mapping[str, Any] = rest.capabilities()["presets"]
+        return presets
 
 
 def _alive(reference: weakref.ref[Optimizer]) -> Optimizer:

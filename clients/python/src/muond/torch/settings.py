@@ -34,7 +34,7 @@ WIRE_DTYPES: Mapping[str, torch.dtype] = {
 class Options(TypedDict, total=False):
     """The keyword arguments of every optimizer; ``Settings`` says what they mean."""
 
-    url: str | None
+    url: str | Sequence[str] | None
     run: str | None
     mode: Mode
     token: str | None
@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     retries: int
     backoff: Backoff | None
     chunk_bytes: int
+    shards: int
     transport: Transport
     gradient_dtype: Dtype | torch.dtype | None
     update_dtype: Dtype | torch.dtype | None
@@ -65,8 +66,8 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Settings:
-    url: str | None = None
-    """``ws://host:port``; default: the environment's MUOND_URL, then ws://127.0.0.1:8787."""
+    url: str | Sequence[str] | None = None
+    """``ws://host:port``, or several of which the first that answers is taken; default: the environment's MUOND_URL, then ws://127.0.0.1:8787."""
     run: str | None = None
     """Name of the run; default: a new one."""
     mode: Mode = "create"
@@ -79,6 +80,8 @@ class Settings:
     retries: int = RETRIES
     backoff: Backoff | None = None
     chunk_bytes: int = 1 << 24
+    shards: int = 0
+    """Over how many processes of the service a new run is to be spread; 0: as the service has it."""
     transport: Transport = "auto"
     """How gradients and updates travel. ``cuda-ipc``: in memory of the GPU, shared with a service on the same one. ``shm``: in host
     memory, shared with a service on this host. ``websocket``: over the socket. ``auto``: the first of these that works."""
@@ -127,9 +130,9 @@ class Settings:
             )
         _one_of("state", self.state, ("tensors", "checkpoint"))
         _one_of("keep", self.keep, (None, "cpu"))
-        for name in ("accumulation_steps", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, at least 1")
+        for name, least in (("accumulation_steps", 1), ("keep_last", 1), ("shards", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, at least {least}")
 
 
 def settings(options: Mapping[str, Any]) -> Settings:

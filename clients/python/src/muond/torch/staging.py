@@ -12,7 +12,8 @@ import torch
 
 from ..run import Run
 from ..steps.step import Gradient
-from ..transport.arenas import Arenas, HostArenas
+from ..transport.arenas import GradientSlots, HostArenas
+from ..whole.shares import ShardArenas
 from ..wire.dtype import BLOCKS
 from .blocks import encode
 from .feedback import Feedback
@@ -37,42 +38,48 @@ class Staging:
     def __init__(self, feedback: Feedback | None = None) -> None:
         self._feedback = feedback
         self._buffers: dict[int, tuple[torch.Tensor, memoryview]] = {}
-        self._slots: dict[int, torch.Tensor] = {}
+        self._slots: dict[int, tuple[GradientSlots, torch.Tensor]] = {}
+        """The slots of shared memory as tensors, with the memory that has them."""
         self._rounded: dict[int, torch.Tensor] = {}
         """Gradients of a GPU in the dtype in which they travel, on their way to host memory."""
         self._streams: dict[torch.device, Any] = {}
-        self._arenas: Arenas | None = None
-        self._placed: list[int] | None = None
+        self._placed: list[tuple[GradientSlots, list[int]]] = []
         """The parameters whose gradients lie in their slots already, and are complete there."""
 
     def send(self, run: Run, rows: Sequence[Row], *, borrow: bool) -> None:
         """Adds gradients to the step in flight. ``borrow``: they do not change before its receipt."""
-        placed, self._placed = self._placed, None
-        if placed is not None and self._arenas is not None:  # pragma: no cover - needs a GPU
-            assert placed == [slot.index for slot, _, _ in rows], "what was placed is what is sent"
-            run.gradient_placed(placed, self._arenas)
+        placed, self._placed = self._placed, []
+        if placed:  # pragma: no cover - needs a GPU
+            for arenas, indices in placed:
+                run.gradient_placed(indices, arenas)
             return
-        self._use(run.arenas)
-        if self._arenas is not None:
-            for device in {gradient.device: None for _, gradient, _ in rows}:
-                those = [row for row in rows if row[1].device == device]
-                ready = self._place(self._arenas, those)
-                run.gradient_placed([slot.index for slot, _, _ in those], self._arenas, ready)
-            return
-        run.gradients_bytes(
-            [Gradient(slot.index, *self.put(slot, gradient, group, borrow=borrow)) for slot, gradient, group in rows]
-        )
+        for memory, those in _by_arenas(run, rows):
+            if memory is None:
+                put = [(slot.index, *self.put(slot, gradient, group, borrow=borrow)) for slot, gradient, group in those]
+                run.gradients_bytes([Gradient(*each) for each in put])
+            else:
+                self._send_placed(run, memory, those)
 
-    def place_finite(self, arenas: Arenas, rows: Sequence[Row]) -> bool:  # pragma: no cover - needs a GPU
+    def _send_placed(self, run: Run, arenas: GradientSlots, rows: Sequence[Row]) -> None:
+        for device in {gradient.device: None for _, gradient, _ in rows}:
+            those = [row for row in rows if row[1].device == device]
+            ready = self._place(arenas, those)
+            run.gradient_placed([slot.index for slot, _, _ in those], arenas, ready)
+
+    def place_finite(self, run: Run, rows: Sequence[Row]) -> bool:  # pragma: no cover - needs a GPU
         """Copies gradients to slots on their GPU before they are sent, and says whether all of them are finite as they travel."""
-        self._use(arenas)
-        ready = self._place(arenas, rows)
-        finite = self._finite(arenas, rows)
-        assert ready is not None, "a copy on a GPU is waited for"
-        self._placed = [slot.index for slot, _, _ in rows] if finite else None
+        placed: list[tuple[GradientSlots, list[int]]] = []
+        finite = True
+        for arenas, those in _by_arenas(run, rows):
+            assert arenas is not None, "a run over memory of the GPU has a slot for every parameter"
+            ready = self._place(arenas, those)
+            assert ready is not None, "a copy on a GPU is waited for"
+            finite = self._finite(arenas, those) and finite
+            placed.append((arenas, [slot.index for slot, _, _ in those]))
+        self._placed = placed if finite else []
         return finite
 
-    def _finite(self, arenas: Arenas, rows: Sequence[Row]) -> bool:  # pragma: no cover - needs a GPU
+    def _finite(self, arenas: GradientSlots, rows: Sequence[Row]) -> bool:  # pragma: no cover - needs a GPU
         """One answer for all slots, and one wait for the GPU."""
         slots = [self._slot(arenas, slot) for slot, _, _ in rows]
         dtypes = {slot.dtype: None for slot in slots}
@@ -85,12 +92,7 @@ class Staging:
             of_each_dtype.append(torch.stack(torch._foreach_norm(alike, float("inf"))).isfinite().all())
         return bool(torch.stack(of_each_dtype).all())
 
-    def _use(self, arenas: Arenas | None) -> None:
-        if arenas is not self._arenas:
-            self._arenas = arenas
-            self._slots.clear()
-
-    def _place(self, arenas: Arenas, rows: Sequence[Row]) -> Ready | None:
+    def _place(self, arenas: GradientSlots, rows: Sequence[Row]) -> Ready | None:
         """Copies gradients to their slots; what to call before anybody else reads those."""
         gradients = [_as_taken(gradient, slot.local.detach(), group) for slot, gradient, group in rows]
         slots = [self._slot(arenas, slot) for slot, _, _ in rows]
@@ -100,14 +102,15 @@ class Staging:
         return None
 
     def _place_from_gpu(
-        self, arenas: Arenas, rows: Sequence[Row], slots: list[torch.Tensor], gradients: list[torch.Tensor]
+        self, arenas: GradientSlots, rows: Sequence[Row], slots: list[torch.Tensor], gradients: list[torch.Tensor]
     ) -> Ready:  # pragma: no cover - needs a GPU
         device = gradients[0].device
         if slots[0].is_cuda:
             torch._foreach_copy_(slots, gradients)
             return _event(torch.cuda.current_stream(device))
-        if isinstance(arenas, HostArenas):
-            lock_pages(arenas)
+        own = arenas.own if isinstance(arenas, ShardArenas) else arenas
+        if isinstance(own, HostArenas):
+            lock_pages(own)
         for row, gradient in zip(rows, gradients, strict=True):
             if row[0].index not in self._rounded:
                 dtype = WIRE_DTYPES[row[0].declaration.gradient_dtype]
@@ -120,13 +123,14 @@ class Staging:
             torch._foreach_copy_(slots, rounded, non_blocking=True)
         return _event(stream)
 
-    def _slot(self, arenas: Arenas, slot: Slot) -> torch.Tensor:
-        place = self._slots.get(slot.index)
-        if place is None:
-            given = arenas.gradient(slot.index)
-            whole = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-            place = whole.view(WIRE_DTYPES[slot.declaration.gradient_dtype]).view(slot.local.shape)
-            self._slots[slot.index] = place
+    def _slot(self, arenas: GradientSlots, slot: Slot) -> torch.Tensor:
+        known = self._slots.get(slot.index)
+        if known is not None and known[0] is arenas:
+            return known[1]
+        given = arenas.gradient(slot.index)
+        whole = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+        place = whole.view(WIRE_DTYPES[slot.declaration.gradient_dtype]).view(slot.local.shape)
+        self._slots[slot.index] = arenas, place
         return place
 
     def put(
@@ -177,6 +181,15 @@ class Staging:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._streams[device]
+
+
+def _by_arenas(run: Run, rows: Sequence[Row]) -> list[tuple[GradientSlots | None, list[Row]]]:
+    """The gradients by the memory that has slots for them."""
+    found: dict[int, tuple[GradientSlots | None, list[Row]]] = {}
+    for row in rows:
+        arenas = run.arenas_of(row[0].index)
+        found.setdefault(id(arenas), (arenas, []))[1].append(row)
+    return list(found.values())
 
 
 def _event(stream: Any) -> Ready:  # pragma: no cover - needs a GPU

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+from ..error import MuondError
 
 DEFAULT_URL = "ws://127.0.0.1:8787"
 _SCHEMES = {"ws": False, "http": False, "wss": True, "https": True}
@@ -56,8 +58,67 @@ class Endpoint:
             return self.host == "localhost"
 
 
+@dataclass(frozen=True)
+class Addresses:
+    """Where a service is to be found: the first of these that answers will do. All are given the same key and headers."""
+
+    endpoints: tuple[Endpoint, ...]
+    """At least one."""
+
+    @property
+    def first(self) -> Endpoint:
+        return self.endpoints[0]
+
+    @property
+    def has_loopback(self) -> bool:
+        return any(endpoint.is_loopback for endpoint in self.endpoints)
+
+    def led_by(self, found: Endpoint) -> Addresses:
+        """The same with ``found`` before all others."""
+        return Addresses((found, *(endpoint for endpoint in self.endpoints if endpoint != found)))
+
+
+def another(url: str, asked: Endpoint) -> Endpoint:
+    """The address of another process of the service, as the one at ``asked`` gives it.
+
+    Raises MuondError for one that the key must not be sent to: without TLS, where the trainer has asked for TLS.
+    """
+    try:
+        found = endpoint(url, token=asked.token, headers=asked.headers, ssl_context=asked.ssl_context)
+    except ValueError as error:
+        raise MuondError("FRAME_UNEXPECTED", f"{asked.url} gives an address that is none: {error}") from error
+    if asked.tls and not found.tls:
+        raise MuondError(
+            "FRAME_UNEXPECTED",
+            f"{asked.url} gives the address {found.url}, which has no TLS: start its processes with --advertise wss://…",
+        )
+    return found
+
+
+def addresses(
+    url: str | Sequence[str] | None = None,
+    *,
+    token: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    ssl_context: ssl.SSLContext | None = None,
+) -> Addresses:
+    """Reads one address or several, each as ``endpoint`` does.
+
+    ``url`` defaults to the environment's MUOND_URL, which may have several with commas between, then to ws://127.0.0.1:8787.
+    Raises ValueError, naming what is wrong with an address, also for none.
+    """
+    if url is None:
+        given: Sequence[str] = os.environ.get("MUOND_URL", DEFAULT_URL).split(",")
+    else:
+        given = [url] if isinstance(url, str) else url
+    if not given:
+        raise ValueError("the list of urls is empty")
+    each = (endpoint(one.strip(), token=token, headers=headers, ssl_context=ssl_context) for one in given)
+    return Addresses(tuple(each))
+
+
 def endpoint(
-    url: str | None = None,
+    url: str,
     *,
     token: str | None = None,
     headers: Mapping[str, str] | None = None,
@@ -66,20 +127,18 @@ def endpoint(
     """Reads an address: ``ws://host:port``, ``wss://…``, or the same with http; without a path it means ``/v1/stream``.
     ``ws+unix:///run/muond.sock`` is a Unix socket, and ``ws+unix:///run/muond.sock:/path`` has a path.
 
-    ``url`` defaults to the environment's MUOND_URL, then to ws://127.0.0.1:8787; ``token`` to MUOND_TOKEN.
-    Raises ValueError, naming what is wrong with the address.
+    ``token`` defaults to the environment's MUOND_TOKEN. Raises ValueError, naming what is wrong with the address.
     """
-    text = url if url is not None else os.environ.get("MUOND_URL", DEFAULT_URL)
-    parts = urlsplit(text)
+    parts = urlsplit(url)
     if parts.scheme not in _SCHEMES and parts.scheme != _UNIX:
         raise ValueError(
-            f"the url '{text}' has the scheme '{parts.scheme}', expected ws://, wss://, http://, https:// or {_UNIX}://"
+            f"the url '{url}' has the scheme '{parts.scheme}', expected ws://, wss://, http://, https:// or {_UNIX}://"
         )
     is_unix = parts.scheme == _UNIX
     if is_unix and (parts.netloc or not parts.path.strip("/")):
-        raise ValueError(f"the url '{text}' names no socket, expected {_UNIX}:///path/of.sock")
+        raise ValueError(f"the url '{url}' names no socket, expected {_UNIX}:///path/of.sock")
     if not is_unix and not parts.hostname:
-        raise ValueError(f"the url '{text}' names no host")
+        raise ValueError(f"the url '{url}' names no host")
     if parts.username is not None or parts.password is not None:
         raise ValueError(f"the url of {parts.hostname} has a user or a password in it; give the key as token=")
     for name, value in {**(headers or {}), "token": token or ""}.items():

@@ -27,24 +27,28 @@ HEAD_BYTES = 256
 _ALIGNMENT = 256
 
 
-class Arenas(Protocol):
-    """Both arenas of a client. Their bytes stay what they are over any number of connections."""
+class GradientSlots(Protocol):
+    """Shared memory with a slot for the gradient of each parameter."""
 
     @property
     def kind(self) -> str:
         """The transport: ``shm`` or ``cuda-ipc``."""
-
-    def offer(self) -> Frame:
-        """What ``open`` says of them. A new nonce is written for each connection."""
-
-    def proved(self) -> bool:
-        """Whether the service has answered the last nonce in memory: it sees the same bytes."""
 
     def gradient(self, index: int) -> Any:
         """The bytes of a gradient's slot, without a copy, to be written."""
 
     def gradient_bytes(self, index: int) -> memoryview:
         """The bytes of a gradient's slot, for a connection that takes them over its socket after all."""
+
+
+class Arenas(GradientSlots, Protocol):
+    """Both arenas of a client. Their bytes stay what they are over any number of connections."""
+
+    def offer(self) -> Frame:
+        """What ``open`` says of them. A new nonce is written for each connection."""
+
+    def proved(self) -> bool:
+        """Whether the service has answered the last nonce in memory: it sees the same bytes."""
 
     def update(self, index: int) -> Any:
         """The bytes of an update's slot, without a copy."""

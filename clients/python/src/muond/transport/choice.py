@@ -9,7 +9,7 @@ from typing import Any
 from ..connection import Connection
 from ..error import MuondError
 from ..wire.frame import Frame
-from .address import Endpoint
+from .address import Addresses, Endpoint
 from .arenas import Arenas, HostArenas, Sizes
 
 TRANSPORTS = ("auto", "cuda-ipc", "shm", "websocket")
@@ -17,7 +17,8 @@ TRANSPORTS = ("auto", "cuda-ipc", "shm", "websocket")
 MakeArenas = Callable[[Sizes, Sizes], Arenas]
 """Makes arenas for gradients and updates of these sizes. Raises OSError where it cannot, with the reason."""
 
-Handshake = Callable[[Mapping[str, Any]], tuple[Connection, Frame]]
+Handshake = Callable[[Callable[[Endpoint], Mapping[str, Any]]], tuple[Connection, Frame]]
+"""Opens a connection; it is given what ``open`` offers to the process at an address."""
 
 
 class Transport:
@@ -35,14 +36,14 @@ class Transport:
         """The memory that the newest connection shares with the service."""
 
     @staticmethod
-    def choose(asked: str, endpoint: Endpoint, sizes: tuple[Sizes, Sizes], on_gpu: MakeArenas | None) -> Transport:
+    def choose(asked: str, addresses: Addresses, sizes: tuple[Sizes, Sizes], on_gpu: MakeArenas | None) -> Transport:
         """Makes the memory that ``asked`` names. Raises ValueError for a name that there is not, or where it cannot be made."""
         if asked not in TRANSPORTS:
             raise ValueError(f"transport is {asked!r}, expected one of {', '.join(map(repr, TRANSPORTS))}")
         if asked == "cuda-ipc" and on_gpu is None:
             raise ValueError("transport='cuda-ipc' needs parameters on one CUDA device")
         makers: list[MakeArenas] = []
-        if endpoint.is_loopback or asked != "auto":
+        if addresses.has_loopback or asked != "auto":
             makers += [on_gpu] if on_gpu is not None and asked in ("auto", "cuda-ipc") else []
             makers += [HostArenas] if asked in ("auto", "shm") else []
         arenas: list[Arenas] = []
@@ -57,10 +58,14 @@ class Transport:
         return Transport(asked, arenas, reasons)
 
     def agree(self, handshake: Handshake) -> tuple[Connection, Frame]:
-        """Opens a connection with what there is to offer. Raises MuondError for one that must be taken and was not."""
+        """Opens a connection with what there is to offer. Raises MuondError for one that must be taken and was not.
+
+        An answer other than ``opened`` takes nothing.
+        """
         self.taken = None
-        offers = [arenas.offer() for arenas in self._arenas]
-        connection, opened = handshake({"transport": offers} if offers else {})
+        connection, opened = handshake(self._offers)
+        if opened["type"] != "opened":
+            return connection, opened
         answer = opened.get("transport", {})
         refused = [f"{entry.get('kind')}: {entry.get('reason')}" for entry in answer.get("refused", [])]
         taken = next((arenas for arenas in self._arenas if arenas.kind == answer.get("kind")), None)
@@ -81,6 +86,13 @@ class Transport:
 
     def close(self) -> None:
         self._drop(self._arenas)
+
+    def _offers(self, endpoint: Endpoint) -> Mapping[str, Any]:
+        # A process on another machine refuses them all, which would be told.
+        if self._asked == "auto" and not endpoint.is_loopback:
+            return {}
+        offers = [arenas.offer() for arenas in self._arenas]
+        return {"transport": offers} if offers else {}
 
     def _drop(self, dropped: Iterable[Arenas]) -> None:
         for arenas in list(dropped):

@@ -25,6 +25,17 @@ _REQUIRED: Mapping[str, Mapping[str, type]] = {
         "limits": dict,
         "server": dict,
     },
+    "moved": {"run": str, "url": str},
+    "placed": {
+        "run": str,
+        "generation": int,
+        "step": int,
+        "resumed": bool,
+        "digest": str,
+        "shards": list,
+        "limits": dict,
+        "server": dict,
+    },
     "update": {"parameter": int, "step": int, "offset": int},
     "updates": {
         "step": int,

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...error import MuondError
+from ...rest import Rest
 from ...run import Run
+from ...steps.asking import at_first, moved_to
+from ...transport.address import Endpoint
+from ...whole.rest import WholeRest
 from ..living import lives
 from ..slots import Slot, sharded_as
 from .fingerprint import same_bits
@@ -52,8 +56,7 @@ def _load_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> No
             raise ValueError(
                 f"the parameters are not those of run '{name}' any more, whose checkpoint the state dict has"
             )
-        with home.rest() as rest:
-            go_to(home.run, rest, token)
+        go_to(home.run, token)
         return
     run, slots = _take_checkpoint(home, token, groups) or _branch(home, token, groups)
     old = home.run
@@ -66,7 +69,7 @@ def _load_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> No
 def _take_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> tuple[Run, list[Slot]] | None:
     """The run of the dictionary, at its checkpoint; None where it is another optimizer's or another trainer's."""
     name = str(token["run"])
-    if not _may_take(home, name) or lives(home.address, name):
+    if not _may_take(home, name) or lives(home.addresses, name):
         return None
     made: list[list[Slot]] = []
 
@@ -76,8 +79,7 @@ def _take_checkpoint(home: Home, token: Mapping[str, Any], groups: Groups) -> tu
         return run
 
     try:
-        with home.rest() as rest:
-            return open_at(open_it, rest, token), made[-1]
+        return open_at(open_it, token), made[-1]
     except MuondError as error:
         if error.code != "RUN_BUSY":
             raise
@@ -169,7 +171,7 @@ def _has_content(home: Home, run: Run, slots: Sequence[Slot], token: Mapping[str
         return False
     if home.state.replaced or home.state.changes():
         return False
-    with home.rest() as rest:
+    with run.rest() as rest:
         read = read_state(rest, run, slots)
     found = [sharded_as(slot, entries) for slot, entries in zip(slots, read, strict=True)]
     return all(_same(entries, loaded.state.get(slot.tensor, {})) for slot, entries in zip(slots, found, strict=True))
@@ -184,7 +186,7 @@ def _open_for(
 ) -> tuple[Run, list[Slot]]:
     """The run of the dictionary where it is this optimizer's to take; else one of its own, which gets a copy."""
     name = str(token.get("run", home.name))
-    if name != home.name and _may_take(home, name) and not lives(home.address, name) and _is_left(home, token):
+    if name != home.name and _may_take(home, name) and not lives(home.addresses, name) and _is_left(home, token):
         try:
             return home.open_run(name, "create_or_resume", None, groups, loaded)
         except MuondError as error:
@@ -199,12 +201,29 @@ def _is_left(home: Home, token: Mapping[str, Any]) -> bool:
     if home.settings.run is not None:
         return True
     try:
-        with home.rest() as rest:
-            found = rest.run(str(token["run"]))
-    except MuondError as error:
-        # It is made anew under its name: this service was started again without its state, or is another one.
-        return error.code == "RUN_NOT_FOUND"
+        found = at_first(home.addresses, lambda at: _found(home, at, str(token["run"])))
+    except MuondError:
+        return False
+    # Where there is none it is made anew under its name: this service was started again without its state, or is another one.
+    if found is None:
+        return True
     return (found["step"], found["digest"], found["ahead"]) == (token["step"], token["digest"], [])
+
+
+def _found(home: Home, at: Endpoint, run: str) -> Mapping[str, Any] | None:
+    """Where a run is, as the process says that has it; None where there is no such run."""
+    where: Endpoint | None = at
+    while where is not None:
+        for kind in (Rest, WholeRest):
+            try:
+                with home.rest_at(kind, where) as rest:
+                    return rest.run(run)
+            except MuondError as error:
+                if error.status != 404:
+                    raise
+        # The process that it is to be opened at sends nobody on.
+        where = moved_to(where, run)
+    return None
 
 
 def _settle_for_import(run: Run) -> None:

@@ -17,6 +17,10 @@ class Followed:
     name: str
     step_count: int
     digest: str
+    url: str
+    """The process that the run was opened at."""
+    is_whole: bool = False
+    """Whether the run has several shards."""
 
 
 def is_at(run: Run, step: object, digest: object) -> bool:
@@ -49,4 +53,4 @@ def require_digest(run: str, checkpoint: str, found: str, expected: str) -> None
 
 def place_of(run: Run) -> Followed:  # pragma: no cover - in processes of several copies, which are not measured
     """Where a run is, for the processes that follow."""
-    return Followed(run.name, run.step_count, run.digest)
+    return Followed(run.name, run.step_count, run.digest, run.address.url, run.is_whole)

@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any
 
 from ...error import MuondError
-from ...rest import Rest
 from ...run import Run
 from .kept import Kept, Shelf
 from .place import is_at, require_digest
@@ -15,7 +14,7 @@ from .place import is_at, require_digest
 _UNREADABLE = "CHECKPOINT_UNREADABLE"
 
 
-def open_at(open_run: Callable[[str, str | None], Run], rest: Rest, token: Mapping[str, Any]) -> Run:
+def open_at(open_run: Callable[[str, str | None], Run], token: Mapping[str, Any]) -> Run:
     """Opens the run of a state_dict whose state is a checkpoint, and goes to that. Raises MuondError.
 
     ``open_run(mode, checkpoint)`` opens it.
@@ -29,20 +28,22 @@ def open_at(open_run: Callable[[str, str | None], Run], rest: Rest, token: Mappi
             raise
         run = open_run("resume", token["checkpoint"])
     try:
-        go_to(run, rest, token)
+        go_to(run, token)
     except BaseException:
         run.close()
         raise
     return run
 
 
-def go_to(run: Run, rest: Rest, token: Mapping[str, Any]) -> None:
+def go_to(run: Run, token: Mapping[str, Any]) -> None:
     """Brings an open run to the checkpoint of a state_dict. Raises MuondError; the run is where it was then."""
     if is_at(run, token["step"], token["digest"]) and not run.in_flight:
         return
     checkpoint = token["checkpoint"]
-    # The id of a checkpoint says its step; another history has others of the same id.
-    require_digest(run.name, checkpoint, rest.checkpoint(run.name, checkpoint)["digest"], token["digest"])
+    if not run.is_whole:
+        # The id of a checkpoint says its step; another history has others of the same id. That of a whole is no other's.
+        with run.rest() as rest:
+            require_digest(run.name, checkpoint, rest.checkpoint(run.name, checkpoint)["digest"], token["digest"])
     try:
         run.reopen(checkpoint)
     except MuondError:
