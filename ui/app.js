@@ -3,6 +3,7 @@ import { runPage } from './run.js'
 import { runsPage } from './runs.js'
 import { get, key, Problem } from './service.js'
 import { sleep } from './wait.js'
+import { wholePage } from './whole.js'
 
 /** How often the header asks whether the service takes steps. */
 const HEALTH_MS = 5000
@@ -15,15 +16,18 @@ const input = byId('ask-key', HTMLInputElement)
 /** Ends the page that is shown. */
 let leave = new AbortController()
 
-/** Shows the page that the address names: `#/` is the list of runs, `#/runs/NAME` one run. */
+/**
+ * Shows the page that the address names: `#/` is the list of runs, `#/runs/NAME` one run, and `#/shards/NAME` one that is
+ * spread over several processes.
+ */
 function show() {
   leave.abort()
   leave = new AbortController()
   const { signal } = leave
-  const [, name] = /^#\/runs\/(.+)$/.exec(location.hash) ?? []
+  const [, kind, name] = /^#\/(runs|shards)\/(.+)$/.exec(location.hash) ?? []
   const run = name && decodeURIComponent(name)
   document.title = run ? `${run} · muond` : 'muond'
-  const page = run ? runPage(run) : runsPage()
+  const page = run ? (kind === 'shards' ? wholePage(run) : runPage(run)) : runsPage()
   main.replaceChildren(page.element)
   page.live(signal).catch((error) => fail(error, signal))
 }

@@ -53,17 +53,17 @@ function drawer({ tiles, body, empty, table }) {
   /** @type {Map<string, HTMLElement>} */
   const values = new Map()
   return (
-    /** @type {{ runs: any[], stored: any[] }} */ { runs, stored },
+    /** @type {{ runs: any[], stored: any[], wholes?: any[] }} */ { runs, stored, wholes = [] },
     /** @type {any} */ capabilities,
     /** @type {Map<string, number> | undefined} */ samples,
   ) => {
     const now = performance.now()
     for (const tile of tilesOf({ runs, capabilities, samples, before, now })) place(tiles, values, tile)
     if (samples) before = { at: now, samples }
-    const listed = [...runs.map(rowOfRun), ...stored.map(rowOfStored)]
+    const listed = [...wholes.map(rowOfWhole), ...runs.map(rowOfRun), ...stored.map(rowOfStored)]
     for (const [name, row] of rows) if (!listed.some((other) => other.name === name)) row.remove()
-    for (const { name, cells } of listed) {
-      const row = rows.get(name) ?? newRow(name, cells.length)
+    for (const { name, kind, cells } of listed) {
+      const row = rows.get(name) ?? newRow(name, kind, cells.length)
       rows.set(name, row)
       cells.forEach(([text, kind], i) => {
         setCell(row.cells[i + 1], text, kind)
@@ -78,10 +78,11 @@ function drawer({ tiles, body, empty, table }) {
 
 /**
  * @param {string} name
+ * @param {string} kind of page
  * @param {number} cells
  */
-function newRow(name, cells) {
-  const link = h('a', { href: `#/runs/${encodeURIComponent(name)}` }, name)
+function newRow(name, kind, cells) {
+  const link = h('a', { href: `#/${kind}/${encodeURIComponent(name)}` }, name)
   const rest = Array.from({ length: cells }, (_, i) => h('td', { class: i > 0 && 'figure' }))
   return h('tr', {}, h('th', { scope: 'row' }, link), ...rest)
 }
@@ -98,12 +99,13 @@ function setCell(cell, text, kind) {
 
 /**
  * @param {any} run
- * @returns {{ name: string, cells: [string, string?][] }}
+ * @returns {{ name: string, kind: string, cells: [string, string?][] }}
  */
 function rowOfRun(run) {
   const status = statusOf(run, Date.now())
   return {
     name: run.name,
+    kind: 'runs',
     cells: [
       [status.text, status.kind],
       [count(run.step)],
@@ -117,12 +119,22 @@ function rowOfRun(run) {
 }
 
 /**
+ * A run over several processes of which this one is the head; its shards are rows of their processes.
+ * @param {{ name: string, step: number, shards: number, parameters: number }} whole
+ * @returns {{ name: string, kind: string, cells: [string, string?][] }}
+ */
+function rowOfWhole({ name, step, shards, parameters }) {
+  const cells = /** @type {[string, string?][]} */ ([[`${shards} shards`, 'quiet'], [count(step)], ['–'], ['–'], ['–']])
+  return { name, kind: 'shards', cells: [...cells, [count(parameters)], ['–']] }
+}
+
+/**
  * @param {{ name: string, status: string, detail?: string }} stored
- * @returns {{ name: string, cells: [string, string?][] }}
+ * @returns {{ name: string, kind: string, cells: [string, string?][] }}
  */
 function rowOfStored({ name, status }) {
   const rest = Array.from({ length: 6 }, () => /** @type {[string]} */ (['–']))
-  return { name, cells: [[status, status === 'unreadable' ? 'bad' : 'quiet'], ...rest] }
+  return { name, kind: 'runs', cells: [[status, status === 'unreadable' ? 'bad' : 'quiet'], ...rest] }
 }
 
 /**

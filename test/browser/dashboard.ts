@@ -2,7 +2,9 @@ import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import type { Page } from 'playwright-core'
 import t, { type Test } from 'tap'
+import { connect } from '../../src/client/client.js'
 import type { components } from '../../src/http/openapi.js'
+import { startCluster, wholeOf } from '../cluster/service.js'
 import { startService } from '../service.js'
 import { launch, openLarge, openPage, openTrainer, startStage } from './stage.js'
 
@@ -149,6 +151,37 @@ t.test('ten thousand parameters are a few dozen rows of the page, which can be f
   await close()
   for (const { close } of [large, trainer]) await close()
   await service.app.close()
+})
+
+t.test('a run over several processes is a row at its head, whose page tells where its shards are', async (t) => {
+  const processes = await startCluster(t, 2)
+  const client = await connect(processes[0].url)
+  const data = [new Float32Array(64), new Float32Array(32)]
+  const run = await client.open({
+    ...{ run: 'wide', shards: 2, groups: [{ name: 'all', algorithm: 'adamw', lr: 0.1 }] },
+    parameters: data.map((values, i) => ({ name: `w${i}`, shape: [values.length], group: 'all', data: values })),
+  })
+  const step = () => run.step(data.map((values) => values.map(() => 1)))
+  await step()
+  const { head, body } = await wholeOf(processes, 'wide')
+  const { page, problems, close } = await openPage(browser, head.peer)
+  const row = page.getByRole('row', { name: 'wide 2 shards' })
+  await row.getByRole('link', { name: 'wide', exact: true }).click()
+  await heading(page, 'wide')
+  await fact(page, 'Step').getByText('1', { exact: true }).waitFor()
+  await step()
+  await fact(page, 'Step').getByText('2', { exact: true }).waitFor()
+  const shards = page.getByRole('table', { name: 'Shards' })
+  for (const { run, peer } of body.shards) {
+    await shards.getByRole('row', { name: `${run} ${peer} 1` }).waitFor()
+    const link = shards.getByRole('link', { name: run })
+    t.equal(await link.getAttribute('href'), `${peer}/ui#/runs/${encodeURIComponent(run)}`)
+  }
+  await checkAccessible(t, page, 'the page of a whole')
+  if (process.env.PICTURE) await page.screenshot({ path: process.env.PICTURE })
+  t.same(problems, [])
+  await close()
+  await client.close()
 })
 
 t.test('a service with keys shows nothing before it is given one, and the key stays in its tab', async (t) => {
