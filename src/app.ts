@@ -16,12 +16,14 @@ import type { WebSocket } from 'ws'
 import { Keys } from './access/keys.js'
 import { Rate } from './access/rate.js'
 import { Refusals } from './access/refusals.js'
+import { Cluster } from './cluster/cluster.js'
 import { type Config, VERSION } from './config.js'
 import { Device } from './device/device.js'
 import { ServiceError } from './errors.js'
 import { authenticator, chooseSubprotocol, principalIn, runGuard } from './http/auth.js'
 import { refuseEncodings, takeBodies, validatorOf } from './http/bodies.js'
-import { type Endpoint, endpointsOf, readContract } from './http/contract.js'
+import { VOTE_BYTES } from './http/cluster/shards.js'
+import { type Endpoint, endpointsOf, readContract, STREAMED, STREAMED_BODIES, WHOLES } from './http/contract.js'
 import { Events } from './http/events.js'
 import { type LocalSocket, listenLocally } from './http/listening/local-socket.js'
 import { limitSockets } from './http/listening/sockets.js'
@@ -123,6 +125,10 @@ export async function buildApp({
   const metrics = createMetrics()
   const log = logger ?? SILENT
   const runs = new Runs({ device, config, presets, metrics, data, log, ...(tracing && { watch: tracing.watch }) })
+  const cluster = await Cluster.start({ config, presets, runs, log }).catch(async (error) => {
+    await close({ runs, data, device })
+    throw error
+  })
   const intake = new Intake(config.unfinished_bytes, ({ code, message }) => {
     log.warn({ event: 'refused', code, reason: message })
     metrics.errors_total.inc({ code })
@@ -135,6 +141,7 @@ export async function buildApp({
     rate,
     device,
     runs,
+    cluster,
     data,
     presets,
     metrics,
@@ -147,7 +154,11 @@ export async function buildApp({
     intake,
     tracing,
   }
-  const app = await createServer(services, logger)
+  return appOf(await createServer(services, logger), services)
+}
+
+function appOf(app: FastifyInstance, services: AppServices): App {
+  const { config, keys, device, runs, data, metrics } = services
   const reload = () => {
     const renew = renewal(app.server, config)
     const reloaded = keys.reload()
@@ -170,7 +181,7 @@ export async function buildApp({
 }
 
 async function createServer(services: AppServices, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
-  const { config, metrics, contract, keys, runs } = services
+  const { config, metrics, contract, keys, runs, cluster } = services
   const app = fastify({
     ...(speaksTls(config) && { serverFactory: secureFactory(config) }),
     ...(logger ? { loggerInstance: logger } : {}),
@@ -203,7 +214,7 @@ async function createServer(services: AppServices, logger: FastifyBaseLogger | u
     'onSend',
     limitAnswer(config, ({ code }) => metrics.errors_total.inc({ code })),
   )
-  app.addHook('preHandler', runGuard(runs))
+  app.addHook('preHandler', runGuard(runs, cluster?.wholes))
   app.addHook('onResponse', (request, reply) => recordRequest(request, reply, metrics))
   app.addHook('onClose', () => close(services))
   answerProblems(app, metrics, refusalLimit(new Refusals(config.max_refusals_per_minute)))
@@ -317,8 +328,8 @@ async function registerOperations(scope: FastifyInstance, services: AppServices)
 function routeOf(endpoint: Endpoint, handler: AnyHandler | undefined, services: AppServices): RouteOptions {
   const { id, method, url, access, schema } = endpoint
   assert(handler, `operation ${id} has no handler`)
-  const config = { access, streamed: STREAMED_BODIES.has(id), endless: id === 'streamEvents' }
-  const bodyLimit = id === 'openRun' ? OPEN_BODY_BYTES : MAX_BODY_BYTES
+  const config = { access, streamed: STREAMED_BODIES.has(id), endless: id === 'streamEvents', wholes: WHOLES.has(id) }
+  const bodyLimit = BODY_BYTES[id] ?? MAX_BODY_BYTES
   const route: RouteOptions = { method, url, schema, handler, config, bodyLimit, exposeHeadRoute: !STREAMED.has(id) }
   if (id !== 'openStream') return route
   const onRequest = async (request: FastifyRequest) => refuseUpgrade(request, services)
@@ -326,14 +337,11 @@ function routeOf(endpoint: Endpoint, handler: AnyHandler | undefined, services: 
   return { ...route, config: { ...config, upgradable: true }, onRequest, wsHandler, exposeHeadRoute: false }
 }
 
+/** Most bytes of the bodies that are larger than others. */
+const BODY_BYTES: Readonly<Record<string, number>> = { openRun: OPEN_BODY_BYTES, postVote: VOTE_BYTES }
+
 /** Operations that the plugins of these pages serve. */
 const PAGES: ReadonlySet<string> = new Set<Page>(['getDocs', 'getUi'])
-
-/** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
-const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])
-
-/** Operations whose handler reads the body as it comes. */
-const STREAMED_BODIES: ReadonlySet<string> = new Set(['putState', 'postStep'])
 
 function refuseOtherMethods(scope: FastifyInstance, url: string): void {
   const allowed = scope.supportedMethods.filter((method) => scope.hasRoute({ method, url })).sort()
@@ -368,11 +376,11 @@ function refuseUpgrade(request: FastifyRequest, { runs, streams, steps, config }
 function openStream(
   socket: WebSocket,
   request: FastifyRequest,
-  { config, device, runs, metrics, rate, streams, intake }: AppServices,
+  { config, device, runs, cluster, metrics, rate, streams, intake }: AppServices,
 ): void {
   const { raw, log } = request
   const [local, principal] = [isLocal(raw.socket), principalIn(request)]
-  const means = { config, device, runs, metrics, intake, log, stream: raw.socket, local, principal, rate }
+  const means = { config, device, runs, cluster, metrics, intake, log, stream: raw.socket, local, principal, rate }
   const stream = new Session(socket, means)
   streams.add(stream)
   raw.socket.setKeepAlive(true, KEEPALIVE_MS)
@@ -386,7 +394,14 @@ function isLocal({ remoteAddress }: Socket): boolean {
 }
 
 /** Closes all that streams use, which are closed already. Runs go first: they need the data folder and the device. */
-async function close({ runs, data, device, tracing }: AppServices): Promise<void> {
+async function close({
+  cluster,
+  runs,
+  data,
+  device,
+  tracing,
+}: Pick<AppServices, 'runs' | 'data' | 'device'> & Partial<AppServices>): Promise<void> {
+  await cluster?.close()
   await runs.close()
   await tracing?.close()
   await data?.close()

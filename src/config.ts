@@ -2,7 +2,7 @@ import { readFileSync } from 'node:fs'
 import { envSchema } from 'env-schema'
 import { type Flags, type FlagTypes, scanArguments } from './arguments.js'
 import { errorText } from './errors.js'
-import { flag, integer, keys, list, type Setting, seconds, text } from './setting.js'
+import { flag, integer, key, keys, list, type Setting, seconds, text } from './setting.js'
 
 export type { Flags } from './arguments.js'
 
@@ -135,6 +135,17 @@ export const SETTINGS = {
     [1, 1_000_000],
     'Refused keys and refused upgrades of one address; beyond it the address is told to wait. The right key always passes.',
   ),
+  peers: list(
+    'Comma-separated URLs of all processes that runs may be spread over, the same list in each: http://10.0.0.2:8787,http://10.0.0.3:8787.',
+  ),
+  advertise: text('', 'The URL among peers that is this process.'),
+  shards: integer(
+    1,
+    [1, 256],
+    'With peers: over so many shards a new run is spread whose client leaves the number to the service.',
+  ),
+  cluster_key: key('The key that the processes of peers show each other; the same in each, and for nobody else.'),
+  cluster_key_file: text('', 'File with that key, instead of the variable.'),
   run_metrics: flag('Series of their own in /metrics for each run in memory, with its name as a label.'),
   log_level: text('info', 'Least severe events to log.', {
     enum: LOG_LEVELS,
@@ -260,7 +271,8 @@ function readFlags(argv: readonly string[], own: FlagTypes = {}): { values: Flag
 
 function secretRefusal(flag: string): string {
   const variable = `MUOND_${flag.replaceAll('-', '_').toUpperCase()}`
-  return `there is no --${flag}, as everybody can read command lines: use ${variable} or --keys-file`
+  const file = flag === 'cluster-key' ? '--cluster-key-file' : '--keys-file'
+  return `there is no --${flag}, as everybody can read command lines: use ${variable} or ${file}`
 }
 
 /**
@@ -325,7 +337,35 @@ function contradictionsIn(config: Config): string[] {
     ...((tls_cert === '') === (tls_key === '') ? [] : ['tls_cert and tls_key go together: only one of them is given']),
     ...(tls_client_ca === '' || tls_cert !== '' ? [] : ['tls_client_ca needs tls_cert and tls_key']),
     ...opennessOf(config),
+    ...clusterProblems(config),
   ]
+}
+
+/** What settings of several processes may not be. */
+function clusterProblems({ peers, advertise, shards, cluster_key, cluster_key_file, tls_client_ca }: Config): string[] {
+  const keys = [cluster_key, cluster_key_file].filter(Boolean).length
+  if (peers.length === 0) {
+    const alone = { advertise: advertise !== '', shards: shards > 1, cluster_key: keys > 0 }
+    const given = Object.entries(alone).flatMap(([name, isGiven]) => (isGiven ? [name] : []))
+    return given.map((name) => `${name} needs peers, the URLs of all processes`)
+  }
+  const wrong = peers.filter((url) => !isOrigin(url))
+  return [
+    ...wrong.map((url) => `peers has '${url}', expected the URL of a process without a path: http://10.0.0.2:8787`),
+    ...(peers.includes(advertise)
+      ? []
+      : [`advertise is '${advertise}', expected the one of peers that is this process`]),
+    ...(new Set(peers).size === peers.length ? [] : ['peers has a URL twice']),
+    ...(keys === 1
+      ? []
+      : ['peers needs the key of the cluster, once: MUOND_CLUSTER_KEY, or --cluster-key-file with a file that has it']),
+    ...(tls_client_ca === '' ? [] : ['peers and tls_client_ca: processes have no certificates to show each other']),
+  ]
+}
+
+/** Whether a text is an origin in its one spelling, by which processes are known. */
+function isOrigin(text: string): boolean {
+  return URL.canParse(text) && new URL(text).origin === text && /^https?:/.test(text)
 }
 
 /** Whether only processes of this machine reach a service that listens on a host. */

@@ -25,6 +25,8 @@ export const ERRORS = {
   MAX_LOGITS_INVALID: { status: 422, retryable: false },
   STEP_CONFLICT: { status: 409, retryable: false },
   STEP_INCOMPLETE: { status: 409, retryable: false },
+  STALE_GENERATION: { status: 409, retryable: false },
+  PEER_FAILED: { status: 503, retryable: true },
   RANGE_MISSING: { status: 409, retryable: true },
   QUORUM_LOST: { status: 503, retryable: true },
   OVER_CAPACITY: { status: 507, retryable: false },

@@ -45,3 +45,16 @@ export function keys(description: string) {
   const expected = `be comma-separated keys of ${KEY_WORDS}, none of them empty`
   return { type: 'string', default: '', list: true, secret: true, pattern, expected, description } as const
 }
+
+/** One key, or none. */
+export function key(description: string) {
+  const pattern = `^(${KEY})?$`
+  return {
+    type: 'string',
+    default: '',
+    secret: true,
+    pattern,
+    expected: `be one key of ${KEY_WORDS}`,
+    description,
+  } as const
+}

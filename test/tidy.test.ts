@@ -15,6 +15,7 @@ const LAYERS = [
   'src/run',
   'src/keep',
   'src/replay',
+  'src/cluster',
   'src/link',
   'src/tracing.ts',
   'src/http',

@@ -1,9 +1,10 @@
 import { timingSafeEqual } from 'node:crypto'
 import { type Config, ConfigError } from '../config.js'
+import { type ClusterKeySettings, readClusterKey } from './cluster-key.js'
 import { hashOf, type KeyRecord, readKeyFile } from './key-file.js'
-import { Principal, SCOPES } from './principal.js'
+import { CLUSTER, Principal, SCOPES } from './principal.js'
 
-type KeySettings = Pick<Config, 'api_keys' | 'keys_file'>
+type KeySettings = Pick<Config, 'api_keys' | 'keys_file'> & ClusterKeySettings
 type Known = { readonly hash: Buffer; readonly principal: Principal }
 
 /** Who may use the service: the keys of the settings and of their file. Without any, everybody may do everything. */
@@ -12,10 +13,13 @@ export class Keys {
   readonly everybody: Principal | undefined
   readonly #settings: KeySettings
   #known: ReadonlyMap<string, Known> = new Map()
+  /** The other processes of the cluster; undefined where there are none. */
+  readonly #cluster: Known | undefined
 
   /** Throws ConfigError as `readKeyFile`, and where a file has no key. */
   constructor(settings: KeySettings) {
     this.#settings = settings
+    this.#cluster = clusterOf(readClusterKey(settings))
     const isOpen = settings.api_keys.length === 0 && settings.keys_file === ''
     this.everybody = isOpen ? new Principal({ name: 'everybody', scopes: SCOPES }) : undefined
     if (this.reload().keys === 0 && !isOpen)
@@ -28,7 +32,8 @@ export class Keys {
   find(key: string): Principal | undefined {
     const candidate = Buffer.from(hashOf(key), 'hex')
     let found: Principal | undefined
-    for (const { hash, principal } of this.#known.values()) if (timingSafeEqual(hash, candidate)) found = principal
+    const all = this.#cluster ? [...this.#known.values(), this.#cluster] : this.#known.values()
+    for (const { hash, principal } of all) if (timingSafeEqual(hash, candidate)) found = principal
     return found
   }
 
@@ -48,6 +53,13 @@ export class Keys {
     for (const [sha256, { principal }] of before) if (!this.#known.has(sha256)) principal.change(undefined)
     return { keys: records.length }
   }
+}
+
+/** Its key may do what one process asks of another: vote, and read, keep and delete shards. */
+function clusterOf(key: string): Known | undefined {
+  if (key === '') return undefined
+  const principal = new Principal({ name: CLUSTER, scopes: [CLUSTER, 'read', 'checkpoint', 'admin'] })
+  return { hash: Buffer.from(hashOf(key), 'hex'), principal }
 }
 
 function recordsOf({ api_keys, keys_file }: KeySettings): KeyRecord[] {

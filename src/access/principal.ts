@@ -12,10 +12,14 @@ import { Rate } from './rate.js'
 export const SCOPES = ['step', 'read', 'checkpoint', 'admin'] as const
 export type Scope = (typeof SCOPES)[number]
 
+/** What the key of the cluster may do beside that, and no other key: no file of keys can give it. */
+export const CLUSTER = 'cluster'
+export type Power = Scope | typeof CLUSTER
+
 /** What a principal may do, and with which runs; without `runs` with all of them. */
 export type Grants = {
   readonly name: string
-  readonly scopes: readonly Scope[]
+  readonly scopes: readonly Power[]
   readonly runs?: string | undefined
   readonly quotas?: Quotas | undefined
 }
@@ -74,7 +78,7 @@ export class Principal {
   /**
    * Throws FORBIDDEN where it may not do `what`, which takes a scope, and UNAUTHORIZED where its key was removed.
    */
-  demand(scope: Scope, what: string): void {
+  demand(scope: Power, what: string): void {
     const { scopes } = this.#held
     if (scopes.includes(scope)) return
     const has = scopes.length === 0 ? 'none' : scopes.join(', ')

@@ -1,4 +1,5 @@
-import { Connection, type Endpoint, isLocal, UNIX } from './connection.js'
+import { setMaxListeners } from 'node:events'
+import { Connection, type Endpoint, UNIX } from './connection.js'
 import { MuondError } from './error.js'
 import { type OpenOptions, openRun, type Run } from './run.js'
 import { BACKOFF, type Backoff } from './steps/backoff.js'
@@ -71,6 +72,8 @@ export class Client {
     this.#endpoint = { url, token, socket }
     this.#options = options
     this.#signal = AbortSignal.any(signal === undefined ? [this.#stop.signal] : [this.#stop.signal, signal])
+    // Every run of the client listens.
+    setMaxListeners(0, this.#signal)
   }
 
   /** Connects, which shows that the address and the token are right. */
@@ -85,13 +88,13 @@ export class Client {
   open(options: OpenOptions): Promise<Run> {
     const { retries = RETRIES, backoff, chunk_bytes = Number.MAX_SAFE_INTEGER, transport = 'auto' } = this.#options
     const host = {
-      dial: (signal: AbortSignal) => this.#dial(signal),
+      dial: (signal: AbortSignal, url?: URL) => this.#dial(signal, url),
+      url: this.#endpoint.url,
       signal: this.#signal,
       retries,
       backoff: { ...BACKOFF, ...backoff },
       chunk_bytes,
       transport,
-      isLocal: isLocal(this.#endpoint.url),
     }
     return openRun(host, options)
   }
@@ -104,11 +107,13 @@ export class Client {
     await Promise.all(closing)
   }
 
-  async #dial(signal: AbortSignal): Promise<Connection> {
-    const idle = this.#idle
-    this.#idle = undefined
+  /** `url` is of another process of the service. */
+  async #dial(signal: AbortSignal, url?: URL): Promise<Connection> {
+    const idle = url ? undefined : this.#idle
+    if (idle) this.#idle = undefined
     if (idle !== undefined && idle.reason === undefined) return idle
-    const connection = await Connection.open(this.#endpoint, AbortSignal.any([this.#signal, signal]))
+    const endpoint = url ? { ...this.#endpoint, url } : this.#endpoint
+    const connection = await Connection.open(endpoint, AbortSignal.any([this.#signal, signal]))
     this.#connections.add(connection)
     connection.closed.then(() => this.#connections.delete(connection))
     return connection

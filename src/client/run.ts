@@ -8,10 +8,13 @@ import {
   PROTOCOL,
   type ReceiptFrame,
 } from '../wire/frame.js'
+import { isLocal } from './connection.js'
 import { MuondError } from './error.js'
 import { Feed } from './receipts.js'
 import { frameError } from './refusal.js'
 import { type Groups, mergeGroups, owedOf } from './settings.js'
+import { WholeWriter } from './shards/whole-writer.js'
+import { Route } from './steps/handshake.js'
 import {
   type Bound,
   bind,
@@ -23,7 +26,7 @@ import {
 } from './steps/parameter.js'
 import { Step, type StepOptions } from './steps/step.js'
 import { Updates } from './steps/updates.js'
-import { type Host, type Outcome, Writer } from './steps/writer.js'
+import { type Host, type Outcome, type RunWriter, Writer } from './steps/writer.js'
 import { Transport } from './transport/transport.js'
 
 export type OpenOptions = {
@@ -58,6 +61,11 @@ export type OpenOptions = {
   from?: { run: string; checkpoint: string }
   /** Free text for the service's logs. */
   client?: string
+  /**
+   * Over so many processes of the service a new run is spread, each of which has some of the parameters; default: as
+   * the service is set. Nothing else is different.
+   */
+  shards?: number
 }
 
 export type EndOptions = {
@@ -82,18 +90,27 @@ type Flight = { step: Step; outcome: Promise<Outcome> }
 export async function openRun(host: Host, { parameters, ...options }: OpenOptions): Promise<Run> {
   const declarations = parameters.map(declarationOf)
   const bound = bind(parameters)
-  const transport = new Transport(host.transport, host.isLocal, bound)
+  const frame = { type: 'open', protocol: PROTOCOL, shards: 0, ...options, parameters: declarations } as const
+  return new Run(await openWriter(host, frame, bound), { parameters: bound, signal: host.signal })
+}
+
+/** A first `open` is not retried: a wrong address, key or run should be heard of at once. */
+async function openWriter(host: Host, frame: OpenFrame, parameters: readonly Bound[]): Promise<RunWriter> {
+  const transport = new Transport(host.transport, isLocal(host.url), parameters)
+  const route = new Route(host)
   host.signal.addEventListener('abort', () => transport.close(), { once: true })
-  const frame = { type: 'open', protocol: PROTOCOL, ...options, parameters: declarations } as const
   try {
-    return new Run(await Writer.open(host, frame, transport), { parameters: bound, transport, signal: host.signal })
+    const shaken = await transport.agree((offers) => route.open({ ...frame, ...offers }, host.signal))
+    if (shaken.opened) return new Writer(host, { frame, transport, route }, shaken)
+    transport.close()
+    return await WholeWriter.open(host, { frame, route, parameters }, shaken)
   } catch (error) {
     transport.close()
     throw error
   }
 }
 
-type RunParts = { parameters: readonly Bound[]; transport: Transport; signal: AbortSignal }
+type RunParts = { parameters: readonly Bound[]; signal: AbortSignal }
 
 /**
  * One run of the service, and the one place that changes the trainer's weights. One step at a time; a lost connection
@@ -101,8 +118,7 @@ type RunParts = { parameters: readonly Bound[]; transport: Transport; signal: Ab
  */
 export class Run {
   readonly parameters: readonly Bound[]
-  readonly #writer: Writer
-  readonly #transport: Transport
+  readonly #writer: RunWriter
   readonly #views = new Map<number, Gradient>()
   readonly #byName: ReadonlyMap<string, Bound>
   readonly #updates: Updates
@@ -112,10 +128,9 @@ export class Run {
   /** Hyperparameters of a step that was closed before they came: they are said again with the next one. */
   #owed: Groups | undefined
 
-  constructor(writer: Writer, { parameters, transport, signal }: RunParts) {
+  constructor(writer: RunWriter, { parameters, signal }: RunParts) {
     this.parameters = parameters
     this.#writer = writer
-    this.#transport = transport
     this.#byName = new Map(parameters.map((parameter) => [parameter.name, parameter]))
     this.#updates = new Updates(parameters, writer.step + 1)
     signal.addEventListener('abort', () => this.#receipts.end(), { once: true })
@@ -143,7 +158,7 @@ export class Run {
 
   /** How gradients and updates travel at present: `shm` or `websocket`. */
   get transport(): 'shm' | 'websocket' {
-    return this.#transport.taken ? 'shm' : 'websocket'
+    return this.#writer.transport
   }
 
   /**
@@ -156,7 +171,7 @@ export class Run {
     const bound = this.#find(parameter)
     const known = this.#views.get(bound.index)
     if (known) return known
-    const view = emptyGradient(bound, this.#transport.taken?.gradient(bound.index))
+    const view = emptyGradient(bound, this.#writer.slot(bound.index))
     this.#views.set(bound.index, view)
     return view
   }

@@ -1,11 +1,12 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { Keys } from '../access/keys.js'
-import type { Principal, Scope } from '../access/principal.js'
+import type { Power, Principal } from '../access/principal.js'
+import type { Wholes } from '../cluster/head/wholes.js'
 import { ServiceError } from '../errors.js'
 import type { Runs } from '../keep/runs.js'
 
 /** What a route asks for: nothing, or a key, which has the scope and, where it says so, all runs. */
-export type Access = 'open' | { readonly scope?: Scope; readonly allRuns?: boolean }
+export type Access = 'open' | { readonly scope?: Power; readonly allRuns?: boolean }
 
 declare module 'fastify' {
   interface FastifyContextConfig {
@@ -14,6 +15,8 @@ declare module 'fastify' {
     upgradable?: boolean
     /** Whether the handler reads the body itself, as it comes. */
     streamed?: boolean
+    /** Whether it is for runs that are spread over several processes, too. */
+    wholes?: boolean
     /** Whether the answer ends only with its client. */
     endless?: boolean
   }
@@ -37,7 +40,7 @@ export function authenticator(keys: Keys): (request: FastifyRequest, reply: Fast
   return async (request, reply) => {
     const { access = {} } = request.routeOptions.config
     if (access === 'open') return
-    const principal = keys.everybody ?? principalOf(keys, request)
+    const principal = principalOf(keys, request)
     request.principal = principal
     const { method, routeOptions } = request
     const check = () => checkAccess(principal, access, { method, url: String(routeOptions.url) })
@@ -51,11 +54,24 @@ export function authenticator(keys: Keys): (request: FastifyRequest, reply: Fast
  * The preHandler hook that answers a request about a run that is not the principal's, and one about a run that does
  * not exist, with the same words: nobody learns the names of others. Throws RUN_NOT_FOUND.
  */
-export function runGuard(runs: Runs): (request: FastifyRequest) => Promise<void> {
+export function runGuard(runs: Runs, wholes?: Wholes): (request: FastifyRequest) => Promise<void> {
   return async (request) => {
     const run = runOf(request)
-    if (run !== undefined && !(principalIn(request).sees(run) && runs.has(run))) throw runs.absent(run)
+    if (run === undefined) return
+    const isWhole = wholes?.has(run) ?? false
+    if (!(principalIn(request).sees(run) && (isWhole || runs.has(run)))) throw runs.absent(run)
+    const { method, routeOptions } = request
+    if (isWhole && !routeOptions.config.wholes) throw ofShards(`${method} ${routeOptions.url}`, run)
   }
+}
+
+/** What is asked of a whole that has no tensors here. */
+function ofShards(what: string, run: string): ServiceError {
+  const remedy = `GET /v1/runs/${run}/shards says where they are`
+  return new ServiceError(
+    'NOT_FOUND',
+    `${what}: run '${run}' is spread over several processes, ask for its shards (${remedy})`,
+  )
 }
 
 /** Whoever sent a request to a route that takes a key. */
@@ -76,6 +92,8 @@ export function chooseSubprotocol(offered: ReadonlySet<string>): string | false 
 
 function principalOf(keys: Keys, request: FastifyRequest): Principal {
   const key = keyOf(request)
+  // Where there are no keys any other one is as good as none: it may be that of a proxy in front.
+  if (keys.everybody) return (key !== undefined && keys.find(key)) || keys.everybody
   if (key === undefined) throw new ServiceError('UNAUTHORIZED', 'a key is needed: `Authorization: Bearer <key>`')
   const principal = keys.find(key)
   if (principal !== undefined) return principal

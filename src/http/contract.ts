@@ -2,7 +2,7 @@ import assert from 'node:assert'
 import { readFileSync } from 'node:fs'
 import type { FastifySchema } from 'fastify'
 import { parse } from 'yaml'
-import { SCOPES } from '../access/principal.js'
+import { CLUSTER, SCOPES } from '../access/principal.js'
 import type { Access } from './auth.js'
 
 /** openapi.yaml as text and parsed. */
@@ -41,6 +41,15 @@ export type Endpoint = {
   readonly schema: FastifySchema
 }
 
+/** Operations whose answers are streams: a HEAD would begin one only to throw it away. */
+export const STREAMED: ReadonlySet<string> = new Set(['streamEvents', 'getParameterState', 'getState'])
+
+/** Operations whose handler reads the body as it comes. */
+export const STREAMED_BODIES: ReadonlySet<string> = new Set(['putState', 'postStep'])
+
+/** Operations of runs that may be spread over several processes. */
+export const WHOLES: ReadonlySet<string> = new Set(['getShards', 'getVotes', 'postVote', 'deleteRun'])
+
 let contract: Contract | undefined
 
 /** The contract that every route is made from. It lies beside package.json and is parsed once in a process. */
@@ -78,7 +87,7 @@ function accessOf({ operationId, security, 'x-all-runs': allRuns = false }: Oper
   const [requirement] = security
   if (requirement === undefined) return 'open'
   const [role] = requirement.bearer
-  const scope = SCOPES.find((known) => known === role)
+  const scope = [...SCOPES, CLUSTER as typeof CLUSTER].find((known) => known === role)
   assert(scope !== undefined || role === undefined, `${operationId} takes the scope ${role}, which there is not`)
   return { ...(scope !== undefined && { scope }), allRuns }
 }

@@ -191,7 +191,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -215,7 +215,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -250,7 +250,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -270,7 +270,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
@@ -292,7 +292,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
@@ -322,7 +322,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -354,12 +354,64 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/runs/{run}/shards": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run; `~` and a number behind it name a shard. */
+                run: components["parameters"]["runName"];
+            };
+            cookie?: never;
+        };
+        /**
+         * Where the shards of a run over several processes are
+         * @description Of a run that is spread over processes (docs/protocol.md, "Shards"), at its head; NOT_FOUND for one that is not.
+         */
+        get: operations["getShards"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/v1/runs/{run}/votes": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run; `~` and a number behind it name a shard. */
+                run: components["parameters"]["runName"];
+            };
+            cookie?: never;
+        };
+        /**
+         * What the process of a shard asks the head before it opens the shard
+         * @description The same as `/v1/runs/{run}/shards`, for the processes of the setting `peers` alone.
+         */
+        get: operations["getVotes"];
+        put?: never;
+        /**
+         * A shard tells the head of a step that it has finished
+         * @description From the processes of the setting `peers` alone: it takes the key of the cluster, which no key of a file can stand for. A vote that was
+         *     taken may be sent again. STALE_GENERATION for one of an older assignment, STEP_CONFLICT for one that differs from what the shard has
+         *     voted, is of another step than the next one, or does not follow on what was committed.
+         */
+        post: operations["postVote"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/runs/{run}/receipts": {
         parameters: {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -382,7 +434,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -409,7 +461,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -432,7 +484,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -458,7 +510,7 @@ export interface paths {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
@@ -771,6 +823,64 @@ export interface components {
             step_seconds?: number;
             /** @description What is to be known of how the run came here; absent where there is nothing. */
             note?: string;
+            /** @description The whole that it is a shard of; absent where it is none. */
+            shard_of?: string;
+        };
+        Whole: {
+            run: string;
+            /** @description URL of the process that commits its steps. */
+            head: string;
+            /** @description Of the assignment; it only grows. */
+            generation: number;
+            /** @description The last committed step. */
+            step: number;
+            /** @description Of that step, over all parameters. */
+            digest: string;
+            /** Format: date-time */
+            created_at: string;
+            shards: components["schemas"]["Shard"][];
+        };
+        Shard: {
+            /** @description Its name at its process. */
+            run: string;
+            /** @description URL of the process that has it. */
+            peer: string;
+            /** @description Ranges [start, stop) of the whole's indices, ascending. */
+            parameters: number[][];
+            /** @description SHA-256 over what its parameters are declared as. */
+            declared: string;
+            /** @description Bytes of its state once every parameter has taken a step. */
+            state_bytes: number;
+            /** @description The shard's own digest, after the last committed step. */
+            digest: string;
+            /** @description Whether it has voted for the next step. */
+            voted: boolean;
+        };
+        WholeSummary: {
+            name: string;
+            generation: number;
+            /** @description The last committed step. */
+            step: number;
+            /** @description Of that step, over all parameters. */
+            digest: string;
+            /** Format: date-time */
+            created_at: string;
+            /** @description How many there are. */
+            shards: number;
+            /** @description How many parameters it has, in all shards. */
+            parameters: number;
+        };
+        Vote: {
+            generation: number;
+            /** @description Its index. */
+            shard: number;
+            step: number;
+            /**
+             * @description For each of its parameters, in order, what it adds to the digest (docs/protocol.md, "Digest") but for the index, and the square of its
+             *     gradient's norm where it was applied; in base64.
+             */
+            records: string;
+            receipt: components["schemas"]["Receipt"];
         };
         StoredRun: {
             name: string;
@@ -1014,7 +1124,7 @@ export interface components {
         };
     };
     parameters: {
-        /** @description Name of the run. */
+        /** @description Name of the run; `~` and a number behind it name a shard. */
         runName: string;
         /** @description Index of the parameter in the list that opened the run. */
         index: number;
@@ -1225,6 +1335,8 @@ export interface operations {
                         runs: components["schemas"]["RunSummary"][];
                         /** @description Runs on the disk that wait to be restored or cannot be. */
                         stored: components["schemas"]["StoredRun"][];
+                        /** @description Runs over several processes of which this one is the head; absent without the setting `peers`. Their shards are runs. */
+                        wholes?: components["schemas"]["WholeSummary"][];
                     };
                 };
             };
@@ -1270,7 +1382,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1294,7 +1406,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1324,7 +1436,7 @@ export interface operations {
                 traceparent?: string;
             };
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1365,7 +1477,7 @@ export interface operations {
             };
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1393,7 +1505,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
@@ -1419,7 +1531,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
                 /** @description Index of the parameter in the list that opened the run. */
                 index: components["parameters"]["index"];
@@ -1447,7 +1559,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1482,7 +1594,7 @@ export interface operations {
             };
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1505,6 +1617,80 @@ export interface operations {
             default: components["responses"]["Problem"];
         };
     };
+    getShards: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run; `~` and a number behind it name a shard. */
+                run: components["parameters"]["runName"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The whole and its shards. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Whole"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    getVotes: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run; `~` and a number behind it name a shard. */
+                run: components["parameters"]["runName"];
+            };
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description The whole and its shards. */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["Whole"];
+                };
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
+    postVote: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path: {
+                /** @description Name of the run; `~` and a number behind it name a shard. */
+                run: components["parameters"]["runName"];
+            };
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["Vote"];
+            };
+        };
+        responses: {
+            /** @description The vote was taken. */
+            204: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content?: never;
+            };
+            default: components["responses"]["Problem"];
+        };
+    };
     listReceipts: {
         parameters: {
             query?: {
@@ -1513,7 +1699,7 @@ export interface operations {
             };
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1542,7 +1728,7 @@ export interface operations {
                 "Last-Event-ID"?: number;
             };
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1566,7 +1752,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1592,7 +1778,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1620,7 +1806,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
             };
             cookie?: never;
@@ -1654,7 +1840,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;
@@ -1680,7 +1866,7 @@ export interface operations {
             query?: never;
             header?: never;
             path: {
-                /** @description Name of the run. */
+                /** @description Name of the run; `~` and a number behind it name a shard. */
                 run: components["parameters"]["runName"];
                 /** @description Id or tag of the checkpoint. */
                 checkpoint: string;

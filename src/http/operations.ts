@@ -2,6 +2,7 @@ import { Readable } from 'node:stream'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import { WIRE_DTYPES } from '../../kernels/dtype.js'
 import type { Principal } from '../access/principal.js'
+import type { Cluster } from '../cluster/cluster.js'
 import { type Config, VERSION } from '../config.js'
 import type { Device } from '../device/device.js'
 import { ServiceError } from '../errors.js'
@@ -22,6 +23,7 @@ import type { RunFolder } from '../store/run-folder.js'
 import { PROTOCOL } from '../wire/frame.js'
 import { principalIn } from './auth.js'
 import { betweenSteps, findCheckpoint } from './checkpoints.js'
+import { refuseShard, type ShardOperation, shardHandlers, shardOf, wholesBody } from './cluster/shards.js'
 import { type Contract, readAsyncapi } from './contract.js'
 import { type Events, receiptBody } from './events.js'
 import { bodyMeterIn } from './metered.js'
@@ -36,6 +38,8 @@ export type Services = {
   config: Config
   device: Device
   runs: Runs
+  /** Undefined without the setting `peers`. */
+  cluster: Cluster | undefined
   presets: Presets
   metrics: Metrics
   events: Events
@@ -86,6 +90,7 @@ export function createHandlers(services: Services): Handlers {
     ...runHandlers(services),
     ...checkpointHandlers(services),
     ...stepHandlers(services),
+    ...shardHandlers(services),
     openStream: (_request, reply) => {
       reply.header('upgrade', 'websocket').header('connection', 'upgrade')
       throw Object.assign(new Error('this is a WebSocket: the request needs `Upgrade: websocket`'), { statusCode: 426 })
@@ -103,7 +108,10 @@ type ServiceOperation =
   | 'getAsyncapi'
 type CheckpointOperation = 'listCheckpoints' | 'getCheckpoint' | 'createCheckpoint' | 'deleteCheckpoint'
 type StepOperation = 'openRun' | 'postStep'
-type RunOperation = Exclude<keyof Handlers, ServiceOperation | CheckpointOperation | StepOperation | 'openStream'>
+type RunOperation = Exclude<
+  keyof Handlers,
+  ServiceOperation | CheckpointOperation | StepOperation | ShardOperation | 'openStream'
+>
 
 function serviceHandlers({
   config,
@@ -134,7 +142,7 @@ function serviceHandlers({
   }
 }
 
-function runHandlers({ config, device, runs, events, readers }: Services): Pick<Handlers, RunOperation> {
+function runHandlers({ config, device, runs, cluster, events, readers }: Services): Pick<Handlers, RunOperation> {
   return {
     listRuns: (request) => {
       const principal = principalIn(request)
@@ -146,6 +154,7 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
           ...[...runs.idle.values()].filter(own).map(idleSummary),
         ],
         stored: [...runs.stored].map(storedRun).filter(own),
+        ...(cluster && { wholes: wholesBody(cluster).filter(own) }),
       }
     },
     getRun: ({ params }) => {
@@ -153,7 +162,8 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
       return idle ? idleBody(idle) : runBody(runs, runs.get(params.run))
     },
     deleteRun: async ({ params }, reply) => {
-      await runs.delete(params.run)
+      if (cluster?.wholes.has(params.run)) await cluster.wholes.delete(params.run)
+      else await runs.delete(params.run)
       return reply.code(204).send()
     },
     listParameters: async ({ params, query }) => {
@@ -174,6 +184,7 @@ function runHandlers({ config, device, runs, events, readers }: Services): Pick<
     },
     putState: async (request) => {
       const { params, query, headers, body, log } = request
+      refuseShard(params.run, 'state cannot be imported into it')
       const tensors = streamOf(body)
       return importState({ runs, device, config }, await runs.wake(params.run), {
         ...{ query, headers, body: tensors, log, meter: bodyMeterIn(request) },
@@ -228,18 +239,19 @@ function checkpointHandlers({ runs, data }: Services): Pick<Handlers, Checkpoint
   }
 }
 
-function stepHandlers({ config, runs, steps }: Services): Pick<Handlers, StepOperation> {
+function stepHandlers({ config, runs, cluster, steps }: Services): Pick<Handlers, StepOperation> {
   return {
     openRun: async (request, reply) => {
       const { body, log } = request
       if (body === undefined) throw new ServiceError('REQUEST_INVALID', 'there is no body, expected a JSON one')
-      const opened = await openRun({ config, runs }, body, { principal: principalIn(request), log })
+      const opened = await openRun({ config, runs, cluster }, body, { principal: principalIn(request), log })
       reply.code(opened.resumed ? 200 : 201)
       return opened
     },
     postStep: (request, reply) => {
       const { params, query, headers, body } = request
       const { step, takeover } = query
+      refuseShard(params.run, 'it takes no plain requests')
       const principal = principalIn(request)
       return steps.answer({ run: params.run, step, takeover, principal, headers, body: streamOf(body) }, reply)
     },
@@ -357,6 +369,7 @@ function runSummary(runs: Runs, run: Run): Schemas['RunSummary'] {
     durable_step: runs.durableStep(run),
     ...run.pace,
     ...(note && { note }),
+    ...shardOf(name),
   }
 }
 
@@ -366,7 +379,7 @@ function memberCounts({ intake: { members } }: Run): { connected_members?: numbe
 }
 
 function idleSummary({ groups: _, attentions: __, ...rest }: IdleRun): Schemas['RunSummary'] {
-  return { ...rest, in_memory: false, connected: false }
+  return { ...rest, in_memory: false, connected: false, ...shardOf(rest.name) }
 }
 
 function idleBody(idle: IdleRun): Schemas['Run'] {

@@ -39,3 +39,13 @@ export class Window {
     return holds && moved < leastOf(this.#pace) ? tooSlow(this.#pace, moved) : undefined
   }
 }
+
+// What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
+const UNREAD_BYTES = 32 << 20
+
+/** Why a connection is ended that asks for more than it reads: answers would pile up without end. */
+export function unreadProblem(bytes: number): ServiceError | undefined {
+  if (bytes <= UNREAD_BYTES) return undefined
+  const message = `${bytes} bytes wait to be read, at most ${UNREAD_BYTES} may`
+  return new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 })
+}

@@ -5,20 +5,25 @@ import type { RawData, WebSocket } from 'ws'
 import { Meter } from '../access/meter.js'
 import type { Principal } from '../access/principal.js'
 import type { Rate } from '../access/rate.js'
-import { VERSION } from '../config.js'
-import { type ErrorFields, ServiceError } from '../errors.js'
-import { checkTag } from '../keep/keeper.js'
-import type { Runs } from '../keep/runs.js'
+import type { Cluster } from '../cluster/cluster.js'
+import type { OpenedWhole } from '../cluster/head/wholes.js'
+import { ServiceError } from '../errors.js'
+import type { Opened, Runs } from '../keep/runs.js'
 import { refusalOf } from '../run/history.js'
 import type { Connection } from '../run/members/member.js'
 import { inSlices, sliceEnd, turn } from '../run/slices.js'
 import { decodingClientFrame, encodeFrame, encodingOpened, type GradientHead } from '../wire/codec.js'
 import type { CheckpointFrame, ClientFrame, EndFrame, MemberStatus, OpenFrame, TransportAnswer } from '../wire/frame.js'
 import { Answers, type Joined, type Means } from './answers.js'
+import { beginCheckpoint } from './checkpointing.js'
+import { Control } from './control.js'
 import { Ends } from './ends.js'
-import { Window } from './pace.js'
+import { errorFrame } from './error-frame.js'
+import { News } from './news.js'
+import { aboutService, openFrame } from './opening.js'
+import { unreadProblem, Window } from './pace.js'
 import { Pauses } from './pauses.js'
-import { checkOpening } from './permission.js'
+import { accessLost } from './permission.js'
 import { Reception } from './reception.js'
 import { agree, type SharedArenas } from './transport.js'
 import type { Claim, Intake } from './websocket/intake.js'
@@ -28,6 +33,8 @@ import { bytesTaken, type GradientSink, InPlaceWebSocket } from './websocket/soc
 
 export type SessionContext = Means & {
   runs: Runs
+  /** Undefined where the service has no peers. */
+  cluster: Cluster | undefined
   intake: Intake
   log: FastifyBaseLogger
   /** The socket below the WebSocket. */
@@ -43,8 +50,6 @@ export type SessionContext = Means & {
 // A peer that was told to go gets this long to take the last frames before its socket is cut: with up to 32 MiB before
 // them a busy one needs seconds, and one that is cut never learns why.
 const GRACE_MS = 10_000
-// What may wait for a peer that does not read: the sender's window, one more chunk, and some ten thousand small frames.
-const UNREAD_BYTES = 32 << 20
 
 /** One connection: it takes frames in their order, and ends when it should. */
 export class Session implements Connection, GradientSink {
@@ -57,11 +62,11 @@ export class Session implements Connection, GradientSink {
   readonly #gone = new AbortController()
   /** The run that this connection has opened; undefined before, and once the run is gone. */
   #joined: Joined | undefined
+  /** Set where the connection has opened a whole. */
+  #control: Control | undefined
   /** Memory that the client shares; undefined where all of its tensors come over the socket. */
   #arenas: SharedArenas | undefined
-  /** Members of the run that have come or gone, of which the client was not told yet. */
-  #changes = new Map<string, MemberStatus>()
-  #isOpened = false
+  readonly #news: News
   #inbox: { bytes: Uint8Array; binary: boolean }[] = []
   #pumping = false
   /** An `end` waits for those of other members: the socket is read until the next message has come. */
@@ -96,12 +101,15 @@ export class Session implements Connection, GradientSink {
     })
     const [sender, answers, gone] = [this.#sender, this.#answers, this.#gone.signal]
     this.#ends = new Ends({ sender, answers, gone, report: (error) => this.#report(error) })
+    this.#news = new News((members) => {
+      if (!this.#leaving) this.#send({ type: 'members', members })
+    })
     this.#window = new Window(context.config)
     this.#small = new SmallFrames(socket, () => this.#slowDown('small', () => this.#small.wait))
     this.#room = context.intake.enter({
       socket,
       stream: context.stream,
-      isMember: () => this.#joined !== undefined,
+      isMember: () => this.#opened !== undefined,
       wait: () => this.#pauses.begin('room'),
       goOn: () => this.#pauses.end('room'),
     })
@@ -151,12 +159,19 @@ export class Session implements Connection, GradientSink {
     this.#reception.received(head)
   }
 
+  /** The run or the whole that it has opened. */
+  get #opened(): string | undefined {
+    return this.#joined?.run.name ?? this.#control?.run
+  }
+
   get #stepInFlight(): boolean {
+    if (this.#control) return this.#control.busy
     return this.#reception.label !== undefined || this.#answers.busy || (this.#joined?.run.begun ?? false)
   }
 
   #receive(data: RawData, binary: boolean): void {
-    this.#checkUnread()
+    const unread = unreadProblem(this.#socket.bufferedAmount)
+    if (unread) this.#report(unread)
     this.#room.arrived()
     if (this.#leaving) return this.#room.handled(false)
     assert(Buffer.isBuffer(data), 'ws gives a Buffer in its default mode; fragments were joined by it')
@@ -181,7 +196,7 @@ export class Session implements Connection, GradientSink {
         if (!this.#waitsForOthers || this.#inbox.length > 0) this.#pauses.begin('frames')
         await (waits ?? turn())
       } catch (error) {
-        isRefused = this.#joined === undefined
+        isRefused = this.#opened === undefined
         this.#report(error)
       } finally {
         this.#room.handled(isRefused)
@@ -230,6 +245,7 @@ export class Session implements Connection, GradientSink {
       throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' while ${label} is incomplete`)
     if (frame.type !== 'gradient') this.#reception.forgetDropped()
     if (frame.type === 'open') return this.#open(frame)
+    if (this.#control) return void this.#control.take(frame)
     const joined = this.#joined
     if (!joined) throw new ServiceError('FRAME_UNEXPECTED', `a frame '${frame.type}' before a successful open`)
     return this.#dispatch(joined, frame)
@@ -266,49 +282,50 @@ export class Session implements Connection, GradientSink {
   }
 
   async #open(frame: OpenFrame): Promise<void> {
-    if (this.#joined)
-      throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#joined.run.name}' already`)
-    const { config, device, log, principal } = this.#context
-    checkOpening(principal, this.#context.runs, frame)
-    const { run, member, resumed } = await this.#context.runs.open(frame, this, principal)
+    if (this.#opened !== undefined)
+      throw new ServiceError('FRAME_UNEXPECTED', `this connection has opened run '${this.#opened}' already`)
+    const way = await openFrame(frame, this, this.#context)
+    if (way.kind === 'moved') return this.#send(way.frame)
+    if (way.kind === 'whole') return this.#openedWhole(way.opened)
+    await this.#openedRun(frame, way.opened)
+  }
+
+  async #openedRun(frame: OpenFrame, { run, member, resumed }: Opened): Promise<void> {
     if (this.#leaving) return run.intake.detach(member)
     this.#joined = { run, member }
-    const { name, epoch, step } = run
-    log.info({ event: 'run_opened', run: name, epoch, step, resumed, client: frame.client, key: principal.name })
-    const { chunk_bytes, staging_bytes, max_parameters, idle_seconds } = config
-    const server = { name: 'muond', version: VERSION, device: device.backend.name, onnxruntime: device.backend.version }
-    const limits = { chunk_bytes, staging_bytes, max_parameters, idle_seconds }
     const transport = this.#agree(frame, this.#joined)
-    const opened = { type: 'opened', ...run.opened(resumed, member), ...transport, limits, server } as const
-    this.#changes = new Map()
+    const opened = {
+      type: 'opened',
+      ...run.opened(resumed, member),
+      ...transport,
+      ...aboutService(this.#context),
+    } as const
+    this.#news.forget()
     if (frame.parameters) this.#send(opened)
     else void this.#sender.send({ header: await inSlices(encodingOpened(opened, run.describeParameters())) })
-    this.#isOpened = true
-    /* c8 ignore next -- another member comes while the answer is made */
-    if (this.#changes.size > 0) this.#tellChanges()
+    this.#news.begin()
+  }
+
+  #openedWhole(opened: OpenedWhole): void {
+    if (this.#leaving) return
+    const { principal } = this.#context
+    this.#control = new Control(opened, {
+      send: (frame) => this.#send(frame),
+      report: (error) => this.#report(error),
+      checkCheckpoint: () => principal.demand('checkpoint', "a frame 'checkpoint'"),
+      ended: () => this.#draining && this.#leave(1012, 'the service shuts down'),
+    })
+    this.#send({ type: 'placed', ...opened.placement, resumed: opened.resumed, ...aboutService(this.#context) })
   }
 
   /** The key's grants have changed: a connection that may not go on is closed. */
   #checkAccess(): void {
-    try {
-      this.#context.principal.demand('step', 'the stream')
-      if (this.#joined) this.#context.principal.demandName(this.#joined.run.name)
-    } catch (error) {
-      assert(error instanceof ServiceError)
-      this.#report(new ServiceError(error.code, error.message, { close: 1008 }))
-    }
+    const refusal = accessLost(this.#context.principal, this.#opened)
+    if (refusal) this.#report(refusal)
   }
 
-  /** The changes of one turn of the event loop are told in one frame, and none before `opened`. */
   changed(status: MemberStatus): void {
-    this.#changes.set(`${status.replica} ${status.rank}`, status)
-    if (this.#changes.size === 1 && this.#isOpened) setImmediate(() => this.#tellChanges())
-  }
-
-  #tellChanges(): void {
-    const members = [...this.#changes.values()]
-    this.#changes.clear()
-    if (!this.#leaving) this.#send({ type: 'members', members })
+    this.#news.add(status)
   }
 
   /** The transport as `opened` has it; nothing where the client has offered none. */
@@ -324,13 +341,7 @@ export class Session implements Connection, GradientSink {
   /** Resolves once the next step may begin; what becomes of the checkpoint is told when it is on the disk. */
   async #checkpoint({ run }: Joined, { tag }: CheckpointFrame): Promise<void> {
     this.#context.principal.demand('checkpoint', "a frame 'checkpoint'")
-    if (this.#answers.busy || run.begun) {
-      throw new ServiceError(
-        'FRAME_UNEXPECTED',
-        `a frame 'checkpoint' after gradients of step ${run.step + 1}, expected between two steps`,
-      )
-    }
-    const { written } = await this.#context.runs.keeper(run.name).begin(checkTag(tag))
+    const { written } = await beginCheckpoint(this.#context.runs, run, { tag, busy: this.#answers.busy })
     written.then(
       ({ checkpoint, step, digest, bytes }) => this.#send({ type: 'checkpointed', checkpoint, step, digest, bytes }),
       (error) => this.#report(error),
@@ -382,14 +393,6 @@ export class Session implements Connection, GradientSink {
     this.#leave(1002, 'ws has sent its own code before')
   }
 
-  /** Ends a connection that asks for more than it reads: answers would pile up without end. */
-  #checkUnread(): void {
-    const bytes = this.#socket.bufferedAmount
-    if (bytes <= UNREAD_BYTES) return
-    const message = `${bytes} bytes wait to be read, at most ${UNREAD_BYTES} may`
-    this.#report(new ServiceError('OVERLOADED', message, { retry_after_seconds: 1 }))
-  }
-
   /** Closes the connection and cuts it where the peer does not take the close. */
   #leave(code: number, reason: string): void {
     if (this.#leaving) return
@@ -411,6 +414,7 @@ export class Session implements Connection, GradientSink {
     this.#reception.abandon()
     this.#gone.abort()
     this.#joined?.run.intake.detach(this.#joined.member)
+    this.#control?.close()
     this.#arenas?.close()
   }
 
@@ -434,16 +438,10 @@ export class Session implements Connection, GradientSink {
     })
     if (refusal) return this.#report(refusal)
     const { open_timeout_seconds } = config
-    if (this.#joined || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
+    if (this.#opened !== undefined || this.#pumping || now - this.#connectedAt <= open_timeout_seconds * 1000) return
     const message = `nothing was opened within ${open_timeout_seconds} seconds`
     if (!this.#pauses.has('room')) return this.#report(new ServiceError('FRAME_UNEXPECTED', message))
     const wait = `${message}: a message of ${this.#room.wanted} bytes has waited for others`
     this.#report(new ServiceError('OVERLOADED', wait, { retry_after_seconds: 1 }))
   }
-}
-
-function errorFrame(error: ServiceError) {
-  const { code, message, status, retryable } = error
-  const fields: ErrorFields = error.fields
-  return { type: 'error', code, message, status, retryable, ...fields } as const
 }

@@ -21,7 +21,7 @@ import type { Connection, Member, Seat } from './members/member.js'
 import type { Answer, Place, PlaceRow } from './place.js'
 import { groupRecords, groupsOf, settingsOf, settingsRecord } from './record.js'
 import type { RestoredState, RunOptions } from './run-options.js'
-import { Shard } from './shard.js'
+import { type MeasuredRecord, Shard } from './shard.js'
 import { Snapshot } from './snapshot.js'
 import { conclude, effectiveGroups } from './step/conclusion.js'
 import { Intake } from './step/intake.js'
@@ -240,6 +240,17 @@ export class Run extends EventEmitter<RunEvents> {
 
   receipts(after: number): Finished[] {
     return this.#history.receipts(after)
+  }
+
+  /**
+   * What the last finished step has come to: the digest before it, its receipt, and what each parameter has added to
+   * its digest. Before anything of the next one is applied.
+   */
+  lastStep(): { previous: string; receipt: Receipt; records: MeasuredRecord[] } {
+    const { last: receipt, previous } = this.#history
+    const { finished: step } = this.#steps
+    assert(receipt && step && !this.begun, 'the last step is told of between two steps')
+    return { previous, receipt, records: [...this.#shard.measuredRecords(step)] }
   }
 
   /** Throws STEP_INCOMPLETE where a parameter was applied for the next step already, and as `checkPresent`. */

@@ -22,6 +22,9 @@ export type ShardOptions = {
   grant: Grant
 }
 
+/** A record of the digest, and the square of the gradient's norm, 0 where none was applied. */
+export type MeasuredRecord = StepRecord & { readonly gradient_square: number }
+
 /** The parameters of a run that this process computes: their places on one device. */
 export class Shard {
   readonly grant: Grant
@@ -96,6 +99,15 @@ export class Shard {
     for (const { parameter, record } of this.#places) {
       const applied = step.hasApplied(parameter.index) ? record : undefined
       yield { applied, row_scale: rowScale(parameter, this.#claims, max_logits) }
+    }
+  }
+
+  /** The same, each with the square of its gradient's norm. */
+  *measuredRecords(step: Step): Generator<MeasuredRecord> {
+    let index = 0
+    for (const record of this.records(step)) {
+      const { gradientSquare } = this.#places[index++]
+      yield { ...record, gradient_square: record.applied ? gradientSquare : 0 }
     }
   }
 

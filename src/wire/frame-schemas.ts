@@ -15,15 +15,20 @@ import {
   type MemberDeclaration,
   type MemberStatus,
   type MembersFrame,
+  type MovedFrame,
+  OPEN_NAME,
   type OpenedFrame,
   type OpenFrame,
   type ParameterDeclaration,
   type ParameterDescription,
+  type PlacedFrame,
+  type PlacedShard,
   type Quorum,
   type ReceiptFrame,
   type RowsDeclaration,
   RUN_NAME,
   type ServerFrame,
+  type ShardDeclaration,
   type Source,
   type StepFrame,
   type StepSeconds,
@@ -101,7 +106,7 @@ const offer: MapSchema = {
  */
 export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
   open: map<OpenFrame>(
-    { type: string, protocol: uint, run: { is: 'name', pattern: RUN_NAME } },
+    { type: string, protocol: uint, run: { is: 'name', pattern: OPEN_NAME } },
     {
       mode: { is: 'name', pattern: /^(create|resume|create_or_resume)$/ },
       groups: list(group),
@@ -115,6 +120,8 @@ export const CLIENT_FRAMES: Readonly<Record<ClientFrame['type'], MapSchema>> = {
       member: map<MemberDeclaration>({ rank: uint, world_size: uint }, { replica: uint, replicas: uint }),
       quorum: map<Quorum>({ min_replicas: uint, deadline_seconds: float }, {}),
       weights: { is: 'name', pattern: /^[\x21-\x7e]{1,128}$/ },
+      shards: uint,
+      shard: map<ShardDeclaration>({ index: uint, generation: uint }, {}),
     },
   ),
   step: map<StepFrame>(
@@ -154,6 +161,9 @@ const attentionDescription = openMap<AttentionDescription>(
 
 const memberStatus = openMap<MemberStatus>({ rank: uint, connected: bool }, { replica: uint })
 
+const limits = openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {})
+const server = openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {})
+
 /** Every frame the service may send. */
 export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
   opened: openMap<OpenedFrame>(
@@ -167,8 +177,8 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       ahead: list(uint),
       attentions: list(attentionDescription),
       groups: dictionary(dictionary(hyperparameter)),
-      limits: openMap<OpenedFrame['limits']>({ chunk_bytes: uint }, {}),
-      server: openMap<OpenedFrame['server']>({ name: string, version: string, device: string }, {}),
+      limits,
+      server,
     },
     {
       parameters: list(PARAMETER_DESCRIPTION),
@@ -184,6 +194,18 @@ export const SERVER_FRAMES: Readonly<Record<ServerFrame['type'], MapSchema>> = {
       members: list(memberStatus),
       quorum: openMap<Quorum>({ min_replicas: uint, deadline_seconds: float }, {}),
     },
+  ),
+  moved: openMap<MovedFrame>({ type: string, run: string, url: string }, {}),
+  placed: openMap<PlacedFrame>(
+    {
+      ...{ type: string, run: string, generation: uint, step: uint, resumed: bool, digest: string },
+      shards: list(
+        openMap<PlacedShard>({ run: string, url: string, parameters: list(list(uint)) }, { checkpoint: string }),
+      ),
+      limits,
+      server,
+    },
+    {},
   ),
   update: openMap<UpdateFrame>(
     { type: string, parameter: uint, step: uint, offset: uint },

@@ -23,6 +23,9 @@ export const TRACEPARENT = /^00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9
 
 export const RUN_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$/
 
+/** A run's name, or that of a shard of it: `gpt~2` is the third shard of the run `gpt`. */
+export const OPEN_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(~(0|[1-9]\d{0,3}))?$/
+
 export type Mode = 'create' | 'resume' | 'create_or_resume'
 
 /** Values are what the client sent; the optimizer layer knows their names, types and ranges. */
@@ -129,6 +132,9 @@ export type TransportAnswer = {
   readonly refused: readonly { readonly kind: string; readonly reason: string }[]
 }
 
+/** Which shard of its whole a run is, by the assignment of a generation. */
+export type ShardDeclaration = { readonly index: number; readonly generation: number }
+
 /** A checkpoint of another run, by its id or a tag. */
 export type Source = { readonly run: string; readonly checkpoint: string }
 
@@ -151,6 +157,10 @@ export type OpenFrame = {
   readonly quorum?: Quorum
   /** A digest of the weights that the member begins with. */
   readonly weights?: string
+  /** The client follows `moved` and `placed`, and wants so many shards; 0: as the service chooses. */
+  readonly shards?: number
+  /** With the name of a shard: what `placed` has said of it. */
+  readonly shard?: ShardDeclaration
 }
 
 export type StepFrame = {
@@ -220,6 +230,37 @@ export type OpenedFrame = {
     readonly device: string
     readonly [key: string]: unknown
   }
+}
+
+/** The run is opened at another process: `url` is its stream. */
+export type MovedFrame = { readonly type: 'moved'; readonly run: string; readonly url: string }
+
+/**
+ * A shard of a run: `run` is its name and `url` the stream of the process that has it. `parameters` are ranges
+ * [start, stop) of the whole's indices, ascending; the shard counts its own from 0 in that order. `checkpoint` is what
+ * the shard goes back to, where `open` has named one of the whole.
+ */
+export type PlacedShard = {
+  readonly run: string
+  readonly url: string
+  readonly parameters: readonly (readonly number[])[]
+  readonly checkpoint?: string
+}
+
+/**
+ * The run is a whole of several shards, each of which is opened for itself. `step` and `digest` are those of the last
+ * step that all of them have finished and the head has committed.
+ */
+export type PlacedFrame = {
+  readonly type: 'placed'
+  readonly run: string
+  readonly generation: number
+  readonly step: number
+  readonly resumed: boolean
+  readonly digest: string
+  readonly shards: readonly PlacedShard[]
+  readonly limits: OpenedFrame['limits']
+  readonly server: OpenedFrame['server']
 }
 
 /**
@@ -313,6 +354,8 @@ export type DrainingFrame = { readonly type: 'draining'; readonly deadline_secon
 
 export type ServerFrame =
   | OpenedFrame
+  | MovedFrame
+  | PlacedFrame
   | UpdateFrame
   | UpdatesFrame
   | ReceiptFrame

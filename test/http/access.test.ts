@@ -23,7 +23,7 @@ const KEYS = [
 ]
 
 /** What a route is held to here; `any` takes a key whatever its scopes. The test asks for a row for each operation. */
-type Row = { takes: 'open' | 'any' | Scope; allRuns?: true; status: number; body?: string; type?: string }
+type Row = { takes: 'open' | 'any' | 'cluster' | Scope; allRuns?: true; status: number; body?: string; type?: string }
 const JSON_BODY = { type: 'application/json', body: '{}' }
 const TABLE: Readonly<Record<string, Row>> = {
   getRoot: { takes: 'open', status: 200 },
@@ -44,6 +44,9 @@ const TABLE: Readonly<Record<string, Row>> = {
   putState: { takes: 'checkpoint', status: 400, type: 'application/octet-stream', body: 'no safetensors' },
   openRun: { takes: 'step', status: 400, ...JSON_BODY },
   postStep: { takes: 'step', status: 400, type: 'application/octet-stream', body: 'no safetensors' },
+  getShards: { takes: 'read', status: 404 },
+  getVotes: { takes: 'cluster', status: 404 },
+  postVote: { takes: 'cluster', status: 400, ...JSON_BODY },
   listReceipts: { takes: 'read', status: 200 },
   listRefusals: { takes: 'read', status: 200 },
   streamEvents: { takes: 'read', status: 200 },
@@ -123,8 +126,16 @@ t.test('every operation of the contract is in the table, and says itself which k
   }
 })
 
+/** What the processes of a cluster show each other: it reads, keeps and deletes shards, and trains nothing. */
+const CLUSTER = { authorization: 'Bearer the-key-of-the-cluster' }
+const OF_CLUSTER = {
+  peers: 'http://127.0.0.1:1',
+  advertise: 'http://127.0.0.1:1',
+  cluster_key: 'the-key-of-the-cluster',
+}
+
 t.test('every route answers every principal as it should', async (t) => {
-  const { url } = await twoTenants(t)
+  const { url } = await twoTenants(t, OF_CLUSTER)
   for (const operation of IN_ORDER) {
     const { takes, allRuns, status } = TABLE[operation.id]!
     const isOpen = takes === 'open'
@@ -142,6 +153,17 @@ t.test('every route answers every principal as it should', async (t) => {
       const expected = passes ? (hasRun ? 404 : status) : 403
       t.equal(answer.status, expected, label(`the scope ${scope}`))
       if (answer.status === 403 && takes !== scope) t.match(answer.text, `the scope ${takes}; this one has`)
+    }
+    const ofCluster = await ask(url, { operation, run: 'alice-none', headers: CLUSTER })
+    t.equal(
+      ofCluster.status,
+      takes === 'step' ? 403 : hasRun && takes !== 'cluster' ? 404 : status,
+      label('the cluster'),
+    )
+    if (takes === 'cluster') {
+      const refused = await ask(url, { operation, headers: bearer('root') })
+      t.match(refused, { status: 403, text: 'the scope cluster; this one has step, read, checkpoint, admin' })
+      continue
     }
     if (hasRun) {
       const [theirs, nowhere, own] = await Promise.all(

@@ -18,7 +18,7 @@ const CHANNEL = { $ref: '#/channels/stream' }
 
 /** What answers each frame of a client, beside `error`. */
 const REPLIES: Readonly<Record<ClientFrame['type'], readonly ServerFrame['type'][]>> = {
-  open: ['opened'],
+  open: ['opened', 'moved', 'placed'],
   step: [],
   gradient: ['update'],
   gradients: ['updates', 'update'],
@@ -51,6 +51,21 @@ const OTHERS: readonly Frame[] = [
     decay: [0],
     gradient_norm: [2],
     update_rms: [1],
+  },
+  { type: 'moved', run: 'demo', url: 'ws://10.0.0.2:8787/v1/stream' },
+  {
+    type: 'placed',
+    run: 'demo',
+    generation: 1_796_000_000_000,
+    step: 0,
+    resumed: false,
+    digest: 'd'.repeat(64),
+    shards: [
+      { run: 'demo~0', url: 'ws://10.0.0.2:8787/v1/stream', parameters: [[0, 1]] },
+      { run: 'demo~1', url: 'ws://10.0.0.3:8787/v1/stream', parameters: [[1, 3]] },
+    ],
+    limits: { chunk_bytes: 4_194_304 },
+    server: { name: 'muond', version: VERSION, device: 'cpu' },
   },
   { type: 'checkpointed', checkpoint: '0-000000000100', step: 100, digest: 'd'.repeat(64), bytes: 4096 },
   {

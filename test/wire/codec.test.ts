@@ -364,6 +364,8 @@ function withFloats(frame: ServerFrame, groups: Record<string, Record<string, un
     }
     case 'error':
       return { ...frame, retry_after_seconds: x }
+    case 'moved':
+    case 'placed':
     case 'members':
       return frame
     case 'draining':

@@ -62,6 +62,8 @@ const WHOLE: readonly (ClientFrame | ServerFrame)[] = [
     member: MEMBER,
     quorum: QUORUM,
     weights: 'sha256:0f1e2d3c',
+    shards: 2,
+    shard: { index: 1, generation: 300 },
   },
   {
     type: 'step',
@@ -91,6 +93,27 @@ const WHOLE: readonly (ClientFrame | ServerFrame)[] = [
     member: MEMBER,
     members: MEMBERS,
     quorum: QUORUM,
+    limits: { chunk_bytes: 4_194_304 },
+    server: { name: 'muond', version: '0.1.0', device: 'cpu' },
+  },
+  { type: 'moved', run: 'gpt.2-small_7', url: 'ws://10.0.0.2:8787/v1/stream' },
+  {
+    type: 'placed',
+    run: 'gpt.2-small_7',
+    generation: 300,
+    step: 299,
+    resumed: true,
+    digest: 'a97c'.repeat(16),
+    shards: [
+      { run: 'gpt.2-small_7~0', url: 'ws://10.0.0.2:8787/v1/stream', parameters: [[0, 1]], checkpoint: '299-1' },
+      {
+        ...{ run: 'gpt.2-small_7~1', url: 'ws://10.0.0.3:8787/v1/stream' },
+        parameters: [
+          [1, 2],
+          [3, 300],
+        ],
+      },
+    ],
     limits: { chunk_bytes: 4_194_304 },
     server: { name: 'muond', version: '0.1.0', device: 'cpu' },
   },

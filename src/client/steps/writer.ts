@@ -1,16 +1,16 @@
 import type { CheckpointedFrame, MemberStatus, OpenedFrame, OpenFrame, ReceiptFrame } from '../../wire/frame.js'
-import { type Connection, memberKey, whileIdle } from '../connection.js'
+import { type Connection, memberKey } from '../connection.js'
 import { MuondError } from '../error.js'
 import type { Handshake, Transport, TransportKind } from '../transport/transport.js'
-import { type Backoff, backoffSeconds, sleep } from './backoff.js'
+import type { Backoff } from './backoff.js'
 import { Exchange } from './exchange.js'
+import type { Dial, Route } from './handshake.js'
+import { outlast } from './outlast.js'
 import type { Step } from './step.js'
 import type { Updates } from './updates.js'
 
 /** What a run needs from the client that opened it. */
-export type Host = {
-  /** A new connection, which ends with this signal or with the client. */
-  dial: (signal: AbortSignal) => Promise<Connection>
+export type Host = Dial & {
   /** Ends with the client. */
   signal: AbortSignal
   /** Consecutive failed attempts at one step that brought no new update, before it is given up. */
@@ -19,17 +19,22 @@ export type Host = {
   /** Most bytes of a gradient in one message; the service's own limit holds too. */
   chunk_bytes: number
   transport: TransportKind
-  /** Whether the address leads to this host. */
-  isLocal: boolean
 }
 
 export type Outcome = { receipt: ReceiptFrame } | { error: unknown }
+
+/** What writes a run: over one connection, or over one for each of its shards. */
+export type RunWriter = Pick<
+  Writer,
+  'opened' | 'members' | 'step' | 'digest' | 'checkpoint' | 'release' | 'reopen' | 'take' | 'transport' | 'slot'
+>
 
 /** The run's one writer as the service sees it: keeps the run open over as many connections as it takes. */
 export class Writer {
   readonly #host: Host
   readonly #frame: OpenFrame
   readonly #transport: Transport
+  readonly #route: Route
   #connection: Connection
   #opened: OpenedFrame
   #step: number
@@ -37,20 +42,16 @@ export class Writer {
   /** Ends every connection and every wait since the run was opened, or opened again by `reopen`. */
   #stop = new AbortController()
 
-  /** A first `open` is not retried: a wrong address, key or run should be heard of at once. @throws MuondError */
-  static async open(host: Host, frame: OpenFrame, transport: Transport): Promise<Writer> {
-    const shake = async (offers: Partial<OpenFrame>) => handshake(await host.dial(host.signal), { ...frame, ...offers })
-    return new Writer(host, { frame, transport }, await transport.agree(shake))
-  }
-
-  private constructor(
+  /** `shaken` is the first connection and the answer to its `open`; `route` leads to the run again. */
+  constructor(
     host: Host,
-    { frame, transport }: { frame: OpenFrame; transport: Transport },
+    { frame, transport, route }: { frame: OpenFrame; transport: Transport; route: Route },
     { connection, opened }: Handshake,
   ) {
     this.#host = host
     this.#frame = frame
     this.#transport = transport
+    this.#route = route
     this.#connection = connection
     this.#opened = opened
     this.#step = opened.step
@@ -78,6 +79,16 @@ export class Writer {
     return this.#digest
   }
 
+  /** How gradients and updates travel at present. */
+  get transport(): 'shm' | 'websocket' {
+    return this.#transport.taken ? 'shm' : 'websocket'
+  }
+
+  /** The memory that the service reads a parameter's gradient from; undefined where it goes over the socket. */
+  slot(parameter: number): Uint8Array<ArrayBuffer> | undefined {
+    return this.#transport.taken?.gradient(parameter)
+  }
+
   /** Asks for a checkpoint of the last finished step. Not retried: what is lost with its connection rejects. */
   async checkpoint(tag: string | undefined): Promise<CheckpointedFrame> {
     if (this.#connection.reason !== undefined) await this.#resume(this.#step + 1)
@@ -98,7 +109,7 @@ export class Writer {
    */
   async reopen(checkpoint: string | undefined): Promise<void> {
     this.#stop = new AbortController()
-    const frame = { ...this.#resuming(), ...(checkpoint !== undefined && { checkpoint }) }
+    const frame = { ...resuming(this.#frame), ...(checkpoint !== undefined && { checkpoint }) }
     const { connection, opened } = await this.#outlast(() => this.#handshake(frame))
     this.#connection = connection
     this.#opened = opened
@@ -118,27 +129,17 @@ export class Writer {
     }
   }
 
-  /**
-   * Does `attempt` until it succeeds; rejects with what is not worth a retry. An attempt that brought updates counts as
-   * the first.
-   */
-  async #outlast<T>(attempt: () => Promise<T>, updates?: Updates): Promise<T> {
-    const signal = AbortSignal.any([this.#host.signal, this.#stop.signal])
-    let failures = 0
-    for (;;) {
-      const before = updates?.applied ?? 0
-      let wait: number
-      try {
-        return await attempt()
-      } catch (error) {
+  /** As `outlast`, over one connection after the other. */
+  #outlast<T>(attempt: () => Promise<T>, updates?: Updates): Promise<T> {
+    const { retries, backoff } = this.#host
+    return outlast(attempt, {
+      ...{ retries, backoff, signal: AbortSignal.any([this.#host.signal, this.#stop.signal]) },
+      applied: () => updates?.applied ?? 0,
+      failed: (error) => {
         this.#connection.fail(error)
         updates?.forget()
-        failures = updates !== undefined && updates.applied > before ? 1 : failures + 1
-        if (!isWorthAnother(error) || failures > this.#host.retries) throw error
-        wait = backoffSeconds(failures - 1, this.#host.backoff, error.fields.retry_after_seconds)
-      }
-      await sleep(wait, signal)
-    }
+      },
+    })
   }
 
   async #attempt(step: Step, updates: Updates): Promise<ReceiptFrame> {
@@ -157,23 +158,14 @@ export class Writer {
   /** Opens the run again after its connection was lost, and only where this client left it. */
   async #resume(step: number): Promise<void> {
     if (isFinal(this.#connection.reason)) throw this.#connection.reason
-    const { connection, opened } = await this.#handshake(this.#resuming())
-    const parted = this.#parted(opened, step)
-    if (parted !== undefined) {
-      connection.fail(parted)
-      throw parted
+    const { connection, opened } = await this.#handshake(resuming(this.#frame))
+    const elsewhere = parted(opened, { step: this.#step, digest: this.#digest }, step)
+    if (elsewhere !== undefined) {
+      connection.fail(elsewhere)
+      throw elsewhere
     }
     this.#connection = connection
     this.#opened = opened
-  }
-
-  /**
-   * Groups stay out, the run remembers its schedule; a checkpoint too, or this would go back to it again, and where the
-   * run has come from.
-   */
-  #resuming(): OpenFrame {
-    const { groups, checkpoint, from, weights, ...frame } = this.#frame
-    return { ...frame, mode: 'resume', takeover: true }
   }
 
   #handshake(frame: OpenFrame): Promise<Handshake> {
@@ -185,9 +177,12 @@ export class Writer {
    * wrong name
    */
   async #shake(frame: OpenFrame): Promise<Handshake> {
-    const connection = await this.#host.dial(this.#stop.signal)
     try {
-      return await handshake(connection, frame)
+      const shaken = await this.#route.open(frame, this.#stop.signal)
+      if (shaken.opened) return shaken
+      const message = `run '${frame.run}' has ${shaken.placed.shards.length} shards now, it was opened as one of one process`
+      shaken.connection.fail(new MuondError('RUN_MISMATCH', message))
+      throw new MuondError('RUN_MISMATCH', message)
     } catch (error) {
       if (!(error instanceof MuondError) || error.code !== 'RUN_NOT_FOUND') throw error
       const { code, fields, status } = error
@@ -195,47 +190,39 @@ export class Writer {
       throw new MuondError(code, `${error.message}; ${where}`, fields, { cause: error, status, retryable: false })
     }
   }
+}
 
-  /**
-   * The service may have finished the step whose receipt was lost; anything else is not where this client left the run.
-   */
-  #parted({ run, step, digest }: OpenedFrame, number: number): MuondError | undefined {
-    if (step === number || (step === this.#step && digest === this.#digest)) return undefined
-    const message =
-      step === this.#step
-        ? `run '${run}' has digest ${digest} at step ${step}, this client has ${this.#digest}: open it again with weights of that history`
-        : `run '${run}' resumed at step ${step}, this client is at step ${this.#step}: go back to your weights of step ${step} and open it again`
-    return new MuondError('STEP_CONFLICT', message, { step: number, expected_step: step + 1 })
-  }
+/**
+ * The frame that opens a run again. Groups stay out, the run remembers its schedule; a checkpoint too, or this would go
+ * back to it again, and where the run has come from.
+ */
+export function resuming({ groups, checkpoint, from, weights, ...frame }: OpenFrame): OpenFrame {
+  return { ...frame, mode: 'resume', takeover: true }
+}
+
+type Standing = { readonly step: number; readonly digest: string }
+
+/**
+ * Why a client that was at `left` cannot take step `number` of a run that was opened again; undefined where it can. The
+ * service may have finished the step whose receipt was lost; anything else is not where this client left the run.
+ */
+export function parted(
+  { run, step, digest }: Standing & { readonly run: string },
+  left: Standing,
+  number: number,
+): MuondError | undefined {
+  if (step === number || (step === left.step && digest === left.digest)) return undefined
+  const message =
+    step === left.step
+      ? `run '${run}' has digest ${digest} at step ${step}, this client has ${left.digest}: open it again with weights of that history`
+      : `run '${run}' resumed at step ${step}, this client is at step ${left.step}: go back to your weights of step ${step} and open it again`
+  return new MuondError('STEP_CONFLICT', message, { step: number, expected_step: step + 1 })
 }
 
 /**
  * Whether only `reopen` opens the run again. A run taken by another client is not taken back unasked: the two would go
  * on for ever. After a `reopen` that failed the trainer's weights may be those of another step.
  */
-function isFinal(reason: unknown): boolean {
+export function isFinal(reason: unknown): boolean {
   return reason instanceof MuondError && (reason.code === 'TAKEN_OVER' || reason.code === 'CLIENT_CLOSED')
-}
-
-/** A quorum was waited for as often as allowed over one connection already: another one brings no replica. */
-function isWorthAnother(error: unknown): error is MuondError {
-  return error instanceof MuondError && error.retryable && error.code !== 'QUORUM_LOST'
-}
-
-async function handshake(connection: Connection, frame: OpenFrame): Promise<Handshake> {
-  try {
-    const opened = await new Promise<OpenedFrame>((resolve, reject) => {
-      connection.onFrame = (answer) => {
-        if (answer.type !== 'opened') return whileIdle(answer)
-        connection.rest()
-        resolve(answer)
-      }
-      connection.onClosed = reject
-      connection.send(frame).catch(reject)
-    })
-    return { connection, opened }
-  } catch (error) {
-    connection.fail(error)
-    throw error
-  }
 }

@@ -1,5 +1,5 @@
 import { isBlockDtype } from '../../../kernels/dtype.js'
-import type { OpenedFrame, OpenFrame } from '../../wire/frame.js'
+import type { OpenedFrame, OpenFrame, PlacedFrame } from '../../wire/frame.js'
 import type { Connection } from '../connection.js'
 import { MuondError } from '../error.js'
 import type { Bound } from '../steps/parameter.js'
@@ -11,8 +11,8 @@ export type TransportKind = (typeof TRANSPORTS)[number]
 
 export type Handshake = { connection: Connection; opened: OpenedFrame }
 
-/** A connection and the answer to its `open`, which had these offers. */
-type Shake = (offers: Pick<OpenFrame, 'transport'>) => Promise<Handshake>
+/** A run of several shards, and its control connection. */
+export type Placing = { connection: Connection; opened?: undefined; placed: PlacedFrame }
 
 /** The memory of one run that is offered with every `open`. Once it was taken it stays, whatever comes later. */
 export class Transport {
@@ -40,12 +40,15 @@ export class Transport {
     }
   }
 
-  /** Opens a connection with what there is to offer. @throws MuondError REQUEST_INVALID: what must be taken was not */
-  async agree(shake: Shake): Promise<Handshake> {
+  /**
+   * Opens a connection with what there is to offer; `shake` answers with it and the answer to its `open`.
+   * @throws MuondError REQUEST_INVALID: what must be taken was not
+   */
+  async agree<S extends Handshake | Placing>(shake: (offers: Pick<OpenFrame, 'transport'>) => Promise<S>): Promise<S> {
     this.taken = undefined
     const offered = this.#isOffered ? this.#arenas : undefined
     const shaken = await shake(offered ? { transport: [offered.offer()] } : {})
-    if (offered === undefined) return shaken
+    if (offered === undefined || shaken.opened === undefined) return shaken
     const { kind, refused = [] } = shaken.opened.transport ?? {}
     if (kind === 'shm' && offered.isProved) {
       this.#hasAgreed = true

@@ -1,5 +1,6 @@
 import type { FastifyBaseLogger } from 'fastify'
 import type { Principal } from '../../access/principal.js'
+import type { Cluster } from '../../cluster/cluster.js'
 import type { Config } from '../../config.js'
 import type { Runs } from '../../keep/runs.js'
 import { checkOpening } from '../../link/permission.js'
@@ -22,12 +23,13 @@ const NOBODY: Connection = { fence: () => {}, expel: () => {}, changed: () => {}
  * whatever `open` does.
  */
 export async function openRun(
-  { config, runs }: { config: Config; runs: Runs },
+  { config, runs, cluster }: { config: Config; runs: Runs; cluster: Cluster | undefined },
   body: Schemas['Open'],
   { principal, log }: { principal: Principal; log: FastifyBaseLogger },
 ): Promise<Schemas['Opened']> {
   const frame = frameOfJson('open', { protocol: PROTOCOL, ...body }, config)
   checkOpening(principal, runs, frame)
+  cluster?.checkPlain(frame)
   const { run, member, resumed } = await runs.open(frame, NOBODY, principal)
   run.intake.detach(member)
   const { ahead, groups, ...opened } = run.opened(resumed)

@@ -1,0 +1,25 @@
+import { MuondError, type MuondErrorFields } from '../error.js'
+import type { Part } from './part.js'
+
+/** An error of a shard as one of the whole, which counts parameters otherwise. */
+export function ofWhole(error: unknown, { indices }: Pick<Part, 'indices'>): unknown {
+  if (!(error instanceof MuondError) || error.fields.parameter === undefined) return error
+  return withFields(error, { ...error.fields, parameter: indices[error.fields.parameter] })
+}
+
+/**
+ * The error that a step rejects with: one that says that nothing can go on, if there is any, else the first refusal,
+ * with the names of all gradients that were refused.
+ */
+export function mergedRefusal(errors: readonly unknown[]): unknown {
+  const [first] = errors
+  const refused = errors.flatMap((error) => (error instanceof MuondError ? (error.fields.refused ?? []) : []))
+  const other = errors.find((error) => !(error instanceof MuondError) || error.fields.refused === undefined)
+  if (other !== undefined) return other
+  return first instanceof MuondError ? withFields(first, { ...first.fields, refused }) : first
+}
+
+function withFields(error: MuondError, fields: MuondErrorFields): MuondError {
+  const { code, message, status, retryable, cause } = error
+  return new MuondError(code, message, fields, { cause, retryable, ...(status !== undefined && { status }) })
+}
