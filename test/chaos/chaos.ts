@@ -10,6 +10,7 @@ import { kills } from './kills.js'
 import { network } from './network.js'
 import { readOnly } from './read-only.js'
 import { servers } from './servers.js'
+import { shards } from './shards.js'
 import { carryOut, type Failure, type Fault, type Reference } from './stage.js'
 import { stopped } from './stopped.js'
 import { markdown, type Row } from './table.js'
@@ -22,7 +23,7 @@ Does to real services and clients what happens to them in the end: kills, full d
 clocks that jump, a second service. Every run has to end with the weights and the digest of one that nothing disturbs, or with an
 explicit error after which it does. Prints a table; --out writes it as JSON, by default bench/results/chaos.json after a whole run.
 
---only NAME   one group: none, kill, storage, torn, stop, network, clock, servers
+--only NAME   one group: none, kill, storage, torn, stop, network, clock, servers, shards
 --seed N      decides where everything falls; default 1
 --runs N      training runs that are killed with a journal, and a third as many without; default 200
 --jobs N      rows of the table that are worked on at a time; default 2
@@ -40,6 +41,7 @@ const GROUPS: Readonly<Record<string, (chosen: Chosen) => Fault[]>> = {
   network,
   clock,
   servers,
+  shards,
 }
 const RESULTS = new URL('../../../bench/results/chaos.json', import.meta.url)
 

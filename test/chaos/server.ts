@@ -16,6 +16,8 @@ export type ServerOptions = {
   log: string
   /** The user and group that the service runs as. */
   uid?: number
+  /** Variables beside those of this process, of which none is a setting of the service. */
+  env?: Readonly<Record<string, string>>
   /** A file that holds the milliseconds by which the wall clock is off; it may change at any time. */
   clock?: string
 }
@@ -41,10 +43,10 @@ export async function startServer(options: ServerOptions): Promise<Server> {
 }
 
 /** Starts the service; `listening` resolves with its port, or with undefined where it ends before. */
-export function launchServer({ data, flags = [], log, uid, clock }: ServerOptions) {
+export function launchServer({ data, flags = [], log, uid, clock, env: more }: ServerOptions) {
   const env = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith('MUOND_')))
   const child = spawn(process.execPath, [...preload(clock), PROGRAM, ...DEFAULTS, '--data', data, ...flags], {
-    env: { ...env, ...(clock && { CHAOS_CLOCK: clock }) },
+    env: { ...env, ...more, ...(clock && { CHAOS_CLOCK: clock }) },
     stdio: ['ignore', 'pipe', 'pipe'],
     ...(uid !== undefined && { uid, gid: uid }),
   })

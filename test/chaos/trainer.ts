@@ -36,6 +36,8 @@ export type TrainerOptions = {
   run: string
   /** The present address of REST. */
   control: () => string
+  /** What `open` says beside the declaration. */
+  open?: Partial<OpenOptions>
   /** Retries within one step, and the longest wait between two. */
   retries?: number
   decide?: (error: MuondError, trainer: Trainer) => Remedy | undefined | Promise<Remedy | undefined>
@@ -119,11 +121,11 @@ export class Trainer {
 
   /** Opens the run, again and again until the signal, and sets the weights to those of its step. */
   async #open(options: Partial<OpenOptions>): Promise<void> {
-    const { run, signal } = this.#options
+    const { run, signal, open } = this.#options
     for (;;) {
       try {
         const client = await this.#connected()
-        this.#run = await client.open({ ...declaration(run, this.#weights), ...options })
+        this.#run = await client.open({ ...declaration(run, this.#weights), ...open, ...options })
         break
       } catch (error) {
         if (!(error instanceof MuondError) || !(await this.#opensAgain(error))) throw error
