@@ -47,9 +47,7 @@ import { InPlaceWebSocket } from './link/websocket/socket.js'
 import { createMetrics, type Metrics, type RunPulse } from './metrics.js'
 import type { Run } from './run/run.js'
 import type { DataStore } from './store/data-store.js'
-import { DataFolder } from './store/folder/data-folder.js'
-import { DataObjects } from './store/objects/data-objects.js'
-import { s3Address } from './store/objects/s3-address.js'
+import { openData } from './store/open-data.js'
 import { readPresets } from './store/presets.js'
 import type { Tracing } from './tracing.js'
 import { MESSAGE_BYTES } from './wire/frame.js'
@@ -181,15 +179,6 @@ function appOf(app: FastifyInstance, services: AppServices): App {
     reload,
     drain: () => drain(app, services),
   }
-}
-
-/** Opens what runs are kept in; undefined without the setting `data`. */
-async function openData(config: Config, { observeStore }: Metrics): Promise<DataStore | undefined> {
-  const { data, data_wait_seconds: wait_seconds, s3_lease_seconds: lease_seconds } = config
-  if (data === '') return undefined
-  const address = s3Address(config)
-  if (address === undefined) return DataFolder.open(data, wait_seconds)
-  return DataObjects.open(address, { wait_seconds, lease_seconds, observe: observeStore })
 }
 
 async function createServer(services: AppServices, logger: FastifyBaseLogger | undefined): Promise<FastifyInstance> {
