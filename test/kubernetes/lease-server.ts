@@ -129,7 +129,7 @@ export class LeaseServer {
 
   #keep(namespace: string, { metadata, spec }: Lease, uid: string): object {
     this.#version++
-    const kept = { metadata: { ...metadata, uid, resourceVersion: String(this.#version) }, spec: spec ?? {} }
+    const kept = { metadata: { ...metadata, uid, resourceVersion: String(this.#version) }, spec }
     this.#leases.set(`${namespace}/${metadata.name}`, { kind: 'Lease', ...kept } as Lease)
     return { kind: 'Lease', ...kept }
   }
@@ -141,7 +141,7 @@ function failure(code: number, reason: string | undefined = REASONS[code]): Answ
 }
 
 /** The status of an answer to a Lease that is none. */
-function problemOf({ metadata, spec = {} }: Lease): number | undefined {
+function problemOf({ metadata, spec }: Lease): number | undefined {
   const { renewTime, leaseDurationSeconds } = spec
   if (renewTime !== undefined && !MICRO_TIME.test(renewTime)) return 400
   const annotations = Object.entries(metadata.annotations ?? {}).reduce((sum, pair) => sum + pair.join('').length, 0)

@@ -46,6 +46,7 @@ export async function kubernetesCluster(of: {
       await call('POST', '', {
         ...{ apiVersion: 'coordination.k8s.io/v1', kind: 'Lease' },
         metadata: { name, annotations: { 'muond/value': content } },
+        spec: {},
       })
     },
   })
