@@ -78,7 +78,7 @@ export class LeaseServer {
     if (headers.authorization === `Bearer ${STRANGER}`) return failure(403)
     if (headers.authorization !== `Bearer ${ADMIN}`) return failure(401)
     const { pathname, searchParams } = new URL(url!, 'https://127.0.0.1')
-    const [, namespace = '', name] = PATH.exec(pathname) ?? []
+    const [, namespace, name] = PATH.exec(pathname)!
     const asked = { namespace, name, query: searchParams }
     if (method === 'GET') return name === undefined ? this.#list(asked) : this.#get(asked)
     if (method === 'DELETE') return this.#remove(asked, body)
@@ -91,7 +91,7 @@ export class LeaseServer {
   }
 
   #list({ namespace, query }: Asked): Answer {
-    const [label = '', value] = (query.get('labelSelector') ?? '').split('=')
+    const [label, value] = query.get('labelSelector')!.split('=')
     const items = [...this.#leases]
       .filter(([key, { metadata }]) => key.startsWith(`${namespace}/`) && metadata.labels?.[label] === value)
       .map(([, { metadata, spec }]) => ({ metadata, spec }))
