@@ -119,16 +119,23 @@ export class LeasedCoordinator implements Coordinator {
   }
 
   async #look(): Promise<void> {
-    try {
-      const announcements = await this.#registry.renew(this.#own())
+    const announcements = await this.#renewed()
+    if (announcements) {
       if (this.#problem !== undefined) this.#grace_until = performance.now() + this.#options.lease_seconds * 1000
       this.#see(announcements)
       this.#say(undefined)
+    }
+    this.changes.emit('look')
+  }
+
+  async #renewed(): Promise<readonly Announcement[] | undefined> {
+    try {
+      return await this.#registry.renew(this.#own())
     } catch (error) {
       this.#say(this.#problemOf(error))
       if (error instanceof ReplacedError) this.#looks.end()
+      return undefined
     }
-    this.changes.emit('look')
   }
 
   #problemOf(error: unknown): string {
