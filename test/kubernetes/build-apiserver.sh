@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds kube-apiserver from its Go module into ~/.cache/muond/kubernetes, once: about 16 minutes of one core. Prints its path.
+# Builds kube-apiserver from its Go module into ~/.cache/muond/kubernetes, once: a quarter of an hour of one core. Prints its path.
 set -euo pipefail
 cd "$(dirname "$0")/apiserver"
 version=$(sed -nE 's/^require k8s.io\/kubernetes (v[0-9.]+)$/\1/p' go.mod)

@@ -78,7 +78,7 @@ export class LeaseServer {
     if (headers.authorization === `Bearer ${STRANGER}`) return failure(403)
     if (headers.authorization !== `Bearer ${ADMIN}`) return failure(401)
     const { pathname, searchParams } = new URL(url!, 'https://127.0.0.1')
-    const [, namespace = '', name] = PATH.exec(pathname) ?? []
+    const [, namespace, name] = PATH.exec(pathname)!
     const asked = { namespace, name, query: searchParams }
     if (method === 'GET') return name === undefined ? this.#list(asked) : this.#get(asked)
     if (method === 'DELETE') return this.#remove(asked, body)
@@ -91,7 +91,7 @@ export class LeaseServer {
   }
 
   #list({ namespace, query }: Asked): Answer {
-    const [label = '', value] = (query.get('labelSelector') ?? '').split('=')
+    const [label, value] = query.get('labelSelector')!.split('=')
     const items = [...this.#leases]
       .filter(([key, { metadata }]) => key.startsWith(`${namespace}/`) && metadata.labels?.[label] === value)
       .map(([, { metadata, spec }]) => ({ metadata, spec }))
@@ -129,7 +129,7 @@ export class LeaseServer {
 
   #keep(namespace: string, { metadata, spec }: Lease, uid: string): object {
     this.#version++
-    const kept = { metadata: { ...metadata, uid, resourceVersion: String(this.#version) }, spec: spec ?? {} }
+    const kept = { metadata: { ...metadata, uid, resourceVersion: String(this.#version) }, spec }
     this.#leases.set(`${namespace}/${metadata.name}`, { kind: 'Lease', ...kept } as Lease)
     return { kind: 'Lease', ...kept }
   }
@@ -141,7 +141,7 @@ function failure(code: number, reason: string | undefined = REASONS[code]): Answ
 }
 
 /** The status of an answer to a Lease that is none. */
-function problemOf({ metadata, spec = {} }: Lease): number | undefined {
+function problemOf({ metadata, spec }: Lease): number | undefined {
   const { renewTime, leaseDurationSeconds } = spec
   if (renewTime !== undefined && !MICRO_TIME.test(renewTime)) return 400
   const annotations = Object.entries(metadata.annotations ?? {}).reduce((sum, pair) => sum + pair.join('').length, 0)

@@ -28,7 +28,8 @@ export type Versioned<T> = { readonly value: T; readonly version: string }
 export type CoordinatorEvents = { peers: []; problem: []; look: [] }
 
 /**
- * Who is alive, and who has which run.
+ * Who is alive, and who has which run. Nothing of the service uses it yet: its peers are those of the setting `peers`,
+ * and its assignments are with their heads (`src/cluster/peers`, `src/cluster/head`).
  *
  * Who is alive is a guess. A lease that has ended does not stop the process that had it: it may have been paused, or be
  * cut off from the coordinator alone, and go on. So `peers()` and `headOf` decide who is asked first, and nothing that

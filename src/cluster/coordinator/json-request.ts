@@ -24,7 +24,7 @@ export async function requestJson(asked: JsonRequest): Promise<{ status: number;
   try {
     const response = await responseOf(asked, signal)
     const text = await textOf(response)
-    return { status: response.statusCode ?? 0, body: parsed(text, response.statusCode) }
+    return { status: Number(response.statusCode), body: parsed(text, response.statusCode) }
   } catch (error) {
     if (signal.aborted) throw new Error(`${asked.url.origin} has not answered within ${asked.timeout_ms / 1000} s`)
     throw error

@@ -7,11 +7,12 @@ import type { Assignment } from '../assignment.js'
 import type { Coordinator, CoordinatorEvents, Peer, PeerReport, Versioned } from './coordinator.js'
 import { assignmentRule, type Envelope, headRule, seal, unseal } from './envelope.js'
 import { Looks } from './looks.js'
+import { NewestEntries } from './newest-entries.js'
 import { type Announcement, type Key, type Registry, ReplacedError } from './registry.js'
 import { highestRendezvous } from './rendezvous.js'
 
 /** Of so many runs the last known head is kept for the time when the registry cannot be reached. */
-export const MOST_KNOWN_HEADS = 10_000
+const MOST_KNOWN_HEADS = 10_000
 /**
  * A head that others appoint at the same time is read again; in a race this often, somebody's clock or list is broken.
  */
@@ -32,7 +33,7 @@ export class LeasedCoordinator implements Coordinator {
   readonly #options: LeasedOptions
   readonly #incarnation = randomUUID()
   readonly #looks: Looks
-  readonly #heads = new Map<string, string>()
+  readonly #heads = new NewestEntries<string>(MOST_KNOWN_HEADS)
   #peers: readonly Peer[] = []
   #problem: string | undefined
   /** Until then nobody is dead, as `performance.now` counts. */
@@ -83,7 +84,7 @@ export class LeasedCoordinator implements Coordinator {
   async headOf(run: string): Promise<string> {
     try {
       const head = await this.#appointed(run)
-      this.#know(run, head)
+      this.#heads.set(run, head)
       return head
     } catch (error) {
       const known = this.#heads.get(run)
@@ -112,29 +113,29 @@ export class LeasedCoordinator implements Coordinator {
     )
   }
 
-  #know(run: string, head: string): void {
-    this.#heads.delete(run)
-    this.#heads.set(run, head)
-    const [oldest] = this.#heads.keys()
-    if (this.#heads.size > MOST_KNOWN_HEADS && oldest !== undefined) this.#heads.delete(oldest)
-  }
-
   #own(): Announcement {
     const { url, report } = this.#options
     return { ...report(), url, incarnation: this.#incarnation }
   }
 
   async #look(): Promise<void> {
-    try {
-      const announcements = await this.#registry.renew(this.#own())
+    const announcements = await this.#renewed()
+    if (announcements) {
       if (this.#problem !== undefined) this.#grace_until = performance.now() + this.#options.lease_seconds * 1000
       this.#see(announcements)
       this.#say(undefined)
+    }
+    this.changes.emit('look')
+  }
+
+  async #renewed(): Promise<readonly Announcement[] | undefined> {
+    try {
+      return await this.#registry.renew(this.#own())
     } catch (error) {
       this.#say(this.#problemOf(error))
       if (error instanceof ReplacedError) this.#looks.end()
+      return undefined
     }
-    this.changes.emit('look')
   }
 
   #problemOf(error: unknown): string {

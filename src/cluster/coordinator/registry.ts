@@ -43,6 +43,6 @@ export async function announced<T>(own: Announcement, announce: () => Promise<T 
     /* c8 ignore next -- the other one comes between a reading and a writing */
     if (others !== undefined) return others
   }
-  /* c8 ignore next -- and that three times */
+  /* c8 ignore next 2 -- and that three times */
   throw new Error(`others announce themselves as ${own.url} again and again`)
 }

@@ -44,6 +44,7 @@ export class Child {
   static async start(url: string, args: readonly string[], env: NodeJS.ProcessEnv): Promise<Child> {
     const child = fork(new URL('./member.js', import.meta.url), args, { env: { ...process.env, ...env } })
     const [said] = await Promise.race([once(child, 'message'), once(child, 'exit')])
+    /* c8 ignore next -- a process that does not start fails the test */
     if (said !== 'started') throw new Error(`a forked process ended with ${said}`)
     return new Child(url, child)
   }

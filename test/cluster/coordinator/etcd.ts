@@ -7,6 +7,7 @@ import { EtcdClient } from '../../../src/cluster/coordinator/etcd/client.js'
 import { EtcdRegistry } from '../../../src/cluster/coordinator/etcd/registry.js'
 import { type EtcdCredentials, openCoordinator } from '../../../src/cluster/coordinator/open.js'
 import { runSuite } from './cases.js'
+import { LEASE_SECONDS } from './cluster.js'
 import { EtcdServer } from './etcd-server.js'
 import { leasedCluster, NO_CREDENTIALS } from './leased-cluster.js'
 import { CuttableProxy } from './proxy.js'
@@ -24,6 +25,7 @@ async function cluster() {
     setting: { proxied: `etcd://127.0.0.1:${proxy.port}${prefix}`, direct: `etcd://127.0.0.1:${server.port}${prefix}` },
     env: { proxied: {}, direct: {} },
     proxy,
+    lease_seconds: LEASE_SECONDS,
     mostBytes: 1_400_000,
     spoil: async (run, content) => {
       await direct.call('/v3/kv/put', { key: base64(`${prefix}/assignment/${run}`), value: base64(content) })
@@ -76,7 +78,7 @@ t.test('an etcd that wants a certificate of its clients', async (t) => {
     await t.rejects((await open(own)).start(), { name: 'ConfigError', message: problem })
 })
 
-t.test('an etcd with users, of which one member is down, and that forgets its tokens', async (t) => {
+t.test('an etcd with users, of which one member is down, and that ends its tokens', async (t) => {
   const server = await startEtcd(t, [])
   await addUsers(server)
   const password_file = join(t.testdir({ password: "muond's\n" }), 'password')
@@ -92,6 +94,12 @@ t.test('an etcd with users, of which one member is down, and that forgets its to
   await server.kill()
   await t.rejects(a.readAssignment('gpt'), { message: /ECONNREFUSED.*; .*ECONNREFUSED/ })
   await server.start()
+  t.match(await a.readAssignment('gpt'), { value: assignment })
+  // A password that is set, be it the same, ends the tokens of its user.
+  const tls = { ca: readFileSync(golden('ca.pem'), 'utf8') }
+  const root = { name: 'root', password: "root's" }
+  const admin = new EtcdClient({ urls: [server.url], tls, user: root, timeout_ms: 5000 })
+  await admin.call('/v3/auth/user/changepw', { name: 'muond', password: "muond's" })
   t.match(await a.readAssignment('gpt'), { value: assignment }, 'the password is shown again')
   for (const [own, problem] of [
     [{ user: '' }, /user name is empty|permission denied/],

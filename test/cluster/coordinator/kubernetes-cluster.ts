@@ -4,7 +4,7 @@ import { readFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { requestJson } from '../../../src/cluster/coordinator/json-request.js'
 import { writeKubeconfig } from '../../kubernetes/kubeconfig.js'
-import type { TestCluster } from './cluster.js'
+import { LEASE_SECONDS, type TestCluster } from './cluster.js'
 import { leasedCluster } from './leased-cluster.js'
 import { CuttableProxy } from './proxy.js'
 
@@ -20,7 +20,7 @@ export async function kubernetesCluster(of: {
   folder: string
   lease_seconds?: number
 }): Promise<TestCluster> {
-  const { port, ca, token, namespace, folder, lease_seconds } = of
+  const { port, ca, token, namespace, folder, lease_seconds = LEASE_SECONDS } = of
   const proxy = await CuttableProxy.start(port, PROXY_TLS)
   const configOf = (name: string, port: number) =>
     writeKubeconfig(join(folder, `${namespace}-${name}.json`), { port, ca, token })
@@ -32,7 +32,7 @@ export async function kubernetesCluster(of: {
       direct: { KUBECONFIG: await configOf('direct', port) },
     },
     proxy,
-    ...(lease_seconds !== undefined && { lease_seconds }),
+    lease_seconds,
     mostBytes: 250_000,
     spoil: async (run, content) => {
       const path = `/apis/coordination.k8s.io/v1/namespaces/${namespace}/leases`
@@ -46,6 +46,7 @@ export async function kubernetesCluster(of: {
       await call('POST', '', {
         ...{ apiVersion: 'coordination.k8s.io/v1', kind: 'Lease' },
         metadata: { name, annotations: { 'muond/value': content } },
+        spec: {},
       })
     },
   })

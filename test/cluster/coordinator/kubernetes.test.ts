@@ -1,3 +1,4 @@
+import { createHash } from 'node:crypto'
 import { readFileSync } from 'node:fs'
 import { KubeConfig } from '@kubernetes/client-node'
 import t from 'tap'
@@ -80,12 +81,16 @@ t.test('the Lease of a process that is long gone is removed', async (t) => {
 t.test('what is no Lease of a process, or a refusal, says where', async (t) => {
   const client = clientOf('')
   t.equal(client.namespace, 'default', 'a context without a namespace')
-  await client.create({ metadata: { name: 'odd', labels: { 'muond/kind': 'peer' } } })
+  await client.create({ metadata: { name: 'odd', labels: { 'muond/kind': 'peer' } }, spec: {} })
   await t.rejects(new KubernetesRegistry(client, 12).renew(announcementOf('http://own')), {
     message: 'kubernetes:default: Lease odd is no announcement of a process: url is "", expected a url',
   })
   await t.rejects(clientOf('x', STRANGER).list('muond/kind=peer'), {
     message: `GET ${LEASES('x')} answers 403: a test's server says Forbidden`,
   })
+  const registry = new KubernetesRegistry(client, 12)
+  const name = `muond-head-${createHash('sha256').update('gpt').digest('hex').slice(0, 32)}`
+  await client.create({ metadata: { name }, spec: {} })
+  t.match(await registry.read({ kind: 'head', run: 'gpt' }), { value: '' }, 'a Lease of that name without a value')
   t.equal(await client.remove('none', { uid: '1', resourceVersion: '1' }), false)
 })

@@ -1,6 +1,6 @@
 import { readCluster } from '../../../src/cluster/coordinator/cluster-setting.js'
 import { type EtcdCredentials, openCoordinator } from '../../../src/cluster/coordinator/open.js'
-import { Child, LEASE_SECONDS, type TestCluster } from './cluster.js'
+import { Child, type TestCluster } from './cluster.js'
 import type { CuttableProxy } from './proxy.js'
 
 /** A machine that runs many tests at once answers late. */
@@ -15,7 +15,7 @@ export type LeasedMeans = {
   /** The variables of forked processes, and of this one while a coordinator is opened. */
   readonly env: { readonly proxied: NodeJS.ProcessEnv; readonly direct: NodeJS.ProcessEnv }
   readonly mostBytes: number
-  readonly lease_seconds?: number
+  readonly lease_seconds: number
   spoil(run: string, content: string): Promise<void>
 }
 
@@ -24,7 +24,7 @@ let opening: Promise<unknown> = Promise.resolve()
 
 /** The cluster of a case, whose processes are named by urls at which nobody listens: leases ask none. */
 export function leasedCluster(means: LeasedMeans): TestCluster {
-  const { setting, proxy, env, mostBytes, spoil, lease_seconds = LEASE_SECONDS } = means
+  const { setting, proxy, env, mostBytes, spoil, lease_seconds } = means
   const urlOf = (host: string) => `http://${host}.example:8787`
   return {
     kind: 'leased',

@@ -1,6 +1,7 @@
 import t from 'tap'
 import { readAnnouncement } from '../../../src/cluster/coordinator/announcement.js'
 import { readCluster } from '../../../src/cluster/coordinator/cluster-setting.js'
+import { NewestEntries } from '../../../src/cluster/coordinator/newest-entries.js'
 import { openCoordinator } from '../../../src/cluster/coordinator/open.js'
 import { peerUrls } from '../../../src/cluster/coordinator/peer-url.js'
 import { highestRendezvous } from '../../../src/cluster/coordinator/rendezvous.js'
@@ -40,6 +41,7 @@ t.test('a peer is an origin, spelt in one way', async (t) => {
   const texts = ['http://B:80', 'https://a:8787/', 'http://b']
   t.same(peerUrls(texts, 'peers'), ['http://b', 'https://a:8787'])
   for (const text of [
+    'none',
     'a:1',
     'ws://a:1',
     'http://a:1/v1',
@@ -74,6 +76,15 @@ t.test('an announcement has what is known of a process, and may have more', asyn
     t.throws(() => readAnnouncement(text, 'key'), { message: problem })
 })
 
+t.test('of entries the newest are kept', async (t) => {
+  const newest = new NewestEntries<number>(2)
+  for (const [i, key] of ['a', 'b', 'a', 'c'].entries()) newest.set(key, i)
+  t.same(
+    ['a', 'b', 'c'].map((key) => newest.get(key)),
+    [2, undefined, 3],
+  )
+})
+
 t.test('credentials of etcd come from files', async (t) => {
   const setting = readCluster('etcds://127.0.0.1:1/muond')
   const folder = t.testdir({ password: 'secret\n' })
@@ -86,6 +97,9 @@ t.test('credentials of etcd come from files', async (t) => {
   await t.rejects(openCoordinator(setting, credentials, OPTIONS), {
     message: /^etcd_password_file '.*none' cannot be read/,
   })
+  const files = { ca: 'test/golden/tls/ca.pem', cert: 'test/golden/tls/client.pem', key: 'test/golden/tls/client.key' }
+  const certified = await openCoordinator(setting, { ...NO_CREDENTIALS, ...files }, OPTIONS)
+  await t.rejects(certified.start(), { message: /ECONNREFUSED/ })
   const opened = await openCoordinator(setting, { ...credentials, password_file: `${folder}/password` }, OPTIONS)
   await t.rejects(opened.start(), {
     name: 'ConfigError',

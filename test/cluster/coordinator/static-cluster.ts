@@ -11,6 +11,7 @@ const given = new Set<number>()
 
 async function unusedPorts(count: number): Promise<number[]> {
   const ports = await freePorts(count)
+  /* c8 ignore next -- the kernel gives a port twice */
   if (ports.some((port) => given.has(port))) return unusedPorts(count)
   for (const port of ports) given.add(port)
   return ports

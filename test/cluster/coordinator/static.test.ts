@@ -38,6 +38,11 @@ t.test('only the head of a run keeps its assignment', async (t) => {
   t.equal(await itself.readAssignment('gpt'), undefined)
 })
 
+t.test('a folder that cannot be read is not one without assignments', async (t) => {
+  const folder = t.testdir({ 'gpt.json': {} })
+  await t.rejects(new AssignmentFiles(folder).read('gpt'), { code: 'EISDIR' })
+})
+
 t.test('lists of peers that differ are told by the process whose probe finds it', async (t) => {
   const cluster = await staticCluster()
   const [a, b, c] = ['a', 'b', 'c'].map(cluster.urlOf)

@@ -68,7 +68,7 @@ export class EtcdClient {
     const { urls } = this.#options
     const failures: string[] = []
     while (failures.length < urls.length) {
-      const url = urls[this.#member % urls.length] ?? ''
+      const url = urls[this.#member % urls.length]
       try {
         return await this.#callOne(new URL(path, url), body)
       } catch (error) {
@@ -84,10 +84,11 @@ export class EtcdClient {
     const { tls, timeout_ms } = this.#options
     const headers = this.#token === undefined ? undefined : { authorization: this.#token }
     const answer = await requestJson({ url, method: 'POST', body, tls, timeout_ms, ...(headers && { headers }) })
-    const fields: Record<string, unknown> = { ...(answer.body ?? {}) }
+    const fields: Record<string, unknown> = Object(answer.body)
     if (answer.status === 200) return fields
-    const code = typeof fields.code === 'number' ? fields.code : UNAVAILABLE
-    throw new EtcdError(code, `${url.pathname} answers ${answer.status}: ${fields.error ?? fields.message}`)
+    // etcd 3.4 has its words in `error`, later ones in `message`.
+    const { code, message = fields.error } = fields
+    throw new EtcdError(Number(code), `${url.pathname} answers ${answer.status}: ${message}`)
   }
 }
 

@@ -13,7 +13,7 @@ export type Lease = {
     readonly labels?: Readonly<Record<string, string>>
     readonly annotations?: Readonly<Record<string, string>>
   }
-  readonly spec?: {
+  readonly spec: {
     readonly holderIdentity?: string
     readonly leaseDurationSeconds?: number
     /** With microseconds, or the API refuses it. */
@@ -92,8 +92,7 @@ export class KubernetesClient {
     await this.#config.applyToHTTPSOptions(tls)
     const answer = await requestJson({ url, method, body, tls, timeout_ms: this.#timeout_ms })
     if (answer.status < 300 || accepted.includes(answer.status)) return answer
-    const { message } = { message: '', ...(answer.body ?? {}) }
-    throw new Error(`${method} ${path} answers ${answer.status}: ${message}`)
+    throw new Error(`${method} ${path} answers ${answer.status}: ${Object(answer.body).message}`)
   }
 }
 

@@ -11,19 +11,18 @@ export class Renewals {
   #watched = new Map<string, Watched>()
 
   /**
-   * For all leases of one reading: for how many of its lengths each has not been renewed. `now` is as `performance.now`
+   * For each lease of one reading, for how many of its lengths it has not been renewed. `now` is as `performance.now`
    * counts.
    */
-  see(found: readonly Renewal[], now = performance.now()): ReadonlyMap<string, number> {
-    const watched = new Map<string, Watched>()
-    const lengths = new Map<string, number>()
-    for (const { name, version, lease_seconds } of found) {
-      const before = this.#watched.get(name)
-      const since = before?.version === version ? before.since : now
-      watched.set(name, { version, since })
-      lengths.set(name, (now - since) / 1000 / lease_seconds)
-    }
-    this.#watched = watched
-    return lengths
+  see(found: readonly Renewal[], now = performance.now()): readonly number[] {
+    const before = this.#watched
+    this.#watched = new Map(
+      found.map(({ name, version }) => {
+        const known = before.get(name)
+        return [name, known?.version === version ? known : { version, since: now }]
+      }),
+    )
+    const sinces = [...this.#watched.values()].map(({ since }) => since)
+    return found.map(({ lease_seconds }, i) => (now - sinces[i]) / 1000 / lease_seconds)
   }
 }

@@ -44,6 +44,7 @@ export class AssignmentFiles {
     return turn
   }
 
+  /** Throws where it cannot be told whether there is one. */
   async #content(run: string): Promise<string | undefined> {
     if (this.#folder === undefined) return this.#memory.get(run)
     try {

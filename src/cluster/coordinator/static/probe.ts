@@ -1,7 +1,7 @@
 import { count, list, type Rule, record, text } from '../../../store/rules.js'
 import type { ProbeAnswer } from './static.js'
 
-/** Where a process answers the probes of its peers, with the key of the cluster. */
+/** Where a process is to answer the probes of its peers, with the key of the cluster; openapi.yaml has it not yet. */
 export const PROBE_PATH = '/v1/peer'
 
 const answerRule: Rule<ProbeAnswer> = record<ProbeAnswer>({
