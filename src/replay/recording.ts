@@ -4,6 +4,7 @@ import { keptDeclaration } from '../keep/restore.js'
 import type { Declaration } from '../run/declaration.js'
 import type { CheckpointFiles } from '../store/checkpoint/checkpoint-files.js'
 import type { CheckpointEntry } from '../store/checkpoint/checkpoint-list.js'
+import { refuseObjects } from '../store/checkpoint/checkpoint-source.js'
 import { type Manifest, UnreadableError } from '../store/checkpoint/manifest.js'
 import { RunFolder } from '../store/folder/run-folder.js'
 import { listSegments, type Segment } from '../store/journal/journal.js'
@@ -43,6 +44,7 @@ export async function withRecording<T>(
   work: (recording: Recording) => Promise<T>,
 ): Promise<T> {
   const { data, run } = wanted
+  refuseObjects(data)
   const path = join(data, 'runs', run)
   if (!RUN_NAME.test(run)) throw new UnreadableError(`'${run}' is no name of a run`)
   const folder = new RunFolder(path, files)

@@ -1,6 +1,7 @@
 import { createHash } from 'node:crypto'
 import { access, type FileHandle, open } from 'node:fs/promises'
 import { join } from 'node:path'
+import { S3_SCHEME } from '../../config.js'
 import { errorText } from '../../errors.js'
 import { branchFolder } from '../branches.js'
 import { readRange } from '../file-bytes.js'
@@ -52,6 +53,7 @@ export async function openCheckpoint(folder: string): Promise<StateSource> {
  * not given. Throws UnreadableError, which names the checkpoints that there are.
  */
 export async function findCheckpoint(data: string, run: string, checkpoint?: string): Promise<string> {
+  refuseObjects(data)
   const folder = join(data, 'runs', run)
   await access(folder).catch((error) => {
     throw new UnreadableError(`data folder '${data}' has no run '${run}': ${error.message}`)
@@ -65,6 +67,12 @@ export async function findCheckpoint(data: string, run: string, checkpoint?: str
   throw new UnreadableError(
     `run '${run}' has no checkpoint ${checkpoint ? `'${checkpoint}'` : 'yet'}, there are ${known}`,
   )
+}
+
+/** Throws UnreadableError where runs are not in a folder: what reads them beside a service reads files. */
+export function refuseObjects(data: string): void {
+  if (!data.startsWith(S3_SCHEME)) return
+  throw new UnreadableError(`'${data}' is no folder: ask the service that has it, over REST`)
 }
 
 async function manifestIn(folder: string): Promise<Manifest> {

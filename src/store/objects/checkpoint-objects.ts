@@ -37,8 +37,9 @@ class ObjectSink implements FileSink {
     return this.#upload.end()
   }
 
+  /** What cannot be removed now is removed when the run is taken again. */
   close(): Promise<void> {
-    return this.#upload.abort()
+    return this.#upload.abort().catch(() => undefined)
   }
 }
 

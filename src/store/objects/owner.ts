@@ -7,7 +7,7 @@ import { bool, count, natural, type Rule, record, text } from '../rules.js'
 import type { Objects, StoredObject, Version } from './objects.js'
 
 /** The object that says which service has the store. */
-export const OWNER = 'owner.json'
+const OWNER = 'owner.json'
 
 /**
  * Who has the store: `generation` is one more with every service that takes it, `beat` with every sign of life.
@@ -46,6 +46,9 @@ export class Owner {
   #record: OwnerRecord
   #version: Version
   #problem: string | undefined
+  readonly #leaseMs: number
+  /** When the store has last taken a sign of life. */
+  #heardAt = performance.now()
   #beating: Promise<void> | undefined
   #lost = false
   /** Called once when another service has taken the store. */
@@ -87,12 +90,15 @@ export class Owner {
     this.#record = of.record
     this.#version = of.version
     this.generation = of.record.generation
-    this.#timer = setInterval(() => this.#beat(), (times.lease_seconds * 1000) / BEATS).unref()
+    this.#leaseMs = times.lease_seconds * 1000
+    this.#timer = setInterval(() => this.#beat(), this.#leaseMs / BEATS).unref()
   }
 
   /** Why the store cannot be written to, as of the last sign of life; undefined where it can. */
   get problem(): string | undefined {
-    return this.#problem
+    const silence = performance.now() - this.#heardAt
+    if (this.#problem !== undefined || silence < this.#leaseMs) return this.#problem
+    return `it has not answered for ${Math.floor(silence / 1000)} seconds`
   }
 
   /** Lets another service take the store at once. */
@@ -119,6 +125,7 @@ export class Owner {
     this.#record = next
     this.#version = version
     this.#problem = undefined
+    this.#heardAt = performance.now()
   }
 
   /** A write whose answer was lost has left another version of ours; anything else is another service's. */
@@ -132,6 +139,12 @@ export class Owner {
     this.onLost(this.#problem)
     return undefined
   }
+}
+
+/** Who has the store, or had it last; undefined where nobody ever has. Throws ConfigError. */
+export async function holderOfObjects(objects: Objects): Promise<Pick<OwnerRecord, 'holder' | 'released'> | undefined> {
+  const found = await objects.get(OWNER)
+  return found && openOwner(objects, found)
 }
 
 function write(objects: Objects, record: OwnerRecord, version: Version | undefined): Promise<Version | undefined> {

@@ -66,8 +66,8 @@ export class RunObjects implements RunMedium {
       return
     }
     const before = this.#open(found.bytes)
-    // One of a lower generation was made by a service that was taken to be dead, after this one has listed the runs;
-    // one without a checkpoint by this one, which has not heard that it did.
+    // One of a lower generation was made by a service that was taken to be dead, after this one has listed the runs.
+    // One without a checkpoint was made by this service, which has not heard of it.
     if (before.generation === generation && before.checkpoints.length > 0)
       throw new StoreError(`${this.path} is there already`)
     this.#known = { index: before, version: found.version }

@@ -54,7 +54,8 @@ export class S3Upload implements Upload {
 
   async abort(): Promise<void> {
     await Promise.allSettled(this.#underWay)
-    if (this.#upload && !this.#ended) await this.#requests.abort(await this.#upload)
+    const upload = await this.#upload?.catch(() => undefined)
+    if (upload !== undefined && !this.#ended) await this.#requests.abort(upload)
   }
 
   async #complete(upload: string, rest: Uint8Array): Promise<void> {

@@ -56,6 +56,7 @@ t.test('one that gives no sign of life is taken to be dead, and learns of it', a
   })
   const next = await Owner.take(objects, TIMES)
   t.equal(next.generation, stopped.generation + 1)
+  t.match(stopped.problem, /^it has not answered for \d+ seconds$/)
   const lost = new Promise<string>((resolve) => {
     stopped.onLost = resolve
   })

@@ -1,4 +1,9 @@
 import t, { type Test } from 'tap'
+import { checkData } from '../../../src/commands/operate/check/data.js'
+import { configOf } from '../../../src/config.js'
+import { withRecording } from '../../../src/replay/recording.js'
+import { CheckpointFiles } from '../../../src/store/checkpoint/checkpoint-files.js'
+import { findCheckpoint } from '../../../src/store/checkpoint/checkpoint-source.js'
 import { known, MODEL, type Trace, train, trainStep, undisturbed } from '../../run/trainer.js'
 import { RawClient, type Service, startService } from '../../service.js'
 import { TestStore } from './stores.js'
@@ -146,7 +151,7 @@ t.test('readiness says that the store does not answer, and a run that cannot be 
   while (answer.status === 200) answer = await api(second, '/readyz')
   t.match(answer, {
     status: 503,
-    body: { code: 'STORAGE_FAILED', detail: /^data store 's3:.*' cannot be written: s3:/ },
+    body: { code: 'STORAGE_FAILED', detail: /^data store 's3:.*' cannot be written: (s3:|it has not)/ },
   })
   const client = await RawClient.connect(second.url)
   client.send({ type: 'open', protocol: 1, run: 'r', mode: 'resume' })
@@ -191,6 +196,34 @@ t.test('one service has the store; of one that is taken to be dead nothing count
   await second.app.close()
 })
 
+t.test('muond check probes a store, and tells who has it', async (t) => {
+  const settings = store.settings(store.address())
+  const check = () => checkData(configOf(settings))
+  t.match(await check(), [
+    { check: 'data', state: 'ok', found: /^s3:.* of racing writers lets exactly one win; nobody uses it/ },
+  ])
+  const service = await start(settings)
+  t.match(await check(), [{ state: 'warning', found: /; it is in use by process/ }])
+  await service.app.close()
+  t.match(await check(), [{ state: 'ok', found: /; nobody uses it/ }])
+  store.down = true
+  t.match(await check(), [{ state: 'error', found: /^s3:/, remedy: /^the bucket must be there/ }])
+})
+
+t.test('what reads a folder beside a service says that a store is none', async (t) => {
+  const refused = {
+    name: 'UnreadableError',
+    message: "'s3://b/p' is no folder: ask the service that has it, over REST",
+  }
+  await t.rejects(findCheckpoint('s3://b/p', 'r'), refused)
+  const files = new CheckpointFiles()
+  await t.rejects(
+    withRecording({ data: 's3://b/p', run: 'r' }, files, async () => {}),
+    refused,
+  )
+  await files.close()
+})
+
 t.test('a place that is none is told at once', async (t) => {
   const settings = store.settings(store.address())
   await t.rejects(start({ ...settings, data: 's3://X' }), {
@@ -200,6 +233,10 @@ t.test('a place that is none is told at once', async (t) => {
   await t.rejects(start({ ...settings, data: 's3://bucket/a/../b' }), { name: 'ConfigError' })
   await t.rejects(start({ ...settings, durability: 'journal', keep_journal: true }), {
     message: /durability journal needs a folder as --data.*\n.*keep_journal/,
+  })
+  await t.rejects(start({ ...settings, s3_endpoint: 'http://me:secret@x' }), {
+    name: 'ConfigError',
+    message: "s3_endpoint is 'http://…@x', expected http://HOST:PORT or https://HOST",
   })
   await t.rejects(start({ s3_endpoint: 'http://x' }), { message: /are for --data s3:\/\/BUCKET\/PREFIX, got ''/ })
   store.down = true

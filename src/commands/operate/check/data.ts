@@ -8,16 +8,23 @@ import { type StoredRun, verifyRun } from '../../../keep/verify.js'
 import { CheckpointFiles } from '../../../store/checkpoint/checkpoint-files.js'
 import { FILE_MODE } from '../../../store/durable.js'
 import { holderOf } from '../../../store/lock.js'
+import { s3Address } from '../../../store/objects/s3-address.js'
 import { amount, counted } from '../../amount.js'
 import { type Finding, failure, finding, ok, taken, warning } from './finding.js'
+import { checkObjects } from './objects.js'
 
 const BLOCK_BYTES = 4096
 const WRITABLE = 'the user that the service runs as must be able to write there'
 /** A service that is at work in the folder may remove files while they are read: then the run is read again. */
 const ATTEMPTS = 5
 
-/** The data folder: whether it can be written, who is at work there, its runs, and whether there is room for more. */
+/**
+ * The data folder, or store: whether it can be written, who is at work there, its runs, and whether there is room for
+ * more.
+ */
 export function checkData(config: Config): Promise<Finding[]> {
+  const address = s3Address(config)
+  if (address) return checkObjects(address)
   return finding('data', 'see that the folder can be read', () => findingsIn(config))
 }
 
