@@ -9,6 +9,7 @@ import {
 import { foldText, shorten, tableLines } from '../../../text-table.js'
 import { counted } from '../../amount.js'
 import { checkPort, checkSocket } from './address.js'
+import { checkCluster } from './cluster.js'
 import { checkData } from './data.js'
 import { checkDevice } from './device.js'
 import { checkKeys, checkPresets, checkTls } from './files.js'
@@ -17,8 +18,8 @@ import { type Finding, failure, ok, type State, warning } from './finding.js'
 const HELP = `muond check [--flag value]… [--json]
 
 Says what \`muond serve\` with the same flags and variables would meet: settings,
-device, data folder with its runs, port and socket, keys, certificates and
-presets. Everything is looked at, whatever is wrong with the rest. The device
+device, data folder with its runs, port and socket, keys, certificates,
+presets, and the other processes of a cluster. Everything is looked at, whatever is wrong with the rest. The device
 computes once; of each run what a start reads is held against its hashes.
 
 Nothing is changed, and no lock is taken: a service may be running. One block is
@@ -42,6 +43,7 @@ const CHECKS: readonly { about: readonly SettingName[]; look: (config: Config) =
   { about: ['api_keys', 'keys_file'], look: checkKeys },
   { about: ['tls_cert', 'tls_key', 'tls_client_ca'], look: (config) => checkTls(config, Date.now()) },
   { about: ['presets'], look: checkPresets },
+  { about: ['peers', 'advertise', 'cluster_key', 'cluster_key_file'], look: checkCluster },
 ]
 
 /**
