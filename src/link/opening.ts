@@ -29,19 +29,22 @@ export async function openFrame(
   if (!cluster) refuseShards(frame)
   const way = (await cluster?.wayOf(frame)) ?? { kind: 'run' }
   if (way.kind !== 'run') return way
+  const isNew = !runs.has(frame.run)
   const opened = await runs.open(frame, connection, principal)
-  if (way.pass) admit(way.pass, opened)
+  if (way.pass) await admit(way.pass, opened, () => (isNew ? runs.delete(frame.run) : undefined))
   const { name, epoch, step } = opened.run
   const { resumed } = opened
   log.info({ event: 'run_opened', run: name, epoch, step, resumed, client: frame.client, key: principal.name })
   return { kind: 'run', opened }
 }
 
-function admit(pass: Pass, { run, member }: Opened): void {
+/** A shard that was made by an `open` which is then refused is taken back, unless others have it already. */
+async function admit(pass: Pass, { run, member }: Opened, takeBack: () => Promise<void> | undefined): Promise<void> {
   try {
     pass.admit(run, member)
   } catch (error) {
     run.intake.detach(member)
+    if (!run.connected) await takeBack()
     throw error
   }
 }

@@ -1,4 +1,6 @@
+import { mkdtempSync, rmSync } from 'node:fs'
 import { type AddressInfo, createServer } from 'node:net'
+import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { Test } from 'tap'
 import { type App, buildApp } from '../../src/app.js'
@@ -59,13 +61,16 @@ export type ClusterOptions = Settings & {
 /** Processes that know each other, all started. */
 export async function startCluster(t: Test, count: number, { keeps = false, ...settings }: ClusterOptions = {}) {
   const peers = (await freePorts(count)).map((port) => `http://127.0.0.1:${port}`)
-  const folder = keeps ? t.testdir({}) : ''
+  const folder = keeps ? mkdtempSync(join(tmpdir(), 'muond-')) : ''
   const processes = peers.map((peer, i) => {
     const data = keeps ? { data: join(folder, String(i)) } : {}
     return new Process(peer, { peers: peers.join(','), cluster_key: CLUSTER_KEY, ...data, ...settings })
   })
   await Promise.all(processes.map((process) => process.start()))
-  t.teardown(() => Promise.all(processes.map((process) => process.stop())))
+  t.teardown(async () => {
+    await Promise.all(processes.map((process) => process.stop()))
+    if (keeps) rmSync(folder, { recursive: true })
+  })
   return processes
 }
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sharded
@@ -17,6 +19,9 @@ from torch import nn
 from cluster import Cluster
 from muond import MuondError
 from muond.torch import AdamW, DiLoCo, Optimizer, suggest
+from muond.torch.state.loading import _is_left
+from muond.transport.address import addresses
+from peer import Web
 from service import Service, build
 
 
@@ -176,6 +181,14 @@ def test_a_run_without_a_name_is_found_by_its_state_wherever_it_is(cluster: Clus
         with AdamW(model.named_parameters(), url=cluster.urls, shards=1) as optimizer:
             optimizer.load_state_dict(state)
             assert optimizer.run_name == state["muond"]["run"]
+
+
+def test_a_run_that_cannot_be_asked_for_is_not_taken() -> None:
+    with Web(500, b"{}") as web:
+        home: Any = SimpleNamespace(
+            settings=SimpleNamespace(run=None), addresses=addresses(web.url), rest_at=lambda kind, at: kind(at)
+        )
+        assert not _is_left(home, {"run": "r"})
 
 
 def test_a_dropped_optimizer_takes_its_run_with_it_unless_a_data_folder_keeps_it(

@@ -15,7 +15,7 @@ from muond.transport.address import Addresses, another, endpoint
 from muond.transport.arenas import HostArenas
 from muond.whole.shares import ShardArenas
 from peer import OPENED, RECEIPT
-from whole.fake import GRADIENTS, Fake, Said
+from whole.fake import GRADIENTS, PLACED, Fake, Said
 
 Weights = list[npt.NDArray[np.float32]]
 GONE = "ws://127.0.0.1:9"
@@ -66,6 +66,50 @@ def test_an_address_goes_along_with_the_key_and_never_without_tls_where_there_wa
         another("ws://two", endpoint("wss://one"))
     both = Addresses((asked, found))
     assert (both.led_by(found).endpoints, both.has_loopback) == ((found, asked), False)
+
+
+def test_a_shard_that_is_none_is_an_error() -> None:
+    def placed(said: Said) -> bool:
+        said.talk.say(**PLACED, shards=[])
+        return True
+
+    with Fake(second=placed) as fake, pytest.raises(MuondError, match="is opened as that of one process"):
+        fake.open()
+
+
+def test_a_shard_that_is_opened_while_the_step_is_given_up_takes_no_part_in_it() -> None:
+    opening, given_up = threading.Event(), threading.Event()
+
+    def taken(said: Said) -> bool:
+        if said.kind == "end":
+            opening.wait(10)
+            said.talk.socket.close(4409, "taken")
+            return True
+        return False
+
+    def lose(said: Said) -> bool:
+        if said.kind == "end":
+            said.talk.socket.close()
+            return True
+        if said.number == 2:
+            opening.set()
+            given_up.wait(10)
+        return False
+
+    with Fake(first=taken, second=lose) as fake:
+        run, _ = fake.open()
+        writer: Any = run._writer
+        give_up = writer.shards[1].give_up
+
+        def tell(error: BaseException) -> None:
+            give_up(error)
+            given_up.set()
+
+        writer.shards[1].give_up = tell
+        with run, pytest.raises(MuondError, match="TAKEN_OVER"):
+            run.step(GRADIENTS)
+        assert given_up.is_set()
+        assert fake.ends == {}
 
 
 def test_a_run_that_is_always_elsewhere_is_given_up() -> None:

@@ -106,16 +106,14 @@ def _follow(endpoint: Endpoint, frame: Frame, offers: Offers) -> tuple[Connectio
     raise MuondError("CONNECTION_LOST", f"{message}: do all processes have the same --peers?")
 
 
-def moved_to(endpoint: Endpoint, run: str) -> Endpoint | None:
-    """The process that may have a run which the one at ``endpoint`` does not have; None where there is none. Nothing is opened."""
+def moved_to(endpoint: Endpoint, run: str) -> Endpoint:
+    """The process that may have a run which the one at ``endpoint`` does not have. Nothing is opened.
+
+    Raises MuondError, RUN_NOT_FOUND where that one would have it.
+    """
     connection = Connection(endpoint)
     frame = {"type": "open", "protocol": PROTOCOL, "run": run, "mode": "resume", "shards": 0}
-    try:
-        answer = ask(connection, frame, "moved")
-    except MuondError as error:
-        if error.code == "RUN_NOT_FOUND":
-            return None
-        raise
+    answer = ask(connection, frame, "moved")
     connection.close(MuondError("CLIENT_CLOSED", "the run was only looked for"))
     return another(answer["url"], endpoint)
 

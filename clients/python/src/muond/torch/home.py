@@ -151,10 +151,10 @@ class Home:
         if isinstance(run, Run):
             return run.rest()
         kind = WholeRest if run.is_whole else Rest
-        return self.rest_at(kind, another(run.url, self.addresses.first))
+        return kind(another(run.url, self.addresses.first), self.settings.retries, self.settings.backoff)
 
     def rest_at(self, kind: type[Rest], at: Endpoint) -> Rest:
-        # Of several addresses the next one is tried instead.
+        """The REST interface of one of the addresses: of several the next one is tried rather than this one again."""
         retries = self.settings.retries if len(self.addresses.endpoints) == 1 else 0
         return kind(at, retries, self.settings.backoff)
 

@@ -202,28 +202,31 @@ def _is_left(home: Home, token: Mapping[str, Any]) -> bool:
         return True
     try:
         found = at_first(home.addresses, lambda at: _found(home, at, str(token["run"])))
-    except MuondError:
-        return False
-    # Where there is none it is made anew under its name: this service was started again without its state, or is another one.
-    if found is None:
-        return True
+    except MuondError as error:
+        # It is made anew under its name: this service was started again without its state, or is another one.
+        return error.code == "RUN_NOT_FOUND"
     return (found["step"], found["digest"], found["ahead"]) == (token["step"], token["digest"], [])
 
 
-def _found(home: Home, at: Endpoint, run: str) -> Mapping[str, Any] | None:
-    """Where a run is, as the process says that has it; None where there is no such run."""
-    where: Endpoint | None = at
-    while where is not None:
-        for kind in (Rest, WholeRest):
-            try:
-                with home.rest_at(kind, where) as rest:
-                    return rest.run(run)
-            except MuondError as error:
-                if error.status != 404:
-                    raise
-        # The process that it is to be opened at sends nobody on.
-        where = moved_to(where, run)
-    return None
+def _found(home: Home, at: Endpoint, run: str) -> Mapping[str, Any]:
+    """Where a run is, as the process says that has it, which is the one at this address or where that one sends clients."""
+    try:
+        return _found_at(home, at, run)
+    except MuondError as error:
+        if error.status != 404:
+            raise
+    return _found_at(home, moved_to(at, run), run)
+
+
+def _found_at(home: Home, at: Endpoint, run: str) -> Mapping[str, Any]:
+    try:
+        with home.rest_at(Rest, at) as rest:
+            return rest.run(run)
+    except MuondError as error:
+        if error.status != 404:
+            raise
+    with home.rest_at(WholeRest, at) as rest:
+        return rest.run(run)
 
 
 def _settle_for_import(run: Run) -> None:
