@@ -38,14 +38,14 @@ export class Cluster {
    * folder cannot be used.
    */
   static async start({ config, presets, runs, log }: ClusterMeans): Promise<Cluster | undefined> {
-    const { peers: urls, advertise, data, durability, shards } = config
+    const { peers: urls, advertise, data, durability, shards, max_runs: most } = config
     if (urls.length === 0) return undefined
     if (data.includes('://')) throw new ConfigError(`peers need a folder as data, which '${data}' is none`)
     const peers = new Peers(urls, advertise)
     const calls = new Calls(readClusterKey(config))
     const files = data === '' ? undefined : new WholeFiles(data, durability === 'journal')
     const hasRun = (name: string) => runs.has(name)
-    const wholes = new Wholes({ peers, calls, presets, shards, files, hasRun })
+    const wholes = new Wholes({ peers, calls, presets, shards, most, files, hasRun })
     await wholes.restore()
     return new Cluster({ peers, wholes, hasRun }, new Shards({ peers, calls, wholes, log, hasRun }))
   }

@@ -265,6 +265,21 @@ t.test('a vote comes out of its text as it went in, with -0 and row scales', asy
   t.throws(() => voteOf({ ...voteBody(vote), records: cut }), { code: 'REQUEST_INVALID' })
 })
 
+t.test('a process is the head of so many wholes and no more', async (t) => {
+  const [one, other] = await startCluster(t, 2, { max_runs: 1 })
+  const both = [one!, other!]
+  const answers = []
+  for (let i = 0; i < 4; i++)
+    for (const process of both) {
+      const { answer } = await ask(process, { run: `many-${i}`, shards: 2, ...MODEL })
+      if (answer.type !== 'moved') answers.push(answer)
+    }
+  t.equal(answers.length, 4)
+  const refused = answers.filter(({ type }) => type === 'error')
+  t.ok(refused.length >= 2)
+  for (const answer of refused) t.match(answer, { code: 'OVER_CAPACITY', message: /the head of 1 runs/ })
+})
+
 t.test('processes of different keys refuse each other, and the client hears of it', async (t) => {
   const [one, other] = await startCluster(t, 2)
   await other!.stop()

@@ -21,6 +21,8 @@ export type WholesMeans = {
   presets: Presets
   /** Over so many shards a run is spread whose client leaves the number to the service. */
   shards: number
+  /** The most wholes that a process is the head of. */
+  most: number
   /** Undefined where nothing is kept. */
   files: WholeFiles | undefined
   /** Whether there is an ordinary run of this name here. */
@@ -123,6 +125,11 @@ export class Wholes {
     const wanted = shards === undefined ? 1 : shards || this.#means.shards
     if (wanted === 1 || mode === 'resume' || this.#means.hasRun(run)) return undefined
     refuseUnbuilt(frame)
+    const { most } = this.#means
+    if (this.#heads.size >= most) {
+      const message = `this process is the head of ${most} runs over several processes, which is the most: delete one, or raise --max-runs`
+      throw new ServiceError('OVER_CAPACITY', message)
+    }
     const { parameters, attentions } = await inSlices(declarationOf(frame, this.#means.presets))
     const place = (count: number) => placeShards(parameters, attentions, count)
     const parts = shards ? place(wanted) : placeAtMost(wanted, place)

@@ -76,6 +76,7 @@ export class Shards {
     const isAhead = run.step === whole.step + 1 && !run.begun && run.lastStep().previous === digest
     if (!isAt && !isAhead) throw elsewhere(run, whole, digest)
     const known = this.#register(run, index, whole)
+    /* c8 ignore next 4 -- another member opens the shard with a newer one while this one is asked for */
     if (known.generation > whole.generation)
       throw stale(
         `shard '${run.name}' was opened with generation ${whole.generation}, since then with ${known.generation}`,
