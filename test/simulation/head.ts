@@ -57,12 +57,13 @@ export class Head {
     this.#whole = undefined
   }
 
-  async #takeOver(): Promise<void> {
+  /** `opens`: it has the shards opened, rather than wait until a trainer does. */
+  async #takeOver(opens = this.#site.moves): Promise<void> {
     this.#isTakingOver = true
     this.#stepDown()
     try {
       const assignment = await this.#raise()
-      if (assignment) this.#whole = await this.#begin(assignment)
+      if (assignment) this.#whole = await this.#begin(assignment, opens)
     } catch (error) {
       // It tries again with the next tick, in a generation of its own.
       this.#site.world.note(() => `${this.#process.url} does not become head: ${error}`)
@@ -70,10 +71,16 @@ export class Head {
     this.#isTakingOver = false
   }
 
+  /** Takes over anew, and has all shards go to a step that is common to them. */
+  async goBack(): Promise<void> {
+    if (!this.#isTakingOver) await this.#takeOver(true)
+  }
+
   /** The next assignment, in force; undefined where another head was first. */
   async #raise(): Promise<Assignment | undefined> {
-    const { coordinator, model, parameters } = this.#site
+    const { coordinator, model, parameters, moves } = this.#site
     const { actor, peers } = this.#process
+    if (!moves) return this.#fixed()
     const before = await coordinator.read(actor)
     const next = before
       ? nextAssignment(before, peers, model.parameters)
@@ -81,10 +88,19 @@ export class Head {
     return (await coordinator.swap(actor, next, before?.generation)) ? next : undefined
   }
 
-  async #begin(assignment: Assignment): Promise<Whole> {
+  /** The assignment that there always is, with a generation that no entry of the log has. */
+  async #fixed(): Promise<Assignment> {
+    const { log, parameters, places } = this.#site
+    const newest = await log.of(this.#process.actor).newest()
+    const shards = parameters.map((own, i) => ({ peer: places[i % places.length]!, parameters: own }))
+    return { run: 'gpt', generation: (newest?.generation ?? 0) + 1, shards }
+  }
+
+  async #begin(assignment: Assignment, opens: boolean): Promise<Whole> {
     const { log, code } = this.#site
-    const head = `${this.#process.url} ${++this.#attempts}`
+    const head = `${this.#process.actor.name} ${++this.#attempts}`
     const whole = await code.Whole.begin({ log: log.of(this.#process.actor), assignment, attentions: [], head })
+    if (!opens) return whole
     const states = await this.#openShards(whole)
     // Something is common to all: each shard can go to step 0.
     const { step, back } = (await code.recoveryOf(whole, states))!

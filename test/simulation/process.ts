@@ -1,6 +1,7 @@
 import type { Room } from '../../src/cluster/assignment.js'
 import type { ShardPoint, ShardState } from '../../src/cluster/recovery.js'
 import type { Vote } from '../../src/cluster/vote.js'
+import type { Whole } from '../../src/cluster/whole.js'
 import { ServiceError } from '../../src/errors.js'
 import { mix } from '../cluster/records.js'
 import { Head, type Placed } from './head.js'
@@ -27,8 +28,9 @@ export class SimulatedProcess {
 
   constructor(site: Site, place: string, life: number) {
     this.#site = site
-    this.url = `${place}/${life}`
-    this.actor = new Actor(place, this.url)
+    this.actor = new Actor(place, `${place}/${life}`)
+    // A process that comes back with its disk is the same one.
+    this.url = site.moves ? this.actor.name : place
     this.#head = new Head(site, this)
     void this.#tick()
   }
@@ -58,20 +60,34 @@ export class SimulatedProcess {
     whole.vote(vote)
   }
 
+  /** Where the whole is, for a process that is to open a shard of it. */
+  async stand(): Promise<Pick<Whole, 'generation' | 'standing'>> {
+    const { generation, standing } = this.#head.whole()
+    return { generation, standing }
+  }
+
+  /** A trainer has the whole go back to where all shards can be. */
+  goBack(): Promise<void> {
+    return this.#head.goBack()
+  }
+
   /** The head gives this process a shard. */
   async openShard(index: number, generation: number, standing: ShardPoint): Promise<ShardState> {
-    const { parameters, ...rest } = this.#site
-    let shard = this.#shards.get(index)
-    if (!shard) {
-      const parts = { ...rest, index, parameters: parameters[index]!, actor: this.actor }
-      shard = new SimulatedShard({ ...parts, ...this.#site.bugs, vote: (vote) => void this.#vote(vote) })
-      this.#shards.set(index, shard)
-    }
-    return shard.open(generation, standing)
+    return this.#shardOf(index).open(generation, standing)
+  }
+
+  /** A trainer opens a shard. Where shards do not move their process asks the head whether it may. */
+  async enter(index: number, generation: number): Promise<ShardPoint> {
+    if (this.#site.moves) return this.shard(index).opened(generation)
+    const whole = await this.#site.call(this.actor, this.headUrl, (head) => head.stand())
+    const { step, shards } = whole.standing
+    if (whole.generation !== generation)
+      throw new ServiceError('STALE_GENERATION', `generation ${generation} is not ${whole.generation}`)
+    return this.#shardOf(index).admit(generation, { step, digest: shards[index]! })
   }
 
   async goTo(index: number, generation: number, digest: string): Promise<void> {
-    this.shard(index).goTo(generation, digest)
+    await this.shard(index).goTo(generation, digest)
   }
 
   /** Throws RUN_NOT_FOUND for a shard that this process has not. */
@@ -82,14 +98,31 @@ export class SimulatedProcess {
     throw new ServiceError('RUN_NOT_FOUND', `${this.url} does not have shard ${index}`)
   }
 
+  #shardOf(index: number): SimulatedShard {
+    const { parameters, ...rest } = this.#site
+    const known = this.#shards.get(index)
+    if (known) return known
+    const parts = { ...rest, index, parameters: parameters[index]!, actor: this.actor }
+    const shard = new SimulatedShard({ ...parts, ...this.#site.bugs, vote: (vote) => void this.#vote(vote) })
+    this.#shards.set(index, shard)
+    return shard
+  }
+
+  /** Who is alive: the coordinator's newest answer, or all where nobody says so. */
+  async #look(): Promise<void> {
+    const { coordinator, moves, places } = this.#site
+    if (!moves) this.#peers = places.map((url) => ({ url, free_bytes: FREE_BYTES }))
+    // Without an answer it goes by what it knew.
+    else
+      this.#peers = await coordinator
+        .renew(this.actor, { url: this.url, free_bytes: FREE_BYTES })
+        .catch(() => this.#peers)
+  }
+
   async #tick(): Promise<void> {
-    const { world, coordinator } = this.#site
+    const { world } = this.#site
     for (;;) {
-      try {
-        this.#peers = await coordinator.renew(this.actor, { url: this.url, free_bytes: FREE_BYTES })
-      } catch {
-        // It goes by what it knew.
-      }
+      await this.#look()
       this.#head.consider()
       await world.sleep(TICK_MS, this.actor)
     }

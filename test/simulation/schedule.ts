@@ -22,6 +22,11 @@ export type Schedule = {
   readonly shards: number
   readonly steps: number
   readonly journal: boolean
+  /**
+   * Whether a coordinator and shared stores have shards move away from processes that are gone; else each has its own
+   * process, whose disk outlives it, and the trainer asks for going back.
+   */
+  readonly moves: boolean
   readonly weather: Weather
   /** The fraction of checkpoints that come to nothing. */
   readonly forgets: number
@@ -32,7 +37,7 @@ const MOMENTS = ['assign', 'begin', 'back', 'commit', 'journal', 'checkpoint'] a
 const STORES = ['log', 'coordinator', 'store'] as const
 
 /** The schedule of a seed. One in fifty has 64 shards. */
-export function scheduleOf(seed: number): Schedule {
+export function scheduleOf(seed: number, moves = true): Schedule {
   const random = new Random(seed)
   const shards = random.chance(0.02) ? 64 : random.one([1, 2, 2, 3, 4, 8])
   const processes = random.whole(Math.min(2, shards), Math.min(shards, 8)) + random.whole(0, 2)
@@ -45,7 +50,7 @@ export function scheduleOf(seed: number): Schedule {
   const places = [...Array.from({ length: processes }, (_, i) => `p${i}`), ...STORES, 'trainer']
   const faults = Array.from({ length: random.whole(0, 8) }, () => faultOf(random, places, processes))
   const [steps, journal, forgets] = [random.whole(3, 12), random.chance(0.5), random.one([0, 0.1, 0.3])]
-  return { seed, processes, shards, steps, journal, weather, forgets, faults }
+  return { seed, processes, shards, steps, journal, moves, weather, forgets, faults }
 }
 
 function faultOf(random: Random, places: readonly string[], processes: number): Fault {
@@ -67,9 +72,20 @@ function faultOf(random: Random, places: readonly string[], processes: number): 
 }
 
 /** A few words on a schedule and a line for each fault. */
-export function describe({ seed, processes, shards, steps, journal, weather, forgets, faults }: Schedule): string {
+export function describe({
+  seed,
+  processes,
+  shards,
+  steps,
+  journal,
+  moves,
+  weather,
+  forgets,
+  faults,
+}: Schedule): string {
   const { delay, loss, twice } = weather
-  const what = `seed ${seed}: ${shards} shards on ${processes} processes, ${steps} steps, ${journal ? 'with' : 'without'} a journal`
+  const where = moves ? '' : ' that they do not leave'
+  const what = `seed ${seed}: ${shards} shards on ${processes} processes${where}, ${steps} steps, ${journal ? 'with' : 'without'} a journal`
   const network = `messages take up to ${delay} ms, ${(100 * loss).toFixed(1)} % are lost, ${(100 * twice).toFixed(1)} % come twice`
   const kept = journal ? '' : `, ${100 * forgets} % of the checkpoints come to nothing`
   const lines = [...faults].sort((one, other) => one.at - other.at).map(faultText)

@@ -17,6 +17,7 @@ export type ShardParts = {
   readonly store: ShardStore
   readonly monitor: Monitor
   readonly journal: boolean
+  readonly moves: boolean
   /** A bug for the simulation to find: it votes before its journal has the step. */
   readonly votesEarly: boolean
   /** Another: a late copy of the head's request has it opened again. */
@@ -34,6 +35,7 @@ export class SimulatedShard {
   #writing: { readonly point: KeptPoint; readonly done: Promise<string> } | undefined
   #opened: Promise<ShardState> | undefined
   #hasGoneBack = false
+  #restored: Promise<void> | undefined
   #checkpoints: readonly KeptPoint[] = [FIRST]
   readonly #parts: ShardParts
 
@@ -70,6 +72,7 @@ export class SimulatedShard {
     const { store, actor, index } = this.#parts
     const kept = await store.read(actor, index)
     this.#check(generation)
+    this.#restored = Promise.resolve()
     this.#checkpoints = [FIRST, ...kept.checkpoints]
     const { digest, previous, step } = this.#point
     const isThere = digest === standing.digest || (previous === standing.digest && step === standing.step + 1)
@@ -81,12 +84,46 @@ export class SimulatedShard {
   }
 
   /** Goes back to a checkpoint, once in a generation. */
-  goTo(generation: number, digest: string): void {
+  async goTo(generation: number, digest: string): Promise<void> {
+    const { store, actor, index, moves } = this.#parts
     this.#check(generation)
     const point = this.#checkpoints.find((one) => one.digest === digest)
-    if (!point) throw new ServiceError('NOT_FOUND', `shard ${this.#parts.index} has no checkpoint ${digest}`)
+    if (!point) throw new ServiceError('NOT_FOUND', `shard ${index} has no checkpoint ${digest}`)
+    // Where processes share a store another one may have gone on from there.
+    if (!moves) await store.drop(actor, index, point.step)
+    this.#check(generation)
     if (!this.#hasGoneBack) this.#point = point
     this.#hasGoneBack = true
+  }
+
+  /**
+   * A trainer opens the shard under the eyes of the head, which is there or one step behind; it is brought back from the
+   * disk first. Throws STEP_CONFLICT for a shard that is elsewhere.
+   */
+  async admit(generation: number, at: ShardPoint): Promise<ShardPoint> {
+    this.#restored ??= this.#restore()
+    await this.#restored
+    /* c8 ignore next -- few schedules have a late copy of a request come behind a newer generation */
+    if (generation < this.generation) throw stale(generation, this.generation)
+    this.generation = generation
+    const { step, digest, previous } = this.#point
+    const isAhead = step === at.step + 1 && previous === at.digest
+    if (!isAhead && digest !== at.digest)
+      throw new ServiceError('STEP_CONFLICT', `shard ${this.#parts.index} is at step ${step}, the whole at ${at.step}`)
+    if (isAhead) this.#voted()
+    return this.#point
+  }
+
+  async #restore(): Promise<void> {
+    const { store, actor, index } = this.#parts
+    try {
+      const kept = await store.read(actor, index)
+      this.#point = newest([FIRST, ...kept.checkpoints, ...kept.journal])
+      /* c8 ignore next 4 -- few schedules have a disk refuse just then */
+    } catch (error) {
+      this.#restored = undefined
+      throw error
+    }
   }
 
   /** A trainer opens the shard. */

@@ -11,7 +11,7 @@ import { shrink } from './shrink.js'
 import { type Outcome, simulate } from './simulation.js'
 import type { Subject } from './site.js'
 
-const USAGE = `npm run simulate [-- --schedules N --first N | --seed N | --planted]
+const USAGE = `npm run simulate [-- --schedules N --first N --fixed | --seed N --fixed | --planted]
 
 Plays a cluster in one process: heads, shards, stores and a trainer with a clock and a network of their own, in which everything goes wrong
 that can. The code of src/cluster that places, votes, commits and recovers is the real one; processes, transport and stores are played.
@@ -19,6 +19,7 @@ that can. The code of src/cluster that places, votes, commits and recovers is th
 --schedules N  so many schedules, each of another seed; default 10000
 --first N      the seed of the first; default 0
 --seed N       plays one schedule and prints what happens
+--fixed        shards do not move: each waits until its process is back, with its disk
 --planted      plants one bug after the other, and looks for the shortest schedule that finds it`
 
 const { values: flags } = parseArgs({
@@ -27,6 +28,7 @@ const { values: flags } = parseArgs({
     first: { type: 'string', default: '0' },
     seed: { type: 'string' },
     planted: { type: 'boolean', default: false },
+    fixed: { type: 'boolean', default: false },
     help: { type: 'boolean', default: false },
   },
 })
@@ -43,7 +45,7 @@ function whole(text: string): number {
 }
 
 async function playOne(seed: number): Promise<void> {
-  const schedule = scheduleOf(seed)
+  const schedule = scheduleOf(seed, !flags.fixed)
   const { trace, violations, errors } = await simulate(schedule, { isTraced: true })
   console.log(`${describe(schedule)}\n\n${trace.join('\n')}\n`)
   for (const error of errors) console.log(`the trainer was told: ${error}`)
@@ -58,7 +60,7 @@ async function playAll(first: number, count: number): Promise<void> {
   const played: Played[] = []
   const failed: Schedule[] = []
   for (let i = 0; i < count; i += 1) {
-    const schedule = scheduleOf(first + i)
+    const schedule = scheduleOf(first + i, !flags.fixed)
     const outcome = await simulate(schedule)
     played.push({ schedule, outcome })
     if (outcome.violations.length > 0) failed.push(schedule)

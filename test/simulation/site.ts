@@ -27,23 +27,29 @@ export class Site {
   readonly coordinator: Coordinator
   readonly store: ShardStore
   readonly journal: boolean
+  readonly moves: boolean
   readonly model: Model
   /** The parameters of each shard. */
   readonly parameters: readonly (readonly number[])[]
+  /** Where processes are, whether they live or not. */
+  readonly places: readonly string[]
   readonly code: Code
   readonly bugs: Bugs
   readonly #processes: SimulatedProcess[] = []
   readonly #lives: number[] = []
 
   constructor(schedule: Schedule, { code, bugs }: Subject, isTraced: boolean) {
-    const { seed, weather, shards, journal, processes } = schedule
+    const { seed, weather, shards, journal, moves, processes, forgets } = schedule
+    const isLocal = !moves
     const { model, parameters } = modelFor(shards)
     this.world = new World(seed, { weather, isTraced })
     this.monitor = new Monitor(journal, parameters)
-    this.log = new LogStore(this.world, this.monitor, bugs.overwrites)
+    this.log = new LogStore(this.world, this.monitor, { overwrites: bugs.overwrites, isLocal })
     this.coordinator = new Coordinator(this.world, this.monitor, bugs.swapsBlindly)
-    this.store = new ShardStore(this.world, schedule.forgets)
+    this.store = new ShardStore(this.world, { forgets, isLocal })
     this.journal = journal
+    this.moves = moves
+    this.places = Array.from({ length: processes }, (_, i) => placeOf(i))
     this.model = model
     this.parameters = parameters
     this.code = code
@@ -77,7 +83,7 @@ export class Site {
     for (let attempt = 1; ; attempt += 1) {
       const process = this.#processes.find((one) => one.url === url && !one.actor.isDead)
       try {
-        if (process) return await this.world.call(from, process.actor, () => ask(process))
+        if (process) return await this.world.call(from, process.actor, async () => ask(process))
         await this.world.sleep(50, from)
         throw new TimeoutError(`nobody is at ${url}`)
       } catch (error) {

@@ -17,6 +17,8 @@ class Place {
   constructor(
     readonly world: World,
     readonly place: string,
+    /** It is a disk in each process's own machine: no network is between them. */
+    readonly isLocal = false,
   ) {
     this.#self = new Actor(place, place)
   }
@@ -29,7 +31,23 @@ class Place {
       if (lateness > 0) await this.world.sleep(this.world.random.fraction() * lateness, this.#self)
       return work()
     }
-    return this.world.call(from, this.#self, serve)
+    return this.isLocal ? this.#askDisk(from, work) : this.world.call(from, this.#self, serve)
+  }
+
+  /** What a process was writing when it was killed may be there, or not. */
+  #askDisk<T>(from: Actor, work: () => T): Promise<T> {
+    const { isRefusing, lateness } = this.trouble
+    const { random } = this.world
+    return new Promise((resolve, reject) => {
+      const carryOut = () => {
+        if (isRefusing) return from.do(() => reject(new ServiceError('STORAGE_FAILED', `${this.place} refuses`)))
+        /* c8 ignore next -- few schedules kill a process while it writes: nobody waits for the answer then */
+        if (from.isDead && random.chance(0.5)) return
+        const answer = work()
+        from.do(() => resolve(answer))
+      }
+      this.world.after(1 + random.fraction() * Math.max(4, lateness), carryOut)
+    })
   }
 }
 
@@ -40,8 +58,8 @@ export class LogStore extends Place {
   /** A bug for the simulation to find: what is there is written over. */
   readonly #overwrites: boolean
 
-  constructor(world: World, monitor: Monitor, overwrites: boolean) {
-    super(world, 'log')
+  constructor(world: World, monitor: Monitor, { overwrites, isLocal }: { overwrites: boolean; isLocal: boolean }) {
+    super(world, 'log', isLocal)
     this.#monitor = monitor
     this.#overwrites = overwrites
   }
@@ -130,8 +148,8 @@ export class ShardStore extends Place {
   /** The fraction of checkpoints that come to nothing: a disk was full, or a process too slow. */
   readonly #forgets: number
 
-  constructor(world: World, forgets: number) {
-    super(world, 'store')
+  constructor(world: World, { forgets, isLocal }: { forgets: number; isLocal: boolean }) {
+    super(world, 'store', isLocal)
     this.#forgets = forgets
   }
 
@@ -147,6 +165,17 @@ export class ShardStore extends Place {
     return this.ask(from, () => {
       add(this.#journal, shard, point)
       this.world.onMoment('journal', from)
+    })
+  }
+
+  /** What came after a step is dropped. */
+  drop(from: Actor, shard: number, step: number): Promise<void> {
+    return this.ask(from, () => {
+      const kept = this.#checkpoints.get(shard) ?? []
+      this.#checkpoints.set(
+        shard,
+        kept.filter((point) => point.step <= step),
+      )
     })
   }
 

@@ -16,6 +16,8 @@ export class Trainer {
   readonly #steps: number
   /** The digests of the steps that it has receipts of. */
   readonly #digests: string[]
+  /** The head that has placed the whole. */
+  #head: string | undefined
   /** Of the gradients: they are other ones each time that it has gone back. */
   #variant = 0
 
@@ -38,7 +40,7 @@ export class Trainer {
         while (this.step < this.#steps) await this.#takeStep(placed)
       } catch (error) {
         world.note(() => `trainer at step ${this.step}: ${error}`)
-        this.#noteConflict(error)
+        await this.#resolve(error)
       }
       await world.sleep(AGAIN_MS, this.actor)
     }
@@ -52,9 +54,10 @@ export class Trainer {
     const head = await this.#site.call(this.actor, asked.url, async ({ headUrl }) => headUrl)
     const placed = await this.#site.call(this.actor, head, (process) => process.place())
     monitor.told(placed.generation)
+    this.#head = placed.head
     this.#compare(placed)
     const opened = placed.peers.map((peer, index) =>
-      this.#site.call(this.actor, peer, async (process) => process.shard(index).opened(placed.generation)),
+      this.#site.call(this.actor, peer, (process) => process.enter(index, placed.generation)),
     )
     for (const { step } of await Promise.all(opened))
       if (step !== this.step && step !== this.step + 1)
@@ -99,8 +102,15 @@ export class Trainer {
     this.#digests.push(digest)
   }
 
-  /** With a journal there is nothing that a trainer cannot get over by sending again. */
-  #noteConflict(error: unknown): void {
-    if (error instanceof ServiceError && error.code === 'STEP_CONFLICT') this.#site.monitor.errors.push(error.message)
+  /**
+   * Notes what sending again cannot get over; with a journal there is nothing of that kind. Where shards do not move the
+   * head waits until somebody asks for going back.
+   */
+  async #resolve(error: unknown): Promise<void> {
+    if (!(error instanceof ServiceError) || error.code !== 'STEP_CONFLICT') return
+    const { monitor, moves } = this.#site
+    monitor.errors.push(error.message)
+    // Whether it comes to that shows when the trainer opens the whole again.
+    if (!moves) await this.#site.call(this.actor, this.#head, (head) => head.goBack()).catch(() => undefined)
   }
 }
