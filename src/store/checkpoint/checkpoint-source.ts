@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 import { access, type FileHandle, open } from 'node:fs/promises'
 import { join } from 'node:path'
-import { S3_SCHEME } from '../../config.js'
+import { S3_SCHEME } from '../../contradictions.js'
 import { errorText } from '../../errors.js'
 import { branchFolder } from '../branches.js'
 import { readRange } from '../file-bytes.js'
