@@ -190,13 +190,13 @@ export class RunObjects implements RunMedium {
   #find({ checkpoint }: CheckpointKey): IndexedCheckpoint {
     const found = this.#present.index.checkpoints.find((entry) => entry.checkpoint === checkpoint)
     if (found) return found
-    /* c8 ignore next -- who asks has it from here, and one alone removes something at a time */
+    /* c8 ignore next 2 -- who asks has it from here, and one alone removes something at a time */
     throw new StoreError(`${this.path} has no checkpoint '${checkpoint}'`)
   }
 
   get #present(): { index: RunIndex; version: Version } {
     if (this.#known) return this.#known
-    /* c8 ignore next -- a run is read or made before anything else */
+    /* c8 ignore next 2 -- a run is read or made before anything else */
     throw new StoreError(`${this.path} was not read`)
   }
 

@@ -3,8 +3,10 @@ import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import { CheckpointFiles } from '../../../src/store/checkpoint/checkpoint-files.js'
 import { newIdentity } from '../../../src/store/identity.js'
+import { DataObjects } from '../../../src/store/objects/data-objects.js'
 import { FolderObjects } from '../../../src/store/objects/folder-objects.js'
 import { type Objects, StoreError } from '../../../src/store/objects/objects.js'
+import { openIndex, sealIndex } from '../../../src/store/objects/run-index.js'
 import { RunObjects } from '../../../src/store/objects/run-objects.js'
 import { RunStore } from '../../../src/store/run-store.js'
 import { seeded } from '../../reference.js'
@@ -201,6 +203,34 @@ t.test('a service that loses the run while it removes garbage removes nothing of
   const last = await RunStore.open(run(4))
   t.same(ids(last), ['step-000000000001', 'step-000000000002'])
   await readAll(last)
+})
+
+t.test('a store lists its runs, those that cannot be read too, and is let go of where it cannot', async (t) => {
+  const root = t.testdir({})
+  const objects = new FolderObjects(root)
+  const options = { wait_seconds: 0, lease_seconds: 30, observe: nothing }
+  const open = () => DataObjects.open({ kind: 'folder', root }, options)
+  const first = await open()
+  await first.create('r')
+  await first.create('gone')
+  await first.destroy('gone')
+  await objects.put('runs/broken/run.json', Buffer.from('{}'))
+  await objects.put('runs/r/aside', Buffer.from('x'))
+  await first.close()
+  const second = await open()
+  t.same(second.names, ['broken', 'r'])
+  await t.rejects(second.find('broken'), { name: 'UnreadableError', message: /does not end with its SHA-256/ })
+  await second.destroy('r')
+  await second.close()
+  const { bytes } = (await objects.get('runs/r/run.json'))!
+  const index = { ...openIndex(bytes, 'run.json', 'r'), generation: 99 }
+  await objects.put('runs/r/run.json', sealIndex(index))
+  const message = /cannot be used: .* was taken by a service of generation 99, this one has generation 3/
+  await t.rejects(open(), { name: 'ConfigError', message })
+  await objects.delete(['runs/r/run.json'])
+  const third = await open()
+  t.same(third.names, ['broken'], 'it was let go of')
+  await third.close()
 })
 
 t.test('services take a run from each other at any moment: what was told stays, what counts is whole', async (t) => {
