@@ -10,26 +10,42 @@ export type ShardPoint = { readonly step: number; readonly digest: string }
  */
 export type ShardState = ShardPoint & { readonly previous: string; readonly checkpoints: readonly ShardPoint[] }
 
+/** The step that a whole goes on after, and the shards that go back to their checkpoint of it first. */
+export type Recovery = { readonly step: number; readonly back: readonly number[] }
+
 /**
- * The step that a whole goes on after, from where its shards are; a head asks it right after `Whole.begin`.
- * - The last committed one, where each shard is there, or one step ahead of it: a shard that has finished a step that
- *   was not committed answers the gradients of that step again, and votes again. With a journal it is always this one,
- *   since a shard votes for a step only once its journal has it.
- * - Else the newest committed step of which every shard has a checkpoint. A checkpoint counts by its digest alone: one
- *   of steps that the whole went back from has another.
+ * Where a whole goes on, from where its shards are; a head asks it right after `Whole.begin`.
+ * - After the last committed step, where each shard is there, or one step ahead: a shard that has finished a step which
+ *   was not committed answers the gradients of that step again, and votes again. With a journal it always comes to
+ *   this, since a shard votes for a step only once its journal has it. A shard that is ahead goes back if it can: where
+ *   the whole has gone back before, the step that the shard has may be one that nobody sends again.
+ * - Else after the newest committed step of which every shard has a checkpoint. A checkpoint counts by its digest
+ *   alone: one of steps that the whole went back from has another.
  * - Else undefined: there is nothing that all shards can go back to.
  */
-export async function stepToGoOnAfter(whole: Whole, states: readonly ShardState[]): Promise<number | undefined> {
-  if (states.every((state, shard) => isThere(state, shard, whole.standing))) return whole.step
-  const [first, ...others] = states.map(({ checkpoints }) => checkpoints)
-  const steps = first
-    .map(({ step }) => step)
-    .filter((step) => others.every((checkpoints) => checkpoints.some((one) => one.step === step)))
-  for (const step of [...new Set(steps)].sort((one, other) => other - one)) {
-    const standing = await whole.find(step)
-    if (standing && states.every((state, shard) => hasCheckpoint(state, shard, standing))) return step
+export async function recoveryOf(whole: Whole, states: readonly ShardState[]): Promise<Recovery | undefined> {
+  const { standing } = whole
+  if (states.every((state, shard) => isThere(state, shard, standing))) {
+    const back = elsewhere(states, standing).filter((shard) => hasCheckpoint(states[shard], shard, standing))
+    return { step: whole.step, back }
+  }
+  for (const step of commonSteps(states)) {
+    const earlier = await whole.find(step)
+    if (earlier && states.every((state, shard) => hasCheckpoint(state, shard, earlier)))
+      return { step, back: elsewhere(states, earlier) }
   }
   return undefined
+}
+
+/** The steps of which every shard has a checkpoint, the newest first. */
+function commonSteps(states: readonly ShardState[]): number[] {
+  const [first, ...others] = states.map(({ checkpoints }) => new Set(checkpoints.map(({ step }) => step)))
+  return [...first].filter((step) => others.every((steps) => steps.has(step))).sort((one, other) => other - one)
+}
+
+/** The shards that are not where the whole is. */
+function elsewhere(states: readonly ShardState[], { shards }: Standing): number[] {
+  return [...states.keys()].filter((shard) => states[shard].digest !== shards[shard])
 }
 
 function isThere({ step, digest, previous }: ShardState, shard: number, at: Standing): boolean {

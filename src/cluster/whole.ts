@@ -140,6 +140,17 @@ export class Whole {
     return waiting
   }
 
+  /**
+   * Throws STALE_GENERATION where another head has taken over, which this one may not have noticed: it was stopped for
+   * a while, or cut off. Safety does not need it, since such a head commits nothing; but it would send clients to
+   * shards that refuse them, so it is asked before a client is told where the shards are.
+   */
+  async confirm(): Promise<void> {
+    const newest = await this.#log.newest()
+    if (newest && newest.generation > this.generation) this.close(stale(this.assignment, newest.generation))
+    if (this.#over) throw this.#over
+  }
+
   /** Commits nothing more, and tells those who wait why. A commit that is being written may still come to the log. */
   close(reason: ServiceError): void {
     this.#over ??= reason

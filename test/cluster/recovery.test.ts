@@ -1,6 +1,6 @@
 import t from 'tap'
 import { MemoryLog } from '../../src/cluster/commit-log.js'
-import { type ShardState, stepToGoOnAfter } from '../../src/cluster/recovery.js'
+import { recoveryOf, type ShardState } from '../../src/cluster/recovery.js'
 import { Whole } from '../../src/cluster/whole.js'
 import { FIRST_DIGEST } from '../../src/run/digest.js'
 import { receiptOf, recordOf } from './records.js'
@@ -33,28 +33,29 @@ async function takenOver() {
 
 t.test('the last committed step, where every shard is there or one ahead', async (t) => {
   const { whole, at } = await takenOver()
-  t.equal(await stepToGoOnAfter(whole, [at(0, 4), at(1, 4)]), 4)
-  t.equal(await stepToGoOnAfter(whole, [at(0, 5), at(1, 4)]), 4)
+  t.same(await recoveryOf(whole, [at(0, 4), at(1, 4)]), { step: 4, back: [] })
+  t.same(await recoveryOf(whole, [at(0, 5), at(1, 4, [4])]), { step: 4, back: [] })
+  t.same(await recoveryOf(whole, [at(0, 5, [1, 4]), at(1, 5, [5])]), { step: 4, back: [0] }, 'back if it can')
 })
 
 t.test('else the newest step of which every shard has a checkpoint', async (t) => {
   const { whole, at } = await takenOver()
-  t.equal(await stepToGoOnAfter(whole, [at(0, 3, [1, 2, 3]), at(1, 4, [0, 1, 3])]), 3)
-  t.equal(await stepToGoOnAfter(whole, [at(0, 3, [1, 2, 3]), at(1, 4, [0, 1])]), 1)
-  t.equal(await stepToGoOnAfter(whole, [at(0, 0, [0]), at(1, 5, [0, 5])]), 0)
+  t.same(await recoveryOf(whole, [at(0, 3, [1, 2, 3]), at(1, 4, [0, 1, 3])]), { step: 3, back: [1] })
+  t.same(await recoveryOf(whole, [at(0, 3, [1, 2, 3]), at(1, 4, [0, 1])]), { step: 1, back: [0, 1] })
+  t.same(await recoveryOf(whole, [at(0, 0, [0]), at(1, 5, [0, 5])]), { step: 0, back: [1] })
 })
 
 t.test('else nothing', async (t) => {
   const { whole, at } = await takenOver()
-  t.equal(await stepToGoOnAfter(whole, [at(0, 3, [3]), at(1, 4, [2])]), undefined)
-  t.equal(await stepToGoOnAfter(whole, [at(0, 3), at(1, 4, [3])]), undefined)
+  t.equal(await recoveryOf(whole, [at(0, 3, [3]), at(1, 4, [2])]), undefined)
+  t.equal(await recoveryOf(whole, [at(0, 3), at(1, 4, [3])]), undefined)
 })
 
 t.test('state with another digest counts for nothing', async (t) => {
   const { whole, at } = await takenOver()
   const other = { digest: 'another', previous: 'another' }
-  t.equal(await stepToGoOnAfter(whole, [{ ...at(0, 4, [2]), ...other }, at(1, 4, [2, 3])]), 2)
-  t.equal(await stepToGoOnAfter(whole, [{ ...at(0, 5, [2]), ...other }, at(1, 4, [2])]), 2)
-  const elsewhere = [{ step: 3, digest: 'another' }, ...at(0, 4, [1]).checkpoints]
-  t.equal(await stepToGoOnAfter(whole, [{ ...at(0, 3), checkpoints: elsewhere }, at(1, 4, [1, 3])]), 1)
+  t.same(await recoveryOf(whole, [{ ...at(0, 4, [2]), ...other }, at(1, 4, [2, 3])]), { step: 2, back: [0, 1] })
+  t.same(await recoveryOf(whole, [{ ...at(0, 5, [2]), ...other }, at(1, 4, [2])]), { step: 2, back: [0, 1] })
+  const checkpoints = [{ step: 3, digest: 'another' }, ...at(0, 4, [1]).checkpoints]
+  t.same(await recoveryOf(whole, [{ ...at(0, 3), checkpoints }, at(1, 4, [1, 3])]), { step: 1, back: [0, 1] })
 })

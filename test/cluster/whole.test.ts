@@ -202,6 +202,7 @@ t.test('a head that takes over goes on where the log is, and the one before comm
   const whole = await open(log, 2)
   t.same([whole.step, whole.digest, whole.generation], [1, receipt.digest, 2])
   t.same(await whole.ended(1), { ...receipt, replayed: true })
+  await whole.confirm()
   const waiting = old.ended(2)
   old.vote(shards.vote(0, 2))
   old.vote(shards.vote(1, 2))
@@ -216,6 +217,16 @@ t.test('a head that takes over goes on where the log is, and the one before comm
   t.equal((await log.newest())?.kind, 'begin')
   shards.finish(whole, 2)
   t.equal((await whole.ended(2)).step, 2)
+})
+
+t.test('a head that was stopped meanwhile is asked before it sends anybody to its shards', async (t) => {
+  const log = new MemoryLog()
+  const old = await open(log)
+  await old.confirm()
+  await open(log, 2)
+  t.equal(old.over, undefined)
+  await t.rejects(old.confirm(), { code: 'STALE_GENERATION' })
+  await t.rejects(old.ended(1), { code: 'STALE_GENERATION' })
 })
 
 t.test('who comes too late to be head learns it, and so does a second head of one generation', async (t) => {
