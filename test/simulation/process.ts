@@ -94,7 +94,6 @@ export class SimulatedProcess {
   shard(index: number): SimulatedShard {
     const shard = this.#shards.get(index)
     if (shard) return shard
-    /* c8 ignore next 2 -- whoever asks knows the address of this life, which the head has given the shard */
     throw new ServiceError('RUN_NOT_FOUND', `${this.url} does not have shard ${index}`)
   }
 
@@ -111,12 +110,13 @@ export class SimulatedProcess {
   /** Who is alive: the coordinator's newest answer, or all where nobody says so. */
   async #look(): Promise<void> {
     const { coordinator, moves, places } = this.#site
-    if (!moves) this.#peers = places.map((url) => ({ url, free_bytes: FREE_BYTES }))
+    if (!moves) {
+      this.#peers = places.map((url) => ({ url, free_bytes: FREE_BYTES }))
+      return
+    }
+    const renewed = coordinator.renew(this.actor, { url: this.url, free_bytes: FREE_BYTES })
     // Without an answer it goes by what it knew.
-    else
-      this.#peers = await coordinator
-        .renew(this.actor, { url: this.url, free_bytes: FREE_BYTES })
-        .catch(() => this.#peers)
+    this.#peers = await renewed.catch(() => this.#peers)
   }
 
   async #tick(): Promise<void> {
