@@ -32,7 +32,10 @@ async function serve(config: Config): Promise<void> {
   const built = await buildApp({ config, logger, tracing })
   const address = await listen(built, config, logger)
   closeOnSignals(built, config, logger)
-  void built.data?.lost.then((reason) => endWithoutData(built, reason, logger))
+  void built.data?.lost.then(
+    /* c8 ignore next -- needs an S3 store that two processes share: npm run test:objects */
+    (reason) => endWithoutData(built, reason, logger),
+  )
   const { device } = built
   logger.info({
     event: 'listening',
@@ -107,6 +110,7 @@ function closeOnSignals(built: App, config: Config, logger: Logger): void {
   for (const signal of SIGNALS) process.on(signal, heard)
 }
 
+/* c8 ignore start -- needs an S3 store that two processes share: npm run test:objects */
 /**
  * Another service has the runs: what this one computed from here on would be kept by nobody. Clients are sent away
  * without the steps in flight, and find the other one.
@@ -116,6 +120,7 @@ async function endWithoutData({ app }: App, reason: string, logger: Logger): Pro
   await app.close()
   process.exit(1)
 }
+/* c8 ignore stop */
 
 /** Ends the process for whoever has no patience, and says which acknowledged steps no disk has. */
 function endAtOnce({ runs, data }: App, signal: NodeJS.Signals, logger: Logger): void {

@@ -70,6 +70,16 @@ t.test('a service that is killed at any request of a checkpoint leaves the run w
   await server.end('SIGTERM')
 })
 
+t.test('a service that was stopped for so long that another has the store ends when it hears of it', async (t) => {
+  const stopped = await serve()
+  stopped.signal('SIGSTOP')
+  const next = await serve()
+  t.ok(next.port, 'it has the store')
+  stopped.signal('SIGCONT')
+  t.match(await stopped.exited, { code: 1, signal: null })
+  t.equal((await next.end('SIGTERM')).code, 0)
+})
+
 /** Has requests of one kind never arrive; resolves when there is one. */
 function holdBack(point: string): Promise<void> {
   return new Promise((resolve) => {
