@@ -36,11 +36,11 @@ export class CheckpointFiles {
   readonly #worker: Worker
   readonly #exited: Promise<void>
   readonly #waiting = new Map<number, Waiting>()
-  readonly #observe: (sample: StoreSample) => void
+  readonly #observe: ((sample: StoreSample) => void) | undefined
   #nextId = 1
 
   /** `observe` hears of every request to a store of objects. */
-  constructor(observe: (sample: StoreSample) => void = () => {}) {
+  constructor(observe?: (sample: StoreSample) => void) {
     this.#observe = observe
     this.#worker = new Worker(new URL('./checkpoint-thread.js', import.meta.url), { execArgv: [] })
     this.#exited = new Promise((resolve) => this.#worker.once('exit', () => resolve()))
@@ -89,7 +89,7 @@ export class CheckpointFiles {
   }
 
   #receive(reply: ThreadReply): void {
-    if ('sample' in reply) return this.#observe(reply.sample)
+    if ('sample' in reply) return this.#observe?.(reply.sample)
     const waiting = this.#waiting.get(reply.id)
     if ('written' in reply) return waiting?.written(reply.written)
     this.#waiting.delete(reply.id)

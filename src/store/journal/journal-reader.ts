@@ -55,16 +55,21 @@ export async function* readSteps(
   for (const segment of segments) {
     if (tail?.damaged) throw new UnreadableError(`${tail.damaged}, and there are later steps in ${segment.path}`)
     const reading = readSegment(segment)
-    let read = await reading.next()
-    for (; !read.done; read = await reading.next()) {
-      const stored = read.value
-      if (stored.step <= step) continue
-      if (stored.step !== expected)
-        throw new UnreadableError(`${stored.label} ends step ${stored.step}, expected is step ${expected}`)
-      expected += 1
-      yield stored
+    try {
+      let read = await reading.next()
+      for (; !read.done; read = await reading.next()) {
+        const stored = read.value
+        if (stored.step <= step) continue
+        if (stored.step !== expected)
+          throw new UnreadableError(`${stored.label} ends step ${stored.step}, expected is step ${expected}`)
+        expected += 1
+        yield stored
+      }
+      tail = read.value
+    } finally {
+      // Who asks for no more steps, or is refused one, leaves no file open.
+      await reading.return(undefined)
     }
-    tail = read.value
   }
   return tail
 }

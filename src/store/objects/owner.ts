@@ -52,7 +52,7 @@ export class Owner {
   #beating: Promise<void> | undefined
   #lost = false
   /** Called once when another service has taken the store. */
-  onLost: (reason: string) => void = () => {}
+  onLost: ((reason: string) => void) | undefined
 
   /**
    * Takes the store. Waits until a service that gives no sign of life is taken to be dead, and at most `wait_seconds`
@@ -136,7 +136,7 @@ export class Owner {
     this.#lost = true
     this.#problem = `it was taken by ${record?.holder ?? 'somebody who has removed owner.json'}`
     clearInterval(this.#timer)
-    this.onLost(this.#problem)
+    this.onLost?.(this.#problem)
     return undefined
   }
 }

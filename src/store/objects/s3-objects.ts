@@ -5,6 +5,7 @@ import {
   CreateMultipartUploadCommand,
   DeleteObjectCommand,
   GetObjectCommand,
+  type GetObjectCommandOutput,
   HeadObjectCommand,
   ListMultipartUploadsCommand,
   ListObjectsV2Command,
@@ -63,8 +64,8 @@ export class S3Objects implements Objects {
   }
 
   async get(key: string): Promise<StoredObject | undefined> {
-    return this.#again('get', key, async (count) => {
-      const { Body, ETag } = await this.#client.send(new GetObjectCommand(this.#of(key)))
+    const ask = () => this.#client.send(new GetObjectCommand(this.#of(key)))
+    return this.#read(key, ask, async ({ Body, ETag }, count) => {
       /* c8 ignore next -- a store that answers with success has both */
       if (Body === undefined || ETag === undefined) throw new Error('the answer has no content or no ETag')
       const bytes = Buffer.from(await Body.transformToByteArray())
@@ -81,9 +82,11 @@ export class S3Objects implements Objects {
   /** What a cut connection has brought is kept, and the next request asks for the rest. */
   async readInto(memory: Uint8Array, key: string, at: number): Promise<void> {
     let done = 0
-    await this.#again('get', key, async (count) => {
+    const ask = () => {
       const Range = `bytes=${at + done}-${at + memory.length - 1}`
-      const { Body } = await this.#client.send(new GetObjectCommand({ ...this.#of(key), Range }))
+      return this.#client.send(new GetObjectCommand({ ...this.#of(key), Range }))
+    }
+    await this.#read(key, ask, async ({ Body }, count) => {
       /* c8 ignore next -- a store that answers with success has it */
       if (Body === undefined) throw new Error('the answer has no content')
       for await (const piece of Body as AsyncIterable<Uint8Array>) {
@@ -203,17 +206,25 @@ export class S3Objects implements Objects {
     })
   }
 
-  /** A request whose content is read here, so that it is tried again here as well where the connection is cut. */
-  async #again<T>(
-    operation: StoreSample['operation'],
+  /**
+   * A request whose answer has content. The SDK tries again until there is an answer; where the connection is cut while
+   * `read` takes the content, all of it is tried again here.
+   */
+  async #read<T>(
     key: string,
-    work: (count: (bytes: number) => void) => Promise<T>,
+    ask: () => Promise<GetObjectCommandOutput>,
+    read: (answer: GetObjectCommandOutput, count: (bytes: number) => void) => Promise<T>,
   ): Promise<T> {
     for (let attempt = 1; ; attempt++) {
+      let isAnswered = false
       try {
-        return await this.#observed(operation, key, work)
+        return await this.#observed('get', key, async (count) => {
+          const answer = await ask()
+          isAnswered = true
+          return read(answer, count)
+        })
       } catch (error) {
-        if (statusOf(error) !== undefined || attempt === ATTEMPTS) throw error
+        if (!isAnswered || attempt === ATTEMPTS) throw error
         await delay(REST_MS * 2 ** attempt * Math.random())
       }
     }

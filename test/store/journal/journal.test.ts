@@ -2,9 +2,11 @@ import { createHash } from 'node:crypto'
 import {
   appendFileSync,
   copyFileSync,
+  existsSync,
   mkdirSync,
   readdirSync,
   readFileSync,
+  readlinkSync,
   truncateSync,
   writeFileSync,
 } from 'node:fs'
@@ -20,7 +22,7 @@ import {
   type Head,
   PREFIX_BYTES,
 } from '../../../src/store/journal/journal-format.js'
-import { cutTail, readJournal, type StoredStep } from '../../../src/store/journal/journal-reader.js'
+import { cutTail, readJournal, readSteps, type StoredStep } from '../../../src/store/journal/journal-reader.js'
 import { changed, wrongFields } from '../wrong-fields.js'
 
 const APPLIED = {
@@ -60,6 +62,13 @@ const end = (step: number): EndHead => ({
 })
 const SIZES = [[3, 70], [0, 1, 200], [64]]
 
+/** The files of a folder that this process has open. */
+const openIn = (folder: string) =>
+  readdirSync('/proc/self/fd').flatMap((descriptor) => {
+    const link = join('/proc/self/fd', descriptor)
+    const path = existsSync(link) ? readlinkSync(link) : ''
+    return path.startsWith(folder) ? [path] : []
+  })
 const open = (folder: string, first = 1) => Journal.open(folder, { first, what: 'the journal', checkpointed: 0 })
 
 async function write(journal: Journal, step: number, sizes: readonly number[]): Promise<void> {
@@ -233,7 +242,12 @@ t.test('segments follow each other; the old ones are dropped, and what is missin
     (await listSegments(folder)).map(({ first }) => first),
     [2, 3],
   )
+  const files = openIn(folder)
   await t.rejects(readJournal(folder, 0), { message: /ends step 2, expected is step 1$/ })
+  const reading = readSteps(await listSegments(folder), 1)
+  t.match(await reading.next(), { value: { step: 2 } })
+  await reading.return(undefined)
+  t.same(openIn(folder), files, 'who reads no further leaves no file open')
   t.same(
     (await readJournal(folder, 1)).steps.map(({ step }) => step),
     [2, 3],

@@ -9,7 +9,7 @@ import { TestStore } from './stores.js'
 
 const store = await TestStore.start(t)
 const KINDS: Record<string, (t: Test) => Objects> = {
-  'in a folder': (t) => new FolderObjects(t.testdir({})),
+  'in a folder': (t) => new FolderObjects(`${t.testdir({})}/new`),
   'in S3': () => new S3Objects(store.address(), () => {}),
 }
 const bytes = (text: string) => Buffer.from(text)
@@ -105,8 +105,8 @@ for (const [kind, open] of Object.entries(KINDS)) {
 
 t.test('S3 that is busy, or loses what it is asked or answers, is asked again', async (t) => {
   const objects = new S3Objects(store.address(), () => {})
-  const once = (kind: 'busy' | 'cut' | 'lost' | 'half', method: string) => {
-    let left = 2
+  const once = (kind: 'busy' | 'cut' | 'lost' | 'half', method: string, times = 1) => {
+    let left = times
     store.fault = (passing) => (passing.method === method && left-- > 0 ? kind : undefined)
   }
   t.teardown(() => {
@@ -129,7 +129,7 @@ t.test('S3 that is busy, or loses what it is asked or answers, is asked again', 
       ['new-busy', 'new-cut', 'new-lost'].slice(0, ['busy', 'cut', 'lost'].indexOf(kind) + 1),
     )
   }
-  once('half', 'GET')
+  once('half', 'GET', 2)
   const back = Buffer.alloc(big.length)
   store.passed.length = 0
   await objects.readInto(back, 'big', 0)
@@ -146,7 +146,7 @@ t.test('S3 that is busy, or loses what it is asked or answers, is asked again', 
 t.test('a part that cannot be uploaded is told by the next piece or by the end, and nothing is left', async (t) => {
   const samples: string[] = []
   const objects = new S3Objects(store.address(), ({ operation, failed }) => failed && samples.push(operation))
-  store.fault = ({ method, query }) => (method === 'PUT' && query.get('partNumber') === '2' ? 'busy' : undefined)
+  store.fault = ({ method, query }) => (method === 'PUT' && query.get('partNumber') === '2' ? 'denied' : undefined)
   t.teardown(() => {
     store.fault = () => undefined
   })
@@ -156,12 +156,16 @@ t.test('a part that cannot be uploaded is told by the next piece or by the end, 
       for (let at = 0; at < length; at += 1 << 20) await upload.write(content(1 << 20))
       await upload.end()
     }
-    await t.rejects(whole(), { name: 'StoreError', message: /upload big: 503 SlowDown: Please reduce/ })
+    await t.rejects(whole(), { name: 'StoreError', message: /upload big: 403 AccessDenied: Access Denied/ })
     await upload.abort()
     t.same(await all(objects.unfinished('')), [])
     t.equal(await objects.size('big'), undefined)
   }
-  t.same(samples, ['upload', 'upload'])
+  store.fault = ({ query }) => (query.has('uploads') ? 'denied' : undefined)
+  const upload = objects.upload('big', 20 << 20)
+  await t.rejects(upload.write(content(20 << 20)), { message: /upload big: 403/ }, 'nor one that cannot be begun')
+  await upload.abort()
+  t.same(samples, ['upload', 'upload', 'upload'])
 })
 
 if (store.fake)

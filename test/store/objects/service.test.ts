@@ -27,8 +27,9 @@ t.afterEach(() => {
   store.down = false
 })
 
+/** A folder has tests of its own: that both do the same is held beside the real store (test/objects/ci.sh). */
 const PLACES: Record<string, (t: Test) => Settings> = {
-  'in a folder': (t) => ({ data: t.testdir({}) }),
+  ...(!store.fake && { 'in a folder': (t: Test) => ({ data: t.testdir({}) }) }),
   'in S3': () => store.settings(store.address()),
 }
 
@@ -112,11 +113,11 @@ t.test('a store that is slow holds no step up; one that refuses is told, and the
   release()
   await service.runs.keeper('r').settled()
   t.same(await listed(service), [id(0), id(5)])
-  store.fault = ({ method }) => (method === 'PUT' ? 'busy' : undefined)
+  store.fault = ({ method }) => (method === 'PUT' ? 'denied' : undefined)
   const refused = await tag(service, 'seven')
   t.match(refused, {
     status: 507,
-    body: { code: 'STORAGE_FAILED', detail: /at step 7 cannot be written: s3:.*503 SlowDown/ },
+    body: { code: 'STORAGE_FAILED', detail: /at step 7 cannot be written: s3:.*403 AccessDenied/ },
   })
   client.send({ type: 'open', protocol: 1, run: 'other', ...MODEL })
   await client.close()
@@ -124,7 +125,7 @@ t.test('a store that is slow holds no step up; one that refuses is told, and the
   opening.send({ type: 'open', protocol: 1, run: 'other', ...MODEL })
   t.match(await opening.expect('error'), {
     code: 'STORAGE_FAILED',
-    message: /^run 'other' cannot be kept: s3:.*503 SlowDown/,
+    message: /^run 'other' cannot be kept: s3:.*403 AccessDenied/,
   })
   store.fault = () => undefined
   t.equal((await tag(service, 'seven')).status, 201)
@@ -146,6 +147,17 @@ t.test('readiness says that the store does not answer, and a run that cannot be 
   const second = await start({ ...settings, idle_seconds: 100 })
   await second.restored
   await second.runs.restIdle(performance.now() + 200_000)
+  const client = await RawClient.connect(second.url)
+  const refused = async () => {
+    client.send({ type: 'open', protocol: 1, run: 'r', mode: 'resume' })
+    return client.expect('error')
+  }
+  const denied = { code: 'STORAGE_FAILED', message: /^run 'r' cannot be restored: s3:.* 403 / }
+  for (const wanted of ['HEAD', 'GET']) {
+    store.fault = ({ method, key }) => (method === wanted && key.includes('state-') ? 'denied' : undefined)
+    t.match(await refused(), denied, `${wanted} of a file`)
+  }
+  store.fault = () => undefined
   store.down = true
   let answer = await api(second, '/readyz')
   while (answer.status === 200) answer = await api(second, '/readyz')
@@ -153,9 +165,7 @@ t.test('readiness says that the store does not answer, and a run that cannot be 
     status: 503,
     body: { code: 'STORAGE_FAILED', detail: /^data store 's3:.*' cannot be written: (s3:|it has not)/ },
   })
-  const client = await RawClient.connect(second.url)
-  client.send({ type: 'open', protocol: 1, run: 'r', mode: 'resume' })
-  t.match(await client.expect('error'), { code: 'STORAGE_FAILED', message: /^run 'r' cannot be restored: s3:/ })
+  t.match(await refused(), { code: 'STORAGE_FAILED', message: /^run 'r' cannot be restored: s3:/ })
   store.down = false
   while (answer.status !== 200) answer = await api(second, '/readyz')
   t.match(await client.open({ run: 'r', mode: 'resume' }), { step: 5, digest: reference[4]!.digest })

@@ -25,10 +25,18 @@ const REAL = process.env.TEST_S3_ENDPOINT
 /** A request on its way to the store. */
 export type Passing = { method: string; key: string; query: URLSearchParams; range: string | undefined }
 /**
- * What happens to a request: `busy` is S3's SlowDown, `cut` loses it, `lost` its answer, `half` the second half of its
+ * What happens to a request: `busy` is S3's SlowDown, `denied` is an error that is not tried again, `cut` loses it, `lost` its answer, `half` the second half of its
  * answer; a promise holds it back.
  */
-export type Fault = 'busy' | 'cut' | 'lost' | 'half' | Promise<unknown> | undefined
+export type Fault = 'busy' | 'denied' | 'cut' | 'lost' | 'half' | Promise<unknown> | undefined
+
+const REFUSALS = {
+  busy: {
+    status: 503,
+    body: '<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>',
+  },
+  denied: { status: 403, body: '<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>' },
+}
 
 /** A store that tests share, behind a proxy that does to its requests what a test wants. */
 export class TestStore {
@@ -102,10 +110,11 @@ export class TestStore {
     this.passed.push(passing)
     const fault = this.down ? 'cut' : this.fault(passing)
     if (fault === 'cut') return void incoming.socket.destroy()
-    if (fault === 'busy') {
+    if (fault === 'busy' || fault === 'denied') {
+      const { status, body } = REFUSALS[fault]
       incoming.resume()
-      answer.writeHead(503, { 'content-type': 'application/xml', connection: 'close' })
-      return void answer.end('<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>')
+      answer.writeHead(status, { 'content-type': 'application/xml', connection: 'close' })
+      return void answer.end(body)
     }
     await fault
     const { method, headers } = incoming
