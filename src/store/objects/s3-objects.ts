@@ -237,16 +237,18 @@ export class S3Objects implements Objects {
   ): Promise<T> {
     const begun = performance.now()
     let bytes = 0
-    let failed = false
+    const ended = (failed: boolean) => {
+      this.#observe({ operation, seconds: (performance.now() - begun) / 1000, bytes, failed })
+    }
     try {
-      return await work((more) => {
+      const answer = await work((more) => {
         bytes += more
       })
+      ended(false)
+      return answer
     } catch (error) {
-      failed = !isRefused(error)
+      ended(!isRefused(error))
       throw new StoreError(`${this.name}: ${operation} ${key}: ${textOf(error)}`, { cause: error })
-    } finally {
-      this.#observe({ operation, seconds: (performance.now() - begun) / 1000, bytes, failed })
     }
   }
 }
@@ -276,7 +278,7 @@ function statusOf(error: unknown): number | undefined {
 function textOf(error: unknown): string {
   if (!(error instanceof S3ServiceException)) return errorText(error)
   const { name, message, $metadata } = error
-  return [`${$metadata.httpStatusCode} ${name}`, ...(message && message !== name ? [message] : [])].join(': ')
+  return `${$metadata.httpStatusCode} ${name}: ${message}`
 }
 
 /** The end of a request for something that need not be there. */

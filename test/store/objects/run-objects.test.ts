@@ -205,6 +205,18 @@ t.test('a service that loses the run while it removes garbage removes nothing of
   await readAll(last)
 })
 
+t.test('what a service was uploading when it died is removed by the next one, and not by itself', async (t) => {
+  const { run, objects } = place(t)
+  await RunStore.create(run(1), 'r')
+  const upload = objects.upload('runs/r/checkpoints/step-000000000001@1.9/state.safetensors')
+  await upload.write(Buffer.from('half'))
+  await RunStore.open(run(1))
+  t.equal((await all(objects.unfinished('runs/r/'))).length, 1)
+  await RunStore.open(run(2))
+  t.same(await all(objects.unfinished('')), [])
+  await upload.abort()
+})
+
 t.test('a store lists its runs, those that cannot be read too, and is let go of where it cannot', async (t) => {
   const root = t.testdir({})
   const objects = new FolderObjects(root)
