@@ -3,6 +3,7 @@ import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import { CheckpointFiles } from '../../../src/store/checkpoint/checkpoint-files.js'
 import { newIdentity } from '../../../src/store/identity.js'
+import { checkpointObjects } from '../../../src/store/objects/checkpoint-objects.js'
 import { DataObjects } from '../../../src/store/objects/data-objects.js'
 import { FolderObjects } from '../../../src/store/objects/folder-objects.js'
 import { type Objects, StoreError } from '../../../src/store/objects/objects.js'
@@ -215,6 +216,18 @@ t.test('what a service was uploading when it died is removed by the next one, an
   await RunStore.open(run(2))
   t.same(await all(objects.unfinished('')), [])
   await upload.abort()
+})
+
+t.test('an upload that cannot be removed now is let go of', async (t) => {
+  const { objects } = place(t)
+  const abort = async () => {
+    throw new StoreError('it is busy')
+  }
+  const stuck = new Proxy(objects, {
+    get: (target, name) => (name === 'upload' ? () => ({ abort }) : Reflect.get(target, name)),
+  })
+  const sink = await checkpointObjects(stuck, 'folder').create('state.safetensors', 4)
+  await t.resolves(sink.close())
 })
 
 t.test('a store lists its runs, those that cannot be read too, and is let go of where it cannot', async (t) => {
