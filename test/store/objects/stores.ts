@@ -56,6 +56,7 @@ export class TestStore {
     if (fake) await once(fake.server, 'listening')
     const target = REAL ?? `http://127.0.0.1:${(fake!.server.address() as AddressInfo).port}`
     const store = await new TestStore(target, fake).#listen(t)
+    /* c8 ignore next 5 -- needs a real store: npm run test:objects */
     if (REAL) {
       const client = new S3Client({ endpoint: REAL, region: 'us-east-1', forcePathStyle: true })
       await client.send(new CreateBucketCommand({ Bucket: BUCKET })).catch(() => undefined)
