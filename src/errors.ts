@@ -84,3 +84,8 @@ export class ServiceError extends Error {
 export function errorText(error: unknown): string {
   return String(error).replace(/^\w*Error: /, '')
 }
+
+/** The message of what an error was caused by, or else its own: that of `fetch` says no more than that it failed. */
+export function causeText(error: unknown): string {
+  return errorText(Reflect.get(Object(error), 'cause') ?? error)
+}

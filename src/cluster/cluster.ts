@@ -1,5 +1,5 @@
 import { readClusterKey } from '../access/cluster-key.js'
-import { type Config, ConfigError } from '../config.js'
+import type { Config } from '../config.js'
 import { ServiceError } from '../errors.js'
 import type { Log } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
@@ -40,7 +40,6 @@ export class Cluster {
   static async start({ config, presets, runs, log }: ClusterMeans): Promise<Cluster | undefined> {
     const { peers: urls, advertise, data, durability, shards, max_runs: most } = config
     if (urls.length === 0) return undefined
-    if (data.includes('://')) throw new ConfigError(`peers need a folder as data, which '${data}' is none`)
     const peers = new Peers(urls, advertise)
     const calls = new Calls(readClusterKey(config))
     const files = data === '' ? undefined : new WholeFiles(data, durability === 'journal')

@@ -135,3 +135,28 @@ t.test('a gradient that is refused is told by its index in the whole, and can be
   t.equal(run.opened.attentions.length, 0)
   await t.rejects(run.step(gradients, { max_logits: { none: [1] } }), { code: 'MAX_LOGITS_INVALID' })
 })
+
+t.test('gradients travel in memory that the client shares with every shard, and come out the same', async (t) => {
+  const processes = await startCluster(t, 2)
+  const client = await clientOf(t, processes[0]!)
+  const shared = await connect(processes[0]!.url, { ...QUICK, transport: 'shm' })
+  t.teardown(() => shared.close())
+  const [copied, inPlace] = [modelOf('copied'), modelOf('in-place')]
+  const socket = await client.open({ ...copied, shards: 2 })
+  const memory = await shared.open({ ...inPlace, shards: 2 })
+  t.equal(socket.transport, 'websocket')
+  t.equal(memory.transport, 'shm')
+  for (let step = 1; step <= 2; step++) {
+    const gradients = gradientsOf(copied.parameters, step)
+    const views = gradients.map((gradient, index) => {
+      const view = memory.gradientView(index)
+      view.set(gradient)
+      return view
+    })
+    await socket.step(gradients)
+    await memory.step(views)
+  }
+  t.equal(memory.digest, socket.digest)
+  t.same(weightsOf(inPlace.parameters), weightsOf(copied.parameters))
+  t.throws(() => memory.gradientView(5), { code: 'PARAMETER_UNKNOWN' })
+})

@@ -24,6 +24,11 @@ export class Process {
     this.#settings = { advertise: peer, port: Number(new URL(peer).port), ...settings }
   }
 
+  /** Its data folder, if it has one. */
+  get data(): string {
+    return String(this.#settings.data)
+  }
+
   get app(): App {
     if (!this.#app) throw new Error(`${this.peer} does not run`)
     return this.#app

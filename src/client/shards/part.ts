@@ -92,7 +92,7 @@ export class Part {
 
   get #now(): { connection: Connection; opened: OpenedFrame } {
     if (this.#connected) return this.#connected
-    /* c8 ignore next -- a bug: a part is opened before it is used */
+    /* c8 ignore next 2 -- a bug: a part is opened before it is used */
     throw new Error(`shard ${this.#index} was never opened`)
   }
 

@@ -17,6 +17,7 @@ export async function shareOut(step: Step, parts: readonly Part[], steps: readon
     }
     await step.more()
   }
+  /* c8 ignore next -- the loop ends with return */
 }
 
 function ownOf(skipped: readonly number[] = [], part: Part): number[] {

@@ -100,6 +100,7 @@ export class WholeWriter implements RunWriter {
       const local = part.local(parameter)
       if (local !== undefined) return part.transport.taken?.gradient(local)
     }
+    /* c8 ignore next 2 -- every parameter of a whole is in a shard */
     return undefined
   }
 

@@ -61,6 +61,7 @@ export class Route {
       if (moves === MOST_MOVES) throw error
       this.#url = followed(answer.url, this.#host.url)
     }
+    /* c8 ignore next -- the loop ends with return or throw */
   }
 
   /** Where the service has named a process there may be none any more: then it is asked again. */

@@ -70,13 +70,10 @@ export class WholeFiles {
   async read(run: string): Promise<StoredWhole> {
     const folder = join(this.#folder, run)
     try {
-      const record: WholeRecord = JSON.parse(await readFile(join(folder, WHOLE), 'utf8'))
-      const checkpoints = await readFile(join(folder, CHECKPOINTS), 'utf8').catch((error) => {
-        if (hasCode(error, 'ENOENT')) return '[]'
-        throw error
-      })
+      const record = recordIn(await readFile(join(folder, WHOLE), 'utf8'), run)
+      const checkpoints = checkpointsIn(await readIfThere(join(folder, CHECKPOINTS)))
       const log = await FileLog.open(join(folder, LOG), this.#syncs)
-      return { record, checkpoints: JSON.parse(checkpoints), log }
+      return { record, checkpoints, log }
     } catch (error) {
       throw new ServiceError('CHECKPOINT_UNREADABLE', `run '${run}' in '${folder}': ${errorText(error)}`)
     }
@@ -155,11 +152,16 @@ export class FileLog implements CommitLog {
     return put
   }
 
+  /** Throws CHECKPOINT_UNREADABLE for a line that is not the entry of its position. */
   async read(position: number): Promise<Entry | undefined> {
     const [start, end] = [this.#starts[position - 1], this.#starts[position]]
     if (start === undefined || end === undefined) return undefined
     const { buffer } = await this.#file.read(Buffer.alloc(end - start), 0, end - start, start)
-    return entryOf(buffer.toString(), position)
+    try {
+      return entryOf(buffer.toString(), position)
+    } catch (error) {
+      throw new ServiceError('CHECKPOINT_UNREADABLE', `'${this.#path}': ${errorText(error)}`)
+    }
   }
 
   async newest(): Promise<Entry | undefined> {
@@ -190,6 +192,28 @@ export class FileLog implements CommitLog {
     this.#starts.push(start + line.length)
     this.#newest = entry
     return entry
+  }
+}
+
+function recordIn(text: string, run: string): WholeRecord {
+  const record: WholeRecord = JSON.parse(text)
+  const { groups, parameters, attentions, shards } = record
+  if (record.run === run && [groups, parameters, attentions, shards].every(Array.isArray)) return record
+  throw new Error(`${WHOLE} is not that of this run`)
+}
+
+function checkpointsIn(text = '[]'): WholeCheckpoint[] {
+  const checkpoints: WholeCheckpoint[] = JSON.parse(text)
+  if (Array.isArray(checkpoints) && checkpoints.every(({ shards }) => Array.isArray(shards))) return checkpoints
+  throw new Error(`${CHECKPOINTS} is no list of checkpoints`)
+}
+
+async function readIfThere(path: string): Promise<string | undefined> {
+  try {
+    return await readFile(path, 'utf8')
+  } catch (error) {
+    if (hasCode(error, 'ENOENT')) return undefined
+    throw error
   }
 }
 

@@ -53,11 +53,14 @@ export class Wholes {
     for (const name of (await files?.names()) ?? []) {
       try {
         const { record, checkpoints, log } = (await files?.read(name)) ?? unreachable()
-        this.#checkPeers(record)
         this.#logs.set(name, log)
+        this.#checkPeers(record)
         this.#heads.set(name, await this.#begin(record, { checkpoints, log }))
       } catch (error) {
-        if (!(error instanceof ServiceError)) throw error
+        if (!(error instanceof ServiceError)) {
+          await this.close()
+          throw error
+        }
         this.#unreadable.set(name, error)
       }
     }

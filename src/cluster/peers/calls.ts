@@ -1,4 +1,4 @@
-import { ERRORS, type ErrorCode, errorText, ServiceError } from '../../errors.js'
+import { causeText, ERRORS, type ErrorCode, ServiceError } from '../../errors.js'
 import type { Vote } from '../vote.js'
 import { type VoteBody, voteBody } from './vote-text.js'
 
@@ -73,7 +73,7 @@ export class Calls {
       ...{ method, headers, redirect: 'error', signal: signal ? AbortSignal.any([signal, deadline]) : deadline },
       ...(body && { body: JSON.stringify(body) }),
     }).catch((error) => {
-      const reason = errorText(error instanceof Error ? (error.cause ?? error) : error)
+      const reason = causeText(error)
       throw new ServiceError('PEER_FAILED', `the process ${peer} of the cluster does not answer: ${reason}`)
     })
     if (response.ok) return response
@@ -86,7 +86,7 @@ async function bodyOf(peer: string, response: Response): Promise<unknown> {
   try {
     return await response.json()
   } catch (error) {
-    const reason = errorText(error instanceof Error ? (error.cause ?? error) : error)
+    const reason = causeText(error)
     throw new ServiceError('PEER_FAILED', `an answer of the process ${peer} of the cluster was cut off: ${reason}`)
   }
 }

@@ -38,6 +38,7 @@ export class Voter {
     for (let wait = FIRST_WAIT_MS; !signal.aborted; wait = Math.min(2 * wait, MOST_WAIT_MS)) {
       const error = await this.#parts.send(vote, signal).then(
         () => undefined,
+        /* c8 ignore next -- a bug of ours is told as one */
         (reason) => (reason instanceof ServiceError ? reason : new ServiceError('INTERNAL', String(reason))),
       )
       if (error === undefined || signal.aborted) return

@@ -1,7 +1,7 @@
 import { statSync } from 'node:fs'
 import { readClusterKey } from '../../../access/cluster-key.js'
 import type { Config } from '../../../config.js'
-import { errorText } from '../../../errors.js'
+import { causeText } from '../../../errors.js'
 import { type Finding, finding, ok, warning } from './finding.js'
 
 const OTHERS_MAY_READ = 0o077
@@ -33,7 +33,7 @@ async function checkPeer(peer: string): Promise<Finding> {
     if (status === 200) return ok('peer', peer)
     return warning('peer', `${peer} answers /livez with HTTP status ${status}`, 'is it a process of muond?')
   } catch (error) {
-    const reason = errorText(error instanceof Error ? (error.cause ?? error) : error)
+    const reason = causeText(error)
     return warning(
       'peer',
       `${peer} does not answer: ${reason}`,
