@@ -137,6 +137,7 @@ def hybrid(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> N
     assert muon.step_count == given["steps"][1] - 1
     assert muon.run_name == given["run"]
     entries = muon.state_dict()["state"]
+    meet(muon, folder)
     torch.save(
         (digests, state, [entries[i]["momentum_buffer"].full_tensor() for i in (0, 1)]), folder / f"hybrid-{rank}.pt"
     )
@@ -152,6 +153,23 @@ def hybrid(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> N
     for name, tensor in whole(module).items():
         assert torch.equal(tensor, state[name])
     muon.close()
+
+
+def meet(muon: muond.torch.Optimizer, folder: Path) -> None:
+    """The first copy does not begin while the other one still reads the state that this would move."""
+    copies = muon._home.copies
+    assert copies is not None
+    pair = dist.get_rank() % 2
+    called, read = folder / f"called-{pair}", folder / f"read-{pair}"
+    if copies.is_first:
+        called.touch()
+        copies.take(lambda: pytest.fail("it began at once") if not read.exists() else None, [])
+        return
+    while not called.exists():
+        pass
+    muon.state_dict()
+    read.touch()
+    assert copies.take(lambda: pytest.fail("it is the first one's to take"), []) is None
 
 
 def checkpointed(rank: int, world_size: int, folder: Path, given: dict[str, Any]) -> None:

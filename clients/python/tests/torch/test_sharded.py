@@ -141,6 +141,9 @@ class Second(Copies):
         self.is_first = False
         self.told = told
 
+    def meet(self) -> None:
+        """There is nobody else."""
+
     def from_first(self, value: Any) -> Any:
         return self.told.pop(0)
 
@@ -282,6 +285,20 @@ def test_a_step_with_nan_is_none(shared: Service, name: str, one_rank: None) -> 
         receipt = muon.step()
         assert receipt.step == 2
         assert receipt.gradient_norm == pytest.approx(0.1, rel=1e-4)
+
+
+def test_a_step_takes_the_parameters_without_nan(shared: Service, name: str, one_rank: None) -> None:
+    module = sharded.model()
+    sharded.shard(module)
+    with sharded.optimizer(module, shared.url, name, on_nonfinite="skip_parameter") as muon:
+        sharded.train(module, muon, range(1, 2))
+        before = sharded.whole(module)
+        sharded.backward(module, 2)
+        local(module[0].weight.grad)[0, 0] = float("nan")
+        receipt = muon.step()
+        assert (receipt.step, [error.fields.parameter for error in receipt.refused]) == (2, [0])
+        for key, weights in sharded.whole(module).items():
+            assert torch.equal(weights, before[key]) == (key == "0.weight"), key
 
 
 def test_rows_of_a_shard_are_scaled(one_rank: None) -> None:

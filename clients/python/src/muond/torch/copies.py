@@ -30,14 +30,22 @@ class Copies:
         dist.broadcast_object_list(told, group_src=0, group=self._group)
         return told[0]
 
+    def meet(self) -> None:
+        """Waits until all are here."""
+        import torch.distributed as dist
+
+        dist.barrier(group=self._group)
+
     def take(self, step: Callable[[], Receipt | None], weights: Sequence[torch.Tensor]) -> Receipt | None:
         """Has the first one take a step; all have its receipt, or raise its error, and have its weights afterwards.
 
-        What returns None has moved no weights.
+        What returns None has moved no weights. The first one does not begin before all are here: one that still reads the state,
+        for a state_dict of the step before, would find it moved.
 
         The weights go to the others, not the update: they are what the step comes to, whatever its decay and row scales are, and
         all copies have the same bits even after an error in the middle of a step.
         """
+        self.meet()
         receipt: Receipt | None = None
         error: BaseException | None = None
         if self.is_first:  # pragma: no cover - in processes of several copies, which are not measured

@@ -302,7 +302,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _is_skipped(self, run: Run) -> bool:
         """Whether a gradient has NaN or Inf and the step is not to be. Raises MuondError GRADIENT_NOT_FINITE if that is asked for."""
-        if self._settings.overlap or self._settings.on_nonfinite == "skip_parameter":
+        if self._settings.overlap:
+            return False
+        ranks = self._home.ranks
+        if self._settings.on_nonfinite == "skip_parameter":
+            # Whatever the others say: all are here then, and none still reads the state that this step will move.
+            if ranks is not None:
+                ranks.any(False)
             return False
         if run.transport == "cuda-ipc":  # pragma: no cover - needs a GPU
             rows = [(s, s.gradient, self.param_groups[s.group]) for s in self._home.slots]
@@ -310,7 +316,6 @@ class Optimizer(torch.optim.Optimizer):
             if not given or self._staging.place_finite(run, given):
                 return False
         names = tuple(slot.name for slot in nonfinite(self._home.slots))
-        ranks = self._home.ranks
         # Of a step that is skipped by one rank none may be computed by another.
         if ranks is not None and ranks.any(bool(names)):
             names = tuple(dict.fromkeys(name for those in ranks.of_all(names) for name in those))
