@@ -307,6 +307,7 @@ export class Session implements Connection, GradientSink {
   }
 
   #openedWhole(opened: OpenedWhole): void {
+    /* c8 ignore next -- it ended while the run was made, which is quick */
     if (this.#leaving) return
     const { principal } = this.#context
     this.#control = new Control(opened, {

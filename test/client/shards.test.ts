@@ -1,5 +1,6 @@
 import t, { type Test } from 'tap'
-import { type ConnectOptions, connect } from '../../src/client/client.js'
+import type { WebSocket } from 'ws'
+import { type ConnectOptions, connect, type OpenOptions } from '../../src/client/client.js'
 import { followed } from '../../src/client/steps/handshake.js'
 import type { OpenFrame, PlacedFrame, ServerFrame } from '../../src/wire/frame.js'
 import { opened, type Peer, receipt, type Script, say, startPeer } from './peer.js'
@@ -15,11 +16,11 @@ async function peerOf(t: Test, script: Script): Promise<Peer> {
   return peer
 }
 
-async function openAt(t: Test, { url }: Peer, options = ONCE) {
+async function openAt(t: Test, { url }: Peer, options = ONCE, attentions?: OpenOptions['attentions']) {
   const client = await connect(url, options)
   t.teardown(() => client.close())
   const parameters = ['v', 'w'].map((name) => ({ name, shape: [2], group: 'all', data: Float32Array.of(2, 4) }))
-  return client.open({ run: 'r', parameters })
+  return client.open({ run: 'r', parameters, ...(attentions && { attentions }) })
 }
 
 /** Answers an `open` of `r` and of its shards `r~0` and `r~1`; `change` is another answer for one of them. */
@@ -28,6 +29,10 @@ function heads(url: () => string, change: (frame: OpenFrame) => ServerFrame | un
     if (frame.type === 'open') say(socket, change(frame) ?? (frame.shard ? openedShard(frame) : placed(url())))
     if (frame.type === 'end') say(socket, receipt(frame.step))
   }
+}
+
+function updateOf({ parameter, step }: { parameter: number; step: number }): ServerFrame {
+  return { type: 'update', parameter, step, offset: 0, scale: 0, decay: 0 }
 }
 
 const openedShard = ({ run }: OpenFrame): ServerFrame => ({ ...opened(), run })
@@ -97,6 +102,31 @@ t.test('what does not fit together is refused at open', async (t) => {
   }
 })
 
+t.test('an attention whose parts are in two shards is refused', async (t) => {
+  const peer: Peer = await peerOf(
+    t,
+    heads(() => peer.url),
+  )
+  const attention = { name: 'a', query_heads: 1, head_dim: 1, query: { parameter: 0 }, key: { parameter: 1 } }
+  await t.rejects(openAt(t, peer, ONCE, [attention]), { code: 'RUN_MISMATCH', message: /one part of an attention/ })
+})
+
+t.test('what the shards say of their opening is told as of the whole', async (t) => {
+  const member = { rank: 0, world_size: 1 }
+  const members = [{ rank: 0, connected: true }]
+  const more = ({ shard, run }: OpenFrame): ServerFrame | undefined => {
+    if (shard === undefined) return undefined
+    return { ...opened(shard.index), ahead: shard.index === 0 ? [0] : [], run, note: 'slow', member, members }
+  }
+  const peer: Peer = await peerOf(
+    t,
+    heads(() => peer.url, more),
+  )
+  const run = await openAt(t, peer)
+  t.match(run.opened, { step: 0, ahead: [0, 1], note: 'slow', member, members })
+  t.same(run.members, members)
+})
+
 t.test('a whole that is another one when it is opened again is refused', async (t) => {
   const table: [title: string, again: (url: string) => ServerFrame, expected: { code: string; message?: RegExp }][] = [
     ['of one process', () => opened(), { code: 'RUN_MISMATCH', message: /does not have 2 shards any more/ }],
@@ -139,6 +169,18 @@ t.test('a step is taken only where this client has left the run', async (t) => {
   })
 })
 
+t.test('an error that is no refusal of a gradient is told before one that is', async (t) => {
+  const of = { step: 1, parameter: 0, status: 422, retryable: false } as const
+  const refusal = { type: 'error', code: 'GRADIENT_NOT_FINITE', message: 'NaN', ...of } as const
+  const full = { type: 'error', code: 'STORAGE_FAILED', message: 'full', status: 507, retryable: false } as const
+  const peer: Peer = await peerOf(t, (frame, socket, connection) => {
+    if (frame.type === 'gradient') say(socket, connection % 2 === 1 ? refusal : full)
+    else heads(() => peer.url)(frame, socket, connection)
+  })
+  const run = await openAt(t, peer)
+  await t.rejects(run.step([Float32Array.of(1, 1), Float32Array.of(1, 1)]), { code: 'STORAGE_FAILED' })
+})
+
 t.test('a run of one process that has shards when it is opened again is refused', async (t) => {
   let opens = 0
   const peer: Peer = await peerOf(t, (frame, socket) => {
@@ -166,15 +208,34 @@ t.test('the head may be slow, drain, or say what it must not', async (t) => {
     const controls = new Set<object>()
     const peer: Peer = await peerOf(t, (frame, socket, connection) => {
       if (frame.type === 'open' && !frame.shard) controls.add(socket)
-      if (frame.type === 'gradient') {
-        const { parameter, step } = frame
-        say(socket, { type: 'update', parameter, step, offset: 0, scale: 0, decay: 0 })
-      }
+      if (frame.type === 'gradient') say(socket, updateOf(frame))
       if (frame.type === 'end' && controls.has(socket)) say(socket, ...frames)
       else heads(() => peer.url)(frame, socket, connection)
     })
     const run = await openAt(t, peer)
     if (expected) await t.rejects(run.step(gradients), expected, title)
     else t.match(await run.step(gradients), { step: 1, digest: 'digest of 1' }, title)
+  }
+})
+
+t.test('after its connections were lost a checkpoint opens the run again, unless another trainer has it', async (t) => {
+  const gradients = [Float32Array.of(1, 1), Float32Array.of(1, 1)]
+  const checkpoint = { checkpoint: 'c', step: 0, digest: 'digest of 0', bytes: 0, created_at: '2026-01-01T00:00:00Z' }
+  for (const isTaken of [false, true]) {
+    const controls: WebSocket[] = []
+    const peer: Peer = await peerOf(t, (frame, socket, connection) => {
+      if (frame.type === 'open' && !frame.shard) controls.push(socket)
+      if (frame.type === 'checkpoint') say(socket, { type: 'checkpointed', ...checkpoint })
+      if (frame.type !== 'gradient') return heads(() => peer.url)(frame, socket, connection)
+      say(socket, updateOf(frame))
+      if (isTaken) controls[0]!.close(4409)
+      else controls[0]!.terminate()
+    })
+    const run = await openAt(t, peer)
+    const code = isTaken ? 'TAKEN_OVER' : 'CONNECTION_LOST'
+    await t.rejects(run.step(gradients), { code })
+    if (isTaken) await t.rejects(run.checkpoint(), { code })
+    else t.match(await run.checkpoint(), checkpoint)
+    t.equal(controls.length, isTaken ? 1 : 2)
   }
 })

@@ -1,7 +1,7 @@
 import t from 'tap'
 import type { OpenFrame, PlacedFrame } from '../../src/wire/frame.js'
 import { RawClient } from '../service.js'
-import { type Process, startCluster } from './service.js'
+import { startCluster, wholeOf } from './service.js'
 
 const MODEL: Omit<OpenFrame, 'type' | 'protocol' | 'run'> = {
   groups: [{ name: 'all', algorithm: 'sgd', lr: 0.5 }],
@@ -23,12 +23,12 @@ async function clientOf(url: string): Promise<RawClient> {
 /** A control connection of the run `gpt`, wherever its head is. */
 async function place(
   change: Partial<OpenFrame> = {},
-  { url }: Process = processes[0]!,
+  url = `${processes[0]!.url}/v1/stream`,
 ): Promise<[RawClient, PlacedFrame]> {
-  const client = await clientOf(`${url}/v1/stream`)
+  const client = await clientOf(url)
   client.send({ type: 'open', protocol: 1, run: 'gpt', shards: 2, ...MODEL, ...change })
   const answer = await client.next()
-  if (answer.type === 'moved') return place(change, processes[1])
+  if (answer.type === 'moved') return place(change, answer.url)
   t.equal(answer.type, 'placed', JSON.stringify(answer))
   return [client, answer as PlacedFrame]
 }
@@ -102,4 +102,18 @@ t.test('what was opened by an older assignment can change nothing any more', asy
   }
   const [, there] = await place({ mode: 'resume', checkpoint })
   t.equal(there.step, 1)
+})
+
+t.test('a shard whose head has forgotten the run sends its members away', async (t) => {
+  const forgetful = await startCluster(t, 2)
+  const [, placed] = await place({}, `${forgetful[0]!.url}/v1/stream`)
+  const shards = await openShards(placed)
+  const { head } = await wholeOf(forgetful, 'gpt')
+  t.teardown(() => Promise.all(shards.map(({ socket }) => socket.terminate())))
+  const other = placed.shards.findIndex(({ url }) => !url.startsWith(head.url))
+  await head.stop()
+  await head.start()
+  await take(shards[other]!, 1)
+  t.match(await shards[other]!.next(), { code: 'RUN_NOT_FOUND' })
+  t.match(await shards[other]!.closed(), { code: 1008 })
 })

@@ -113,4 +113,10 @@ t.test('a whole goes back to a checkpoint of all its shards', async (t) => {
     new Uint8Array(data.buffer, data.byteOffset, data.byteLength).set(weights[i]!)
   await step(3)
   t.equal(run.digest, digest)
+
+  const { head } = await wholeOf(processes, 'returns')
+  t.equal((await fetch(`${head.peer}/v1/runs/returns`, { method: 'DELETE' })).status, 204)
+  await restart(...processes)
+  await t.rejects(wholeOf(processes, 'returns'), 'what was deleted does not come back')
+  t.equal((await client.open({ ...modelOf('returns'), mode: 'create', shards: 2 })).step_count, 0)
 })

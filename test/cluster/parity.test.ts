@@ -66,13 +66,36 @@ t.test('any number of shards has the weights, state, receipts and digests of one
     const other = await train(client, `over-${shards}`, { shards })
     t.equal(other.run.digest, one.run.digest)
     t.same(other.weights, one.weights)
+    t.same(other.run.members, one.run.members)
+    t.same(other.run.opened.attentions, one.run.opened.attentions)
     const comparable = ({ seconds: _, ...receipt }: (typeof one.receipts)[number]) => receipt
     t.same(other.receipts.map(comparable), one.receipts.map(comparable))
-    const { body } = await wholeOf(processes, `over-${shards}`)
+    const { head, body } = await wholeOf(processes, `over-${shards}`)
     t.match(body, { step: STEPS, digest: one.run.digest })
     t.same(await stateOfShards(body), state)
     t.equal(new Set(body.shards.map(({ peer }) => peer)).size, shards)
+    t.equal((await fetch(`${head.peer}/v1/runs/over-${shards}`, { method: 'DELETE' })).status, 204)
+    await t.rejects(wholeOf(processes, `over-${shards}`))
   }
+})
+
+t.test('an attention with biases is told, and clips, as in one process', async (t) => {
+  const processes = await startCluster(t, 2)
+  const client = await clientOf(t, processes[0]!)
+  const biases = { query_bias: { parameter: 3 }, key_bias: { parameter: 3, first_row: 8 } }
+  const clipped = async (name: string, shards: number) => {
+    const model = modelOf(name)
+    const run = await client.open({ ...model, attentions: [{ ...ATTENTION, ...biases }], shards })
+    const { clipped_heads } = await run.step(gradientsOf(model.parameters, 1), { max_logits: LOGITS })
+    const { attentions } = run.opened
+    return { attentions, clipped_heads, digest: run.digest, weights: weightsOf(model.parameters) }
+  }
+  const alone = await clipped('biased', 1)
+  t.same(alone.clipped_heads, { a: 1 })
+  t.match(alone.attentions, [biases])
+  t.same(await clipped('biased-shards', 2), alone)
+  const other = { ...modelOf('biased-shards'), attentions: [ATTENTION], shards: 2, mode: 'resume' } as const
+  await t.rejects(client.open(other), { code: 'RUN_MISMATCH', message: /'a'/ })
 })
 
 /** The ranges of each of two members: the first and the second half of every parameter. */
@@ -94,6 +117,10 @@ t.test('two members of a run of two shards have what one member of one process h
       const parameters = halves(shared.parameters, rank)
       return client.open({ ...shared, parameters, shards: 2, member: { rank, world_size: 2 } })
     }),
+  )
+  t.same(
+    members[0]!.members.map(({ rank }) => rank),
+    [0, 1],
   )
   for (let step = 1; step <= 2; step++) {
     const gradients = gradientsOf(model.parameters, step)

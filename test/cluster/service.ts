@@ -30,6 +30,7 @@ export class Process {
   }
 
   get app(): App {
+    /* c8 ignore next -- a mistake in a test */
     if (!this.#app) throw new Error(`${this.peer} does not run`)
     return this.#app
   }

@@ -12,11 +12,17 @@ export function ofWhole(error: unknown, { indices }: Pick<Part, 'indices'>): unk
  * with the names of all gradients that were refused.
  */
 export function mergedRefusal(errors: readonly unknown[]): unknown {
-  const [first] = errors
-  const refused = errors.flatMap((error) => (error instanceof MuondError ? (error.fields.refused ?? []) : []))
-  const other = errors.find((error) => !(error instanceof MuondError) || error.fields.refused === undefined)
+  const other = errors.find((error) => !isRefusal(error))
   if (other !== undefined) return other
-  return first instanceof MuondError ? withFields(first, { ...first.fields, refused }) : first
+  const refusals = errors.filter(isRefusal)
+  const [first] = refusals
+  return withFields(first, { ...first.fields, refused: refusals.flatMap(({ fields }) => fields.refused) })
+}
+
+type Refusal = MuondError & { readonly fields: MuondErrorFields & { readonly refused: readonly string[] } }
+
+function isRefusal(error: unknown): error is Refusal {
+  return error instanceof MuondError && error.fields.refused !== undefined
 }
 
 function withFields(error: MuondError, fields: MuondErrorFields): MuondError {

@@ -101,10 +101,14 @@ export class Part {
     { shard, generation }: { shard: Shard; generation: number },
   ): OpenFrame {
     const mine = attentions?.filter(({ query }) => this.#local.has(query.parameter))
-    const counted = (rows: { parameter: number; first_row?: number }) => ({
-      ...rows,
-      parameter: this.#local.get(rows.parameter) ?? -1,
-    })
+    const counted = (rows: { parameter: number; first_row?: number }) => {
+      const parameter = this.#local.get(rows.parameter)
+      if (parameter !== undefined) return { ...rows, parameter }
+      throw new MuondError(
+        'RUN_MISMATCH',
+        `shard '${shard.run}' has one part of an attention, and another shard the rest`,
+      )
+    }
     const own = mine?.map(({ query, key, query_bias, key_bias, ...attention }) => ({
       ...{ ...attention, query: counted(query), key: counted(key) },
       ...(query_bias && { query_bias: counted(query_bias) }),

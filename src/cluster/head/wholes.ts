@@ -11,7 +11,7 @@ import { type CommitLog, MemoryLog } from '../commit-log.js'
 import { shardName } from '../names.js'
 import type { Calls } from '../peers/calls.js'
 import type { Peers } from '../peers/peers.js'
-import { placeShards } from '../placement.js'
+import { mostShards, placeShards } from '../placement.js'
 import { Head, type HeadParts, type Placement } from './head.js'
 import type { FileLog, WholeCheckpoint, WholeFiles, WholeRecord } from './whole-files.js'
 
@@ -50,9 +50,10 @@ export class Wholes {
    */
   async restore(): Promise<void> {
     const { files } = this.#means
-    for (const name of (await files?.names()) ?? []) {
+    if (!files) return
+    for (const name of await files.names()) {
       try {
-        const { record, checkpoints, log } = (await files?.read(name)) ?? unreachable()
+        const { record, checkpoints, log } = await files.read(name)
         this.#logs.set(name, log)
         this.#checkPeers(record)
         this.#heads.set(name, await this.#begin(record, { checkpoints, log }))
@@ -134,8 +135,8 @@ export class Wholes {
       throw new ServiceError('OVER_CAPACITY', message)
     }
     const { parameters, attentions } = await inSlices(declarationOf(frame, this.#means.presets))
-    const place = (count: number) => placeShards(parameters, attentions, count)
-    const parts = shards ? place(wanted) : placeAtMost(wanted, place)
+    const count = shards ? wanted : Math.min(wanted, mostShards(parameters, attentions))
+    const parts = placeShards(parameters, attentions, count)
     if (parts.length === 1) return undefined
     const peers = this.#means.peers.inOrder(run)
     const record = recordOf(
@@ -184,17 +185,6 @@ export class Wholes {
   }
 }
 
-/** Fewer where the run cannot be cut into so many. */
-function placeAtMost(most: number, place: (count: number) => readonly (readonly number[])[]) {
-  for (let count = most; ; count--) {
-    try {
-      return place(count)
-    } catch (error) {
-      if (!(error instanceof ServiceError) || count === 1) throw error
-    }
-  }
-}
-
 /** What of a run over several processes is not built is refused: nothing may be left out in silence. */
 function refuseUnbuilt({ run, member, quorum, from }: OpenFrame): void {
   const asked = [
@@ -222,6 +212,3 @@ function recordOf(
 }
 
 /* c8 ignore next 3 -- there are names where there are files */
-function unreachable(): never {
-  throw new Error('a whole without files')
-}

@@ -14,7 +14,7 @@ export async function openStatic({
   urls,
   report,
   folder,
-  isCut = () => false,
+  isCut,
   answers = true,
 }: {
   url: string
@@ -26,7 +26,7 @@ export async function openStatic({
   answers?: boolean
 }): Promise<StaticMember> {
   const probe = async (url: string, signal: AbortSignal) => {
-    if (isCut()) throw new Error('cut')
+    if (isCut?.()) throw new Error('cut')
     return probePeer(url, 'the key of the cluster', signal)
   }
   const assignments = new AssignmentFiles(folder)
