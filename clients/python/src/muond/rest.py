@@ -45,6 +45,10 @@ class Tensor(NamedTuple):
     data: npt.NDArray[np.uint8]
 
 
+Take = Callable[[Tensor], None]
+"""What becomes of a tensor that was read."""
+
+
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
@@ -121,13 +125,30 @@ class Rest:
 
     def state(self, run: str) -> tuple[list[Tensor], dict[str, str]]:
         """Every state tensor of a run, the counts first, as ``state.<parameter>.<name>``; and of which step and digest they are."""
+        tensors: list[Tensor] = []
+
+        def begin() -> Take:
+            tensors.clear()
+            return tensors.append
+
+        return tensors, self.read_state(run, begin)
+
+    def read_state(self, run: str, begin: Callable[[], Take]) -> dict[str, str]:
+        """As ``state``, for who takes each tensor while the next ones are on their way; ``begin`` gives whom. It is called again,
+        and all tensors come again, where an answer was cut off."""
         path = f"/v1/runs/{quote(run, safe='')}/state"
-        return self._again(lambda: self._safetensors(path))
+        return self._again(lambda: self._safetensors(path, begin()))
 
     def counts(self, run: str) -> list[Tensor]:
         """How many updates each parameter has had: the beginning of what ``state`` reads, and nothing behind it."""
         path = f"/v1/runs/{quote(run, safe='')}/state"
-        return self._again(lambda: self._safetensors(path, lambda name: name.endswith(".step"))[0])
+
+        def read() -> list[Tensor]:
+            counts: list[Tensor] = []
+            self._safetensors(path, counts.append, lambda name: name.endswith(".step"))
+            return counts
+
+        return self._again(read)
 
     def import_state(
         self, run: str, tensors: Sequence[Tensor], metadata: dict[str, str], *, partial: bool = False
@@ -155,10 +176,8 @@ class Rest:
             raise MuondError("FRAME_MALFORMED", f"{method} {path} answered with a {type(answer).__name__}")
         return answer
 
-    def _safetensors(
-        self, path: str, wanted: Callable[[str], bool] = lambda _: True
-    ) -> tuple[list[Tensor], dict[str, str]]:
-        """The tensors up to the first whose name is not ``wanted``."""
+    def _safetensors(self, path: str, take: Take, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, str]:
+        """Reads the tensors up to the first whose name is not ``wanted``; returns the metadata."""
         response = self._request("GET", path)
         # Small tensors are read together: a system call for each takes longer than its bytes.
         body = io.BufferedReader(response, _TOGETHER_BYTES)
@@ -168,7 +187,9 @@ class Rest:
                 raise ValueError(f"a header of {length} bytes")  # noqa: TRY301
             described, metadata = read_header(_exactly(body, length, response).tobytes())
             first = list(takewhile(lambda tensor: wanted(tensor.name), described))
-            tensors = [tensor for some in _together(first) for tensor in _read(body, some, response)]
+            for some in _together(first):
+                for tensor in _read(body, some, response):
+                    take(tensor)
         except ValueError as error:
             raise MuondError("FRAME_MALFORMED", f"GET {path} sent what is no safetensors body: {error}") from error
         if len(first) == len(described):
@@ -176,7 +197,7 @@ class Rest:
         else:
             # The service stops where nobody reads on.
             self._connection.close()
-        return tensors, metadata
+        return metadata
 
     def _again(self, request: Callable[[], T]) -> T:
         attempts = Attempts(self._retries, self._backoff)

@@ -13,7 +13,7 @@ import torch
 from models import distance, matrices, net, saved_and_loaded, train
 
 from muond import MuondError
-from muond.rest import Rest, Tensor
+from muond.rest import Rest, Take, Tensor
 from muond.torch import AdamW, Muon, Optimizer, suggest
 from muond.transport.address import endpoint
 from peer import Web
@@ -182,6 +182,17 @@ def body_of(header: dict[str, Any], data: bytes = b"") -> bytes:
             "FRAME_MALFORMED",
             "2 bytes early",
         ),
+        (
+            body_of(
+                {
+                    "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                    "y": {"dtype": "F32", "shape": [1.0], "data_offsets": [4, 8]},
+                },
+                bytes(8),
+            ),
+            "FRAME_MALFORMED",
+            r"'y' is described as .*1\.0",
+        ),
     ],
 )
 def test_what_is_no_state_is_refused(body: bytes, code: str, words: str) -> None:
@@ -196,13 +207,16 @@ def test_a_dtype_that_this_client_does_not_know_is_refused(
     model = net()
     with adamw(model, shared, name) as optimizer:
         train(model, optimizer, 1)
-        read = Rest.state
+        read = Rest.read_state
 
-        def other(rest: Rest, run: str) -> Any:
-            tensors, metadata = read(rest, run)
-            return [t._replace(dtype="U8") if t.name.endswith("exp_avg") else t for t in tensors], metadata
+        def other(rest: Rest, run: str, begin: Callable[[], Take]) -> dict[str, str]:
+            def take(t: Tensor) -> None:
+                begun(t._replace(dtype="U8") if t.name.endswith("exp_avg") else t)
 
-        monkeypatch.setattr(Rest, "state", other)
+            begun = begin()
+            return read(rest, run, lambda: take)
+
+        monkeypatch.setattr(Rest, "read_state", other)
         with pytest.raises(MuondError, match=r"'state\.0\.weight\.exp_avg' has dtype U8"):
             optimizer.state_dict()
 

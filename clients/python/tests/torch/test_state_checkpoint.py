@@ -210,6 +210,17 @@ def test_a_run_that_is_being_restored_is_asked_again() -> None:
         with Rest(endpoint(web.url), 1, muond.Backoff(0.001, 0.001)) as rest:
             assert rest.state("r") == ([], {})
         assert len(web.requests) == 2
+    # What had come by then comes again, and counts once.
+    header = b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "b": {"dtype": "U8", "shape": [2], "data_offsets": [1, 3]}}'
+    file = len(header).to_bytes(8, "little") + header
+    cut = (200, file + b"\1", {"Content-Length": str(len(file) + 3)})
+    with (
+        Web(200, file + b"\1\2\3", before=[cut]) as web,
+        Rest(endpoint(web.url), 1, muond.Backoff(0.001, 0.001)) as rest,
+    ):
+        tensors, _ = rest.state("r")
+        assert [(tensor.name, tensor.data.tolist()) for tensor in tensors] == [("a", [1]), ("b", [2, 3])]
+        assert len(web.requests) == 2
     with (
         Web(200, b'{"cut', {"Content-Length": "1000"}) as web,
         Rest(endpoint(web.url)) as rest,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ..error import ErrorFields, MuondError
-from ..rest import Rest, Tensor
+from ..rest import Rest, Take, Tensor
 from ..transport.address import another
 
 T = TypeVar("T")
@@ -45,6 +45,13 @@ class WholeRest(Rest):
         # The counts of all come first, as those of one process do.
         tensors.sort(key=lambda tensor: not tensor.name.endswith(".step"))
         return tensors, {"step": str(whole["step"]), "digest": whole["digest"]}
+
+    def read_state(self, run: str, begin: Callable[[], Take]) -> dict[str, str]:
+        tensors, metadata = self.state(run)
+        take = begin()
+        for tensor in tensors:
+            take(tensor)
+        return metadata
 
     def counts(self, run: str) -> list[Tensor]:
         found = self._of_shards(self._whole(run), lambda rest, name: rest.counts(name))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -30,7 +32,8 @@ def read_header(text: bytes) -> tuple[list[Described], dict[str, str]]:
     if not isinstance(header, dict):
         raise ValueError(f"a safetensors header is a map, this one is a {type(header).__name__}")  # noqa: TRY004
     metadata = header.pop("__metadata__", {})
-    tensors = [_described(name, entry) for name, entry in header.items()]
+    described = _describing()
+    tensors = [described(name, entry) for name, entry in header.items()]
     tensors.sort(key=attrgetter("begin"))
     covered = 0
     for tensor in tensors:
@@ -40,16 +43,25 @@ def read_header(text: bytes) -> tuple[list[Described], dict[str, str]]:
     return tensors, {str(key): str(value) for key, value in metadata.items()}
 
 
-def _described(name: str, entry: Any) -> Described:
-    try:
-        dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
-        begin, end = map(int, entry["data_offsets"])
-        expected = math.prod(shape) * BYTES[dtype]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"tensor '{name}' is described as {entry!r}") from error
-    if end - begin != expected:
-        raise ValueError(f"tensor '{name}' has {end - begin} bytes, {dtype} of shape {list(shape)} has {expected}")
-    return Described(name, dtype, shape, begin, end)
+def _describing() -> Callable[[str, Any], Described]:
+    """Reads the entries of one header, in which most tensors have the shape of others."""
+
+    @lru_cache(maxsize=None, typed=True)
+    def size_of(dtype: str, *shape: int) -> int:
+        return math.prod(map(operator.index, shape)) * BYTES[dtype]
+
+    def described(name: str, entry: Any) -> Described:
+        try:
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            begin, end = map(operator.index, entry["data_offsets"])
+            expected = size_of(dtype, *shape)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"tensor '{name}' is described as {entry!r}") from error
+        if end - begin != expected:
+            raise ValueError(f"tensor '{name}' has {end - begin} bytes, {dtype} of shape {list(shape)} has {expected}")
+        return Described(name, dtype, shape, begin, end)
+
+    return described
 
 
 def write_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, int]:

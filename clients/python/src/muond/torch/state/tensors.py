@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...error import MuondError
-from ...rest import Rest, Tensor
+from ...rest import Rest, Take, Tensor
 from ...run import Run
 from ..slots import Slot
 from .fingerprint import on_host
@@ -30,28 +30,31 @@ def read_state(rest: Rest, run: Run | Followed, slots: Sequence[Slot]) -> list[d
     """
     # Before the tensors: a step that another trainer has begun would be waited for.
     require_place(run, rest.run(run.name))
-    tensors, metadata = rest.state(run.name)
-    require_place(run, {"step": int(metadata["step"]), "digest": metadata["digest"], "ahead": []})
-    return _by_slot(slots, tensors)
+    by_slot: dict[str, dict[str, torch.Tensor]] = {}
 
+    def begin() -> Take:
+        by_slot.update((slot.name, {}) for slot in slots)
+        return take
 
-def _by_slot(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[dict[str, torch.Tensor]]:
-    by_slot: dict[str, dict[str, torch.Tensor]] = {slot.name: {} for slot in slots}
-    counts = dict(_counts(tensors))
-    for parameter, count in counts.items():
-        if count:
-            # torch's optimizers count steps in a float32 scalar.
-            by_slot[parameter]["step"] = torch.tensor(float(count), dtype=torch.float32, device="cpu")
-    for tensor in tensors[len(counts) :]:
+    def take(tensor: Tensor) -> None:
         parameter, _, name = tensor.name.removeprefix("state.").rpartition(".")
-        by_slot[parameter][name] = _to_torch(tensor)
+        if name != "step":
+            by_slot[parameter][name] = _to_torch(tensor)
+        elif (count := _count(tensor)) > 0:
+            # torch's optimizers count steps in a float32 scalar.
+            by_slot[parameter][name] = torch.scalar_tensor(float(count), dtype=torch.float32, device="cpu")
+
+    metadata = rest.read_state(run.name, begin)
+    require_place(run, {"step": int(metadata["step"]), "digest": metadata["digest"], "ahead": []})
     return [by_slot[slot.name] for slot in slots]
 
 
 def read_begun(rest: Rest, run: Run | Followed, slots: Sequence[Slot]) -> list[bool]:
     """Whether the service has a state of each slot; no tensor is transferred. Raises MuondError as ``read_state`` does."""
     require_place(run, rest.run(run.name))
-    counts = dict(_counts(rest.counts(run.name)))
+    counts = {
+        tensor.name.removeprefix("state.").removesuffix(".step"): _count(tensor) for tensor in rest.counts(run.name)
+    }
     return [counts[slot.name] > 0 for slot in slots]
 
 
@@ -74,12 +77,8 @@ def write_state(
     run.import_state(tensors, {"format": "pt"}, partial=partial)
 
 
-def _counts(tensors: Sequence[Tensor]) -> Iterator[tuple[str, int]]:
-    """(parameter, how many updates it has had): the counts come before every other tensor."""
-    for tensor in tensors:
-        if not tensor.name.endswith(".step"):
-            return
-        yield tensor.name.removeprefix("state.").removesuffix(".step"), int.from_bytes(tensor.data, "little")
+def _count(tensor: Tensor) -> int:
+    return int.from_bytes(tensor.data, "little")
 
 
 def _to_torch(tensor: Tensor) -> torch.Tensor:
