@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from beside import ALGORITHMS, EXACT, apart, backward, made, model, steps
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from muond import MuondError
 from muond.torch import AdamW
+from muond.torch.finite import nonfinite
 from service import Service
 
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -92,6 +95,34 @@ def test_what_is_not_finite_once_it_is_rounded_counts(shared: Service, dtype: An
     with pytest.warns(RuntimeWarning, match="once it is rounded to its gradient_dtype"):
         optimizer.step()
     assert torch.equal(weight.detach(), torch.ones(4, 4))
+
+
+# Of the largest numbers the sum of two overflows, and all are finite.
+NUMBERS = [0.0, 1.5, -2.0, 3.0e38, -3.0e38, 3.4e38, 6.5e4, -6.5e4, 7.0e4, *BAD]
+
+
+@pytest.mark.parametrize("gradient_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_found_is_what_is_not_finite(shared: Service, dtype: torch.dtype, gradient_dtype: Any) -> None:
+    weights = [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((7,), (2, 3), (3, 5, 2), ())]
+    with AdamW(weights, url=shared.url, gradient_dtype=gradient_dtype) as optimizer:
+        optimizer.open()
+        wire = getattr(torch, gradient_dtype)
+
+        @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 29), st.sampled_from(NUMBERS)), max_size=12))
+        @settings(derandomize=True, max_examples=60, deadline=None)
+        def check(put: list[tuple[int, int, float]]) -> None:
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            for index, at, value in put:
+                flat = weights[index].grad.view(-1)  # type: ignore[union-attr]
+                flat[at % flat.numel()] = value
+            found = [slot.index for slot in nonfinite(optimizer._home.slots)]
+            gradients = [weight.grad for weight in weights]
+            finite = [bool(gradient.to(wire).isfinite().all()) for gradient in gradients]  # type: ignore[union-attr]
+            assert sorted(found) == [index for index, fine in enumerate(finite) if not fine]
+
+        check()
 
 
 def test_grad_scaler_finds_it_first(shared: Service) -> None:
