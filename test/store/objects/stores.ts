@@ -51,10 +51,10 @@ export class TestStore {
 
   /** Starts a fake, or reaches for the real one. It ends with the test. */
   static async start(t: Test): Promise<TestStore> {
+    /* c8 ignore next -- with a real store the other side runs */
     const fake = REAL === undefined ? new FakeS3() : undefined
     fake?.server.listen(0, '127.0.0.1')
     if (fake) await once(fake.server, 'listening')
-    /* c8 ignore next -- with a real store the other side runs */
     const target = REAL ?? `http://127.0.0.1:${(fake!.server.address() as AddressInfo).port}`
     const store = await new TestStore(target, fake).#listen(t)
     /* c8 ignore next 5 -- needs a real store: npm run test:objects */

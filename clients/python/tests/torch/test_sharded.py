@@ -158,6 +158,7 @@ def test_a_process_that_follows_has_what_the_first_one_has(shared: Service, name
     module = sharded.model()
     copies = Copies(dist.group.WORLD)
     copies.is_first = False
+    copies.meet()
     copies._copy([torch.ones(2, 3).t(), torch.ones(0)])
     with pytest.raises(muond.MuondError, match="the first copy of the model has failed: RuntimeError: no"):
         raise told(RuntimeError("no")) or AssertionError

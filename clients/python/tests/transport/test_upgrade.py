@@ -14,7 +14,7 @@ import pytest
 from muond import MuondError
 from muond.connection import Connection
 from muond.transport.address import endpoint
-from muond.transport.upgrade import dial
+from muond.transport.upgrade import _upgrade, dial
 from peer import Peer, Web
 from service import Service, keys_file
 
@@ -123,6 +123,31 @@ def test_what_is_no_upgrade_is_refused(answer: bytes, code: str, words: str) -> 
     close()
     assert error.code == code
     assert words in str(error)
+
+
+class ByteByByte:
+    """A connection of which a read gives one byte."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.left = answer
+
+    def sendall(self, data: bytes) -> None:
+        """Nobody reads it."""
+
+    def recv_into(self, buffer: memoryview) -> int:
+        given, self.left = self.left[:1], self.left[1:]
+        buffer[: len(given)] = given
+        return len(given)
+
+
+@pytest.mark.parametrize("body", [b'{"code": "OVERLOADED", "detail": "full"}', b'{"code": "OVERLOADED", "detail": "fu'])
+def test_an_answer_may_come_byte_by_byte_and_end_early(body: bytes) -> None:
+    answer = b"HTTP/1.1 429 No\r\nContent-Length: 40\r\nRetry-After: 3\r\n\r\n" + body
+    with pytest.raises(MuondError) as caught:
+        _upgrade(ByteByByte(answer), endpoint("ws://127.0.0.1:1"))  # type: ignore[arg-type]
+    assert caught.value.fields.retry_after_seconds == 3
+    assert caught.value.code == "OVERLOADED"
+    assert str(caught.value).partition(" [")[0].endswith("full" if len(body) == 40 else "HTTP status 429")
 
 
 def test_an_extension_that_nobody_offered_is_refused() -> None:
