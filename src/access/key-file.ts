@@ -1,9 +1,9 @@
 import { createHash, randomBytes } from 'node:crypto'
 import { readFileSync, statSync } from 'node:fs'
-import { parse } from 'yaml'
 import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
 import { list, oneOf, optional, record, sha256, text } from '../store/rules.js'
+import { parseYaml } from '../yaml.js'
 import { SCOPES, type Scope } from './principal.js'
 import { type Quotas, quotasRule } from './quotas.js'
 
@@ -83,11 +83,9 @@ function contentOf(path: string): { mode: number; content: string } {
 
 function parsed(content: string, path: string): unknown {
   try {
-    return parse(content)
+    return parseYaml(content)
   } catch (error) {
-    // A YAML error goes on with an excerpt of the file.
-    const [line] = errorText(error).split('\n')
-    throw new ConfigError(`key file '${path}' is no YAML: ${line}`)
+    throw new ConfigError(`key file '${path}' is no YAML: ${errorText(error)}`)
   }
 }
 

@@ -1,8 +1,9 @@
 import assert from 'node:assert'
 import { readFileSync } from 'node:fs'
 import type { FastifySchema } from 'fastify'
-import { parse } from 'yaml'
+
 import { CLUSTER, SCOPES } from '../access/principal.js'
+import { parseYaml } from '../yaml.js'
 import type { Access } from './auth.js'
 
 /** openapi.yaml as text and parsed. */
@@ -56,7 +57,7 @@ let contract: Contract | undefined
 export function readContract(): Contract {
   if (contract !== undefined) return contract
   const text = readFileSync(new URL('../../../openapi.yaml', import.meta.url), 'utf8')
-  contract = { text, document: parse(text) }
+  contract = { text, document: parseYaml(text) as Document }
   return contract
 }
 

@@ -1,5 +1,4 @@
 import { readFile } from 'node:fs/promises'
-import { parse as parseYaml } from 'yaml'
 import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
 import { type Groups, groupOf, show, stateBearing, updateGroup } from '../optimizer/hyperparameters.js'
@@ -7,6 +6,7 @@ import { describe, type Parameter, parseParameters } from '../optimizer/paramete
 import type { Presets } from '../optimizer/preset.js'
 import { type Declaration, parseGroups } from '../run/declaration.js'
 import type { GroupDeclaration, ParameterDeclaration } from '../wire/frame.js'
+import { parseYaml } from '../yaml.js'
 
 /** Other groups for some of a run's parameters. */
 export type Alternative = {
@@ -30,7 +30,7 @@ export async function readAlternative(file: string, run: Declaration, presets: P
   try {
     return parseAlternative(parseYaml(await readFile(file, 'utf8')), run, presets)
   } catch (error) {
-    throw new ConfigError(`${file}: ${errorText(error).split('\n')[0]}`)
+    throw new ConfigError(`${file}: ${errorText(error)}`)
   }
 }
 

@@ -1,10 +1,10 @@
 import { readdirSync, readFileSync } from 'node:fs'
 import { basename, join, parse as parsePath } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { parse as parseYaml } from 'yaml'
 import { ConfigError } from '../config.js'
 import { errorText } from '../errors.js'
 import { type Preset, type Presets, parsePreset } from '../optimizer/preset.js'
+import { parseYaml } from '../yaml.js'
 
 /** A preset, its file, and the file's text. */
 export type PresetFile = { readonly preset: Preset; readonly file: string; readonly text: string }
@@ -57,7 +57,7 @@ function listFolder(folder: string): string[] {
     const names = readdirSync(folder).filter((name) => LOOKS_LIKE_ONE.test(name))
     return names.sort().map((name) => join(folder, name))
   } catch (error) {
-    throw new ConfigError(`presets folder '${folder}' cannot be read: ${firstLine(error)}`)
+    throw new ConfigError(`presets folder '${folder}' cannot be read: ${errorText(error)}`)
   }
 }
 
@@ -66,12 +66,6 @@ function readPresetFile(file: string): PresetFile {
     const text = readFileSync(file, 'utf8')
     return { preset: parsePreset(parsePath(file).name, parseYaml(text)), file, text }
   } catch (error) {
-    throw new ConfigError(`${file}: ${firstLine(error)}`)
+    throw new ConfigError(`${file}: ${errorText(error)}`)
   }
-}
-
-/** The first line of an error's message: a YAML error goes on with an excerpt of the file. */
-function firstLine(error: unknown): string {
-  const [line] = String(error).split('\n')
-  return errorText(line).replace(/:$/, '')
 }

@@ -235,7 +235,7 @@ t.test('groups that do not fit the run are refused', async (t) => {
       [{ name: 'x', algorithm: 'sgd', lr_schedule: 'run', parameters: ['*'] }],
       "group 'x': lr_schedule is run, and its parameters are of the run's groups matrices, rest: which of them is followed?",
     ],
-    ['a: [', /Flow sequence/],
+    ['a: [', /within a flow collection at line 2, column 1$/],
   ]
   for (const [groups, message] of cases) {
     const file = groupsFile(folder, groups)

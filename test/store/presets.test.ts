@@ -50,7 +50,7 @@ t.test('what cannot be read is one line with the file and the key', async (t) =>
     ['bad.yaml', MINE.replace('0.7', '-1'), 'hyperparameters.sgd: lr is -1, expected a finite float32 number >= 0'],
     ['typo.yaml', MINE.replace('description', 'describtion'), /^describtion is unknown, expected description, /],
     ['broken.yaml', 'a: [1, 2\nb: 3', /^[^\n]+ at line 2, column 1$/],
-    ['twice.yaml', `${MINE}description: again\n`, /^Map keys must be unique at line 4, column 1$/],
+    ['twice.yaml', `${MINE}description: again\n`, /^duplicated mapping key at line 4, column 1$/],
   ]
   for (const [name, text, message] of cases) {
     const folder = t.testdir({ [name]: text })
