@@ -1,3 +1,4 @@
+import type { WireDtype } from '../../../kernels/dtype.js'
 import type { Ticket } from '../../device/device.js'
 import type { ServiceError } from '../../errors.js'
 import type { Parameter } from '../../optimizer/parameter.js'
@@ -49,6 +50,8 @@ export class Member {
   readonly ticket: Ticket = { cancelled: false }
   readonly #connection: Connection | undefined
   readonly #ranges: readonly Ranges[] | undefined
+  /** By dtype and number of elements, where it has all of them: a step asks for thousands, of a few sizes. */
+  readonly #whole = new Map<WireDtype, Map<number, Extent>>()
 
   /** A journal whose steps are computed again is a member without a connection: nobody can take its place. */
   constructor(connection?: Connection, { ranges, ...position }: Seat = ONLY) {
@@ -83,12 +86,12 @@ export class Member {
 
   /** The bytes of a parameter's gradient that it sends. */
   gradient(parameter: Parameter): Extent {
-    return Extent.of(parameter.gradient_dtype, this.#of(parameter))
+    return this.#extent(parameter, parameter.gradient_dtype)
   }
 
   /** The bytes of a parameter's update that it receives. */
   update(parameter: Parameter): Extent {
-    return Extent.of(parameter.update_dtype, this.#of(parameter))
+    return this.#extent(parameter, parameter.update_dtype)
   }
 
   /** Its connection is gone. */
@@ -110,6 +113,15 @@ export class Member {
   /** Tells the connection that another member has opened the run or was lost. */
   changed(status: MemberStatus): void {
     this.#connection?.changed(status)
+  }
+
+  #extent(parameter: Parameter, dtype: WireDtype): Extent {
+    if (this.#ranges) return Extent.of(dtype, this.#of(parameter))
+    const bySize = this.#whole.get(dtype) ?? new Map<number, Extent>()
+    const extent = bySize.get(parameter.elements) ?? Extent.of(dtype, this.#of(parameter))
+    bySize.set(parameter.elements, extent)
+    this.#whole.set(dtype, bySize)
+    return extent
   }
 
   #of({ index, elements }: Parameter): Ranges {
