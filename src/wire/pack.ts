@@ -34,6 +34,13 @@ class Writer {
     write?.(this.#bytes, at + 1)
   }
 
+  /** Appends one byte and, behind it, a whole number of `width` bytes. */
+  count(byte: number, width: number, value: number): void {
+    const at = this.#grow(1 + width)
+    this.#bytes[at] = byte
+    this.#bytes.writeUIntBE(value, at + 1, width)
+  }
+
   text(value: string, length: number): void {
     const at = this.#grow(length)
     this.#bytes.write(value, at)
@@ -68,9 +75,16 @@ function writeValue(writer: Writer, value: unknown, expected: Expected): void {
 
 function writeNumber(writer: Writer, value: number, { schema, key }: Expected): void {
   const isFloat = schema.is === 'float' || (schema.is === 'hyperparameter' && !INTEGER_HYPERPARAMETERS.includes(key))
-  if (isFloat || !Number.isSafeInteger(value) || Object.is(value, -0))
-    return writer.head(0xcb, 8, (bytes, at) => bytes.writeDoubleBE(value, at))
+  if (isFloat || !Number.isSafeInteger(value) || Object.is(value, -0)) return writeFloat(writer, value)
   if (value >= 0) return writeCount(writer, value)
+  writeNegative(writer, value)
+}
+
+function writeFloat(writer: Writer, value: number): void {
+  writer.head(0xcb, 8, (bytes, at) => bytes.writeDoubleBE(value, at))
+}
+
+function writeNegative(writer: Writer, value: number): void {
   if (value >= -0x20) return writer.head(0x100 + value)
   if (value >= -0x80) return writer.head(0xd0, 1, (bytes, at) => bytes.writeInt8(value, at))
   if (value >= -0x8000) return writer.head(0xd1, 2, (bytes, at) => bytes.writeInt16BE(value, at))
@@ -80,14 +94,18 @@ function writeNumber(writer: Writer, value: number, { schema, key }: Expected): 
 
 function writeCount(writer: Writer, value: number): void {
   if (value < 0x80) return writer.head(value)
-  if (value > 0xffffffff) return writer.head(0xcf, 8, (bytes, at) => bytes.writeBigUInt64BE(BigInt(value), at))
-  writeLength(writer, value, { byte: 0xcc, widths: [1, 2, 4] })
+  if (value > 0xffffffff) return writeBigCount(writer, BigInt(value))
+  writeLength(writer, value, COUNT)
+}
+
+function writeBigCount(writer: Writer, value: bigint): void {
+  writer.head(0xcf, 8, (bytes, at) => bytes.writeBigUInt64BE(value, at))
 }
 
 function writeText(writer: Writer, value: string): void {
   const length = Buffer.byteLength(value)
   if (length < 0x20) writer.head(0xa0 + length)
-  else writeLength(writer, length, { byte: 0xd9, widths: [1, 2, 4] })
+  else writeLength(writer, length, TEXT)
   writer.text(value, length)
 }
 
@@ -97,7 +115,7 @@ function writeBin(writer: Writer, { buffer, byteOffset, byteLength }: ArrayBuffe
 }
 
 function writeBinHead(writer: Writer, length: number): void {
-  writeLength(writer, length, { byte: 0xc4, widths: [1, 2, 4] })
+  writeLength(writer, length, BIN)
 }
 
 /** The head of a bin of so many bytes, which follow. */
@@ -116,20 +134,21 @@ export function listHead(items: number): Buffer {
 
 function writeListHead(writer: Writer, items: number): void {
   if (items < 0x10) writer.head(0x90 + items)
-  else writeLength(writer, items, { byte: 0xdc, widths: [2, 4] })
+  else writeLength(writer, items, LIST)
 }
 
 function writeList(writer: Writer, items: readonly unknown[], { schema, key }: Expected): void {
   writeListHead(writer, items.length)
   // A list of numbers under a hyperparameter is of its kind: betas, coefficients.
   const of = schema.is === 'list' ? schema.of : schema.is === 'hyperparameter' ? schema : ANY
-  for (const item of items) writeValue(writer, item, { schema: of, key })
+  const expected = { schema: of, key }
+  for (const item of items) writeValue(writer, item, expected)
 }
 
 function writeMap(writer: Writer, map: object, { schema }: Expected): void {
   const present = Object.entries(map).filter(([, value]) => value !== undefined)
   if (present.length < 0x10) writer.head(0x80 + present.length)
-  else writeLength(writer, present.length, { byte: 0xde, widths: [2, 4] })
+  else writeLength(writer, present.length, MAP)
   for (const [key, value] of present) {
     writeText(writer, key)
     writeValue(writer, value, { schema: schemaAt(schema, key), key })
@@ -143,13 +162,18 @@ function schemaAt(schema: Schema, key: string): Schema {
   return Object.hasOwn(schema.optional, key) ? schema.optional[key] : (schema.rest ?? ANY)
 }
 
-/** A number in the narrowest of the widths that holds it; each has a type byte of its own, one after the other. */
-function writeLength(
-  writer: Writer,
-  value: number,
-  { byte, widths }: { byte: number; widths: readonly (1 | 2 | 4)[] },
-) {
-  const index = widths.findIndex((width) => value < 2 ** (8 * width))
-  const width = widths[index]
-  writer.head(byte + index, width, (bytes, at) => bytes.writeUIntBE(value, at, width))
+/** Numbers by their width in bytes; each width has a type byte of its own, one after the other from `byte` on. */
+type Widths = { readonly byte: number; readonly widths: readonly (1 | 2 | 4)[] }
+
+const COUNT: Widths = { byte: 0xcc, widths: [1, 2, 4] }
+const TEXT: Widths = { byte: 0xd9, widths: [1, 2, 4] }
+const BIN: Widths = { byte: 0xc4, widths: [1, 2, 4] }
+const LIST: Widths = { byte: 0xdc, widths: [2, 4] }
+const MAP: Widths = { byte: 0xde, widths: [2, 4] }
+
+/** A number in the narrowest of the widths that holds it. */
+function writeLength(writer: Writer, value: number, { byte, widths }: Widths): void {
+  let index = 0
+  while (value >= 2 ** (8 * widths[index])) index++
+  writer.count(byte + index, widths[index], value)
 }

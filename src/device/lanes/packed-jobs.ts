@@ -91,14 +91,14 @@ class Writer {
   #job({ plan, gradient, received, source, mean, gradient_scale, state, next, update, sent, expected }: Job): void {
     this.#numbers.push(this.#plans.numberOf(plan), gradient_scale)
     this.#span(gradient)
-    this.#optional(received, () => received && this.#blocks(received))
-    this.#optional(source, () => source && this.#span(source))
-    this.#optional(mean, () => mean && this.#mean(mean))
+    if (this.#has(received)) this.#blocks(received)
+    if (this.#has(source)) this.#span(source)
+    if (this.#has(mean)) this.#mean(mean)
     this.#span(update)
-    this.#optional(sent, () => sent && this.#blocks(sent))
-    this.#optional(state, () => state && this.#pointers(state))
+    if (this.#has(sent)) this.#blocks(sent)
+    if (this.#has(state)) this.#pointers(state)
     this.#pointers(next)
-    this.#optional(expected, () => expected !== undefined && this.#words.push(expected))
+    if (this.#has(expected)) this.#words.push(expected)
   }
 
   end(): Omit<PackedJobs, 'count'> {
@@ -106,9 +106,10 @@ class Writer {
     return { plans: this.#plans.values, owners: this.#owners.values, words, numbers: Float64Array.from(this.#numbers) }
   }
 
-  #optional(value: unknown, write: () => unknown): void {
+  /** Says whether something comes that may be left out. */
+  #has<T>(value: T | undefined): value is T {
     this.#numbers.push(value === undefined ? 0 : 1)
-    write()
+    return value !== undefined
   }
 
   #span({ space, pointer, bytes, owner, shared }: Span): void {
