@@ -2,7 +2,8 @@ import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'nod
 import { join } from 'node:path'
 import t, { type Test } from 'tap'
 import type { Entry } from '../../src/cluster/commit-log.js'
-import { FileLog, type WholeCheckpoint, WholeFiles, type WholeRecord } from '../../src/cluster/head/whole-files.js'
+import { FileLog, WholeFiles } from '../../src/cluster/head/whole-files.js'
+import type { StoredLog, WholeCheckpoint, WholeRecord } from '../../src/cluster/head/whole-store.js'
 
 const RECORD: WholeRecord = {
   run: 'gpt',
@@ -19,7 +20,7 @@ function entryAt(position: number, head = 'the head'): Entry {
   return { ...standing, position, kind: 'commit', generation: 1, head }
 }
 
-const opened: FileLog[] = []
+const opened: StoredLog[] = []
 t.afterEach(async () => {
   for (const log of opened.splice(0)) await log.close()
 })
@@ -96,11 +97,14 @@ t.test('a whole is read as it was written, or not at all', async (t) => {
   const data = t.testdir()
   const files = new WholeFiles(data, true)
   t.same(await files.names(), [])
+  t.equal(await files.has('gpt'), false)
+  await t.rejects(files.remove('gpt'), { code: 'RUN_NOT_FOUND' })
   const made = await files.create(RECORD)
   opened.push(made.log)
   await made.log.put(entryAt(1))
   const checkpoints: WholeCheckpoint[] = [{ checkpoint: '1-1-0', step: 1, digest: 'digest 1', shards: ['step-1'] }]
-  await files.keepCheckpoints('gpt', checkpoints)
+  t.same(await files.keepCheckpoints('gpt', checkpoints), checkpoints)
+  t.equal(await files.has('gpt'), true)
   const read = await files.read('gpt')
   opened.push(read.log)
   t.same({ record: read.record, checkpoints: read.checkpoints }, { record: RECORD, checkpoints })
@@ -130,7 +134,7 @@ t.test('a whole is read as it was written, or not at all', async (t) => {
     writeFileSync(path, file === 'whole.json' ? JSON.stringify(RECORD) : '[]')
   }
   await files.remove('gpt')
-  await t.rejects(files.read('gpt'), { code: 'CHECKPOINT_UNREADABLE', message: /ENOENT/ })
+  await t.rejects(files.read('gpt'), { code: 'RUN_NOT_FOUND', message: /'gpt'/ })
   await t.rejects(files.keepCheckpoints('gpt', []), { code: 'STORAGE_FAILED', message: /checkpoints of run 'gpt'/ })
 })
 
@@ -142,5 +146,13 @@ t.test('a whole that was half made or half deleted is none', async (t) => {
   t.equal(log.isDurable, false)
   t.same(await files.names(), ['gpt'])
   t.same(readdirSync(join(data, 'wholes')), ['gpt'])
-  await t.rejects(files.create(RECORD), { code: 'STORAGE_FAILED', message: /run 'gpt' cannot be kept/ })
+  await t.rejects(files.create(RECORD), { code: 'RUN_EXISTS', message: /'gpt'/ })
+})
+
+t.test('a folder that cannot be used is told', async (t) => {
+  const half = new WholeFiles(t.testdir({ wholes: { '.gpt': 'no folder' } }), true)
+  await t.rejects(half.create(RECORD), { code: 'STORAGE_FAILED', message: /run 'gpt' cannot be kept/ })
+  const none = new WholeFiles(t.testdir({ wholes: 'no folder' }), true)
+  await t.rejects(none.has('gpt'), { code: 'STORAGE_FAILED', message: /wholes' cannot be read: ENOTDIR/ })
+  await t.rejects(none.create(RECORD), { code: 'STORAGE_FAILED' })
 })

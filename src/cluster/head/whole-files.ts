@@ -2,40 +2,18 @@ import { type FileHandle, open, readFile, rename, rm } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { errorText, ServiceError } from '../../errors.js'
 import { FILE_MODE, hasCode, makeFolder, namesIn, replaceFile, syncFolder } from '../../store/durable.js'
-import type { AttentionDeclaration, GroupDeclaration, ParameterDeclaration } from '../../wire/frame.js'
-import type { AssignedShard } from '../assignment.js'
-import type { CommitLog, Entry } from '../commit-log.js'
+import type { Entry } from '../commit-log.js'
+import type { StoredLog, StoredWhole, WholeCheckpoint, WholeRecord, WholeStore } from './whole-store.js'
 
 // The folder of a whole at its head, `wholes/RUN` below the data folder: what it was created with, its log and its
 // checkpoints. The process has locked the data folder, so nobody else writes here.
-
-/** A checkpoint of a whole: those of its shards, in their order, after one step. */
-export type WholeCheckpoint = {
-  readonly checkpoint: string
-  readonly tag?: string
-  readonly step: number
-  readonly digest: string
-  readonly shards: readonly string[]
-}
-
-/** What a whole was created with. */
-export type WholeRecord = {
-  readonly run: string
-  readonly created_at: string
-  readonly groups: readonly GroupDeclaration[]
-  readonly parameters: readonly ParameterDeclaration[]
-  readonly attentions: readonly AttentionDeclaration[]
-  readonly shards: readonly AssignedShard[]
-}
 
 const WHOLE = 'whole.json'
 const CHECKPOINTS = 'checkpoints.json'
 const LOG = 'log.jsonl'
 
-/** A whole that was read from its folder. */
-export type StoredWhole = { record: WholeRecord; checkpoints: WholeCheckpoint[]; log: FileLog }
-
-export class WholeFiles {
+export class WholeFiles implements WholeStore {
+  readonly isShared = false
   readonly #folder: string
   readonly #syncs: boolean
 
@@ -55,6 +33,7 @@ export class WholeFiles {
 
   async create(record: WholeRecord): Promise<StoredWhole> {
     const [folder, half] = [join(this.#folder, record.run), join(this.#folder, `.${record.run}`)]
+    if (await this.has(record.run)) throw new ServiceError('RUN_EXISTS', `run '${record.run}' exists`)
     try {
       await makeFolder(half)
       await replaceFile(join(half, WHOLE), JSON.stringify(record))
@@ -66,9 +45,8 @@ export class WholeFiles {
     }
   }
 
-  /** Throws CHECKPOINT_UNREADABLE for files that are not what was written. */
   async read(run: string): Promise<StoredWhole> {
-    const folder = join(this.#folder, run)
+    const folder = await this.#found(run)
     try {
       const record = recordIn(await readFile(join(folder, WHOLE), 'utf8'), run)
       const checkpoints = checkpointsIn(await readIfThere(join(folder, CHECKPOINTS)))
@@ -79,24 +57,38 @@ export class WholeFiles {
     }
   }
 
-  async keepCheckpoints(run: string, checkpoints: readonly WholeCheckpoint[]): Promise<void> {
+  async has(run: string): Promise<boolean> {
+    try {
+      return (await namesIn(this.#folder)).includes(run)
+    } catch (error) {
+      throw storageFailed(`'${this.#folder}' cannot be read`, error)
+    }
+  }
+
+  async keepCheckpoints(run: string, checkpoints: readonly WholeCheckpoint[]): Promise<readonly WholeCheckpoint[]> {
     try {
       await replaceFile(join(this.#folder, run, CHECKPOINTS), JSON.stringify(checkpoints))
+      return checkpoints
     } catch (error) {
       throw storageFailed(`the checkpoints of run '${run}' cannot be written`, error)
     }
   }
 
   async remove(run: string): Promise<void> {
-    const half = join(this.#folder, `.${run}`)
-    await rename(join(this.#folder, run), half)
+    const [folder, half] = [await this.#found(run), join(this.#folder, `.${run}`)]
+    await rename(folder, half)
     await syncFolder(this.#folder)
     await rm(half, { recursive: true })
+  }
+
+  async #found(run: string): Promise<string> {
+    if (await this.has(run)) return join(this.#folder, run)
+    throw new ServiceError('RUN_NOT_FOUND', `there is no run '${run}' over several processes`)
   }
 }
 
 /** A log in a file, a line for each entry. It grows by about a kilobyte with each step. */
-export class FileLog implements CommitLog {
+export class FileLog implements StoredLog {
   readonly isDurable: boolean
   readonly #path: string
   readonly #file: FileHandle
