@@ -47,7 +47,7 @@ export interface WholeStore {
   has(run: string): Promise<boolean>
   /**
    * Keeps these checkpoints in the place of those that this process has read or kept before. Answers what is there
-   * then: where the store is shared, checkpoints of another head are among them.
+   * then: where the store is shared, checkpoints of another head are among them. Throws RUN_NOT_FOUND.
    */
   keepCheckpoints(run: string, checkpoints: readonly WholeCheckpoint[]): Promise<readonly WholeCheckpoint[]>
   /** Throws RUN_NOT_FOUND. The name is free once this resolves. */

@@ -9,6 +9,7 @@ import { type ObjectsAddress, openObjects } from './open-objects.js'
 import { Owner } from './owner.js'
 import { probe } from './probe.js'
 import { type ObjectsMeans, RunObjects } from './run-objects.js'
+import { withEach } from './with-each.js'
 
 export type DataObjectsOptions = {
   readonly wait_seconds: number
@@ -99,12 +100,10 @@ async function namesOf(means: ObjectsMeans): Promise<string[]> {
     const [, name] = INDEX.exec(key) ?? []
     if (name !== undefined) found.push(name)
   }
-  const left = [...found]
   const names: string[] = []
-  const work = async () => {
-    for (let name = left.pop(); name !== undefined; name = left.pop()) if (await isThere(means, name)) names.push(name)
-  }
-  await Promise.all(Array.from({ length: NAMES_AT_A_TIME }, work))
+  await withEach(found, NAMES_AT_A_TIME, async (name) => {
+    if (await isThere(means, name)) names.push(name)
+  })
   return names.sort()
 }
 

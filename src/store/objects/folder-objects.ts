@@ -73,12 +73,11 @@ export class FolderObjects implements Objects {
     return turn
   }
 
-  async *list(prefix: string): AsyncGenerator<string> {
-    const entries = await present(readdir(this.#root, { recursive: true, withFileTypes: true }))
-    for (const entry of entries ?? []) {
-      const key = relative(this.#root, join(entry.parentPath, entry.name))
-      if (entry.isFile() && key.startsWith(prefix) && !key.startsWith(UNFINISHED)) yield key
-    }
+  async *list(prefix: string, after = ''): AsyncGenerator<string> {
+    const entries = (await present(readdir(this.#root, { recursive: true, withFileTypes: true }))) ?? []
+    const files = entries.filter((entry) => entry.isFile())
+    const keys = files.map(({ parentPath, name }) => relative(this.#root, join(parentPath, name)))
+    for (const key of keys.sort()) if (key.startsWith(prefix) && !key.startsWith(UNFINISHED) && key > after) yield key
   }
 
   async delete(keys: readonly string[]): Promise<void> {

@@ -38,8 +38,8 @@ export type Objects = {
   putIfAbsent(key: string, bytes: Uint8Array): Promise<Version | undefined>
   /** Writes an object anew; undefined where it is not of this version any more. */
   putIfUnchanged(key: string, bytes: Uint8Array, version: Version): Promise<Version | undefined>
-  /** The keys that begin with `prefix`, in no order. */
-  list(prefix: string): AsyncIterable<string>
+  /** The keys that begin with `prefix`, in their order; with `after` only those behind that. */
+  list(prefix: string, after?: string): AsyncIterable<string>
   /** Removes objects; one that is not there is gone already. */
   delete(keys: readonly string[]): Promise<void>
   /** Begins an object of `bytes` bytes. */

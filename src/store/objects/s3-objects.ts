@@ -19,6 +19,7 @@ import { errorText } from '../../errors.js'
 import type { StoreSample } from '../../metrics.js'
 import { type Objects, type StoredObject, StoreError, type Unfinished, type Upload, type Version } from './objects.js'
 import { S3Upload } from './s3-upload.js'
+import { withEach } from './with-each.js'
 
 /** Where objects lie in S3. Credentials and what is empty here are found as by every program with the AWS SDK. */
 export type S3Address = {
@@ -110,10 +111,16 @@ export class S3Objects implements Objects {
     return this.#put(key, bytes, { IfMatch: version }).catch((error) => this.#unlessOurs(error, key, bytes))
   }
 
-  async *list(prefix: string): AsyncGenerator<string> {
+  async *list(prefix: string, after?: string): AsyncGenerator<string> {
     const { bucket: Bucket, prefix: before } = this.#address
+    const StartAfter = after && before + after
     for (let token: string | undefined, more = true; more; ) {
-      const command = new ListObjectsV2Command({ Bucket, Prefix: before + prefix, ContinuationToken: token })
+      const command = new ListObjectsV2Command({
+        Bucket,
+        Prefix: before + prefix,
+        StartAfter,
+        ContinuationToken: token,
+      })
       const { Contents = [], NextContinuationToken } = await this.#ask('list', prefix, () => this.#client.send(command))
       for (const { Key } of Contents) if (Key !== undefined) yield Key.slice(before.length)
       token = NextContinuationToken
@@ -122,14 +129,10 @@ export class S3Objects implements Objects {
   }
 
   async delete(keys: readonly string[]): Promise<void> {
-    const left = [...keys]
-    const work = async () => {
-      for (let key = left.pop(); key !== undefined; key = left.pop()) {
-        const command = new DeleteObjectCommand(this.#of(key))
-        await this.#ask('delete', key, () => this.#client.send(command))
-      }
-    }
-    await Promise.all(Array.from({ length: DELETES_AT_A_TIME }, work))
+    await withEach(keys, DELETES_AT_A_TIME, async (key) => {
+      const command = new DeleteObjectCommand(this.#of(key))
+      await this.#ask('delete', key, () => this.#client.send(command))
+    })
   }
 
   upload(key: string, bytes: number): Upload {

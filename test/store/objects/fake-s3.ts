@@ -73,7 +73,7 @@ export class FakeS3 {
   }
 
   #list(query: URLSearchParams): Answer {
-    const after = query.get('continuation-token') ?? ''
+    const after = query.get('continuation-token') ?? query.get('start-after') ?? ''
     const keys = [...this.objects.keys()].filter((key) => key.startsWith(query.get('prefix')!) && key > after).sort()
     const page = keys.slice(0, PAGE)
     const next = keys.length > PAGE ? `<NextContinuationToken>${page.at(-1)}</NextContinuationToken>` : ''
