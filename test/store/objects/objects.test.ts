@@ -37,6 +37,11 @@ for (const [kind, open] of Object.entries(KINDS)) {
       t.same((await objects.get('b/x'))?.bytes, bytes('another'))
       t.equal(await objects.size('b/x'), 7)
       t.same(await all(objects.list('a/')), keys)
+      for (const after of [3, 7]) t.same(await all(objects.list('a/', `a/${after}`)), keys.slice(after + 1))
+      for await (const key of objects.list('')) {
+        t.equal(key, 'a/0', 'the first one comes first')
+        break
+      }
       await objects.delete([...keys.slice(1), 'none'])
       t.same(await all(objects.list('')), ['a/0', 'b/x'])
       t.equal(await objects.get('a/0/below'), undefined, 'an object is no folder')
