@@ -50,8 +50,10 @@ export class Wholes {
    */
   async restore(): Promise<void> {
     const { files } = this.#means
+    // What every process sees each begins that is its head.
     if (!files) return
     for (const name of await files.names()) {
+      if (files.isShared && this.#means.peers.headOf(name) !== this.#means.peers.self) continue
       try {
         const { record, checkpoints, log } = await files.read(name)
         this.#logs.set(name, log)

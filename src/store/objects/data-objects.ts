@@ -16,12 +16,15 @@ export type DataObjectsOptions = {
   readonly lease_seconds: number
   /** Hears of every request to the store. */
   readonly observe: (sample: StoreSample) => void
+  /** Where each process of a cluster has its runs, by its URL; undefined where there is no cluster. */
+  readonly placeOf?: (origin: string) => ObjectsAddress
 }
 
 /** All runs as objects: those of each below `runs/`, and `owner.json`, which keeps other services out. */
 export class DataObjects implements DataStore {
   readonly names: readonly string[]
   readonly lost: Promise<string>
+  readonly adopt: DataStore['adopt']
   readonly #owner: Owner
   readonly #means: ObjectsMeans
   /** The runs that were made or read. */
@@ -44,17 +47,27 @@ export class DataObjects implements DataStore {
         await owner.release()
         throw error
       })
-      return new DataObjects(means, owner, names)
+      return new DataObjects(means, owner, { names, options })
     } catch (error) {
       if (error instanceof ConfigError) throw error
       throw new ConfigError(`data store '${objects.name}' cannot be used: ${errorText(error)}`)
     }
   }
 
-  private constructor(means: ObjectsMeans, owner: Owner, names: readonly string[]) {
+  private constructor(
+    means: ObjectsMeans,
+    owner: Owner,
+    { names, options: { placeOf, observe } }: { names: readonly string[]; options: DataObjectsOptions },
+  ) {
     this.#means = means
     this.#owner = owner
     this.names = names
+    this.adopt =
+      placeOf &&
+      (async (run, from) => {
+        const address = placeOf(from)
+        return this.#anew(run).adopt({ objects: await openObjects(address, observe), address })
+      })
     this.lost = new Promise((resolve) => {
       owner.onLost = resolve
     })

@@ -4,6 +4,7 @@ import { dirname, join, relative } from 'node:path'
 import { FILE_MODE, hasCode, makeFolder, namesIn, syncFolder } from '../durable.js'
 import { writeAll } from '../file-bytes.js'
 import type { Objects, StoredObject, Unfinished, Upload, Version } from './objects.js'
+import type { ObjectsAddress } from './open-objects.js'
 
 /** Where what is being written lies until it is whole. No key begins with a dot. */
 const UNFINISHED = '.unfinished'
@@ -78,6 +79,12 @@ export class FolderObjects implements Objects {
     const files = entries.filter((entry) => entry.isFile())
     const keys = files.map(({ parentPath, name }) => relative(this.#root, join(parentPath, name)))
     for (const key of keys.sort()) if (key.startsWith(prefix) && !key.startsWith(UNFINISHED) && key > after) yield key
+  }
+
+  async copyFrom(place: ObjectsAddress, from: string, to: string): Promise<boolean> {
+    const source = await present(readFile(join('root' in place ? place.root : '', from)))
+    if (source) await this.put(to, source)
+    return source !== undefined
   }
 
   async delete(keys: readonly string[]): Promise<void> {

@@ -6,6 +6,7 @@ import { FORMAT, type Manifest, openManifest, UnreadableError } from '../checkpo
 import type { Identity } from '../identity.js'
 import type { Journal } from '../journal/journal.js'
 import type { CheckpointKey, RunMedium, RunRecords } from '../run-medium.js'
+import { type Adopted, Adoption, type Source } from './adoption.js'
 import { removeAll } from './checkpoint-objects.js'
 import { type Objects, StoreError, type Version } from './objects.js'
 import type { ObjectsAddress } from './open-objects.js'
@@ -57,22 +58,26 @@ export class RunObjects implements RunMedium {
 
   async create(identity: Identity): Promise<void> {
     const { objects, generation } = this.#means
-    const index = { format: FORMAT, generation, writes: 0, identity, checkpoints: [] }
     const found = await objects.get(this.#key)
-    if (found === undefined) {
-      const version = await objects.putIfAbsent(this.#key, sealIndex(index))
-      if (version === undefined) throw this.#taken()
-      this.#known = { index, version }
-      return
-    }
-    const before = this.#open(found.bytes)
+    const before = found && this.#open(found.bytes)
     // One of a lower generation was made by a service that was taken to be dead, after this one has listed the runs.
     // One without a checkpoint was made by this service, which has not heard of it.
-    if (before.generation === generation && before.checkpoints.length > 0)
+    if (before?.generation === generation && before.checkpoints.length > 0)
       throw new StoreError(`${this.path} is there already`)
-    this.#known = { index: before, version: found.version }
-    await this.#change(() => ({ ...index, writes: before.writes, deleted: undefined }))
-    await this.#collect()
+    await this.#begin({ identity, checkpoints: [] }, found && before && { index: before, version: found.version })
+  }
+
+  /** Takes a copy of a run from the place of another process. Answers whether that has one. Throws as `Adoption.copy`. */
+  async adopt(source: Source): Promise<boolean> {
+    const { objects, generation, number } = this.#means
+    const found = await objects.get(this.#key)
+    const before = found && this.#open(found.bytes)
+    if (before && !before.deleted) throw new StoreError(`${this.path} is there already`)
+    const folderOf = (checkpoint: string) => checkpointFolderOf(checkpoint, { generation, number: number() })
+    const copied = await new Adoption(source, { objects, prefix: this.#prefix, folderOf }, this.#run).copy()
+    if (copied === undefined) return false
+    await this.#begin(copied, found && before && { index: before, version: found.version })
+    return true
   }
 
   /** With `tidy` the run is taken: no change of a service with a lower generation counts any more. */
@@ -167,6 +172,21 @@ export class RunObjects implements RunMedium {
   /* c8 ignore next 3 -- the settings are refused before (src/config.ts) */
   async openJournal(): Promise<Journal> {
     throw new StoreError(`${this.path}: a journal needs a folder`)
+  }
+
+  /** Writes what counts of a run that begins here, in the place of `before`. */
+  async #begin(counts: Adopted, before: { index: RunIndex; version: Version } | undefined): Promise<void> {
+    const { objects, generation } = this.#means
+    const index = { format: FORMAT, generation, writes: 0, ...counts }
+    if (before === undefined) {
+      const version = await objects.putIfAbsent(this.#key, sealIndex(index))
+      if (version === undefined) throw this.#taken()
+      this.#known = { index, version }
+      return
+    }
+    this.#known = before
+    await this.#change(({ writes }) => ({ ...index, writes, deleted: undefined }))
+    await this.#collect()
   }
 
   get #prefix(): string {

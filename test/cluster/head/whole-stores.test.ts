@@ -4,7 +4,7 @@ import t, { type Test } from 'tap'
 import { WholeFiles } from '../../../src/cluster/head/whole-files.js'
 import { WholeObjects } from '../../../src/cluster/head/whole-objects.js'
 import type { StoredLog, WholeStore } from '../../../src/cluster/head/whole-store.js'
-import { S3Objects } from '../../../src/store/objects/s3-objects.js'
+import { S3Objects } from '../../../src/store/objects/s3/s3-objects.js'
 import { TestStore } from '../../store/objects/stores.js'
 import { beginAt, checkpointAt, entryAt, flipped, RECORD } from './wholes.js'
 

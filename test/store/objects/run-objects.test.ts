@@ -13,6 +13,7 @@ import { RunStore } from '../../../src/store/run-store.js'
 import { seeded } from '../../reference.js'
 import { turn } from '../../service.js'
 import { inline, snapshot } from '../snapshots.js'
+import { around } from './around.js'
 
 const files = new CheckpointFiles()
 t.teardown(() => files.close())
@@ -34,33 +35,6 @@ function place(t: Test) {
     number: () => ++number,
   })
   return { objects, run: (generation: number, seen?: Objects) => new RunObjects(means(generation, seen), 'r') }
-}
-
-/** Objects whose every call does `before` first, and `after` when it was done. */
-function around(
-  objects: Objects,
-  { before, after }: { before?: (call: string) => unknown; after?: (call: string) => unknown },
-) {
-  return new Proxy(objects, {
-    get: (target, name) => {
-      const value = Reflect.get(target, name)
-      if (typeof value !== 'function') return value
-      if (name === 'list' || name === 'unfinished')
-        return async function* (prefix: string) {
-          for (let pass = 0; pass < 2; pass++) await before?.(name)
-          for await (const item of value.call(target, prefix)) {
-            yield item
-            await before?.(name)
-          }
-        }
-      return async (...of: unknown[]) => {
-        await before?.(String(name))
-        const answer = await value.apply(target, of)
-        await after?.(String(name))
-        return answer
-      }
-    },
-  })
 }
 
 /** Throws where anything that counts is not whole, or lacks a byte. */

@@ -11,7 +11,7 @@ import {
 import type { AddressInfo, Socket } from 'node:net'
 import { CreateBucketCommand, S3Client } from '@aws-sdk/client-s3'
 import type { Test } from 'tap'
-import type { S3Address } from '../../../src/store/objects/s3-objects.js'
+import type { S3Address } from '../../../src/store/objects/s3/s3-objects.js'
 import { BUCKET, FakeS3 } from './fake-s3.js'
 
 // The SDK takes credentials where every program with it does. SeaweedFS is started with these.
