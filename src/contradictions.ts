@@ -46,14 +46,8 @@ function isOrigin(text: string): boolean {
 export const S3_SCHEME = 's3://'
 
 /** What a store of objects cannot do, and what is only for one. */
-function objectsProblems({ data, durability, keep_journal, s3_endpoint, s3_region, s3_path_style }: Config): string[] {
-  if (data.startsWith(S3_SCHEME))
-    return [
-      ...(durability === 'journal'
-        ? [`durability journal needs a folder as --data, got '${data}': use checkpoint`]
-        : []),
-      ...(keep_journal ? [`keep_journal needs a folder as --data, got '${data}'`] : []),
-    ]
+function objectsProblems({ data, keep_journal, s3_endpoint, s3_region, s3_path_style }: Config): string[] {
+  if (data.startsWith(S3_SCHEME)) return keep_journal ? [`keep_journal needs a folder as --data, got '${data}'`] : []
   const given = s3_endpoint !== '' || s3_region !== '' || s3_path_style
   return given ? [`s3_endpoint, s3_region and s3_path_style are for --data s3://BUCKET/PREFIX, got '${data}'`] : []
 }

@@ -1,7 +1,7 @@
-import { createHash } from 'node:crypto'
 import { FORMAT, held, seal, UnreadableError, unseal } from '../../store/checkpoint/manifest.js'
 import { receiptRule } from '../../store/checkpoint/manifest-rules.js'
 import { count, list, map, natural, oneOf, optional, type Rule, record, text } from '../../store/rules.js'
+import { sealLine, unsealLine } from '../../store/sealed-line.js'
 import type { AssignedShard } from '../assignment.js'
 import type { Entry } from '../commit-log.js'
 import type { WholeCheckpoint, WholeRecord } from './whole-store.js'
@@ -74,28 +74,14 @@ const entryRule = record<Entry>({
   receipt: optional(receiptRule),
 })
 
-const SEAL = ',"sha256":"'
-const SEALED = /^([0-9a-f]{64})"}$/
-
 /** An entry of a log as a line of JSON without its end, whose last key is the SHA-256 of the text before it. */
 export function sealEntry(entry: Entry): string {
-  const body = JSON.stringify(entry).slice(0, -1)
-  return `${body}${SEAL}${sha256(body)}"}`
+  return sealLine(entry)
 }
 
 /** Reads the entry of a position; `label` names the line or the object. */
 export function openEntry(line: string, position: number, label: string): Entry {
-  const at = line.lastIndexOf(SEAL)
-  const [, said] = SEALED.exec(line.slice(at + SEAL.length)) ?? []
-  if (at < 0 || said === undefined) throw new UnreadableError(`${label} does not end with its SHA-256`)
-  const actual = sha256(line.slice(0, at))
-  if (actual !== said) throw new UnreadableError(`${label} has SHA-256 ${actual}, expected ${said}`)
-  const { sha256: _, ...entry }: Entry & { sha256: string } = JSON.parse(line)
-  held(entryRule, entry, label)
+  const entry = held(entryRule, unsealLine(line, label), label)
   if (entry.position === position) return entry
   throw new UnreadableError(`${label} has entry ${entry.position}, expected ${position}`)
-}
-
-function sha256(content: string): string {
-  return createHash('sha256').update(content).digest('hex')
 }

@@ -1,9 +1,8 @@
 import assert from 'node:assert'
-import type { Identity } from '../identity.js'
 import { removeAll } from './checkpoint-objects.js'
 import { type Objects, StoreError } from './objects.js'
 import type { ObjectsAddress } from './open-objects.js'
-import { type IndexedCheckpoint, openIndex, type RunIndex } from './run-index.js'
+import { openIndex, type RunIndex } from './run-index.js'
 import { withEach } from './with-each.js'
 
 /** The place of another process, which nobody but that process writes to. */
@@ -15,10 +14,12 @@ export type Target = {
   /** Before all keys of the run, in either place. */
   readonly prefix: string
   folderOf(checkpoint: string): string
+  /** The folder for the journal. */
+  readonly journal: string
 }
 
 /** What counts of a run, as it is after it was copied. */
-export type Adopted = { readonly identity: Identity; readonly checkpoints: IndexedCheckpoint[] }
+export type Adopted = Pick<RunIndex, 'identity' | 'checkpoints' | 'journal'>
 
 const COPIES_AT_A_TIME = 16
 /** So often a copy may be overtaken by new checkpoints. A shard that has lost its whole takes no more of them. */
@@ -29,7 +30,7 @@ export class Adoption {
   readonly #source: Source
   readonly #target: Target
   readonly #run: string
-  /** Where each folder of the other place was copied to. */
+  /** Where each folder of the other place was copied to: those of checkpoints, and that of the journal. */
   readonly #copied = new Map<string, string>()
 
   constructor(source: Source, target: Target, run: string) {
@@ -47,11 +48,13 @@ export class Adoption {
       for (let pass = 0; pass < PASSES; pass++) {
         const index = await this.#readIndex()
         const named = index?.checkpoints ?? []
-        await this.#discard(new Set(named.map(({ folder }) => folder)))
+        await this.#discard(new Set([...named.map(({ folder }) => folder), ...(index ? [index.journal] : [])]))
         if (index === undefined) return undefined
-        const fresh = named.filter(({ folder }) => !this.#copied.has(folder))
-        if (fresh.length === 0) return { identity: index.identity, checkpoints: named.map((one) => this.#placed(one)) }
-        await this.#copyAll(fresh)
+        const fresh = new Map(named.map(({ folder, checkpoint }) => [folder, checkpoint]))
+        for (const folder of this.#copied.keys()) fresh.delete(folder)
+        if (this.#copied.has(index.journal) && fresh.size === 0) return this.#adopted(index)
+        await this.#copyFolder(index.journal, this.#target.journal)
+        for (const [folder, checkpoint] of fresh) await this.#copyFolder(folder, this.#target.folderOf(checkpoint))
       }
       throw new StoreError(`${this.#name} had other checkpoints ${PASSES} times in a row`)
     } catch (error) {
@@ -71,26 +74,31 @@ export class Adoption {
     return index.deleted ? undefined : index
   }
 
-  async #copyAll(fresh: readonly IndexedCheckpoint[]): Promise<void> {
-    const { objects, prefix, folderOf } = this.#target
-    const keys: { from: string; to: string }[] = []
-    for (const { folder, checkpoint } of fresh) {
-      const to = folderOf(checkpoint)
-      this.#copied.set(folder, to)
-      const before = `${prefix}${folder}/`
-      for await (const from of this.#source.objects.list(before))
-        keys.push({ from, to: `${prefix}${to}/${from.slice(before.length)}` })
-    }
-    // An object that has gone meanwhile is one of a checkpoint that `run.json` names no more.
-    await withEach(keys, COPIES_AT_A_TIME, async ({ from, to }) => {
-      await objects.copyFrom(this.#source.address, from, to)
-    })
+  /** Copies what is in a folder, and is not in the copy of it that a pass before has made. */
+  async #copyFolder(folder: string, to: string): Promise<void> {
+    const { objects, prefix } = this.#target
+    this.#copied.set(folder, to)
+    const [before, after] = [`${prefix}${folder}/`, `${prefix}${to}/`]
+    const there = new Set<string>()
+    for await (const key of objects.list(after)) there.add(key.slice(after.length))
+    const files: string[] = []
+    for await (const key of this.#source.objects.list(before)) files.push(key.slice(before.length))
+    // An object that has gone meanwhile is one that counts no more.
+    await withEach(
+      files.filter((file) => !there.has(file)),
+      COPIES_AT_A_TIME,
+      async (file) => void (await objects.copyFrom(this.#source.address, before + file, after + file)),
+    )
   }
 
-  #placed(entry: IndexedCheckpoint): IndexedCheckpoint {
-    const folder = this.#copied.get(entry.folder)
-    assert(folder, 'what is named was copied')
-    return { ...entry, folder }
+  #adopted({ identity, checkpoints, journal }: RunIndex): Adopted {
+    const placed = (folder: string) => {
+      const to = this.#copied.get(folder)
+      assert(to, 'what is named was copied')
+      return to
+    }
+    const entries = checkpoints.map((entry) => ({ ...entry, folder: placed(entry.folder) }))
+    return { identity, checkpoints: entries, journal: placed(journal) }
   }
 
   /** Removes what was copied, but for what the other place still names. */
