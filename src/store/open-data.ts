@@ -6,8 +6,8 @@ import { DataObjects } from './objects/data-objects.js'
 import { ownAddress, placeOf, s3Address } from './objects/s3/s3-address.js'
 
 /**
- * Opens what runs are kept in; undefined without the setting `data`. In a store of objects each process of a cluster has
- * a place of its own.
+ * Opens what runs are kept in; undefined without the setting `data`. In a store of objects each process of a cluster
+ * has a place of its own.
  */
 export async function openData(config: Config, { observeStore }: Metrics): Promise<DataStore | undefined> {
   const { data, advertise, data_wait_seconds: wait_seconds, s3_lease_seconds: lease_seconds } = config

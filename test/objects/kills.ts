@@ -77,32 +77,29 @@ t.test('a service that is killed at any request of a checkpoint leaves the run w
   await server.end('SIGTERM')
 })
 
-t.test(
-  'a service with a journal that is killed has every step that it acknowledged',
-  async (t) => {
-    const prefix = `${randomUUID()}/`
-    let server = await serveJournal(prefix)
-    let client = await connect(server)
-    let { step } = await client.open({ run: 'r', ...MODEL })
-    for (const isHeld of [true, false, false, true, false, true]) {
-      const held = isHeld ? holdBack('/journal/') : undefined
-      const gone = once(client.socket, 'close')
-      const told = trainStep(client, step + 1).catch(() => undefined)
-      await held
-      if (!isHeld) t.same(known([(await told)!]), known([reference[step++]!]), `step ${step}`)
-      await server.end('SIGKILL')
-      await gone
-      store.fault = () => undefined
-      server = await serveJournal(prefix)
-      client = await connect(server)
-      const opened = await client.open({ run: 'r', mode: 'resume' })
-      t.equal(opened.step, step, 'what was told is there, and nothing that has not come to the store')
-      if (step > 0) t.equal(opened.digest, reference[step - 1]!.digest)
-    }
-    await client.close()
-    await server.end('SIGTERM')
-  },
-)
+t.test('a service with a journal that is killed has every step that it acknowledged', async (t) => {
+  const prefix = `${randomUUID()}/`
+  let server = await serveJournal(prefix)
+  let client = await connect(server)
+  let { step } = await client.open({ run: 'r', ...MODEL })
+  for (const isHeld of [true, false, true]) {
+    const held = isHeld ? holdBack('/journal/') : undefined
+    const gone = once(client.socket, 'close')
+    const told = trainStep(client, step + 1).catch(() => undefined)
+    await held
+    if (!isHeld) t.same(known([(await told)!]), known([reference[step++]!]), `step ${step}`)
+    await server.end('SIGKILL')
+    await gone
+    store.fault = () => undefined
+    server = await serveJournal(prefix)
+    client = await connect(server)
+    const opened = await client.open({ run: 'r', mode: 'resume' })
+    t.equal(opened.step, step, 'what was told is there, and nothing that has not come to the store')
+    if (step > 0) t.equal(opened.digest, reference[step - 1]!.digest)
+  }
+  await client.close()
+  await server.end('SIGTERM')
+})
 
 t.test('a service that was stopped for so long that another has the store ends when it hears of it', async (t) => {
   const stopped = await serve()

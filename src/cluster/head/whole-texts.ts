@@ -1,7 +1,7 @@
 import { FORMAT, held, seal, UnreadableError, unseal } from '../../store/checkpoint/manifest.js'
 import { receiptRule } from '../../store/checkpoint/manifest-rules.js'
+import { sealLine, unsealLine } from '../../store/checkpoint/sealed-line.js'
 import { count, list, map, natural, oneOf, optional, type Rule, record, text } from '../../store/rules.js'
-import { sealLine, unsealLine } from '../../store/sealed-line.js'
 import type { AssignedShard } from '../assignment.js'
 import type { Entry } from '../commit-log.js'
 import type { WholeCheckpoint, WholeRecord } from './whole-store.js'

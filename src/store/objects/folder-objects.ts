@@ -3,7 +3,7 @@ import { type FileHandle, link, open, readdir, readFile, rename, rm, stat } from
 import { dirname, join, relative } from 'node:path'
 import { FILE_MODE, hasCode, makeFolder, namesIn, syncFolder } from '../durable.js'
 import { writeAll } from '../file-bytes.js'
-import type { Objects, StoredObject, Unfinished, Upload, Version } from './objects.js'
+import { type Objects, type StoredObject, StoreError, type Unfinished, type Upload, type Version } from './objects.js'
 import type { ObjectsAddress } from './open-objects.js'
 
 /** Where what is being written lies until it is whole. No key begins with a dot. */
@@ -82,7 +82,9 @@ export class FolderObjects implements Objects {
   }
 
   async copyFrom(place: ObjectsAddress, from: string, to: string): Promise<boolean> {
-    const source = await present(readFile(join('root' in place ? place.root : '', from)))
+    /* c8 ignore next -- the places of a cluster are of one kind */
+    if (place.kind !== 'folder') throw new StoreError(`${this.name}: ${from} cannot be copied out of S3`)
+    const source = await present(readFile(join(place.root, from)))
     if (source) await this.put(to, source)
     return source !== undefined
   }

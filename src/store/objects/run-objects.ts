@@ -76,7 +76,7 @@ export class RunObjects implements RunMedium {
     await this.#loadJournal({ fence: true })
   }
 
-  /** Takes a copy of a run from the place of another process. Answers whether that has one. Throws as `Adoption.copy`. */
+  /** Copies the run from the place of another process. Answers whether that has one. Throws as `Adoption.copy`. */
   async adopt(source: Source): Promise<boolean> {
     const { objects, generation, number } = this.#means
     const found = await objects.get(this.#key)

@@ -5,9 +5,15 @@ import t, { type Test } from 'tap'
 import { CheckpointFiles } from '../../../src/store/checkpoint/checkpoint-files.js'
 import { RunFolder } from '../../../src/store/folder/run-folder.js'
 import type { Journal } from '../../../src/store/journal/journal.js'
+import { PREFIX_BYTES } from '../../../src/store/journal/journal-format.js'
 import { cutTail } from '../../../src/store/journal/journal-reader.js'
 import { FolderObjects } from '../../../src/store/objects/folder-objects.js'
-import { encodeEntryHead, HEAD_BYTES, readEntryHead } from '../../../src/store/objects/journal/journal-entry.js'
+import {
+  type EntryHead,
+  encodeEntryHead,
+  HEAD_BYTES,
+  readEntryHead,
+} from '../../../src/store/objects/journal/journal-entry.js'
 import { type Objects, StoreError } from '../../../src/store/objects/objects.js'
 import { RunObjects } from '../../../src/store/objects/run-objects.js'
 import type { RunMedium } from '../../../src/store/run-medium.js'
@@ -317,35 +323,27 @@ t.test('a gradient or an end that cannot be written is told, and can be given ag
 })
 
 t.test('what is not what was written is told', async (t) => {
-  const damages: [what: RegExp, (bytes: Buffer) => Buffer][] = [
-    [
-      /000000000003 has SHA-256/,
-      (bytes) =>
-        Buffer.concat([
-          Buffer.from(bytes.toString('latin1').replace('"branch":0', '"branch":9').slice(0, HEAD_BYTES)),
-          bytes.subarray(HEAD_BYTES),
-        ]),
-    ],
+  /** The entry of step 2 is made of what it was, and of that of step 1. */
+  const damages: [message: RegExp, damage: (bytes: Buffer, before: Buffer) => Buffer][] = [
+    [/000000000003 has SHA-256/, (bytes) => flip(bytes, 10)],
     [/000000000003 does not end with its SHA-256/, () => Buffer.alloc(HEAD_BYTES)],
-    [
-      /000000000003: generation is 0.5, expected a count/,
-      (bytes) => encodeEntryHead({ ...readEntryHead(bytes.subarray(0, HEAD_BYTES), ''), generation: 0.5 }),
-    ],
-  ]
-  const laterDamages: [what: RegExp, (bytes: Buffer) => Buffer][] = [
+    [/000000000003: generation is 0.5, expected a count/, (bytes) => changed(bytes, { generation: 0.5 })],
+    [/000000000003: record 1 is damaged or cut off/, (bytes) => flip(bytes, HEAD_BYTES)],
     [/000000000003: record 1 is damaged or cut off/, (bytes) => flip(bytes, HEAD_BYTES + 40)],
     [/000000000003: record 2 is damaged or cut off/, (bytes) => flip(bytes, HEAD_BYTES + (recordsOf(bytes) >> 1))],
-    [/000000000003 has no end of step 2/, (bytes) => cutRecords(bytes)],
-    [/000000000003 is step 3, expected is step 2/, (bytes) => renamed(bytes, 3)],
+    [/000000000003 has no end of step 2/, (bytes) => changed(bytes, { records: firstOf(bytes) })],
+    [/000000000003: record 2 ends step 2, and there are records behind it/, twice],
+    [/000000000003 is step 3, expected is step 2/, (bytes) => changed(bytes, { step: 3 })],
+    [/000000000003: record 1 is of step 1, expected 2/, (_, before) => changed(before, { step: 2 })],
   ]
-  for (const [message, damage] of [...damages, ...laterDamages]) {
+  for (const [message, damage] of damages) {
     const { run, objects, keys } = place(t)
     const store = await RunStore.create(run(1), 'r')
     await store.write(snapshot(0), nothing)
     const journal = await journalOf(store, 0)
     for (const step of [1, 2]) await write(journal, step, [4])
-    const key = (await keys()).at(-1)!
-    await objects.put(key, damage((await objects.get(key))!.bytes))
+    const [before, key] = (await keys()).slice(1)
+    await objects.put(key!, damage((await objects.get(key!))!.bytes, (await objects.get(before!))!.bytes))
     const read = RunStore.open(run(2)).then((next) => next.readJournal(0))
     await t.rejects(read, { name: 'UnreadableError', message })
   }
@@ -378,7 +376,10 @@ t.test('a run is taken over with its journal, and one that is being taken over m
   t.same((await stepsOf(store)).length, 3, 'each has its own')
 })
 
-const recordsOf = (bytes: Buffer) => readEntryHead(bytes.subarray(0, HEAD_BYTES), '').records
+const headOf = (bytes: Buffer) => readEntryHead(bytes.subarray(0, HEAD_BYTES), '')
+const recordsOf = (bytes: Buffer) => headOf(bytes).records
+/** The bytes of the first record's head. */
+const firstOf = (bytes: Buffer) => PREFIX_BYTES + bytes.readUInt32LE(HEAD_BYTES + 4)
 
 function flip(bytes: Buffer, at: number): Buffer {
   const wrong = Buffer.from(bytes)
@@ -386,14 +387,14 @@ function flip(bytes: Buffer, at: number): Buffer {
   return wrong
 }
 
-/** An entry without the record of the end, whose head fits that. */
-function cutRecords(bytes: Buffer): Buffer {
-  const head = readEntryHead(bytes.subarray(0, HEAD_BYTES), '')
-  const first = bytes.subarray(HEAD_BYTES, HEAD_BYTES + 24 + bytes.readUInt32LE(HEAD_BYTES + 4))
-  return Buffer.concat([encodeEntryHead({ ...head, records: first.length }), first])
+/** An entry with another head, which has the right hash. */
+function changed(bytes: Buffer, change: Partial<EntryHead>): Buffer {
+  return Buffer.concat([encodeEntryHead({ ...headOf(bytes), ...change }), bytes.subarray(HEAD_BYTES)])
 }
 
-function renamed(bytes: Buffer, step: number): Buffer {
-  const head = readEntryHead(bytes.subarray(0, HEAD_BYTES), '')
-  return Buffer.concat([encodeEntryHead({ ...head, step }), bytes.subarray(HEAD_BYTES)])
+/** An entry that has all of its records twice. */
+function twice(bytes: Buffer): Buffer {
+  const records = recordsOf(bytes)
+  const body = bytes.subarray(HEAD_BYTES, HEAD_BYTES + records)
+  return Buffer.concat([encodeEntryHead({ ...headOf(bytes), records: 2 * records }), body, body])
 }

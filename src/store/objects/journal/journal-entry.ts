@@ -1,4 +1,5 @@
 import { held, UnreadableError } from '../../checkpoint/manifest.js'
+import { sealLine, unsealLine } from '../../checkpoint/sealed-line.js'
 import type { OpenFile } from '../../file-bytes.js'
 import {
   type EndHead,
@@ -10,7 +11,6 @@ import {
 } from '../../journal/journal-format.js'
 import type { StoredGradient, StoredStep } from '../../journal/journal-reader.js'
 import { count, oneOf, optional, type Rule, record, text } from '../../rules.js'
-import { sealLine, unsealLine } from '../../sealed-line.js'
 
 // An entry of a journal is an object:
 //   a head, a line of JSON that is filled up with spaces
@@ -18,8 +18,8 @@ import { sealLine, unsealLine } from '../../sealed-line.js'
 //   the gradients, one behind the other, unless they are in an object of their own, which the head names
 
 /**
- * The head of an entry. `step`: a finished step of a branch. `fence`: a service has taken the run; the one before it can
- * write nothing behind that, as the place is taken. `clear`: the steps before it of a branch count no more.
+ * The head of an entry. `step`: a finished step of a branch. `fence`: a service has taken the run; one of before finds
+ * the position taken, and can end no step. `clear`: the steps before it of a branch count no more.
  */
 export type EntryHead = {
   readonly kind: 'step' | 'fence' | 'clear'
@@ -68,10 +68,12 @@ export function readStep(records: Buffer, { step }: EntryHead, place: GradientsP
     const { head, payloadBytes, end } = readRecord(records, at, name)
     at = end
     if (head.step !== step) throw new UnreadableError(`${name} is of step ${head.step}, expected ${step}`)
-    if (head.type === 'gradient') {
-      gradients.push({ ...head, path, open, at: payloadAt, bytes: payloadBytes, label: name })
-      payloadAt += payloadBytes
-    } else if (at === records.length) return { step, gradients, end: head, label }
+    if (head.type === 'end') {
+      if (end === records.length) return { step, gradients, end: head, label }
+      throw new UnreadableError(`${name} ends step ${step}, and there are records behind it`)
+    }
+    gradients.push({ ...head, path, open, at: payloadAt, bytes: payloadBytes, label: name })
+    payloadAt += payloadBytes
   }
   throw new UnreadableError(`${label} has no end of step ${step}`)
 }

@@ -39,8 +39,8 @@ export class JournalLog {
   }
 
   /**
-   * Reads which entries there are. With `fence` nothing of a service with a lower generation comes behind them, and what
-   * that has left unfinished is removed. Throws StoreError and UnreadableError.
+   * Reads which entries there are. With `fence` nothing of a service with a lower generation comes behind them, and
+   * what that has left unfinished is removed. Throws StoreError and UnreadableError.
    */
   async load({ fence }: { fence: boolean }): Promise<void> {
     for (;;) {

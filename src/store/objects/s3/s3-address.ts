@@ -22,7 +22,7 @@ function nameOf(origin: string): string {
     .replaceAll(':', '_')
 }
 
-/** Where this process has its runs: in a place of its own where it is one of several; undefined where that is a folder. */
+/** Where this process has its runs: one of several has a place of its own. Undefined where that is a folder. */
 export function ownAddress(config: Parameters<typeof s3Address>[0] & Pick<Config, 'advertise'>): S3Address | undefined {
   const address = s3Address(config)
   return address && config.advertise !== '' ? placeOf(config.advertise, address) : address

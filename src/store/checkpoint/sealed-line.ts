@@ -1,5 +1,5 @@
 import { createHash } from 'node:crypto'
-import { UnreadableError } from './checkpoint/manifest.js'
+import { UnreadableError } from './manifest.js'
 
 const SEAL = ',"sha256":"'
 const SEALED = /^([0-9a-f]{64})"}$/
