@@ -87,6 +87,8 @@ export class RunObjects implements RunMedium {
     const copied = await new Adoption(source, { objects, prefix: this.#prefix, folderOf, journal }, this.#run).copy()
     if (copied === undefined) return false
     await this.#begin(copied, found && before && { index: before, version: found.version })
+    // A service of before may have died in the middle of a copy.
+    await this.#collect()
     return true
   }
 

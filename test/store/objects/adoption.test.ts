@@ -118,8 +118,8 @@ function places(t: Test) {
   const root = `${t.testdir({})}/${randomUUID()}`
   const addressOf = (name: string) => ({ kind: 'folder', root: `${root}/${name}` }) as const
   let number = 0
-  const runOf = (name: string, objects: Objects = new FolderObjects(addressOf(name).root)) =>
-    new RunObjects({ objects, files, generation: 1, address: addressOf(name), number: () => ++number }, 'r')
+  const runOf = (name: string, objects: Objects = new FolderObjects(addressOf(name).root), generation = 1) =>
+    new RunObjects({ objects, files, generation, address: addressOf(name), number: () => ++number }, 'r')
   const there = new FolderObjects(addressOf('one').root)
   const here = new FolderObjects(addressOf('other').root)
   return { there, here, address: addressOf('one'), runOf }
@@ -186,6 +186,12 @@ t.test('a run that cannot be taken over leaves nothing', async (t) => {
   const message = /one\/runs\/r\/ had other checkpoints 20 times in a row/
   await t.rejects(runOf('other').adopt({ objects: restless, address }), { name: 'StoreError', message })
   t.same([...(await all(here)).keys()], [])
+
+  const half = 'runs/r/checkpoints/step-000000000001@1.99/manifest.json'
+  await here.put(half, Buffer.from('what a service had copied when it died'))
+  t.equal(await runOf('other', here, 2).adopt(source), true)
+  t.equal(await here.size(half), undefined)
+  await here.delete([...(await all(here)).keys()])
 
   await there.put('runs/r/run.json', Buffer.from('{}'))
   await t.rejects(runOf('other').adopt(source), { name: 'UnreadableError', message: /runs\/r\/run.json does not end/ })
