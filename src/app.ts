@@ -126,7 +126,7 @@ export async function buildApp({
   })
   const log = logger ?? SILENT
   const runs = new Runs({ device, config, presets, metrics, data, log, ...(tracing && { watch: tracing.watch }) })
-  const cluster = await Cluster.start({ config, presets, runs, log }).catch(async (error) => {
+  const cluster = await Cluster.start({ config, presets, runs, metrics, log }).catch(async (error) => {
     await close({ runs, data, device })
     throw error
   })

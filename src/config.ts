@@ -34,7 +34,7 @@ export const SETTINGS = {
   device: text('auto', 'Where steps are computed: auto, cpu, cuda, cuda:0 or cuda:0,1.', DEVICE),
   data: text(
     '',
-    'Folder for checkpoints and journals, or s3://BUCKET/PREFIX for checkpoints; without one, state ends with the process.',
+    'Folder for checkpoints and journals, or s3://BUCKET/PREFIX; without one, state ends with the process.',
   ),
   data_wait_seconds: seconds(0, [0, DAY], 'How long a start waits for another service that has the data folder.'),
   s3_endpoint: text('', 'URL of the store of an s3:// data, where that is not AWS.'),

@@ -16,7 +16,7 @@ export function contradictionsIn(config: Config): string[] {
 
 /** What settings of several processes may not be. */
 function clusterProblems(config: Config): string[] {
-  const { peers, advertise, shards, cluster_key, cluster_key_file, tls_client_ca, data } = config
+  const { peers, advertise, shards, cluster_key, cluster_key_file, tls_client_ca } = config
   const keys = [cluster_key, cluster_key_file].filter(Boolean).length
   if (peers.length === 0) {
     const alone = { advertise: advertise !== '', shards: shards > 1, cluster_key: keys > 0 }
@@ -33,7 +33,6 @@ function clusterProblems(config: Config): string[] {
     ...(keys === 1
       ? []
       : ['peers needs the key of the cluster, once: MUOND_CLUSTER_KEY, or --cluster-key-file with a file that has it']),
-    ...(data.startsWith(S3_SCHEME) ? [`peers need a folder as --data, got '${data}'`] : []),
     ...(tls_client_ca === '' ? [] : ['peers and tls_client_ca: processes have no certificates to show each other']),
   ]
 }
@@ -47,14 +46,8 @@ function isOrigin(text: string): boolean {
 export const S3_SCHEME = 's3://'
 
 /** What a store of objects cannot do, and what is only for one. */
-function objectsProblems({ data, durability, keep_journal, s3_endpoint, s3_region, s3_path_style }: Config): string[] {
-  if (data.startsWith(S3_SCHEME))
-    return [
-      ...(durability === 'journal'
-        ? [`durability journal needs a folder as --data, got '${data}': use checkpoint`]
-        : []),
-      ...(keep_journal ? [`keep_journal needs a folder as --data, got '${data}'`] : []),
-    ]
+function objectsProblems({ data, keep_journal, s3_endpoint, s3_region, s3_path_style }: Config): string[] {
+  if (data.startsWith(S3_SCHEME)) return keep_journal ? [`keep_journal needs a folder as --data, got '${data}'`] : []
   const given = s3_endpoint !== '' || s3_region !== '' || s3_path_style
   return given ? [`s3_endpoint, s3_region and s3_path_style are for --data s3://BUCKET/PREFIX, got '${data}'`] : []
 }

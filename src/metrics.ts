@@ -157,7 +157,7 @@ function transports(
   return counted
 }
 
-const STORE_OPERATIONS = ['get', 'put', 'upload', 'list', 'delete'] as const
+const STORE_OPERATIONS = ['get', 'put', 'upload', 'copy', 'list', 'delete'] as const
 
 /** One request to a store of objects, with all its attempts; `bytes` are of content, sent or received. */
 export type StoreSample = {

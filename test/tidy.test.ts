@@ -45,7 +45,7 @@ const OWNERS: Record<string, (file: string) => boolean> = {
   '@kubernetes/client-node': (file) => file === 'src/cluster/coordinator/kubernetes/client.ts',
   'prom-client': (file) => file === 'src/metrics.ts',
   'env-schema': (file) => file === 'src/config.ts',
-  '@aws-sdk/client-s3': (file) => file === 'src/store/objects/s3-objects.ts',
+  '@aws-sdk/client-s3': (file) => file === 'src/store/objects/s3/s3-objects.ts',
 }
 const MAX_FUNCTION_LINES = 70
 const MAX_FILE_LINES = 450

@@ -3,6 +3,7 @@ import type { Config } from '../config.js'
 import { ServiceError } from '../errors.js'
 import type { Log } from '../keep/keeper.js'
 import type { Runs } from '../keep/runs.js'
+import type { Metrics } from '../metrics.js'
 import type { Presets } from '../optimizer/preset.js'
 import type { MovedFrame, OpenFrame } from '../wire/frame.js'
 import { parseShardName, streamOf } from './names.js'
@@ -12,10 +13,10 @@ import { type Pass, Shards } from './shard/shards.js'
 
 export type { Pass } from './shard/shards.js'
 
-import { WholeFiles } from './head/whole-files.js'
+import { openWholes } from './head/open-wholes.js'
 import { type OpenedWhole, unfollowed, Wholes } from './head/wholes.js'
 
-export type ClusterMeans = { config: Config; presets: Presets; runs: Runs; log: Log }
+export type ClusterMeans = { config: Config; presets: Presets; runs: Runs; metrics: Metrics; log: Log }
 
 /**
  * What becomes of an `open`: it is answered with `moved`, or opens a whole, or a run of this process: then `pass`,
@@ -37,12 +38,12 @@ export class Cluster {
    * Undefined without the setting `peers`. Throws ConfigError where the key of the cluster or a whole in the data
    * folder cannot be used.
    */
-  static async start({ config, presets, runs, log }: ClusterMeans): Promise<Cluster | undefined> {
-    const { peers: urls, advertise, data, durability, shards, max_runs: most } = config
+  static async start({ config, presets, runs, metrics, log }: ClusterMeans): Promise<Cluster | undefined> {
+    const { peers: urls, advertise, shards, max_runs: most } = config
     if (urls.length === 0) return undefined
     const peers = new Peers(urls, advertise)
     const calls = new Calls(readClusterKey(config))
-    const files = data === '' ? undefined : new WholeFiles(data, durability === 'journal')
+    const files = await openWholes(config, metrics)
     const hasRun = (name: string) => runs.has(name)
     const wholes = new Wholes({ peers, calls, presets, shards, most, files, hasRun })
     await wholes.restore()

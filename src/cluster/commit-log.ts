@@ -56,12 +56,19 @@ export function isSameEntry(one: Entry, other: Entry): boolean {
 /**
  * The entry of a step that a whole may go back to: the last one of that step up to `newest`. Undefined for a step that
  * the whole has not come to, or that lies before its first one.
+ *
+ * With each commit position and step grow by 1, and with each `begin` the position grows beyond the step: position less
+ * step never falls. So no entry of `step` before one that is `ahead` of its own step by n is behind `step` + n, and a
+ * log of a million steps is asked for one entry more than it has beginnings.
  */
 export async function findStep(log: CommitLog, newest: Entry, step: number): Promise<Entry | undefined> {
   if (step > newest.step) return undefined
-  for (let entry: Entry | undefined = newest; entry; entry = await log.read(entry.position - 1))
-    if (entry.step === step) return entry
-  return undefined
+  let entry: Entry | undefined = newest
+  while (entry && entry.step > step) {
+    const ahead: number = entry.position - entry.step
+    entry = await log.read(step + ahead)
+  }
+  return entry?.step === step ? entry : undefined
 }
 
 /** A log in this process's memory, for a whole of which nothing is kept: it ends with the process. */

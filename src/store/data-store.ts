@@ -11,6 +11,13 @@ export type DataStore = {
   create(run: string): Promise<RunStore>
   /** Throws UnreadableError. */
   find(run: string): Promise<RunStore>
+  /**
+   * Copies a run from the place of another process, which is known by its URL, into this one, where there must be none
+   * of its name: its checkpoints, its journal and its history. The other may go on writing there; nothing of that is
+   * changed. Answers whether it has such a run. Throws StoreError and UnreadableError, and leaves nothing then.
+   * Undefined where this process sees no other one's place.
+   */
+  adopt?(run: string, from: string): Promise<boolean>
   /** Removes a run, whatever is left of it. */
   destroy(run: string): Promise<void>
   /** Lets another service in, once every checkpoint that was asked for is written. */

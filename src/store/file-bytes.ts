@@ -31,7 +31,38 @@ export async function* readRange(file: OpenFile, begin: number, end: number): As
   }
 }
 
+/**
+ * A file whose small reads, one behind the other, become few large ones. One read is served after the other.
+ */
+export function readingAhead(file: OpenFile, most = PIECE_BYTES): OpenFile {
+  let start = 0
+  let piece: Buffer = Buffer.alloc(0)
+  let turn: Promise<unknown> = Promise.resolve()
+  const read: OpenFile['read'] = async (memory, offset, length, at) => {
+    if (length >= most) return file.read(memory, offset, length, at)
+    if (at < start || at + length > start + piece.length) [start, piece] = [at, await readBytes(file, at, most)]
+    const found = piece.subarray(at - start, at - start + length)
+    memory.set(found, offset)
+    return { buffer: memory, bytesRead: found.length }
+  }
+  return {
+    stat: () => file.stat(),
+    close: () => file.close(),
+    read: (...of) => {
+      const next = turn.then(() => read(...of))
+      turn = next.catch(() => undefined)
+      return next
+    },
+  }
+}
+
 /** Writes all of `bytes` at the file's position: one write may take only a part of them. */
 export async function writeAll(file: FileHandle, bytes: Uint8Array): Promise<void> {
   for (let at = 0; at < bytes.length; ) at += (await file.write(bytes, at)).bytesWritten
+}
+
+/** Writes all of `bytes` from byte `position` of the file on. */
+export async function writeAt(file: FileHandle, bytes: Uint8Array, position: number): Promise<void> {
+  for (let at = 0; at < bytes.length; )
+    at += (await file.write(bytes, at, bytes.length - at, position + at)).bytesWritten
 }

@@ -4,7 +4,7 @@ import { type AddressInfo, createServer as createTcpServer } from 'node:net'
 import { join } from 'node:path'
 import t, { type Test } from 'tap'
 import { type Client, connect } from '../../src/client/client.js'
-import type { WholeCheckpoint } from '../../src/cluster/head/whole-files.js'
+import { openCheckpoints, sealCheckpoints } from '../../src/cluster/head/whole-texts.js'
 import { Calls } from '../../src/cluster/peers/calls.js'
 import { Peers } from '../../src/cluster/peers/peers.js'
 import { FIRST_DIGEST } from '../../src/run/digest.js'
@@ -147,13 +147,13 @@ t.test('of the checkpoints without a tag the newest thousand are known', async (
   await run.checkpoint()
   await run.checkpoint({ tag: 'best' })
   const path = join(files, 'checkpoints.json')
-  const read = (): WholeCheckpoint[] => JSON.parse(readFileSync(path, 'utf8'))
+  const read = () => openCheckpoints(readFileSync(path, 'utf8'), path)
   const [untagged, tagged] = read()
   t.match(tagged, { tag: 'best', step: 1, digest: run.digest })
   await Promise.all(processes.map((process) => process.app.drain()))
   for (const process of processes) await process.stop()
-  const older = Array.from({ length: 999 }, (_, i) => ({ ...untagged, checkpoint: `older-${i}` }))
-  writeFileSync(path, JSON.stringify([tagged, ...older, untagged]))
+  const older = Array.from({ length: 999 }, (_, i) => ({ ...untagged!, checkpoint: `older-${i}` }))
+  writeFileSync(path, sealCheckpoints([tagged!, ...older, untagged!]))
   for (const process of processes) await process.start()
   await run.reopen()
   const { checkpoint } = await run.checkpoint()

@@ -25,7 +25,6 @@ t.test('settings of several processes that contradict each other are refused, ea
     [{ ...CLUSTER, cluster_key: '' }, /needs the key of the cluster, once/],
     [{ ...CLUSTER, cluster_key_file: 'key' }, /needs the key of the cluster, once/],
     [{ ...CLUSTER, cluster_key: 'short' }, /cluster_key: must be one key .* got another value/],
-    [{ ...CLUSTER, data: 's3://bucket/runs' }, /peers need a folder as --data, got 's3:\/\/bucket\/runs'/],
     [{ ...CLUSTER, tls_cert: 'a', tls_key: 'b', tls_client_ca: 'c' }, /peers and tls_client_ca/],
   ]
   for (const [settings, message] of wrong)

@@ -41,4 +41,5 @@ for ((left = 120; left > 0; left--)); do
   kill -0 "$store" 2>/dev/null || { tail -n 20 "$folder/log"; exit 1; }
   sleep 0.5
 done
-npx tap --jobs=1 dist/test/store/objects/objects.test.js dist/test/store/objects/service.test.js dist/test/objects/kills.js
+npx tap --jobs=1 dist/test/store/objects/objects.test.js dist/test/store/objects/service.test.js dist/test/store/objects/adoption.test.js \
+  dist/test/cluster/head/whole-stores.test.js dist/test/cluster/head/whole-objects.test.js dist/test/cluster/shared-store.test.js dist/test/objects/kills.js

@@ -1,3 +1,4 @@
+import { randomUUID } from 'node:crypto'
 import { once } from 'node:events'
 import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
@@ -42,6 +43,12 @@ const flags = [
   ],
 ]
 const serve = () => startServer({ data, flags, log: join(folder, 'log') })
+/** A service that has its steps in a journal, and few of them in a checkpoint, in a place of its own. */
+const serveJournal = (prefix: string) => {
+  const { data } = store.settings(store.address(prefix))
+  const journal = ['--durability', 'journal', '--checkpoint-steps', '4']
+  return startServer({ data, flags: [...flags, ...journal], log: join(folder, 'log') })
+}
 const connect = ({ port }: Server) => RawClient.connect(`ws://127.0.0.1:${port}/v1/stream`)
 
 const POINTS = ['state-00001', 'state-00002', 'index.json', 'param_groups', 'manifest.json', 'run.json', 'DELETE']
@@ -66,6 +73,30 @@ t.test('a service that is killed at any request of a checkpoint leaves the run w
     if (step > 0) t.equal(opened.digest, reference[step - 1]!.digest)
   }
   t.ok(step > 0, 'some of the checkpoints count')
+  await client.close()
+  await server.end('SIGTERM')
+})
+
+t.test('a service with a journal that is killed has every step that it acknowledged', async (t) => {
+  const prefix = `${randomUUID()}/`
+  let server = await serveJournal(prefix)
+  let client = await connect(server)
+  let { step } = await client.open({ run: 'r', ...MODEL })
+  for (const isHeld of [true, false, true]) {
+    const held = isHeld ? holdBack('/journal/') : undefined
+    const gone = once(client.socket, 'close')
+    const told = trainStep(client, step + 1).catch(() => undefined)
+    await held
+    if (!isHeld) t.same(known([(await told)!]), known([reference[step++]!]), `step ${step}`)
+    await server.end('SIGKILL')
+    await gone
+    store.fault = () => undefined
+    server = await serveJournal(prefix)
+    client = await connect(server)
+    const opened = await client.open({ run: 'r', mode: 'resume' })
+    t.equal(opened.step, step, 'what was told is there, and nothing that has not come to the store')
+    if (step > 0) t.equal(opened.digest, reference[step - 1]!.digest)
+  }
   await client.close()
   await server.end('SIGTERM')
 })

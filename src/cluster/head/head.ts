@@ -8,7 +8,7 @@ import { declaredHash, rangesOf, shardName, streamOf } from '../names.js'
 import type { Calls, WholeBody } from '../peers/calls.js'
 import type { Vote } from '../vote.js'
 import { Whole } from '../whole.js'
-import type { WholeCheckpoint, WholeRecord } from './whole-files.js'
+import type { WholeCheckpoint, WholeRecord } from './whole-store.js'
 
 /** A control connection of a whole, which is told that the assignment is another one. */
 export type ControlConnection = { superseded(error: ServiceError): void }
@@ -30,8 +30,8 @@ export type HeadParts = {
   checkpoints: readonly WholeCheckpoint[]
   self: string
   calls: Calls
-  /** Has the disk take what is known of checkpoints; undefined where the service keeps none. */
-  keep: ((checkpoints: readonly WholeCheckpoint[]) => Promise<void>) | undefined
+  /** Keeps what is known of checkpoints, and answers what is kept then; undefined where the service keeps none. */
+  keep: ((checkpoints: readonly WholeCheckpoint[]) => Promise<readonly WholeCheckpoint[]>) | undefined
 }
 
 /** So many checkpoints without a tag are known; those of shards are pruned by their processes. */
@@ -159,9 +159,7 @@ export class Head {
       const id = `${step}-${this.generation}-${this.#checkpoints.length}`
       const names = taken.map(({ checkpoint }) => checkpoint)
       const made = { checkpoint: id, ...(tag !== undefined && { tag }), step, digest, shards: names }
-      const all = newest([...this.#checkpoints, made])
-      await keep(all)
-      this.#checkpoints = all
+      this.#checkpoints = await keep(newest([...this.#checkpoints, made]))
       return { ...made, bytes: taken.reduce((sum, { bytes }) => sum + bytes, 0) }
     } finally {
       this.#isTakingCheckpoint = false

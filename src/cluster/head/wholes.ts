@@ -13,7 +13,7 @@ import type { Calls } from '../peers/calls.js'
 import type { Peers } from '../peers/peers.js'
 import { mostShards, placeShards } from '../placement.js'
 import { Head, type HeadParts, type Placement } from './head.js'
-import type { FileLog, WholeCheckpoint, WholeFiles, WholeRecord } from './whole-files.js'
+import type { StoredLog, WholeCheckpoint, WholeRecord, WholeStore } from './whole-store.js'
 
 export type WholesMeans = {
   peers: Peers
@@ -24,7 +24,7 @@ export type WholesMeans = {
   /** The most wholes that a process is the head of. */
   most: number
   /** Undefined where nothing is kept. */
-  files: WholeFiles | undefined
+  files: WholeStore | undefined
   /** Whether there is an ordinary run of this name here. */
   hasRun: (name: string) => boolean
 }
@@ -38,7 +38,7 @@ export class Wholes {
   readonly #heads = new Map<string, Head>()
   /** Why a whole in the data folder cannot be read. */
   readonly #unreadable = new Map<string, ServiceError>()
-  readonly #logs = new Map<string, FileLog>()
+  readonly #logs = new Map<string, StoredLog>()
   readonly #turns = new Turns()
 
   constructor(means: WholesMeans) {
@@ -50,8 +50,10 @@ export class Wholes {
    */
   async restore(): Promise<void> {
     const { files } = this.#means
+    // What every process sees each begins that is its head.
     if (!files) return
     for (const name of await files.names()) {
+      if (files.isShared && this.#means.peers.headOf(name) !== this.#means.peers.self) continue
       try {
         const { record, checkpoints, log } = await files.read(name)
         this.#logs.set(name, log)

@@ -16,7 +16,7 @@ import type { WrittenManifest } from '../checkpoint/checkpoint-thread.js'
 import { type Manifest, sealManifest, UnreadableError } from '../checkpoint/manifest.js'
 import { hasCode, makeFolder, replaceFile, syncFolder } from '../durable.js'
 import { type Identity, newIdentity, openIdentity, sealIdentity } from '../identity.js'
-import { clearJournal, Journal, listSegments } from '../journal/journal.js'
+import { clearJournal, FileJournal, type Journal, listSegments } from '../journal/journal.js'
 import { readJournal, segmentsAfter } from '../journal/journal-reader.js'
 import type { CheckpointKey, RunMedium, RunRecords } from '../run-medium.js'
 
@@ -103,7 +103,7 @@ export class RunFolder implements RunMedium {
   }
 
   openJournal(branch: number, options: Parameters<RunMedium['openJournal']>[1]): Promise<Journal> {
-    return Journal.open(this.journalOf(branch), options)
+    return FileJournal.open(this.journalOf(branch), options)
   }
 
   readJournal(branch: number, step: number): ReturnType<typeof readJournal> {

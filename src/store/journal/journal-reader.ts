@@ -1,6 +1,6 @@
 import { type FileHandle, open } from 'node:fs/promises'
 import { UnreadableError } from '../checkpoint/manifest.js'
-import { readBytes } from '../file-bytes.js'
+import { type OpenFile, readBytes } from '../file-bytes.js'
 import { listSegments, type Segment } from './journal.js'
 import {
   type AppliedHead,
@@ -13,7 +13,14 @@ import {
 } from './journal-format.js'
 
 /** A gradient in a journal: its `bytes` bytes lie at byte `at` of the file. `label` names its record in messages. */
-export type StoredGradient = AppliedHead & { path: string; at: number; bytes: number; label: string }
+export type StoredGradient = AppliedHead & {
+  path: string
+  /** Opens what is at `path`. */
+  open(): Promise<OpenFile>
+  at: number
+  bytes: number
+  label: string
+}
 
 /** A finished step in a journal, with its gradients in the order in which they were applied. */
 export type StoredStep = { step: number; gradients: StoredGradient[]; end: EndHead; label: string }
@@ -105,7 +112,7 @@ async function* readSegment({ path, bytes, file: known }: Segment): AsyncGenerat
       const { head, payloadAt, payloadBytes, end } = record
       at = end
       if (head.type === 'gradient') {
-        gradients.push({ ...head, path, at: payloadAt, bytes: payloadBytes, label })
+        gradients.push({ ...head, path, open: () => open(path, 'r'), at: payloadAt, bytes: payloadBytes, label })
         continue
       }
       yield { step: head.step, gradients, end: head, label }

@@ -42,11 +42,33 @@ export async function clearJournal(folder: string): Promise<void> {
 }
 
 /**
+ * Keeps gradients and the ends of steps. After a crash it has every step that `commit` has resolved for.
+ */
+export interface Journal {
+  /** The bytes of the steps that are in no checkpoint. */
+  readonly bytes: number
+  /** Whether the gradient of a parameter was appended for the step in progress. */
+  holds(parameter: number): boolean
+  /** Takes a gradient. Resolves when `payload` may change; only `commit` says whether it was written. */
+  append(head: AppliedHead, payload: Uint8Array): Promise<void>
+  /**
+   * Ends a step in which `parameters` have gradients. Resolves when all of it is kept. Throws STORAGE_FAILED where it
+   * cannot be: then nothing of the step in progress is held any more, and the run may append it again.
+   */
+  commit(end: EndHead, parameters: readonly number[]): Promise<void>
+  /** What follows is of step `first` and later ones. */
+  rotate(first: number): Promise<void>
+  /** The steps up to `step` are in a checkpoint. Steps up to `until`, by default `step`, may be removed. */
+  drop(step: number, until?: number): Promise<void>
+  close(): Promise<void>
+}
+
+/**
  * Writes gradients and the ends of steps to the disk. After a crash a journal has every step that `commit` has resolved
  * for; it may have records of the step in progress as well. A write that fails takes back all records of the step in
  * progress, and the run may append them again.
  */
-export class Journal {
+export class FileJournal implements Journal {
   readonly #folder: string
   readonly #what: string
   #file: FileHandle
@@ -64,11 +86,11 @@ export class Journal {
   #failure: unknown
 
   /** Begins a segment for step `first`, behind the segments of earlier steps. */
-  static async open(folder: string, { first, ...rest }: JournalOptions & { first: number }): Promise<Journal> {
+  static async open(folder: string, { first, ...rest }: JournalOptions & { first: number }): Promise<FileJournal> {
     await makeFolder(folder)
     const older = (await listSegments(folder)).filter((segment) => segment.first !== first)
     const { file, segment } = await createSegment(folder, first)
-    return new Journal(folder, { ...rest, file, segments: [...older, segment] })
+    return new FileJournal(folder, { ...rest, file, segments: [...older, segment] })
   }
 
   private constructor(folder: string, parts: JournalOptions & { file: FileHandle; segments: Segment[] }) {
@@ -79,13 +101,11 @@ export class Journal {
     this.#segments = parts.segments
   }
 
-  /** The bytes of the steps that are in no checkpoint. */
   get bytes(): number {
     const open = this.#segments.filter(({ first }) => first > this.#checkpointed)
     return open.reduce((sum, { bytes }) => sum + bytes, 0)
   }
 
-  /** Whether the gradient of a parameter was appended for the step in progress. */
   holds(parameter: number): boolean {
     return this.#held.has(parameter)
   }

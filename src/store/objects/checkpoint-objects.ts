@@ -44,7 +44,7 @@ class ObjectSink implements FileSink {
 }
 
 /** An object to be read anywhere. Throws StoreError where there is none. */
-async function openObject(objects: Objects, key: string): Promise<OpenFile> {
+export async function openObject(objects: Objects, key: string): Promise<OpenFile> {
   const size = await objects.size(key)
   if (size === undefined) throw new NoObjectError(`there is no object ${key}`)
   return {

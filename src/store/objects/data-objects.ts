@@ -9,18 +9,22 @@ import { type ObjectsAddress, openObjects } from './open-objects.js'
 import { Owner } from './owner.js'
 import { probe } from './probe.js'
 import { type ObjectsMeans, RunObjects } from './run-objects.js'
+import { withEach } from './with-each.js'
 
 export type DataObjectsOptions = {
   readonly wait_seconds: number
   readonly lease_seconds: number
   /** Hears of every request to the store. */
   readonly observe: (sample: StoreSample) => void
+  /** Where each process of a cluster has its runs, by its URL; undefined where there is no cluster. */
+  readonly placeOf?: (origin: string) => ObjectsAddress
 }
 
 /** All runs as objects: those of each below `runs/`, and `owner.json`, which keeps other services out. */
 export class DataObjects implements DataStore {
   readonly names: readonly string[]
   readonly lost: Promise<string>
+  readonly adopt: DataStore['adopt']
   readonly #owner: Owner
   readonly #means: ObjectsMeans
   /** The runs that were made or read. */
@@ -43,17 +47,27 @@ export class DataObjects implements DataStore {
         await owner.release()
         throw error
       })
-      return new DataObjects(means, owner, names)
+      return new DataObjects(means, owner, { names, options })
     } catch (error) {
       if (error instanceof ConfigError) throw error
       throw new ConfigError(`data store '${objects.name}' cannot be used: ${errorText(error)}`)
     }
   }
 
-  private constructor(means: ObjectsMeans, owner: Owner, names: readonly string[]) {
+  private constructor(
+    means: ObjectsMeans,
+    owner: Owner,
+    { names, options: { placeOf, observe } }: { names: readonly string[]; options: DataObjectsOptions },
+  ) {
     this.#means = means
     this.#owner = owner
     this.names = names
+    this.adopt =
+      placeOf &&
+      (async (run, from) => {
+        const address = placeOf(from)
+        return this.#anew(run).adopt({ objects: await openObjects(address, observe), address })
+      })
     this.lost = new Promise((resolve) => {
       owner.onLost = resolve
     })
@@ -99,12 +113,10 @@ async function namesOf(means: ObjectsMeans): Promise<string[]> {
     const [, name] = INDEX.exec(key) ?? []
     if (name !== undefined) found.push(name)
   }
-  const left = [...found]
   const names: string[] = []
-  const work = async () => {
-    for (let name = left.pop(); name !== undefined; name = left.pop()) if (await isThere(means, name)) names.push(name)
-  }
-  await Promise.all(Array.from({ length: NAMES_AT_A_TIME }, work))
+  await withEach(found, NAMES_AT_A_TIME, async (name) => {
+    if (await isThere(means, name)) names.push(name)
+  })
   return names.sort()
 }
 

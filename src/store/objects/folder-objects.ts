@@ -3,7 +3,8 @@ import { type FileHandle, link, open, readdir, readFile, rename, rm, stat } from
 import { dirname, join, relative } from 'node:path'
 import { FILE_MODE, hasCode, makeFolder, namesIn, syncFolder } from '../durable.js'
 import { writeAll } from '../file-bytes.js'
-import type { Objects, StoredObject, Unfinished, Upload, Version } from './objects.js'
+import { type Objects, type StoredObject, StoreError, type Unfinished, type Upload, type Version } from './objects.js'
+import type { ObjectsAddress } from './open-objects.js'
 
 /** Where what is being written lies until it is whole. No key begins with a dot. */
 const UNFINISHED = '.unfinished'
@@ -73,12 +74,19 @@ export class FolderObjects implements Objects {
     return turn
   }
 
-  async *list(prefix: string): AsyncGenerator<string> {
-    const entries = await present(readdir(this.#root, { recursive: true, withFileTypes: true }))
-    for (const entry of entries ?? []) {
-      const key = relative(this.#root, join(entry.parentPath, entry.name))
-      if (entry.isFile() && key.startsWith(prefix) && !key.startsWith(UNFINISHED)) yield key
-    }
+  async *list(prefix: string, after = ''): AsyncGenerator<string> {
+    const entries = (await present(readdir(this.#root, { recursive: true, withFileTypes: true }))) ?? []
+    const files = entries.filter((entry) => entry.isFile())
+    const keys = files.map(({ parentPath, name }) => relative(this.#root, join(parentPath, name)))
+    for (const key of keys.sort()) if (key.startsWith(prefix) && !key.startsWith(UNFINISHED) && key > after) yield key
+  }
+
+  async copyFrom(place: ObjectsAddress, from: string, to: string): Promise<boolean> {
+    /* c8 ignore next -- the places of a cluster are of one kind */
+    if (place.kind !== 'folder') throw new StoreError(`${this.name}: ${from} cannot be copied out of S3`)
+    const source = await present(readFile(join(place.root, from)))
+    if (source) await this.put(to, source)
+    return source !== undefined
   }
 
   async delete(keys: readonly string[]): Promise<void> {

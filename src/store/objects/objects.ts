@@ -1,3 +1,5 @@
+import type { ObjectsAddress } from './open-objects.js'
+
 /** What an object's content is called by its store: a write changes it. */
 export type Version = string
 
@@ -38,8 +40,13 @@ export type Objects = {
   putIfAbsent(key: string, bytes: Uint8Array): Promise<Version | undefined>
   /** Writes an object anew; undefined where it is not of this version any more. */
   putIfUnchanged(key: string, bytes: Uint8Array, version: Version): Promise<Version | undefined>
-  /** The keys that begin with `prefix`, in no order. */
-  list(prefix: string): AsyncIterable<string>
+  /** The keys that begin with `prefix`, in their order; with `after` only those behind that. */
+  list(prefix: string, after?: string): AsyncIterable<string>
+  /**
+   * Makes an object `to` that has the bytes of the object `from` of another place in the same store, which they do not
+   * leave. Answers whether there is such an object.
+   */
+  copyFrom(place: ObjectsAddress, from: string, to: string): Promise<boolean>
   /** Removes objects; one that is not there is gone already. */
   delete(keys: readonly string[]): Promise<void>
   /** Begins an object of `bytes` bytes. */

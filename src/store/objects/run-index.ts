@@ -21,10 +21,14 @@ export type RunIndex = {
   deleted?: true | undefined
   identity: Identity
   checkpoints: IndexedCheckpoint[]
+  /** The folder of the journal of all branches. */
+  journal: string
 }
 
 /** The folder of a checkpoint: its id, the generation of the service that wrote it, and a number of that service. */
 const FOLDER = /^checkpoints\/step-\d{12}(?:\.\d+)?@(\d{1,15})\.\d{1,15}$/
+/** The folder of a journal: the generation of the service that began it, and a number of that service. */
+const JOURNAL = /^journal\/(\d{1,15})\.\d{1,15}$/
 
 const rule: Rule<RunIndex> = record<RunIndex>({
   format: count,
@@ -44,6 +48,7 @@ const rule: Rule<RunIndex> = record<RunIndex>({
       written_at: text(),
     }),
   ),
+  journal: text('the folder of a journal', JOURNAL),
 })
 
 export function sealIndex(index: RunIndex): Buffer {
@@ -62,9 +67,14 @@ export function checkpointFolderOf(checkpoint: string, { generation, number }: {
   return `checkpoints/${checkpoint}@${generation}.${number}`
 }
 
-/** The folder that a key below that of a run is in, and who wrote it; undefined where it is in no checkpoint's. */
+/** The folder of a new journal. */
+export function journalFolderOf({ generation, number }: { generation: number; number: number }) {
+  return `journal/${generation}.${number}`
+}
+
+/** The folder that a key below that of a run is in, and who made that; undefined where it is in none. */
 export function folderIn(key: string): { folder: string; generation: number } | undefined {
   const folder = key.split('/').slice(0, 2).join('/')
-  const [, generation] = FOLDER.exec(folder) ?? []
+  const [, generation] = FOLDER.exec(folder) ?? JOURNAL.exec(folder) ?? []
   return generation === undefined ? undefined : { folder, generation: Number(generation) }
 }

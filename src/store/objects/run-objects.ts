@@ -4,15 +4,19 @@ import { type CheckpointAddress, MANIFEST } from '../checkpoint/checkpoint-place
 import type { WrittenManifest } from '../checkpoint/checkpoint-thread.js'
 import { FORMAT, type Manifest, openManifest, UnreadableError } from '../checkpoint/manifest.js'
 import type { Identity } from '../identity.js'
-import type { Journal } from '../journal/journal.js'
+import type { Journal, JournalOptions } from '../journal/journal.js'
 import type { CheckpointKey, RunMedium, RunRecords } from '../run-medium.js'
+import { type Adopted, Adoption, type Source } from './adoption.js'
 import { removeAll } from './checkpoint-objects.js'
+import { JournalLog } from './journal/journal-log.js'
+import { ObjectJournal } from './journal/object-journal.js'
 import { type Objects, StoreError, type Version } from './objects.js'
 import type { ObjectsAddress } from './open-objects.js'
 import {
   checkpointFolderOf,
   folderIn,
   type IndexedCheckpoint,
+  journalFolderOf,
   openIndex,
   type RunIndex,
   sealIndex,
@@ -48,6 +52,7 @@ export class RunObjects implements RunMedium {
   readonly #left: string[] = []
   /** Folders of checkpoints that count no more, by their ids. */
   readonly #forgotten = new Map<string, string>()
+  #log: JournalLog | undefined
 
   constructor(means: ObjectsMeans, run: string) {
     this.#means = means
@@ -56,23 +61,35 @@ export class RunObjects implements RunMedium {
   }
 
   async create(identity: Identity): Promise<void> {
-    const { objects, generation } = this.#means
-    const index = { format: FORMAT, generation, writes: 0, identity, checkpoints: [] }
+    const { objects, generation, number } = this.#means
     const found = await objects.get(this.#key)
-    if (found === undefined) {
-      const version = await objects.putIfAbsent(this.#key, sealIndex(index))
-      if (version === undefined) throw this.#taken()
-      this.#known = { index, version }
-      return
-    }
-    const before = this.#open(found.bytes)
+    const before = found && this.#open(found.bytes)
     // One of a lower generation was made by a service that was taken to be dead, after this one has listed the runs.
     // One without a checkpoint was made by this service, which has not heard of it.
-    if (before.generation === generation && before.checkpoints.length > 0)
+    if (before?.generation === generation && before.checkpoints.length > 0)
       throw new StoreError(`${this.path} is there already`)
-    this.#known = { index: before, version: found.version }
-    await this.#change(() => ({ ...index, writes: before.writes, deleted: undefined }))
+    const journal = journalFolderOf({ generation, number: number() })
+    await this.#begin(
+      { identity, checkpoints: [], journal },
+      found && before && { index: before, version: found.version },
+    )
+    await this.#loadJournal({ fence: true })
+  }
+
+  /** Copies the run from the place of another process. Answers whether that has one. Throws as `Adoption.copy`. */
+  async adopt(source: Source): Promise<boolean> {
+    const { objects, generation, number } = this.#means
+    const found = await objects.get(this.#key)
+    const before = found && this.#open(found.bytes)
+    if (before && !before.deleted) throw new StoreError(`${this.path} is there already`)
+    const folderOf = (checkpoint: string) => checkpointFolderOf(checkpoint, { generation, number: number() })
+    const journal = journalFolderOf({ generation, number: number() })
+    const copied = await new Adoption(source, { objects, prefix: this.#prefix, folderOf, journal }, this.#run).copy()
+    if (copied === undefined) return false
+    await this.#begin(copied, found && before && { index: before, version: found.version })
+    // A service of before may have died in the middle of a copy.
     await this.#collect()
+    return true
   }
 
   /** With `tidy` the run is taken: no change of a service with a lower generation counts any more. */
@@ -85,6 +102,7 @@ export class RunObjects implements RunMedium {
       await this.#change((same) => same)
       await this.#collect()
     }
+    await this.#loadJournal({ fence: tidy })
     return { identity: index.identity, entries: index.checkpoints.map(entryIn) }
   }
 
@@ -154,19 +172,56 @@ export class RunObjects implements RunMedium {
     this.#forgotten.delete(checkpoint)
   }
 
-  // A branch is a number in `run.json` alone, and there is no journal.
+  /** A branch is a number in `run.json` and in the entries of the journal. */
   async makeBranch(): Promise<void> {}
-  async clearBranches(): Promise<void> {}
-  async clearJournal(): Promise<void> {}
-  async mayHaveSteps(): Promise<boolean> {
-    return false
+
+  clearBranches(present: number): Promise<void> {
+    return this.#journal.clearOthers(present)
   }
-  async readJournal(): ReturnType<RunMedium['readJournal']> {
-    return { steps: [] }
+
+  clearJournal(branch: number): Promise<void> {
+    return this.#journal.clear(branch)
   }
-  /* c8 ignore next 3 -- the settings are refused before (src/config.ts) */
-  async openJournal(): Promise<Journal> {
-    throw new StoreError(`${this.path}: a journal needs a folder`)
+
+  async mayHaveSteps(branch: number, after: number): Promise<boolean> {
+    return this.#journal.mayHaveSteps(branch, after)
+  }
+
+  async readJournal(branch: number, step: number): ReturnType<RunMedium['readJournal']> {
+    return { steps: await this.#journal.read(branch, step) }
+  }
+
+  async openJournal(branch: number, options: JournalOptions): Promise<Journal> {
+    return new ObjectJournal(this.#journal, branch, options)
+  }
+
+  get #journal(): JournalLog {
+    if (this.#log) return this.#log
+    /* c8 ignore next 2 -- a run is read or made before anything else */
+    throw new StoreError(`${this.path} was not read`)
+  }
+
+  /** Reads what there is of the journal. With `fence` no service with a lower generation adds anything to that. */
+  async #loadJournal(how: { fence: boolean }): Promise<void> {
+    const { objects, generation } = this.#means
+    const log = new JournalLog({ objects, generation, prefix: `${this.#prefix}${this.#present.index.journal}/` })
+    await log.load(how)
+    this.#log = log
+  }
+
+  /** Writes what counts of a run that begins here, in the place of `before`. */
+  async #begin(counts: Adopted, before: { index: RunIndex; version: Version } | undefined): Promise<void> {
+    const { objects, generation } = this.#means
+    const index = { format: FORMAT, generation, writes: 0, ...counts }
+    if (before === undefined) {
+      const version = await objects.putIfAbsent(this.#key, sealIndex(index))
+      if (version === undefined) throw this.#taken()
+      this.#known = { index, version }
+      return
+    }
+    this.#known = before
+    await this.#change(({ writes }) => ({ ...index, writes, deleted: undefined }))
+    await this.#collect()
   }
 
   get #prefix(): string {
@@ -242,7 +297,8 @@ export class RunObjects implements RunMedium {
   /** Removes what services with a lower generation have left; `own`: of this one, too. */
   async #collect({ own = false } = {}): Promise<void> {
     const { objects, generation } = this.#means
-    const named = new Set(this.#present.index.checkpoints.map(({ folder }) => folder))
+    const { checkpoints, journal, deleted } = this.#present.index
+    const named = new Set([...checkpoints.map(({ folder }) => folder), ...(deleted ? [] : [journal])])
     const isGarbage = (key: string) => {
       const found = folderIn(key.slice(this.#prefix.length))
       return found !== undefined && !named.has(found.folder) && found.generation < generation + (own ? 1 : 0)

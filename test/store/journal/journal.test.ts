@@ -14,52 +14,12 @@ import { join } from 'node:path'
 import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import { UnreadableError } from '../../../src/store/checkpoint/manifest.js'
-import { clearJournal, Journal, listSegments } from '../../../src/store/journal/journal.js'
-import {
-  type AppliedHead,
-  type EndHead,
-  encodeHead,
-  type Head,
-  PREFIX_BYTES,
-} from '../../../src/store/journal/journal-format.js'
+import { clearJournal, FileJournal, listSegments } from '../../../src/store/journal/journal.js'
+import { encodeHead, type Head, PREFIX_BYTES } from '../../../src/store/journal/journal-format.js'
 import { cutTail, readJournal, readSteps, type StoredStep } from '../../../src/store/journal/journal-reader.js'
 import { changed, wrongFields } from '../wrong-fields.js'
+import { digestOf, end, gradient, payload, write } from './records.js'
 
-const APPLIED = {
-  gradient_scale: 1,
-  gradient_fingerprint: '0'.repeat(16),
-  update_fingerprint: '1'.repeat(16),
-  scale: -1,
-  decay: 0,
-}
-const gradient = (step: number, parameter: number): AppliedHead => ({
-  type: 'gradient',
-  step,
-  parameter,
-  applied: APPLIED,
-})
-const payload = (step: number, parameter: number, bytes: number) => new Uint8Array(bytes).fill(step * 10 + parameter)
-const digestOf = (step: number) => createHash('sha256').update(`step ${step}`).digest('hex')
-const end = (step: number): EndHead => ({
-  type: 'end',
-  step,
-  digest: digestOf(step),
-  skipped: [],
-  settings: { groups: [], frame: { groups: {}, gradient_scale: 1, max_logits: {} } },
-  receipt: {
-    ...{
-      type: 'receipt',
-      step,
-      replayed: false,
-      applied: 1,
-      skipped: 0,
-      gradient_norm: 1,
-      groups: {},
-      clipped_heads: {},
-    },
-    ...{ digest: digestOf(step), durable: true, seconds: { receive: 0, queue: 0, compute: 0, send: 0 } },
-  },
-})
 const SIZES = [[3, 70], [0, 1, 200], [64]]
 
 /** The files of a folder that this process has open. */
@@ -69,13 +29,7 @@ const openIn = (folder: string) =>
     const path = existsSync(link) ? readlinkSync(link) : ''
     return path.startsWith(folder) ? [path] : []
   })
-const open = (folder: string, first = 1) => Journal.open(folder, { first, what: 'the journal', checkpointed: 0 })
-
-async function write(journal: Journal, step: number, sizes: readonly number[]): Promise<void> {
-  for (const [parameter, bytes] of sizes.entries())
-    void journal.append(gradient(step, parameter), payload(step, parameter, bytes))
-  await journal.commit(end(step), [...sizes.keys()])
-}
+const open = (folder: string, first = 1) => FileJournal.open(folder, { first, what: 'the journal', checkpointed: 0 })
 
 /** Three steps in one segment, and the byte at which each of them ends. */
 async function three(folder: string): Promise<number[]> {

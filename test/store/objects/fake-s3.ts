@@ -43,8 +43,11 @@ export class FakeS3 {
     if (method === 'GET' && query.has('uploads')) return this.#listUploads(query)
     if (method === 'GET' && key === '') return this.#list(query)
     if (query.has('uploads')) return this.#begin(key)
-    if (query.has('uploadId')) return this.#upload(method, key, { query, body })
-    if (method === 'PUT') return this.#put(key, body, headers)
+    const source = headers['x-amz-copy-source']
+    const copied = source === undefined ? undefined : this.#copied(String(source), headers)
+    if (source !== undefined && copied === undefined) return problem(404, 'NoSuchKey')
+    if (query.has('uploadId')) return this.#upload(method, key, { query, body: copied ?? body })
+    if (method === 'PUT') return this.#put(key, copied ?? body, headers)
     if (method === 'DELETE') {
       this.objects.delete(key)
       return { status: 204 }
@@ -61,6 +64,14 @@ export class FakeS3 {
     return { status: 206, body: bytes.subarray(Number(from), Number(to) + 1), headers: { etag } }
   }
 
+  /** The bytes that a copy names; undefined where there are none. */
+  #copied(source: string, headers: IncomingMessage['headers']): Buffer | undefined {
+    const [, ...key] = source.split('/').map(decodeURIComponent)
+    const range = headers['x-amz-copy-source-range']
+    const { status, body } = this.#get(key.join('/'), range === undefined ? undefined : String(range))
+    return status < 400 && Buffer.isBuffer(body) ? body : undefined
+  }
+
   #put(key: string, bytes: Buffer, headers: IncomingMessage['headers']): Answer {
     const found = this.objects.get(key)
     const { 'if-none-match': none, 'if-match': match } = headers
@@ -69,11 +80,11 @@ export class FakeS3 {
       return found ? problem(412, 'PreconditionFailed') : problem(404, 'NoSuchKey')
     const kept = this.broken.forgets ? Buffer.from('other') : bytes
     this.objects.set(key, { bytes: kept, etag: etagOf(kept) })
-    return { status: 200, headers: { etag: etagOf(bytes) } }
+    return { ...xml('CopyObjectResult', `<ETag>${etagOf(bytes)}</ETag>`), headers: { etag: etagOf(bytes) } }
   }
 
   #list(query: URLSearchParams): Answer {
-    const after = query.get('continuation-token') ?? ''
+    const after = query.get('continuation-token') ?? query.get('start-after') ?? ''
     const keys = [...this.objects.keys()].filter((key) => key.startsWith(query.get('prefix')!) && key > after).sort()
     const page = keys.slice(0, PAGE)
     const next = keys.length > PAGE ? `<NextContinuationToken>${page.at(-1)}</NextContinuationToken>` : ''
@@ -105,7 +116,7 @@ export class FakeS3 {
     const etag = etagOf(body)
     if (method === 'PUT') {
       upload.parts.set(Number(query.get('partNumber')), { bytes: body, etag })
-      return { status: 200, headers: { etag } }
+      return { ...xml('CopyPartResult', `<ETag>${etag}</ETag>`), headers: { etag } }
     }
     this.uploads.delete(id)
     if (method === 'DELETE') return { status: 204 }

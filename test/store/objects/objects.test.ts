@@ -3,8 +3,10 @@ import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import { FolderObjects } from '../../../src/store/objects/folder-objects.js'
 import type { Objects } from '../../../src/store/objects/objects.js'
+import { openObjects } from '../../../src/store/objects/open-objects.js'
 import { probe } from '../../../src/store/objects/probe.js'
-import { S3Objects } from '../../../src/store/objects/s3-objects.js'
+import { placeOf } from '../../../src/store/objects/s3/s3-address.js'
+import { S3Objects } from '../../../src/store/objects/s3/s3-objects.js'
 import { TestStore } from './stores.js'
 
 const store = await TestStore.start(t)
@@ -37,9 +39,26 @@ for (const [kind, open] of Object.entries(KINDS)) {
       t.same((await objects.get('b/x'))?.bytes, bytes('another'))
       t.equal(await objects.size('b/x'), 7)
       t.same(await all(objects.list('a/')), keys)
+      for (const after of [3, 7]) t.same(await all(objects.list('a/', `a/${after}`)), keys.slice(after + 1))
+      for await (const key of objects.list('')) {
+        t.equal(key, 'a/0', 'the first one comes first')
+        break
+      }
       await objects.delete([...keys.slice(1), 'none'])
       t.same(await all(objects.list('')), ['a/0', 'b/x'])
       t.equal(await objects.get('a/0/below'), undefined, 'an object is no folder')
+    })
+
+    t.test('are copied from another place', async (t) => {
+      const objects = open(t)
+      const root = t.testdir({})
+      const place = kind === 'in S3' ? store.address() : ({ kind: 'folder', root } as const)
+      const source = await openObjects(place, () => {})
+      await source.put('a/b', bytes('bytes'))
+      t.equal(await objects.copyFrom(place, 'a/b', 'c/d'), true)
+      t.same([(await objects.get('c/d'))?.bytes, await objects.size('a/b')], [bytes('bytes'), undefined])
+      t.equal(await objects.copyFrom(place, 'a/none', 'c/none'), false)
+      t.same(await all(objects.list('')), ['c/d'])
     })
 
     t.test('are written on a condition, by one of many', async (t) => {
@@ -141,6 +160,47 @@ t.test('S3 that is busy, or loses what it is asked or answers, is asked again', 
   )
   once('half', 'GET')
   t.equal((await objects.get('new-cut'))?.bytes.length, 36)
+})
+
+t.test('an object is copied from another place, whole or in parts, and its bytes stay in the store', async (t) => {
+  const [from, to] = [store.address(), store.address()]
+  const source = new S3Objects(from, () => {})
+  const whole = new S3Objects(to, () => {})
+  // Parts of S3 have 5 MiB or more, the last one excepted.
+  const inParts = new S3Objects(to, () => {}, 5 << 20)
+  for (const length of [0, 7, (5 << 20) + 1, 12 << 20]) {
+    const key = `a ~ @${length}`
+    await source.put(key, content(length))
+    for (const objects of [whole, inParts]) {
+      store.passed.length = 0
+      t.equal(await objects.copyFrom(from, key, 'b/c'), true)
+      const parts = store.passed.filter(({ method, query }) => method === 'PUT' && query.has('partNumber'))
+      t.equal(parts.length, objects === whole || length <= 5 << 20 ? 0 : Math.ceil(length / (5 << 20)))
+      t.ok((await whole.get('b/c'))!.bytes.equals(content(length)), `${length} bytes`)
+    }
+  }
+  for (const objects of [whole, inParts]) t.equal(await objects.copyFrom(from, 'none', 'd'), false)
+  t.equal(await whole.get('d'), undefined)
+  t.teardown(() => {
+    store.fault = () => undefined
+  })
+  store.fault = ({ method, query }) => (method === 'PUT' && query.get('partNumber') === '2' ? 'denied' : undefined)
+  const refusal = { name: 'StoreError', message: /copy d: 403 AccessDenied/ }
+  await t.rejects(inParts.copyFrom(from, `a ~ @${12 << 20}`, 'd'), refusal)
+  t.same(await all(whole.unfinished('')), [], 'nothing is left of one that cannot be copied')
+  // The object goes between the question for its size and the copy.
+  store.fault = ({ method, key }) => (method === 'PUT' && key.endsWith('/d') ? source.delete(['a ~ @7']) : undefined)
+  t.equal(await whole.copyFrom(from, 'a ~ @7', 'd'), false)
+})
+
+t.test('each process of a cluster has a place that no other one has', (t) => {
+  const address = store.address('runs/')
+  const prefixOf = (origin: string) => placeOf(origin, address).prefix
+  t.equal(prefixOf('http://muond-0.muond:8787'), 'runs/peers/http_muond-0.muond_8787/')
+  const origins = ['http://a:1', 'http://a_1', 'http://a', 'https://a', 'http://a_:1', 'http://a!1', 'http://[::1]:1']
+  t.equal(new Set(origins.map(prefixOf)).size, origins.length)
+  for (const origin of origins) t.match(prefixOf(origin), /^runs\/peers\/[a-z0-9.!_-]+\/$/)
+  t.end()
 })
 
 t.test('a part that cannot be uploaded is told by the next piece or by the end, and nothing is left', async (t) => {

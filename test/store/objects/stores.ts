@@ -11,7 +11,7 @@ import {
 import type { AddressInfo, Socket } from 'node:net'
 import { CreateBucketCommand, S3Client } from '@aws-sdk/client-s3'
 import type { Test } from 'tap'
-import type { S3Address } from '../../../src/store/objects/s3-objects.js'
+import type { S3Address } from '../../../src/store/objects/s3/s3-objects.js'
 import { BUCKET, FakeS3 } from './fake-s3.js'
 
 // The SDK takes credentials where every program with it does. SeaweedFS is started with these.
@@ -25,17 +25,17 @@ const REAL = process.env.TEST_S3_ENDPOINT
 /** A request on its way to the store. */
 export type Passing = { method: string; key: string; query: URLSearchParams; range: string | undefined }
 /**
- * What happens to a request: `busy` is S3's SlowDown, `denied` is an error that is not tried again, `cut` loses it, `lost` its answer, `half` the second half of its
- * answer; a promise holds it back.
+ * What happens to a request: `busy` is S3's SlowDown, `denied` is an error that is not tried again, `conflict` says that
+ * another conditional write is under way, `cut` loses it, `lost` its answer, `half` the second half of its answer; a
+ * promise holds it back.
  */
-export type Fault = 'busy' | 'denied' | 'cut' | 'lost' | 'half' | Promise<unknown> | undefined
+export type Fault = 'busy' | 'denied' | 'conflict' | 'cut' | 'lost' | 'half' | Promise<unknown> | undefined
 
+const error = (code: string, message: string) => `<Error><Code>${code}</Code><Message>${message}</Message></Error>`
 const REFUSALS = {
-  busy: {
-    status: 503,
-    body: '<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>',
-  },
-  denied: { status: 403, body: '<Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>' },
+  busy: { status: 503, body: error('SlowDown', 'Please reduce your request rate.') },
+  denied: { status: 403, body: error('AccessDenied', 'Access Denied.') },
+  conflict: { status: 409, body: error('ConditionalRequestConflict', 'Another one is under way.') },
 }
 
 /** A store that tests share, behind a proxy that does to its requests what a test wants. */
@@ -112,7 +112,7 @@ export class TestStore {
     this.passed.push(passing)
     const fault = this.down ? 'cut' : this.fault(passing)
     if (fault === 'cut') return void incoming.socket.destroy()
-    if (fault === 'busy' || fault === 'denied') {
+    if (fault === 'busy' || fault === 'denied' || fault === 'conflict') {
       const { status, body } = REFUSALS[fault]
       incoming.resume()
       answer.writeHead(status, { 'content-type': 'application/xml', connection: 'close' })

@@ -8,7 +8,7 @@ import { type StoredRun, verifyRun } from '../../../keep/verify.js'
 import { CheckpointFiles } from '../../../store/checkpoint/checkpoint-files.js'
 import { FILE_MODE } from '../../../store/durable.js'
 import { holderOf } from '../../../store/lock.js'
-import { s3Address } from '../../../store/objects/s3-address.js'
+import { ownAddress } from '../../../store/objects/s3/s3-address.js'
 import { amount, counted } from '../../amount.js'
 import { type Finding, failure, finding, ok, taken, warning } from './finding.js'
 import { checkObjects } from './objects.js'
@@ -23,7 +23,7 @@ const ATTEMPTS = 5
  * more.
  */
 export function checkData(config: Config): Promise<Finding[]> {
-  const address = s3Address(config)
+  const address = ownAddress(config)
   if (address) return checkObjects(address)
   return finding('data', 'see that the folder can be read', () => findingsIn(config))
 }

@@ -1,7 +1,7 @@
 import { openObjects } from '../../../store/objects/open-objects.js'
 import { holderOfObjects } from '../../../store/objects/owner.js'
 import { probe } from '../../../store/objects/probe.js'
-import type { S3Address } from '../../../store/objects/s3-objects.js'
+import type { S3Address } from '../../../store/objects/s3/s3-objects.js'
 import { type Finding, finding, ok, taken } from './finding.js'
 
 const REMEDY =

@@ -2,6 +2,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import {
   AbortMultipartUploadCommand,
   CompleteMultipartUploadCommand,
+  CopyObjectCommand,
   CreateMultipartUploadCommand,
   DeleteObjectCommand,
   GetObjectCommand,
@@ -14,11 +15,15 @@ import {
   S3Client,
   S3ServiceException,
   UploadPartCommand,
+  UploadPartCopyCommand,
 } from '@aws-sdk/client-s3'
-import { errorText } from '../../errors.js'
-import type { StoreSample } from '../../metrics.js'
-import { type Objects, type StoredObject, StoreError, type Unfinished, type Upload, type Version } from './objects.js'
-import { S3Upload } from './s3-upload.js'
+import { errorText } from '../../../errors.js'
+import type { StoreSample } from '../../../metrics.js'
+import { type Objects, type StoredObject, StoreError, type Unfinished, type Upload, type Version } from '../objects.js'
+import type { ObjectsAddress } from '../open-objects.js'
+import { withEach } from '../with-each.js'
+import { type CopyRequests, copyObject } from './s3-copy.js'
+import { type PartRequests, S3Upload } from './s3-upload.js'
 
 /** Where objects lie in S3. Credentials and what is empty here are found as by every program with the AWS SDK. */
 export type S3Address = {
@@ -45,8 +50,11 @@ export class S3Objects implements Objects {
   readonly #client: S3Client
   readonly #address: S3Address
   readonly #observe: (sample: StoreSample) => void
+  readonly #copy_bytes: number | undefined
 
-  constructor(address: S3Address, observe: (sample: StoreSample) => void) {
+  /** `copy_bytes`: what has more is copied in parts; undefined is as much as a store copies in a few seconds. */
+  constructor(address: S3Address, observe: (sample: StoreSample) => void, copy_bytes?: number) {
+    this.#copy_bytes = copy_bytes
     const { bucket, prefix, endpoint, region, path_style } = address
     this.name = `s3://${bucket}/${prefix}`.replace(/\/$/, '')
     this.#address = address
@@ -110,10 +118,16 @@ export class S3Objects implements Objects {
     return this.#put(key, bytes, { IfMatch: version }).catch((error) => this.#unlessOurs(error, key, bytes))
   }
 
-  async *list(prefix: string): AsyncGenerator<string> {
+  async *list(prefix: string, after?: string): AsyncGenerator<string> {
     const { bucket: Bucket, prefix: before } = this.#address
+    const StartAfter = after && before + after
     for (let token: string | undefined, more = true; more; ) {
-      const command = new ListObjectsV2Command({ Bucket, Prefix: before + prefix, ContinuationToken: token })
+      const command = new ListObjectsV2Command({
+        Bucket,
+        Prefix: before + prefix,
+        StartAfter,
+        ContinuationToken: token,
+      })
       const { Contents = [], NextContinuationToken } = await this.#ask('list', prefix, () => this.#client.send(command))
       for (const { Key } of Contents) if (Key !== undefined) yield Key.slice(before.length)
       token = NextContinuationToken
@@ -121,37 +135,36 @@ export class S3Objects implements Objects {
     }
   }
 
+  async copyFrom(place: ObjectsAddress, from: string, to: string): Promise<boolean> {
+    /* c8 ignore next -- the places of a cluster are of one kind */
+    if (place.kind !== 's3') throw new StoreError(`${this.name}: ${from} cannot be copied from a folder`)
+    const source = { Bucket: place.bucket, Key: place.prefix + from }
+    const head = () => this.#client.send(new HeadObjectCommand(source))
+    const bytes = await this.#ask('get', from, async () => (await head()).ContentLength).catch(absent)
+    if (bytes === undefined) return false
+    const requests = this.#copying(`${source.Bucket}/${source.Key}`.split('/').map(encodeURIComponent).join('/'), to)
+    const copied = copyObject(requests, bytes, this.#copy_bytes).then(() => true)
+    return (await copied.catch(absent)) ?? false
+  }
+
   async delete(keys: readonly string[]): Promise<void> {
-    const left = [...keys]
-    const work = async () => {
-      for (let key = left.pop(); key !== undefined; key = left.pop()) {
-        const command = new DeleteObjectCommand(this.#of(key))
-        await this.#ask('delete', key, () => this.#client.send(command))
-      }
-    }
-    await Promise.all(Array.from({ length: DELETES_AT_A_TIME }, work))
+    await withEach(keys, DELETES_AT_A_TIME, async (key) => {
+      const command = new DeleteObjectCommand(this.#of(key))
+      await this.#ask('delete', key, () => this.#client.send(command))
+    })
   }
 
   upload(key: string, bytes: number): Upload {
     const of = this.#of(key)
-    const send = <T>(size: number, work: () => Promise<T>) => this.#ask('upload', key, work, size)
     return new S3Upload(
       {
+        ...this.#parts(key),
         put: (content) => this.put(key, content),
-        begin: async () => {
-          const { UploadId } = await send(0, () => this.#client.send(new CreateMultipartUploadCommand(of)))
-          return expected(UploadId, 'UploadId')
-        },
         part: async (UploadId, PartNumber, Body) => {
           const command = new UploadPartCommand({ ...of, UploadId, PartNumber, Body })
-          return expected((await send(Body.length, () => this.#client.send(command))).ETag, 'ETag')
+          const { ETag } = await this.#ask('upload', key, () => this.#client.send(command), Body.length)
+          return expected(ETag, 'ETag')
         },
-        complete: async (UploadId, parts) => {
-          const Parts = parts.map(({ number, etag }) => ({ PartNumber: number, ETag: etag }))
-          const command = new CompleteMultipartUploadCommand({ ...of, UploadId, MultipartUpload: { Parts } })
-          await send(0, () => this.#client.send(command))
-        },
-        abort: (id) => this.abort({ key, id }),
       },
       bytes,
     )
@@ -176,6 +189,40 @@ export class S3Objects implements Objects {
   async abort({ key, id }: Unfinished): Promise<void> {
     const command = new AbortMultipartUploadCommand({ ...this.#of(key), UploadId: id })
     await this.#ask('delete', key, () => this.#client.send(command)).catch(absent)
+  }
+
+  #copying(CopySource: string, to: string): CopyRequests {
+    const of = this.#of(to)
+    const ask = <T>(work: () => Promise<T>) => this.#ask('copy', to, work)
+    return {
+      ...this.#parts(to),
+      whole: async () => {
+        await ask(() => this.#client.send(new CopyObjectCommand({ ...of, CopySource })))
+      },
+      part: async (UploadId, PartNumber, { begin, end }) => {
+        const CopySourceRange = `bytes=${begin}-${end - 1}`
+        const command = new UploadPartCopyCommand({ ...of, UploadId, PartNumber, CopySource, CopySourceRange })
+        return expected((await ask(() => this.#client.send(command))).CopyPartResult?.ETag, 'ETag')
+      },
+    }
+  }
+
+  /** The requests of an object in parts but for the parts. */
+  #parts(key: string): Pick<PartRequests, 'begin' | 'complete' | 'abort'> {
+    const of = this.#of(key)
+    const ask = <T>(work: () => Promise<T>) => this.#ask('upload', key, work)
+    return {
+      begin: async () => {
+        const { UploadId } = await ask(() => this.#client.send(new CreateMultipartUploadCommand(of)))
+        return expected(UploadId, 'UploadId')
+      },
+      complete: async (UploadId, parts) => {
+        const Parts = parts.map(({ number, etag }) => ({ PartNumber: number, ETag: etag }))
+        const command = new CompleteMultipartUploadCommand({ ...of, UploadId, MultipartUpload: { Parts } })
+        await ask(() => this.#client.send(command))
+      },
+      abort: (id) => this.abort({ key, id }),
+    }
   }
 
   #of(key: string): { Bucket: string; Key: string } {

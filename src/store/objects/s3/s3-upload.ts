@@ -1,4 +1,4 @@
-import type { Upload } from './objects.js'
+import type { Upload } from '../objects.js'
 
 /** What an upload in parts asks of S3. */
 export type PartRequests = {
