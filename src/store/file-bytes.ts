@@ -31,7 +31,12 @@ export async function* readRange(file: OpenFile, begin: number, end: number): As
   }
 }
 
-/** Writes all of `bytes` at the file's position: one write may take only a part of them. */
-export async function writeAll(file: FileHandle, bytes: Uint8Array): Promise<void> {
-  for (let at = 0; at < bytes.length; ) at += (await file.write(bytes, at)).bytesWritten
+/**
+ * Writes all of `bytes` from byte `start` of the file on, by default at its position: one write may take only a part of
+ * them, as where the disk has room for no more, and the next one then says why.
+ */
+export async function writeAll(file: FileHandle, bytes: Uint8Array, start?: number): Promise<void> {
+  const position = (at: number) => (start === undefined ? null : start + at)
+  for (let at = 0; at < bytes.length; )
+    at += (await file.write(bytes, at, bytes.length - at, position(at))).bytesWritten
 }

@@ -1,4 +1,5 @@
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { type FileHandle, open } from 'node:fs/promises'
 import { join } from 'node:path'
 import t, { type Test } from 'tap'
 import type { Entry } from '../../src/cluster/commit-log.js'
@@ -61,6 +62,33 @@ t.test('an entry that cannot be written does not count', async (t) => {
   t.same(await log.newest(), entryAt(1))
   t.same(await (await logAt(path)).newest(), entryAt(1))
   opened.shift()
+})
+
+t.test('an entry of which one write takes only a part is written whole, or does not count', async (t) => {
+  const { path, log } = await logOf(t, 1)
+  const probe = await open(path)
+  const prototype: FileHandle = Object.getPrototypeOf(probe)
+  await probe.close()
+  const { write } = prototype
+  /** The disk has room for so many bytes more; one write takes seven of them. */
+  let room = Number.POSITIVE_INFINITY
+  const scanty = function (this: FileHandle, bytes: Uint8Array, at: number, length: number, position: number) {
+    const part = Math.min(7, length, room)
+    if (part === 0)
+      return Promise.reject(Object.assign(new Error('ENOSPC: no space left on device'), { code: 'ENOSPC' }))
+    room -= part
+    return Reflect.apply(write, this, [bytes, at, part, position])
+  }
+  t.intercept(prototype, 'write', { value: scanty })
+  await log.put(entryAt(2))
+  room = 20
+  await t.rejects(log.put(entryAt(3)), { code: 'STORAGE_FAILED', message: /log.jsonl' cannot be written: ENOSPC/ })
+  t.same(await log.newest(), entryAt(2))
+  room = Number.POSITIVE_INFINITY
+  await log.put(entryAt(3, 'another head'))
+  const entries = [entryAt(1), entryAt(2), entryAt(3, 'another head')]
+  t.equal(readFileSync(path, 'utf8'), entries.map((entry) => `${JSON.stringify(entry)}\n`).join(''))
+  t.same(await (await logAt(path)).newest(), entries[2])
 })
 
 t.test('a last line that a crash has cut off is dropped, and its position is free', async (t) => {

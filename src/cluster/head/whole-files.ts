@@ -2,6 +2,7 @@ import { type FileHandle, open, readFile, rename, rm } from 'node:fs/promises'
 import { dirname, join } from 'node:path'
 import { errorText, ServiceError } from '../../errors.js'
 import { FILE_MODE, hasCode, makeFolder, namesIn, replaceFile, syncFolder } from '../../store/durable.js'
+import { writeAll } from '../../store/file-bytes.js'
 import type { AttentionDeclaration, GroupDeclaration, ParameterDeclaration } from '../../wire/frame.js'
 import type { AssignedShard } from '../assignment.js'
 import type { CommitLog, Entry } from '../commit-log.js'
@@ -182,7 +183,7 @@ export class FileLog implements CommitLog {
     const line = Buffer.from(`${JSON.stringify(entry)}\n`)
     const start = this.#starts[next - 1]
     try {
-      await this.#file.write(line, 0, line.length, start)
+      await writeAll(this.#file, line, start)
       if (this.isDurable) await this.#file.datasync()
     } catch (error) {
       // What a write that failed has left is written over, and may be longer than what comes next.
