@@ -158,6 +158,7 @@ t.test('a whole is read as it was written, or not at all', async (t) => {
     writeFileSync(path, file === 'whole.json' ? JSON.stringify(RECORD) : '[]')
   }
   await files.remove('gpt')
+  await t.rejects(files.remove('gpt'), { code: 'STORAGE_FAILED', message: /the folder of run 'gpt' cannot be removed/ })
   await t.rejects(files.read('gpt'), { code: 'CHECKPOINT_UNREADABLE', message: /ENOENT/ })
   await t.rejects(files.keepCheckpoints('gpt', []), { code: 'STORAGE_FAILED', message: /checkpoints of run 'gpt'/ })
 })
@@ -172,3 +173,13 @@ t.test('a whole that was half made or half deleted is none', async (t) => {
   t.same(readdirSync(join(data, 'wholes')), ['gpt'])
   await t.rejects(files.create(RECORD), { code: 'STORAGE_FAILED', message: /run 'gpt' cannot be kept/ })
 })
+
+t.test(
+  'a whole begins without the log of one of its name that was deleted, and of which files were left',
+  async (t) => {
+    const data = t.testdir({ wholes: { '.gpt': { 'log.jsonl': `${JSON.stringify(entryAt(1))}\n` } } })
+    const { log } = await new WholeFiles(data, true).create(RECORD)
+    opened.push(log)
+    t.equal(await log.newest(), undefined)
+  },
+)

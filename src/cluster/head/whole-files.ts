@@ -54,17 +54,34 @@ export class WholeFiles {
     return names.filter((name) => !half.includes(name)).sort()
   }
 
+  /** Throws STORAGE_FAILED, and then there is no such whole. */
   async create(record: WholeRecord): Promise<StoredWhole> {
-    const [folder, half] = [join(this.#folder, record.run), join(this.#folder, `.${record.run}`)]
+    const { run } = record
+    const [folder, half] = [join(this.#folder, run), join(this.#folder, `.${run}`)]
     try {
+      // One of the same name that was deleted may have left files here, its log among them.
+      await rm(half, { recursive: true, force: true })
       await makeFolder(half)
       await replaceFile(join(half, WHOLE), JSON.stringify(record))
       await rename(half, folder)
+    } catch (error) {
+      throw storageFailed(`run '${run}' cannot be kept`, error)
+    }
+    try {
       await syncFolder(this.#folder)
       return { record, checkpoints: [], log: await FileLog.open(join(folder, LOG), this.#syncs) }
+      /* c8 ignore start -- a disk that has just taken the file of the whole takes its log */
     } catch (error) {
-      throw storageFailed(`run '${record.run}' cannot be kept`, error)
+      await this.discard(run)
+      throw storageFailed(`run '${run}' cannot be kept`, error)
     }
+    /* c8 ignore stop */
+  }
+
+  /** Removes a whole that could not be begun. Where that fails too, its name is taken until the next start. */
+  async discard(run: string): Promise<void> {
+    /* c8 ignore next -- a disk that has just taken the folder lets it be removed */
+    await this.remove(run).catch(() => undefined)
   }
 
   /** Throws CHECKPOINT_UNREADABLE for files that are not what was written. */
@@ -88,11 +105,16 @@ export class WholeFiles {
     }
   }
 
+  /** Throws STORAGE_FAILED. */
   async remove(run: string): Promise<void> {
     const half = join(this.#folder, `.${run}`)
-    await rename(join(this.#folder, run), half)
-    await syncFolder(this.#folder)
-    await rm(half, { recursive: true })
+    try {
+      await rename(join(this.#folder, run), half)
+      await syncFolder(this.#folder)
+      await rm(half, { recursive: true })
+    } catch (error) {
+      throw storageFailed(`the folder of run '${run}' cannot be removed`, error)
+    }
   }
 }
 
