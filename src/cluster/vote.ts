@@ -47,15 +47,25 @@ export function checkVote({ shard, step, records, receipt }: Vote, standing: Sta
   throw new ServiceError('STEP_CONFLICT', `${message}: the shard is not where the run is`, { step })
 }
 
-/** Throws STEP_CONFLICT where two shards have finished a step with other hyperparameters, or of other replicas. */
+/** Throws STEP_CONFLICT where two shards have finished a step with other values of it, or of other replicas. */
 export function checkAgreement(vote: Vote, other: Vote): void {
-  const key = SHARED.find((name) => !isDeepStrictEqual(vote.receipt[name], other.receipt[name]))
-  if (key === undefined) return
-  const [one, two] = [vote, other].map(({ shard, receipt }) => `${JSON.stringify(receipt[key])} in shard ${shard}`)
-  const { step } = vote
-  throw new ServiceError('STEP_CONFLICT', `step ${step} has ${key} ${one}, ${two}: shards have computed other steps`, {
-    step,
-  })
+  for (const key of SHARED) checkEqual(key, [vote, other], ({ receipt }) => receipt[key])
+  const [scale, its] = [vote, other].map(gradientScale)
+  // A shard that has skipped all of its parameters knows of none.
+  if (scale !== undefined && its !== undefined) checkEqual('gradient_scale', [vote, other], gradientScale)
+}
+
+function checkEqual(name: string, votes: readonly [Vote, Vote], partOf: (vote: Vote) => unknown): void {
+  const [one, two] = votes.map(partOf)
+  if (isDeepStrictEqual(one, two)) return
+  const [first, second] = votes.map((vote) => `${JSON.stringify(partOf(vote))} in shard ${vote.shard}`)
+  const [{ step }] = votes
+  const message = `step ${step} has ${name} ${first}, ${second}: shards have computed other steps`
+  throw new ServiceError('STEP_CONFLICT', message, { step })
+}
+
+function gradientScale({ records }: Vote): number | undefined {
+  return records.find(({ applied }) => applied)?.applied?.gradient_scale
 }
 
 /**

@@ -194,10 +194,8 @@ export class Whole {
 
   /** Every vote has to be of the same step, hyperparameters and all: those who wait for it are told as well. */
   #checkAgreement(vote: Vote): void {
-    const [other] = this.#votes.values()
-    if (!other) return
     try {
-      checkAgreement(vote, other)
+      for (const other of this.#votes.values()) checkAgreement(vote, other)
     } catch (error) {
       this.#refuse(error)
       throw error

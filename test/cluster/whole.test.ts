@@ -2,7 +2,7 @@ import fc from 'fast-check'
 import t, { type Test } from 'tap'
 import type { Assignment } from '../../src/cluster/assignment.js'
 import { type Entry, MemoryLog } from '../../src/cluster/commit-log.js'
-import type { Vote } from '../../src/cluster/vote.js'
+import type { Vote, VotedRecord } from '../../src/cluster/vote.js'
 import { Whole } from '../../src/cluster/whole.js'
 import { ServiceError } from '../../src/errors.js'
 import { FIRST_DIGEST } from '../../src/run/digest.js'
@@ -181,6 +181,38 @@ t.test('shards that have finished another step each are told, and so are those w
   whole.vote(vote)
   t.equal((await whole.ended(1)).step, 1)
 })
+
+t.test(
+  'a step is of one gradient_scale in all shards; one that has skipped all of its parameters knows of none',
+  async (t) => {
+    const scaled = (shard: number, gradient_scale: number, isSkipped = false): Vote => {
+      const records = HALVES[shard]!.map((index): VotedRecord => {
+        const { applied, gradient_square } = recordOf(index, 2)
+        return isSkipped || !applied
+          ? { gradient_square: 0 }
+          : { applied: { ...applied, gradient_scale }, gradient_square }
+      })
+      return { generation: 1, shard, step: 1, records, receipt: receiptOf(1, { digest: FIRST_DIGEST, records }) }
+    }
+    const whole = await open(new MemoryLog())
+    whole.vote(scaled(0, 0.25))
+    const waiting = whole.ended(1)
+    refusedAs(
+      t,
+      'STEP_CONFLICT',
+      () => whole.vote(scaled(1, 0.125)),
+      /step 1 has gradient_scale 0.125 in shard 1, 0.25 in shard 0: shards have computed other steps/,
+    )
+    await t.rejects(waiting, { code: 'STEP_CONFLICT' })
+    whole.vote(scaled(1, 0.25))
+    t.equal((await whole.ended(1)).step, 1)
+
+    const skipping = await open(new MemoryLog())
+    skipping.vote(scaled(0, 0.25, true))
+    skipping.vote(scaled(1, 0.125))
+    t.equal((await skipping.ended(1)).step, 1)
+  },
+)
 
 t.test('replicas that all shards are of stand in the receipt', async (t) => {
   const whole = await open(new MemoryLog())

@@ -90,8 +90,12 @@ export class Head {
     return this.#whole.generation
   }
 
-  /** Where the shards are, and with a checkpoint of the whole what each of them is opened at. */
+  /**
+   * Where the shards are, and with a checkpoint of the whole what each of them is opened at. Throws why it is over:
+   * while a whole is being deleted nobody opens a shard of it, which would be left behind.
+   */
   placement(checkpoint?: WholeCheckpoint): Placement {
+    this.#checkOpen()
     const { run, generation, step, digest } = this
     const shards = this.#shards.map(({ peer, parameters }, index) => ({
       ...{ run: shardName(run, index), url: streamOf(peer), parameters: rangesOf(parameters) },
@@ -100,8 +104,9 @@ export class Head {
     return { run, generation, step, digest, shards }
   }
 
-  /** As REST tells of it, and the processes of its shards ask. */
+  /** As REST tells of it, and the processes of its shards ask. Throws as `placement`. */
   body(): WholeBody {
+    this.#checkOpen()
     const { run, generation, step, digest } = this
     const shards = this.#shards.map(({ peer, parameters }, index) => ({
       ...{ run: shardName(run, index), peer, parameters: rangesOf(parameters), declared: this.#declared[index] },
@@ -166,7 +171,10 @@ export class Head {
     }
   }
 
-  /** Puts the whole where a checkpoint is, with another generation. Throws NOT_FOUND for one that it does not have. */
+  /**
+   * Puts the whole where a checkpoint is, with another generation. Throws NOT_FOUND for one that it does not have or
+   * that a shard has no more, and what a process refuses to say of it: then nothing has changed.
+   */
   async goBack(name: string): Promise<WholeCheckpoint> {
     const found = this.#checkpoints.findLast(({ checkpoint, tag }) => checkpoint === name || tag === name)
     if (!found) throw new ServiceError('NOT_FOUND', `run '${this.run}' has no checkpoint '${name}' of all its shards`)
@@ -175,13 +183,29 @@ export class Head {
       const message = `checkpoint '${name}' is of a history that run '${this.run}' has left: after step ${found.step} it has another digest now`
       throw new ServiceError('NOT_FOUND', message)
     }
+    await this.#checkKept(name, found)
     const before = this.#whole
-    const next = await beginWhole(this.#parts, before.generation)
-    await next.goTo(found.step)
-    this.#whole = next
-    before.close(superseded(this.run, before.generation, next.generation))
-    this.#tell(superseded(this.run, before.generation, next.generation))
+    // From here on this is the whole, wherever it is: the log takes no more entries of the one before.
+    this.#whole = await beginWhole(this.#parts, before.generation)
+    const newer = superseded(this.run, before.generation, this.generation)
+    before.close(newer)
+    this.#tell(newer)
+    await this.#whole.goTo(found.step)
     return found
+  }
+
+  /** A whole that has gone back to what a shard cannot go back to could go on from nowhere. */
+  async #checkKept(name: string, { shards }: WholeCheckpoint): Promise<void> {
+    const { calls } = this.#parts
+    await Promise.all(
+      this.#shards.map(async ({ peer }, index) => {
+        const shard = shardName(this.run, index)
+        if (await calls.hasCheckpoint(peer, shard, shards[index])) return
+        const message = `checkpoint '${name}' of run '${this.run}' is not whole any more: ${peer} has no '${shards[index]}' of shard '${shard}'`
+        const remedy = 'a checkpoint with a tag outlives --checkpoints-kept'
+        throw new ServiceError('NOT_FOUND', `${message}. Go back to another one; ${remedy}`)
+      }),
+    )
   }
 
   /** Ends it for everybody. */
@@ -192,6 +216,10 @@ export class Head {
 
   get #shards(): readonly AssignedShard[] {
     return this.#whole.assignment.shards
+  }
+
+  #checkOpen(): void {
+    if (this.#whole.over) throw this.#whole.over
   }
 
   #tell(error: ServiceError): void {

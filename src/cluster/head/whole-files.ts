@@ -32,18 +32,29 @@ export class WholeFiles implements WholeStore {
     return names.filter((name) => !half.includes(name)).sort()
   }
 
+  /** Throws STORAGE_FAILED, and then there is no such whole. */
   async create(record: WholeRecord): Promise<StoredWhole> {
-    const [folder, half] = [join(this.#folder, record.run), join(this.#folder, `.${record.run}`)]
-    if (await this.has(record.run)) throw new ServiceError('RUN_EXISTS', `run '${record.run}' exists`)
+    const { run } = record
+    const [folder, half] = [join(this.#folder, run), join(this.#folder, `.${run}`)]
+    if (await this.has(run)) throw new ServiceError('RUN_EXISTS', `run '${run}' exists`)
     try {
+      // One of the same name that was deleted may have left files here, its log among them.
+      await rm(half, { recursive: true, force: true })
       await makeFolder(half)
       await replaceFile(join(half, WHOLE), sealRecord(record))
       await rename(half, folder)
+    } catch (error) {
+      throw storageFailed(`run '${run}' cannot be kept`, error)
+    }
+    try {
       await syncFolder(this.#folder)
       return { record, checkpoints: [], log: await FileLog.open(join(folder, LOG), this.#syncs) }
+      /* c8 ignore start -- a disk that has just taken the file of the whole takes its log */
     } catch (error) {
-      throw storageFailed(`run '${record.run}' cannot be kept`, error)
+      await this.remove(run).catch(() => undefined)
+      throw storageFailed(`run '${run}' cannot be kept`, error)
     }
+    /* c8 ignore stop */
   }
 
   async read(run: string): Promise<StoredWhole> {
@@ -77,11 +88,16 @@ export class WholeFiles implements WholeStore {
     }
   }
 
+  /** Throws STORAGE_FAILED. */
   async remove(run: string): Promise<void> {
     const [folder, half] = [await this.#found(run), join(this.#folder, `.${run}`)]
-    await rename(folder, half)
-    await syncFolder(this.#folder)
-    await rm(half, { recursive: true })
+    try {
+      await rename(folder, half)
+      await syncFolder(this.#folder)
+      await rm(half, { recursive: true })
+    } catch (error) {
+      throw storageFailed(`the folder of run '${run}' cannot be removed`, error)
+    }
   }
 
   async #found(run: string): Promise<string> {

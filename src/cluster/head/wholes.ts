@@ -97,12 +97,13 @@ export class Wholes {
     return this.#turns.take(name, async () => {
       const { calls, files } = this.#means
       const head = this.get(name)
-      head.close(new ServiceError('RUN_NOT_FOUND', `run '${name}' was deleted`, { close: 1008 }))
+      const message = `run '${name}' was deleted; where a process did not answer, delete it again`
+      head.close(new ServiceError('RUN_NOT_FOUND', message, { close: 1008 }))
       await Promise.all(head.record.shards.map(({ peer }, index) => calls.remove(peer, shardName(name, index))))
-      this.#heads.delete(name)
       await this.#logs.get(name)?.close()
-      this.#logs.delete(name)
       await files?.remove(name)
+      this.#logs.delete(name)
+      this.#heads.delete(name)
     })
   }
 
@@ -145,11 +146,27 @@ export class Wholes {
       frame,
       parts.map((indices, index) => ({ peer: peers[index % peers.length], parameters: indices })),
     )
-    const stored = await this.#means.files?.create(record)
-    if (stored) this.#logs.set(run, stored.log)
-    const head = await this.#begin(record, stored ?? { checkpoints: [], log: new MemoryLog() })
-    this.#heads.set(run, head)
+    const head = await this.#beginNew(record)
     return { head, placement: head.placement(), resumed: false }
+  }
+
+  /** Begins a whole that was not there, or leaves nothing of it: a name that is taken by nothing cannot be opened. */
+  async #beginNew(record: WholeRecord): Promise<Head> {
+    const { run } = record
+    const { files } = this.#means
+    const stored = await files?.create(record)
+    try {
+      const head = await this.#begin(record, stored ?? { checkpoints: [], log: new MemoryLog() })
+      if (stored) this.#logs.set(run, stored.log)
+      this.#heads.set(run, head)
+      return head
+    } catch (error) {
+      await stored?.log.close()
+      // Where that fails too its name is taken until the next start.
+      /* c8 ignore next -- a store that has just taken the whole lets it be removed */
+      await files?.remove(run).catch(() => undefined)
+      throw error
+    }
   }
 
   async #begin(

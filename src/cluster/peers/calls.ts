@@ -53,12 +53,32 @@ export class Calls {
     return (await bodyOf(peer, response)) as TakenCheckpoint
   }
 
+  /**
+   * Whether a process has a checkpoint of a shard. True where the newest one of that shard cannot be read: going back
+   * is the way on then, and nobody can say what else there is.
+   */
+  async hasCheckpoint(peer: string, shard: string, checkpoint: string): Promise<boolean> {
+    const refusal = await this.#refusal(peer, `/v1/runs/${shard}/checkpoints/${checkpoint}`)
+    if (refusal?.code === 'NOT_FOUND' || refusal?.code === 'RUN_NOT_FOUND') return false
+    if (refusal && refusal.code !== 'CHECKPOINT_UNREADABLE') throw refusal
+    return true
+  }
+
   /** Deletes a shard, if it is there. */
   async remove(peer: string, shard: string): Promise<void> {
+    const refusal = await this.#refusal(peer, `/v1/runs/${shard}`, { method: 'DELETE' })
+    if (refusal && refusal.code !== 'RUN_NOT_FOUND') throw refusal
+  }
+
+  /** What a request is refused with, if it is. */
+  async #refusal(peer: string, path: string, init: { method?: string } = {}): Promise<ServiceError | undefined> {
     try {
-      await this.#ask(peer, `/v1/runs/${shard}`, { method: 'DELETE' })
+      await this.#ask(peer, path, init)
+      return undefined
     } catch (error) {
-      if (!(error instanceof ServiceError) || error.code !== 'RUN_NOT_FOUND') throw error
+      if (error instanceof ServiceError) return error
+      /* c8 ignore next -- a bug of ours is told as one */
+      throw error
     }
   }
 

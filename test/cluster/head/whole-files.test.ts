@@ -1,4 +1,5 @@
 import { mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { type FileHandle, open } from 'node:fs/promises'
 import { join } from 'node:path'
 import t, { type Test } from 'tap'
 import { FileLog } from '../../../src/cluster/head/file-log.js'
@@ -31,6 +32,33 @@ t.test('an entry that cannot be written does not count', async (t) => {
   t.same(await log.newest(), entryAt(1))
   t.same(await (await logAt(path)).newest(), entryAt(1))
   opened.shift()
+})
+
+t.test('an entry of which one write takes only a part is written whole, or does not count', async (t) => {
+  const { path, log } = await logOf(t, 1)
+  const probe = await open(path)
+  const prototype: FileHandle = Object.getPrototypeOf(probe)
+  await probe.close()
+  const { write } = prototype
+  /** The disk has room for so many bytes more; one write takes seven of them. */
+  let room = Number.POSITIVE_INFINITY
+  const scanty = function (this: FileHandle, bytes: Uint8Array, at: number, length: number, position: number) {
+    const part = Math.min(7, length, room)
+    if (part === 0)
+      return Promise.reject(Object.assign(new Error('ENOSPC: no space left on device'), { code: 'ENOSPC' }))
+    room -= part
+    return Reflect.apply(write, this, [bytes, at, part, position])
+  }
+  t.intercept(prototype, 'write', { value: scanty })
+  await log.put(entryAt(2))
+  room = 20
+  await t.rejects(log.put(entryAt(3)), { code: 'STORAGE_FAILED', message: /log.jsonl' cannot be written: ENOSPC/ })
+  t.same(await log.newest(), entryAt(2))
+  room = Number.POSITIVE_INFINITY
+  await log.put(entryAt(3, 'another head'))
+  const entries = [entryAt(1), entryAt(2), entryAt(3, 'another head')]
+  t.equal(readFileSync(path, 'utf8'), entries.map((entry) => `${sealEntry(entry)}\n`).join(''))
+  t.same(await (await logAt(path)).newest(), entries[2])
 })
 
 t.test('a last line that a crash has cut off is dropped, and its position is free', async (t) => {
@@ -106,8 +134,15 @@ t.test('a whole that was half made or half deleted is none', async (t) => {
 })
 
 t.test('a folder that cannot be used is told', async (t) => {
-  const half = new WholeFiles(t.testdir({ wholes: { '.gpt': 'no folder' } }), true)
-  await t.rejects(half.create(RECORD), { code: 'STORAGE_FAILED', message: /run 'gpt' cannot be kept/ })
+  const data = t.testdir({ wholes: { '.gpt': { 'log.jsonl': sealEntry(entryAt(1)) } } })
+  const files = new WholeFiles(data, true)
+  const long = { ...RECORD, run: 'x'.repeat(255) }
+  await t.rejects(files.create(long), { code: 'STORAGE_FAILED', message: /run 'x+' cannot be kept: ENAMETOOLONG/ })
+  const { log } = await files.create(RECORD)
+  t.equal(await log.newest(), undefined, 'a whole begins without the log of one that was half deleted')
+  await log.close()
+  mkdirSync(join(data, 'wholes', '.gpt', 'more'), { recursive: true })
+  await t.rejects(files.remove('gpt'), { code: 'STORAGE_FAILED', message: /run 'gpt' cannot be removed: ENOTEMPTY/ })
   const none = new WholeFiles(t.testdir({ wholes: 'no folder' }), true)
   await t.rejects(none.has('gpt'), { code: 'STORAGE_FAILED', message: /wholes' cannot be read: ENOTDIR/ })
   await t.rejects(none.create(RECORD), { code: 'STORAGE_FAILED' })

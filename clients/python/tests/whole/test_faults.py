@@ -12,6 +12,9 @@ import pytest
 import muond
 from cluster import Cluster
 from muond import MuondError
+from muond.rest import Rest
+from muond.transport.address import endpoint
+from muond.whole.writer import WholeWriter
 from service import Proxy, Service, build
 from trainer import Trainer
 
@@ -156,3 +159,69 @@ def test_a_process_that_has_lost_its_shard_is_said_so(durable: Callable[..., Clu
             service.kill()
         with pytest.raises(MuondError, match="CONNECTION_LOST"):
             trainer.open(cluster.urls, name)
+
+
+def _shards(cluster: Cluster) -> dict[str, int]:
+    """The shards that the processes have, and the step of each."""
+    found: dict[str, int] = {}
+    for url in cluster.urls:
+        with Rest(endpoint(url)) as rest:
+            found |= {run["name"]: run["step"] for run in rest._json("GET", "/v1/runs")["runs"]}
+    return found
+
+
+def test_an_open_that_fails_deletes_no_shard_that_has_steps(tmp_path: Path, name: str) -> None:
+    build()
+    cluster = Cluster(tmp_path, 2)
+    try:
+        trainer = Trainer()
+        with trainer.open(cluster.urls, name, shards=2) as run:
+            trainer.train(run, 2)
+            head = cluster.at(run.address.port)
+        # It has no data folder, and so knows of no such run any more: the one that it makes is not that of the shard.
+        head.kill_and_restart()
+        kept = _shards(cluster)
+        assert list(kept.values()) == [2]
+        with pytest.raises(MuondError, match="STEP_CONFLICT"):
+            trainer.open(cluster.urls, name, shards=2)
+        assert _shards(cluster).items() >= kept.items()
+    finally:
+        cluster.stop()
+
+
+def test_of_two_trainers_that_make_a_run_the_one_that_is_late_leaves_it_to_the_other(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build()
+    cluster = Cluster(tmp_path, 2)
+    try:
+        first, late = Trainer(), Trainer()
+        others: list[muond.Run] = []
+
+        def overtaken(*given: Any) -> WholeWriter:
+            """The other one opens the shards while this one has only been told where they are."""
+            monkeypatch.undo()
+            others.append(first.open(cluster.urls, name, shards=2))
+            return WholeWriter(*given)
+
+        monkeypatch.setattr("muond.opening.WholeWriter", overtaken)
+        with pytest.raises(MuondError, match="RUN_BUSY"):
+            late.open(cluster.urls, name, shards=2, retries=0)
+        with others[0] as run:
+            first.train(run, 1)
+            assert run.step_count == 1
+    finally:
+        cluster.stop()
+
+
+def test_a_run_that_no_process_has_room_for_leaves_its_name_free(tmp_path: Path, name: str) -> None:
+    build()
+    cluster = Cluster(tmp_path, 2, "--state-bytes-limit", "20000")
+    try:
+        with pytest.raises(MuondError, match="OVER_CAPACITY"):
+            Trainer().open(cluster.urls, name, shards=2)
+        with pytest.raises(MuondError, match="RUN_NOT_FOUND"):
+            Trainer().open(cluster.urls, name, shards=2, mode="resume")
+        assert _shards(cluster) == {}
+    finally:
+        cluster.stop()

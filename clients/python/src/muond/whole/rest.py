@@ -57,6 +57,12 @@ class WholeRest(Rest):
         found = self._of_shards(self._whole(run), lambda rest, name: rest.counts(name))
         return [tensor for counts in found for tensor in counts]
 
+    def delete_unused(self, run: str) -> None:
+        """Deletes a whole unless a process has something of one of its shards: then it stays as it is."""
+        whole = self._whole(run)
+        if whole["step"] == 0 and not any(self._of_shards(whole, _has_state)):
+            self.delete(run)
+
     def _whole(self, run: str) -> dict[str, Any]:
         return self._json("GET", f"/v1/runs/{quote(run, safe='')}/shards")
 
@@ -70,3 +76,12 @@ class WholeRest(Rest):
                 )
                 answers.append(ask(open_ones.enter_context(rest), shard["run"]))
         return answers
+
+
+def _has_state(rest: Rest, shard: str) -> bool:
+    """Whether anything was ever applied to a shard, or may have been: nobody can say so of one that cannot be read."""
+    try:
+        found = rest.run(shard)
+    except MuondError as error:
+        return error.code != "RUN_NOT_FOUND"
+    return bool(found["step"] or found["ahead"])

@@ -38,7 +38,8 @@ class WholeWriter:
     def __init__(self, host: Host, frame: Frame, connection: Connection, placed: Frame) -> None:
         """Opens the shards of ``placed``, which ``connection`` was answered to the ``frame``.
 
-        Where one cannot be opened none is, and a whole that was made for it goes.
+        Where one cannot be opened none is, and a whole that was made for it goes: not one that another trainer has taken
+        meanwhile, nor one of which a process has steps.
         """
         self._host = host
         self._frame = frame
@@ -53,8 +54,10 @@ class WholeWriter:
             self.cut = Cut(self._placement, frame)
             self.shards = self._open_shards()
             self._settle_at(placed)
-        except BaseException:
-            self._leave(is_new=not placed["resumed"])
+        except BaseException as error:
+            self._close_all()
+            if not placed["resumed"] and not _is_others(error):
+                self._delete_unused()
             raise
         self.patient = True
         self._arenas: dict[int, ShardArenas] = {}
@@ -249,11 +252,9 @@ class WholeWriter:
             ahead += indices if is_done else [indices[position] for position in shard.opened["ahead"]]
         return sorted(ahead)
 
-    def _leave(self, *, is_new: bool) -> None:
-        self._close_all()
-        if is_new:
-            with suppress(MuondError), Rest(self.head.endpoint) as rest:
-                rest.delete(self._frame["run"])
+    def _delete_unused(self) -> None:
+        with suppress(MuondError), WholeRest(self.head.endpoint) as rest:
+            rest.delete_unused(self._frame["run"])
 
     def _close_all(self) -> None:
         self.head.close()
@@ -280,3 +281,8 @@ def _each(work: Callable[[int], T], count: int) -> list[T]:
     """Does something for each shard at once. Raises the first error, once all have ended."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(work, range(count)))
+
+
+def _is_others(error: BaseException) -> bool:
+    """Whether an open has failed because another trainer has the run."""
+    return isinstance(error, MuondError) and error.code in ("RUN_BUSY", "TAKEN_OVER")
