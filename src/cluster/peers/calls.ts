@@ -76,9 +76,9 @@ export class Calls {
       await this.#ask(peer, path, init)
       return undefined
     } catch (error) {
-      if (error instanceof ServiceError) return error
       /* c8 ignore next -- a bug of ours is told as one */
-      throw error
+      if (!(error instanceof ServiceError)) throw error
+      return error
     }
   }
 
