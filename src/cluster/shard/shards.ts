@@ -146,7 +146,7 @@ function nameOf({ run, shard }: OpenFrame): ShardName {
   return name
 }
 
-/** Throws STEP_CONFLICT for a shard that would go back without its whole: it would have lost its steps, and be refused. */
+/** Throws STEP_CONFLICT for a shard that would go back without its whole: it would lose steps, and be refused. */
 function checkCheckpoint({ run, checkpoint }: OpenFrame, expected: string | undefined): void {
   if (checkpoint === undefined || checkpoint === expected) return
   const back = expected === undefined ? 'has not gone back' : `has gone back to '${expected}' of it`
