@@ -43,7 +43,7 @@ export function authenticator(keys: Keys): (request: FastifyRequest, reply: Fast
     const principal = principalOf(keys, request)
     request.principal = principal
     const { method, routeOptions } = request
-    const check = () => checkAccess(principal, access, { method, url: String(routeOptions.url) })
+    const check = () => checkAccess(principal, access, asked(method, routeOptions.url))
     check()
     // The stream looks after itself.
     if (!request.ws) endWithAccess(principal, { check, run: runOf(request) }, reply)
@@ -61,7 +61,7 @@ export function runGuard(runs: Runs, wholes?: Wholes): (request: FastifyRequest)
     const isWhole = wholes?.has(run) ?? false
     if (!(principalIn(request).sees(run) && (isWhole || runs.has(run)))) throw runs.absent(run)
     const { method, routeOptions } = request
-    if (isWhole && !routeOptions.config.wholes) throw ofShards(`${method} ${routeOptions.url}`, run)
+    if (isWhole && !routeOptions.config.wholes) throw ofShards(asked(method, routeOptions.url), run)
   }
 }
 
@@ -100,13 +100,13 @@ function principalOf(keys: Keys, request: FastifyRequest): Principal {
   throw new ServiceError('UNAUTHORIZED', 'this key is not known')
 }
 
-/** `url` is as the route has it. A route that is not there asks for nothing more than a key. */
-function checkAccess(
-  principal: Principal,
-  { scope, allRuns }: Exclude<Access, 'open'>,
-  { method, url }: { method: string; url: string },
-): void {
-  const what = `${method} ${url.replace(/:(\w+)/g, '{$1}')}`
+/** What a request asks for, with the path as the contract has it. */
+function asked(method: string, route = ''): string {
+  return `${method} ${route.replace(/:(\w+)/g, '{$1}')}`
+}
+
+/** A route that is not there asks for nothing more than a key. */
+function checkAccess(principal: Principal, { scope, allRuns }: Exclude<Access, 'open'>, what: string): void {
   if (scope !== undefined) principal.demand(scope, what)
   if (allRuns) principal.demandAllRuns(what)
 }

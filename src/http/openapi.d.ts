@@ -853,6 +853,8 @@ export interface components {
             state_bytes: number;
             /** @description The shard's own digest, after the last committed step. */
             digest: string;
+            /** @description The only one that it can be opened at. There is one where the run has gone back, until it commits the next step. */
+            checkpoint?: string;
             /** @description Whether it has voted for the next step. */
             voted: boolean;
         };

@@ -3,6 +3,7 @@ import t, { type Test } from 'tap'
 import { connect } from '../../src/client/client.js'
 import { gradientsOf, modelOf } from '../client/model.js'
 import { QUICK } from '../client/service.js'
+import { RawClient } from '../service.js'
 import { type Process, startCluster, wholeOf } from './service.js'
 
 // What a whole comes to that cannot go back, cannot be begun or cannot be deleted: it is then as it was.
@@ -74,6 +75,38 @@ t.test('a whole does not go back to a checkpoint that a shard has no more, or of
   await step()
   t.equal(run.step_count, 5)
 })
+
+t.test(
+  'no shard goes back without its whole: what opens it at a checkpoint of its own is refused before it does',
+  async (t) => {
+    const processes = await startCluster(t, 2, { keeps: true, durability: 'journal' })
+    const { run, step } = await trained(t, processes)
+    await step()
+    await run.checkpoint({ tag: 'first' })
+    await step()
+    await run.checkpoint({ tag: 'second' })
+    const openAt = async (checkpoint: string) => {
+      const { shards, generation } = (await wholeOf(processes, 'gpt')).body
+      const [{ run: name, peer }] = shards as [(typeof shards)[number]]
+      const client = await RawClient.connect(`${peer.replace('http', 'ws')}/v1/stream`)
+      t.teardown(() => client.socket.terminate())
+      const shard = { index: 0, generation }
+      client.send({ type: 'open', protocol: 1, run: name, mode: 'resume', takeover: true, checkpoint, shard })
+      const answer = await client.next()
+      const { step } = (await (await fetch(`${peer}/v1/runs/${name}`)).json()) as { step: number }
+      return { answer, step }
+    }
+    const conflict = { type: 'error', code: 'STEP_CONFLICT', message: /'gpt~0' is opened at checkpoint 'first'/ }
+    t.match(await openAt('first'), { answer: { ...conflict, message: /its run has not gone back/ }, step: 2 })
+    await run.reopen({ checkpoint: 'second' })
+    t.match(await openAt('first'), { answer: { ...conflict, message: /has gone back to 'step-0*2' of it/ }, step: 2 })
+    await step()
+    t.match(await openAt('step-000000000002'), { answer: { code: 'STEP_CONFLICT' }, step: 3 })
+    await run.reopen()
+    await step()
+    t.equal(run.step_count, 4)
+  },
+)
 
 t.test('a whole whose disk fills up while it goes back goes on from where it was', async (t) => {
   const processes = await startCluster(t, 2, { keeps: true, checkpoint_steps: 0 })

@@ -127,7 +127,10 @@ t.test('REST has of a whole what there is, and nothing changes a shard behind it
   const at = (process: Process, path: string, init?: RequestInit) => fetch(process.peer + path, init)
   const code = async (response: Response) => ((await response.json()) as { code: string }).code
   t.match(await (await at(head, '/v1/runs')).json(), { wholes: [{}] })
-  t.equal(await code(await at(head, '/v1/runs/rest/parameters')), 'NOT_FOUND')
+  t.match(await (await at(head, '/v1/runs/rest/parameters')).json(), {
+    code: 'NOT_FOUND',
+    detail: /^GET \/v1\/runs\/{run}\/parameters: run 'rest' is spread over several processes/,
+  })
   t.equal(await code(await at(head, '/v1/runs/none/shards')), 'RUN_NOT_FOUND')
   const home = processOf(shard.url)
   const { runs } = (await (await at(home, '/v1/runs')).json()) as { runs: { name: string; shard_of?: string }[] }

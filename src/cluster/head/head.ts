@@ -42,6 +42,8 @@ export class Head {
   readonly #parts: HeadParts
   #whole: Whole
   #checkpoints: readonly WholeCheckpoint[]
+  /** The one that the whole has gone back to last. */
+  #back: WholeCheckpoint | undefined
   readonly #controls = new Set<ControlConnection>()
   readonly #declared: readonly string[]
   readonly #bytes: readonly number[]
@@ -108,9 +110,12 @@ export class Head {
   body(): WholeBody {
     this.#checkOpen()
     const { run, generation, step, digest } = this
+    // Until the next step is committed: a shard that was opened at it later would lose steps.
+    const back = this.#back?.step === step ? this.#back : undefined
     const shards = this.#shards.map(({ peer, parameters }, index) => ({
       ...{ run: shardName(run, index), peer, parameters: rangesOf(parameters), declared: this.#declared[index] },
       ...{ state_bytes: this.#bytes[index], digest: this.#whole.standing.shards[index] },
+      ...(back && { checkpoint: back.shards[index] }),
       voted: this.#whole.hasVoted(index),
     }))
     return { run, head: this.#parts.self, generation, step, digest, created_at: this.record.created_at, shards }
@@ -191,6 +196,7 @@ export class Head {
     before.close(newer)
     this.#tell(newer)
     await this.#whole.goTo(found.step)
+    this.#back = found
     return found
   }
 

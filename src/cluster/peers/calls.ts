@@ -17,6 +17,8 @@ export type WholeBody = {
     declared: string
     state_bytes: number
     digest: string
+    /** The one that it may be opened at: the whole has gone back to it, and taken no step since. */
+    checkpoint?: string
     voted: boolean
   }[]
 }

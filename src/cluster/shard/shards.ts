@@ -54,6 +54,7 @@ export class Shards {
     const shard = whole.shards[name.index]
     if (shard?.peer !== this.#means.peers.self)
       throw stale(`'${frame.run}' is no shard of this process${shard ? `, but of ${shard.peer}` : ''}`)
+    checkCheckpoint(frame, shard.checkpoint)
     if (step > 0 && frame.checkpoint === undefined && !this.#means.hasRun(frame.run)) {
       const message = `shard '${frame.run}' is not here any more, and the run is at step ${step}: was this process started again without durable state?`
       throw new ServiceError('RUN_NOT_FOUND', message)
@@ -143,6 +144,14 @@ function nameOf({ run, shard }: OpenFrame): ShardName {
   if (shard && shard.index !== name.index)
     throw new ServiceError('PARAMETER_INVALID', `shard '${run}' is opened as the shard with index ${shard.index}`)
   return name
+}
+
+/** Throws STEP_CONFLICT for a shard that would go back without its whole: it would lose steps, and be refused. */
+function checkCheckpoint({ run, checkpoint }: OpenFrame, expected: string | undefined): void {
+  if (checkpoint === undefined || checkpoint === expected) return
+  const back = expected === undefined ? 'has not gone back' : `has gone back to '${expected}' of it`
+  const message = `shard '${run}' is opened at checkpoint '${checkpoint}', and its run ${back}: open the run at a checkpoint of all shards`
+  throw new ServiceError('STEP_CONFLICT', message)
 }
 
 /** The vote for the last finished step of a shard. */
