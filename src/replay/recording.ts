@@ -10,7 +10,7 @@ import { RunFolder } from '../store/folder/run-folder.js'
 import { listSegments, type Segment } from '../store/journal/journal.js'
 import { readSteps, type StoredStep, segmentsAfter } from '../store/journal/journal-reader.js'
 import { RunStore } from '../store/run-store.js'
-import { RUN_NAME } from '../wire/frame.js'
+import { OPEN_NAME } from '../wire/frame.js'
 import { type Scanned, scan } from './scan.js'
 
 /** What is to be computed again: a run of a data folder, from a checkpoint (by its id or a tag) to a step. */
@@ -46,7 +46,7 @@ export async function withRecording<T>(
   const { data, run } = wanted
   refuseObjects(data)
   const path = join(data, 'runs', run)
-  if (!RUN_NAME.test(run)) throw new UnreadableError(`'${run}' is no name of a run`)
+  if (!OPEN_NAME.test(run)) throw new UnreadableError(`'${run}' is no name of a run`)
   const folder = new RunFolder(path, files)
   const store = await RunStore.open(folder, { tidy: false }).catch((error) => {
     throw error instanceof UnreadableError

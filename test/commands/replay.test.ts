@@ -4,7 +4,11 @@ import { join } from 'node:path'
 import { PassThrough } from 'node:stream'
 import { promisify } from 'node:util'
 import t from 'tap'
+import { connect } from '../../src/client/client.js'
 import { replayCommand } from '../../src/commands/replay.js'
+import { gradientsOf, modelOf } from '../client/model.js'
+import { QUICK } from '../client/service.js'
+import { startCluster, wholeOf } from '../cluster/service.js'
 import { id, runFolder } from '../keep/data-folder.js'
 import { forge, groupsFile, recorder, replaying } from '../replay/recorded.js'
 import { train } from '../run/trainer.js'
@@ -87,4 +91,21 @@ t.test('the process ends with 1 where a step is another one, and says which', as
     /\n0 steps as the journal says, then:\nstep 1 is not what the journal says\nparameter 'm': the fingerprint of its gradient is [0-9a-f]{16}, the journal has [0-9a-f]{16} \(.*\)\ndigest [0-9a-f]{64}, the journal has [0-9a-f]{64} \(/
   await t.rejects(run('node', [...argv, '--out', out]), { code: 1, stdout, stderr: '' })
   t.same(readdirSync(out), ['replay.json'], 'there is no step to draw')
+})
+
+t.test('a shard is computed again as any run is', async (t) => {
+  const processes = await startCluster(t, 2, { keeps: true, durability: 'journal' })
+  const client = await connect(processes[0]!.url, QUICK)
+  const model = modelOf('gpt')
+  const whole = await client.open({ ...model, shards: 2 })
+  for (const step of [1, 2]) await whole.step(gradientsOf(model.parameters, step))
+  const { shards } = (await wholeOf(processes, 'gpt')).body
+  await client.close()
+  for (const process of processes) await process.stop()
+  const { data } = processes.find(({ peer }) => peer === shards[1]!.peer)!
+  const means = { terminal: new PassThrough(), failed: () => {} }
+  const text = await replayCommand(['gpt~1', '--data', data], { MUOND_DEVICE: 'cpu', MUOND_LANES: '1' }, means)
+  t.match(text, /^run 'gpt~1': steps 1 to 2 of 2, /)
+  const wrong = replayCommand(['gpt~01', '--data', data], { MUOND_DEVICE: 'cpu' }, means)
+  await t.rejects(wrong, { message: "'gpt~01' is no name of a run" })
 })
