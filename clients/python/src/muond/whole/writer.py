@@ -253,7 +253,8 @@ class WholeWriter:
         return sorted(ahead)
 
     def _delete_unused(self) -> None:
-        with suppress(MuondError), WholeRest(self.head.endpoint) as rest:
+        rest = WholeRest(self.head.endpoint)
+        with suppress(MuondError), rest:
             rest.delete_unused(self._frame["run"])
 
     def _close_all(self) -> None:
