@@ -81,7 +81,7 @@ export const PLANTED: readonly Planted[] = [
   },
   {
     name: 'a checkpoint of any state counts',
-    seed: 2314,
+    seed: 4911,
     bug: { file: 'recovery', from: '&& one.digest === shards[shard]', to: '' },
   },
 ]

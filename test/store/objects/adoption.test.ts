@@ -1,6 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import fc from 'fast-check'
 import t, { type Test } from 'tap'
+import { configOf } from '../../../src/config.js'
+import { createMetrics } from '../../../src/metrics.js'
 import { CheckpointFiles } from '../../../src/store/checkpoint/checkpoint-files.js'
 import { DataObjects } from '../../../src/store/objects/data-objects.js'
 import { FolderObjects } from '../../../src/store/objects/folder-objects.js'
@@ -8,6 +10,7 @@ import { type Objects, StoreError } from '../../../src/store/objects/objects.js'
 import { type ObjectsAddress, openObjects } from '../../../src/store/objects/open-objects.js'
 import { RunObjects } from '../../../src/store/objects/run-objects.js'
 import { placeOf } from '../../../src/store/objects/s3/s3-address.js'
+import { openData } from '../../../src/store/open-data.js'
 import { RunStore } from '../../../src/store/run-store.js'
 import { known, type Trace, train, undisturbed } from '../../run/trainer.js'
 import { type Service, startService } from '../../service.js'
@@ -222,4 +225,16 @@ t.test('a process goes on with the run of another one bit for bit, while that is
   for (const each of [client, later]) await each.close()
   await one.app.close()
   await next.app.close()
+})
+
+t.test('the store of a service of several processes finds the places of the others', async (t) => {
+  const settings = {
+    ...store.settings(store.address()),
+    peers: `${ONE},${OTHER}`,
+    advertise: OTHER,
+    cluster_key: 'the-key-of-the-cluster',
+  }
+  const data = await openData(configOf(settings), createMetrics())
+  t.equal(await data!.adopt!('none', ONE), false)
+  await data!.close()
 })
