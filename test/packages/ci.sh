@@ -38,9 +38,10 @@ starts() {
   service=$!
   read -r -t 60 line <&3 || return 1
   url=$(grep -oE '"address":"[^"]+"' <<<"$line" | cut -d '"' -f 4)
-  [ -n "$url" ] && curl -fsS "$url/livez" && curl -fsS "$url/ui" | grep -q '<title>muond' &&
-    curl -fsS "$url/ui/uPlot.iife.min.js" | grep -q uPlot
+  [ -n "$url" ] && curl -fsS "$url/livez" && says "$url/ui" '<title>muond' && says "$url/ui/uPlot.iife.min.js" uPlot
 }
+# The whole answer is read: where grep ends first, curl fails.
+says() { grep -q "$2" <<<"$(curl -fsS "$1")"; }
 trains_node() {
   cd "$folder/node" && cp "$root/test/packages/train.mjs" . && node train.mjs "${url/http/ws}"
 }
