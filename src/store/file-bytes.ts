@@ -56,13 +56,9 @@ export function readingAhead(file: OpenFile, most = PIECE_BYTES): OpenFile {
   }
 }
 
-/** Writes all of `bytes` at the file's position: one write may take only a part of them. */
-export async function writeAll(file: FileHandle, bytes: Uint8Array): Promise<void> {
-  for (let at = 0; at < bytes.length; ) at += (await file.write(bytes, at)).bytesWritten
-}
-
-/** Writes all of `bytes` from byte `position` of the file on. */
-export async function writeAt(file: FileHandle, bytes: Uint8Array, position: number): Promise<void> {
+/** Writes all of `bytes` from byte `start` of the file on, by default at its position: a write may take only a part. */
+export async function writeAll(file: FileHandle, bytes: Uint8Array, start?: number): Promise<void> {
+  const position = (at: number) => (start === undefined ? null : start + at)
   for (let at = 0; at < bytes.length; )
-    at += (await file.write(bytes, at, bytes.length - at, position + at)).bytesWritten
+    at += (await file.write(bytes, at, bytes.length - at, position(at))).bytesWritten
 }

@@ -2,7 +2,7 @@ import { type FileHandle, open } from 'node:fs/promises'
 import { dirname } from 'node:path'
 import { errorText, ServiceError } from '../../errors.js'
 import { FILE_MODE, syncFolder } from '../../store/durable.js'
-import { readBytes, readRange, writeAt } from '../../store/file-bytes.js'
+import { readBytes, readRange, writeAll } from '../../store/file-bytes.js'
 import type { Entry } from '../commit-log.js'
 import type { StoredLog } from './whole-store.js'
 import { openEntry, sealEntry } from './whole-texts.js'
@@ -88,7 +88,7 @@ export class FileLog implements StoredLog {
     const line = Buffer.from(`${sealEntry(entry)}\n`)
     const start = this.#starts[next - 1]
     try {
-      await writeAt(this.#file, line, start)
+      await writeAll(this.#file, line, start)
       if (this.isDurable) await this.#file.datasync()
     } catch (error) {
       // What a write that failed has left is written over, and may be longer than what comes next.
